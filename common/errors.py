@@ -1,0 +1,14 @@
+"""The one exception a user ever sees."""
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    `what` says what is wrong and where (the file, the line or the option); `fix` says what to do about it.
+    `cli.py` prints both and exits with 1.
+    """
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(f"{what}\n{fix}")
+        self.what = what
+        self.fix = fix
