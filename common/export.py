@@ -1,0 +1,104 @@
+"""A complete Hugging Face folder of the fused model, and its GGUFs."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.fuse import fuse
+from common.gguf import convert, quantize
+from common.llamacpp import LlamaCpp
+from common.models import normalise_config, parameter_count, weight_bytes
+from common.seam import Adapter, Progress
+
+COPIED = (
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def write_fused(base: Path, adapter: Adapter, out: Path, stops: list[int], progress: Progress) -> None:
+    """Fuse into `out`: weights, config, generation config, tokenizer and template. Whole, or not there at all.
+
+    `stops` are the ids that end the trained turns; they join the generation config's `eos_token_id`.
+    """
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fuse(base, adapter, temporary, progress)
+        for name in COPIED:
+            if (base / name).exists():
+                shutil.copyfile(base / name, temporary / name)
+        for licence in [*base.glob("LICENSE*"), *base.glob("NOTICE*")]:
+            shutil.copyfile(licence, temporary / licence.name)
+        config = normalise_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+        _write_json(temporary / "config.json", config)
+        generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
+        known = generation.get("eos_token_id", config.get("eos_token_id"))
+        ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *stops]))
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        _write_json(temporary / "generation_config.json", generation)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_ggufs(fused: Path, out: Path, quants: list[str], llama: LlamaCpp, progress: Progress) -> list[dict[str, Any]]:
+    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each."""
+    whole = out / "model-BF16.gguf"
+    convert(fused, whole, llama, lambda share, text: progress(share / 2, text))
+    reports = []
+    for number, quant in enumerate(quants):
+        target = out / f"model-{quant}.gguf"
+
+        def part(share: float, text: str, number: int = number) -> None:
+            progress(0.5 + (number + share) / len(quants) / 2, text)
+
+        report = quantize(whole, target, quant, llama, part)
+        reports.append({"file": str(target.relative_to(out.parent)), **asdict(report)})
+    if "BF16" not in quants:
+        whole.unlink()
+    return reports
+
+
+def disk_needed(base: Path, export: str, quants: list[str], adapter_bytes: int) -> int:
+    """Bytes that checkpoints, the fused folder, the bf16 GGUF and the quants will take at their peak."""
+    checkpoints = 2 * 4 * adapter_bytes  # two kept: adapter, best, two moments
+    if export == "none":
+        return checkpoints
+    fused = weight_bytes(base)
+    if export == "fused":
+        return checkpoints + fused
+    whole = 2 * parameter_count(base)
+    return checkpoints + fused + whole + sum(whole if quant in ("BF16", "F16") else whole * 5 // 8 for quant in quants)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises UserError where the disk that will hold `folder` has less than `needed` bytes free."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{existing} has {free / 1e9:.1f} GB free, and this run will write up to {needed / 1e9:.1f} GB.",
+            "Free some space, give --output on another disk, or stop earlier with --export fused or none.",
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,218 @@
+"""The GGUF of a fused model: convert with llama.cpp's own converter, quantise, and verify the tokenizer.
+
+Both writers work on a temporary name and rename at the end: a file under its final name is whole.
+"""
+
+import difflib
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.llamacpp import LlamaCpp, Progress, Server, fraction, run_logged
+
+QUANT_TYPES: tuple[str, ...] = (
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q6_K",
+    "Q8_0",
+    "Q3_K_L",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+)
+QUANT_TYPES += ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16")
+DEFAULT_QUANT = "Q4_K_M"
+
+# Their converters fall back to, or fail over, `tokenizer.json` where `tokenizer.model` is not there.
+_NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What a GGUF holds. bits_per_weight: of the tensors alone; tensors: {GGUF type: how many}.
+
+    fallbacks: tensors that could not take their K-quant type, because such a type packs 256 values of a row together
+    and the row is no multiple of that; llama.cpp gives them a larger, simpler type instead. (llama-quantize's own count
+    can be one less: it leaves out an embedding that serves as output too.)
+    """
+
+    quant: str
+    bytes: int
+    bits_per_weight: float
+    tensors: dict[str, int]
+    fallbacks: int
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """A text, its token ids by transformers, and those by the GGUF where they differ."""
+
+    text: str
+    transformers: list[int]
+    gguf: list[int]
+
+
+def check_quants(quants: Sequence[str]) -> None:
+    """UserError, with the nearest name, where one is not in QUANT_TYPES."""
+    for quant in quants:
+        if quant not in QUANT_TYPES:
+            near = difflib.get_close_matches(quant.upper(), QUANT_TYPES, 1, 0.5)
+            raise UserError(
+                f"--quant {quant}: no such GGUF type" + (f"; did you mean {near[0]}?" if near else "."),
+                f"Choose from: {', '.join(QUANT_TYPES)}.",
+            )
+
+
+def check_convertible(folder: Path) -> None:
+    """UserError for a Gemma without `tokenizer.model`; asked before training, because the remedy may take a download."""
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if kind in _NEED_SENTENCEPIECE and not (folder / "tokenizer.model").is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
+            "Copy tokenizer.model from the base model into that folder, or stop at --export fused.",
+        )
+
+
+def convert(folder: Path, out: Path, llama: LlamaCpp, progress: Progress) -> None:
+    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF with llama.cpp's converter.
+
+    Raises UserError where the converter fails (its last lines; its log is kept beside `out`), and beforehand for a
+    Gemma without `tokenizer.model`: the converter would take another model's tokenizer for it and say nothing.
+    """
+    check_convertible(folder)
+    command = [sys.executable, str(llama.converter), str(folder), "--outtype", "bf16", "--outfile"]
+    # The folder is all it may look at: no model card of some other repository, no download.
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    remedy = f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
+    _write(command, [], out, "converting to GGUF", remedy, progress, env)
+
+
+def quantize(source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress) -> QuantReport:
+    """Quantise the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
+    check_quants([quant])
+    if quant == "BF16":  # what the source is already
+        if source.resolve() != out.resolve():
+            partial = _partial(out)
+            shutil.copyfile(source, partial)
+            partial.replace(out)
+    else:
+        remedy = f"Look at the free disk space and memory; {source} is whole and can be quantised again."
+        _write([str(llama.quantize), str(source)], [quant], out, f"quantising to {quant}", remedy, progress, None)
+    return report(out, quant)
+
+
+def report(gguf: Path, quant: str) -> QuantReport:
+    """Read a GGUF's tensor list; `quant` is the type that was asked for."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    types: Counter[str] = Counter()
+    stored, weights, fallbacks = 0, 0, 0
+    for shape, code in read_tensors(gguf):
+        kind = GGMLQuantizationType(code)
+        types[kind.name] += 1
+        values_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
+        weights += math.prod(shape)
+        stored += math.prod(shape) // values_per_block * bytes_per_block
+        # shape[0] is a row's length; norms and biases stay F32 by design
+        fallbacks += "_K" in quant and kind.name != "F32" and shape[0] % 256 != 0
+    return QuantReport(quant, gguf.stat().st_size, 8 * stored / max(weights, 1), dict(types), fallbacks)
+
+
+# Bytes of a metadata value by its type code; 8 is a string, 9 an array.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
+    """Shape (row length first) and type code of each tensor, in the file's order.
+
+    Source: ggml/docs/gguf.md, versions 2 and 3. gguf-py's reader needs 25 s for a vocabulary of 262,144 pieces, because
+    it makes an object of each; here they are passed over.
+    """
+    with gguf.open("rb") as file:
+
+        def number(form: str) -> int:
+            return int(struct.unpack("<" + form, file.read(struct.calcsize(form)))[0])
+
+        def skip(kind: int, count: int) -> None:
+            if kind == 8:
+                for _ in range(count):
+                    file.seek(number("Q"), os.SEEK_CUR)
+            elif kind == 9:
+                for _ in range(count):
+                    skip(number("I"), number("Q"))
+            else:
+                file.seek(_SIZES[kind] * count, os.SEEK_CUR)
+
+        if file.read(4) != b"GGUF" or number("I") not in (2, 3):
+            raise UserError(f"{gguf} is not a GGUF file.", "Delete it and export again.")
+        tensors, pairs = number("Q"), number("Q")
+        for _ in range(pairs):
+            skip(8, 1)
+            skip(number("I"), 1)
+        found = []
+        for _ in range(tensors):
+            skip(8, 1)
+            shape = tuple(number("Q") for _ in range(number("I")))
+            found.append((shape, number("I")))
+            number("Q")  # where its bytes lie
+        return found
+
+
+def verify_tokens(tokenizer_folder: Path, texts: Sequence[str], server: Server) -> list[TokenDifference]:
+    """The texts whose token ids differ between transformers' tokenizer and the GGUF that `server` serves.
+
+    No special tokens are added on either side; those written out in a text are parsed on both.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+    differences = []
+    for text in texts:
+        expected, got = tokenizer.encode(text, add_special_tokens=False), server.tokenize(text)
+        if expected != got:
+            differences.append(TokenDifference(text, expected, got))
+    return differences
+
+
+def _write(
+    before: list[str],
+    after: list[str],
+    out: Path,
+    name: str,
+    remedy: str,
+    progress: Progress,
+    env: dict[str, str] | None,
+) -> None:
+    """Run `before`, a temporary file, `after`; give that file its name only when the tool has ended well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, log = _partial(out), out.with_name(out.name + ".log")
+    progress(0.0, name)
+
+    def advance(line: str) -> None:
+        done = fraction(line)
+        if done is not None:
+            progress(done, name)
+
+    try:
+        code, tail = run_logged([*before, str(partial), *after], log, advance, env)
+        if code != 0 or not partial.is_file():
+            raise UserError(f"{name} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    progress(1.0, name)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".partial-{out.name}")  # the ending stays: the tools go by it

@@ -1,0 +1,482 @@
+"""Find llama.cpp or build it: its converter, `llama-quantize` and `llama-server`, and a client for the last.
+
+The source is pinned. It lies, whole, in the source distribution of llama-cpp-python, which pip fetches with the user's
+own settings (mirror, proxy, certificate) and checks against a hash: no git and no second download route are needed.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from common.errors import UserError
+from common.seam import Progress
+
+VERSION = "0.3.36"
+SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+TARGETS = ("llama-quantize", "llama-server")
+CONVERTER = "convert_hf_to_gguf.py"
+
+_EXE = ".exe" if os.name == "nt" else ""
+_OFF: tuple[str, ...] = (
+    "BUILD_SHARED_LIBS",
+    "LLAMA_OPENSSL",
+    "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_EXAMPLES",
+    "LLAMA_BUILD_APP",
+)
+_OFF += ("LLAMA_BUILD_UI", "LLAMA_USE_PREBUILT_UI")  # the prebuilt web page would be downloaded during the build
+
+# pip will not hand over a source distribution before its build backend has stated its name and version. This stands in
+# for that backend, so that pip need not fetch the real one (and its own needs) for two lines of metadata.
+_STUB_BACKEND = f"""import os
+def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
+    name = "llama_cpp_python-{VERSION}.dist-info"
+    os.mkdir(os.path.join(metadata_directory, name))
+    with open(os.path.join(metadata_directory, name, "METADATA"), "w") as file:
+        file.write("Metadata-Version: 2.1\\nName: llama_cpp_python\\nVersion: {VERSION}\\n")
+    return name
+"""
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """A usable llama.cpp. `where` says how it was found, `version` what it calls itself."""
+
+    converter: Path
+    quantize: Path
+    server: Path
+    where: str
+    version: str
+
+
+# --- find -------------------------------------------------------------------------------------------------------------
+
+
+def find(llama_cpp: str | None) -> LlamaCpp | None:
+    """The llama.cpp to use: --llama-cpp DIR, LLAMA_CPP_DIR, PATH, or what `build` made before; else None.
+
+    A folder the user named must be whole (UserError); a lone `llama-quantize` on PATH is passed over, because binaries
+    without a working converter of the same age are no help.
+    """
+    for folder, where in ((llama_cpp, "--llama-cpp"), (os.environ.get("LLAMA_CPP_DIR"), "LLAMA_CPP_DIR")):
+        if folder:
+            return _from_folder(Path(folder).expanduser().absolute(), where)
+    on_path = [shutil.which(name) for name in (CONVERTER, *TARGETS)]
+    if all(on_path):
+        converter, quantize, server = (Path(str(path)) for path in on_path)
+        if converter.parent == quantize.parent == server.parent and not _converter_fault(converter):
+            return LlamaCpp(converter, quantize, server, f"on PATH, in {quantize.parent}", _version(server))
+    return _our_build()
+
+
+def _from_folder(folder: Path, where: str) -> LlamaCpp:
+    found = _locate([folder, folder / "bin"], [folder / "build" / "bin", folder / "bin", folder])
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        raise UserError(
+            f"{where} {folder}: {', '.join(missing)} not found there.",
+            "Point it at a llama.cpp checkout that is built (cmake -B build && cmake --build build --target "
+            "llama-quantize llama-server), or leave it out: Twintune then builds its own.",
+        )
+    converter, quantize, server = (Path(str(path)) for path in found.values())
+    fault = _converter_fault(converter)
+    if fault:
+        raise UserError(
+            f"{where} {folder}: {CONVERTER} does not run:\n{fault}",
+            "Use a whole checkout (the converter needs its folders conversion/ and gguf-py/), or leave it out.",
+        )
+    return LlamaCpp(converter, quantize, server, f"{where} {folder}", _version(server))
+
+
+def _locate(sources: list[Path], bins: list[Path]) -> dict[str, Path | None]:
+    bins = [place for folder in bins for place in (folder, folder / "Release")]  # Release/: Visual Studio's generator
+    candidates = {CONVERTER: [place / CONVERTER for place in sources]}
+    candidates |= {name: [place / (name + _EXE) for place in bins] for name in TARGETS}
+    return {name: next((path for path in paths if path.is_file()), None) for name, paths in candidates.items()}
+
+
+@cache
+def _converter_fault(converter: Path) -> str:
+    """Why the converter cannot start, or "". Asked at once, because after hours of training it would come too late."""
+    code, tail = _capture([sys.executable, str(converter), "--help"], 180)
+    return "" if code == 0 else tail or f"exit status {code}"
+
+
+def _version(server: Path) -> str:
+    match = re.search(r"version: (.+)", _capture([str(server), "--version"], 60)[1])
+    return match.group(1).strip() if match else "unknown version"
+
+
+def _our_build() -> LlamaCpp | None:
+    root = cache_root()
+    found = list(_locate([root / "source"], [root / "build" / "bin"]).values())
+    if not (root / "complete").is_file() or None in found:
+        return None
+    converter, quantize, server = (Path(str(path)) for path in found)
+    return LlamaCpp(converter, quantize, server, f"built by Twintune, in {root}", f"llama-cpp-python {VERSION}")
+
+
+def cache_root() -> Path:
+    """Where our own build lives: source/, build/, build.log, lock, and `complete`, which is written last."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("twintune") / f"llama.cpp-{VERSION}"
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+def missing_build_tools() -> list[str]:
+    """What `build` needs and this machine lacks, each with the way to get it; empty where all is there."""
+    mac = sys.platform == "darwin"
+    missing = []
+    how = ("brew install cmake" if mac else "apt install cmake") + ", or: python -m pip install cmake"
+    cmake = _which("cmake")
+    version = re.search(r"version (\d+)\.(\d+)", _capture([cmake, "--version"], 60)[1]) if cmake else None
+    if version is None:
+        missing.append(f"CMake 3.14 or newer ({how})")
+    elif (int(version[1]), int(version[2])) < (3, 14):
+        missing.append(f"CMake 3.14 or newer, this one is {version[1]}.{version[2]} ({how})")
+    if mac:  # /usr/bin/c++ and make exist on every Mac; without the command line tools they only open a dialogue
+        if _capture(["xcode-select", "-p"], 60)[0] != 0:
+            missing.append("a C++ compiler (xcode-select --install)")
+    elif os.name != "nt":  # on Windows CMake itself looks for Visual Studio
+        if not (os.environ.get("CXX") or any(map(_which, ("c++", "g++", "clang++")))):
+            missing.append("a C++ compiler (apt install g++)")
+        if not (_which("ninja") or _which("make")):
+            missing.append("make or ninja (apt install make)")
+    if _capture([sys.executable, "-m", "pip", "--version"], 60)[0] != 0:
+        missing.append(f"pip in this environment ({_PIP_REMEDY})")
+    return missing
+
+
+_PIP_REMEDY = "python -m ensurepip, or in an environment made by uv: uv pip install pip"
+
+
+def ensure(llama_cpp: str | None, progress: Progress) -> LlamaCpp:
+    """`find`, else `build`. Raises what those raise."""
+    return find(llama_cpp) or build(progress)
+
+
+def build(progress: Progress) -> LlamaCpp:
+    """Download the pinned source, compile it in the user's cache folder, and return the result.
+
+    A killed build goes on where it stopped; a second process waits for the first one's. Raises UserError where tools
+    are missing, the download fails or the compiler does (naming the log, with its last lines).
+    """
+    from filelock import FileLock, Timeout
+
+    missing = missing_build_tools()
+    if missing:
+        raise UserError(
+            "llama.cpp has to be built once, and this is missing: " + "; ".join(missing) + ".",
+            "Install it, or name a folder that holds a built llama.cpp with --llama-cpp DIR.",
+        )
+    root = cache_root()
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        progress(0.0, "waiting for another process that is building llama.cpp")
+        lock.acquire()  # the system releases it when that process ends, however it ends
+    try:
+        ready = _our_build()
+        if ready is None:
+            if not (root / "source").is_dir():
+                _fetch(root, progress)
+            _compile(root, progress)
+            (root / "complete").write_text(f"llama-quantize and llama-server of llama-cpp-python {VERSION}\n")
+            ready = _our_build()
+    finally:
+        lock.release()
+    if ready is None:
+        raise UserError(f"The build in {root} left no binaries.", "Delete that folder and try again.")
+    return ready
+
+
+def _fetch(root: Path, progress: Progress) -> None:
+    progress(0.0, "downloading llama.cpp's source (77 MB)")
+    with tempfile.TemporaryDirectory(dir=root, prefix="download-") as name:
+        work = Path(name)
+        (work / "scikit_build_core").mkdir()
+        (work / "scikit_build_core" / "__init__.py").touch()
+        (work / "scikit_build_core" / "build.py").write_text(_STUB_BACKEND)
+        (work / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--require-hashes"]
+        command += ["--no-binary", "llama-cpp-python", "-d", name, "-r", str(work / "requirements.txt")]
+        search = os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))
+        code, tail = run_logged(command, root / "build.log", lambda line: None, {**os.environ, "PYTHONPATH": search})
+        archive = next(work.glob("llama_cpp_python-*.tar.gz"), None)
+        if code != 0 or archive is None:
+            raise UserError(
+                f"pip could not download llama-cpp-python {VERSION}, which holds llama.cpp's source:\n{tail}",
+                "Check the network and pip's settings (pip config list), or name a folder that holds a built llama.cpp "
+                "with --llama-cpp DIR.",
+            )
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
+            raise UserError(f"{archive.name} is not the pinned file.", "Check which package index pip uses.")
+        progress(0.02, "unpacking llama.cpp's source")
+        extract(archive, f"llama_cpp_python-{VERSION}/vendor/llama.cpp", work / "source")
+        (work / "source").rename(root / "source")  # so that source/ is whole wherever it exists
+
+
+def extract(archive: Path, prefix: str, target: Path) -> None:
+    """Unpack the plain files under `prefix` of a tar.gz into `target`; UserError on a member that leads out of it.
+
+    The `.git` file is left behind: it points at a repository that is not there, which CMake would complain about.
+    """
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if not member.name.startswith(prefix + "/"):
+                continue
+            parts = member.name[len(prefix) + 1 :].split("/")
+            if ".." in parts or "" in parts or any("\\" in part or ":" in part for part in parts):
+                raise UserError(f"{archive.name}: unsafe path {member.name}.", "Check which package index pip uses.")
+            if parts == [".git"] or member.isdir():
+                continue
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is None:
+                raise UserError(f"{archive.name}: {member.name} is a link.", "Check which package index pip uses.")
+            path = target.joinpath(*parts)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with content, path.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+
+
+def _compile(root: Path, progress: Progress) -> None:
+    log, folder = root / "build.log", root / "build"
+    cmake = _which("cmake") or "cmake"
+    last = (0, "")
+    # CUDA's compiler is particular about its host compiler. A CPU build does the same work here, more slowly: rather
+    # that than no GGUF at the end of a training.
+    for cuda in (True, False) if _has_cuda() else (False,):
+        configure = [cmake, "-S", str(root / "source"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
+        configure += [f"-D{name}=OFF" for name in _OFF] + [f"-DGGML_CUDA={'ON' if cuda else 'OFF'}"]
+        if cuda:
+            configure.append("-DCMAKE_CUDA_ARCHITECTURES=native")
+        if not (folder / "CMakeCache.txt").is_file() and (ninja := _which("ninja")):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        name = f"compiling llama.cpp ({'CUDA' if cuda else 'Metal' if sys.platform == 'darwin' else 'CPU'})"
+        progress(0.03, name)
+
+        def advance(line: str, name: str = name) -> None:
+            done = fraction(line)
+            if done is not None:
+                progress(0.03 + 0.97 * done, name)
+
+        jobs = str(os.cpu_count() or 1)
+        make = [cmake, "--build", str(folder), "--config", "Release", "--parallel", jobs, "--target", *TARGETS]
+        last = run_logged(configure, log, lambda line: None)
+        if last[0] == 0:
+            last = run_logged(make, log, advance)
+        if last[0] == 0:
+            return
+        if cuda:
+            shutil.rmtree(folder, ignore_errors=True)
+    raise UserError(
+        f"llama.cpp could not be built. Its log, {log}, ends with:\n{last[1]}",
+        f"Mend what it names, delete {folder} and try again; or name a built llama.cpp with --llama-cpp DIR.",
+    )
+
+
+def _has_cuda() -> bool:
+    return _which("nvcc") is not None and "GPU 0" in _capture(["nvidia-smi", "-L"], 60)[1]
+
+
+def _which(name: str) -> str | None:
+    """PATH, then beside the running Python: pip's own `cmake` and `ninja` lie there, on PATH or not."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+
+
+# --- subprocesses -----------------------------------------------------------------------------------------------------
+
+
+def _capture(command: list[str], seconds: float) -> tuple[int, str]:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
+
+
+def run_logged(
+    command: list[str], log: Path, on_line: Callable[[str], None], env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Run a command, append all it prints to `log`, show `on_line` each line; return exit status and the last 15 lines.
+
+    A carriage return ends a line too, so that progress bars can be read. The process never outlives the call.
+    """
+    tail: deque[str] = deque(maxlen=15)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        try:
+            process = subprocess.Popen(command, env=env, text=True, encoding="utf-8", errors="replace", **pipes)
+        except OSError as error:
+            return 127, str(error)
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                tail.append(line.rstrip())
+                on_line(line)
+            return process.wait(), "\n".join(tail)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def fraction(line: str) -> float | None:
+    """How far a line of output says its tool is, in 0..1; None where it does not say.
+
+    Read: "[12/210]" (Ninja, llama-quantize), "[ 12%]" (make) and " 45%|" (tqdm).
+    """
+    match = re.search(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]", line)
+    if match and int(match[2]) > 0:
+        return min(1.0, int(match[1]) / int(match[2]))
+    match = re.search(r"(?:\[\s*(\d{1,3})%\]|\s(\d{1,3})%\|)", line)
+    return min(1.0, int(match[1] or match[2]) / 100) if match else None
+
+
+# --- server -----------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """`llama-server` with one GGUF, on a free port of this machine; a context manager.
+
+    context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
+    llama.cpp's own choice where None. Raises UserError where the server does not come up within `timeout` seconds or
+    dies; its last lines are in the message.
+    """
+
+    def __init__(
+        self,
+        llama: LlamaCpp,
+        gguf: Path,
+        context: int = 4096,
+        slots: int = 1,
+        threads: int | None = None,
+        timeout: float = 600,
+    ) -> None:
+        self.llama, self.gguf, self.context, self.slots = llama, gguf, context, slots
+        self.threads, self.timeout = threads, timeout
+        self.port = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = Path(os.devnull)
+
+    def __enter__(self) -> "Server":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [str(self.llama.server), "-m", str(self.gguf), "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["-c", str(self.context * self.slots), "-np", str(self.slots), "--jinja", "--no-webui"]
+        command += ["--reasoning-format", "none"]  # the answer as the model wrote it, thoughts included
+        if self.threads:
+            command += ["-t", str(self.threads)]
+        # llama-server reads LLAMA_ARG_* and LLAMA_API_KEY: the user's own would change what is being verified.
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
+        handle, name = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
+        self._log = Path(name)
+        with os.fdopen(handle, "wb") as log:
+            try:
+                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+            except OSError as error:
+                self.__exit__(None, None, None)
+                raise UserError(f"{self.llama.server} does not start: {error}", _SERVER_REMEDY) from error
+        try:
+            self._wait()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._log.unlink(missing_ok=True)
+
+    def chat(self, messages: list[dict[str, Any]], max_tokens: int, **template: Any) -> str:
+        """The model's greedy answer. `template`: values for the chat template, such as enable_thinking=False."""
+        body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0, "cache_prompt": False}
+        answer = self._request("POST", "/v1/chat/completions", body | {"chat_template_kwargs": template})
+        return str(answer["choices"][0]["message"].get("content") or "")
+
+    def chat_many(
+        self, conversations: Sequence[list[dict[str, Any]]], max_tokens: int, progress: Progress, **template: Any
+    ) -> list[str]:
+        """`chat` for each conversation, `slots` at a time; answers in the order of the conversations."""
+        with ThreadPoolExecutor(self.slots) as pool:
+            jobs = [pool.submit(self.chat, messages, max_tokens, **template) for messages in conversations]
+            try:
+                for count, job in enumerate(as_completed(jobs), 1):
+                    job.result()
+                    progress(count / len(jobs), f"{count} of {len(jobs)} answers")
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # after a failure, do not ask the rest
+        return [job.result() for job in jobs]
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids of `text` by the GGUF's own vocabulary."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        return [int(token) for token in self._request("POST", "/tokenize", body)["tokens"]]
+
+    def _wait(self) -> None:
+        end = time.monotonic() + self.timeout
+        while self._process is not None and self._process.poll() is None and time.monotonic() < end:
+            try:
+                if self._send("GET", "/health", None, 5)[0] == 200:
+                    return
+            except OSError:
+                pass
+            time.sleep(0.1)
+        raise self._dead("did not come up")
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        try:
+            status, answer = self._send(method, path, body, self.timeout)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._dead(f"gave no answer to {path} ({type(error).__name__})") from error
+        if status != 200:
+            raise UserError(f"llama-server refused {path}: {answer.decode(errors='replace')[:500]}", _SERVER_REMEDY)
+        return json.loads(answer)
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> tuple[int, bytes]:
+        # http.client, because urllib would send a request for this very machine through the user's proxy
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _dead(self, what: str) -> UserError:
+        lines = self._log.read_text(errors="replace").splitlines()[-15:] if self._log.is_file() else []
+        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _SERVER_REMEDY)
+
+
+_SERVER_REMEDY = (
+    "Try a shorter context or fewer slots where memory is short; else try another llama.cpp: --llama-cpp DIR."
+)

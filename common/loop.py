@@ -1,0 +1,169 @@
+"""THE training loop: one for both backends."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Protocol
+
+from common import checkpoint
+from common.batches import micro_batches, step_rows
+from common.checkpoint import State
+from common.config import Plan, Recipe
+from common.errors import UserError
+from common.seam import Backend, Batch, Memory, OutOfMemory, StepResult
+from common.template import Encoded
+
+
+class Observer(Protocol):
+    """What the loop tells, and the one thing it asks: whether the user wants it to stop."""
+
+    def step(self, line: dict, memory: Memory) -> None: ...
+
+    def evaluation(self, line: dict) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def stop_requested(self) -> bool: ...
+
+
+class Interrupted(Exception):
+    """The user asked to stop; the step was finished and saved."""
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Of optimizer step `step` (from 1): linear warm-up, then the schedule, which no step sees at zero."""
+    if step <= recipe.warmup_steps:
+        return recipe.learning_rate * step / recipe.warmup_steps
+    share = (step - 1 - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return recipe.learning_rate * factor[recipe.schedule]
+
+
+def train(
+    backend: Backend,
+    recipe: Recipe,
+    plan: Plan,
+    rows: list[Encoded],
+    valid: list[Encoded],
+    run: Path,
+    state: State,
+    observer: Observer,
+) -> State:
+    """From `state` to the recipe's last step; evaluates, saves and logs on the way.
+
+    Raises Interrupted after a requested stop, UserError for a loss that is not finite or memory that no cut saves.
+    """
+    first = True
+    with _open_metrics(run / "metrics.jsonl", state.step) as metrics:
+        while state.step < recipe.steps:
+            step = state.step + 1
+            chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
+            rate = learning_rate(recipe, step)
+            started = time.perf_counter()
+            result, batches = _step(backend, chosen, rate, step, state, observer)
+            loss, norm = float(result.loss_sum) / result.label_tokens, float(result.grad_norm)
+            seconds = time.perf_counter() - started
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise _not_finite(run, step, chosen)
+            _count(state, step, loss, result, batches, seconds, timed=not first)
+            first = False
+            memory = backend.memory()
+            line = {
+                "step": step,
+                "loss": loss,
+                "label_tokens": result.label_tokens,
+                "tokens": result.tokens,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "seconds": seconds,
+                "memory": memory.used,
+            }
+            _write(metrics, line)
+            observer.step(line, memory)
+            last, stop = step == recipe.steps, observer.stop_requested()
+            if valid and (last or step % recipe.eval_every == 0):
+                _evaluate(backend, valid, state, observer, metrics)
+            if last or stop or step % plan.save_every == 0:
+                checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
+            if stop and not last:
+                raise Interrupted(run)
+    return state
+
+
+def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> float:
+    """Mean token loss over all label tokens of `rows`."""
+    results = [backend.eval_step(batch) for batch in micro_batches(rows, micro_batch_tokens)]
+    return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
+
+
+def _step(
+    backend: Backend, rows: list[Encoded], rate: float, step: int, state: State, observer: Observer
+) -> tuple[StepResult, list[Batch]]:
+    """The step, cut finer and done again while memory does not suffice; the mathematics stays the same."""
+    while True:
+        batches = micro_batches(rows, state.micro_batch_tokens)
+        try:
+            return backend.train_step(batches, rate, step), batches
+        except OutOfMemory:
+            widest = max(batch.input_ids.size for batch in batches)
+            if all(len(batch.lengths) == 1 for batch in batches):
+                raise UserError(
+                    f"Step {step} ran out of memory with one row at a time; its longest row has {widest} tokens.",
+                    "Lower --max-length or --rank, or train a smaller model.",
+                ) from None
+            state.micro_batch_tokens = widest // 2
+            observer.warn(f"step {step} ran out of memory; micro-batches are now cut to {widest // 2} tokens")
+
+
+def _count(
+    state: State, step: int, loss: float, result: StepResult, batches: list[Batch], seconds: float, timed: bool
+) -> None:
+    state.step, state.train_loss = step, loss
+    state.tokens += result.tokens
+    state.label_tokens += result.label_tokens
+    state.padded_tokens += sum(batch.input_ids.size for batch in batches)
+    state.train_seconds += seconds
+    if timed:
+        state.timed_seconds += seconds
+        state.timed_tokens += result.tokens
+        state.timed_label_tokens += result.label_tokens
+
+
+def _evaluate(backend: Backend, valid: list[Encoded], state: State, observer: Observer, metrics) -> None:
+    loss = evaluate(backend, valid, state.micro_batch_tokens)
+    if state.best_valid_loss is None or loss < state.best_valid_loss:
+        state.best_valid_loss, state.best_step, state.best = loss, state.step, backend.get_adapter()
+    line = {"step": state.step, "valid_loss": loss}
+    _write(metrics, line)
+    observer.evaluation(line)
+
+
+def _not_finite(run: Path, step: int, rows: list[Encoded]) -> UserError:
+    found = checkpoint.latest(run)
+    kept = f"The checkpoint of step {found[0].step} is kept" if found else "No checkpoint had been written yet"
+    sources = ", ".join(row.source for row in rows)
+    return UserError(
+        f"The loss or its gradient is not finite at step {step}, on the rows {sources}. {kept}.",
+        "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32.",
+    )
+
+
+def _open_metrics(path: Path, step: int):
+    """Open for appending, without the lines of steps that a resumed run will do again."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    return path.open("a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the last line of a killed run may be cut
+
+
+def _write(metrics, line: dict) -> None:
+    metrics.write(json.dumps(line) + "\n")
+    metrics.flush()

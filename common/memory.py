@@ -1,0 +1,61 @@
+"""Memory of this process and of the machine, in bytes."""
+
+import resource
+import sys
+from pathlib import Path
+
+from common.seam import Memory
+
+
+class ResidentSet:
+    """Growth of the resident set since this object was made, for where no allocator keeps a peak."""
+
+    def __init__(self) -> None:
+        self._before = peak_rss()
+        _reset_peak()
+        self._start = rss()
+
+    def used(self) -> int:
+        return max(0, rss() - self._start)
+
+    def peak(self) -> int:
+        return max(0, peak_rss() - self._start)
+
+    def process_peak(self) -> int:
+        """The peak over the process's life, not only since the start."""
+        return max(self._before, peak_rss())
+
+    def memory(self) -> Memory:
+        return Memory(self.used(), self.peak(), total(), "rss", swap_used())
+
+
+def rss() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss() -> int:
+    """The resident set's peak. getrusage counts kilobytes on Linux and bytes on macOS."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _reset_peak() -> None:
+    """Let Linux count the peak anew (proc(5), clear_refs); elsewhere the process's whole life counts."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def total() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def swap_used() -> int:
+    import psutil
+
+    return int(psutil.swap_memory().used)
