@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 
+from common.blas import preload
 from common.errors import UserError
 
 MLX_INSTALL = {
@@ -83,6 +84,7 @@ def choose_backend(wanted: str) -> Choice:
 def choose_device(wanted: str, backend: str) -> Choice:
     """Raises UserError where the wanted device is not there, or is not the backend's."""
     if backend == "mlx":
+        preload()
         import mlx.core as mx
 
         gpu = mx.is_available(mx.gpu)

@@ -74,7 +74,7 @@ def check_quants(quants: Sequence[str]) -> None:
 
 
 def check_convertible(folder: Path) -> None:
-    """UserError for a Gemma without `tokenizer.model`; asked before training, because the remedy may take a download."""
+    """UserError for a Gemma without `tokenizer.model`; asked before training: the remedy may take a download."""
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind in _NEED_SENTENCEPIECE and not (folder / "tokenizer.model").is_file():
         raise UserError(

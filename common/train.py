@@ -12,6 +12,7 @@ from typing import Any
 from common import adapter as adapters
 from common import checkpoint, models, record
 from common.batches import steps_per_epoch
+from common.blas import INSTALL, preload
 from common.checkpoint import State
 from common.config import Options, Plan, Recipe, write_yaml
 from common.data import data_hash, load_data
@@ -94,6 +95,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     choices = {"backend": choose_backend(options.backend)}
     backend = choices["backend"].value
     choices["device"] = choose_device(options.device, backend)
+    if backend == "mlx" and choices["device"].value == "cpu" and not preload():
+        display.warn(f"MLX will be about 15 times slower than need be: no OpenBLAS was found. {INSTALL}")
     choices["precision"] = choose_precision(options.precision, backend, choices["device"].value)
     run = resumed or _output(options, backend)
     data = load_data(Path(options.data), options.valid_share, options.seed)

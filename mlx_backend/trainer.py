@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_backend import blas
+from common.blas import preload
 
-BLAS = blas.preload()  # before mlx is imported, or never
+preload()  # before mlx is imported, or never
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

@@ -1,5 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.seam.Backend`."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ class TorchBackend:
     def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # ours is the only display
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)

@@ -10,8 +10,8 @@ INSTALL = "apt install libopenblas0-pthread (Debian, Ubuntu) or dnf install open
 def preload() -> str | None:
     """Load OpenBLAS so that MLX's products use it; must run before mlx is imported. Its name, or None if not found.
 
-    A library loaded globally comes before those that mlx brings along, so its `cblas_sgemm` is the one called: 15 to
-    20 times faster than the reference BLAS (measured on two cores). Elsewhere than on Linux there is nothing to do.
+    A library loaded globally comes before those that mlx brings along, so its `cblas_sgemm` is the one called: about
+    15 times faster than the reference BLAS on two cores. Elsewhere than on Linux there is nothing to do.
     """
     if not sys.platform.startswith("linux"):
         return "Accelerate"
