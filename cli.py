@@ -12,7 +12,6 @@ from common.config import Options, load_options, read_flags
 from common.errors import UserError
 from common.progress import Display, Mode
 
-Positional = tyro.conf.Positional
 app = tyro.extras.SubcommandApp()
 
 
@@ -46,7 +45,7 @@ def train(options: tyro.conf.OmitArgPrefixes[Options]) -> None:
 
 @app.command(name="check-data")
 def check_data(
-    file: Positional[Path],
+    file: tyro.conf.Positional[Path],
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     max_length: int = 1024,
 ) -> None:
@@ -64,7 +63,7 @@ def check_data(
 
 @app.command
 def fuse(
-    run: Positional[Path],
+    run: tyro.conf.Positional[Path],
     export: Literal["fused", "gguf"] | None = None,
     quant: tuple[str, ...] = (),
     llama_cpp: str | None = None,
@@ -84,7 +83,7 @@ def fuse(
 
 
 @app.command
-def compare(runs: Positional[Annotated[list[Path], tyro.conf.arg(metavar="RUN RUN [RUN ...]")]]) -> None:
+def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metavar="RUN RUN [RUN ...]")]]) -> None:
     """Runs side by side: whether their recipes agree, speed, memory, losses, ratios to the first.
 
     Args:

@@ -72,7 +72,7 @@ def fuse(base: Path, adapter: Adapter, out: Path, progress: Progress) -> None:
                 weight = adapter.weights.get(name.removesuffix(".weight"))
                 missing.discard(name)
                 if weight is None:
-                    file.write(data[begin:end])
+                    file.write(data[begin:end].data)
                 else:
                     for piece in _fused_pieces(data[begin:end], entry, weight):
                         file.write(piece.tobytes())

@@ -214,6 +214,8 @@ def build(progress: Progress) -> LlamaCpp:
 
 def _fetch(root: Path, progress: Progress) -> None:
     progress(0.0, "downloading llama.cpp's source (77 MB)")
+    for left in root.glob("download-*"):  # by a process that was killed; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as name:
         work = Path(name)
         (work / "scikit_build_core").mkdir()

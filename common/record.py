@@ -42,7 +42,7 @@ def update_run(run: Path, **facts: Any) -> dict[str, Any]:
 
 def write_environment(run: Path) -> None:
     """environment.json: versions and machine; no names, no paths, no tokens."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

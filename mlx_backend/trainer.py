@@ -101,18 +101,18 @@ class MlxBackend:
             del gradients
             mx.clear_cache()
             raise OutOfMemory(str(error)) from None
-        norm = mx.sqrt(sum(mx.square(g).sum() for _, g in tree_flatten(gradients)))
+        norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
         if self.recipe.max_grad_norm:
             factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
             gradients = tree_map(lambda g: g * factor, gradients)
         self.optimizer.learning_rate = learning_rate
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
-        return StepResult(_Scalar(total_loss), _Scalar(norm), count, sum(batch.tokens for batch in micro_batches))
+        return StepResult(total_loss, norm, count, sum(batch.tokens for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
-        return StepResult(_Scalar(loss_sum(self.model, batch)), 0.0, batch.label_tokens, batch.tokens)
+        return StepResult(loss_sum(self.model, batch), 0.0, batch.label_tokens, batch.tokens)
 
     def get_adapter(self) -> Adapter:
         recipe = self.recipe
@@ -172,13 +172,3 @@ class MlxBackend:
         mx.clear_cache()
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
-
-
-class _Scalar:
-    """A lazy MLX scalar that float() waits for."""
-
-    def __init__(self, array: mx.array) -> None:
-        self._array = array
-
-    def __float__(self) -> float:
-        return float(self._array.item())

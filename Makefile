@@ -1,0 +1,27 @@
+# Both commands of the README set up all they need in .venv first.
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: example test check setup
+
+example: setup  ## train the built-in example; make example ARGS="--backend mlx"
+	$(PYTHON) cli.py train $(ARGS)
+
+test: check  ## everything, with real models and the real llama.cpp
+	$(PYTHON) -m pytest tests/parity tests/gguf tests/e2e
+
+check: setup  ## lint, format, types and the fast tests: under two minutes
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m pytest tests/unit tests/torch tests/mlx
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Twintune needs Python 3.11 or newer: make PYTHON3=python3.11 ...")'
+	$(PYTHON3) -m venv .venv
+	$(PYTHON) -m pip install torch==2.13.0
+	$(PYTHON) -m pip install -e ".[dev]"
+	touch .venv/ready

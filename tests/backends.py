@@ -1,0 +1,212 @@
+"""Checks that hold for either backend; tests/torch and tests/mlx call them, tests/parity compares the two."""
+
+import importlib
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from common import checkpoint, models
+from common.adapter import initial_adapter
+from common.batches import micro_batches, step_rows
+from common.checkpoint import State
+from common.config import TARGET_GROUPS, Plan, Recipe
+from common.data import read_rows
+from common.fuse import fuse
+from common.loop import Interrupted, train
+from common.seam import Backend
+from common.template import Encoded, encode_all, load_tokenizer
+
+TARGETS = TARGET_GROUPS["all-linear"]
+
+
+def make_recipe(folder: Path, **changes) -> Recipe:
+    settings = {
+        "model": str(folder),
+        "data": "rows",
+        "model_hash": "",
+        "data_hash": "",
+        "template_hash": "",
+        "precision": "fp32",
+        "rank": 4,
+        "alpha": 8.0,
+        "dropout": 0.0,
+        "targets": TARGETS,
+        "batch_size": 4,
+        "max_length": 256,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "schedule": "cosine",
+        "steps": 10,
+        "warmup_steps": 2,
+        "eval_every": 4,
+        "seed": 0,
+    }
+    return Recipe(**(settings | changes))
+
+
+def make_plan(name: str, micro_batch_tokens: int = 300) -> Plan:
+    return Plan(backend=name, device="cpu", micro_batch_tokens=micro_batch_tokens, save_every=3)
+
+
+def load(name: str, folder: Path, recipe: Recipe, start: bool = True) -> Backend:
+    backend = importlib.import_module(f"{name}_backend").create()
+    shapes = models.linear_shapes(folder, recipe.targets)
+    backend.load(recipe, make_plan(name), folder, list(shapes))
+    if start:
+        backend.set_adapter(
+            initial_adapter(shapes, recipe.model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)
+        )
+    return backend
+
+
+def encode_rows(folder: Path, rows: Path) -> list[Encoded]:
+    return encode_all(read_rows(rows), load_tokenizer(folder), 512)[0]
+
+
+def run_steps(
+    backend: Backend, recipe: Recipe, rows: list[Encoded], steps: int, micro_batch_tokens: int = 300
+) -> list[float]:
+    """The mean token loss of each step."""
+    losses = []
+    for step in range(1, steps + 1):
+        chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
+        result = backend.train_step(micro_batches(chosen, micro_batch_tokens), recipe.learning_rate, step)
+        losses.append(float(result.loss_sum) / result.label_tokens)
+    return losses
+
+
+def relative_difference(one: dict, other: dict) -> float:
+    """The largest relative Frobenius difference between matrices of the same name."""
+    return max(np.linalg.norm(one[n] - other[n]) / max(np.linalg.norm(one[n]), 1e-12) for n in one)
+
+
+def matrices(backend: Backend) -> dict[str, np.ndarray]:
+    weights = backend.get_adapter().weights
+    return {f"{n}.A": w.A for n, w in weights.items()} | {f"{n}.B": w.B for n, w in weights.items()}
+
+
+class Quiet:
+    """An observer that asks to stop after step `stop_at`."""
+
+    def __init__(self, stop_at: int = 0) -> None:
+        self.stop_at, self.at, self.warnings = stop_at, 0, []
+
+    def step(self, line, memory) -> None:
+        self.at = line["step"]
+        assert memory.peak > 0
+        assert memory.total > 0
+
+    def evaluation(self, line) -> None: ...
+
+    def warn(self, text) -> None:
+        self.warnings.append(text)
+
+    def stop_requested(self) -> bool:
+        return self.at == self.stop_at
+
+
+def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) -> None:
+    recipe = make_recipe(folder)
+    results = []
+    for budget in (1, 60, 10_000):
+        backend = load(name, folder, recipe)
+        results.append((run_steps(backend, recipe, rows, 4, budget), matrices(backend)))
+        backend.close()
+    for losses, adapter in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=2e-5)
+        assert relative_difference(results[0][1], adapter) < 1e-3
+
+
+def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out: Path) -> None:
+    recipe = make_recipe(folder)
+    backend = load(name, folder, recipe)
+    run_steps(backend, recipe, rows, 4)
+    tuned, base = backend.logits(rows[0].ids), backend.logits(rows[0].ids, adapter=False)
+    adapter = backend.get_adapter()
+    backend.close()
+    assert np.abs(tuned - base).max() > 0.1, "the adapter must change something"
+    out.mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    fuse(folder, adapter, out, lambda share, text: None)
+    fused = load(name, out, recipe)  # with an adapter of zeros
+    np.testing.assert_allclose(fused.logits(rows[0].ids), tuned, atol=2e-4)
+    fused.close()
+
+
+def check_adapter_off_is_the_base(name: str, folder: Path, rows: list[Encoded]) -> None:
+    recipe = make_recipe(folder)
+    backend = load(name, folder, recipe)
+    untouched = backend.logits(rows[0].ids)
+    run_steps(backend, recipe, rows, 2)
+    np.testing.assert_array_equal(backend.logits(rows[0].ids, adapter=False), untouched)
+    backend.close()
+
+
+def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], run: Path, dropout: float) -> None:
+    """Uninterrupted against: stopped by request at step 5, and killed after the checkpoint of step 6."""
+    recipe = make_recipe(folder, dropout=dropout)
+
+    def go(where: Path, state: State, stop_at: int = 0) -> State:
+        backend = load(name, folder, recipe)
+        if found := checkpoint.latest(where):
+            state = found[0]
+            backend.set_adapter(found[1])
+            backend.set_optimizer(found[2])
+        try:
+            return train(backend, recipe, make_plan(name), rows[4:], rows[:4], where, state, Quiet(stop_at))
+        finally:
+            backend.close()
+
+    def losses(where: Path) -> str:
+        lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        return repr([(line["step"], line.get("loss"), line.get("valid_loss")) for line in lines])
+
+    whole, stopped = run / "whole", run / "stopped"
+    for folder_ in (whole, stopped):
+        folder_.mkdir(parents=True)
+    final = go(whole, State(micro_batch_tokens=300))
+    try:
+        go(stopped, State(micro_batch_tokens=300), stop_at=5)
+        raise AssertionError("the stop was not heeded")
+    except Interrupted:
+        pass
+    again = go(stopped, State())
+    assert losses(stopped) == losses(whole)
+    assert (again.best_step, again.best_valid_loss) == (final.best_step, final.best_valid_loss)
+
+
+def check_optimizer_state_round_trip(name: str, folder: Path, rows: list[Encoded]) -> None:
+    recipe = make_recipe(folder)
+    backend = load(name, folder, recipe)
+    run_steps(backend, recipe, rows, 3)
+    state, adapter = backend.get_optimizer(), backend.get_adapter()
+    expected = run_steps(backend, recipe, rows, 3)
+    backend.close()
+    assert state.step == 3
+    name_ = min(adapter.weights)
+    assert state.exp_avg[f"{name_}.lora_A"].shape == adapter.weights[name_].A.shape
+    assert state.exp_avg_sq[f"{name_}.lora_B"].shape == adapter.weights[name_].B.shape
+    other = load(name, folder, recipe)
+    other.set_adapter(adapter)
+    other.set_optimizer(state)
+    assert run_steps(other, recipe, rows, 3) == expected
+    other.close()
+
+
+def check_bf16_base_has_float32_adapter(name: str, folder: Path, rows: list[Encoded]) -> None:
+    recipe = make_recipe(folder, precision="bf16")
+    backend = load(name, folder, recipe)
+    losses = run_steps(backend, recipe, rows, 3)
+    assert losses[-1] < losses[0]
+    for name_, matrix in matrices(backend).items():
+        assert matrix.dtype == np.float32
+        assert np.any(matrix != matrix.astype(ml_dtypes.bfloat16).astype(np.float32)), name_
+    backend.close()

@@ -1,0 +1,283 @@
+"""The README's commands as a user types them: a real model, both backends, the real llama.cpp."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import adapter as adapters
+from common import models
+from common.config import ROOT
+from common.data import read_rows
+from common.llamacpp import Server, ensure
+from common.template import encode, load_tokenizer
+from tests.tiny import chat, write_model, write_rows
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+EXAMPLE = ROOT / "examples" / "data"
+
+
+def twintune(*words, code=0, **settings):
+    """Run the command line; its exit code is checked, its output returned."""
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False, **settings)
+    assert done.returncode == code, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", params=["torch", "mlx"])
+def trained(request, tmp_path_factory):
+    """A short real run of each backend: the folder, and what it printed."""
+    run = tmp_path_factory.mktemp(request.param) / "run"
+    data = run.parent / "data"
+    data.mkdir()
+    for name, count in (("train", 120), ("valid", 8)):
+        lines = (EXAMPLE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        (data / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out = twintune(
+        "train", "--config", ROOT / "configs" / "quickstart.yaml", "--data", data, "--output", run,
+        "--backend", request.param, "--precision", "fp32", "--steps", 15, "--eval-every", 5,
+        "--quant", "Q4_K_M", "Q8_0",
+    )  # fmt: skip
+    return request.param, run, out
+
+
+def example_ids():
+    folder = models.resolve(SMOLLM2, print)
+    return folder, encode(read_rows(EXAMPLE / "valid.jsonl")[0], load_tokenizer(folder)).ids
+
+
+def test_the_run_folder_is_whole(trained):
+    backend, run, out = trained
+    record = json.loads((run / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert record["backend"] == backend
+    assert record["steps"] == 15
+    assert record["exported_adapter"] == "best"
+    for key in ("tokens_per_second", "label_tokens_per_second", "peak_memory_bytes", "peak_rss_bytes"):
+        assert record[key] > 0, key
+    assert 0 <= record["padding_fraction"] < 0.2
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 15
+    assert losses[-1] < losses[0] / 2
+    assert [line["step"] for line in lines if "valid_loss" in line] == [5, 10, 15]
+    for name in ("recipe.yaml", "plan.yaml", "environment.json", "fused/model.safetensors", "fused/tokenizer.json"):
+        assert (run / name).exists(), name
+    assert not list((run / "gguf").glob("*BF16*"))
+    assert "asked for" in out  # why this backend
+
+
+def test_peft_loads_the_adapter_with_the_logits_that_were_trained(trained):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, run, _ = trained
+    folder, ids = example_ids()
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    fused = AutoModelForCausalLM.from_pretrained(run / "fused", dtype=torch.float32)
+    inputs = torch.tensor(ids[None].astype(np.int64))
+    with torch.no_grad():
+        plain = base(inputs).logits
+        merged = fused(inputs).logits
+        tuned = PeftModel.from_pretrained(base, run / "adapter")(inputs).logits
+    assert (tuned - plain).abs().max() > 1.0
+    # the fused weights are rounded to the base's bf16, the adapter is not
+    assert (tuned - merged).abs().max() < 0.1 * (tuned - plain).abs().max()
+
+
+def test_mlx_lm_loads_the_adapter_with_the_same_logits_as_peft(trained):
+    import mlx.core as mx
+    import torch
+    from mlx_lm import load as mlx_load
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, run, _ = trained
+    folder, ids = example_ids()
+    mx.set_default_device(mx.cpu)
+    model, _ = mlx_load(str(folder), adapter_path=str(run / "adapter-mlx"))
+    model.set_dtype(mx.float32)
+    got = np.array(model(mx.array(ids[None]))[0].astype(mx.float32))
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        plain = base(torch.tensor(ids[None].astype(np.int64))).logits[0].numpy()
+        want = PeftModel.from_pretrained(base, run / "adapter")(torch.tensor(ids[None].astype(np.int64)))
+    assert np.abs(got - plain).max() > 1.0
+    np.testing.assert_allclose(got, want.logits[0].numpy(), atol=2e-3)
+
+
+def test_mlx_lm_generates_with_the_adapter_as_it_is(trained):
+    _, run, _ = trained
+    folder, _ = example_ids()
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(folder), "--adapter-path"]
+    command += [str(run / "adapter-mlx"), "--prompt", "hi", "--max-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Generation: 4 tokens" in done.stdout
+
+
+def test_both_layouts_hold_the_same_weights(trained):
+    _, run, _ = trained
+    one, other = adapters.read_peft(run / "adapter"), adapters.read_mlx(run / "adapter-mlx")
+    assert one.weights.keys() == other.weights.keys()
+    for name, weight in one.weights.items():
+        np.testing.assert_array_equal(weight.A, other.weights[name].A)
+        np.testing.assert_array_equal(weight.B, other.weights[name].B)
+
+
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q8_0"])
+def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, quant):
+    _, run, _ = trained
+    rows = read_rows(EXAMPLE / "valid.jsonl")[:6]
+    prompts = [[dict(m) for m in row.messages[:-1]] for row in rows]
+    with Server(ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", context=512) as server:
+        answers = server.chat_many(prompts, 64, lambda share, text: None)
+    wanted = [row.messages[-1]["content"] for row in rows]
+    # fifteen steps teach the voice, if not yet every word; an answer that never stops would be far longer
+    assert all(len(answer) < 2 * len(want) + 20 for answer, want in zip(answers, wanted, strict=True)), answers
+    openings = {want[:3] for row in read_rows(EXAMPLE / "train.jsonl") for want in [row.messages[-1]["content"]]}
+    assert sum(answer[:3] in openings for answer in answers) >= 4, answers
+
+
+def test_fuse_makes_the_export_again(trained):
+    _, run, _ = trained
+    before = (run / "fused" / "model.safetensors").read_bytes()
+    twintune("fuse", run, "--export", "fused")
+    assert (run / "fused" / "model.safetensors").read_bytes() == before
+
+
+def test_compare_prints_agreement_first(trained):
+    _, run, _ = trained
+    out = twintune("compare", run, run)
+    assert out.index("agrees") < out.index("tokens/s")
+    assert "the same recipe" in out
+
+
+def test_the_built_in_example_counts_before_and_after(tmp_path):
+    out = twintune("train", "--steps", 4, "--output", tmp_path / "run", "--backend", "torch")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["example"]["total"] == 60
+    assert record["example"]["before"] <= 3
+    assert record["example"].keys() == {"total", "before", "after"}
+    assert "Test answers that follow the form" in out
+    assert len((tmp_path / "run" / "example.jsonl").read_text(encoding="utf-8").splitlines()) == 60
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl", 40)
+
+
+def tiny_train(tiny, run, backend, *more):
+    model, rows = tiny
+    words = ["train", "--model", model, "--data", rows, "--output", run, "--backend", backend, "--export", "none"]
+    return [*words, "--precision", "fp32", "--batch-size", 4, "--learning-rate", 0.01, "--save-every", 5, *more]
+
+
+def step_losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("valid_loss")) for line in lines]
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill-9"])
+def test_an_interrupted_run_goes_on_to_the_last_bit(tiny, tmp_path, backend, how):
+    steps = ["--steps", 400]
+    command = [sys.executable, str(ROOT / "cli.py"), *map(str, tiny_train(tiny, tmp_path / "cut", backend, *steps))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    end = time.monotonic() + 300
+    while not (metrics.exists() and metrics.read_text().count("\n") > 12):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(how)
+    out = process.communicate(timeout=120)[0]
+    if how == signal.SIGINT:
+        assert process.returncode == 130, out
+        assert f"--resume {tmp_path / 'cut'}" in out
+    assert len(step_losses(tmp_path / "cut")) < 400, "the run was over before it was interrupted"
+    twintune("train", "--resume", tmp_path / "cut")
+    twintune(*tiny_train(tiny, tmp_path / "whole", backend, *steps))
+    assert step_losses(tmp_path / "cut") == step_losses(tmp_path / "whole")
+    cut, whole = (adapters.read_peft(tmp_path / name / "adapter") for name in ("cut", "whole"))
+    for name, weight in whole.weights.items():
+        np.testing.assert_array_equal(cut.weights[name].B, weight.B)
+
+
+def test_two_backends_make_one_recipe_and_compare_says_so(tiny, tmp_path):
+    for backend in ("torch", "mlx"):
+        twintune(*tiny_train(tiny, tmp_path / backend, backend, "--steps", 10))
+    out = twintune("compare", tmp_path / "torch", tmp_path / "mlx")
+    assert "the same recipe" in out
+    assert "peak RSS" in out
+    twintune(*tiny_train(tiny, tmp_path / "other", "torch", "--steps", 10, "--rank", 2))
+    out = twintune("compare", tmp_path / "torch", tmp_path / "other")
+    assert re.search(r"NOT the same recipe.*rank 16 / 2", out.replace("\n", " "))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, tmp_path):
+    words = tiny_train(tiny, tmp_path / "run", "torch", "--steps", 40)
+    words[words.index("--learning-rate") + 1] = 1e30
+    words[words.index("--save-every") + 1] = 1
+    out = twintune(*words, "--warmup", 0, code=1)
+    assert re.search(r"not finite at step \d+, on the rows rows.jsonl:\d+", out)
+    assert "--learning-rate" in out
+
+
+def test_an_output_folder_that_holds_another_run_is_refused(tiny, tmp_path):
+    twintune(*tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2))
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    out = twintune(*tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2), code=1)
+    assert "holds another run" in out
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+def test_json_mode_prints_one_event_a_line(tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py")]
+    command += map(str, tiny_train(tiny, tmp_path / "run", "torch", "--steps", 3, "--json"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+    assert events.count("step") == 3
+    assert events[-1] == "done"
+
+
+def test_quiet_mode_is_quiet(tiny, tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py")]
+    command += map(str, tiny_train(tiny, tmp_path / "run", "torch", "--steps", 3, "--quiet"))
+    assert subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout == ""
+
+
+def test_check_data_counts_and_marks(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(chat("q", word)) + "\n" for word in ("a", "b" * 400)), encoding="utf-8")
+    out = twintune("check-data", rows, "--model", tiny[0], "--max-length", 200)
+    assert "[a<|im_end|>]" in out
+    assert "rows.jsonl:2" in out
+
+
+def test_doctor_names_the_steps_and_never_the_token():
+    out = twintune("doctor", env={**os.environ, "HF_TOKEN": "hf_secretsecretsecret"})
+    assert "train on torch" in out
+    assert "present" in out
+    assert "hf_secret" not in out
+
+
+def test_a_gguf_file_is_a_model(tmp_path):
+    gguf = next(iter((models.cache_folder() / "downloads").glob("*.gguf")), None)
+    if gguf is None:
+        models.resolve(SMOLLM2, print)
+        gguf = next((models.cache_folder() / "downloads").glob("*.gguf"))
+    path = Path(models.resolve(str(gguf), print))
+    assert (path / "model.safetensors").exists()
+    assert json.loads((path / "config.json").read_text())["rope_theta"] == 100_000.0

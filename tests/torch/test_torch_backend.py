@@ -1,0 +1,41 @@
+"""The torch backend on a tiny random model."""
+
+import pytest
+
+from tests import backends
+from tests.tiny import write_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(model, tmp_path_factory):
+    return backends.encode_rows(model, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
+
+
+def test_how_a_step_is_cut_does_not_change_it(model, rows):
+    backends.check_cutting_changes_nothing("torch", model, rows)
+
+
+def test_fused_logits_equal_adapter_logits(model, rows, tmp_path):
+    backends.check_fused_equals_adapter("torch", model, rows, tmp_path / "fused")
+
+
+def test_without_its_adapter_the_model_is_the_base(model, rows):
+    backends.check_adapter_off_is_the_base("torch", model, rows)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows, tmp_path, dropout):
+    backends.check_resume_is_bit_identical("torch", model, rows, tmp_path, dropout)
+
+
+def test_optimizer_state_crosses_the_seam_and_comes_back(model, rows):
+    backends.check_optimizer_state_round_trip("torch", model, rows)
+
+
+def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
+    backends.check_bf16_base_has_float32_adapter("torch", model, rows)

@@ -1,0 +1,314 @@
+"""Finding, building and steering llama.cpp, with folders and programs made up for the test."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from common import llamacpp
+from common.errors import UserError
+from common.gguf import QUANT_TYPES, check_quants, read_tensors
+from common.llamacpp import CONVERTER, LlamaCpp, Server, extract, find, fraction, missing_build_tools, run_logged
+
+PREFIX = f"llama_cpp_python-{llamacpp.VERSION}/vendor/llama.cpp"
+
+
+def quiet(done: float, text: str) -> None:
+    assert 0.0 <= done <= 1.0, text
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def fake(folder: Path, bins: str, converter: str = "") -> Path:
+    """A llama.cpp of three tiny programs."""
+    script(folder / bins / "llama-quantize", "")
+    script(folder / bins / "llama-server", "print('version: 9.9 (fake)')")
+    script(folder / converter / CONVERTER, "")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No llama.cpp anywhere: an empty cache, an empty PATH."""
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.delenv("LLAMA_CPP_DIR", raising=False)
+    return tmp_path
+
+
+# --- find
+
+
+@pytest.mark.parametrize(("bins", "converter"), [("build/bin", ""), ("bin", "bin"), ("", ""), ("bin", "")])
+def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> None:
+    folder = fake(tmp_path / "llama", bins, converter)
+    found = find(str(folder))
+    assert found is not None
+    assert (found.quantize, found.server) == (folder / bins / "llama-quantize", folder / bins / "llama-server")
+    assert found.converter == folder / converter / CONVERTER
+    assert found.where == f"--llama-cpp {folder}"
+    assert found.version == "9.9 (fake)"
+
+
+def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find(None) is None
+    root = fake(llamacpp.cache_root(), "build/bin", "source")
+    assert find(None) is None, "a build without its marker is not complete"
+    (root / "complete").touch()
+    assert str(root) in str(find(None))
+    fake(tmp_path / "path", "", "")
+    assert "on PATH" in str(find(None))
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(fake(tmp_path / "env", "bin")))
+    assert "LLAMA_CPP_DIR" in str(find(None))
+    assert "--llama-cpp" in str(find(str(fake(tmp_path / "option", "bin"))))
+
+
+def test_binaries_on_path_without_a_working_converter_are_passed_over(tmp_path: Path) -> None:
+    fake(tmp_path / "path", "")
+    script(tmp_path / "path" / CONVERTER, "import no_such_module_of_llama_cpp")
+    assert find(None) is None
+    (tmp_path / "path" / CONVERTER).unlink()
+    assert find(None) is None
+
+
+def test_a_named_folder_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fake(tmp_path / "llama", "bin") / "bin" / "llama-server").unlink()
+    with pytest.raises(UserError) as caught:
+        find(str(tmp_path / "llama"))
+    assert caught.value.what == f"--llama-cpp {tmp_path / 'llama'}: llama-server not found there."
+    monkeypatch.setenv("LLAMA_CPP_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=f"LLAMA_CPP_DIR .*nowhere: {CONVERTER}, llama-quantize, llama-server not"):
+        find(None)
+
+
+def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> None:
+    folder = fake(tmp_path / "llama", "bin")
+    script(folder / CONVERTER, "import no_such_module_of_llama_cpp")
+    with pytest.raises(UserError, match=r"does not run:(?s:.*)No module named 'no_such_module_of_llama_cpp'"):
+        find(str(folder))
+
+
+# --- build
+
+
+@pytest.fixture
+def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "_which", lambda name: None)
+    monkeypatch.setattr(llamacpp, "_capture", lambda command, seconds: (1, "not there"))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.mark.usefixtures("no_tools")
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [
+        ("darwin", ["CMake", "brew install cmake", "python -m pip install cmake", "xcode-select --install"]),
+        ("linux", ["CMake", "apt install cmake", "python -m pip install cmake", "apt install g++", "apt install make"]),
+    ],
+)
+def test_missing_tools_are_named_with_their_remedy(
+    platform: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    text = "; ".join(missing_build_tools())
+    assert [word for word in [*words, "uv pip install pip"] if word not in text] == []
+
+
+def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(llamacpp, "_which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(llamacpp, "_capture", lambda command, seconds: (0, "cmake version 3.9.1"))
+    assert missing_build_tools() == [
+        "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
+    ]
+
+
+@pytest.mark.usefixtures("no_tools")
+def test_build_stops_before_it_downloads_where_tools_are_missing() -> None:
+    with pytest.raises(UserError, match=r"has to be built once, and this is missing: CMake") as caught:
+        llamacpp.build(quiet)
+    assert "--llama-cpp DIR" in caught.value.fix
+
+
+def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cmake = script(tmp_path / "cmake", "print('CMake Error: no compiler for you'); raise SystemExit(1)")
+    monkeypatch.setattr(llamacpp, "_which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(llamacpp, "missing_build_tools", list)
+    root = llamacpp.cache_root()
+    (root / "source").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"build\.log, ends with:\nCMake Error: no compiler for you"):
+        llamacpp.build(quiet)
+    assert not (root / "complete").exists()
+    assert "-DLLAMA_OPENSSL=OFF" in (root / "build.log").read_text()
+
+
+def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "missing_build_tools", list)
+    root, started, waiting, builds = llamacpp.cache_root(), threading.Event(), threading.Event(), []
+
+    def compile_(folder: Path, progress: object) -> None:
+        builds.append(folder)
+        started.set()
+        assert waiting.wait(30)
+        fake(folder, "build/bin", "source")
+
+    (root / "source").mkdir(parents=True)
+    monkeypatch.setattr(llamacpp, "_compile", compile_)
+    results: list[LlamaCpp] = []
+    first = threading.Thread(target=lambda: results.append(llamacpp.build(quiet)))
+    first.start()
+    assert started.wait(30)
+    second = llamacpp.build(lambda done, text: waiting.set())  # its only call says that it waits
+    first.join(30)
+    assert (builds, results) == ([root], [second])
+
+
+def archive(path: Path, members: dict[str, str | None], kind: bytes = tarfile.REGTYPE) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, text in members.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = (kind, 0o755) if text is not None else (tarfile.DIRTYPE, 0o755)
+            info.linkname = "/etc/hosts" if kind == tarfile.SYMTYPE else ""
+            info.size = len(text or "") if info.isreg() else 0
+            tar.addfile(info, io.BytesIO((text or "").encode()))
+    return path
+
+
+def test_extract_takes_the_folder_and_nothing_else(tmp_path: Path) -> None:
+    members = {PREFIX: None, f"{PREFIX}/src": None, f"{PREFIX}/src/a.cpp": "a", f"{PREFIX}/.git": "gitdir: ../../x"}
+    path = archive(tmp_path / "a.tar.gz", {**members, "llama_cpp_python/setup.py": "x", "../../evil": "x"})
+    extract(path, PREFIX, tmp_path / "out")
+    assert [str(p.relative_to(tmp_path)) for p in sorted((tmp_path / "out").rglob("*"))] == ["out/src", "out/src/a.cpp"]
+    assert os.access(tmp_path / "out/src/a.cpp", os.X_OK)
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "/evil", "a/../../evil", "C:evil", "..\\evil"])
+def test_extract_refuses_a_member_that_leads_out(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="unsafe path"):
+        extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/{name}": "x"}), PREFIX, tmp_path / "deep" / "down" / "out")
+    assert [path.name for path in tmp_path.rglob("*evil*")] == []
+
+
+def test_extract_refuses_links(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a link"):
+        extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/a": "x"}, tarfile.SYMTYPE), PREFIX, tmp_path / "out")
+
+
+# --- subprocesses
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[12/48] Building CXX object a.cpp.o", 0.25),
+        ("[ 12%] Building CXX object a.cpp.o", 0.12),
+        ("[100%] Built target llama-server", 1.0),
+        ("[  68/ 272] blk.7.attn_k.weight - [ 576, 192, 1, 1], type = bf16", 0.25),
+        ("Writing:  94%|█████████▍| 253M/269M [00:03<00:00, 71.3Mbyte/s]", 0.94),
+        ("-- Configuring done", None),
+        ("[0/0] nothing", None),
+    ],
+)
+def test_fraction(line: str, expected: float | None) -> None:
+    assert fraction(line) == expected
+
+
+def test_run_logged_reads_progress_bars_and_keeps_the_end(tmp_path: Path) -> None:
+    lines: list[str] = []
+    program = r"import sys; sys.stderr.write('a  1%|\ra  2%|\n'); [print(i) for i in range(20)]; raise SystemExit(3)"
+    code, tail = run_logged([sys.executable, "-u", "-c", program], tmp_path / "log", lines.append)
+    assert code == 3
+    assert tail.splitlines() == [str(i) for i in range(5, 20)]
+    assert [fraction(line) for line in lines[:2]] == [0.01, 0.02]
+    assert "\n19\n" in (tmp_path / "log").read_text()
+    assert run_logged([str(tmp_path / "nothing")], tmp_path / "log", lines.append)[0] == 127
+
+
+def test_run_logged_leaves_no_process_behind(tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt(line)
+
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_logged([sys.executable, "-c", program], tmp_path / "log", stop)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(str(caught.value)), 0)
+
+
+# --- server
+
+FAKE_SERVER = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+    def answer(self, value):
+        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(value).encode())
+    def do_GET(self): self.answer({"status": "ok"})
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize": return self.answer({"tokens": [ord(c) for c in body["content"]]})
+        text = body["messages"][-1]["content"]
+        if text == "die": print("out of memory, sorry", flush=True); sys.stdout.flush(); import os; os._exit(1)
+        assert body["temperature"] == 0 and body["cache_prompt"] is False
+        self.answer({"choices": [{"message": {"content": text.upper()}}]})
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def talk(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_the_server_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy nobody listens at
+    llama = LlamaCpp(tmp_path, tmp_path, script(tmp_path / "llama-server", FAKE_SERVER), "test", "1")
+    done: list[float] = []
+    with Server(llama, tmp_path / "m.gguf", slots=2, timeout=60) as server:
+        assert server.chat(talk("hello"), 5) == "HELLO"
+        answers = server.chat_many([talk(c) for c in "abcd"], 5, lambda fraction_done, text: done.append(fraction_done))
+        assert answers == ["A", "B", "C", "D"]
+        assert done == [0.25, 0.5, 0.75, 1.0]
+        assert server.tokenize("ab") == [97, 98]
+        with pytest.raises(UserError, match="gave no answer to /v1/chat") as caught:
+            server.chat(talk("die"), 5)
+        assert "out of memory, sorry" in caught.value.what
+        process: subprocess.Popen[bytes] | None = server._process
+    assert process is not None
+    assert process.poll() is not None
+
+
+def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
+    llama = LlamaCpp(tmp_path, tmp_path, script(tmp_path / "llama-server", "raise SystemExit('bad file')"), "test", "1")
+    with pytest.raises(UserError, match=r"m\.gguf did not come up.*\nbad file"), Server(llama, tmp_path / "m.gguf"):
+        pass
+
+
+# --- quants
+
+
+def test_check_quants() -> None:
+    check_quants(QUANT_TYPES)
+    with pytest.raises(UserError, match=r"--quant q4_k_m: no such GGUF type; did you mean Q4_K_M\?"):
+        check_quants(["Q8_0", "q4_k_m"])
+    with pytest.raises(UserError, match=r"--quant Q4_K_XL: .*did you mean Q[34]_K_"):
+        check_quants(["Q4_K_XL"])
+    with pytest.raises(UserError, match=r"--quant best: no such GGUF type\.\nChoose from: Q4_K_M, "):
+        check_quants(["best"])
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        read_tensors(tmp_path / "a.gguf")
