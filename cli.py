@@ -12,7 +12,11 @@ from common.config import Options, load_options, read_flags
 from common.errors import UserError
 from common.progress import Display, Mode
 
+_ABOUT = "Fine-tune a language model with LoRA on your own machine, and walk away with a Q4 GGUF."
+
 app = tyro.extras.SubcommandApp()
+# BaseModel has a method called json, so the field cannot be; common/ does not import tyro, so its flag is named here.
+Options.__annotations__["json_output"] = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def _make_backend(name: str):  # type: ignore[no-untyped-def]
@@ -110,7 +114,7 @@ def main() -> None:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             _train(argv[1:])
         else:
-            app.cli(args=argv, prog="twintune", description=__doc__)
+            app.cli(args=argv, prog="twintune", description=_ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:
         print(f"error: {error.what}\nfix:   {error.fix}", file=sys.stderr)
         if os.environ.get("TWINTUNE_TRACEBACK"):

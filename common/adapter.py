@@ -128,19 +128,20 @@ def read_mlx(folder: Path) -> Adapter:
     return Adapter(config.get("model", ""), rank, alpha, shape.get("dropout", 0.0), weights)
 
 
-def write_both(run: Path, adapter: Adapter, shapes: dict[str, tuple[int, int]]) -> None:
-    """`adapter/` and `adapter-mlx/` in the run folder, read back and compared before this returns."""
-    for folder, write, read in (
-        (run / "adapter", write_peft, read_peft),
-        (run / "adapter-mlx", write_mlx, read_mlx),
-    ):
-        write(folder, adapter)
-        again = read(folder)
-        validate(again, shapes, folder)
-        for name, weight in adapter.weights.items():
-            same = np.array_equal(weight.A, again.weights[name].A) and np.array_equal(weight.B, again.weights[name].B)
+def write_both(folder: Path, adapter: Adapter) -> None:
+    """`adapter/` and `adapter-mlx/` in `folder`, read back and compared with what was meant before this returns."""
+    shapes = {name: (weight.B.shape[0], weight.A.shape[1]) for name, weight in adapter.weights.items()}
+    for name, write, read in (("adapter", write_peft, read_peft), ("adapter-mlx", write_mlx, read_mlx)):
+        write(folder / name, adapter)
+        again = read(folder / name)
+        validate(again, shapes, folder / name)
+        for module, weight in adapter.weights.items():
+            found = again.weights.get(module)
+            same = found and np.array_equal(weight.A, found.A) and np.array_equal(weight.B, found.B)
             if not same or not math.isclose(again.alpha, adapter.alpha):
-                raise UserError(f"{folder}: what was read back is not what was written ({name}).", "Check the disk.")
+                raise UserError(
+                    f"{folder / name}: what was read back is not what was written ({module}).", "Check the disk."
+                )
 
 
 def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:

@@ -39,12 +39,11 @@ SAME = {
 
 # Known elsewhere, meaning something else here. The value is what to do instead.
 EXPLAINED = {
-    "num_layers": "Twintune adapts every layer; there is no count of last layers to choose yet",
+    "num_layers": "Twintune adapts every layer, mlx_lm's -1; there is no count of last layers to choose yet",
     "lr_schedule": "mlx_lm's list of function and arguments; use schedule, learning_rate and warmup",
     "adapter_path": "mlx_lm's folder for adapters alone; use output for the whole run folder",
     "grad_checkpoint": "it changes memory only and is not offered yet; lower micro_batch_tokens instead",
     "gradient_checkpointing": "it changes memory only and is not offered yet; lower micro_batch_tokens instead",
-    "val_batches": "validation always goes over every validation row",
     "packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "sample_packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "fp16": "float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32",
@@ -53,6 +52,13 @@ EXPLAINED = {
     "datasets": "Axolotl's list; use data with one file or folder",
     "train_on_inputs": "loss is on assistant turns only",
     "auto_find_batch_size": "a step that runs out of memory is cut finer by itself",
+}
+
+# What changes nothing that Twintune would do otherwise.
+NEEDLESS = {
+    "steps_per_report": "every step is shown and written to metrics.jsonl",
+    "logging_steps": "every step is shown and written to metrics.jsonl",
+    "val_batches": "validation goes over every validation row",
 }
 
 # Settings that ask for what Twintune does anyway; any other value of theirs is a fault.
@@ -67,6 +73,11 @@ AGREED: dict[str, tuple[object, ...]] = {
     "completion_only_loss": (True, "true"),
 }
 
+# Options of other programs that mean something only together.
+FAMILIES = (
+    ("iters", "batch_size", "grad_accumulation_steps"),
+    ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
+)
 _TRL_BATCH = 8  # TrainingArguments.per_device_train_batch_size
 _MLX_BATCH = 4  # mlx_lm.lora's batch_size
 
@@ -79,9 +90,18 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     options = _batches(rest, notes, faults)
     _lora_parameters(rest, options, notes, faults)
     for key in list(rest):
-        if key in EXPLAINED:
+        if key == "num_layers" and str(rest[key]) == "-1":
+            del rest[key]
+            notes.append("num_layers -1: every layer, as here")
+        elif key in EXPLAINED and str(rest[key]).lower() in ("false", "none"):
+            del rest[key]
+            notes.append(f"{key}: off, as it is here")
+        elif key in EXPLAINED:
             faults.append(f"{key}: {EXPLAINED[key]}")
             del rest[key]
+        elif key in NEEDLESS:
+            del rest[key]
+            notes.append(f"{key}: not needed, {NEEDLESS[key]}")
         elif key in AGREED:
             if rest[key] in AGREED[key]:
                 notes.append(f"{key}: that is what Twintune does")
@@ -92,9 +112,9 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
             options["precision"] = {"true": "bf16", "false": "fp32"}.get(str(rest.pop(key)).lower(), "auto")
             notes.append(f"bf16 -> precision {options['precision']}")
         elif key == "lora_target_linear":
-            rest.pop(key)
-            options["targets"] = "all-linear"
-            notes.append("lora_target_linear -> targets all-linear")
+            if str(rest.pop(key)).lower() == "true":
+                options["targets"] = "all-linear"
+                notes.append("lora_target_linear -> targets all-linear")
         elif key in SAME:
             _rename(rest, options, key, notes, faults)
     for key in rest.keys() & options.keys():
@@ -108,6 +128,8 @@ def _rename(rest: dict[str, Any], options: dict[str, Any], key: str, notes: list
         faults.append(f"{key} means {name}, which is given already")
         return
     number = _number(value)
+    if name == "schedule" and value == "constant_with_warmup":
+        value = "constant"  # ours has the warm-up that `warmup` says
     if key == "warmup_ratio" and number is not None and number >= 1:
         faults.append(f"warmup_ratio: must be below 1 (got {value!r})")
     elif key == "val_set_size" and number is not None and number >= 1:
@@ -137,6 +159,12 @@ def _batches(rest: dict[str, Any], notes: list[str], faults: list[str]) -> dict[
         if "iters" in numbers:
             options["steps"] = max(1, numbers["iters"] // accumulate)
             notes.append(f"mlx_lm's iters {numbers['iters']} micro-batches -> steps {options['steps']}")
+        for key, name in (("steps_per_eval", "eval_every"), ("save_every", "save_every")):
+            every = _number(rest.get(key)) if accumulate > 1 else None
+            if every is not None and every >= 1:
+                del rest[key]
+                options[name] = max(1, int(every) // accumulate)
+                notes.append(f"mlx_lm's {key} {every:g} micro-batches -> {name} {options[name]}")
     elif micro_key or "gradient_accumulation_steps" in rest:  # TRL and Axolotl
         if "batch_size" in rest:
             name = micro_key or "gradient_accumulation_steps"
@@ -171,6 +199,9 @@ def _lora_parameters(rest: dict[str, Any], options: dict[str, Any], notes: list[
         return
     for key in nested.keys() - {"rank", "scale", "dropout", "keys"}:
         faults.append(f"lora_parameters.{key}: unknown; mlx_lm has rank, scale, dropout, keys")
+    if "rank" in nested and "rank" in rest:
+        faults.append("rank is given twice, once under another name")
+        return
     rank = _number(nested.get("rank", rest.get("rank", 8)))
     scale = _number(nested.get("scale", 20.0))
     if rank is None or scale is None:

@@ -13,7 +13,6 @@ from common.template import Encoded, encode_all, load_tokenizer
 
 _PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
 _SHOWN_ROWS = 3
-_SHOWN_LONG = 20
 
 
 def check_data(path: Path, model: str, max_length: int, display: Display) -> None:
@@ -54,10 +53,8 @@ def check_data(path: Path, model: str, max_length: int, display: Display) -> Non
         display.table(
             f"Rows longer than {max_length} tokens: training drops them",
             ["row", "tokens"],
-            [[row.source, str(len(row.ids))] for row in long[:_SHOWN_LONG]],
+            [[row.source, str(len(row.ids))] for row in long],
         )
-        if len(long) > _SHOWN_LONG:
-            display.say(f"... and {len(long) - _SHOWN_LONG} more")
     for row in shown:
         display.console.print(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
         display.console.print(coloured(row, tokenizer))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.adapter import read_peft, write_peft
+from common.adapter import read_peft, write_both, write_peft
 from common.seam import Adapter, OptimizerState
 
 KEPT = 2  # the newest checkpoints that stay on disk
@@ -40,9 +40,10 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState) -
     """`checkpoints/step-000040`: a temporary folder, synced, its marker last, renamed. Older ones are then removed."""
     folder = run / "checkpoints" / f"step-{state.step:06d}"
     temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.parent.glob("*.tmp"):  # of a process that was killed
+        shutil.rmtree(left)
     temporary.mkdir(parents=True)
-    write_peft(temporary / "adapter", adapter)
+    write_both(temporary, adapter)
     if state.best is not None:
         write_peft(temporary / "best", state.best)
     moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}

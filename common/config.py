@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from common.aliases import translate
+from common.aliases import FAMILIES, SAME, translate
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,21 +214,29 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
     faults: list[str] = []
     sources: dict[str, str] = {}
     merged: dict[str, Any] = {}
-    if config is not None:
-        _anchor(written, Path(str(config)).parent)
+    if isinstance(config, str):
+        _anchor(written, Path(config).parent)
+    for family in FAMILIES:  # their parts mean something only together: one in YAML, another among the flags
+        if any(key in flags for key in family if key != "batch_size"):
+            flags = {key: written.pop(key) for key in family if key in written} | flags
+    if isinstance(nested := written.get("lora_parameters"), dict) and "rank" in flags:
+        written["lora_parameters"] = nested | {"rank": flags["rank"]}  # mlx_lm's scale holds for any rank
     for source, values in ((config, written), ("", flags)):
         translated, said, wrong = translate(values)
+        names = {SAME[key]: key for key in values if key in SAME}
         notes += [f"{source or 'flags'}: {line}" for line in said]
         faults += [f"{source}: {line}" if source else line for line in wrong]
         if {"steps", "epochs"} & translated.keys():
             merged.pop("steps", None)
             merged.pop("epochs", None)
         merged.update(translated)
-        sources.update({key: f"{source}: {key}" if source else f"--{key.replace('_', '-')}" for key in translated})
+        for key in translated:
+            given = names.get(key, key)
+            sources[key] = f"{source}: {given}" if source else f"--{given.replace('_', '-')}"
     options = _validate(merged, sources, faults)
     if options is None or faults:
         raise UserError("\n".join(faults), "`python cli.py train --help` lists every option and its values.")
-    if options.resume and (extra := sorted(flags.keys() - RESUME_OPTIONS)):
+    if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
         raise UserError(
             f"--resume goes on with the run's own recipe and plan; it cannot be combined with --{', --'.join(extra)}.",
             "Leave those out, or start a new run without --resume.",
@@ -238,7 +246,8 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
 
 def _anchor(written: dict[str, Any], folder: Path) -> None:
     """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
-    for key in ("data", "model", "llama_cpp"):
+    paths = ("data", "model", "llama_cpp")
+    for key in [*paths, *(other for other, name in SAME.items() if name in paths)]:
         value = written.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
             written[key] = str((folder / value).resolve())
@@ -249,11 +258,12 @@ def _validate(values: dict[str, Any], sources: dict[str, str], faults: list[str]
     for key in [key for key in values if key not in known]:
         faults.append(f"{sources[key]} is no option; {nearest(key, list(known))}".rstrip("; "))
         del values[key]
-    for key, value in values.items():
-        if value is True and known[key].annotation is not bool:
-            faults.append(f"{sources[key]} needs a value")
-    if any(fault.endswith("needs a value") for fault in faults):
-        return None
+    for key in [key for key, value in values.items() if value is True and known[key].annotation is not bool]:
+        faults.append(f"{sources[key]} needs a value")
+        del values[key]
+    if values.get("steps") is not None and values.get("epochs") is not None:
+        faults.append("steps and epochs are both given: leave one out")
+        del values["epochs"]
     try:
         return Options.model_validate(values)
     except ValidationError as error:

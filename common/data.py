@@ -77,6 +77,12 @@ def read_rows(path: Path) -> list[Example]:
     return rows
 
 
+def prompt_of(row: Example) -> list[dict[str, str]]:
+    """The turns before the row's last assistant turn."""
+    last = max(turn for turn, message in enumerate(row.messages) if message["role"] == "assistant")
+    return [dict(message) for message in row.messages[:last]]
+
+
 def data_hash(data: Data) -> str:
     """SHA-256 over the contents of training and validation rows in order; names and formatting do not enter."""
     digest = hashlib.sha256()
@@ -111,10 +117,12 @@ def _guess_encoding(raw: bytes) -> str | None:
         return "UTF-16"
     for codec, name in (("euc_jp", "EUC-JP"), ("cp932", "SHIFT_JIS"), ("gb18030", "GB18030")):
         try:
-            raw.decode(codec)
-            return name
+            text = raw.decode(codec)
         except UnicodeDecodeError:
             continue
+        # nearly every byte string is something in these: believe it only where there is kana
+        if any("\u3040" <= letter <= "\u30ff" for letter in text):
+            return name
     return None
 
 
@@ -122,7 +130,7 @@ def _read_row(line: str) -> tuple[dict[str, str], ...] | str:
     """The row's messages, or what is wrong with it."""
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         where = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
         return f"is not JSON{where}"
     if not isinstance(row, dict) or "messages" not in row:
@@ -138,6 +146,8 @@ def _read_row(line: str) -> tuple[dict[str, str], ...] | str:
             return f"turn {turn} has the role {message.get('role')!r}; known: {', '.join(ROLES)}"
         if message["role"] == "system" and turn > 1:
             return f"turn {turn} is a system turn; it can only be the first"
+        if any("\ud800" <= letter <= "\udfff" for letter in message["content"]):
+            return f"turn {turn} holds half a character (a lone surrogate such as \\ud83d)"
         if message["role"] == "assistant" and not message["content"].strip():
             return f"turn {turn}: the assistant's turn is empty, so there is nothing to learn"
     if not any(message["role"] == "assistant" for message in messages):

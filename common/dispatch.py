@@ -64,10 +64,11 @@ def torch_sees_cuda() -> bool:
 def choose_backend(wanted: str) -> Choice:
     """Raises UserError saying what to install where the wanted backend is not there."""
     if wanted == "auto":
-        if apple_silicon() and installed("mlx"):
+        absent = [module.replace("_", "-") for module in ("mlx", "mlx_lm") if not installed(module)]
+        if apple_silicon() and not absent:
             return Choice("mlx", "this is Apple silicon")
         if apple_silicon():
-            return Choice("torch", "mlx is not installed, though this is Apple silicon")
+            return Choice("torch", f"{' and '.join(absent)} not installed, though this is Apple silicon")
         if torch_sees_cuda():
             return Choice("torch", "an NVIDIA GPU is here")
         return Choice("torch", "no Apple silicon and no NVIDIA GPU that torch can use: the CPU")

@@ -7,9 +7,10 @@ from typing import Any
 from common.config import ROOT
 from common.data import read_rows
 from common.gguf import convert, quantize
-from common.llamacpp import LlamaCpp, Server
+from common.llamacpp import LlamaCpp
 from common.models import cache_folder, content_hash
 from common.progress import Display
+from common.server import Server
 
 FOLDER = ROOT / "examples" / "data"
 _ANSWER_TOKENS = 64  # the longest right answer has fewer
@@ -85,7 +86,7 @@ def _base_gguf(base: Path, quant: str, llama: LlamaCpp, display: Display) -> Pat
         folder.mkdir(parents=True, exist_ok=True)
         with display.stage("base GGUF") as progress:
             whole = folder / "BF16.gguf"
-            convert(base, whole, llama, progress)
+            convert(base, whole, "base", llama, progress)
             quantize(whole, target, quant, llama, progress)
             if quant != "BF16":
                 whole.unlink()

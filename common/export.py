@@ -8,10 +8,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.fuse import fuse
-from common.gguf import convert, quantize
+from common.gguf import PROBE, convert, quantize, verify_tokens
 from common.llamacpp import LlamaCpp
 from common.models import normalise_config, parameter_count, weight_bytes
 from common.seam import Adapter, Progress
+from common.server import Server
+
+_SAMPLE_TOKENS = 100
 
 COPIED = (
     "model.safetensors.index.json",
@@ -55,10 +58,12 @@ def write_fused(base: Path, adapter: Adapter, out: Path, stops: list[int], progr
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_ggufs(fused: Path, out: Path, quants: list[str], llama: LlamaCpp, progress: Progress) -> list[dict[str, Any]]:
+def write_ggufs(
+    fused: Path, out: Path, name: str, quants: list[str], llama: LlamaCpp, progress: Progress
+) -> list[dict[str, Any]]:
     """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each."""
     whole = out / "model-BF16.gguf"
-    convert(fused, whole, llama, lambda share, text: progress(share / 2, text))
+    convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
     reports = []
     for number, quant in enumerate(quants):
         target = out / f"model-{quant}.gguf"
@@ -71,6 +76,22 @@ def write_ggufs(fused: Path, out: Path, quants: list[str], llama: LlamaCpp, prog
     if "BF16" not in quants:
         whole.unlink()
     return reports
+
+
+def try_gguf(gguf: Path, fused: Path, prompt: list[dict[str, str]], llama: LlamaCpp) -> str:
+    """llama.cpp's greedy answer to `prompt`, after its token ids have been compared with transformers'.
+
+    Raises UserError where the two tokenise a text differently: such a model answers, but not as it was trained.
+    """
+    with Server(llama, gguf, context=1024) as server:
+        if differences := verify_tokens(fused, PROBE, server):
+            shown = differences[0]
+            raise UserError(
+                f"{gguf} tokenises {shown.text!r} otherwise than the model that was trained: "
+                f"{shown.gguf} instead of {shown.transformers}.",
+                "Do not use this file. Check that the base folder's tokenizer files are the model's own.",
+            )
+        return server.chat(prompt, _SAMPLE_TOKENS)
 
 
 def disk_needed(base: Path, export: str, quants: list[str], adapter_bytes: int) -> int:

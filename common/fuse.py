@@ -31,12 +31,19 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
 
     Format: 8 bytes little-endian header length, JSON, then the data (huggingface/safetensors).
     """
+    whole = path.stat().st_size
+    broken = UserError(f"{path} is no whole safetensors file.", "Fetch it anew.")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if size > path.stat().st_size:
-            raise UserError(f"{path} is no whole safetensors file.", "Fetch it anew.")
-        header = json.loads(file.read(size))
+        if 8 + size > whole:
+            raise broken
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            raise broken from None
     header.pop("__metadata__", None)
+    if 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0) != whole:
+        raise broken
     return header, 8 + size
 
 

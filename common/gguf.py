@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import UserError
-from common.llamacpp import LlamaCpp, Progress, Server, fraction, run_logged
+from common.llamacpp import LlamaCpp
+from common.process import fraction, run_logged
+from common.seam import Progress
+from common.server import Server
 
 QUANT_TYPES: tuple[str, ...] = (
     "Q4_K_M",
@@ -83,14 +86,15 @@ def check_convertible(folder: Path) -> None:
         )
 
 
-def convert(folder: Path, out: Path, llama: LlamaCpp, progress: Progress) -> None:
-    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF with llama.cpp's converter.
+def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress) -> None:
+    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF that calls itself `name`.
 
     Raises UserError where the converter fails (its last lines; its log is kept beside `out`), and beforehand for a
     Gemma without `tokenizer.model`: the converter would take another model's tokenizer for it and say nothing.
     """
     check_convertible(folder)
-    command = [sys.executable, str(llama.converter), str(folder), "--outtype", "bf16", "--outfile"]
+    command = [sys.executable, str(llama.converter), str(folder), "--model-name", name, "--outtype", "bf16"]
+    command.append("--outfile")
     # The folder is all it may look at: no model card of some other repository, no download.
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
     remedy = f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
@@ -166,6 +170,16 @@ def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
             found.append((shape, number("I")))
             number("Q")  # where its bytes lie
         return found
+
+
+# What tokenizers disagree on when one of them was rebuilt wrong.
+PROBE = (
+    "Hello, world! It's 12345 and 3.14.",
+    "こんにちは、世界。日本語の文です。ｱｲｳ",
+    "def f(x):\n    return {'a': [x ** 2]}\n\n\n",
+    "  two  spaces\tand a tab   ",
+    "😀 é ñ ½ ² ① Ω — “quotes”",
+)
 
 
 def verify_tokens(tokenizer_folder: Path, texts: Sequence[str], server: Server) -> list[TokenDifference]:

@@ -1,31 +1,22 @@
-"""Find llama.cpp or build it: its converter, `llama-quantize` and `llama-server`, and a client for the last.
+"""Find llama.cpp or build it: its converter, `llama-quantize` and `llama-server`.
 
 The source is pinned. It lies, whole, in the source distribution of llama-cpp-python, which pip fetches with the user's
 own settings (mirror, proxy, certificate) and checks against a hash: no git and no second download route are needed.
 """
 
 import hashlib
-import http.client
-import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from common.errors import UserError
+from common.process import capture, fraction, run_logged
 from common.seam import Progress
 
 VERSION = "0.3.36"
@@ -64,9 +55,6 @@ class LlamaCpp:
     server: Path
     where: str
     version: str
-
-
-# --- find -------------------------------------------------------------------------------------------------------------
 
 
 def find(llama_cpp: str | None) -> LlamaCpp | None:
@@ -115,12 +103,12 @@ def _locate(sources: list[Path], bins: list[Path]) -> dict[str, Path | None]:
 @cache
 def _converter_fault(converter: Path) -> str:
     """Why the converter cannot start, or "". Asked at once, because after hours of training it would come too late."""
-    code, tail = _capture([sys.executable, str(converter), "--help"], 180)
+    code, tail = capture([sys.executable, str(converter), "--help"], 180)
     return "" if code == 0 else tail or f"exit status {code}"
 
 
 def _version(server: Path) -> str:
-    match = re.search(r"version: (.+)", _capture([str(server), "--version"], 60)[1])
+    match = re.search(r"version: (.+)", capture([str(server), "--version"], 60)[1])
     return match.group(1).strip() if match else "unknown version"
 
 
@@ -140,29 +128,26 @@ def cache_root() -> Path:
     return user_cache_path("twintune") / f"llama.cpp-{VERSION}"
 
 
-# --- build ------------------------------------------------------------------------------------------------------------
-
-
 def missing_build_tools() -> list[str]:
     """What `build` needs and this machine lacks, each with the way to get it; empty where all is there."""
     mac = sys.platform == "darwin"
     missing = []
     how = ("brew install cmake" if mac else "apt install cmake") + ", or: python -m pip install cmake"
     cmake = _which("cmake")
-    version = re.search(r"version (\d+)\.(\d+)", _capture([cmake, "--version"], 60)[1]) if cmake else None
+    version = re.search(r"version (\d+)\.(\d+)", capture([cmake, "--version"], 60)[1]) if cmake else None
     if version is None:
         missing.append(f"CMake 3.14 or newer ({how})")
     elif (int(version[1]), int(version[2])) < (3, 14):
         missing.append(f"CMake 3.14 or newer, this one is {version[1]}.{version[2]} ({how})")
     if mac:  # /usr/bin/c++ and make exist on every Mac; without the command line tools they only open a dialogue
-        if _capture(["xcode-select", "-p"], 60)[0] != 0:
+        if capture(["xcode-select", "-p"], 60)[0] != 0:
             missing.append("a C++ compiler (xcode-select --install)")
     elif os.name != "nt":  # on Windows CMake itself looks for Visual Studio
         if not (os.environ.get("CXX") or any(map(_which, ("c++", "g++", "clang++")))):
             missing.append("a C++ compiler (apt install g++)")
         if not (_which("ninja") or _which("make")):
             missing.append("make or ninja (apt install make)")
-    if _capture([sys.executable, "-m", "pip", "--version"], 60)[0] != 0:
+    if capture([sys.executable, "-m", "pip", "--version"], 60)[0] != 0:
         missing.append(f"pip in this environment ({_PIP_REMEDY})")
     return missing
 
@@ -301,184 +286,9 @@ def _compile(root: Path, progress: Progress) -> None:
 
 
 def _has_cuda() -> bool:
-    return _which("nvcc") is not None and "GPU 0" in _capture(["nvidia-smi", "-L"], 60)[1]
+    return _which("nvcc") is not None and "GPU 0" in capture(["nvidia-smi", "-L"], 60)[1]
 
 
 def _which(name: str) -> str | None:
     """PATH, then beside the running Python: pip's own `cmake` and `ninja` lie there, on PATH or not."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-
-
-# --- subprocesses -----------------------------------------------------------------------------------------------------
-
-
-def _capture(command: list[str], seconds: float) -> tuple[int, str]:
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return 1, str(error)
-    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
-
-
-def run_logged(
-    command: list[str], log: Path, on_line: Callable[[str], None], env: dict[str, str] | None = None
-) -> tuple[int, str]:
-    """Run a command, append all it prints to `log`, show `on_line` each line; return exit status and the last 15 lines.
-
-    A carriage return ends a line too, so that progress bars can be read. The process never outlives the call.
-    """
-    tail: deque[str] = deque(maxlen=15)
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        try:
-            process = subprocess.Popen(command, env=env, text=True, encoding="utf-8", errors="replace", **pipes)
-        except OSError as error:
-            return 127, str(error)
-        try:
-            for line in process.stdout or ():
-                file.write(line)
-                tail.append(line.rstrip())
-                on_line(line)
-            return process.wait(), "\n".join(tail)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def fraction(line: str) -> float | None:
-    """How far a line of output says its tool is, in 0..1; None where it does not say.
-
-    Read: "[12/210]" (Ninja, llama-quantize), "[ 12%]" (make) and " 45%|" (tqdm).
-    """
-    match = re.search(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]", line)
-    if match and int(match[2]) > 0:
-        return min(1.0, int(match[1]) / int(match[2]))
-    match = re.search(r"(?:\[\s*(\d{1,3})%\]|\s(\d{1,3})%\|)", line)
-    return min(1.0, int(match[1] or match[2]) / 100) if match else None
-
-
-# --- server -----------------------------------------------------------------------------------------------------------
-
-
-class Server:
-    """`llama-server` with one GGUF, on a free port of this machine; a context manager.
-
-    context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
-    llama.cpp's own choice where None. Raises UserError where the server does not come up within `timeout` seconds or
-    dies; its last lines are in the message.
-    """
-
-    def __init__(
-        self,
-        llama: LlamaCpp,
-        gguf: Path,
-        context: int = 4096,
-        slots: int = 1,
-        threads: int | None = None,
-        timeout: float = 600,
-    ) -> None:
-        self.llama, self.gguf, self.context, self.slots = llama, gguf, context, slots
-        self.threads, self.timeout = threads, timeout
-        self.port = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._log = Path(os.devnull)
-
-    def __enter__(self) -> "Server":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [str(self.llama.server), "-m", str(self.gguf), "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["-c", str(self.context * self.slots), "-np", str(self.slots), "--jinja", "--no-webui"]
-        command += ["--reasoning-format", "none"]  # the answer as the model wrote it, thoughts included
-        if self.threads:
-            command += ["-t", str(self.threads)]
-        # llama-server reads LLAMA_ARG_* and LLAMA_API_KEY: the user's own would change what is being verified.
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
-        handle, name = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
-        self._log = Path(name)
-        with os.fdopen(handle, "wb") as log:
-            try:
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
-            except OSError as error:
-                self.__exit__(None, None, None)
-                raise UserError(f"{self.llama.server} does not start: {error}", _SERVER_REMEDY) from error
-        try:
-            self._wait()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        self._log.unlink(missing_ok=True)
-
-    def chat(self, messages: list[dict[str, Any]], max_tokens: int, **template: Any) -> str:
-        """The model's greedy answer. `template`: values for the chat template, such as enable_thinking=False."""
-        body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0, "cache_prompt": False}
-        answer = self._request("POST", "/v1/chat/completions", body | {"chat_template_kwargs": template})
-        return str(answer["choices"][0]["message"].get("content") or "")
-
-    def chat_many(
-        self, conversations: Sequence[list[dict[str, Any]]], max_tokens: int, progress: Progress, **template: Any
-    ) -> list[str]:
-        """`chat` for each conversation, `slots` at a time; answers in the order of the conversations."""
-        with ThreadPoolExecutor(self.slots) as pool:
-            jobs = [pool.submit(self.chat, messages, max_tokens, **template) for messages in conversations]
-            try:
-                for count, job in enumerate(as_completed(jobs), 1):
-                    job.result()
-                    progress(count / len(jobs), f"{count} of {len(jobs)} answers")
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after a failure, do not ask the rest
-        return [job.result() for job in jobs]
-
-    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
-        """Token ids of `text` by the GGUF's own vocabulary."""
-        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
-        return [int(token) for token in self._request("POST", "/tokenize", body)["tokens"]]
-
-    def _wait(self) -> None:
-        end = time.monotonic() + self.timeout
-        while self._process is not None and self._process.poll() is None and time.monotonic() < end:
-            try:
-                if self._send("GET", "/health", None, 5)[0] == 200:
-                    return
-            except OSError:
-                pass
-            time.sleep(0.1)
-        raise self._dead("did not come up")
-
-    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        try:
-            status, answer = self._send(method, path, body, self.timeout)
-        except (OSError, http.client.HTTPException) as error:
-            raise self._dead(f"gave no answer to {path} ({type(error).__name__})") from error
-        if status != 200:
-            raise UserError(f"llama-server refused {path}: {answer.decode(errors='replace')[:500]}", _SERVER_REMEDY)
-        return json.loads(answer)
-
-    def _send(self, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> tuple[int, bytes]:
-        # http.client, because urllib would send a request for this very machine through the user's proxy
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=seconds)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
-
-    def _dead(self, what: str) -> UserError:
-        lines = self._log.read_text(errors="replace").splitlines()[-15:] if self._log.is_file() else []
-        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _SERVER_REMEDY)
-
-
-_SERVER_REMEDY = (
-    "Try a shorter context or fewer slots where memory is short; else try another llama.cpp: --llama-cpp DIR."
-)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from common import checkpoint
 from common.batches import micro_batches, step_rows
@@ -83,7 +83,7 @@ def train(
             observer.step(line, memory)
             last, stop = step == recipe.steps, observer.stop_requested()
             if valid and (last or step % recipe.eval_every == 0):
-                _evaluate(backend, valid, state, observer, metrics)
+                _evaluate(backend, valid, run, state, observer, metrics)
             if last or stop or step % plan.save_every == 0:
                 checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
             if stop and not last:
@@ -106,14 +106,20 @@ def _step(
         try:
             return backend.train_step(batches, rate, step), batches
         except OutOfMemory:
-            widest = max(batch.input_ids.size for batch in batches)
-            if all(len(batch.lengths) == 1 for batch in batches):
-                raise UserError(
-                    f"Step {step} ran out of memory with one row at a time; its longest row has {widest} tokens.",
-                    "Lower --max-length or --rank, or train a smaller model.",
-                ) from None
-            state.micro_batch_tokens = widest // 2
-            observer.warn(f"step {step} ran out of memory; micro-batches are now cut to {widest // 2} tokens")
+            _cut_finer(batches, f"step {step}", state, observer)
+
+
+def _cut_finer(batches: list[Batch], what: str, state: State, observer: Observer) -> None:
+    """Halve the widest micro-batch that can be cut. Raises UserError where each is one row already."""
+    cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
+    if not cuttable:
+        longest = max(batch.input_ids.size for batch in batches)
+        raise UserError(
+            f"{what.capitalize()} ran out of memory with one row at a time; its longest row has {longest} tokens.",
+            "Lower --max-length or --rank, or train a smaller model.",
+        ) from None
+    state.micro_batch_tokens = max(cuttable) // 2
+    observer.warn(f"{what} ran out of memory; micro-batches are now cut to {state.micro_batch_tokens} tokens")
 
 
 def _count(
@@ -130,8 +136,18 @@ def _count(
         state.timed_label_tokens += result.label_tokens
 
 
-def _evaluate(backend: Backend, valid: list[Encoded], state: State, observer: Observer, metrics) -> None:
-    loss = evaluate(backend, valid, state.micro_batch_tokens)
+def _evaluate(
+    backend: Backend, valid: list[Encoded], run: Path, state: State, observer: Observer, metrics: TextIO
+) -> None:
+    while True:
+        try:
+            loss = evaluate(backend, valid, state.micro_batch_tokens)
+            break
+        except OutOfMemory:
+            batches = micro_batches(valid, state.micro_batch_tokens)
+            _cut_finer(batches, f"the validation after step {state.step}", state, observer)
+    if not math.isfinite(loss):
+        raise _not_finite(run, state.step, valid, "validation loss")
     if state.best_valid_loss is None or loss < state.best_valid_loss:
         state.best_valid_loss, state.best_step, state.best = loss, state.step, backend.get_adapter()
     line = {"step": state.step, "valid_loss": loss}
@@ -139,12 +155,13 @@ def _evaluate(backend: Backend, valid: list[Encoded], state: State, observer: Ob
     observer.evaluation(line)
 
 
-def _not_finite(run: Path, step: int, rows: list[Encoded]) -> UserError:
+def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
     found = checkpoint.latest(run)
     kept = f"The checkpoint of step {found[0].step} is kept" if found else "No checkpoint had been written yet"
-    sources = ", ".join(row.source for row in rows)
+    more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
+    sources = ", ".join(row.source for row in rows[:32]) + more
     return UserError(
-        f"The loss or its gradient is not finite at step {step}, on the rows {sources}. {kept}.",
+        f"The {what} is not finite at step {step}, on the rows {sources}. {kept}.",
         "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32.",
     )
 

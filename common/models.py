@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.fuse import DTYPES, read_header, shard_files
+from common.seam import Progress
 
 # Architectures that both backends compute alike; tests/parity holds them to it.
 SUPPORTED = (
@@ -87,6 +88,16 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         others = [p.name for p in folder.glob("*.bin")]
         kept = f" (only {', '.join(sorted(others)[:2])}, and pickled weights are not loaded)" if others else ""
         faults.append(f"it has no weights: no model*.safetensors{kept}")
+    if "quantization" in config or "quantization_config" in config:
+        faults.append("its weights are quantised, and a quantised base is not supported yet")
+    strange = set()
+    for shard in shards:
+        try:
+            strange |= {entry["dtype"] for entry in read_header(shard)[0].values()} - DTYPES.keys()
+        except UserError as error:
+            faults.append(error.what)
+    if strange:
+        faults.append(f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -142,14 +153,15 @@ def linear_shapes(folder: Path, targets: list[str]) -> dict[str, tuple[int, int]
     return shapes
 
 
-def content_hash(folder: Path) -> str:
+def content_hash(folder: Path, progress: Progress = lambda share, text: None) -> str:
     """SHA-256 over weights (tensor by tensor, whatever the shards), normalised config and tokenizer; names left out."""
     digest = hashlib.sha256()
     tensors = {}
     for shard in shard_files(folder):
         header, start = read_header(shard)
         tensors.update({name: (shard, start, entry) for name, entry in header.items()})
-    for name in sorted(tensors):
+    for number, name in enumerate(sorted(tensors)):
+        progress(number / len(tensors), name)
         shard, start, entry = tensors[name]
         begin, end = entry["data_offsets"]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
@@ -268,8 +280,10 @@ def _from_hub(name: str, say: Say) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
+        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        check_folder(cached, name)  # the hub's library cannot always tell a part of a model from the whole
+        return cached
+    except (LocalEntryNotFoundError, UserError):
         pass
     mirror = MIRRORS.get(name)
     try:

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from common.seam import Memory, Progress
 
@@ -56,7 +57,7 @@ class Display:
         if self.mode == "rich":
             grid = Table.grid(padding=(0, 2))
             for name, value in facts.items():
-                grid.add_row(f"[bold]{name}[/bold]", value)
+                grid.add_row(Text(name, "bold"), Text(value))
             self.console.print(Panel(grid, title=title, title_align="left", expand=False))
         elif self.mode == "plain":
             for name, value in facts.items():
@@ -72,7 +73,7 @@ class Display:
             figures = all(row[number][:1].isdigit() or row[number] == "-" for row in rows)
             table.add_column(column, justify="right" if figures else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(_plain(cell) for cell in row))
+            table.add_row(*map(Text, row))
         self.console.print(table)
 
     @contextmanager
@@ -82,7 +83,7 @@ class Display:
         self.event("stage", name=name)
         if self.mode == "rich":
             with Bars(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
                 console=self.console,
@@ -155,9 +156,3 @@ class Display:
         self.event("evaluation", **line)
         if self.mode in ("plain", "rich"):
             self.console.print(f"step {line['step']}: validation loss {self._valid}", markup=False)
-
-
-def _plain(cell: str) -> str:
-    from rich.markup import escape
-
-    return escape(cell)

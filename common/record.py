@@ -20,14 +20,18 @@ from common.progress import Display, gigabytes
 PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers", "twintune")
 
 
-def read_run(run: Path) -> dict[str, Any]:
-    """run.json. Raises UserError where the folder holds no run."""
+def read_run(run: Path, *needed: str) -> dict[str, Any]:
+    """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`."""
     try:
-        return json.loads((run / "run.json").read_text(encoding="utf-8"))
+        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run} holds no run (no run.json).", "Give a folder that `train` made.") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{run / 'run.json'} is damaged: {error}", "Give another run.") from None
+    if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
+        lacks = f": it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else ""
+        raise UserError(f"{run / 'run.json'} is no run's record{lacks}.", "Give a folder that `train` made.")
+    return content
 
 
 def update_run(run: Path, **facts: Any) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def compare(runs: list[Path], display: Display) -> None:
     """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
-    records = [read_run(run) for run in runs]
+    records = [read_run(run, "recipe_hash", "backend", "device") for run in runs]
     for run, record in zip(runs, records, strict=True):
         if record.get("status") != "complete":
             raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
@@ -149,9 +153,16 @@ def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str
     return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"
 
 
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no whole run: it has no {path.name}.", "Give the whole folder.") from None
+
+
 def read_plan(run: Path) -> Plan:
-    return Plan.model_validate(yaml.safe_load((run / "plan.yaml").read_text(encoding="utf-8")))
+    return Plan.model_validate(_yaml(run / "plan.yaml"))
 
 
 def read_recipe(run: Path) -> Recipe:
-    return Recipe.model_validate(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8")))
+    return Recipe.model_validate(_yaml(run / "recipe.yaml"))

@@ -10,9 +10,13 @@ import numpy as np
 
 from common.data import Example
 from common.errors import UserError
+from common.seam import Progress
 
 # A thinking model's empty block belongs to the prompt: never train a model to close it.
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+_EMPTY_THINKING_END = re.compile(r"(\s*)<think>\s*</think>\s*\Z")
+# Llama 3.2's template writes today's date otherwise: the same recipe would be other tokens tomorrow.
+_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ def template_hash(tokenizer: Any) -> str:
 def render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
     """The conversation as text, by the model's own template, thinking off where the template knows it."""
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=generation_prompt, enable_thinking=False
+        messages,
+        tokenize=False,
+        add_generation_prompt=generation_prompt,
+        enable_thinking=False,
+        date_string=_DATE,
     )
 
 
@@ -88,6 +96,10 @@ def _label_spans(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int,
                 continue
             before = render(tokenizer, messages[:turn], generation_prompt=True)
             through = render(tokenizer, messages[: turn + 1])
+            if through.startswith(before) and not text.startswith(through):
+                # Qwen3 writes its empty block into every prompt, and leaves it out of all turns but the last
+                bare = _EMPTY_THINKING_END.sub(lambda found: found[1], before)
+                before, through = bare, bare + through[len(before) :]
             if not (through.startswith(before) and text.startswith(through)):
                 raise _unlabelled(example, f"turn {turn + 1} renders differently with and without what follows it")
             spans.append(_turn_span(through, len(before), message["content"], example, tokenizer))
@@ -131,9 +143,14 @@ def _unlabelled(example: Example, why: str) -> UserError:
     )
 
 
-def encode_all(examples: list[Example], tokenizer: Any, max_length: int) -> tuple[list[Encoded], list[Encoded]]:
+def encode_all(
+    examples: list[Example], tokenizer: Any, max_length: int, progress: Progress = lambda share, text: None
+) -> tuple[list[Encoded], list[Encoded]]:
     """`(kept, too_long)`: every row encoded, those longer than `max_length` tokens apart."""
-    rows = [encode(example, tokenizer) for example in examples]
+    rows = []
+    for number, example in enumerate(examples):
+        rows.append(encode(example, tokenizer))
+        progress(number / len(examples), example.source)
     kept = [row for row in rows if len(row.ids) <= max_length]
     return kept, [row for row in rows if len(row.ids) > max_length]
 

@@ -15,11 +15,11 @@ from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
 from common.checkpoint import State
 from common.config import Options, Plan, Recipe, write_yaml
-from common.data import data_hash, load_data
+from common.data import data_hash, load_data, prompt_of
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision
 from common.errors import UserError
 from common.example import is_example, score
-from common.export import check_disk, disk_needed, write_fused, write_ggufs
+from common.export import check_disk, disk_needed, try_gguf, write_fused, write_ggufs
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.loop import Interrupted, train
@@ -44,6 +44,7 @@ class Job:
     shapes: dict[str, tuple[int, int]]
     llama: LlamaCpp | None
     stops: list[int]
+    sample: list[dict[str, str]]  # a prompt to try the result with
 
 
 def run_training(options: Options, make_backend: Callable[[str], Backend], display: Display) -> Path:
@@ -58,11 +59,12 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
     state = _open_run(job, resumed)
     try:
         with _timed(seconds, "train"):
-            final = _train(job, state, make_backend(job.plan.backend), display)
+            final = _train(job, state, make_backend, display)
     except (Interrupted, KeyboardInterrupt, UserError):
         record.update_run(job.run, status="interrupted")
         raise
-    adapters.write_both(job.run, final, job.shapes)
+    adapters.validate(final, job.shapes, job.run)
+    adapters.write_both(job.run, final)
     record.update_run(job.run, status="complete")
     finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display)
     return job.run
@@ -70,7 +72,7 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
 
 def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
-    known = record.read_run(run)
+    known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
     merged = Options.model_validate(known["options"] | options)
@@ -103,8 +105,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     folder = models.resolve(options.model, display.say)
     shapes = models.linear_shapes(folder, options.target_names())
     tokenizer = load_tokenizer(folder)
-    with display.stage("read the data"):
-        rows, too_long = encode_all(data.train, tokenizer, options.max_length)
+    with display.stage("read the data") as progress:
+        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
         valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length)
     if not rows:
         raise UserError(
@@ -115,10 +117,15 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     if dropped := too_long + valid_too_long:
         shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
         more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
-        display.warn(f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more}")
+        display.warn(
+            f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more} "
+            "(check-data lists them all)"
+        )
     adapter_bytes = sum(4 * options.rank * (out + into) for out, into in shapes.values())
     check_disk(run, disk_needed(folder, options.export, options.quant, adapter_bytes))
     llama = _llama(options, folder, display)
+    with display.stage("hash the model") as progress:
+        model_hash = models.content_hash(folder, progress)
     per_epoch = steps_per_epoch(len(rows), options.batch_size)
     steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
     warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
@@ -127,7 +134,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         **{name: getattr(options, name) for name in same - {"eval_every"}},
         model=options.model,
         data=options.data,
-        model_hash=models.content_hash(folder),
+        model_hash=model_hash,
         data_hash=data_hash(data),
         template_hash=template_hash(tokenizer),
         precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
@@ -142,7 +149,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         micro_batch_tokens=options.micro_batch_tokens,
         save_every=options.save_every or per_epoch,
     )
-    return Job(options, run, folder, recipe, plan, choices, rows, valid, shapes, llama, stop_ids(rows))
+    sample = prompt_of((data.valid or data.train)[0])
+    return Job(options, run, folder, recipe, plan, choices, rows, valid, shapes, llama, stop_ids(rows), sample)
 
 
 def finish(
@@ -163,7 +171,9 @@ def finish(
         export["fused"] = "fused"
     if options.export == "gguf" and llama is not None:
         with _timed(seconds, "gguf"), display.stage("gguf") as progress:
-            export["gguf"] = write_ggufs(run / "fused", run / "gguf", options.quant, llama, progress)
+            export["gguf"] = write_ggufs(
+                run / "fused", run / "gguf", Path(options.model or "").stem, options.quant, llama, progress
+            )
         display.table(
             "GGUF",
             ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
@@ -183,6 +193,12 @@ def finish(
                 "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
                 "larger type, so the file is bigger than its name suggests."
             )
+        first = run / export["gguf"][0]["file"]
+        prompt = record.read_run(run)["sample_prompt"]
+        with _timed(seconds, "try"):
+            answer = try_gguf(first, run / "fused", prompt, llama)
+        export["sample"] = {"prompt": prompt, "answer": answer}
+        display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
     record.update_run(run, export=export)
     if options.export == "gguf" and llama is not None and is_example(options.data):
         with _timed(seconds, "example"):
@@ -195,10 +211,12 @@ def finish(
         display.say(f"The run is in {run}")
 
 
-def _train(job: Job, state: State, backend: Backend, display: Display) -> Adapter:
+def _train(job: Job, state: State, make_backend: Callable[[str], Backend], display: Display) -> Adapter:
     """The loop with its backend loaded around it. Returns the adapter to export."""
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
-    info = backend.load(recipe, job.plan, job.folder, list(job.shapes))
+    with display.stage("load the model"):
+        backend = make_backend(job.plan.backend)
+        info = backend.load(recipe, job.plan, job.folder, list(job.shapes))
     _header(job, info, display)
     found = checkpoint.latest(job.run) if state.step else None
     if found:
@@ -214,14 +232,17 @@ def _train(job: Job, state: State, backend: Backend, display: Display) -> Adapte
         try:
             train(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch)
         finally:
-            memory = backend.memory()
+            memory, before = (
+                backend.memory(),
+                record.read_run(job.run),
+            )  # a resumed run's peaks are of all its processes
             record.update_run(
                 job.run,
                 **record.figures(state, recipe, job.plan),
                 memory_kind=memory.kind,
-                peak_memory_bytes=memory.peak,
-                peak_rss_bytes=resident.process_peak(),
-                swap_growth_bytes=max(0, swap_used() - swap),
+                peak_memory_bytes=max(memory.peak, before.get("peak_memory_bytes", 0)),
+                peak_rss_bytes=max(resident.process_peak(), before.get("peak_rss_bytes", 0)),
+                swap_growth_bytes=max(swap_used() - swap, before.get("swap_growth_bytes", 0)),
             )
     last = backend.get_adapter()
     backend.close()
@@ -314,13 +335,22 @@ def _open_run(job: Job, resumed: Path | None) -> State:
         recipe_hash=job.recipe.hash(),
         model_hash=job.recipe.model_hash,
         stop_ids=job.stops,
-        options=job.options.model_dump(by_alias=True, exclude={"resume", "config"}),
+        sample_prompt=job.sample,
+        options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
     return State(micro_batch_tokens=job.plan.micro_batch_tokens)
 
 
+def _anchored(options: dict[str, Any]) -> dict[str, Any]:
+    """Paths made absolute, so that the run can be resumed from another working folder."""
+    for key in ("model", "data", "llama_cpp"):
+        if options[key] and Path(options[key]).expanduser().exists():
+            options[key] = str(Path(options[key]).expanduser().resolve())
+    return options
+
+
 def _resumed_options(options: Options, run: Path) -> Options:
-    known = record.read_run(run)
+    known = record.read_run(run, "options", "recipe_hash")
     plan, recipe = record.read_plan(run), record.read_recipe(run)
     given = options.model_dump(by_alias=True, exclude_unset=True)
     merged = known["options"] | given

@@ -16,7 +16,8 @@ from common import adapter as adapters
 from common import models
 from common.config import ROOT
 from common.data import read_rows
-from common.llamacpp import Server, ensure
+from common.llamacpp import ensure
+from common.server import Server
 from common.template import encode, load_tokenizer
 from tests.tiny import chat, write_model, write_rows
 

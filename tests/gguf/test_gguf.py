@@ -14,7 +14,8 @@ import pytest
 
 from common.errors import UserError
 from common.gguf import QuantReport, convert, quantize, report, verify_tokens
-from common.llamacpp import LlamaCpp, Server, ensure
+from common.llamacpp import LlamaCpp, ensure
+from common.server import Server
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
 LAYERS = 2
@@ -74,7 +75,7 @@ def model(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bf16(model: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "model-BF16.gguf"
     seen: list[float] = []
-    convert(model, out, llama, lambda done, text: seen.append(done))
+    convert(model, out, "tiny", llama, lambda done, text: seen.append(done))
     assert seen[0] == 0.0
     assert seen[-1] == 1.0
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name]
@@ -171,7 +172,7 @@ def test_a_failed_conversion_names_its_log(model: Path, llama: LlamaCpp, tmp_pat
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchForCausalLM"]}')
     with pytest.raises(UserError, match=r"converting to GGUF failed .*x\.gguf\.log, ends with:") as caught:
-        convert(folder, tmp_path / "x.gguf", llama, quiet)
+        convert(folder, tmp_path / "x.gguf", "x", llama, quiet)
     assert "NoSuchForCausalLM is not supported" in caught.value.what
     assert (tmp_path / "x.gguf.log").is_file()
     assert not (tmp_path / "x.gguf").exists()
@@ -180,4 +181,4 @@ def test_a_failed_conversion_names_its_log(model: Path, llama: LlamaCpp, tmp_pat
 def test_gemma_without_its_tokenizer_model_is_refused(llama: LlamaCpp, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
     with pytest.raises(UserError, match=r"has no tokenizer\.model"):
-        convert(tmp_path, tmp_path / "x.gguf", llama, quiet)
+        convert(tmp_path, tmp_path / "x.gguf", "x", llama, quiet)

@@ -14,7 +14,9 @@ import pytest
 from common import llamacpp
 from common.errors import UserError
 from common.gguf import QUANT_TYPES, check_quants, read_tensors
-from common.llamacpp import CONVERTER, LlamaCpp, Server, extract, find, fraction, missing_build_tools, run_logged
+from common.llamacpp import CONVERTER, LlamaCpp, extract, find, missing_build_tools
+from common.process import fraction, run_logged
+from common.server import Server
 
 PREFIX = f"llama_cpp_python-{llamacpp.VERSION}/vendor/llama.cpp"
 
@@ -105,7 +107,7 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "_which", lambda name: None)
-    monkeypatch.setattr(llamacpp, "_capture", lambda command, seconds: (1, "not there"))
+    monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (1, "not there"))
     monkeypatch.delenv("CXX", raising=False)
 
 
@@ -128,7 +130,7 @@ def test_missing_tools_are_named_with_their_remedy(
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(llamacpp, "_which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(llamacpp, "_capture", lambda command, seconds: (0, "cmake version 3.9.1"))
+    monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
         "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
     ]

@@ -1,0 +1,55 @@
+"""Running other programs: always argument lists, never a shell."""
+
+import re
+import subprocess
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def capture(command: list[str], seconds: float) -> tuple[int, str]:
+    """Run a command for at most `seconds`; its exit status and the last 15 lines it printed."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return 1, str(error)
+    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
+
+
+def run_logged(
+    command: list[str], log: Path, on_line: Callable[[str], None], env: dict[str, str] | None = None
+) -> tuple[int, str]:
+    """Run a command, append all it prints to `log`, show `on_line` each line; return exit status and the last 15 lines.
+
+    A carriage return ends a line too, so that progress bars can be read. The process never outlives the call.
+    """
+    tail: deque[str] = deque(maxlen=15)
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        try:
+            process = subprocess.Popen(command, env=env, text=True, encoding="utf-8", errors="replace", **pipes)
+        except OSError as error:
+            return 127, str(error)
+        try:
+            for line in process.stdout or ():
+                file.write(line)
+                tail.append(line.rstrip())
+                on_line(line)
+            return process.wait(), "\n".join(tail)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def fraction(line: str) -> float | None:
+    """How far a line of output says its tool is, in 0..1; None where it does not say.
+
+    Read: "[12/210]" (Ninja, llama-quantize), "[ 12%]" (make) and " 45%|" (tqdm).
+    """
+    match = re.search(r"\[\s*(\d+)\s*/\s*(\d+)\s*\]", line)
+    if match and int(match[2]) > 0:
+        return min(1.0, int(match[1]) / int(match[2]))
+    match = re.search(r"(?:\[\s*(\d{1,3})%\]|\s(\d{1,3})%\|)", line)
+    return min(1.0, int(match[1] or match[2]) / 100) if match else None

@@ -1,0 +1,21 @@
+"""Folders that take seconds to make, made once a session."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_model, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer with a ChatML template, and nothing else."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny Llama folder; nobody may write into it."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")

@@ -1,0 +1,169 @@
+"""The smallest real backend: a softmax regression from token to next token, in numpy, trained with AdamW.
+
+Its only weights are the first adapted layer's: logits of token t are `scale * B @ A[:, t]`, ids taken modulo the
+layer's size. Pairs are counted before anything is computed, so its results cannot depend on how a step is cut.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.config import Plan, Recipe
+from common.seam import IGNORE, Adapter, Batch, LoraWeight, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.template import Encoded
+
+RECIPE = Recipe(
+    model="some/model",
+    data="some.jsonl",
+    model_hash="m",
+    data_hash="d",
+    template_hash="t",
+    precision="fp32",
+    rank=2,
+    alpha=4.0,
+    dropout=0.0,
+    targets=["q_proj"],
+    batch_size=4,
+    max_length=64,
+    learning_rate=0.05,
+    weight_decay=0.01,
+    beta1=0.9,
+    beta2=0.999,
+    epsilon=1e-8,
+    max_grad_norm=1.0,
+    schedule="cosine",
+    steps=8,
+    warmup_steps=2,
+    eval_every=4,
+    seed=3,
+)
+PLAN = Plan(backend="torch", device="cpu", micro_batch_tokens=64, save_every=4)
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def recipe(**changes: object) -> Recipe:
+    return RECIPE.model_copy(update=changes)
+
+
+def plan(**changes: object) -> Plan:
+    return PLAN.model_copy(update=changes)
+
+
+def row(ids: Sequence[int], labelled: int, source: str = "train.jsonl:1") -> Encoded:
+    """A row whose last `labelled` tokens carry loss."""
+    mask = np.arange(len(ids)) >= len(ids) - labelled
+    return Encoded(np.array(ids, np.int32), mask, source)
+
+
+def rows(count: int, seed: int, vocabulary: int = 6) -> list[Encoded]:
+    """Rows of 3 to 12 tokens in which token t is mostly followed by t + 1."""
+    random = np.random.default_rng(seed)
+    made = []
+    for number in range(1, count + 1):
+        ids = [int(random.integers(vocabulary))]
+        for _ in range(int(random.integers(2, 12))):
+            step = 1 if random.random() < 0.8 else int(random.integers(vocabulary))
+            ids.append((ids[-1] + step) % vocabulary)
+        made.append(row(ids, max(1, len(ids) // 2), f"train.jsonl:{number}"))
+    return made
+
+
+class Bigram:
+    """`memory_limit`: padded tokens of the largest micro-batch that fits; `nan_step`: whose loss is NaN."""
+
+    def __init__(self, memory_limit: int | None = None, nan_step: int | None = None) -> None:
+        self.memory_limit, self.nan_step = memory_limit, nan_step
+        self.calls: list[list[Batch]] = []
+        self.closed = False
+        self.recipe = RECIPE
+
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
+        self.recipe = recipe
+        return ModelInfo("cpu", "float32", 1, 10, 100, "Bigram")
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        self.layer = next(iter(adapter.weights))
+        self.adapter = adapter
+        self.parameters = {
+            f"{name}.{part}": array.copy()
+            for name, weight in adapter.weights.items()
+            for part, array in (("lora_A", weight.A), ("lora_B", weight.B))
+        }
+        zeros = {name: np.zeros_like(array) for name, array in self.parameters.items()}
+        self.optimizer = OptimizerState(0, zeros, {name: array.copy() for name, array in zeros.items()})
+
+    def get_adapter(self) -> Adapter:
+        old = self.adapter
+        weights = {
+            name: LoraWeight(self.parameters[f"{name}.lora_A"], self.parameters[f"{name}.lora_B"], weight.alpha)
+            for name, weight in old.weights.items()
+        }
+        return Adapter(old.base_model, old.rank, old.alpha, old.dropout, weights)
+
+    def get_optimizer(self) -> OptimizerState:
+        return self.optimizer
+
+    def set_optimizer(self, state: OptimizerState) -> None:
+        self.optimizer = state
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        self._remember(micro_batches)
+        loss, grads, count = self._loss(micro_batches)
+        norm = float(np.sqrt(sum(float(np.square(grad).sum()) for grad in grads.values())))
+        limit = self.recipe.max_grad_norm
+        shrink = min(1.0, limit / norm) if limit and norm else 1.0
+        old, r = self.optimizer, self.recipe
+        first, second = dict(old.exp_avg), dict(old.exp_avg_sq)
+        for name, grad in grads.items():
+            grad = (grad * shrink).astype(np.float32)
+            first[name] = np.float32(r.beta1) * first[name] + np.float32(1 - r.beta1) * grad
+            second[name] = np.float32(r.beta2) * second[name] + np.float32(1 - r.beta2) * grad**2
+            m, v = first[name] / (1 - r.beta1**step), second[name] / (1 - r.beta2**step)
+            kept = self.parameters[name] * (1 - learning_rate * r.weight_decay)
+            self.parameters[name] = (kept - learning_rate * m / (np.sqrt(v) + r.epsilon)).astype(np.float32)
+        self.optimizer = OptimizerState(step, first, second)
+        if step == self.nan_step:
+            loss = float("nan")
+        return StepResult(loss, norm, count, sum(batch.tokens for batch in micro_batches))
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        self._remember([batch])
+        loss, _, count = self._loss([batch])
+        return StepResult(loss, 0.0, count, batch.tokens)
+
+    def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
+        A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
+        scale = self.adapter.alpha / self.adapter.rank if adapter else 0.0
+        return (scale * B @ A[:, token_ids % A.shape[1]]).T
+
+    def memory(self) -> Memory:
+        return Memory(1, 2, 3, "rss", 0)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _remember(self, micro_batches: Sequence[Batch]) -> None:
+        self.calls.append(list(micro_batches))
+        assert len(self.calls) < 500, "the loop tries for ever"
+        if self.memory_limit and any(batch.input_ids.size > self.memory_limit for batch in micro_batches):
+            raise OutOfMemory
+
+    def _loss(self, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, np.ndarray], int]:
+        """Summed loss, gradients of its mean, and the label tokens."""
+        A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
+        scale = self.adapter.alpha / self.adapter.rank
+        counts = np.zeros((A.shape[1], B.shape[0]))
+        for batch in micro_batches:
+            there = batch.labels != IGNORE
+            pairs = batch.input_ids[there] % A.shape[1], batch.labels[there] % B.shape[0]
+            np.add.at(counts, pairs, 1)
+        logits = scale * (A.T.astype(np.float64) @ B.T.astype(np.float64))  # [in, out]
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        error = counts.sum(1, keepdims=True) * np.exp(log_p) - counts
+        total = int(counts.sum())
+        grads = {
+            f"{self.layer}.lora_A": scale * (B.T @ error.T) / total,
+            f"{self.layer}.lora_B": scale * (error.T @ A.T) / total,
+        }
+        return float(-(counts * log_p).sum()), grads, total

@@ -1,0 +1,199 @@
+"""The adapter's two layouts: names, shapes, values, and what does not fit."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common.adapter import initial_adapter, read_mlx, read_peft, validate, write_both, write_mlx, write_peft
+from common.errors import UserError
+from common.seam import Adapter, LoraWeight
+
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
+SHAPES = {Q: (8, 6), DOWN: (6, 10)}  # (out, in)
+
+
+def adapter(seed: int = 0, rank: int = 2, alpha: float = 5.0) -> Adapter:
+    random = np.random.default_rng(seed)
+    weights = {
+        name: LoraWeight(
+            random.normal(size=(rank, into)).astype(np.float32),
+            random.normal(size=(out, rank)).astype(np.float32),
+            alpha,
+        )
+        for name, (out, into) in SHAPES.items()
+    }
+    return Adapter("some/model", rank, alpha, 0.1, weights)
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    settings = ("base_model", "rank", "alpha", "dropout")
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in settings)
+        and one.weights.keys() == other.weights.keys()
+        and all(
+            np.array_equal(w.A, other.weights[n].A)
+            and np.array_equal(w.B, other.weights[n].B)
+            and w.alpha == other.weights[n].alpha
+            for n, w in one.weights.items()
+        )
+    )
+
+
+# --- the start
+
+
+def test_the_start_is_drawn_from_the_seed_alone() -> None:
+    first = initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=1)
+    assert same(first, initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=1))
+    assert not same(first, initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=2))
+
+
+def test_the_start_does_not_depend_on_the_order_of_layers() -> None:
+    turned = dict(reversed(SHAPES.items()))
+    assert same(initial_adapter(SHAPES, "m", 4, 8.0, 0.0, 1), initial_adapter(turned, "m", 4, 8.0, 0.0, 1))
+
+
+def test_the_start_changes_nothing_and_is_uniform_within_its_bound() -> None:
+    start = initial_adapter({Q: (50, 400)}, "m", 64, 8.0, 0.0, 0).weights[Q]
+    assert (start.A.shape, start.B.shape) == ((64, 400), (50, 64))
+    assert (start.A.dtype, start.B.dtype) == (np.float32, np.float32)
+    assert not start.B.any()
+    bound = 1 / 20  # 1 / sqrt(in)
+    assert abs(start.A).max() <= bound
+    assert start.A.std() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+
+
+# --- the layouts
+
+
+def test_pefts_layout(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        f"base_model.model.{Q}.lora_A.weight": (2, 6),
+        f"base_model.model.{Q}.lora_B.weight": (8, 2),
+        f"base_model.model.{DOWN}.lora_A.weight": (2, 10),
+        f"base_model.model.{DOWN}.lora_B.weight": (6, 2),
+    }
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"], config["base_model_name_or_path"]) == (
+        "LORA",
+        "CAUSAL_LM",
+        "some/model",
+    )
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 5.0, 0.1)
+    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert (config["use_rslora"], config["bias"]) == (False, "none")
+
+
+def test_mlx_lms_layout(tmp_path: Path) -> None:
+    write_mlx(tmp_path / "adapter", adapter())
+    tensors = load_file(tmp_path / "adapter" / "adapters.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {
+        f"{Q}.lora_a": (6, 2),
+        f"{Q}.lora_b": (2, 8),
+        f"{DOWN}.lora_a": (10, 2),
+        f"{DOWN}.lora_b": (2, 6),
+    }
+    assert np.array_equal(tensors[f"{Q}.lora_a"], adapter().weights[Q].A.T)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config == {
+        "fine_tune_type": "lora",
+        "num_layers": 4,
+        "lora_parameters": {
+            "rank": 2,
+            "scale": 2.5,
+            "dropout": 0.1,
+            "keys": ["mlp.down_proj", "self_attn.q_proj"],
+        },
+        "model": "some/model",
+    }
+
+
+def test_both_layouts_bring_back_the_same_adapter(tmp_path: Path) -> None:
+    write_both(tmp_path, adapter())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-mlx"]
+    assert same(read_peft(tmp_path / "adapter"), adapter())
+    assert same(read_mlx(tmp_path / "adapter-mlx"), adapter())
+
+
+def test_an_alpha_that_the_rank_does_not_divide_survives_both(tmp_path: Path) -> None:
+    odd = adapter(rank=3, alpha=7.1)
+    write_both(tmp_path, odd)
+    assert read_peft(tmp_path / "adapter").alpha == 7.1
+    assert read_mlx(tmp_path / "adapter-mlx").alpha == pytest.approx(7.1, rel=1e-12)
+
+
+def test_matrices_that_are_views_of_others_are_written_right(tmp_path: Path) -> None:
+    flat = adapter()
+    turned = {n: LoraWeight(np.asfortranarray(w.A), np.asfortranarray(w.B), w.alpha) for n, w in flat.weights.items()}
+    write_both(tmp_path, Adapter("some/model", 2, 5.0, 0.1, turned))
+    assert same(read_peft(tmp_path / "adapter"), flat)
+    assert same(read_mlx(tmp_path / "adapter-mlx"), flat)
+
+
+def test_writing_again_replaces_the_old_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_both(tmp_path, adapter(seed))
+    assert same(read_peft(tmp_path / "adapter"), adapter(1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-mlx"]
+
+
+# --- what does not fit
+
+
+def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
+    good = adapter()
+    nan = good.weights[Q].B.copy()
+    nan[3, 1] = np.nan
+    broken = Adapter(
+        "some/model",
+        2,
+        5.0,
+        0.1,
+        {
+            Q: LoraWeight(good.weights[Q].A.T, nan, 5.0),
+            DOWN: LoraWeight(good.weights[DOWN].A, good.weights[DOWN].B[:5], 5.0),
+            "model.layers.9.mlp.up_proj": good.weights[Q],
+        },
+    )
+    with pytest.raises(UserError) as caught:
+        validate(broken, SHAPES, tmp_path)
+    assert caught.value.what.split("\n") == [
+        f"The adapter in {tmp_path} does not fit its base model:",
+        f"{Q}.lora_A: shape (6, 2), the base model wants (2, 6)",
+        f"{Q}.lora_B: holds values that are not finite",
+        f"{DOWN}.lora_B: shape (5, 2), the base model wants (6, 2)",
+        "model.layers.9.mlp.up_proj: the base model has no such linear layer",
+    ]
+
+
+def test_an_adapter_of_nothing_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it holds no LoRA weights"):
+        validate(Adapter("some/model", 2, 5.0, 0.1, {}), SHAPES, tmp_path)
+
+
+def test_an_adapter_that_fits(tmp_path: Path) -> None:
+    validate(adapter(), SHAPES, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_with_half_an_adapter(tmp_path: Path, name: str) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    (tmp_path / "adapter" / name).unlink()
+    with pytest.raises(UserError) as caught:
+        read_peft(tmp_path / "adapter")
+    assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: there is no whole adapter here:")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter(tmp_path: Path, name: str) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    path = tmp_path / "adapter" / name
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError) as caught:
+        read_peft(tmp_path / "adapter")
+    assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: the adapter is damaged:")

@@ -1,0 +1,66 @@
+"""`check-data` on the tiny model: counts, percentiles, long rows, coloured labels."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.check_data import check_data, coloured
+from common.data import Example
+from common.errors import UserError
+from common.progress import Display
+from common.template import encode, load_tokenizer
+from tests.tiny import chat
+
+
+def rows(path: Path, *answers: str) -> Path:
+    path.write_text("".join(json.dumps(chat("Hi", answer)) + "\n" for answer in answers))
+    return path
+
+
+def tables(capsys: pytest.CaptureFixture[str]) -> list[dict]:
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('{"event": "table"')]
+    return [json.loads(line) for line in lines]
+
+
+def test_rows_tokens_and_labels_are_counted(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 23 tokens around an answer, one of them, the turn's end, a label
+    path = rows(tmp_path / "a.jsonl", "Y", "YY", "YYYY")
+    check_data(path, str(tiny_llama), 26, Display("json"))
+    counts, lengths, long = tables(capsys)
+    assert counts["rows"] == [["train", "3", "76", "10", "1"]]
+    assert lengths["columns"] == ["", "shortest", "25 %", "50 %", "75 %", "90 %", "95 %", "longest"]
+    assert lengths["rows"][0][1] == "24"
+    assert lengths["rows"][0][3] == "25"
+    assert lengths["rows"][0][-1] == "27"
+    assert long["rows"] == [["a.jsonl:3", "27"]]
+
+
+def test_a_folder_is_counted_part_by_part(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows(tmp_path / "train.jsonl", "Y", "Y")
+    rows(tmp_path / "valid.jsonl", "Y")
+    check_data(tmp_path, str(tiny_llama), 100, Display("json"))
+    assert [row[:2] for row in tables(capsys)[0]["rows"]] == [["train", "2"], ["valid", "1"]]
+
+
+def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_data(rows(tmp_path / "a.jsonl", *"ABCD"), str(tiny_llama), 100, Display("plain"))
+    out = capsys.readouterr().out
+    assert [f"a.jsonl:{n}: 24 tokens, 2 of them labels" in out for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert "[A<|im_end|>]" in out
+
+
+def test_labels_are_coloured_and_bracketed(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo [sic]"})
+    text = coloured(encode(Example(messages, "a:1"), tokenizer), tokenizer)
+    assert text.plain.endswith("<|im_start|>assistant\n[Yo [sic]<|im_end|>]\n")
+    assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["[Yo [sic]<|im_end|>]"]
+
+
+def test_a_file_that_training_would_refuse(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{")
+    with pytest.raises(UserError, match="line 1: is not JSON"):
+        check_data(tmp_path / "a.jsonl", str(tiny_llama), 100, Display("quiet"))

@@ -1,0 +1,193 @@
+"""Checkpoints: whole or passed over, the marker last, two kept."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import checkpoint
+from common.checkpoint import State, latest, save
+from common.seam import Adapter, LoraWeight, OptimizerState
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+def adapter(seed: int) -> Adapter:
+    random = np.random.default_rng(seed)
+    A, B = (random.normal(size=shape).astype(np.float32) for shape in ((2, 6), (4, 2)))
+    return Adapter("some/model", 2, 8.0, 0.25, {LAYER: LoraWeight(A, B, 8.0)})
+
+
+def optimizer(seed: int, step: int) -> OptimizerState:
+    random = np.random.default_rng(seed)
+    first = {f"{LAYER}.lora_A": random.normal(size=(2, 6)).astype(np.float32)}
+    second = {f"{LAYER}.lora_A": random.random((2, 6)).astype(np.float32)}
+    return OptimizerState(step, first, second)
+
+
+def put(run: Path, step: int) -> Path:
+    return save(run, State(step=step, tokens=10 * step), adapter(step), optimizer(step, step))
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return one.weights.keys() == other.weights.keys() and all(
+        np.array_equal(w.A, other.weights[n].A) and np.array_equal(w.B, other.weights[n].B)
+        for n, w in one.weights.items()
+    )
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    state = State(
+        step=40,
+        tokens=1,
+        label_tokens=2,
+        padded_tokens=3,
+        train_seconds=4.5,
+        timed_seconds=5.5,
+        timed_tokens=6,
+        timed_label_tokens=7,
+        micro_batch_tokens=8,
+        train_loss=0.1 + 0.2,
+        best_valid_loss=1 / 3,
+        best_step=20,
+        best=adapter(1),
+    )
+    assert save(tmp_path, state, adapter(2), optimizer(3, 39)) == tmp_path / "checkpoints" / "step-000040"
+    found = latest(tmp_path)
+    assert found is not None
+    again, current, moments = found
+    assert {**asdict(again), "best": 0} == {**asdict(state), "best": 0}
+    assert again.best is not None
+    assert same(again.best, adapter(1))
+    assert same(current, adapter(2))
+    assert (current.base_model, current.rank, current.alpha, current.dropout) == ("some/model", 2, 8.0, 0.25)
+    assert moments.step == 39
+    for part, wanted in (("exp_avg", optimizer(3, 39).exp_avg), ("exp_avg_sq", optimizer(3, 39).exp_avg_sq)):
+        got = getattr(moments, part)
+        assert got.keys() == wanted.keys()
+        assert all(np.array_equal(got[name], wanted[name]) for name in wanted)
+
+
+def test_every_field_of_the_state_is_written(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    assert json.loads((folder / "state.json").read_text()).keys() == (asdict(State()).keys() - {"best"}) | {
+        "optimizer_step"
+    }
+
+
+def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+
+
+def test_the_marker_lists_every_file(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    assert sorted(json.loads((folder / "COMPLETE").read_text())) == [
+        "adapter-mlx/adapter_config.json",
+        "adapter-mlx/adapters.safetensors",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+
+
+def test_the_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real = checkpoint._sync
+    monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), real(path)))
+    put(tmp_path, 1)
+    assert synced[-2:] == ["COMPLETE", "checkpoints"]
+    assert len(synced) == 8
+
+
+def test_only_two_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 10, 3000):
+        put(tmp_path, step)
+    assert names(tmp_path) == ["step-000010", "step-003000"]
+
+
+def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
+    put(tmp_path, 5)
+    save(tmp_path, State(step=5, tokens=99), adapter(7), optimizer(7, 5))
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].tokens == 99
+    assert names(tmp_path) == ["step-000005"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, truncate, flip])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "best/adapter_model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, name: str, harm: Callable[[Path], None]
+) -> None:
+    put(tmp_path, 1)
+    folder = save(tmp_path, State(step=2, best=adapter(9)), adapter(2), optimizer(2, 2))
+    harm(folder / name)
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].step == 1
+    assert same(found[1], adapter(1))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "{", None])
+def test_a_checkpoint_without_a_whole_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
+    put(tmp_path, 1)
+    marker = put(tmp_path, 2) / "COMPLETE"
+    marker.unlink()
+    if text is not None:
+        marker.write_text(text)
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].step == 1
+
+
+def test_an_unfinished_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    shutil.copytree(folder, folder.with_name("step-000002.tmp"))
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].step == 1
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 1)
+
+    def full(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        put(tmp_path, 2)
+    monkeypatch.undo()
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].step == 1
+    put(tmp_path, 2)  # the rest of the failed one is not in the way
+    assert names(tmp_path) == ["step-000001", "step-000002"]

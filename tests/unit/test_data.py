@@ -1,0 +1,213 @@
+"""Chat rows: what is read, what is refused and in which words, what is held out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from common.data import Data, Example, data_hash, load_data, read_rows
+from common.errors import UserError
+from tests.tiny import chat
+
+GOOD = json.dumps(chat("Hi", "Yo"))
+
+
+def lines(path: Path, *texts: str) -> Path:
+    path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def fault(path: Path) -> UserError:
+    with pytest.raises(UserError) as caught:
+        load_data(path, 0.1, 0)
+    return caught.value
+
+
+def turns(*pairs: tuple[str, object]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in pairs]})
+
+
+# --- what is read
+
+
+def test_a_row_keeps_its_turns_and_says_where_it_stands(tmp_path: Path) -> None:
+    text = turns(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"), ("user", "Ho"), ("assistant", "Hm"))
+    (row,) = read_rows(lines(tmp_path / "train.jsonl", "", text))
+    assert row.source == "train.jsonl:2"
+    assert [m["role"] for m in row.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert row.messages[4] == {"role": "assistant", "content": "Hm"}
+
+
+def test_other_keys_of_a_row_and_a_turn_are_left_out(tmp_path: Path) -> None:
+    row = {"id": 7, "messages": [{"role": "assistant", "content": "Yo", "name": "Pip"}]}
+    assert read_rows(lines(tmp_path / "a.jsonl", json.dumps(row)))[0].messages == (
+        {"role": "assistant", "content": "Yo"},
+    )
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}\r\n".encode())
+    assert [row.source for row in read_rows(path)] == ["a.jsonl:1", "a.jsonl:2"]
+
+
+def test_a_line_separator_inside_a_text_does_not_end_the_line(tmp_path: Path) -> None:
+    text = json.dumps(chat("Hi", "one\u2028two"), ensure_ascii=False)
+    assert read_rows(lines(tmp_path / "a.jsonl", text))[0].messages[1]["content"] == "one\u2028two"
+
+
+# --- what is refused
+
+
+def test_line_37_is_not_json(tmp_path: Path) -> None:
+    path = lines(tmp_path / "train.jsonl", *[GOOD] * 36, '{"messages": [', *[GOOD] * 3)
+    error = fault(path)
+    assert error.what == (f"{path} has 1 bad line(s):\ntrain.jsonl line 37: is not JSON at column 15: Expecting value")
+    assert error.fix.startswith('Correct them; each line: {"messages": [{"role": "user"')
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "Hi", "completion": "Yo"}', "has no `messages` (its keys: prompt, completion)"),
+        ('"Hi"', "has no `messages`"),
+        ('{"messages": "Hi"}', "`messages` is not a list of turns"),
+        ('{"messages": []}', "`messages` is not a list of turns"),
+        (
+            turns(("user", "Hi"), ("assistant", "")),
+            "turn 2: the assistant's turn is empty, so there is nothing to learn",
+        ),
+        (turns(("user", "Hi"), ("assistant", " \n")), "turn 2: the assistant's turn is empty"),
+        (turns(("user", "Hi"), ("bot", "Yo")), "turn 2 has the role 'bot'; known: system, user, assistant"),
+        ('{"messages": [{"content": "Hi"}]}', "turn 1 has the role None; known: system, user, assistant"),
+        (turns(("user", "Hi"), ("assistant", None)), "turn 2 has no text in `content`"),
+        ('{"messages": ["Hi"]}', "turn 1 has no text in `content`"),
+        (turns(("user", "Hi"), ("system", "Be brief.")), "turn 2 is a system turn; it can only be the first"),
+        (turns(("user", "Hi")), "has no assistant turn, so there is nothing to learn"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"messages": ' + "9" * 5000 + "}", "is not JSON"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_a_row_that_cannot_be_learnt_from(tmp_path: Path, text: str, said: str) -> None:
+    path = lines(tmp_path / "a.jsonl", GOOD, text)
+    assert fault(path).what.startswith(f"{path} has 1 bad line(s):\na.jsonl line 2: {said}")
+
+
+def test_half_an_emoji_is_no_text(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", GOOD, turns(("user", "Hi"), ("assistant", "Yo \ud83d")))
+    assert "a.jsonl line 2: turn 2" in fault(path).what
+
+
+def test_two_bad_lines_are_both_named(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", "{", GOOD, '{"text": "Hi"}')
+    assert fault(path).what.split("\n") == [
+        f"{path} has 2 bad line(s):",
+        "a.jsonl line 1: is not JSON at column 2: Expecting property name enclosed in double quotes",
+        "a.jsonl line 3: has no `messages` (its keys: text)",
+    ]
+
+
+def test_of_many_bad_lines_ten_are_shown(tmp_path: Path) -> None:
+    said = fault(lines(tmp_path / "a.jsonl", *["{"] * 12)).what.split("\n")
+    assert len(said) == 12
+    assert said[-1] == "... and 2 more lines"
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
+def test_an_empty_file(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    assert fault(path).what == f"{path} is empty: it holds no rows."
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    assert fault(tmp_path / "no.jsonl").what == f"--data {tmp_path / 'no.jsonl'}: no such file or folder."
+
+
+def test_a_folder_without_train(tmp_path: Path) -> None:
+    error = fault(tmp_path)
+    assert error.what == f"--data {tmp_path}: there is no train.jsonl in this folder."
+    assert error.fix.startswith("Name the training file train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("codec", "name"),
+    [("shift_jis", "SHIFT_JIS"), ("euc_jp", "EUC-JP"), ("utf-16", "UTF-16")],
+)
+def test_a_file_of_another_encoding(tmp_path: Path, codec: str, name: str) -> None:
+    path = tmp_path / "a.jsonl"
+    japanese = json.dumps(chat("こんにちは、港です。", "はい、ピップです。"), ensure_ascii=False)
+    path.write_bytes(f"{GOOD}\n{japanese}\n".encode(codec))
+    error = fault(path)
+    assert error.what.startswith(f"{path} is not UTF-8 text (line {1 if codec == 'utf-16' else 2}, byte ")
+    assert error.what.endswith(f"it looks like {name}.")
+    assert error.fix == f"Convert it: iconv -f {name} -t UTF-8 a.jsonl > utf8.jsonl"
+
+
+@pytest.mark.parametrize("answer", ["Là-haut, élève.", "au deuxième étage"])
+def test_western_text_is_not_taken_for_japanese(tmp_path: Path, answer: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json.dumps(chat("How high?", answer), ensure_ascii=False).encode("latin-1"))
+    said = fault(path).what
+    assert "is not UTF-8 text (line 1, byte " in said
+    assert "JIS" not in said
+    assert "EUC" not in said
+
+
+# --- what is held out
+
+
+def numbered(path: Path, count: int) -> Path:
+    return lines(path, *(json.dumps(chat(f"Q{i}", f"A{i}")) for i in range(count)))
+
+
+def sources(rows: list[Example]) -> list[int]:
+    return [int(row.source.split(":")[1]) for row in rows]
+
+
+def test_the_hold_out_is_disjoint_and_complete(tmp_path: Path) -> None:
+    data = load_data(numbered(tmp_path / "a.jsonl", 20), 0.25, 0)
+    assert (len(data.train), len(data.valid), data.test, data.held_out) == (15, 5, [], True)
+    assert sorted(sources(data.train) + sources(data.valid)) == list(range(1, 21))
+    assert sources(data.train) == sorted(sources(data.train))
+
+
+def test_the_hold_out_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a.jsonl", 40)
+    first = sources(load_data(path, 0.25, 0).valid)
+    assert sources(load_data(path, 0.25, 0).valid) == first
+    assert sources(load_data(path, 0.25, 1).valid) != first
+
+
+@pytest.mark.parametrize(("count", "share", "held"), [(20, 0.0, 0), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)])
+def test_how_many_are_held_out(tmp_path: Path, count: int, share: float, held: int) -> None:
+    data = load_data(numbered(tmp_path / "a.jsonl", count), share, 0)
+    assert (len(data.train), len(data.valid), data.held_out) == (count - held, held, held > 0)
+
+
+def test_a_folder_is_taken_as_it_is_split(tmp_path: Path) -> None:
+    numbered(tmp_path / "train.jsonl", 3)
+    numbered(tmp_path / "test.jsonl", 2)
+    data = load_data(tmp_path, 0.5, 0)
+    assert (len(data.train), len(data.valid), len(data.test), data.held_out) == (3, 0, 2, False)
+
+
+# --- the hash
+
+
+def test_the_data_hash_does_not_see_formatting_and_names(tmp_path: Path) -> None:
+    row = chat("Ça va ?", "Oui")
+    plain = lines(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))
+    spaced = {"id": 1, "messages": [{"content": m["content"], "role": m["role"]} for m in row["messages"]]}
+    other = lines(tmp_path / "b.jsonl", "", json.dumps(spaced, separators=(" , ", " : ")))
+    assert data_hash(load_data(plain, 0, 0)) == data_hash(load_data(other, 0, 0))
+
+
+def test_the_data_hash_sees_content_order_and_split() -> None:
+    one, two = (Example(({"role": "assistant", "content": text},), "a.jsonl:1") for text in ("one", "two"))
+    hashes = [
+        data_hash(Data(train, valid, [], held_out=False))
+        for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
+    ]
+    assert len(set(hashes)) == 5

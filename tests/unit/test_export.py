@@ -1,0 +1,148 @@
+"""The fused folder: complete, ending where training ended, and whole or not there."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.export import check_disk, disk_needed, write_fused
+from common.seam import Adapter, LoraWeight
+from tests.unit.base_folder import CONFIG, Q, write_base
+
+
+def adapter(name: str = Q) -> Adapter:
+    weight = LoraWeight(np.ones((1, 8), np.float32), np.ones((8, 1), np.float32), 2.0)
+    return Adapter("some/model", 1, 2.0, 0.0, {name: weight})
+
+
+def fused(base: Path, stops: list[int], out: Path | None = None) -> Path:
+    out = out or base.parent / "run" / "fused"
+    write_fused(base, adapter(), out, stops, lambda share, text: None)
+    return out
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_the_folder_is_complete(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", shards=2)
+    for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
+        (base / name).write_text(name)
+    (base / "pytorch_model.bin").write_text("old")
+    out = fused(base, [])
+    assert {path.name for path in out.iterdir()} >= {
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert (out / "chat_template.jinja").read_text() == "chat_template.jinja"
+    assert not (out / "pytorch_model.bin").exists()
+
+
+def test_the_config_is_normalised(tmp_path: Path) -> None:
+    config = read(fused(write_base(tmp_path / "base"), []) / "config.json")
+    assert (config["rope_theta"], config["head_dim"], config["rope_parameters"]) == (
+        5000.0,
+        4,
+        CONFIG["rope_parameters"],
+    )
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE"])
+def test_the_licence_goes_along(tmp_path: Path, name: str) -> None:
+    base = write_base(tmp_path / "base")
+    (base / name).write_text("terms")
+    assert (fused(base, []) / name).read_text() == "terms"
+
+
+@pytest.mark.parametrize(
+    ("generation", "stops", "ends"),
+    [
+        (None, [], 2),  # the config's
+        (None, [4], [2, 4]),
+        (None, [2], 2),
+        ({"eos_token_id": 3}, [4, 3], [3, 4]),
+        ({"eos_token_id": [3, 1]}, [4, 1], [3, 1, 4]),
+        ({"eos_token_id": None}, [4], 4),
+    ],
+)
+def test_the_generation_config_ends_where_the_trained_turns_end(
+    tmp_path: Path, generation: dict | None, stops: list[int], ends: int | list[int]
+) -> None:
+    base = write_base(tmp_path / "base")
+    if generation is not None:
+        (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, **generation}))
+    content = read(fused(base, stops) / "generation_config.json")
+    assert content["eos_token_id"] == ends
+    assert content.get("temperature") == (0.5 if generation is not None else None)
+
+
+def test_a_failure_leaves_no_half_written_folder(tmp_path: Path) -> None:
+    base, out = write_base(tmp_path / "base"), tmp_path / "fused"
+    with pytest.raises(UserError):
+        write_fused(base, adapter("model.layers.9.self_attn.q_proj"), out, [], lambda share, text: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_a_failure_leaves_the_old_folder_whole(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    out = fused(base, [], tmp_path / "fused")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (base / "config.json").write_text("{")
+    with pytest.raises(json.JSONDecodeError):
+        fused(base, [], out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fused"]
+
+
+def test_fusing_again_replaces_the_folder(tmp_path: Path) -> None:
+    out = fused(write_base(tmp_path / "base"), [])
+    (out / "left.over").write_text("")
+    assert not (fused(tmp_path / "base", []) / "left.over").exists()
+
+
+# --- disk
+
+
+def disk_with(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (asked.append(path), SimpleNamespace(free=free))[1])
+    return asked
+
+
+def test_too_little_disk_is_told_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = disk_with(monkeypatch, 1_500_000_000)
+    with pytest.raises(UserError) as caught:
+        check_disk(tmp_path / "runs" / "new", 4_000_000_000)
+    assert caught.value.what == f"{tmp_path} has 1.5 GB free, and this run will write up to 4.0 GB."
+    assert caught.value.fix == (
+        "Free some space, give --output on another disk, or stop earlier with --export fused or none."
+    )
+    assert asked == [tmp_path]
+
+
+def test_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk_with(monkeypatch, 4_000_000_000)
+    check_disk(tmp_path, 4_000_000_000)
+
+
+def test_what_each_export_needs(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    weights = (base / "model.safetensors").stat().st_size
+    parameters = 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
+    assert disk_needed(base, "none", ["Q4_K_M"], 100) >= 2 * 4 * 100
+    assert disk_needed(base, "fused", ["Q4_K_M"], 100) - disk_needed(base, "none", [], 100) == weights
+    assert disk_needed(base, "gguf", ["Q4_K_M"], 0) >= weights + 2 * parameters + parameters // 2
+    assert disk_needed(base, "gguf", ["Q4_K_M", "Q8_0"], 0) > disk_needed(base, "gguf", ["Q4_K_M"], 0)

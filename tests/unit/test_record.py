@@ -1,0 +1,182 @@
+"""The run folder's record, and what `compare` says of two runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.checkpoint import State
+from common.config import Recipe, write_yaml
+from common.errors import UserError
+from common.progress import Display
+from common.record import compare, figures, read_plan, read_recipe, read_run, update_run, write_environment
+from tests.unit.bigram import PLAN, RECIPE, recipe
+
+FIGURES = {
+    "status": "complete",
+    "backend": "torch",
+    "device": "cpu",
+    "memory_kind": "rss",
+    "tokens_per_second": 100.0,
+    "label_tokens_per_second": 40.0,
+    "train_seconds": 20.0,
+    "peak_memory_bytes": 2_000_000_000,
+    "peak_rss_bytes": 4_000_000_000,
+    "padding_fraction": 0.05,
+    "final_train_loss": 1.5,
+    "best_valid_loss": 1.25,
+    "best_step": 8,
+}
+
+
+def write_run(folder: Path, the_recipe: Recipe = RECIPE, **changes: Any) -> Path:
+    folder.mkdir()
+    write_yaml(folder / "recipe.yaml", the_recipe, "recipe")
+    write_yaml(folder / "plan.yaml", PLAN, "plan")
+    update_run(folder, **(FIGURES | {"recipe_hash": the_recipe.hash()} | changes))
+    return folder
+
+
+def compared(capsys: pytest.CaptureFixture[str], *runs: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The table's rows by their first cell, and the notes under it."""
+    compare(list(runs), Display("json"))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (table,) = (event for event in events if event["event"] == "table")
+    assert table["columns"] == ["", *(run.name for run in runs)]
+    assert [row[0] for row in table["rows"]][:2] == ["recipe", "agrees"]
+    return {row[0]: row[1:] for row in table["rows"]}, [e["text"] for e in events if e["event"] == "note"]
+
+
+# --- compare
+
+
+def test_runs_of_one_recipe_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mac = write_run(tmp_path / "mac", backend="mlx", tokens_per_second=50.0, peak_memory_bytes=1_000_000_000)
+    cuda = write_run(tmp_path / "cuda", recipe(model="elsewhere", data="other.jsonl"), tokens_per_second=200.0)
+    rows, notes = compared(capsys, mac, cuda)
+    assert rows["recipe"] == [RECIPE.hash()[:12]] * 2
+    assert rows["agrees"] == ["-", "yes"]
+    assert rows["backend"] == ["mlx", "torch"]
+    assert rows["tokens/s"] == ["50.0", "200.0  (4.00x)"]
+    assert rows["label tokens/s"] == ["40.0", "40.0  (1.00x)"]
+    assert rows["train time, s"] == ["20.0", "20.0  (1.00x)"]
+    assert rows["peak memory"] == ["1.00 GB", "2.00 GB  (2.00x)"]
+    assert rows["padding"] == ["5.00%", "5.00%  (1.00x)"]
+    assert rows["final train loss"] == ["1.5000", "1.5000  (1.00x)"]
+    assert rows["best step"] == ["8", "8"]
+    assert notes == ["cuda: the same recipe as mac: the same curve up to rounding, so speeds compare."]
+
+
+def test_runs_of_two_recipes_say_in_which_field_they_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "one")
+    other = write_run(tmp_path / "other", recipe(precision="bf16", rank=4, model="elsewhere"))
+    rows, notes = compared(capsys, one, other)
+    assert rows["agrees"] == ["-", "NO"]
+    assert rows["precision"] == ["fp32", "bf16"]
+    assert notes == ["other: NOT the same recipe as one, the losses do not compare: precision fp32 / bf16; rank 2 / 4"]
+
+
+def test_dropout_is_told_even_where_recipes_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name, recipe(dropout=0.1)) for name in ("one", "other")]
+    _, (note,) = compared(capsys, *runs)
+    assert note.endswith("Dropout masks differ between frameworks, so the curves agree only statistically.")
+
+
+def test_three_runs_are_held_against_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path / name, recipe(seed=seed)) for name, seed in (("one", 1), ("two", 2), ("three", 1))]
+    rows, notes = compared(capsys, *runs)
+    assert rows["agrees"] == ["-", "NO", "yes"]
+    assert [note.split(":")[0] for note in notes] == ["two", "three"]
+
+
+def test_a_figure_that_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "one", best_valid_loss=None, tokens_per_second=None)
+    rows, _ = compared(capsys, one, write_run(tmp_path / "other"))
+    assert rows["best valid loss"] == ["-", "1.2500"]
+    assert rows["tokens/s"] == ["-", "100.0"]
+
+
+def test_memory_that_is_counted_in_two_ways_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write_run(tmp_path / "one", memory_kind="unified")
+    _, notes = compared(capsys, one, write_run(tmp_path / "other"))
+    assert notes[-1].startswith("peak memory is counted in different ways here (rss, unified)")
+
+
+def test_a_run_that_has_not_finished_is_not_compared(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", status="interrupted")
+    with pytest.raises(UserError) as caught:
+        compare([one, other], Display("quiet"))
+    assert caught.value.what == f"{other} has not finished training."
+    assert caught.value.fix == f"Finish it: python cli.py train --resume {other}"
+
+
+# --- the folder
+
+
+@pytest.mark.parametrize("name", ["empty", "nowhere", "file"])
+def test_a_folder_without_a_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        read_run(tmp_path / name)
+    assert caught.value.what == f"{tmp_path / name} holds no run (no run.json)."
+    assert caught.value.fix == "Give a folder that `train` made."
+
+
+def test_a_damaged_record(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"status": ')
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        read_run(tmp_path)
+
+
+def test_a_recipe_that_is_gone_is_told(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one")
+    (one / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"recipe\.yaml"):
+        compare([one, write_run(tmp_path / "other")], Display("quiet"))
+
+
+def test_facts_join_the_record(tmp_path: Path) -> None:
+    update_run(tmp_path, steps=1, status="training")
+    assert update_run(tmp_path, status="complete") == {"steps": 1, "status": "complete"}
+    assert read_run(tmp_path) == {"steps": 1, "status": "complete"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_recipe_and_plan_come_back_as_they_were(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "one")
+    assert (read_recipe(run), read_plan(run)) == (RECIPE, PLAN)
+
+
+def test_speeds_leave_out_first_steps() -> None:
+    state = State(
+        step=9,
+        tokens=900,
+        label_tokens=450,
+        padded_tokens=1000,
+        train_seconds=30.0,
+        timed_seconds=10.0,
+        timed_tokens=800,
+        timed_label_tokens=400,
+        train_loss=1.0,
+        best_valid_loss=2.0,
+        best_step=6,
+    )
+    got = figures(state, RECIPE, PLAN)
+    assert (got["tokens_per_second"], got["label_tokens_per_second"], got["train_seconds"]) == (80.0, 40.0, 30.0)
+    assert got["padding_fraction"] == pytest.approx(0.1)
+    assert (got["recipe_hash"], got["steps"], got["best_step"]) == (RECIPE.hash(), 9, 6)
+
+
+def test_a_run_of_one_step_has_no_speed() -> None:
+    got = figures(State(step=1, tokens=9, padded_tokens=9), RECIPE, PLAN)
+    assert (got["tokens_per_second"], got["padding_fraction"]) == (None, 0.0)
+
+
+def test_the_environment_names_versions_and_no_person_or_place(tmp_path: Path) -> None:
+    write_environment(tmp_path)
+    content = json.loads((tmp_path / "environment.json").read_text())
+    assert content.keys() == {"python", "system", "machine", "processor", "cores", "memory_bytes", "packages"}
+    assert content["packages"]["numpy"]
+    assert content["memory_bytes"] > 0
