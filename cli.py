@@ -10,7 +10,6 @@ import tyro
 
 from common.config import Options, load_options, read_flags
 from common.errors import UserError
-from common.progress import Display, Mode
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and walk away with a Q4 GGUF."
 
@@ -25,10 +24,11 @@ def _make_backend(name: str):  # type: ignore[no-untyped-def]
 
 def _train(argv: list[str]) -> None:
     from common.loop import Interrupted
+    from common.progress import Display
     from common.train import run_training
 
     options, notes = load_options(read_flags(argv))
-    display = Display(_mode(options))
+    display = Display("json" if options.json_output else "quiet" if options.quiet else None)
     for note in notes:
         display.say(note)
     try:
@@ -36,10 +36,6 @@ def _train(argv: list[str]) -> None:
     except Interrupted as stop:
         display.warn(f"stopped after a finished step, saved. Go on with: python cli.py train --resume {stop}")
         sys.exit(130)
-
-
-def _mode(options: Options) -> Mode | None:
-    return "json" if options.json_output else "quiet" if options.quiet else None
 
 
 @app.command
@@ -61,6 +57,7 @@ def check_data(
         max_length: rows with more tokens are listed.
     """
     from common.check_data import check_data
+    from common.progress import Display
 
     check_data(file, model, max_length, Display())
 
@@ -80,6 +77,7 @@ def fuse(
         quant: GGUF types; as the run was started unless given.
         llama_cpp: folder of a llama.cpp build to use.
     """
+    from common.progress import Display
     from common.train import fuse_run
 
     given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp}
@@ -93,6 +91,7 @@ def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metav
     Args:
         runs: two or more run folders.
     """
+    from common.progress import Display
     from common.record import compare
 
     if len(runs) < 2:
@@ -104,6 +103,7 @@ def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metav
 def doctor() -> None:
     """What is here, and what is missing for which step."""
     from common.doctor import doctor
+    from common.progress import Display
 
     doctor(Display())
 

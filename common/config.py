@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from common.aliases import FAMILIES, SAME, translate
@@ -189,6 +188,8 @@ def read_flags(argv: list[str]) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -277,6 +278,8 @@ def _validate(values: dict[str, Any], sources: dict[str, str], faults: list[str]
 
 def write_yaml(path: Path, content: BaseModel, comment: str) -> None:
     """Write atomically; the file is whole or not there."""
+    import yaml
+
     temporary = path.with_suffix(".tmp")
     text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
     temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")

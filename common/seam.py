@@ -1,13 +1,15 @@
 """What crosses the line between the shared code and a backend: plain numpy, under Hugging Face names."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from common.config import Plan, Recipe
 
 IGNORE = -100  # the label of a position that carries no loss
@@ -110,7 +112,7 @@ class OutOfMemory(Exception):
 class Backend(Protocol):
     """One framework. Nothing but numpy and plain Python crosses these calls."""
 
-    def load(self, recipe: "Recipe", plan: "Plan", folder: Path, targets: Sequence[str]) -> ModelInfo:
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
         """Load the frozen base from `folder` and put a zero adapter on the modules named in `targets`."""
         ...
 
