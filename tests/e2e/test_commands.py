@@ -44,7 +44,7 @@ def trained(request, tmp_path_factory):
         (data / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     out = twintune(
         "train", "--config", ROOT / "configs" / "quickstart.yaml", "--data", data, "--output", run,
-        "--backend", request.param, "--precision", "fp32", "--steps", 15, "--eval-every", 5,
+        "--backend", request.param, "--precision", "fp32", "--steps", 45, "--eval-every", 15,
         "--quant", "Q4_K_M", "Q8_0",
     )  # fmt: skip
     return request.param, run, out
@@ -60,16 +60,16 @@ def test_the_run_folder_is_whole(trained):
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "complete"
     assert record["backend"] == backend
-    assert record["steps"] == 15
+    assert record["steps"] == 45
     assert record["exported_adapter"] == "best"
     for key in ("tokens_per_second", "label_tokens_per_second", "peak_memory_bytes", "peak_rss_bytes"):
         assert record[key] > 0, key
     assert 0 <= record["padding_fraction"] < 0.2
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 15
-    assert losses[-1] < losses[0] / 2
-    assert [line["step"] for line in lines if "valid_loss" in line] == [5, 10, 15]
+    assert len(losses) == 45
+    assert np.mean(losses[-5:]) < losses[0] / 4
+    assert [line["step"] for line in lines if "valid_loss" in line] == [15, 30, 45]
     for name in ("recipe.yaml", "plan.yaml", "environment.json", "fused/model.safetensors", "fused/tokenizer.json"):
         assert (run / name).exists(), name
     assert not list((run / "gguf").glob("*BF16*"))
@@ -143,7 +143,7 @@ def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, q
     with Server(ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", context=512) as server:
         answers = server.chat_many(prompts, 64, lambda share, text: None)
     wanted = [row.messages[-1]["content"] for row in rows]
-    # fifteen steps teach the voice, if not yet every word; an answer that never stops would be far longer
+    # this few steps teach the voice, if not yet every word; an answer that never stops would be far longer
     assert all(len(answer) < 2 * len(want) + 20 for answer, want in zip(answers, wanted, strict=True)), answers
     openings = {want[:3] for row in read_rows(EXAMPLE / "train.jsonl") for want in [row.messages[-1]["content"]]}
     assert sum(answer[:3] in openings for answer in answers) >= 4, answers
