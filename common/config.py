@@ -251,7 +251,8 @@ def _anchor(written: dict[str, Any], folder: Path) -> None:
     for key in [*paths, *(other for other, name in SAME.items() if name in paths)]:
         value = written.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
-            written[key] = str((folder / value).resolve())
+            found, here = (folder / value).resolve(), Path.cwd()
+            written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
 
 
 def _validate(values: dict[str, Any], sources: dict[str, str], faults: list[str]) -> Options | None:

@@ -118,7 +118,11 @@ def _our_build() -> LlamaCpp | None:
     if not (root / "complete").is_file() or None in found:
         return None
     converter, quantize, server = (Path(str(path)) for path in found)
-    return LlamaCpp(converter, quantize, server, f"built by Twintune, in {root}", f"llama-cpp-python {VERSION}")
+    return LlamaCpp(converter, quantize, server, f"built by Twintune, in {_short(root)}", f"llama-cpp-python {VERSION}")
+
+
+def _short(path: Path) -> str:
+    return str(Path("~") / path.relative_to(Path.home())) if path.is_relative_to(Path.home()) else str(path)
 
 
 def cache_root() -> Path:

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -32,6 +33,7 @@ class Display:
         self.console = Console(highlight=False, soft_wrap=self.mode == "plain")
         self._bars: Bars | None = None
         self._task: TaskID | None = None
+        self._memory = Text(style="dim")
         self._tokens = 0
         self._seconds = 0.0
         self._steps = 0
@@ -121,12 +123,14 @@ class Display:
             BarColumn(bar_width=24),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[memory]}"),
         )
-        with Bars(*columns, console=self.console) as self._bars:
-            self._task = self._bars.add_task("train", total=steps, completed=done, figures="", memory="")
-            yield
-        self._bars = self._task = None
+        self._bars = Bars(*columns, console=self.console)
+        self._task = self._bars.add_task("train", total=steps, completed=done, figures="")
+        try:
+            with Live(Group(self._bars, self._memory), console=self.console, refresh_per_second=4):
+                yield
+        finally:
+            self._bars = self._task = None
 
     def step(self, line: dict, memory: Memory) -> None:
         self._steps += 1
@@ -139,7 +143,8 @@ class Display:
         self.event("step", **line)
         if self._bars is not None and self._task is not None:
             figures = f"loss {line['loss']:.4f}  valid {self._valid}  {speed}"
-            self._bars.update(self._task, completed=line["step"], figures=figures, memory=held)
+            self._bars.update(self._task, completed=line["step"], figures=figures)
+            self._memory.plain = f"memory: {held}"
         elif self.mode == "plain":
             now = time.perf_counter()
             if now - self._said > _PLAIN_SECONDS or line["step"] == self._total:
