@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -73,7 +74,7 @@ def fuse(
 
     Args:
         run: run folder.
-        export: how far to go; as the run was started unless given.
+        export: how far to go; as the run was started unless given, and to the GGUF where that was none.
         quant: GGUF types; as the run was started unless given.
         llama_cpp: folder of a llama.cpp build to use.
     """
@@ -108,8 +109,13 @@ def doctor() -> None:
     doctor(Display())
 
 
+def _terminated(number: int, frame: object) -> None:
+    raise KeyboardInterrupt  # so that servers and temporary files are cleaned up
+
+
 def main() -> None:
     argv = sys.argv[1:]
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             _train(argv[1:])
@@ -117,6 +123,11 @@ def main() -> None:
             app.cli(args=argv, prog="twintune", description=_ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:
         print(f"error: {error.what}\nfix:   {error.fix}", file=sys.stderr)
+        if os.environ.get("TWINTUNE_TRACEBACK"):
+            raise
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.strerror or error}: {error.filename or ''}\nfix:   Look at that path.", file=sys.stderr)
         if os.environ.get("TWINTUNE_TRACEBACK"):
             raise
         sys.exit(1)

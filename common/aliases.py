@@ -78,6 +78,7 @@ FAMILIES = (
     ("iters", "batch_size", "grad_accumulation_steps"),
     ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
 )
+_WARMUPS = {"warmup", "warmup_steps", "warmup_ratio"}
 _TRL_BATCH = 8  # TrainingArguments.per_device_train_batch_size
 _MLX_BATCH = 4  # mlx_lm.lora's batch_size
 
@@ -99,6 +100,9 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         elif key in EXPLAINED:
             faults.append(f"{key}: {EXPLAINED[key]}")
             del rest[key]
+        elif key == "max_steps" and str(rest[key]) == "-1":
+            del rest[key]
+            notes.append("max_steps -1: the epochs count, as here without steps")
         elif key in NEEDLESS:
             del rest[key]
             notes.append(f"{key}: not needed, {NEEDLESS[key]}")
@@ -130,6 +134,9 @@ def _rename(rest: dict[str, Any], options: dict[str, Any], key: str, notes: list
     number = _number(value)
     if name == "schedule" and value == "constant_with_warmup":
         value = "constant"  # ours has the warm-up that `warmup` says
+    elif name == "schedule" and value == "constant" and not _WARMUPS & {*options, *rest}:
+        options["warmup"] = 0
+        notes.append(f"{key} constant has no warm-up -> warmup 0")
     if key == "warmup_ratio" and number is not None and number >= 1:
         faults.append(f"warmup_ratio: must be below 1 (got {value!r})")
     elif key == "val_set_size" and number is not None and number >= 1:
@@ -213,7 +220,11 @@ def _lora_parameters(rest: dict[str, Any], options: dict[str, Any], notes: list[
     if "dropout" in nested:
         options["dropout"] = nested["dropout"]
     if "keys" in nested:
-        options["targets"] = [str(name).rsplit(".", 1)[-1] for name in nested["keys"]]
+        keys = nested["keys"]
+        if not isinstance(keys, list) or not keys:
+            faults.append(f"lora_parameters.keys: must be a list of layer names (got {keys!r})")
+            return
+        options["targets"] = [str(name).rsplit(".", 1)[-1] for name in keys]
         notes.append(f"lora_parameters.keys -> targets {' '.join(options['targets'])}")
 
 

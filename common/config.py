@@ -51,7 +51,7 @@ class Options(BaseModel):
     warmup: float = Field(0.05, ge=0, description="below 1: a share of the steps; from 1: steps")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
     max_length: int = Field(1024, ge=2, description="longer rows are dropped, counted and listed")
-    seed: int = Field(0, ge=0, description="of the adapter's start, row order, hold-out and dropout")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, row order, hold-out and dropout")
 
     rank: int = Field(16, ge=1, description="of the LoRA matrices")
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
@@ -216,7 +216,7 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
     sources: dict[str, str] = {}
     merged: dict[str, Any] = {}
     if isinstance(config, str):
-        _anchor(written, Path(config).parent)
+        _anchor(written, Path(config))
     for family in FAMILIES:  # their parts mean something only together: one in YAML, another among the flags
         if any(key in flags for key in family if key != "batch_size"):
             flags = {key: written.pop(key) for key in family if key in written} | flags
@@ -245,12 +245,13 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
     return options, notes
 
 
-def _anchor(written: dict[str, Any], folder: Path) -> None:
+def _anchor(written: dict[str, Any], config: Path) -> None:
     """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
+    folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
     paths = ("data", "model", "llama_cpp")
     for key in [*paths, *(other for other, name in SAME.items() if name in paths)]:
         value = written.get(key)
-        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+        if isinstance(value, str) and (ours or not Path(value).exists()) and (folder / value).exists():
             found, here = (folder / value).resolve(), Path.cwd()
             written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.blas import INSTALL, preload
 from common.dispatch import MLX_INSTALL, choose_backend, choose_device, choose_precision, nvidia_gpu
 from common.errors import UserError
-from common.llamacpp import find, missing_build_tools
+from common.llamacpp import find, missing_build_tools, which
 from common.memory import swap_used, total
 from common.models import cache_folder
 from common.progress import Display, gigabytes
@@ -22,7 +22,7 @@ def doctor(display: Display) -> None:
     import psutil
 
     gpu = nvidia_gpu()
-    cmake = shutil.which("cmake")
+    cmake = which("cmake")
     display.table(
         "This machine",
         ["", ""],
@@ -53,8 +53,13 @@ def doctor(display: Display) -> None:
                 rows.append(["MLX's products", _blas_line()])
         except UserError as error:
             rows.append([f"train on {backend}", f"missing: {error.what} {error.fix}"])
-    if _can_find():
-        rows.append(["make a GGUF", "ready"])
+    try:
+        found = find(None)
+        broken = ""
+    except UserError as error:
+        found, broken = None, error.what
+    if found or broken:
+        rows.append(["make a GGUF", broken or "ready"])
     elif missing := missing_build_tools():
         rows.append(["make a GGUF", "missing: " + "; ".join(missing)])
     else:
@@ -67,13 +72,6 @@ def doctor(display: Display) -> None:
 def _blas_line() -> str:
     found = preload()
     return f"fast, by {found}" if found else f"about 15 times slower than need be: no OpenBLAS; {INSTALL}"
-
-
-def _can_find() -> bool:
-    try:
-        return find(None) is not None
-    except UserError:
-        return False
 
 
 def _llama() -> str:

@@ -8,7 +8,7 @@ from common.config import ROOT
 from common.data import read_rows
 from common.gguf import convert, quantize
 from common.llamacpp import LlamaCpp
-from common.models import cache_folder, content_hash
+from common.models import cache_folder, cache_lock, content_hash
 from common.progress import Display
 from common.server import Server
 
@@ -36,7 +36,7 @@ def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) 
         ("after", run / "gguf" / f"model-{quant}.gguf"),
     ):
         with display.stage(f"answers {when} tuning") as progress, Server(llama, gguf, context=512) as server:
-            answers[when] = server.chat_many(prompts, _ANSWER_TOKENS, progress)
+            answers[when] = server.chat_many(prompts, _ANSWER_TOKENS, progress, enable_thinking=False)
     lines = []
     for number, prompt in enumerate(prompts):
         index, similarity = nearest_train_row(tests[number], trained)
@@ -82,7 +82,9 @@ def _base_gguf(base: Path, quant: str, llama: LlamaCpp, display: Display) -> Pat
     """The untuned model as the same kind of GGUF, made once for each model and cached."""
     folder = cache_folder() / "base-gguf" / content_hash(base)[:16]
     target = folder / f"{quant}.gguf"
-    if not target.exists():
+    with cache_lock():
+        if target.exists():
+            return target
         folder.mkdir(parents=True, exist_ok=True)
         with display.stage("base GGUF") as progress:
             whole = folder / "BF16.gguf"

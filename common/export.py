@@ -85,18 +85,20 @@ def try_gguf(gguf: Path, fused: Path, prompt: list[dict[str, str]], llama: Llama
     """
     with Server(llama, gguf, context=1024) as server:
         if differences := verify_tokens(fused, PROBE, server):
+            gguf.unlink()
             shown = differences[0]
             raise UserError(
                 f"{gguf} tokenises {shown.text!r} otherwise than the model that was trained: "
                 f"{shown.gguf} instead of {shown.transformers}.",
-                "Do not use this file. Check that the base folder's tokenizer files are the model's own.",
+                "The file is removed. Check that the base folder's tokenizer files are the model's own.",
             )
-        return server.chat(prompt, _SAMPLE_TOKENS)
+        return server.chat(prompt, _SAMPLE_TOKENS, enable_thinking=False)  # as it was trained
 
 
 def disk_needed(base: Path, export: str, quants: list[str], adapter_bytes: int) -> int:
     """Bytes that checkpoints, the fused folder, the bf16 GGUF and the quants will take at their peak."""
-    checkpoints = 2 * 4 * adapter_bytes  # two kept: adapter, best, two moments
+    # three checkpoints while one is written, each with both layouts, the best and two moments; both layouts at the end
+    checkpoints = (3 * 5 + 2) * adapter_bytes
     if export == "none":
         return checkpoints
     fused = weight_bytes(base)

@@ -34,7 +34,6 @@ QUANT_TYPES: tuple[str, ...] = (
     "Q2_K",
 )
 QUANT_TYPES += ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16")
-DEFAULT_QUANT = "Q4_K_M"
 
 # Their converters fall back to, or fail over, `tokenizer.json` where `tokenizer.model` is not there.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")

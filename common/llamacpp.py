@@ -137,7 +137,7 @@ def missing_build_tools() -> list[str]:
     mac = sys.platform == "darwin"
     missing = []
     how = ("brew install cmake" if mac else "apt install cmake") + ", or: python -m pip install cmake"
-    cmake = _which("cmake")
+    cmake = which("cmake")
     version = re.search(r"version (\d+)\.(\d+)", capture([cmake, "--version"], 60)[1]) if cmake else None
     if version is None:
         missing.append(f"CMake 3.14 or newer ({how})")
@@ -147,9 +147,9 @@ def missing_build_tools() -> list[str]:
         if capture(["xcode-select", "-p"], 60)[0] != 0:
             missing.append("a C++ compiler (xcode-select --install)")
     elif os.name != "nt":  # on Windows CMake itself looks for Visual Studio
-        if not (os.environ.get("CXX") or any(map(_which, ("c++", "g++", "clang++")))):
+        if not (os.environ.get("CXX") or any(map(which, ("c++", "g++", "clang++")))):
             missing.append("a C++ compiler (apt install g++)")
-        if not (_which("ninja") or _which("make")):
+        if not (which("ninja") or which("make")):
             missing.append("make or ninja (apt install make)")
     if capture([sys.executable, "-m", "pip", "--version"], 60)[0] != 0:
         missing.append(f"pip in this environment ({_PIP_REMEDY})")
@@ -255,7 +255,7 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
 
 def _compile(root: Path, progress: Progress) -> None:
     log, folder = root / "build.log", root / "build"
-    cmake = _which("cmake") or "cmake"
+    cmake = which("cmake") or "cmake"
     last = (0, "")
     # CUDA's compiler is particular about its host compiler. A CPU build does the same work here, more slowly: rather
     # that than no GGUF at the end of a training.
@@ -264,7 +264,7 @@ def _compile(root: Path, progress: Progress) -> None:
         configure += [f"-D{name}=OFF" for name in _OFF] + [f"-DGGML_CUDA={'ON' if cuda else 'OFF'}"]
         if cuda:
             configure.append("-DCMAKE_CUDA_ARCHITECTURES=native")
-        if not (folder / "CMakeCache.txt").is_file() and (ninja := _which("ninja")):
+        if not (folder / "CMakeCache.txt").is_file() and (ninja := which("ninja")):
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         name = f"compiling llama.cpp ({'CUDA' if cuda else 'Metal' if sys.platform == 'darwin' else 'CPU'})"
         progress(0.03, name)
@@ -290,9 +290,9 @@ def _compile(root: Path, progress: Progress) -> None:
 
 
 def _has_cuda() -> bool:
-    return _which("nvcc") is not None and "GPU 0" in capture(["nvidia-smi", "-L"], 60)[1]
+    return which("nvcc") is not None and "GPU 0" in capture(["nvidia-smi", "-L"], 60)[1]
 
 
-def _which(name: str) -> str | None:
+def which(name: str) -> str | None:
     """PATH, then beside the running Python: pip's own `cmake` and `ninja` lie there, on PATH or not."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))

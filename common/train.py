@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.loop import Interrupted, train
 from common.memory import ResidentSet, swap_used
 from common.progress import Display
-from common.seam import Adapter, Backend, Memory, ModelInfo
+from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer, stop_ids, template_hash
 
 
@@ -56,17 +56,24 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
     seconds: dict[str, float] = {}
     with _timed(seconds, "prepare"):
         job = prepare(options, resumed, display)
-    state = _open_run(job, resumed)
-    try:
-        with _timed(seconds, "train"):
-            final = _train(job, state, make_backend, display)
-    except (Interrupted, KeyboardInterrupt, UserError):
-        record.update_run(job.run, status="interrupted")
-        raise
-    adapters.validate(final, job.shapes, job.run)
-    adapters.write_both(job.run, final)
-    record.update_run(job.run, status="complete")
-    finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display)
+    job, state = _open_run(job, resumed)
+    with _only_one(job.run):
+        try:
+            with _timed(seconds, "train"):
+                final = _train(job, state, make_backend, display)
+        except BaseException as error:
+            record.update_run(job.run, status="interrupted", stage_seconds=seconds)
+            if not isinstance(error, (Interrupted, UserError)):
+                display.warn(f"training was stopped. To go on: python cli.py train --resume {job.run}")
+            raise
+        adapters.validate(final, job.shapes, job.run)
+        adapters.write_both(job.run, final)
+        record.update_run(job.run, status="complete")
+        try:
+            finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display)
+        except BaseException:
+            display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
+            raise
     return job.run
 
 
@@ -75,7 +82,9 @@ def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
     known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
-    merged = Options.model_validate(known["options"] | options)
+    merged = Options.model_validate({**known["options"], **options})
+    if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
+        merged = merged.model_copy(update={"export": "gguf"})
     check_quants(merged.quant)
     folder = models.resolve(merged.model or "", display.say)
     if models.content_hash(folder) != known["model_hash"]:
@@ -172,7 +181,7 @@ def finish(
     if options.export == "gguf" and llama is not None:
         with _timed(seconds, "gguf"), display.stage("gguf") as progress:
             export["gguf"] = write_ggufs(
-                run / "fused", run / "gguf", Path(options.model or "").stem, options.quant, llama, progress
+                run / "fused", run / "gguf", _name(options.model), options.quant, llama, progress
             )
         display.table(
             "GGUF",
@@ -199,12 +208,16 @@ def finish(
             answer = try_gguf(first, run / "fused", prompt, llama)
         export["sample"] = {"prompt": prompt, "answer": answer}
         display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
+    export = record.read_run(run).get("export", {}) | export
     record.update_run(run, export=export)
     if options.export == "gguf" and llama is not None and is_example(options.data):
         with _timed(seconds, "example"):
             counts = score(run, folder, options.quant[0], llama, display)
         record.update_run(run, example=counts)
-    record.update_run(run, stage_seconds=seconds)
+    earlier = record.read_run(run).get("stage_seconds", {})  # a resumed run's training adds up, the rest is the last
+    if "train" in seconds:
+        seconds["train"] += earlier.get("train", 0.0)
+    record.update_run(run, stage_seconds=earlier | seconds)
     display.event("done", run=str(run), stage_seconds=seconds)
     if display.mode in ("rich", "plain"):
         display.say("stages: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
@@ -216,7 +229,13 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
     with display.stage("load the model"):
         backend = make_backend(job.plan.backend)
-        info = backend.load(recipe, job.plan, job.folder, list(job.shapes))
+        try:
+            info = backend.load(recipe, job.plan, job.folder, list(job.shapes))
+        except OutOfMemory as error:
+            raise UserError(
+                f"{recipe.model} does not fit into memory on {job.plan.device}: {error}",
+                "Close other programs, or train a smaller model.",
+            ) from None
     _header(job, info, display)
     found = checkpoint.latest(job.run) if state.step else None
     if found:
@@ -313,7 +332,25 @@ def _header(job: Job, info: ModelInfo, display: Display) -> None:
     )
 
 
-def _open_run(job: Job, resumed: Path | None) -> State:
+@contextmanager
+def _only_one(run: Path) -> Iterator[None]:
+    """Hold the run folder: a second process that goes on with it would mix its steps into ours."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{run} is being trained by another process.", "Wait for it, or stop it first.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        (run / ".lock").unlink(missing_ok=True)
+
+
+def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
+    """The job with its folder made, and where it stands."""
     if resumed:
         recorded = record.read_run(resumed)["recipe_hash"]
         if recorded != job.recipe.hash():
@@ -324,8 +361,13 @@ def _open_run(job: Job, resumed: Path | None) -> State:
             )
         found = checkpoint.latest(resumed)
         record.update_run(resumed, status="training")
-        return found[0] if found else State(micro_batch_tokens=job.plan.micro_batch_tokens)
-    job.run.mkdir(parents=True, exist_ok=True)
+        return job, found[0] if found else State(micro_batch_tokens=job.plan.micro_batch_tokens)
+    while True:
+        try:
+            job.run.mkdir(parents=True, exist_ok=bool(job.options.output))
+            break
+        except FileExistsError:  # another run took the name while this one prepared
+            job = replace(job, run=_free(job.run))
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
     write_yaml(job.run / "plan.yaml", job.plan, "what changes only speed and memory")
     record.write_environment(job.run)
@@ -338,7 +380,7 @@ def _open_run(job: Job, resumed: Path | None) -> State:
         sample_prompt=job.sample,
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
-    return State(micro_batch_tokens=job.plan.micro_batch_tokens)
+    return job, State(micro_batch_tokens=job.plan.micro_batch_tokens)
 
 
 def _anchored(options: dict[str, Any]) -> dict[str, Any]:
@@ -370,11 +412,21 @@ def _output(options: Options, backend: str) -> Path:
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
-    name = f"{Path(options.model or '').stem}-{Path(options.data or '').stem}-{backend}"
-    number = 1
-    while (run := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+    return _free(Path("runs") / f"{_name(options.model)}-{_name(options.data)}-{backend}")
+
+
+def _free(run: Path) -> Path:
+    """`run`, or the first of `run-2`, `run-3` ... that is not there."""
+    name, number = run.name, 1
+    while run.exists():
         number += 1
+        run = run.with_name(f"{name}-{number}")
     return run
+
+
+def _name(source: str | None) -> str:
+    name = Path(source or "").name
+    return name.removesuffix(".gguf").removesuffix(".jsonl")
 
 
 def _llama(options: Options, folder: Path, display: Display) -> LlamaCpp | None:

@@ -1,7 +1,8 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.seam.Backend`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ class MlxBackend:
             for name in sorted(targets)
         }
         self.model.update_modules(tree_unflatten(list(self.layers.items())))
-        mx.eval(self.model.parameters())
+        with _memory_errors():
+            mx.eval(self.model.parameters())
         self.optimizer = optim.AdamW(
             recipe.learning_rate,
             betas=[recipe.beta1, recipe.beta2],
@@ -88,19 +90,13 @@ class MlxBackend:
             mx.random.seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
         total_loss, gradients = mx.array(0.0), None
-        try:
+        with _memory_errors():
             for batch in micro_batches:
                 loss, part = self.gradient(batch)
                 part = tree_map(lambda g: g / count, part)
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 total_loss = total_loss + loss
                 mx.eval(total_loss, gradients)  # frees this micro-batch's activations
-        except RuntimeError as error:
-            if "memory" not in str(error).lower() and "malloc" not in str(error).lower():
-                raise
-            del gradients
-            mx.clear_cache()
-            raise OutOfMemory(str(error)) from None
         norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
         if self.recipe.max_grad_norm:
             factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
@@ -112,7 +108,10 @@ class MlxBackend:
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
-        return StepResult(loss_sum(self.model, batch), 0.0, batch.label_tokens, batch.tokens)
+        with _memory_errors():
+            loss = loss_sum(self.model, batch)
+            mx.eval(loss)  # here, where running out of memory is still known for what it is
+        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens)
 
     def get_adapter(self) -> Adapter:
         recipe = self.recipe
@@ -172,3 +171,15 @@ class MlxBackend:
         mx.clear_cache()
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """OutOfMemory for what MLX raises, a RuntimeError that only its text tells from others."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "memory" not in str(error).lower() and "malloc" not in str(error).lower():
+            raise
+        mx.clear_cache()
+        raise OutOfMemory(str(error).split("\n")[0]) from None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from common import checkpoint, models
 from common.adapter import initial_adapter
@@ -15,7 +16,7 @@ from common.config import TARGET_GROUPS, Plan, Recipe
 from common.data import read_rows
 from common.fuse import fuse
 from common.loop import Interrupted, train
-from common.seam import Backend
+from common.seam import Backend, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer
 
 TARGETS = TARGET_GROUPS["all-linear"]
@@ -151,7 +152,7 @@ def check_adapter_off_is_the_base(name: str, folder: Path, rows: list[Encoded]) 
 
 
 def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], run: Path, dropout: float) -> None:
-    """Uninterrupted against: stopped by request at step 5, and killed after the checkpoint of step 6."""
+    """Uninterrupted against stopped by request at step 5 and resumed; tests/e2e kills a process."""
     recipe = make_recipe(folder, dropout=dropout)
 
     def go(where: Path, state: State, stop_at: int = 0) -> State:
@@ -209,4 +210,32 @@ def check_bf16_base_has_float32_adapter(name: str, folder: Path, rows: list[Enco
     for name_, matrix in matrices(backend).items():
         assert matrix.dtype == np.float32
         assert np.any(matrix != matrix.astype(ml_dtypes.bfloat16).astype(np.float32)), name_
+    backend.close()
+
+
+def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], monkeypatch) -> None:
+    """An injected out-of-memory in a step and in validation is the seam's own, and leaves the step repeatable."""
+    trainer = importlib.import_module(f"{name}_backend.trainer")
+    recipe = make_recipe(folder)
+    clean = load(name, folder, recipe)
+    expected = run_steps(clean, recipe, rows, 2)
+    clean.close()
+    backend = load(name, folder, recipe)
+    real, calls = trainer.loss_sum, []
+
+    def second_call_fails(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("[malloc] out of memory: can't allocate memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "loss_sum", second_call_fails)
+    batches = micro_batches([rows[i] for i in step_rows(len(rows), 4, 0, 1)], 60)
+    assert len(batches) > 1
+    with pytest.raises(OutOfMemory):
+        backend.train_step(batches, recipe.learning_rate, 1)
+    np.testing.assert_allclose(run_steps(backend, recipe, rows, 2), expected, rtol=2e-5)
+    calls[:] = [1]
+    with pytest.raises(OutOfMemory):
+        backend.eval_step(batches[0])
     backend.close()

@@ -1,7 +1,8 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.seam.Backend`."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ class TorchBackend:
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
-        base = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=_DTYPES[recipe.precision],
-            attn_implementation="sdpa",
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        with _memory_errors():
+            base = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=_DTYPES[recipe.precision],
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+            ).to(self.device)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=recipe.rank,
@@ -74,28 +76,24 @@ class TorchBackend:
             torch.manual_seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
         total = torch.zeros((), device=self.device)
-        try:
+        self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        with _memory_errors():
             for batch in micro_batches:
                 loss = loss_sum(self.model, batch, self.device)
                 (loss / count).backward()
                 total += loss.detach()
-        except torch.OutOfMemoryError as error:
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            raise OutOfMemory(str(error)) from None
         limit = self.recipe.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return StepResult(total, norm, count, sum(batch.tokens for batch in micro_batches))
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.peft.eval()
-        return StepResult(loss_sum(self.model, batch, self.device), 0.0, batch.label_tokens, batch.tokens)
+        with _memory_errors():
+            return StepResult(loss_sum(self.model, batch, self.device), 0.0, batch.label_tokens, batch.tokens)
 
     def get_adapter(self) -> Adapter:
         recipe = self.recipe
@@ -154,6 +152,20 @@ class TorchBackend:
         del self.model, self.peft, self.layers, self.parameters, self.optimizer
         if cuda:
             torch.cuda.empty_cache()
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError)."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise OutOfMemory(text.split("\n")[0]) from None
+        raise
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

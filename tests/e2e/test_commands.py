@@ -3,17 +3,17 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common import adapter as adapters
-from common import models
+from common import checkpoint, models
 from common.config import ROOT
 from common.data import read_rows
 from common.llamacpp import ensure
@@ -73,7 +73,7 @@ def test_the_run_folder_is_whole(trained):
     for name in ("recipe.yaml", "plan.yaml", "environment.json", "fused/model.safetensors", "fused/tokenizer.json"):
         assert (run / name).exists(), name
     assert not list((run / "gguf").glob("*BF16*"))
-    assert "asked for" in out  # why this backend
+    assert re.search(rf"backend\s+{backend}: asked for", out)
 
 
 def test_peft_loads_the_adapter_with_the_logits_that_were_trained(trained):
@@ -152,8 +152,12 @@ def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, q
 def test_fuse_makes_the_export_again(trained):
     _, run, _ = trained
     before = (run / "fused" / "model.safetensors").read_bytes()
+    shutil.rmtree(run / "fused")
     twintune("fuse", run, "--export", "fused")
     assert (run / "fused" / "model.safetensors").read_bytes() == before
+    record = json.loads((run / "run.json").read_text())
+    assert len(record["export"]["gguf"]) == 2, "what was exported before stays on record"
+    assert record["stage_seconds"]["train"] > 0
 
 
 def test_compare_prints_agreement_first(trained):
@@ -233,6 +237,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tiny, 
     words[words.index("--save-every") + 1] = 1
     out = twintune(*words, "--warmup", 0, code=1)
     assert re.search(r"not finite at step \d+, on the rows rows.jsonl:\d+", out)
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is not None
+    assert f"The checkpoint of step {found[0].step} is kept" in out
+    assert all(np.isfinite(weight.B).all() for weight in found[1].weights.values())
     assert "--learning-rate" in out
 
 
@@ -274,11 +282,21 @@ def test_doctor_names_the_steps_and_never_the_token():
     assert "hf_secret" not in out
 
 
-def test_a_gguf_file_is_a_model(tmp_path):
-    gguf = next(iter((models.cache_folder() / "downloads").glob("*.gguf")), None)
-    if gguf is None:
-        models.resolve(SMOLLM2, print)
-        gguf = next((models.cache_folder() / "downloads").glob("*.gguf"))
-    path = Path(models.resolve(str(gguf), print))
-    assert (path / "model.safetensors").exists()
-    assert json.loads((path / "config.json").read_text())["rope_theta"] == 100_000.0
+def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
+    gguf = models._mirror_gguf(models.MIRRORS[SMOLLM2])
+    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    folder = models.resolve(str(gguf), print)
+    assert folder.is_relative_to(tmp_path)
+    assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0
+    assert models.resolve(str(gguf), print) == folder
+    tokenizer = load_tokenizer(folder)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("½5", add_special_tokens=False)][-1] == "5"
+    name = "train", "--model", folder, "--data", EXAMPLE / "valid.jsonl", "--output", tmp_path / "run"
+    twintune(*name, "--steps", 1, "--batch-size", 2, "--export", "none")
+
+
+def test_fuse_exports_a_run_that_was_only_trained(tiny, tmp_path):
+    twintune(*tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2))
+    assert not (tmp_path / "run" / "fused").exists()
+    twintune("fuse", tmp_path / "run", "--export", "fused")
+    assert (tmp_path / "run" / "fused" / "model.safetensors").exists()

@@ -39,3 +39,7 @@ def test_optimizer_state_crosses_the_seam_and_comes_back(model, rows):
 
 def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
     backends.check_bf16_base_has_float32_adapter("torch", model, rows)
+
+
+def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows, monkeypatch):
+    backends.check_memory_errors_are_told("torch", model, rows, monkeypatch)

@@ -164,7 +164,7 @@ def test_steps_beside_epochs_does_not_hide_behind_another_fault() -> None:
 
 
 def test_a_fault_under_another_programs_name_is_told_by_that_name(tmp_path: Path) -> None:
-    config = write(tmp_path / "c.yaml", "max_steps: -1\n")
+    config = write(tmp_path / "c.yaml", "max_steps: -2\n")
     assert "max_steps" in fault("--config", config)
 
 

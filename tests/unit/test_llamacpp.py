@@ -106,7 +106,7 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "_which", lambda name: None)
+    monkeypatch.setattr(llamacpp, "which", lambda name: None)
     monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (1, "not there"))
     monkeypatch.delenv("CXX", raising=False)
 
@@ -129,7 +129,7 @@ def test_missing_tools_are_named_with_their_remedy(
 
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(llamacpp, "_which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(llamacpp, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
         "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
@@ -145,7 +145,7 @@ def test_build_stops_before_it_downloads_where_tools_are_missing() -> None:
 
 def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cmake = script(tmp_path / "cmake", "print('CMake Error: no compiler for you'); raise SystemExit(1)")
-    monkeypatch.setattr(llamacpp, "_which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(llamacpp, "which", lambda name: str(cmake) if name == "cmake" else None)
     monkeypatch.setattr(llamacpp, "missing_build_tools", list)
     root = llamacpp.cache_root()
     (root / "source").mkdir(parents=True)

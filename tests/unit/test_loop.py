@@ -320,9 +320,13 @@ def test_a_stop_finishes_the_step_and_saves(tmp_path: Path) -> None:
     assert (found[0].step, found[2].step) == (3, 3)
 
 
-def test_a_stop_in_the_last_step_is_the_end_of_the_run(tmp_path: Path) -> None:
-    state, _ = run(tmp_path, watch=Watch(stop_after=8))
+def test_a_stop_in_the_last_step_is_heeded_and_resuming_has_nothing_left_to_do(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, watch=Watch(stop_after=8))
+    lines = metrics(tmp_path)
+    state, _ = run(tmp_path, resume=True)
     assert state.step == 8
+    assert metrics(tmp_path) == lines
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
