@@ -38,6 +38,7 @@ class Display:
         self._seconds = 0.0
         self._steps = 0
         self._valid = "-"
+        self._figures = ""
         self._said = 0.0
 
     def event(self, kind: str, **facts: Any) -> None:
@@ -142,8 +143,8 @@ class Display:
         held = f"{used}, swap {gigabytes(memory.swap)}"
         self.event("step", **line)
         if self._bars is not None and self._task is not None:
-            figures = f"loss {line['loss']:.4f}  valid {self._valid}  {speed}"
-            self._bars.update(self._task, completed=line["step"], figures=figures)
+            self._figures = f"loss {line['loss']:.4f}  valid {{}}  {speed}"
+            self._bars.update(self._task, completed=line["step"], figures=self._figures.format(self._valid))
             self._memory.plain = f"memory: {held}"
         elif self.mode == "plain":
             now = time.perf_counter()
@@ -159,5 +160,7 @@ class Display:
     def evaluation(self, line: dict) -> None:
         self._valid = f"{line['valid_loss']:.4f}"
         self.event("evaluation", **line)
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, figures=self._figures.format(self._valid))
         if self.mode in ("plain", "rich"):
             self.console.print(f"step {line['step']}: validation loss {self._valid}", markup=False)
