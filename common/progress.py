@@ -1,6 +1,7 @@
 """What the user sees: rich on a terminal, plain lines elsewhere, JSON events, or next to nothing."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from rich.text import Text
 from common.seam import Memory, Progress
 
 Mode = Literal["rich", "plain", "json", "quiet"]
+_FIGURE = re.compile(r"[-\d.,]+( ?[a-zA-Z%]+)?(  \(.*\))?")  # a number, its unit, a ratio behind it
 _PLAIN_SECONDS = 10.0  # between plain lines of one stage
 
 
@@ -73,7 +75,7 @@ class Display:
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, column in enumerate(columns):
-            figures = all(row[number][:1].isdigit() or row[number] == "-" for row in rows)
+            figures = all(_FIGURE.fullmatch(row[number]) for row in rows)
             table.add_column(column, justify="right" if figures else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(Text, row))
