@@ -1,50 +1,28 @@
 """The main job in its order: check everything, train, fuse, export, measure."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import adapter as adapters
 from common import checkpoint, models, record
 from common.batches import steps_per_epoch
-from common.blas import INSTALL, preload
 from common.checkpoint import State
-from common.config import Options, Plan, Recipe, write_yaml
-from common.data import data_hash, load_data, prompt_of
-from common.dispatch import Choice, choose_backend, choose_device, choose_precision
+from common.config import Options, write_yaml
 from common.errors import UserError
 from common.example import is_example, score
 from common.export import check_disk, disk_needed, try_gguf, write_fused, write_ggufs
-from common.gguf import check_convertible, check_quants
-from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
+from common.gguf import check_quants
+from common.llamacpp import LlamaCpp
 from common.loop import Interrupted, train
 from common.memory import ResidentSet, swap_used
+from common.prepare import Job, free_name, llama_for, prepare, source_name
 from common.progress import Display
 from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
-from common.template import Encoded, encode_all, load_tokenizer, stop_ids, template_hash
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything that is known before the first step."""
-
-    options: Options
-    run: Path
-    folder: Path  # the base model
-    recipe: Recipe
-    plan: Plan
-    choices: dict[str, Choice]
-    train: list[Encoded]
-    valid: list[Encoded]
-    shapes: dict[str, tuple[int, int]]
-    llama: LlamaCpp | None
-    stops: list[int]
-    sample: list[dict[str, str]]  # a prompt to try the result with
 
 
 def run_training(options: Options, make_backend: Callable[[str], Backend], display: Display) -> Path:
@@ -92,74 +70,8 @@ def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
     final = adapters.read_peft(run / "adapter")
     adapters.validate(final, models.linear_shapes(folder, merged.target_names()), run / "adapter")
     check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
-    llama = _llama(merged, folder, display)
+    llama = llama_for(merged, folder, display)
     finish(run, folder, final, merged, llama, known["stop_ids"], {}, display)
-
-
-def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
-    """Everything that could go wrong later is looked at here, cheapest first."""
-    check_quants(options.quant)
-    if not options.model:
-        raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
-    if not options.data:
-        raise UserError("No data is given.", "Add --data FILE.jsonl (or a folder with train.jsonl).")
-    choices = {"backend": choose_backend(options.backend)}
-    backend = choices["backend"].value
-    choices["device"] = choose_device(options.device, backend)
-    if backend == "mlx" and choices["device"].value == "cpu" and not preload():
-        display.warn(f"MLX will be about 15 times slower than need be: no OpenBLAS was found. {INSTALL}")
-    choices["precision"] = choose_precision(options.precision, backend, choices["device"].value)
-    run = resumed or _output(options, backend)
-    data = load_data(Path(options.data), options.valid_share, options.seed)
-    folder = models.resolve(options.model, display.say)
-    shapes = models.linear_shapes(folder, options.target_names())
-    tokenizer = load_tokenizer(folder)
-    with display.stage("read the data") as progress:
-        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
-        valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length)
-    if not rows:
-        raise UserError(
-            f"--max-length {options.max_length}: every row of {options.data} is longer "
-            f"(the shortest has {min(len(row.ids) for row in too_long)} tokens).",
-            "Raise --max-length.",
-        )
-    if dropped := too_long + valid_too_long:
-        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
-        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
-        display.warn(
-            f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more} "
-            "(check-data lists them all)"
-        )
-    adapter_bytes = sum(4 * options.rank * (out + into) for out, into in shapes.values())
-    check_disk(run, disk_needed(folder, options.export, options.quant, adapter_bytes))
-    llama = _llama(options, folder, display)
-    with display.stage("hash the model") as progress:
-        model_hash = models.content_hash(folder, progress)
-    per_epoch = steps_per_epoch(len(rows), options.batch_size)
-    steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
-    warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
-    same = set(Recipe.model_fields) & set(Options.model_fields) - {"model", "data", "targets", "precision", "steps"}
-    recipe = Recipe(
-        **{name: getattr(options, name) for name in same - {"eval_every"}},
-        model=options.model,
-        data=options.data,
-        model_hash=model_hash,
-        data_hash=data_hash(data),
-        template_hash=template_hash(tokenizer),
-        precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=options.target_names(),
-        steps=steps,
-        warmup_steps=warmup,
-        eval_every=options.eval_every or per_epoch,
-    )
-    plan = Plan(
-        backend=backend,  # type: ignore[arg-type]  # pydantic checks it
-        device=choices["device"].value,  # type: ignore[arg-type]
-        micro_batch_tokens=options.micro_batch_tokens,
-        save_every=options.save_every or per_epoch,
-    )
-    sample = prompt_of((data.valid or data.train)[0])
-    return Job(options, run, folder, recipe, plan, choices, rows, valid, shapes, llama, stop_ids(rows), sample)
 
 
 def finish(
@@ -181,7 +93,7 @@ def finish(
     if options.export == "gguf" and llama is not None:
         with _timed(seconds, "gguf"), display.stage("gguf") as progress:
             export["gguf"] = write_ggufs(
-                run / "fused", run / "gguf", _name(options.model), options.quant, llama, progress
+                run / "fused", run / "gguf", source_name(options.model), options.quant, llama, progress
             )
         display.table(
             "GGUF",
@@ -367,7 +279,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
             job.run.mkdir(parents=True, exist_ok=bool(job.options.output))
             break
         except FileExistsError:  # another run took the name while this one prepared
-            job = replace(job, run=_free(job.run))
+            job = replace(job, run=free_name(job.run))
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
     write_yaml(job.run / "plan.yaml", job.plan, "what changes only speed and memory")
     record.write_environment(job.run)
@@ -399,52 +311,6 @@ def _resumed_options(options: Options, run: Path) -> Options:
     # what was `auto` then stays what it became
     merged |= {"backend": plan.backend, "device": plan.device, "precision": recipe.precision}
     return Options.model_validate(merged)
-
-
-def _output(options: Options, backend: str) -> Path:
-    if options.output:
-        run = Path(options.output)
-        if (run / "run.json").exists():
-            raise UserError(
-                f"--output {run} holds another run.",
-                f"Go on with it (python cli.py train --resume {run}), or give another folder.",
-            )
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
-        return run
-    return _free(Path("runs") / f"{_name(options.model)}-{_name(options.data)}-{backend}")
-
-
-def _free(run: Path) -> Path:
-    """`run`, or the first of `run-2`, `run-3` ... that is not there."""
-    name, number = run.name, 1
-    while run.exists():
-        number += 1
-        run = run.with_name(f"{name}-{number}")
-    return run
-
-
-def _name(source: str | None) -> str:
-    name = Path(source or "").name
-    return name.removesuffix(".gguf").removesuffix(".jsonl")
-
-
-def _llama(options: Options, folder: Path, display: Display) -> LlamaCpp | None:
-    """llama.cpp, found or built now: not after hours of training. None where no GGUF is wanted."""
-    if options.export != "gguf":
-        return None
-    check_convertible(folder)
-    llama = find(options.llama_cpp)
-    if llama is None:
-        if missing := missing_build_tools():
-            raise UserError(
-                "llama.cpp makes the GGUF; none was found, and it cannot be built here:\n" + "\n".join(missing),
-                "Install that, name a build with --llama-cpp DIR, or stop earlier with --export fused.",
-            )
-        with display.stage("build llama.cpp, once") as progress:
-            llama = ensure(options.llama_cpp, progress)
-    display.say(f"llama.cpp: {llama.where}")
-    return llama
 
 
 @contextmanager

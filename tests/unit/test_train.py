@@ -15,8 +15,9 @@ from common.checkpoint import latest
 from common.config import Options
 from common.errors import UserError
 from common.loop import Interrupted
+from common.prepare import Job, prepare
 from common.progress import Display
-from common.train import Job, prepare, run_training
+from common.train import run_training
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
 

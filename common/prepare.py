@@ -1,0 +1,148 @@
+"""Everything that is settled before the first step: what could go wrong later is looked at here."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import models
+from common.batches import steps_per_epoch
+from common.blas import INSTALL, preload
+from common.config import Options, Plan, Recipe
+from common.data import data_hash, load_data, prompt_of
+from common.dispatch import Choice, choose_backend, choose_device, choose_precision
+from common.errors import UserError
+from common.export import check_disk, disk_needed
+from common.gguf import check_convertible, check_quants
+from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
+from common.progress import Display
+from common.template import Encoded, encode_all, load_tokenizer, stop_ids, template_hash
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that is known before the first step."""
+
+    options: Options
+    run: Path
+    folder: Path  # the base model
+    recipe: Recipe
+    plan: Plan
+    choices: dict[str, Choice]
+    train: list[Encoded]
+    valid: list[Encoded]
+    shapes: dict[str, tuple[int, int]]
+    llama: LlamaCpp | None
+    stops: list[int]
+    sample: list[dict[str, str]]  # a prompt to try the result with
+
+
+def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
+    """Everything that could go wrong later is looked at here, cheapest first."""
+    check_quants(options.quant)
+    if not options.model:
+        raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
+    if not options.data:
+        raise UserError("No data is given.", "Add --data FILE.jsonl (or a folder with train.jsonl).")
+    choices = {"backend": choose_backend(options.backend)}
+    backend = choices["backend"].value
+    choices["device"] = choose_device(options.device, backend)
+    if backend == "mlx" and choices["device"].value == "cpu" and not preload():
+        display.warn(f"MLX will be about 15 times slower than need be: no OpenBLAS was found. {INSTALL}")
+    choices["precision"] = choose_precision(options.precision, backend, choices["device"].value)
+    run = resumed or _output(options, backend)
+    data = load_data(Path(options.data), options.valid_share, options.seed)
+    folder = models.resolve(options.model, display.say)
+    shapes = models.linear_shapes(folder, options.target_names())
+    tokenizer = load_tokenizer(folder)
+    with display.stage("read the data") as progress:
+        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
+        valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length)
+    if not rows:
+        raise UserError(
+            f"--max-length {options.max_length}: every row of {options.data} is longer "
+            f"(the shortest has {min(len(row.ids) for row in too_long)} tokens).",
+            "Raise --max-length.",
+        )
+    if dropped := too_long + valid_too_long:
+        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
+        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+        display.warn(
+            f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more} "
+            "(check-data lists them all)"
+        )
+    adapter_bytes = sum(4 * options.rank * (out + into) for out, into in shapes.values())
+    check_disk(run, disk_needed(folder, options.export, options.quant, adapter_bytes))
+    llama = llama_for(options, folder, display)
+    with display.stage("hash the model") as progress:
+        model_hash = models.content_hash(folder, progress)
+    per_epoch = steps_per_epoch(len(rows), options.batch_size)
+    steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
+    warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
+    same = set(Recipe.model_fields) & set(Options.model_fields) - {"model", "data", "targets", "precision", "steps"}
+    recipe = Recipe(
+        **{name: getattr(options, name) for name in same - {"eval_every"}},
+        model=options.model,
+        data=options.data,
+        model_hash=model_hash,
+        data_hash=data_hash(data),
+        template_hash=template_hash(tokenizer),
+        precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
+        targets=options.target_names(),
+        steps=steps,
+        warmup_steps=warmup,
+        eval_every=options.eval_every or per_epoch,
+    )
+    plan = Plan(
+        backend=backend,  # type: ignore[arg-type]  # pydantic checks it
+        device=choices["device"].value,  # type: ignore[arg-type]
+        micro_batch_tokens=options.micro_batch_tokens,
+        save_every=options.save_every or per_epoch,
+    )
+    sample = prompt_of((data.valid or data.train)[0])
+    return Job(options, run, folder, recipe, plan, choices, rows, valid, shapes, llama, stop_ids(rows), sample)
+
+
+def _output(options: Options, backend: str) -> Path:
+    if options.output:
+        run = Path(options.output)
+        if (run / "run.json").exists():
+            raise UserError(
+                f"--output {run} holds another run.",
+                f"Go on with it (python cli.py train --resume {run}), or give another folder.",
+            )
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
+        return run
+    return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
+
+
+def free_name(run: Path) -> Path:
+    """`run`, or the first of `run-2`, `run-3` ... that is not there."""
+    name, number = run.name, 1
+    while run.exists():
+        number += 1
+        run = run.with_name(f"{name}-{number}")
+    return run
+
+
+def source_name(source: str | None) -> str:
+    name = Path(source or "").name
+    return name.removesuffix(".gguf").removesuffix(".jsonl")
+
+
+def llama_for(options: Options, folder: Path, display: Display) -> LlamaCpp | None:
+    """llama.cpp, found or built now: not after hours of training. None where no GGUF is wanted."""
+    if options.export != "gguf":
+        return None
+    check_convertible(folder)
+    llama = find(options.llama_cpp)
+    if llama is None:
+        if missing := missing_build_tools():
+            raise UserError(
+                "llama.cpp makes the GGUF; none was found, and it cannot be built here:\n" + "\n".join(missing),
+                "Install that, name a build with --llama-cpp DIR, or stop earlier with --export fused.",
+            )
+        with display.stage("build llama.cpp, once") as progress:
+            llama = ensure(options.llama_cpp, progress)
+    display.say(f"llama.cpp: {llama.where}")
+    return llama
