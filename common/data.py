@@ -25,7 +25,6 @@ class Data:
     train: list[Example]
     valid: list[Example]
     test: list[Example]
-    held_out: bool  # valid was taken out of train by seed
 
 
 def load_data(path: Path, valid_share: float, seed: int) -> Data:
@@ -43,7 +42,7 @@ def load_data(path: Path, valid_share: float, seed: int) -> Data:
             )
         others = [path / "valid.jsonl", path / "test.jsonl"]
         valid, test = (read_rows(other) if other.exists() else [] for other in others)
-        return Data(read_rows(train), valid, test, held_out=False)
+        return Data(read_rows(train), valid, test)
     rows = read_rows(path)
     count = min(len(rows) - 1, max(1, round(len(rows) * valid_share))) if valid_share else 0
     chosen = set(np.random.default_rng([seed, 1]).permutation(len(rows))[:count].tolist())
@@ -51,7 +50,6 @@ def load_data(path: Path, valid_share: float, seed: int) -> Data:
         [row for i, row in enumerate(rows) if i not in chosen],
         [row for i, row in enumerate(rows) if i in chosen],
         [],
-        held_out=count > 0,
     )
 
 

@@ -8,8 +8,9 @@ from common.config import ROOT
 from common.data import read_rows
 from common.gguf import convert, quantize
 from common.llamacpp import LlamaCpp
-from common.models import cache_folder, cache_lock, content_hash
+from common.models import cache_folder, cache_lock
 from common.progress import Display
+from common.record import read_run
 from common.server import Server
 
 FOLDER = ROOT / "examples" / "data"
@@ -32,7 +33,7 @@ def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) 
     tests, trained = raw("test.jsonl"), raw("train.jsonl")
     answers = {}
     for when, gguf in (
-        ("before", _base_gguf(base, quant, llama, display)),
+        ("before", _base_gguf(base, read_run(run)["model_hash"], quant, llama, display)),
         ("after", run / "gguf" / f"model-{quant}.gguf"),
     ):
         with display.stage(f"answers {when} tuning") as progress, Server(llama, gguf, context=512) as server:
@@ -78,9 +79,9 @@ def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) 
     return counts
 
 
-def _base_gguf(base: Path, quant: str, llama: LlamaCpp, display: Display) -> Path:
+def _base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
     """The untuned model as the same kind of GGUF, made once for each model and cached."""
-    folder = cache_folder() / "base-gguf" / content_hash(base)[:16]
+    folder = cache_folder() / "base-gguf" / model_hash[:16]
     target = folder / f"{quant}.gguf"
     with cache_lock():
         if target.exists():

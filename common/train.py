@@ -40,7 +40,8 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
             with _timed(seconds, "train"):
                 final = _train(job, state, make_backend, display)
         except BaseException as error:
-            record.update_run(job.run, status="interrupted", stage_seconds=seconds)
+            record.update_run(job.run, status="interrupted")
+            _record_seconds(job.run, seconds)
             if not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To go on: python cli.py train --resume {job.run}")
             raise
@@ -126,14 +127,19 @@ def finish(
         with _timed(seconds, "example"):
             counts = score(run, folder, options.quant[0], llama, display)
         record.update_run(run, example=counts)
-    earlier = record.read_run(run).get("stage_seconds", {})  # a resumed run's training adds up, the rest is the last
-    if "train" in seconds:
-        seconds["train"] += earlier.get("train", 0.0)
-    record.update_run(run, stage_seconds=earlier | seconds)
+    _record_seconds(run, seconds)
     display.event("done", run=str(run), stage_seconds=seconds)
     if display.mode in ("rich", "plain"):
         display.say("stages: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
         display.say(f"The run is in {run}")
+
+
+def _record_seconds(run: Path, seconds: dict[str, float]) -> None:
+    """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
+    earlier = record.read_run(run).get("stage_seconds", {})
+    if "train" in seconds:
+        seconds["train"] += earlier.get("train", 0.0)
+    record.update_run(run, stage_seconds=earlier | seconds)
 
 
 def _train(job: Job, state: State, make_backend: Callable[[str], Backend], display: Display) -> Adapter:

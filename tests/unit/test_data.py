@@ -168,7 +168,7 @@ def sources(rows: list[Example]) -> list[int]:
 
 def test_the_hold_out_is_disjoint_and_complete(tmp_path: Path) -> None:
     data = load_data(numbered(tmp_path / "a.jsonl", 20), 0.25, 0)
-    assert (len(data.train), len(data.valid), data.test, data.held_out) == (15, 5, [], True)
+    assert (len(data.train), len(data.valid), data.test) == (15, 5, [])
     assert sorted(sources(data.train) + sources(data.valid)) == list(range(1, 21))
     assert sources(data.train) == sorted(sources(data.train))
 
@@ -183,14 +183,14 @@ def test_the_hold_out_depends_on_the_seed_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("count", "share", "held"), [(20, 0.0, 0), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)])
 def test_how_many_are_held_out(tmp_path: Path, count: int, share: float, held: int) -> None:
     data = load_data(numbered(tmp_path / "a.jsonl", count), share, 0)
-    assert (len(data.train), len(data.valid), data.held_out) == (count - held, held, held > 0)
+    assert (len(data.train), len(data.valid)) == (count - held, held)
 
 
 def test_a_folder_is_taken_as_it_is_split(tmp_path: Path) -> None:
     numbered(tmp_path / "train.jsonl", 3)
     numbered(tmp_path / "test.jsonl", 2)
     data = load_data(tmp_path, 0.5, 0)
-    assert (len(data.train), len(data.valid), len(data.test), data.held_out) == (3, 0, 2, False)
+    assert (len(data.train), len(data.valid), len(data.test)) == (3, 0, 2)
 
 
 # --- the hash
@@ -207,7 +207,7 @@ def test_the_data_hash_does_not_see_formatting_and_names(tmp_path: Path) -> None
 def test_the_data_hash_sees_content_order_and_split() -> None:
     one, two = (Example(({"role": "assistant", "content": text},), "a.jsonl:1") for text in ("one", "two"))
     hashes = [
-        data_hash(Data(train, valid, [], held_out=False))
+        data_hash(Data(train, valid, []))
         for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
     ]
     assert len(set(hashes)) == 5
