@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +17,17 @@ FORM = 'each line: {"messages": [{"role": "user", "content": "..."}, {"role": "a
 
 @dataclass(frozen=True)
 class Example:
-    messages: tuple[dict[str, str], ...]  # role and content each
+    """A conversation, or plain text (then `messages` is empty).
+
+    A message has `role` and `content`, and may have `reasoning_content`, `tool_calls` (arguments parsed),
+    `tool_call_id`, `name`, and `train: False` where its tokens carry no loss.
+    `tools` are JSON schemas for the template.
+    """
+
+    messages: tuple[dict[str, Any], ...]
     source: str  # "train.jsonl:17"
+    tools: tuple[dict[str, Any], ...] = ()
+    text: str | None = None
 
 
 @dataclass(frozen=True)
