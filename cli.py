@@ -69,6 +69,7 @@ def fuse(
     export: Literal["fused", "gguf"] | None = None,
     quant: tuple[str, ...] = (),
     llama_cpp: str | None = None,
+    fuse_into: Literal["base", "dequantized"] | None = None,
 ) -> None:
     """Fuse a finished run's adapter and export it anew.
 
@@ -77,12 +78,13 @@ def fuse(
         export: how far to go; as the run was started unless given, and to the GGUF where that was none.
         quant: GGUF types; as the run was started unless given.
         llama_cpp: folder of a llama.cpp build to use.
+        fuse_into: with a quantised base: the 16-bit base, or the weights trained over; as the run was started.
     """
     from common.progress import Display
     from common.train import fuse_run
 
-    given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp}
-    fuse_run(run, {name: value for name, value in given.items() if value}, Display())
+    given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into}
+    fuse_run(run, {name: value for name, value in given.items() if value}, _make_backend, Display())
 
 
 @app.command

@@ -35,20 +35,20 @@ SAME = {
     "adam_epsilon": "epsilon",
     "gradient_clipping": "max_grad_norm",
     "resume_from_checkpoint": "resume",
+    "grad_checkpoint": "gradient_checkpointing",
+    "fine_tune_type": "method",
+    "use_rslora": "rslora",
+    "peft_use_rslora": "rslora",
+    "loraplus_lr_ratio": "lora_plus",
 }
 
 # Known elsewhere, meaning something else here. The value is what to do instead.
 EXPLAINED = {
-    "num_layers": "Twintune adapts every layer, mlx_lm's -1; there is no count of last layers to choose yet",
     "lr_schedule": "mlx_lm's list of function and arguments; use schedule, learning_rate and warmup",
     "adapter_path": "mlx_lm's folder for adapters alone; use output for the whole run folder",
-    "grad_checkpoint": "it changes memory only and is not offered yet; lower micro_batch_tokens instead",
-    "gradient_checkpointing": "it changes memory only and is not offered yet; lower micro_batch_tokens instead",
     "packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "sample_packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "fp16": "float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32",
-    "load_in_4bit": "a quantised base is not offered yet; leave it out",
-    "load_in_8bit": "a quantised base is not offered yet; leave it out",
     "datasets": "Axolotl's list; use data with one file or folder",
     "train_on_inputs": "loss is on assistant turns only",
     "auto_find_batch_size": "a step that runs out of memory is cut finer by itself",
@@ -64,14 +64,23 @@ NEEDLESS = {
 # Settings that ask for what Twintune does anyway; any other value of theirs is a fault.
 AGREED: dict[str, tuple[object, ...]] = {
     "train": (True, "true"),
-    "fine_tune_type": ("lora",),
-    "adapter": ("lora",),
     "optimizer": ("adamw", "adamw_torch", "adamw_torch_fused"),
     "optim": ("adamw", "adamw_torch", "adamw_torch_fused"),
     "mask_prompt": (True, "true"),
     "assistant_only_loss": (True, "true"),
     "completion_only_loss": (True, "true"),
 }
+
+# Switches of others that are a value of one of our options; off, they say nothing.
+SWITCHES = {
+    "load_in_4bit": ("quantization", "4bit"),
+    "load_in_8bit": ("quantization", "8bit"),
+    "use_dora": ("method", "dora"),
+    "peft_use_dora": ("method", "dora"),
+    "lora_target_linear": ("targets", "all-linear"),
+}
+# Axolotl's `adapter` names a method; ours a folder.
+_AXOLOTL_ADAPTERS = {"lora": {}, "qlora": {"quantization": "4bit"}}
 
 # Options of other programs that mean something only together.
 FAMILIES = (
@@ -91,9 +100,24 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
     options = _batches(rest, notes, faults)
     _lora_parameters(rest, options, notes, faults)
     for key in list(rest):
-        if key == "num_layers" and str(rest[key]) == "-1":
-            del rest[key]
-            notes.append("num_layers -1: every layer, as here")
+        if key == "num_layers":
+            count = str(rest.pop(key))
+            if count != "-1":
+                options["layers"] = f"last:{count}"
+            notes.append(
+                f"num_layers {count} -> " + ("every layer, as here" if count == "-1" else f"layers last:{count}")
+            )
+        elif key == "adapter" and rest[key] in _AXOLOTL_ADAPTERS:
+            meant = _AXOLOTL_ADAPTERS[rest.pop(key)]
+            options |= {name: value for name, value in meant.items() if "load_in_4bit" not in rest}
+            notes.append(f"adapter: Axolotl's name of a method -> {meant or 'method lora, as here'}")
+        elif key in SWITCHES:
+            name, value = SWITCHES[key]
+            if str(rest.pop(key)).lower() not in ("false", "none"):
+                options[name] = value
+                notes.append(f"{key} -> {name} {value}")
+            else:
+                notes.append(f"{key}: off, as it is here")
         elif key in EXPLAINED and str(rest[key]).lower() in ("false", "none"):
             del rest[key]
             notes.append(f"{key}: off, as it is here")
@@ -115,10 +139,6 @@ def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[s
         elif key == "bf16":
             options["precision"] = {"true": "bf16", "false": "fp32"}.get(str(rest.pop(key)).lower(), "auto")
             notes.append(f"bf16 -> precision {options['precision']}")
-        elif key == "lora_target_linear":
-            if str(rest.pop(key)).lower() == "true":
-                options["targets"] = "all-linear"
-                notes.append("lora_target_linear -> targets all-linear")
         elif key in SAME:
             _rename(rest, options, key, notes, faults)
     for key in rest.keys() & options.keys():

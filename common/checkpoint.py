@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.adapter import read_peft, write_both, write_peft
+from common.adapter import read_trained, write_both, write_trained
 from common.seam import Adapter, OptimizerState
 
 KEPT = 2  # the newest checkpoints that stay on disk
@@ -45,12 +45,13 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState) -
     temporary.mkdir(parents=True)
     write_both(temporary, adapter)
     if state.best is not None:
-        write_peft(temporary / "best", state.best)
+        write_trained(temporary / "best", state.best)
     moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
     moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
     save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
     plain = {name: value for name, value in asdict(State(**{**vars(state), "best": None})).items() if name != "best"}
-    (temporary / "state.json").write_text(json.dumps(plain | {"optimizer_step": optimizer.step}, indent=2))
+    plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers}
+    (temporary / "state.json").write_text(json.dumps(plain, indent=2))
     hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
     for path in _files(temporary):
         _sync(path)
@@ -72,15 +73,15 @@ def latest(run: Path) -> tuple[State, Adapter, OptimizerState] | None:
     else:
         return None
     plain = json.loads((folder / "state.json").read_text())
-    optimizer_step = plain.pop("optimizer_step")
-    best = read_peft(folder / "best") if (folder / "best").is_dir() else None
+    optimizer_step, layers = plain.pop("optimizer_step"), plain.pop("layers")
+    best = read_trained(folder / "best", layers) if (folder / "best").is_dir() else None
     moments = load_file(folder / "optimizer.safetensors")
 
     def part(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): array for name, array in moments.items() if name.startswith(prefix)}
 
     optimizer = OptimizerState(optimizer_step, part("exp_avg."), part("exp_avg_sq."))
-    return State(**plain, best=best), read_peft(folder / "adapter"), optimizer
+    return State(**plain, best=best), read_trained(folder, layers), optimizer
 
 
 def _folders(run: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ TARGET_GROUPS = {
     "mlp": ["gate_proj", "up_proj", "down_proj"],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
+PATTERNS = ("rank_pattern", "alpha_pattern")
+SHAPE = ("rank", "alpha", "dropout", "targets", "rslora", "layers", *PATTERNS, "lora_plus", "adapter")
 
 
 class Options(BaseModel):
@@ -43,6 +46,9 @@ class Options(BaseModel):
     micro_batch_tokens: int = Field(
         2048, ge=1, description="padded tokens computed at once; changes speed and memory, never the mathematics"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep only each layer's input and compute the rest again: less memory, a third more time"
+    )
 
     steps: int | None = Field(None, ge=1, description="optimizer steps, in place of --epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; 3 unless told otherwise")
@@ -57,6 +63,26 @@ class Options(BaseModel):
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     targets: list[str] = Field(["all-linear"], description="all-linear, attention, mlp, or names such as q_proj v_proj")
+    method: Literal["lora", "dora", "full"] = Field(
+        "lora", description="dora: LoRA with learned row lengths; full: train every weight of a small model"
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank), so that large ranks learn as small ones do")
+    layers: str | None = Field(None, description="adapt only last:N, or layer numbers from 0 such as 8-15 or 0-3,12")
+    rank_pattern: dict[str, int] = Field(
+        {}, description="other ranks by name: q_proj=8 layers.0.*=4; first match counts"
+    )
+    alpha_pattern: dict[str, float] = Field({}, description="other alphas by name, as rank_pattern")
+    lora_plus: float = Field(1.0, gt=0, description="LoRA+: learning rate of the B matrices over that of A; try 16")
+    adapter: str | None = Field(
+        None,
+        description="go on training this adapter (PEFT, mlx-lm or a run folder); it settles rank, alpha and layers",
+    )
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="of the frozen base in memory: MLX's own, or bitsandbytes' nf4 and int8"
+    )
+    fuse_into: Literal["base", "dequantized"] | None = Field(
+        None, description="with a quantised base: fuse into the 16-bit base (default) or into the weights trained over"
+    )
 
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's")
@@ -83,6 +109,32 @@ class Options(BaseModel):
             return [name for part in parts for name in part.replace(",", " ").split()]
         return value
 
+    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @classmethod
+    def _pairs(cls, value: object) -> object:
+        parts = [value] if isinstance(value, str) else value
+        if isinstance(parts, list):
+            pairs = [str(part).partition("=") for part in parts]
+            if bad := [name for name, equals, _ in pairs if not equals]:
+                raise ValueError(f"{bad[0]!r} is no NAME=NUMBER")
+            return {name: number for name, _, number in pairs}
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, number in value.items():
+            if number <= 0:
+                raise ValueError(f"{name}={number}: must be above 0")
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _readable_layers(cls, value: str | None) -> str | None:
+        if value is not None and not valid_layers(value):
+            raise ValueError(f"{value!r} is neither last:N nor layer numbers such as 8-15 or 0-3,12")
+        return value
+
     @field_validator("targets")
     @classmethod
     def _known_targets(cls, value: list[str]) -> list[str]:
@@ -98,6 +150,23 @@ class Options(BaseModel):
     def _together(self) -> "Options":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given: leave one out")
+        changed = {n for n, field in type(self).model_fields.items() if getattr(self, n) != field.get_default()}
+        faults = []
+        if self.method == "full":
+            faults += [f"{n} means nothing with method full: there is no adapter" for n in SHAPE if n in changed]
+            if self.quantization != "none":
+                faults.append("quantization cannot be combined with method full: quantised weights cannot be trained")
+            if self.precision == "bf16":
+                faults.append(
+                    "method full keeps its weights in float32: in bf16 small updates are lost (precision fp32)"
+                )
+        if self.adapter is not None:
+            settled = sorted({"rank", "alpha", "rslora", "targets", "layers", "method", *PATTERNS} & changed)
+            faults += [f"{n} is settled by --adapter: leave it out" for n in settled]
+        if self.fuse_into and self.quantization == "none":
+            faults.append("fuse_into is for a quantised base; there is none (quantization none)")
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     def target_names(self) -> list[str]:
@@ -106,7 +175,8 @@ class Options(BaseModel):
 
 
 # What a resumed run may be told anew; all else is its own recipe and plan.
-RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "quiet", "json"}
+RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json"}
+RESUME_OPTIONS |= {"backend", "device", "micro_batch_tokens", "gradient_checkpointing", "save_every"}
 
 
 class Recipe(BaseModel):
@@ -124,6 +194,14 @@ class Recipe(BaseModel):
     alpha: float
     dropout: float
     targets: list[str]
+    method: Literal["lora", "dora", "full"] = "lora"
+    rslora: bool = False
+    layers: str | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    lora_plus: float = 1.0
+    adapter_hash: str = ""  # contents of the adapter that training went on from
+    quantization: str = "none"  # the scheme: mlx-4bit-64, nf4, ...
     batch_size: int
     max_length: int
     learning_rate: float
@@ -152,7 +230,17 @@ class Plan(BaseModel):
     backend: Literal["mlx", "torch"]
     device: Literal["cpu", "gpu", "cuda", "mps"]
     micro_batch_tokens: int
+    gradient_checkpointing: bool = False
     save_every: int
+
+
+def valid_layers(text: str) -> bool:
+    """Whether `--layers` can be read: `last:N`, or numbers and ranges with commas."""
+    if re.fullmatch(r"last:[1-9]\d*", text):
+        return True
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        return False
+    return all(int(a) <= int(b or a) for a, _, b in (part.partition("-") for part in text.split(",")))
 
 
 def nearest(name: str, known: list[str]) -> str:

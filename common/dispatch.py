@@ -9,6 +9,7 @@ from functools import cache
 from common.blas import preload
 from common.errors import UserError
 
+MLX_GROUP_SIZE = 64  # weights that share a scale, mlx-lm's default
 MLX_INSTALL = {
     "darwin": "pip install mlx mlx-lm",
     "linux": 'pip install -e ".[mlx-cpu]" (or mlx-cuda12, mlx-cuda13 with an NVIDIA GPU)',
@@ -112,6 +113,17 @@ def choose_device(wanted: str, backend: str) -> Choice:
             return Choice("cuda", "an NVIDIA GPU is here")
         return Choice("cpu", "no NVIDIA GPU that torch can use")
     return Choice("cuda" if wanted == "gpu" else wanted, "asked for")
+
+
+def quantization_scheme(wanted: str, backend: str) -> str:
+    """The recipe's name of how the frozen base is quantised. Raises UserError where that cannot be computed here."""
+    if wanted == "none":
+        return "none"
+    if backend == "mlx":
+        return f"mlx-{wanted}-{MLX_GROUP_SIZE}"
+    if not installed("bitsandbytes"):
+        raise UserError(f"--quantization {wanted}: bitsandbytes is not installed.", 'pip install -e ".[bitsandbytes]"')
+    return {"4bit": "nf4", "8bit": "int8"}[wanted]
 
 
 def choose_precision(wanted: str, backend: str, device: str) -> Choice:

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from common.errors import UserError
 from common.fuse import fuse
@@ -30,16 +34,24 @@ COPIED = (
 )
 
 
-def write_fused(base: Path, adapter: Adapter, out: Path, stops: list[int], progress: Progress) -> None:
+def write_fused(
+    base: Path,
+    adapter: Adapter,
+    out: Path,
+    stops: list[int],
+    progress: Progress,
+    replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
+) -> None:
     """Fuse into `out`: weights, config, generation config, tokenizer and template. Whole, or not there at all.
 
     `stops` are the ids that end the trained turns; they join the generation config's `eos_token_id`.
+    `replaced` stands in for weights of the base, as in fuse.
     """
     temporary = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        fuse(base, adapter, temporary, progress)
+        fuse(base, adapter, temporary, progress, replaced)
         for name in COPIED:
             if (base / name).exists():
                 shutil.copyfile(base / name, temporary / name)
@@ -93,6 +105,13 @@ def try_gguf(gguf: Path, fused: Path, prompt: list[dict[str, str]], llama: Llama
                 "The file is removed. Check that the base folder's tokenizer files are the model's own.",
             )
         return server.chat(prompt, _SAMPLE_TOKENS, enable_thinking=False)  # as it was trained
+
+
+def trained_bytes(adapter: Adapter | None, base: Path) -> int:
+    """Of what is trained, in float32."""
+    if adapter is None:
+        return 4 * parameter_count(base)
+    return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
 
 
 def disk_needed(base: Path, export: str, quants: list[str], adapter_bytes: int) -> int:

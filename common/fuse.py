@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import ml_dtypes
 import numpy as np
@@ -48,23 +50,42 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
 
 
 def fuse_block(block: np.ndarray, weight: LoraWeight, rows: slice) -> np.ndarray:
-    """Rows of a base matrix with the adapter added in float32, rounded once, to the base's own type.
+    """Rows of a base matrix with the adapter added, in float32.
 
     Rank-1 terms are summed in a fixed order: a matrix product's rounding depends on the BLAS at hand.
     """
     delta = np.zeros(block.shape, np.float32)
     for k in range(weight.rank):
         delta += weight.B[rows, k : k + 1] * weight.A[k : k + 1]
-    return (block.astype(np.float32) + np.float32(weight.scale) * delta).astype(block.dtype)
+    fused = block.astype(np.float32) + np.float32(weight.scale) * delta
+    if weight.magnitude is not None:
+        fused *= (weight.magnitude[rows] / row_lengths(fused))[:, None]
+    return fused
 
 
-def fuse(base: Path, adapter: Adapter, out: Path, progress: Progress) -> None:
+def row_lengths(matrix: np.ndarray) -> np.ndarray:
+    """Euclidean lengths of a float32 matrix's rows; summed in float64 one column after the other, in a fixed order."""
+    total = np.zeros(matrix.shape[0], np.float64)
+    for column in matrix.T:
+        total += column.astype(np.float64) ** 2
+    return np.sqrt(total).astype(np.float32)
+
+
+def fuse(
+    base: Path,
+    adapter: Adapter,
+    out: Path,
+    progress: Progress,
+    replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
+) -> None:
     """Write `base`'s shards into `out` with the adapter added; memory stays near one block, not one shard.
 
-    Raises UserError when an adapted module is not among the base's weights.
+    `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantised weights it was
+    trained over. Raises UserError when an adapted module is not among the base's weights.
     """
     shards = shard_files(base)
-    missing = {f"{name}.weight" for name in adapter.weights}
+    replaced = {**replaced} | {name: partial(np.asarray, tensor) for name, tensor in adapter.full.items()}
+    missing = {f"{name}.weight" for name in adapter.weights} | set(replaced)
     total = sum(shard.stat().st_size for shard in shards)
     done = 0
     for shard in shards:
@@ -78,23 +99,26 @@ def fuse(base: Path, adapter: Adapter, out: Path, progress: Progress) -> None:
                 begin, end = (start + offset for offset in entry["data_offsets"])
                 weight = adapter.weights.get(name.removesuffix(".weight"))
                 missing.discard(name)
-                if weight is None:
+                if weight is None and name not in replaced:
                     file.write(data[begin:end].data)
                 else:
-                    for piece in _fused_pieces(data[begin:end], entry, weight):
-                        file.write(piece.tobytes())
+                    stored = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+                    for piece in _fused_pieces(replaced[name]() if name in replaced else stored, weight):
+                        file.write(piece.astype(stored.dtype).tobytes())
                 done += end - begin
                 progress(done / total, f"fuse {name}")
         del data
     if missing:
         raise UserError(
-            f"{base} has no weights for {len(missing)} adapted modules, such as {min(missing)}.",
+            f"{base} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
             "Give the base model that the adapter was trained on.",
         )
 
 
-def _fused_pieces(raw: np.ndarray, entry: dict, weight: LoraWeight) -> Iterator[np.ndarray]:
-    matrix = raw.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+def _fused_pieces(matrix: np.ndarray, weight: LoraWeight | None) -> Iterator[np.ndarray]:
+    if weight is None:
+        yield matrix
+        return
     height = max(1, _BLOCK_ELEMENTS // math.prod(matrix.shape[1:]))
     for top in range(0, matrix.shape[0], height):
         rows = slice(top, top + height)

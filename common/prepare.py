@@ -1,20 +1,25 @@
 """Everything that is settled before the first step: what could go wrong later is looked at here."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from common import models
+from common.adapter import adapter_hash, read_any
 from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
-from common.config import Options, Plan, Recipe
+from common.config import TARGET_GROUPS, Options, Plan, Recipe
 from common.data import data_hash, load_data, prompt_of
-from common.dispatch import Choice, choose_backend, choose_device, choose_precision
+from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
-from common.export import check_disk, disk_needed
+from common.export import check_disk, disk_needed, trained_bytes
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
+from common.lora import choose_layers, initial_adapter, layer_count, validate
 from common.progress import Display
+from common.seam import Adapter
 from common.template import Encoded, encode_all, load_tokenizer, stop_ids, template_hash
 
 
@@ -30,7 +35,7 @@ class Job:
     choices: dict[str, Choice]
     train: list[Encoded]
     valid: list[Encoded]
-    shapes: dict[str, tuple[int, int]]
+    start: Adapter | None  # None: every weight is trained
     llama: LlamaCpp | None
     stops: list[int]
     sample: list[dict[str, str]]  # a prompt to try the result with
@@ -49,10 +54,14 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     if backend == "mlx" and choices["device"].value == "cpu" and not preload():
         display.warn(f"MLX will be about 15 times slower than need be: no OpenBLAS was found. {INSTALL}")
     choices["precision"] = choose_precision(options.precision, backend, choices["device"].value)
+    if options.method == "full" and options.precision == "auto":
+        choices["precision"] = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
+    scheme = quantization_scheme(options.quantization, backend)
     run = resumed or _output(options, backend)
     data = load_data(Path(options.data), options.valid_share, options.seed)
     folder = models.resolve(options.model, display.say)
     shapes = models.linear_shapes(folder, options.target_names())
+    given = _given_adapter(options, folder) if options.adapter else None
     tokenizer = load_tokenizer(folder)
     with display.stage("read the data") as progress:
         rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
@@ -70,24 +79,23 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
             f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more} "
             "(check-data lists them all)"
         )
-    adapter_bytes = sum(4 * options.rank * (out + into) for out, into in shapes.values())
-    check_disk(run, disk_needed(folder, options.export, options.quant, adapter_bytes))
-    llama = llama_for(options, folder, display)
     with display.stage("hash the model") as progress:
         model_hash = models.content_hash(folder, progress)
     per_epoch = steps_per_epoch(len(rows), options.batch_size)
     steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
     warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
-    same = set(Recipe.model_fields) & set(Options.model_fields) - {"model", "data", "targets", "precision", "steps"}
+    same = set(Recipe.model_fields) & set(Options.model_fields) - _RESOLVED
     recipe = Recipe(
-        **{name: getattr(options, name) for name in same - {"eval_every"}},
+        **{name: getattr(options, name) for name in same} | _shape_of(given),
         model=options.model,
         data=options.data,
         model_hash=model_hash,
         data_hash=data_hash(data),
         template_hash=template_hash(tokenizer),
         precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=options.target_names(),
+        targets=options.target_names() if given is None else sorted({m.rsplit(".", 1)[-1] for m in given.weights}),
+        adapter_hash=adapter_hash(given) if given else "",
+        quantization=scheme,
         steps=steps,
         warmup_steps=warmup,
         eval_every=options.eval_every or per_epoch,
@@ -96,10 +104,47 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         backend=backend,  # type: ignore[arg-type]  # pydantic checks it
         device=choices["device"].value,  # type: ignore[arg-type]
         micro_batch_tokens=options.micro_batch_tokens,
+        gradient_checkpointing=options.gradient_checkpointing,
         save_every=options.save_every or per_epoch,
     )
+    start = _start(recipe, shapes, given)
+    check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
+    llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
-    return Job(options, run, folder, recipe, plan, choices, rows, valid, shapes, llama, stop_ids(rows), sample)
+    return Job(options, run, folder, recipe, plan, choices, rows, valid, start, llama, stop_ids(rows), sample)
+
+
+# What the recipe holds in another form than the options.
+_RESOLVED = {"model", "data", "targets", "precision", "quantization", "steps", "eval_every"}
+
+
+def _start(recipe: Recipe, shapes: dict[str, tuple[int, int]], given: Adapter | None) -> Adapter | None:
+    if recipe.method == "full":
+        return None
+    if given is not None:
+        return replace(given, base_model=recipe.model, dropout=recipe.dropout)
+    return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
+
+
+def _given_adapter(options: Options, folder: Path) -> Adapter:
+    """--adapter, checked against the base model. Raises UserError where it is another model's."""
+    every = models.linear_shapes(folder, TARGET_GROUPS["all-linear"])
+    adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))
+    validate(adapter, every, Path(options.adapter or ""))
+    return adapter
+
+
+def _shape_of(given: Adapter | None) -> dict[str, Any]:
+    """What --adapter settles of the recipe; the most common rank and alpha stand for all: its hash tells the rest."""
+    if given is None:
+        return {}
+    (rank, alpha), _ = Counter((w.rank, w.alpha) for w in given.weights.values()).most_common(1)[0]
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rslora": next(iter(given.weights.values())).rslora,
+        "method": "dora" if given.dora else "lora",
+    }
 
 
 def _output(options: Options, backend: str) -> Path:

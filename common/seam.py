@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
@@ -70,11 +70,16 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class LoraWeight:
-    """One adapted linear layer: `W + alpha / r * B @ A`."""
+    """One adapted linear layer: `W' = W + scale * B @ A`, with DoRA its rows brought to the length `magnitude`.
+
+    DoRA (Liu et al. 2024): row i of W' becomes `magnitude[i] * W'[i] / |W'[i]|`.
+    """
 
     A: np.ndarray  # [r, in] float32
     B: np.ndarray  # [out, r] float32
     alpha: float
+    rslora: bool = False  # rank-stabilised, Kalajdzievski 2023
+    magnitude: np.ndarray | None = None  # [out] float32, DoRA's
 
     @property
     def rank(self) -> int:
@@ -82,23 +87,53 @@ class LoraWeight:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """What is trained, by the names that optimizer state uses."""
+        found = {"lora_A": self.A, "lora_B": self.B}
+        return found if self.magnitude is None else found | {"magnitude": self.magnitude}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA weights under Hugging Face module names, such as `model.layers.0.self_attn.q_proj`."""
+    """What training made: LoRA weights by module (`model.layers.0.self_attn.q_proj`), or whole tensors by their names.
+
+    `full` holds every trained tensor in float32 where all weights were trained; `weights` is empty then.
+    """
 
     base_model: str
-    rank: int
-    alpha: float
+    layers: int  # of the base model: mlx-lm counts adapted layers from the last
     dropout: float
     weights: dict[str, LoraWeight] = field(repr=False)
+    full: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    dora: bool = False  # also where the magnitudes are still to be taken from the base
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that is trained: `<module>.lora_A` and so on, or whole tensors; the names of optimizer state."""
+        parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
+        return parts | self.full
+
+    def with_arrays(self, arrays: dict[str, np.ndarray]) -> Adapter:
+        """The same adapter with what training made of its matrices."""
+        weights = {
+            name: replace(
+                weight,
+                A=arrays[f"{name}.lora_A"],
+                B=arrays[f"{name}.lora_B"],
+                magnitude=arrays.get(f"{name}.magnitude"),
+            )
+            for name, weight in self.weights.items()
+        }
+        return replace(self, weights=weights)
 
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """AdamW's state, portable between backends. Keys are `<module>.lora_A` and `<module>.lora_B`, in PEFT's layout."""
+    """AdamW's state, portable between backends.
+
+    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or the names of whole tensors.
+    """
 
     step: int
     exp_avg: dict[str, np.ndarray] = field(repr=False)
@@ -112,8 +147,11 @@ class OutOfMemory(Exception):
 class Backend(Protocol):
     """One framework. Nothing but numpy and plain Python crosses these calls."""
 
-    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
-        """Load the frozen base from `folder` and put a zero adapter on the modules named in `targets`."""
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
+        """Load the base from `folder` and put `adapter` on it; None: every weight is trained, from the base's values.
+
+        A DoRA weight without a magnitude starts from the length of the base's rows, as quantised.
+        """
         ...
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
@@ -133,6 +171,13 @@ class Backend(Protocol):
     def get_optimizer(self) -> OptimizerState: ...
 
     def set_optimizer(self, state: OptimizerState) -> None: ...
+
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        """The quantised layers' weights as this backend computes with them, float32, by tensor name; made when called.
+
+        Empty where the base is not quantised.
+        """
+        ...
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         """Logits [T, vocabulary] float32 of one row of token ids [T]; spends no randomness."""

@@ -8,17 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common import adapter as adapters
 from common import checkpoint, models, record
 from common.batches import steps_per_epoch
 from common.checkpoint import State
-from common.config import Options, write_yaml
+from common.config import Options, Plan, Recipe, write_yaml
 from common.errors import UserError
 from common.example import is_example, score
 from common.export import check_disk, disk_needed, try_gguf, write_fused, write_ggufs
 from common.gguf import check_quants
 from common.llamacpp import LlamaCpp
 from common.loop import Interrupted, train
+from common.lora import layer_count, validate
 from common.memory import ResidentSet, swap_used
 from common.prepare import Job, free_name, llama_for, prepare, source_name
 from common.progress import Display
@@ -45,18 +48,18 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
             if not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To go on: python cli.py train --resume {job.run}")
             raise
-        adapters.validate(final, job.shapes, job.run)
+        validate(final, models.linear_shapes(job.folder, job.recipe.targets), job.run)
         adapters.write_both(job.run, final)
         record.update_run(job.run, status="complete")
         try:
-            finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display)
+            finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display, make_backend)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
             raise
     return job.run
 
 
-def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
+def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
     known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
     if known["status"] != "complete":
@@ -68,11 +71,12 @@ def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
     folder = models.resolve(merged.model or "", display.say)
     if models.content_hash(folder) != known["model_hash"]:
         raise UserError(f"{merged.model} is not the model that {run} was trained on.", "Bring that model back.")
-    final = adapters.read_peft(run / "adapter")
-    adapters.validate(final, models.linear_shapes(folder, merged.target_names()), run / "adapter")
+    shapes = models.linear_shapes(folder, record.read_recipe(run).targets)
+    final = adapters.read_trained(run, layer_count(shapes))
+    validate(final, shapes, run / "adapter")
     check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
     llama = llama_for(merged, folder, display)
-    finish(run, folder, final, merged, llama, known["stop_ids"], {}, display)
+    finish(run, folder, final, merged, llama, known["stop_ids"], {}, display, make_backend)
 
 
 def finish(
@@ -84,12 +88,14 @@ def finish(
     stops: list[int],
     seconds: dict[str, float],
     display: Display,
+    make_backend: Callable[[str], Backend],
 ) -> None:
     """Fuse, convert, quantise and, for the built-in example, count; recorded in run.json."""
     export: dict[str, Any] = {}
     if options.export != "none":
-        with _timed(seconds, "fuse"), display.stage("fuse") as progress:
-            write_fused(folder, final, run / "fused", stops, progress)
+        replacing = _replaced(run, folder, final, options, make_backend, display)
+        with _timed(seconds, "fuse"), replacing as replaced, display.stage("fuse") as progress:
+            write_fused(folder, final, run / "fused", stops, progress, replaced)
         export["fused"] = "fused"
     if options.export == "gguf" and llama is not None:
         with _timed(seconds, "gguf"), display.stage("gguf") as progress:
@@ -134,6 +140,34 @@ def finish(
         display.say(f"The run is in {run}")
 
 
+@contextmanager
+def _replaced(
+    run: Path,
+    folder: Path,
+    final: Adapter,
+    options: Options,
+    make_backend: Callable[[str], Backend],
+    display: Display,
+) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
+    """What stands in for the 16-bit base's weights: nothing, or with --fuse-into dequantized those trained over."""
+    recipe = record.read_recipe(run)
+    if recipe.quantization == "none":
+        yield {}
+    elif options.fuse_into != "dequantized":
+        display.say(
+            f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
+            "over, but not the same; --fuse-into dequantized gives what training saw."
+        )
+        yield {}
+    else:
+        display.say(f"The adapter goes into the dequantised {recipe.quantization} weights that it was trained over.")
+        backend, _ = _loaded(make_backend, recipe, record.read_plan(run), folder, final)
+        try:
+            yield backend.dequantized()
+        finally:
+            backend.close()
+
+
 def _record_seconds(run: Path, seconds: dict[str, float]) -> None:
     """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
     earlier = record.read_run(run).get("stage_seconds", {})
@@ -145,25 +179,13 @@ def _record_seconds(run: Path, seconds: dict[str, float]) -> None:
 def _train(job: Job, state: State, make_backend: Callable[[str], Backend], display: Display) -> Adapter:
     """The loop with its backend loaded around it. Returns the adapter to export."""
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
-    with display.stage("load the model"):
-        backend = make_backend(job.plan.backend)
-        try:
-            info = backend.load(recipe, job.plan, job.folder, list(job.shapes))
-        except OutOfMemory as error:
-            raise UserError(
-                f"{recipe.model} does not fit into memory on {job.plan.device}: {error}",
-                "Close other programs, or train a smaller model.",
-            ) from None
-    _header(job, info, display)
     found = checkpoint.latest(job.run) if state.step else None
-    if found:
-        backend.set_adapter(found[1])
-        backend.set_optimizer(found[2])
-    else:
-        start = adapters.initial_adapter(
-            job.shapes, recipe.model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed
-        )
-        backend.set_adapter(start)
+    with display.stage("load the model"):
+        backend, info = _loaded(make_backend, recipe, job.plan, job.folder, job.start)
+        if found:
+            backend.set_adapter(found[1])
+            backend.set_optimizer(found[2])
+    _header(job, info, display)
     with _stop_signal() as stop, display.training(recipe.steps, state.step):
         watch = _Watch(display, stop)
         try:
@@ -188,6 +210,19 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
     record.update_run(job.run, exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return state.best or last
+
+
+def _loaded(
+    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
+) -> tuple[Backend, ModelInfo]:
+    backend = make_backend(plan.backend)
+    try:
+        return backend, backend.load(recipe, plan, folder, adapter)
+    except OutOfMemory as error:
+        raise UserError(
+            f"{recipe.model} does not fit into memory on {plan.device}: {error}",
+            "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
+        ) from None
 
 
 class _Watch:
@@ -241,12 +276,27 @@ def _header(job: Job, info: ModelInfo, display: Display) -> None:
             "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
             f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
-            "adapter": f"rank {recipe.rank}, alpha {recipe.alpha:g} on {len(job.shapes)} layers: "
+            "method": f"{_method(recipe, job.start)}: "
             f"{info.trainable:,} of {info.total:,} parameters are trained ({info.trainable / info.total:.2%})",
             "plan": f"micro-batches of up to {plan.micro_batch_tokens} padded tokens, "
-            f"a checkpoint every {plan.save_every} steps",
+            f"a checkpoint every {plan.save_every} steps"
+            + (", gradient checkpointing" if plan.gradient_checkpointing else ""),
             "run": str(job.run),
         },
+    )
+
+
+def _method(recipe: Recipe, start: Adapter | None) -> str:
+    if start is None:
+        return "full fine-tuning"
+    ranks = sorted({weight.rank for weight in start.weights.values()})
+    alphas = sorted({weight.alpha for weight in start.weights.values()})
+    return (
+        f"{'DoRA' if recipe.method == 'dora' else 'LoRA'}, rank {', '.join(map(str, ranks))}, "
+        f"alpha {', '.join(f'{a:g}' for a in alphas)}{' / sqrt(rank)' if recipe.rslora else ''} on "
+        f"{len(start.weights)} layers"
+        + (f" of a {recipe.quantization} base" if recipe.quantization != "none" else "")
+        + (", going on from a given adapter" if recipe.adapter_hash else "")
     )
 
 
@@ -303,7 +353,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
 
 def _anchored(options: dict[str, Any]) -> dict[str, Any]:
     """Paths made absolute, so that the run can be resumed from another working folder."""
-    for key in ("model", "data", "llama_cpp"):
+    for key in ("model", "data", "llama_cpp", "adapter"):
         if options[key] and Path(options[key]).expanduser().exists():
             options[key] = str(Path(options[key]).expanduser().resolve())
     return options

@@ -1,7 +1,7 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.seam.Backend`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,16 @@ from common.models import normalise_config  # noqa: E402
 from common.seam import (  # noqa: E402
     Adapter,
     Batch,
-    LoraWeight,
     Memory,
     ModelInfo,
     OptimizerState,
     OutOfMemory,
     StepResult,
 )
+from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
+from mlx_backend.lora import attach, put  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
+from mlx_backend.quantize import dequantized, quantize  # noqa: E402
 from mlx_backend.weights import PARTS, to_mlx, to_numpy  # noqa: E402
 
 _DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
@@ -39,8 +41,7 @@ _DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 class MlxBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
-    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
-        from mlx_lm.tuner.lora import LoRALinear
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         from mlx_lm.utils import load_model
 
         self.recipe = recipe
@@ -55,25 +56,27 @@ class MlxBackend:
         self.model.update(
             tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, self.model.parameters())
         )
-        self.model.freeze()
-        modules = dict(self.model.named_modules())
-        self.layers = {
-            name: LoRALinear.from_base(
-                modules[name], r=recipe.rank, dropout=recipe.dropout, scale=recipe.alpha / recipe.rank
-            )
-            for name in sorted(targets)
-        }
-        self.model.update_modules(tree_unflatten(list(self.layers.items())))
         with _memory_errors():
+            if recipe.quantization != "none":
+                quantize(self.model, recipe.quantization)
+            self.layers: dict[str, Any] = {}
+            if adapter is not None:
+                self.model.freeze()
+                self.layers = attach(self.model, adapter)
+            if plan.gradient_checkpointing:
+                checkpoint_layers(self.model)
             mx.eval(self.model.parameters())
-        self.optimizer = optim.AdamW(
-            recipe.learning_rate,
-            betas=[recipe.beta1, recipe.beta2],
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            bias_correction=True,  # off by default, unlike every other AdamW
+        self.start = adapter
+        paths = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
+        self.paths = {_canonical(path): path for path in paths} if self.layers else {path: path for path in paths}
+        fast = (
+            {path for name, path in self.paths.items() if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
         )
-        self.optimizer.init(self.model.trainable_parameters())
+        self.groups = [  # LoRA+ has a learning rate of its own for B
+            (self._optimizer(), ratio, names)
+            for ratio, names in ((1.0, set(paths) - fast), (recipe.lora_plus, fast))
+            if names
+        ]
         self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch))
         return ModelInfo(
             device=plan.device,
@@ -82,6 +85,16 @@ class MlxBackend:
             trainable=sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())),
             total=sum(p.size for _, p in tree_flatten(self.model.parameters())),
             architecture=type(self.model).__module__.rsplit(".", 1)[-1],
+        )
+
+    def _optimizer(self) -> optim.AdamW:
+        recipe = self.recipe
+        return optim.AdamW(
+            recipe.learning_rate,
+            betas=[recipe.beta1, recipe.beta2],
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+            bias_correction=True,  # off by default, unlike every other AdamW
         )
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
@@ -101,9 +114,12 @@ class MlxBackend:
         if self.recipe.max_grad_norm:
             factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
             gradients = tree_map(lambda g: g * factor, gradients)
-        self.optimizer.learning_rate = learning_rate
-        self.optimizer.update(self.model, gradients)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state, norm)
+        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(self.model.trainable_parameters()))
+        for optimizer, ratio, names in self.groups:
+            optimizer.learning_rate = learning_rate * ratio
+            new = optimizer.apply_gradients({n: flat[n] for n in names}, {n: trained[n] for n in names})
+            self.model.update(tree_unflatten(list(new.items())))
+        mx.eval(self.model.trainable_parameters(), [optimizer.state for optimizer, _, _ in self.groups], norm)
         return StepResult(total_loss, norm, count, sum(batch.tokens for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:
@@ -114,63 +130,68 @@ class MlxBackend:
         return StepResult(loss, 0.0, batch.label_tokens, batch.tokens)
 
     def get_adapter(self) -> Adapter:
-        recipe = self.recipe
-        weights = {
-            name: LoraWeight(to_numpy(layer.lora_a), to_numpy(layer.lora_b), recipe.alpha)
-            for name, layer in self.layers.items()
-        }
-        return Adapter(recipe.model, recipe.rank, recipe.alpha, recipe.dropout, weights)
+        trained = dict(tree_flatten(self.model.trainable_parameters()))
+        arrays = {name: to_numpy(name, trained[path]) for name, path in self.paths.items()}
+        if self.start is None:
+            return Adapter(self.recipe.model, len(self.model.layers), 0.0, {}, arrays)
+        return self.start.with_arrays(arrays)
 
     def set_adapter(self, adapter: Adapter) -> None:
-        for name, weight in adapter.weights.items():
-            self.layers[name].lora_a = to_mlx(weight.A)
-            self.layers[name].lora_b = to_mlx(weight.B)
+        arrays = adapter.arrays()
+        self.model.update(tree_unflatten([(self.paths[name], to_mlx(name, array)) for name, array in arrays.items()]))
         mx.eval(self.model.trainable_parameters())
 
     def get_optimizer(self) -> OptimizerState:
-        state = dict(tree_flatten(self.optimizer.state))
-        moments = {
-            moment: {
-                f"{name}.{part}": to_numpy(state[f"{name}.{mlx_part}.{moment}"])
-                for name in self.layers
-                for part, mlx_part in PARTS.items()
-            }
-            for moment in ("m", "v")
-        }
-        return OptimizerState(int(state["step"].item()), moments["m"], moments["v"])
+        moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+        names = {path: name for name, path in self.paths.items()}
+        for optimizer, _, paths in self.groups:
+            for path in paths:
+                for moment, found in moments.items():
+                    found[names[path]] = to_numpy(names[path], optimizer.state[path][moment])
+        step = int(self.groups[0][0].state["step"].item())
+        return OptimizerState(step, moments["m"], moments["v"])
 
     def set_optimizer(self, state: OptimizerState) -> None:
-        flat: list[tuple[str, mx.array]] = []
-        for name in self.layers:
-            for part, mlx_part in PARTS.items():
-                flat.append((f"{name}.{mlx_part}.m", to_mlx(state.exp_avg[f"{name}.{part}"])))
-                flat.append((f"{name}.{mlx_part}.v", to_mlx(state.exp_avg_sq[f"{name}.{part}"])))
-        tree: dict[str, Any] = tree_unflatten(flat)
-        tree["step"] = mx.array(state.step, mx.uint64)
-        tree["learning_rate"] = mx.array(self.recipe.learning_rate)
-        self.optimizer.state = tree
+        names = {path: name for name, path in self.paths.items()}
+        for optimizer, _, paths in self.groups:
+            content: dict[str, Any] = {
+                path: {
+                    "m": to_mlx(names[path], state.exp_avg[names[path]]),
+                    "v": to_mlx(names[path], state.exp_avg_sq[names[path]]),
+                }
+                for path in paths
+            }
+            content["step"] = mx.array(state.step, mx.uint64)
+            content["learning_rate"] = mx.array(self.recipe.learning_rate)
+            optimizer.state = content
+
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        return dequantized(self.model)
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         self.model.eval()
         inputs = mx.array(np.asarray(token_ids, np.int32))[None]
-        scales = {name: layer.scale for name, layer in self.layers.items()}
         if not adapter:
-            for layer in self.layers.values():
-                layer.scale = 0.0
+            put(self.model, {name: layer.linear for name, layer in self.layers.items()})
         try:
             return np.array(self.model(inputs)[0].astype(mx.float32))
         finally:
-            for name, layer in self.layers.items():
-                layer.scale = scales[name]
+            put(self.model, self.layers)
 
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), mx.get_peak_memory(), total(), "unified", swap_used())
 
     def close(self) -> None:
-        del self.model, self.layers, self.optimizer, self.gradient
+        del self.model, self.layers, self.groups, self.gradient
         mx.clear_cache()
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
+
+
+def _canonical(path: str) -> str:
+    """`model.layers.0.mlp.up_proj.lora_a` -> `model.layers.0.mlp.up_proj.lora_A`."""
+    module, part = path.rsplit(".", 1)
+    return f"{module}.{ {mlx: ours for ours, mlx in PARTS.items()}[part] }"
 
 
 @contextmanager

@@ -3,12 +3,17 @@
 import mlx.core as mx
 import numpy as np
 
-PARTS = {"lora_A": "lora_a", "lora_B": "lora_b"}
+PARTS = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 
 
-def to_mlx(array: np.ndarray) -> mx.array:
-    return mx.array(np.ascontiguousarray(array.T))
+def _turned(name: str, array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array.T if name.endswith(("lora_A", "lora_B")) else array)
 
 
-def to_numpy(array: mx.array) -> np.ndarray:
-    return np.ascontiguousarray(np.array(array.astype(mx.float32)).T)
+def to_mlx(name: str, array: np.ndarray) -> mx.array:
+    """`name` is the canonical one, as in optimizer state: it tells whether the layout is turned."""
+    return mx.array(_turned(name, array))
+
+
+def to_numpy(name: str, array: mx.array) -> np.ndarray:
+    return _turned(name, np.array(array.astype(mx.float32)))

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from common import checkpoint, models
-from common.adapter import initial_adapter
 from common.batches import micro_batches, step_rows
 from common.checkpoint import State
 from common.config import TARGET_GROUPS, Plan, Recipe
 from common.data import read_rows
 from common.fuse import fuse
 from common.loop import Interrupted, train
-from common.seam import Backend, OutOfMemory
+from common.lora import choose_layers, initial_adapter, layer_count
+from common.seam import Adapter, Backend, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer
 
 TARGETS = TARGET_GROUPS["all-linear"]
@@ -51,18 +51,20 @@ def make_recipe(folder: Path, **changes) -> Recipe:
     return Recipe(**(settings | changes))
 
 
-def make_plan(name: str, micro_batch_tokens: int = 300) -> Plan:
-    return Plan(backend=name, device="cpu", micro_batch_tokens=micro_batch_tokens, save_every=3)
+def make_plan(name: str, **changes) -> Plan:
+    return Plan(**({"backend": name, "device": "cpu", "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
-def load(name: str, folder: Path, recipe: Recipe, start: bool = True) -> Backend:
-    backend = importlib.import_module(f"{name}_backend").create()
+def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
+    if recipe.method == "full":
+        return None
     shapes = models.linear_shapes(folder, recipe.targets)
-    backend.load(recipe, make_plan(name), folder, list(shapes))
-    if start:
-        backend.set_adapter(
-            initial_adapter(shapes, recipe.model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)
-        )
+    return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
+
+
+def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
+    backend = importlib.import_module(f"{name}_backend").create()
+    backend.load(recipe, make_plan(name, **plan), folder, start_adapter(folder, recipe))
     return backend
 
 
@@ -88,8 +90,7 @@ def relative_difference(one: dict, other: dict) -> float:
 
 
 def matrices(backend: Backend) -> dict[str, np.ndarray]:
-    weights = backend.get_adapter().weights
-    return {f"{n}.A": w.A for n, w in weights.items()} | {f"{n}.B": w.B for n, w in weights.items()}
+    return backend.get_adapter().arrays()
 
 
 class Quiet:

@@ -1,8 +1,8 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.seam.Backend`."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 
 from common.config import Plan, Recipe
 from common.memory import ResidentSet, swap_used
-from common.seam import Adapter, Batch, LoraWeight, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import loss_sum
+from torch_backend.quantize import dequantized, quantization_config
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -20,8 +22,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class TorchBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
-    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
-        from peft import LoraConfig, get_peft_model
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -30,31 +31,35 @@ class TorchBackend:
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
+        dtype = _DTYPES[recipe.precision]
+        quantization = quantization_config(recipe.quantization, dtype)
         with _memory_errors():
-            base = AutoModelForCausalLM.from_pretrained(
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=_DTYPES[recipe.precision],
+                dtype=dtype,
                 attn_implementation="sdpa",
                 use_safetensors=True,
                 local_files_only=True,
-            ).to(self.device)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=recipe.rank,
-            lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is right
-            lora_dropout=recipe.dropout,
-            target_modules=list(targets),
-        )
-        self.peft = get_peft_model(base, config).to(self.device)
-        self.model: Any = self.peft.get_base_model()
-        modules = dict(self.model.named_modules())
-        self.layers = {name: modules[name] for name in sorted(targets)}
-        self.parameters: dict[str, torch.nn.Parameter] = {}
-        for name, layer in self.layers.items():
-            self.parameters[f"{name}.lora_A"] = layer.lora_A["default"].weight
-            self.parameters[f"{name}.lora_B"] = layer.lora_B["default"].weight
+                quantization_config=quantization,
+                device_map={"": self.device} if quantization else None,
+            )
+            if not quantization:
+                self.model.to(self.device)
+            if adapter is None:
+                self.outer, self.parameters = self.model, dict(self.model.named_parameters())
+            else:
+                self.outer, self.parameters = attach(self.model, adapter)
+                self.outer.to(self.device)
+        if plan.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.start = adapter
+        fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
+        groups = [  # LoRA+ has a learning rate of its own for B
+            {"params": [p for name, p in self.parameters.items() if (name in fast) == chosen], "ratio": ratio}
+            for chosen, ratio in ((False, 1.0), (True, recipe.lora_plus))
+        ]
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            [group for group in groups if group["params"]],
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
@@ -66,12 +71,12 @@ class TorchBackend:
             dtype=recipe.precision,
             layers=self.model.config.num_hidden_layers,
             trainable=sum(p.numel() for p in self.parameters.values()),
-            total=sum(p.numel() for p in self.peft.parameters()),
+            total=sum(p.numel() for p in self.outer.parameters()),
             architecture=type(self.model).__name__,
         )
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        self.peft.train()
+        self.outer.train()
         if self.recipe.dropout:
             torch.manual_seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
@@ -85,31 +90,24 @@ class TorchBackend:
         limit = self.recipe.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self.optimizer.step()
         return StepResult(total, norm, count, sum(batch.tokens for batch in micro_batches))
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
-        self.peft.eval()
+        self.outer.eval()
         with _memory_errors():
             return StepResult(loss_sum(self.model, batch, self.device), 0.0, batch.label_tokens, batch.tokens)
 
     def get_adapter(self) -> Adapter:
-        recipe = self.recipe
-        weights = {
-            name: LoraWeight(
-                _numpy(self.parameters[f"{name}.lora_A"]), _numpy(self.parameters[f"{name}.lora_B"]), recipe.alpha
-            )
-            for name in self.layers
-        }
-        return Adapter(recipe.model, recipe.rank, recipe.alpha, recipe.dropout, weights)
+        arrays = {name: _numpy(parameter) for name, parameter in self.parameters.items()}
+        if self.start is None:
+            return Adapter(self.recipe.model, self.model.config.num_hidden_layers, 0.0, {}, arrays)
+        return self.start.with_arrays(arrays)
 
-    @torch.no_grad()
     def set_adapter(self, adapter: Adapter) -> None:
-        for name, weight in adapter.weights.items():
-            self.parameters[f"{name}.lora_A"].copy_(torch.from_numpy(weight.A))
-            self.parameters[f"{name}.lora_B"].copy_(torch.from_numpy(weight.B))
+        set_arrays(self.parameters, adapter)
 
     def get_optimizer(self) -> OptimizerState:
         states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
@@ -127,13 +125,14 @@ class TorchBackend:
                 "exp_avg_sq": torch.from_numpy(state.exp_avg_sq[name].copy()).to(self.device),
             }
 
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        return dequantized(self.model)
+
     @torch.no_grad()
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
-        self.peft.eval()
+        self.outer.eval()
         inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
-        if adapter:
-            return self.model(input_ids=inputs, use_cache=False).logits[0].float().cpu().numpy()
-        with self.peft.disable_adapter():
+        with nullcontext() if adapter else self.outer.disable_adapter():
             return self.model(input_ids=inputs, use_cache=False).logits[0].float().cpu().numpy()
 
     def memory(self) -> Memory:
@@ -149,7 +148,7 @@ class TorchBackend:
 
     def close(self) -> None:
         cuda = self.device.type == "cuda"
-        del self.model, self.peft, self.layers, self.parameters, self.optimizer
+        del self.model, self.outer, self.parameters, self.optimizer
         if cuda:
             torch.cuda.empty_cache()
 

@@ -45,7 +45,7 @@ def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(tmp_path):
         state, adapter = one.get_optimizer(), one.get_adapter()
         expected = backends.run_steps(one, recipe, rows, 3)
         one.close()
-        other = backends.load(second, folder, recipe, start=False)
+        other = backends.load(second, folder, recipe)
         other.set_adapter(adapter)
         other.set_optimizer(state)
         np.testing.assert_allclose(backends.run_steps(other, recipe, rows, 3), expected, rtol=1e-4)

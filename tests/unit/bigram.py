@@ -4,13 +4,13 @@ Its only weights are the first adapted layer's: logits of token t are `scale * B
 layer's size. Pairs are counted before anything is computed, so its results cannot depend on how a step is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.config import Plan, Recipe
-from common.seam import IGNORE, Adapter, Batch, LoraWeight, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.seam import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from common.template import Encoded
 
 RECIPE = Recipe(
@@ -78,28 +78,24 @@ class Bigram:
         self.closed = False
         self.recipe = RECIPE
 
-    def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         self.recipe = recipe
+        if adapter is not None:
+            self.set_adapter(adapter)
         return ModelInfo("cpu", "float32", 1, 10, 100, "Bigram")
 
     def set_adapter(self, adapter: Adapter) -> None:
         self.layer = next(iter(adapter.weights))
         self.adapter = adapter
-        self.parameters = {
-            f"{name}.{part}": array.copy()
-            for name, weight in adapter.weights.items()
-            for part, array in (("lora_A", weight.A), ("lora_B", weight.B))
-        }
+        self.parameters = {name: array.copy() for name, array in adapter.arrays().items()}
         zeros = {name: np.zeros_like(array) for name, array in self.parameters.items()}
         self.optimizer = OptimizerState(0, zeros, {name: array.copy() for name, array in zeros.items()})
 
     def get_adapter(self) -> Adapter:
-        old = self.adapter
-        weights = {
-            name: LoraWeight(self.parameters[f"{name}.lora_A"], self.parameters[f"{name}.lora_B"], weight.alpha)
-            for name, weight in old.weights.items()
-        }
-        return Adapter(old.base_model, old.rank, old.alpha, old.dropout, weights)
+        return self.adapter.with_arrays(self.parameters)
+
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        return {}
 
     def get_optimizer(self) -> OptimizerState:
         return self.optimizer
@@ -134,7 +130,7 @@ class Bigram:
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
-        scale = self.adapter.alpha / self.adapter.rank if adapter else 0.0
+        scale = self.adapter.weights[self.layer].scale if adapter else 0.0
         return (scale * B @ A[:, token_ids % A.shape[1]]).T
 
     def memory(self) -> Memory:
@@ -152,7 +148,7 @@ class Bigram:
     def _loss(self, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, np.ndarray], int]:
         """Summed loss, gradients of its mean, and the label tokens."""
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
-        scale = self.adapter.alpha / self.adapter.rank
+        scale = self.adapter.weights[self.layer].scale
         counts = np.zeros((A.shape[1], B.shape[0]))
         for batch in micro_batches:
             there = batch.labels != IGNORE

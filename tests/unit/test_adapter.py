@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.adapter import initial_adapter, read_mlx, read_peft, validate, write_both, write_mlx, write_peft
+from common.adapter import read_mlx, read_peft, write_both, write_mlx, write_peft
 from common.errors import UserError
+from common.lora import initial_adapter, validate
 from common.seam import Adapter, LoraWeight
+from tests.unit.bigram import recipe
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
 SHAPES = {Q: (8, 6), DOWN: (6, 10)}  # (out, in)
@@ -25,11 +27,11 @@ def adapter(seed: int = 0, rank: int = 2, alpha: float = 5.0) -> Adapter:
         )
         for name, (out, into) in SHAPES.items()
     }
-    return Adapter("some/model", rank, alpha, 0.1, weights)
+    return Adapter("some/model", 4, 0.1, weights)
 
 
 def same(one: Adapter, other: Adapter) -> bool:
-    settings = ("base_model", "rank", "alpha", "dropout")
+    settings = ("base_model", "layers", "dropout", "dora")
     return (
         all(getattr(one, name) == getattr(other, name) for name in settings)
         and one.weights.keys() == other.weights.keys()
@@ -37,6 +39,7 @@ def same(one: Adapter, other: Adapter) -> bool:
             np.array_equal(w.A, other.weights[n].A)
             and np.array_equal(w.B, other.weights[n].B)
             and w.alpha == other.weights[n].alpha
+            and np.array_equal(w.parts().get("magnitude"), other.weights[n].parts().get("magnitude"))
             for n, w in one.weights.items()
         )
     )
@@ -46,18 +49,18 @@ def same(one: Adapter, other: Adapter) -> bool:
 
 
 def test_the_start_is_drawn_from_the_seed_alone() -> None:
-    first = initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=1)
-    assert same(first, initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=1))
-    assert not same(first, initial_adapter(SHAPES, "m", 4, 8.0, 0.0, seed=2))
+    first = initial_adapter(SHAPES, 4, recipe(seed=1))
+    assert same(first, initial_adapter(SHAPES, 4, recipe(seed=1)))
+    assert not same(first, initial_adapter(SHAPES, 4, recipe(seed=2)))
 
 
 def test_the_start_does_not_depend_on_the_order_of_layers() -> None:
     turned = dict(reversed(SHAPES.items()))
-    assert same(initial_adapter(SHAPES, "m", 4, 8.0, 0.0, 1), initial_adapter(turned, "m", 4, 8.0, 0.0, 1))
+    assert same(initial_adapter(SHAPES, 4, recipe()), initial_adapter(turned, 4, recipe()))
 
 
 def test_the_start_changes_nothing_and_is_uniform_within_its_bound() -> None:
-    start = initial_adapter({Q: (50, 400)}, "m", 64, 8.0, 0.0, 0).weights[Q]
+    start = initial_adapter({Q: (50, 400)}, 1, recipe(rank=64)).weights[Q]
     assert (start.A.shape, start.B.shape) == ((64, 400), (50, 64))
     assert (start.A.dtype, start.B.dtype) == (np.float32, np.float32)
     assert not start.B.any()
@@ -85,7 +88,7 @@ def test_pefts_layout(tmp_path: Path) -> None:
         "some/model",
     )
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 5.0, 0.1)
-    assert config["target_modules"] == ["down_proj", "q_proj"]
+    assert config["target_modules"] == [Q, DOWN]  # not in every layer, so the short names would mean more
     assert (config["use_rslora"], config["bias"]) == (False, "none")
 
 
@@ -123,14 +126,14 @@ def test_both_layouts_bring_back_the_same_adapter(tmp_path: Path) -> None:
 def test_an_alpha_that_the_rank_does_not_divide_survives_both(tmp_path: Path) -> None:
     odd = adapter(rank=3, alpha=7.1)
     write_both(tmp_path, odd)
-    assert read_peft(tmp_path / "adapter").alpha == 7.1
-    assert read_mlx(tmp_path / "adapter-mlx").alpha == pytest.approx(7.1, rel=1e-12)
+    assert read_peft(tmp_path / "adapter").weights[Q].alpha == 7.1
+    assert read_mlx(tmp_path / "adapter-mlx").weights[Q].alpha == pytest.approx(7.1, rel=1e-12)
 
 
 def test_matrices_that_are_views_of_others_are_written_right(tmp_path: Path) -> None:
     flat = adapter()
     turned = {n: LoraWeight(np.asfortranarray(w.A), np.asfortranarray(w.B), w.alpha) for n, w in flat.weights.items()}
-    write_both(tmp_path, Adapter("some/model", 2, 5.0, 0.1, turned))
+    write_both(tmp_path, Adapter("some/model", 4, 0.1, turned))
     assert same(read_peft(tmp_path / "adapter"), flat)
     assert same(read_mlx(tmp_path / "adapter-mlx"), flat)
 
@@ -151,11 +154,10 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     nan[3, 1] = np.nan
     broken = Adapter(
         "some/model",
-        2,
-        5.0,
+        4,
         0.1,
         {
-            Q: LoraWeight(good.weights[Q].A.T, nan, 5.0),
+            Q: LoraWeight(good.weights[Q].A[:, :5], nan, 5.0),
             DOWN: LoraWeight(good.weights[DOWN].A, good.weights[DOWN].B[:5], 5.0),
             "model.layers.9.mlp.up_proj": good.weights[Q],
         },
@@ -164,7 +166,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         validate(broken, SHAPES, tmp_path)
     assert caught.value.what.split("\n") == [
         f"The adapter in {tmp_path} does not fit its base model:",
-        f"{Q}.lora_A: shape (6, 2), the base model wants (2, 6)",
+        f"{Q}.lora_A: shape (2, 5), the base model wants (2, 6)",
         f"{Q}.lora_B: holds values that are not finite",
         f"{DOWN}.lora_B: shape (5, 2), the base model wants (6, 2)",
         "model.layers.9.mlp.up_proj: the base model has no such linear layer",
@@ -173,7 +175,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path: Path) -> None:
 
 def test_an_adapter_of_nothing_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it holds no LoRA weights"):
-        validate(Adapter("some/model", 2, 5.0, 0.1, {}), SHAPES, tmp_path)
+        validate(Adapter("some/model", 4, 0.1, {}), SHAPES, tmp_path)
 
 
 def test_an_adapter_that_fits(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ LAYER = "model.layers.0.self_attn.q_proj"
 def adapter(seed: int) -> Adapter:
     random = np.random.default_rng(seed)
     A, B = (random.normal(size=shape).astype(np.float32) for shape in ((2, 6), (4, 2)))
-    return Adapter("some/model", 2, 8.0, 0.25, {LAYER: LoraWeight(A, B, 8.0)})
+    return Adapter("some/model", 1, 0.25, {LAYER: LoraWeight(A, B, 8.0)})
 
 
 def optimizer(seed: int, step: int) -> OptimizerState:
@@ -68,7 +68,12 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     assert again.best is not None
     assert same(again.best, adapter(1))
     assert same(current, adapter(2))
-    assert (current.base_model, current.rank, current.alpha, current.dropout) == ("some/model", 2, 8.0, 0.25)
+    assert (current.base_model, current.layers, current.weights[LAYER].alpha, current.dropout) == (
+        "some/model",
+        1,
+        8.0,
+        0.25,
+    )
     assert moments.step == 39
     for part, wanted in (("exp_avg", optimizer(3, 39).exp_avg), ("exp_avg_sq", optimizer(3, 39).exp_avg_sq)):
         got = getattr(moments, part)
@@ -79,7 +84,8 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
 def test_every_field_of_the_state_is_written(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     assert json.loads((folder / "state.json").read_text()).keys() == (asdict(State()).keys() - {"best"}) | {
-        "optimizer_step"
+        "optimizer_step",
+        "layers",
     }
 
 
@@ -139,7 +145,7 @@ def flip(path: Path) -> None:
     [
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
-        "best/adapter_model.safetensors",
+        "best/adapter/adapter_model.safetensors",
         "optimizer.safetensors",
         "state.json",
     ],

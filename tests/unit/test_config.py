@@ -229,6 +229,10 @@ def another(name: str, value: Any) -> Any:
         return next((c for c in choices if c != value), "other") if choices else "other"
     if isinstance(value, list):
         return [*value, "v_proj"]
+    if isinstance(value, dict):
+        return {**value, "v_proj": 3}
+    if value is None:
+        return "last:1"
     return value + 1 if isinstance(value, int) else value / 2 + 0.001
 
 

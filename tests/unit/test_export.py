@@ -16,7 +16,7 @@ from tests.unit.base_folder import CONFIG, Q, write_base
 
 def adapter(name: str = Q) -> Adapter:
     weight = LoraWeight(np.ones((1, 8), np.float32), np.ones((8, 1), np.float32), 2.0)
-    return Adapter("some/model", 1, 2.0, 0.0, {name: weight})
+    return Adapter("some/model", 1, 0.0, {name: weight})
 
 
 def fused(base: Path, stops: list[int], out: Path | None = None) -> Path:

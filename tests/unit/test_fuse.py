@@ -22,7 +22,7 @@ def adapter(names: tuple[str, ...] = (Q, DOWN), rank: int = 3) -> Adapter:
         into = 12 if name == DOWN else 8
         A, B = (random.normal(0, 0.1, shape).astype(np.float32) for shape in ((rank, into), (8, rank)))
         weights[name] = LoraWeight(A, B, 7.0)
-    return Adapter("some/model", rank, 7.0, 0.0, weights)
+    return Adapter("some/model", 1, 0.0, weights)
 
 
 def fused(base: Path, out: Path, the_adapter: Adapter | None = None) -> Path:
@@ -116,7 +116,7 @@ def test_several_shards_make_the_same_tensors(tmp_path: Path) -> None:
 def test_an_adapter_that_was_not_trained_changes_no_byte(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     start = {name: LoraWeight(w.A, np.zeros_like(w.B), 7.0) for name, w in adapter().weights.items()}
-    out = fused(base, tmp_path / "out", Adapter("some/model", 3, 7.0, 0.0, start))
+    out = fused(base, tmp_path / "out", Adapter("some/model", 1, 0.0, start))
     assert (out / "model.safetensors").read_bytes() == (base / "model.safetensors").read_bytes()
 
 
@@ -125,7 +125,7 @@ def test_an_adapter_for_a_layer_that_the_base_lacks(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         fused(base, tmp_path / "out", adapter((Q, "model.layers.7.self_attn.q_proj")))
     assert caught.value.what == (
-        f"{base} has no weights for 1 adapted modules, such as model.layers.7.self_attn.q_proj.weight."
+        f"{base} has no weights for 1 trained modules, such as model.layers.7.self_attn.q_proj.weight."
     )
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.adapter import initial_adapter
 from common.batches import make_batch
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
 from common.loop import Interrupted, evaluate, learning_rate, train
+from common.lora import initial_adapter
 from common.seam import Adapter, Batch, Memory, OutOfMemory, StepResult
 from common.template import Encoded
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
@@ -56,7 +56,7 @@ def run(
     """One process's part of a run: a new backend, started afresh or from the newest checkpoint."""
     folder.mkdir(exist_ok=True)
     backend, chosen, the_plan = backend or Bigram(), the_recipe or recipe(), the_plan or plan()
-    backend.load(chosen, the_plan, folder, [LAYER])
+    backend.load(chosen, the_plan, folder, initial_adapter({LAYER: (6, 6)}, 1, chosen))
     found = checkpoint.latest(folder) if resume else None
     if found:
         state, adapter, optimizer = found
@@ -64,7 +64,6 @@ def run(
         backend.set_optimizer(optimizer)
     else:
         state = State(micro_batch_tokens=the_plan.micro_batch_tokens)
-        backend.set_adapter(initial_adapter({LAYER: (6, 6)}, "some/model", chosen.rank, chosen.alpha, 0.0, chosen.seed))
     train(backend, chosen, the_plan, TRAIN, VALID if valid is None else valid, folder, state, watch or Watch())
     return state, backend
 

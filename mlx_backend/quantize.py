@@ -1,0 +1,42 @@
+"""MLX's own quantisation of the frozen base's linear layers, and the way back."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from common.errors import UserError
+
+
+def quantize(model: Any, scheme: str) -> None:
+    """`mlx-4bit-64`: 4 bits, 64 weights to a scale; embeddings and output head stay. Layer by layer, to spare memory.
+
+    Raises UserError where a layer's rows cannot be cut into such groups.
+    """
+    bits, group = int(scheme.split("-")[1].removesuffix("bit")), int(scheme.split("-")[2])
+    for layer in model.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear) and module.weight.shape[-1] % group:
+                raise UserError(
+                    f"--quantization {bits}bit: {name} has rows of {module.weight.shape[-1]}, no multiple of {group}.",
+                    "Leave --quantization out.",
+                )
+        nn.quantize(layer, group, bits, class_predicate=lambda _, module: isinstance(module, nn.Linear))
+        mx.eval(layer.parameters())
+
+
+def dequantized(model: Any) -> dict[str, Callable[[], np.ndarray]]:
+    """See the seam."""
+    return {
+        f"{name.removesuffix('.linear')}.weight": partial(_dequantize, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear)
+    }
+
+
+def _dequantize(module: Any) -> np.ndarray:
+    weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode)
+    return np.array(weight.astype(mx.float32))
