@@ -5,30 +5,28 @@ from typing import Any
 import mlx.core as mx
 
 
-def checkpoint_layers(model: Any) -> None:
+def checkpoint_layers(model: Any, dropout: bool) -> None:
     """Each of the model's layers gets a class of its own, so that no other model of the process is touched.
 
-    The second computation starts from the same random key as the first: with dropout it must draw the same masks.
+    The second computation starts from the same random seed as the first: with dropout it must draw the same masks.
     """
     for layer in model.layers:
         kind = type(layer)
-        layer.__class__ = type(kind.__name__, (kind,), {"__call__": _checkpointed(kind)})
+        layer.__class__ = type(kind.__name__, (kind,), {"__call__": _checkpointed(kind, dropout)})
 
 
-def _checkpointed(kind: type) -> Any:
+def _checkpointed(kind: type, dropout: bool) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
-        state: Any = mx.random.state
-        here, after = mx.random.split(state[0])
+        seed = int(mx.random.randint(0, 2**31 - 1).item()) if dropout else 0
 
-        def inner(parameters: Any, key: mx.array, *args: Any, **kwargs: Any) -> Any:
+        def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             self.update(parameters)
-            state[0] = key
+            if dropout:
+                mx.random.seed(seed)
             return kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
 
-        out = mx.checkpoint(inner)(self.trainable_parameters(), here, *args, **kwargs)
-        state[0] = after
-        return out
+        return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
 
     return call

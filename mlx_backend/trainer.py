@@ -64,7 +64,7 @@ class MlxBackend:
                 self.model.freeze()
                 self.layers = attach(self.model, adapter)
             if plan.gradient_checkpointing:
-                checkpoint_layers(self.model)
+                checkpoint_layers(self.model, recipe.dropout > 0)
             mx.eval(self.model.parameters())
         self.start = adapter
         paths = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
@@ -99,12 +99,12 @@ class MlxBackend:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self.model.train()
-        if self.recipe.dropout:
-            mx.random.seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
         total_loss, gradients = mx.array(0.0), None
         with _memory_errors():
-            for batch in micro_batches:
+            for number, batch in enumerate(micro_batches):
+                if self.recipe.dropout:
+                    mx.random.seed((self.recipe.seed << 32) + (step << 12) + number)
                 loss, part = self.gradient(batch)
                 part = tree_map(lambda g: g / count, part)
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)

@@ -7,19 +7,28 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from common import checkpoint, models
 from common.batches import micro_batches, step_rows
 from common.checkpoint import State
 from common.config import TARGET_GROUPS, Plan, Recipe
 from common.data import read_rows
-from common.fuse import fuse
+from common.fuse import fuse, read_header
 from common.loop import Interrupted, train
 from common.lora import choose_layers, initial_adapter, layer_count
 from common.seam import Adapter, Backend, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer
 
 TARGETS = TARGET_GROUPS["all-linear"]
+METHODS: dict[str, dict] = {
+    "lora": {},
+    "rslora": {"rslora": True, "rank": 8},
+    "dora": {"method": "dora"},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 6}, "alpha_pattern": {"down_proj": 3.0}},
+    "layers": {"layers": "last:1"},
+    "lora_plus": {"lora_plus": 4.0, "learning_rate": 3e-3},
+}
 
 
 def make_recipe(folder: Path, **changes) -> Recipe:
@@ -125,8 +134,8 @@ def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) 
         assert relative_difference(results[0][1], adapter) < 1e-3
 
 
-def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out: Path) -> None:
-    recipe = make_recipe(folder)
+def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out: Path, **changes) -> None:
+    recipe = make_recipe(folder, **changes)
     backend = load(name, folder, recipe)
     run_steps(backend, recipe, rows, 4)
     tuned, base = backend.logits(rows[0].ids), backend.logits(rows[0].ids, adapter=False)
@@ -134,11 +143,9 @@ def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out
     backend.close()
     assert np.abs(tuned - base).max() > 0.1, "the adapter must change something"
     out.mkdir()
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (out / file.name).write_bytes(file.read_bytes())
+    copy_all_but_weights(folder, out)
     fuse(folder, adapter, out, lambda share, text: None)
-    fused = load(name, out, recipe)  # with an adapter of zeros
+    fused = load(name, out, make_recipe(folder))  # with an adapter of zeros
     np.testing.assert_allclose(fused.logits(rows[0].ids), tuned, atol=2e-4)
     fused.close()
 
@@ -240,3 +247,57 @@ def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], m
     with pytest.raises(OutOfMemory):
         backend.eval_step(batches[0])
     backend.close()
+
+
+def check_quantized_base(name: str, folder: Path, rows: list[Encoded], scheme: str, out: Path) -> None:
+    """A quantised base trains; its dequantised weights fused with the adapter compute what training computed."""
+    recipe = make_recipe(folder, quantization=scheme)
+    plain = load(name, folder, make_recipe(folder))
+    untouched = plain.logits(rows[0].ids)
+    plain.close()
+    backend = load(name, folder, recipe)
+    error = np.abs(backend.logits(rows[0].ids, adapter=False) - untouched).max()
+    assert error > 1e-3, "the base is not quantised"
+    losses = run_steps(backend, recipe, rows, 6)
+    assert losses[-1] < losses[0]
+    tuned, adapter, replaced = backend.logits(rows[0].ids), backend.get_adapter(), backend.dequantized()
+    assert set(replaced) == {f"{module}.weight" for module in models.linear_shapes(folder, TARGETS)}
+    out.mkdir()
+    copy_all_but_weights(folder, out)
+    fuse(folder, adapter, out, lambda share, text: None, replaced)
+    backend.close()
+    fused = load(name, out, make_recipe(folder))
+    difference = np.abs(fused.logits(rows[0].ids) - tuned).max()
+    fused.close()
+    if scheme == "int8":  # bitsandbytes rounds the activations to 8 bits too, which no weight can hold
+        original = load_file(folder / "model.safetensors")
+        for key, tensor in replaced.items():
+            step = np.abs(original[key]).max(1, keepdims=True) / 127
+            assert (np.abs(tensor() - original[key]) <= 0.55 * step).all(), key  # it goes through float16 first
+    else:
+        assert difference < 1e-3
+
+
+def check_full_fusion(name: str, folder: Path, rows: list[Encoded], out: Path) -> None:
+    """Full fine-tuning: the fused folder holds just what was trained, head and norms included."""
+    recipe = make_recipe(folder, method="full", learning_rate=1e-3)
+    backend = load(name, folder, recipe)
+    run_steps(backend, recipe, rows, 4)
+    tuned, adapter = backend.logits(rows[0].ids), backend.get_adapter()
+    backend.close()
+    header = read_header(folder / "model.safetensors")[0]
+    assert adapter.full.keys() == header.keys()
+    out.mkdir()
+    copy_all_but_weights(folder, out)
+    fuse(folder, adapter, out, lambda share, text: None)
+    before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
+    assert [key for key in before if np.array_equal(before[key], after[key])] == []
+    fused = load(name, out, make_recipe(folder))
+    np.testing.assert_allclose(fused.logits(rows[0].ids), tuned, atol=1e-5)
+    fused.close()
+
+
+def copy_all_but_weights(folder: Path, out: Path) -> None:
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())

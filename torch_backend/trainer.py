@@ -46,6 +46,9 @@ class TorchBackend:
             if not quantization:
                 self.model.to(self.device)
             if adapter is None:
+                # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
+                # ends a turn, its embedding would never learn
+                self.model.get_input_embeddings().padding_idx = None
                 self.outer, self.parameters = self.model, dict(self.model.named_parameters())
             else:
                 self.outer, self.parameters = attach(self.model, adapter)

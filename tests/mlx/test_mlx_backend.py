@@ -3,6 +3,7 @@
 import pytest
 
 from tests import backends
+from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
 
 
@@ -20,8 +21,18 @@ def test_how_a_step_is_cut_does_not_change_it(model, rows):
     backends.check_cutting_changes_nothing("mlx", model, rows)
 
 
-def test_fused_logits_equal_adapter_logits(model, rows, tmp_path):
-    backends.check_fused_equals_adapter("mlx", model, rows, tmp_path / "fused")
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
+    backends.check_fused_equals_adapter("mlx", model, rows, tmp_path / "fused", **changes)
+
+
+def test_full_fine_tuning_is_fused_whole(model, rows, tmp_path):
+    backends.check_full_fusion("mlx", model, rows, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("scheme", ["mlx-4bit-64", "mlx-8bit-64"])
+def test_a_quantized_base_trains_and_fuses(model, rows, tmp_path, scheme):
+    backends.check_quantized_base("mlx", model, rows, scheme, tmp_path / "fused")
 
 
 def test_without_its_adapter_the_model_is_the_base(model, rows):
@@ -43,3 +54,31 @@ def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
 
 def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows, monkeypatch):
     backends.check_memory_errors_are_told("mlx", model, rows, monkeypatch)
+
+
+def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tmp_path):
+    """The gradient is that of the loss that was computed: by differences along it, in float32."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten, tree_map
+
+    from common.batches import make_batch
+
+    recipe = backends.make_recipe(tiny_llama, dropout=0.4)
+    backend = backends.load("mlx", tiny_llama, recipe, gradient_checkpointing=True)
+    rows = backends.encode_rows(tiny_llama, write_rows(tmp_path / "rows.jsonl"))
+    backends.run_steps(backend, recipe, rows, 3)  # B is zero at the start, and A without influence
+    model, batch = backend.model.train(), make_batch(rows[:4])
+    there = model.trainable_parameters()
+
+    def loss(shift):
+        model.update(tree_map(lambda p, g: p + shift * g, there, direction))
+        mx.random.seed(7)
+        return backend.gradient(batch)[0].item()
+
+    mx.random.seed(7)
+    direction = backend.gradient(batch)[1]
+    length = sum(float(mx.square(g).sum()) for _, g in tree_flatten(direction)) ** 0.5
+    step = 0.02 / length
+    slope = (loss(step) - loss(-step)) / (2 * step)
+    assert abs(slope / length**2 - 1) < 0.02
+    backend.close()

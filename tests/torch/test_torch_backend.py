@@ -3,6 +3,7 @@
 import pytest
 
 from tests import backends
+from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
 
 
@@ -20,8 +21,18 @@ def test_how_a_step_is_cut_does_not_change_it(model, rows):
     backends.check_cutting_changes_nothing("torch", model, rows)
 
 
-def test_fused_logits_equal_adapter_logits(model, rows, tmp_path):
-    backends.check_fused_equals_adapter("torch", model, rows, tmp_path / "fused")
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
+def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
+    backends.check_fused_equals_adapter("torch", model, rows, tmp_path / "fused", **changes)
+
+
+def test_full_fine_tuning_is_fused_whole(model, rows, tmp_path):
+    backends.check_full_fusion("torch", model, rows, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantized_base_trains_and_fuses(model, rows, tmp_path, scheme):
+    backends.check_quantized_base("torch", model, rows, scheme, tmp_path / "fused")
 
 
 def test_without_its_adapter_the_model_is_the_base(model, rows):

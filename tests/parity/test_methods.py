@@ -1,0 +1,65 @@
+"""Every way to adapt a model, on both backends from one start: the same losses and the same weights."""
+
+import numpy as np
+import pytest
+
+from tests import backends
+from tests.tiny import write_rows
+
+METHODS = backends.METHODS | {"full": {"method": "full", "learning_rate": 1e-3}}
+STEPS = 10
+
+
+def trained(name, folder, rows, recipe, **plan):
+    backend = backends.load(name, folder, recipe, **plan)
+    losses = backends.run_steps(backend, recipe, rows, STEPS)
+    arrays, logits = backends.matrices(backend), backend.logits(rows[0].ids)
+    backend.close()
+    return losses, arrays, logits
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_llama, tmp_path_factory):
+    return backends.encode_rows(tiny_llama, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient_checkpointing"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_backends_agree(method, checkpointing, tiny_llama, rows):
+    recipe = backends.make_recipe(tiny_llama, **METHODS[method])
+    torch, mlx = (
+        trained(name, tiny_llama, rows, recipe, gradient_checkpointing=checkpointing) for name in ("torch", "mlx")
+    )
+    np.testing.assert_allclose(mlx[0], torch[0], rtol=1e-4)
+    assert torch[1].keys() == mlx[1].keys()
+    assert backends.relative_difference(torch[1], mlx[1]) < 1e-3
+    np.testing.assert_allclose(mlx[2], torch[2], atol=2e-3)
+    assert torch[0][-1] < torch[0][0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_is_another_computation(method, tiny_llama, rows):
+    """None is the plain one under another name."""
+    if method != "lora":
+        plain, other = (
+            trained("torch", tiny_llama, rows, backends.make_recipe(tiny_llama, **changes))
+            for changes in ({}, METHODS[method])
+        )
+        assert np.abs(np.subtract(plain[0], other[0])).max() > 1e-3
+
+
+@pytest.mark.parametrize("first", ["torch", "mlx"])
+@pytest.mark.parametrize("method", ["dora", "patterns", "lora_plus", "full"])
+def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(method, first, tiny_llama, rows):
+    recipe = backends.make_recipe(tiny_llama, **METHODS[method])
+    second = {"torch": "mlx", "mlx": "torch"}[first]
+    one = backends.load(first, tiny_llama, recipe)
+    backends.run_steps(one, recipe, rows, 3)
+    state, adapter = one.get_optimizer(), one.get_adapter()
+    expected = backends.run_steps(one, recipe, rows, 3)
+    one.close()
+    other = backends.load(second, tiny_llama, recipe)
+    other.set_adapter(adapter)
+    other.set_optimizer(state)
+    np.testing.assert_allclose(backends.run_steps(other, recipe, rows, 3), expected, rtol=1e-4)
+    other.close()
