@@ -111,6 +111,52 @@ def doctor() -> None:
     doctor(Display())
 
 
+adapter_app = tyro.extras.SubcommandApp()
+
+
+@adapter_app.command(name="inspect")
+def inspect_adapter(path: tyro.conf.Positional[Path], model: str | None = None, llama_cpp: str | None = None) -> None:
+    """What an adapter is: method, layers, ranks, scales, and how far it moves each kind of layer.
+
+    Args:
+        path: adapter folder of PEFT or mlx-lm, run folder, or LoRA GGUF.
+        model: base model to check it against; needed for a GGUF.
+        llama_cpp: folder of a llama.cpp build to read a GGUF with.
+    """
+    from common.adapter_tools import inspect_adapter
+    from common.progress import Display
+
+    inspect_adapter(path, model, llama_cpp, Display())
+
+
+@adapter_app.command(name="convert")
+def convert_adapter(
+    path: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    to: Literal["peft", "mlx", "gguf"],
+    model: str | None = None,
+    llama_cpp: str | None = None,
+) -> None:
+    """Rewrite an adapter for PEFT, mlx-lm or llama.cpp (a LoRA GGUF); scales, ranks and patterns keep their meaning.
+
+    Args:
+        path: adapter folder of PEFT or mlx-lm, run folder, or LoRA GGUF.
+        out: folder to make, or file for a GGUF.
+        to: whose layout to write.
+        model: base model to check it against; needed for a GGUF.
+        llama_cpp: folder of a llama.cpp build to use for a GGUF.
+    """
+    from common.adapter_tools import convert_adapter
+    from common.progress import Display
+
+    convert_adapter(path, out, to, model, llama_cpp, Display())
+
+
+@app.command(name="adapter")
+def adapter_command() -> None:
+    """Inspect or convert an adapter: `adapter inspect PATH`, `adapter convert PATH OUT --to peft|mlx|gguf`."""
+
+
 def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt  # so that servers and temporary files are cleaned up
 
@@ -121,6 +167,8 @@ def main() -> None:
     try:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             _train(argv[1:])
+        elif argv[:1] == ["adapter"]:
+            adapter_app.cli(args=argv[1:], prog="twintune adapter", config=(tyro.conf.FlagCreatePairsOff,))
         else:
             app.cli(args=argv, prog="twintune", description=_ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
-from common.lora import layer_count, layer_number, validate
+from common.lora import layer_number, validate
 from common.seam import Adapter, LoraWeight
 
 _PEFT_PREFIX = "base_model.model."
@@ -96,7 +96,8 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
             tensors[f"{name}.m"] = np.ascontiguousarray(weight.magnitude)
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
-        "num_layers": adapter.layers - min(map(layer_number, adapter.weights)),
+        # counted from the last; -1, all layers, where the base's count is not known
+        "num_layers": adapter.layers - min(map(layer_number, adapter.weights)) if adapter.layers else -1,
         "lora_parameters": {
             "rank": rank,
             "scale": scale,
@@ -109,7 +110,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
 
 
 def read_peft(folder: Path, layers: int = 0) -> Adapter:
-    """PEFT's folder, with rsLoRA, DoRA, rank and alpha patterns. `layers`: the base model's; 0: as many as are named.
+    """PEFT's folder, with rsLoRA, DoRA, rank and alpha patterns. `layers`: the base model's, 0 where it is not known.
 
     Raises UserError naming the file that is missing or broken, or the setting that Twintune does not compute.
     """
@@ -189,9 +190,8 @@ def _whole(
 
 
 def _adapter(base: str | None, layers: int, dropout: float, weights: dict[str, LoraWeight]) -> Adapter:
-    named = layer_count(dict.fromkeys(weights, (0, 0))) if weights else 0
     dora = any(weight.magnitude is not None for weight in weights.values())
-    return Adapter(base or "", layers or named, dropout, weights, dora=dora)
+    return Adapter(base or "", layers, dropout, weights, dora=dora)
 
 
 def _refused(where: Path, why: str) -> UserError:

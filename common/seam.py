@@ -103,7 +103,7 @@ class Adapter:
     """
 
     base_model: str
-    layers: int  # of the base model: mlx-lm counts adapted layers from the last
+    layers: int  # of the base model, 0 where not known: mlx-lm counts adapted layers from the last
     dropout: float
     weights: dict[str, LoraWeight] = field(repr=False)
     full: dict[str, np.ndarray] = field(default_factory=dict, repr=False)

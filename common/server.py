@@ -22,8 +22,8 @@ class Server:
     """`llama-server` with one GGUF, on a free port of this machine; a context manager.
 
     context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
-    llama.cpp's own choice where None. Raises UserError where the server does not come up within `timeout` seconds or
-    dies; its last lines are in the message.
+    llama.cpp's own choice where None. lora: a LoRA GGUF to add to the model. Raises UserError where the server does not
+    come up within `timeout` seconds or dies; its last lines are in the message.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class Server:
         slots: int = 1,
         threads: int | None = None,
         timeout: float = 600,
+        lora: Path | None = None,
     ) -> None:
         self.llama, self.gguf, self.context, self.slots = llama, gguf, context, slots
-        self.threads, self.timeout = threads, timeout
+        self.threads, self.timeout, self.lora = threads, timeout, lora
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path(os.devnull)
@@ -48,6 +49,8 @@ class Server:
         command = [str(self.llama.server), "-m", str(self.gguf), "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["-c", str(self.context * self.slots), "-np", str(self.slots), "--jinja", "--no-webui"]
         command += ["--reasoning-format", "none"]  # the answer as the model wrote it, thoughts included
+        if self.lora:
+            command += ["--lora", str(self.lora)]
         if self.threads:
             command += ["-t", str(self.threads)]
         # llama-server reads LLAMA_ARG_* and LLAMA_API_KEY: the user's own would change what is being verified.

@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 
 def checkpoint_layers(model: Any, dropout: bool) -> None:
@@ -19,7 +20,7 @@ def _checkpointed(kind: type, dropout: bool) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
             return kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
-        seed = int(mx.random.randint(0, 2**31 - 1).item()) if dropout else 0
+        seed = int(np.array(mx.random.randint(0, 2**31 - 1))) if dropout else 0
 
         def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             self.update(parameters)

@@ -1,0 +1,92 @@
+"""An adapter to a LoRA GGUF and back by llama.cpp's converter, and in llama.cpp beside the fused model."""
+
+import numpy as np
+import pytest
+
+from common import models
+from common.adapter import read_any, write_peft
+from common.adapter_tools import convert_adapter
+from common.errors import UserError
+from common.export import write_fused
+from common.gguf import convert
+from common.llamacpp import ensure
+from common.lora import initial_adapter
+from common.progress import Display
+from common.seam import LoraWeight
+from common.server import Server
+from tests import backends
+from tests.tiny import write_model
+
+CHANGES = {
+    "lora": {},
+    "rslora": {"rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 6}, "alpha_pattern": {"down_proj": 3.0}},
+    "layers": {"layers": "last:1"},
+}
+
+
+def silent(share, text) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return ensure(None, silent)
+
+
+def write_adapter(base, folder, size=0.3, **changes):
+    """A random adapter on `base` in PEFT's layout."""
+    adapter = backends.start_adapter(base, backends.make_recipe(base, **changes))
+    random = np.random.default_rng(1)
+    for weight in adapter.weights.values():
+        weight.B[:] = random.normal(0, size, weight.B.shape)
+    write_peft(folder, adapter)
+    return adapter
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
+    base = tiny_llama if family == "llama" else write_model(tmp_path / "base", family)
+    wanted = write_adapter(base, tmp_path / "peft", **changes)
+    display = Display("quiet")
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), None, display)
+    convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(base), None, display)
+    again = read_any(tmp_path / "again")
+    assert again.weights.keys() == wanted.weights.keys()
+    for name, weight in wanted.weights.items():
+        found = again.weights[name]
+        assert found.rank == weight.rank
+        np.testing.assert_allclose(
+            found.scale * found.B @ found.A, weight.scale * weight.B @ weight.A, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
+    adapter = initial_adapter(
+        models.linear_shapes(tiny_llama, ["q_proj"]), 2, backends.make_recipe(tiny_llama, method="dora")
+    )
+    for name, weight in adapter.weights.items():
+        adapter.weights[name] = LoraWeight(weight.A, weight.B, 8.0, False, np.ones(len(weight.B), np.float32))
+    write_peft(tmp_path / "dora", adapter)
+    with pytest.raises(UserError, match="cannot hold DoRA's row lengths"):
+        convert_adapter(tmp_path / "dora", tmp_path / "a.gguf", "gguf", str(tiny_llama), None, Display("quiet"))
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama):
+    """SmolLM2 with rsLoRA and patterns at once: the scales that a LoRA GGUF has no place for."""
+    smollm2 = models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    changes = CHANGES["patterns"] | {"rslora": True, "alpha": 2.0}
+    adapter = write_adapter(smollm2, tmp_path / "peft", size=0.1, **changes)
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), None, Display("quiet"))
+    write_fused(smollm2, adapter, tmp_path / "fused", [2], silent)
+    for name, folder in (("base", smollm2), ("fused", tmp_path / "fused")):
+        convert(folder, tmp_path / f"{name}.gguf", name, llama, silent)
+    prompt = [{"role": "user", "content": "What is the capital of France?"}]
+    answers = []
+    for gguf, lora in (("base", None), ("base", tmp_path / "lora.gguf"), ("fused", None)):
+        with Server(llama, tmp_path / f"{gguf}.gguf", context=512, lora=lora) as server:
+            answers.append(server.chat(prompt, 24))
+    base, with_lora, fused = answers
+    assert with_lora != base
+    assert with_lora[:20] == fused[:20], answers  # bf16 roundings may part the answers later
