@@ -95,6 +95,18 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
 
 
+def deterministic(recipe: Recipe, plan: Plan) -> dict[str, str]:
+    """What of a run comes out the same again, and how nearly."""
+    same = "the same bits on the same machine with the same plan and packages"
+    return {
+        "row order, adapter start, hold-out": "drawn by numpy from the seed: the same everywhere",
+        "training": same if plan.device == "cpu" else "up to the rounding of the GPU's kernels",
+        "another plan or backend": "the same mathematics, other rounding"
+        + ("; dropout masks differ between backends" if recipe.dropout else ""),
+        "fused weights": "the same bytes on any machine, from the same adapter and base",
+    }
+
+
 def compare(runs: list[Path], display: Display) -> None:
     """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
     records = [read_run(run, "recipe_hash", "backend", "device") for run in runs]
@@ -122,6 +134,10 @@ def compare(runs: list[Path], display: Display) -> None:
     display.table("Compared with the first run", ["", *[run.name for run in runs]], rows)
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         display.say(_agreement(runs[0], recipes[0], run, recipe))
+    for run, record in zip(runs, records, strict=True):
+        if len(plans := record.get("plans", [])) > 1:
+            moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in plans)
+            display.say(f"{run.name} changed its plan on the way ({moves}): its speed and memory are a mixture.")
     kinds = {record.get("memory_kind") for record in records}
     if len(kinds) > 1:
         display.say(

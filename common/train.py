@@ -27,6 +27,8 @@ from common.prepare import Job, free_name, llama_for, prepare, source_name
 from common.progress import Display
 from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
 
+_PLAN = "what changes only speed and memory"
+
 
 def run_training(options: Options, make_backend: Callable[[str], Backend], display: Display) -> Path:
     """The whole of `train`. Raises UserError, or Interrupted after a saved stop. Returns the run folder."""
@@ -328,8 +330,14 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
                 "Bring the old files back, or start a new run.",
             )
         found = checkpoint.latest(resumed)
-        record.update_run(resumed, status="training")
-        return job, found[0] if found else State(micro_batch_tokens=job.plan.micro_batch_tokens)
+        state = found[0] if found else State(micro_batch_tokens=job.plan.micro_batch_tokens)
+        plans = record.read_run(resumed).get("plans", [])
+        if job.plan != record.read_plan(resumed):
+            state.micro_batch_tokens = job.plan.micro_batch_tokens
+            write_yaml(resumed / "plan.yaml", job.plan, _PLAN)
+            plans.append({"from_step": state.step + 1} | job.plan.model_dump())
+        record.update_run(resumed, status="training", plans=plans)
+        return job, state
     while True:
         try:
             job.run.mkdir(parents=True, exist_ok=bool(job.options.output))
@@ -337,13 +345,15 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         except FileExistsError:  # another run took the name while this one prepared
             job = replace(job, run=free_name(job.run))
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
-    write_yaml(job.run / "plan.yaml", job.plan, "what changes only speed and memory")
+    write_yaml(job.run / "plan.yaml", job.plan, _PLAN)
     record.write_environment(job.run)
     record.update_run(
         job.run,
         status="training",
         recipe_hash=job.recipe.hash(),
         model_hash=job.recipe.model_hash,
+        plans=[{"from_step": 1} | job.plan.model_dump()],
+        deterministic=record.deterministic(job.recipe, job.plan),
         stop_ids=job.stops,
         sample_prompt=job.sample,
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
@@ -363,10 +373,17 @@ def _resumed_options(options: Options, run: Path) -> Options:
     known = record.read_run(run, "options", "recipe_hash")
     plan, recipe = record.read_plan(run), record.read_recipe(run)
     given = options.model_dump(by_alias=True, exclude_unset=True)
-    merged = known["options"] | given
-    # what was `auto` then stays what it became
-    merged |= {"backend": plan.backend, "device": plan.device, "precision": recipe.precision}
-    return Options.model_validate(merged)
+    # what was `auto` then stays what it became, unless the run moves
+    kept = plan.model_dump() | {"precision": recipe.precision}
+    if given.get("backend", plan.backend) != plan.backend:
+        if recipe.quantization != "none":
+            raise UserError(
+                f"--backend {given['backend']}: {run} has a base quantised by {plan.backend} ({recipe.quantization}), "
+                "which another backend cannot compute.",
+                "Go on with the backend it was started with.",
+            )
+        kept["device"] = "auto"
+    return Options.model_validate(known["options"] | kept | given)
 
 
 @contextmanager

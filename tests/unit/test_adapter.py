@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.adapter import read_mlx, read_peft, write_both, write_mlx, write_peft
+from common.adapter import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
 from common.errors import UserError
 from common.lora import initial_adapter, validate
 from common.seam import Adapter, LoraWeight
@@ -119,8 +119,8 @@ def test_mlx_lms_layout(tmp_path: Path) -> None:
 def test_both_layouts_bring_back_the_same_adapter(tmp_path: Path) -> None:
     write_both(tmp_path, adapter())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-mlx"]
-    assert same(read_peft(tmp_path / "adapter"), adapter())
-    assert same(read_mlx(tmp_path / "adapter-mlx"), adapter())
+    assert same(read_peft(tmp_path / "adapter", 4), adapter())
+    assert same(read_mlx(tmp_path / "adapter-mlx", 4), adapter())
 
 
 def test_an_alpha_that_the_rank_does_not_divide_survives_both(tmp_path: Path) -> None:
@@ -134,14 +134,14 @@ def test_matrices_that_are_views_of_others_are_written_right(tmp_path: Path) -> 
     flat = adapter()
     turned = {n: LoraWeight(np.asfortranarray(w.A), np.asfortranarray(w.B), w.alpha) for n, w in flat.weights.items()}
     write_both(tmp_path, Adapter("some/model", 4, 0.1, turned))
-    assert same(read_peft(tmp_path / "adapter"), flat)
-    assert same(read_mlx(tmp_path / "adapter-mlx"), flat)
+    assert same(read_peft(tmp_path / "adapter", 4), flat)
+    assert same(read_mlx(tmp_path / "adapter-mlx", 4), flat)
 
 
 def test_writing_again_replaces_the_old_one(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_both(tmp_path, adapter(seed))
-    assert same(read_peft(tmp_path / "adapter"), adapter(1))
+    assert same(read_peft(tmp_path / "adapter", 4), adapter(1))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "adapter-mlx"]
 
 
@@ -199,3 +199,98 @@ def test_a_damaged_adapter(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
         read_peft(tmp_path / "adapter")
     assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: the adapter is damaged:")
+
+
+# --- what formats of others have no place for
+
+
+def mixed(dora: bool = False, rslora: bool = False) -> Adapter:
+    """Two modules of different ranks and alphas."""
+    random = np.random.default_rng(9)
+    weights = {}
+    for name, rank, alpha in ((Q, 2, 5.0), (DOWN, 3, 8.0)):
+        out, into = SHAPES[name]
+        A, B = (random.normal(size=shape).astype(np.float32) for shape in ((rank, into), (out, rank)))
+        lengths = random.uniform(1, 2, out).astype(np.float32) if dora else None
+        weights[name] = LoraWeight(A, B, alpha, rslora, lengths)
+    return Adapter("some/model", 4, 0.1, weights, dora=dora)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_mixed_ranks_survive_both_layouts(tmp_path: Path, dora: bool, rslora: bool) -> None:
+    wanted = mixed(dora, rslora)
+    write_both(tmp_path, wanted)
+    assert same(read_peft(tmp_path / "adapter", 4), wanted)
+    found = read_mlx(tmp_path / "adapter-mlx", 4)
+    for name, weight in wanted.weights.items():
+        again = found.weights[name]
+        assert again.rank == 3  # the largest, filled up with zeros
+        np.testing.assert_allclose(again.scale * again.B @ again.A, weight.scale * weight.B @ weight.A, atol=1e-5)
+        assert np.array_equal(again.parts().get("magnitude"), weight.parts().get("magnitude"))
+
+
+def test_pefts_patterns_name_the_modules_that_differ(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", mixed())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 5.0)
+    assert (config["rank_pattern"], config["alpha_pattern"]) == ({DOWN: 3}, {DOWN: 8.0})
+
+
+@pytest.mark.parametrize(("layers", "count"), [(4, 1), (10, 7), (0, -1)])
+def test_mlx_lm_counts_adapted_layers_from_the_last(tmp_path: Path, layers: int, count: int) -> None:
+    only = Adapter("some/model", layers, 0.0, {DOWN: adapter().weights[DOWN]})  # in layer 3
+    write_mlx(tmp_path / "adapter", only)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["num_layers"] == count
+
+
+def test_short_names_only_where_they_mean_just_the_adapted_modules(tmp_path: Path) -> None:
+    everywhere = {f"model.layers.{n}.mlp.down_proj": adapter().weights[DOWN] for n in range(2)}
+    for layers, names in ((2, ["down_proj"]), (3, sorted(everywhere))):
+        write_peft(tmp_path / "adapter", Adapter("m", layers, 0.0, everywhere))
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"] == names
+
+
+def test_the_hash_of_an_adapter_is_that_of_what_it_computes(tmp_path: Path) -> None:
+    write_both(tmp_path, adapter())
+    assert adapter_hash(read_any(tmp_path / "adapter")) == adapter_hash(read_any(tmp_path / "adapter-mlx"))
+    assert adapter_hash(adapter(0)) != adapter_hash(adapter(1))
+    assert adapter_hash(adapter(alpha=5.0)) != adapter_hash(adapter(alpha=6.0))
+
+
+def test_a_run_folder_stands_for_its_adapter(tmp_path: Path) -> None:
+    write_both(tmp_path / "run", adapter())
+    assert same(read_any(tmp_path / "run", 4), adapter())
+
+
+def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickled")
+    with pytest.raises(UserError, match="there is no adapter here") as caught:
+        read_any(tmp_path)
+    assert "Pickled adapters" in caught.value.fix
+
+
+def change(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_rank_that_is_not_the_matrices_is_a_fault(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", rank_pattern={"q_proj": 7})
+    with pytest.raises(UserError, match=f"it says rank 7 for {Q}, whose lora_A has 2 rows"):
+        read_peft(tmp_path / "adapter")
+
+
+def test_dora_without_its_magnitudes_is_a_fault(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", use_dora=True)
+    with pytest.raises(UserError, match="has no magnitude"):
+        read_peft(tmp_path / "adapter")
+
+
+def test_mlx_lm_without_a_scale_is_a_fault(tmp_path: Path) -> None:
+    write_mlx(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", lora_parameters={"rank": 2})
+    with pytest.raises(UserError, match=r"lora_parameters\.scale is not there"):
+        read_mlx(tmp_path / "adapter")

@@ -154,3 +154,36 @@ def test_a_file_that_was_not_fetched_to_its_end(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="is no whole safetensors file"):
         read_header(path)
+
+
+def test_dora_brings_rows_to_their_learned_lengths(tmp_path: Path) -> None:
+    lora = adapter()
+    lengths = {name: np.linspace(0.5, 2, 8, dtype=np.float32) for name in lora.weights}
+    dora = {n: LoraWeight(w.A, w.B, w.alpha, False, lengths[n]) for n, w in lora.weights.items()}
+    got = load_file(
+        fused(write_base(tmp_path / "base", "F32"), tmp_path / "out", Adapter("m", 1, 0.0, dora, dora=True))
+        / "model.safetensors"
+    )
+    for name, weight in lora.weights.items():
+        sum_ = reference(tensors("F32")[f"{name}.weight"].astype(np.float64), weight)
+        wanted = lengths[name][:, None] * sum_ / np.linalg.norm(sum_, axis=1, keepdims=True)
+        np.testing.assert_allclose(got[f"{name}.weight"], wanted, rtol=2e-6)
+
+
+def test_tensors_that_stand_in_for_the_bases_own(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "BF16")
+    other = tensors("F32")[f"{Q}.weight"] * 3
+    (tmp_path / "out").mkdir()
+    only_down = Adapter("m", 1, 0.0, {DOWN: adapter().weights[DOWN]})
+    fuse(base, only_down, tmp_path / "out", lambda share, text: None, {f"{Q}.weight": lambda: other})
+    got = load_file(tmp_path / "out" / "model.safetensors")
+    assert np.array_equal(got[f"{Q}.weight"], other.astype(DTYPES["BF16"]))
+    assert not np.array_equal(got[f"{DOWN}.weight"], tensors("BF16")[f"{DOWN}.weight"])
+
+
+def test_full_fine_tuning_replaces_whole_tensors(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "BF16")
+    trained = {name: tensor.astype(np.float32) + 1 for name, tensor in tensors("BF16").items()}
+    out = fused(base, tmp_path / "out", Adapter("m", 1, 0.0, {}, trained))
+    got = load_file(out / "model.safetensors")
+    assert all(np.array_equal(got[name], trained[name].astype(got[name].dtype)) for name in trained)
