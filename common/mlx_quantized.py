@@ -1,0 +1,83 @@
+"""A ready-made MLX 4 or 8 bit repository, and its 16-bit view, which everything but MLX's training reads."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.errors import UserError
+from common.fuse import shard_files
+
+_MODES = ("affine",)
+_BITS = (4, 8)
+
+
+def scheme(config: dict[str, Any]) -> str | None:
+    """`mlx-4bit-64` for a config with MLX's `quantization`; None without. Raises UserError for what is not read."""
+    settings = config.get("quantization")
+    if settings is None:
+        return None
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part in parts:
+        bits, mode = part.get("bits", settings.get("bits")), part.get("mode", settings.get("mode", "affine"))
+        if bits not in _BITS or mode not in _MODES:
+            raise UserError(
+                f"Its weights are quantised by MLX to {bits} bits ({mode}); 4 and 8 bits (affine) are read.",
+                "Give the 4-bit, 8-bit or 16-bit version of the model.",
+            )
+    mixed = "-mixed" if len(parts) > 1 else ""
+    return f"mlx-{settings['bits']}bit-{settings['group_size']}{mixed}"
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value lies in the lowest bits (mlx.core.quantize)."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).astype(np.uint8).reshape(len(packed), -1)
+
+
+def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
+    """The folder with its weights dequantised to bf16 under the same names: whole, or not there at all."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    say(f"{folder.name}: making the 16-bit view of its {scheme(config)} weights, once ...")
+    settings = config.pop("quantization")
+    config.pop("quantization_config", None)
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        index: dict[str, str] = {}
+        for shard in shard_files(folder):
+            tensors = _shard(load_file(shard), settings)
+            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, shard.name)
+        if len(set(index.values())) > 1:
+            content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, temporary / file.name)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.rsplit(".", 1)[0]
+        if f"{module}.scales" not in tensors:
+            found[name] = tensor
+        elif name.endswith(".weight"):
+            own = settings.get(module)
+            bits = (own if isinstance(own, dict) else settings)["bits"]
+            scales, biases = (tensors[f"{module}.{part}"].astype(np.float32) for part in ("scales", "biases"))
+            values = unpack(tensor, bits).astype(np.float32).reshape(*scales.shape, -1)
+            found[name] = (values * scales[..., None] + biases[..., None]).reshape(len(tensor), -1)
+            found[name] = found[name].astype(ml_dtypes.bfloat16)
+    return found

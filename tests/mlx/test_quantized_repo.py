@@ -1,0 +1,79 @@
+"""A ready-made MLX repository: its 16-bit view holds what MLX computes with."""
+
+import json
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
+from safetensors.numpy import load_file
+
+from common.errors import UserError
+from common.mlx_quantized import scheme, unpack, write_16bit
+from common.models import normalise_config
+
+
+def write_quantized(base, out, bits, group=64, **own):
+    """What mlx_lm.convert -q writes, embeddings included; `own`: other bits for modules with that last name."""
+    mx.set_default_device(mx.cpu)
+    config = normalise_config(json.loads((base / "config.json").read_text()))
+    model = load_model(base, model_config=config)[0]
+    settings = {"group_size": group, "bits": bits}
+
+    def chosen(path, module):
+        if not hasattr(module, "to_quantized"):
+            return False
+        if path.rsplit(".", 1)[-1] in own:
+            settings[path] = {"group_size": group, "bits": own[path.rsplit(".", 1)[-1]]}
+            return settings[path]
+        return True
+
+    nn.quantize(model, group, bits, class_predicate=chosen)
+    out.mkdir()
+    mx.save_safetensors(str(out / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    for file in base.iterdir():
+        if file.suffix != ".safetensors":
+            (out / file.name).write_bytes(file.read_bytes())
+    (out / "config.json").write_text(json.dumps(config | {"quantization": settings}))
+    return model
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_values_are_unpacked_from_the_lowest_bits_up(bits):
+    values = np.random.default_rng(0).integers(0, 2**bits, (3, 64)).astype(np.uint32)
+    per_word = 32 // bits
+    words = np.zeros((3, 64 // per_word), np.uint32)
+    for i in range(64):
+        words[:, i // per_word] |= values[:, i] << (bits * (i % per_word))
+    assert np.array_equal(unpack(words, bits), values)
+
+
+@pytest.mark.parametrize("own", [{}, {"down_proj": 8}], ids=["uniform", "mixed"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_16_bit_view_is_what_mlx_dequantizes(tiny_llama, tmp_path, bits, own):
+    model = write_quantized(tiny_llama, tmp_path / "4bit", bits, **own)
+    write_16bit(tmp_path / "4bit", tmp_path / "16bit", print)
+    got, original = load_file(tmp_path / "16bit" / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
+    assert got.keys() == original.keys()
+    quantized = {f"{n}.weight": m for n, m in model.named_modules() if hasattr(m, "scales")}
+    assert len(quantized) == 15
+    for name, module in quantized.items():
+        wanted = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+        assert np.array_equal(got[name], np.array(wanted).astype(got[name].dtype)), name
+    assert "quantization" not in json.loads((tmp_path / "16bit" / "config.json").read_text())
+
+
+def test_schemes():
+    assert scheme({}) is None
+    assert scheme({"quantization": {"bits": 4, "group_size": 64}}) == "mlx-4bit-64"
+    assert scheme({"quantization": {"bits": 4, "group_size": 32, "a": {"bits": 8}, "b": False}}) == "mlx-4bit-32-mixed"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 3, "group_size": 64}, {"bits": 4, "group_size": 32, "mode": "mxfp4"}], ids=str
+)
+def test_other_schemes_are_refused_by_name(settings):
+    with pytest.raises(UserError, match=rf"{settings['bits']} bits \({settings.get('mode', 'affine')}\)"):
+        scheme({"quantization": settings})
