@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
+from common.families import hf_name, mlx_name
 from common.seam import Adapter, LoraWeight
 
 _PEFT_PREFIX = "base_model.model."
@@ -68,7 +69,7 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "lora_dropout": adapter.dropout,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.weights}),
+        "target_modules": _targets(adapter),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -78,12 +79,18 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
     _write(folder, PEFT_FILE, tensors, config)
 
 
+def _targets(adapter: Adapter) -> list[str]:
+    """Last names, or whole ones where last names would find a vision tower's layers too."""
+    multimodal = any(name.startswith("model.language_model.") for name in adapter.weights)
+    return sorted({name if multimodal else name.rsplit(".", 1)[-1] for name in adapter.weights})
+
+
 def write_mlx(folder: Path, adapter: Adapter) -> None:
     """mlx-lm's layout: both matrices transposed, `scale` for alpha / r. `mlx_lm.generate --adapter-path` loads it."""
     tensors = {}
     for name, weight in adapter.weights.items():
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(weight.A.T)
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(weight.B.T)
+        tensors[f"{mlx_name(name)}.lora_a"] = np.ascontiguousarray(weight.A.T)
+        tensors[f"{mlx_name(name)}.lora_b"] = np.ascontiguousarray(weight.B.T)
     layers = {name.split(".layers.")[1].split(".")[0] for name in adapter.weights}
     config = {
         "fine_tune_type": "lora",
@@ -124,7 +131,7 @@ def read_mlx(folder: Path) -> Adapter:
         if key.endswith(".lora_a"):
             name = key.removesuffix(".lora_a")
             A, B = (np.ascontiguousarray(tensors[f"{name}.{part}"].T) for part in ("lora_a", "lora_b"))
-            weights[name] = LoraWeight(A, B, alpha)
+            weights[hf_name(name)] = LoraWeight(A, B, alpha)
     return Adapter(config.get("model", ""), rank, alpha, shape.get("dropout", 0.0), weights)
 
 

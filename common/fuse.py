@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import UserError
+from common.families import hf_name
 from common.seam import Adapter, LoraWeight, Progress
 
 # safetensors' names for the types that weights come in; the rest is copied as bytes.
@@ -64,7 +65,7 @@ def fuse(base: Path, adapter: Adapter, out: Path, progress: Progress) -> None:
     Raises UserError when an adapted module is not among the base's weights.
     """
     shards = shard_files(base)
-    missing = {f"{name}.weight" for name in adapter.weights}
+    missing = set(adapter.weights)
     total = sum(shard.stat().st_size for shard in shards)
     done = 0
     for shard in shards:
@@ -76,8 +77,9 @@ def fuse(base: Path, adapter: Adapter, out: Path, progress: Progress) -> None:
         with target.open("ab") as file:
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
                 begin, end = (start + offset for offset in entry["data_offsets"])
-                weight = adapter.weights.get(name.removesuffix(".weight"))
-                missing.discard(name)
+                module = hf_name(name).removesuffix(".weight")
+                weight = adapter.weights.get(module)
+                missing.discard(module)
                 if weight is None:
                     file.write(data[begin:end].data)
                 else:

@@ -52,7 +52,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     run = resumed or _output(options, backend)
     data = load_data(Path(options.data), options.valid_share, options.seed)
     folder = models.resolve(options.model, display.say)
-    shapes = models.linear_shapes(folder, options.target_names())
+    shapes = models.linear_shapes(folder, options.targets)
     tokenizer = load_tokenizer(folder)
     with display.stage("read the data") as progress:
         rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
@@ -87,7 +87,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         data_hash=data_hash(data),
         template_hash=template_hash(tokenizer),
         precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=options.target_names(),
+        targets=models.target_names(shapes),
         steps=steps,
         warmup_steps=warmup,
         eval_every=options.eval_every or per_epoch,

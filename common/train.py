@@ -69,7 +69,7 @@ def fuse_run(run: Path, options: dict[str, Any], display: Display) -> None:
     if models.content_hash(folder) != known["model_hash"]:
         raise UserError(f"{merged.model} is not the model that {run} was trained on.", "Bring that model back.")
     final = adapters.read_peft(run / "adapter")
-    adapters.validate(final, models.linear_shapes(folder, merged.target_names()), run / "adapter")
+    adapters.validate(final, models.linear_shapes(folder, merged.targets), run / "adapter")
     check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
     llama = llama_for(merged, folder, display)
     finish(run, folder, final, merged, llama, known["stop_ids"], {}, display)

@@ -1,6 +1,5 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.seam.Backend`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,8 @@ import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from common.config import Plan, Recipe  # noqa: E402
+from common.families import text_name  # noqa: E402
 from common.memory import swap_used, total  # noqa: E402
-from common.models import normalise_config  # noqa: E402
 from common.seam import (  # noqa: E402
     Adapter,
     Batch,
@@ -30,6 +29,7 @@ from common.seam import (  # noqa: E402
     OutOfMemory,
     StepResult,
 )
+from mlx_backend.base import head, hidden_states, load_base  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
 from mlx_backend.weights import PARTS, to_mlx, to_numpy  # noqa: E402
 
@@ -41,7 +41,6 @@ class MlxBackend:
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
         from mlx_lm.tuner.lora import LoRALinear
-        from mlx_lm.utils import load_model
 
         self.recipe = recipe
         self.previous_device = mx.default_device()
@@ -49,21 +48,16 @@ class MlxBackend:
         if plan.device == "cpu":
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
-        config = normalise_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        self.model: Any = load_model(folder, lazy=True, model_config=config)[0]
-        dtype = _DTYPES[recipe.precision]
-        self.model.update(
-            tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, self.model.parameters())
-        )
+        self.model: Any = load_base(folder, _DTYPES[recipe.precision])
         self.model.freeze()
         modules = dict(self.model.named_modules())
         self.layers = {
             name: LoRALinear.from_base(
-                modules[name], r=recipe.rank, dropout=recipe.dropout, scale=recipe.alpha / recipe.rank
+                modules[text_name(name)], r=recipe.rank, dropout=recipe.dropout, scale=recipe.alpha / recipe.rank
             )
             for name in sorted(targets)
         }
-        self.model.update_modules(tree_unflatten(list(self.layers.items())))
+        self.model.update_modules(tree_unflatten([(text_name(name), layer) for name, layer in self.layers.items()]))
         with _memory_errors():
             mx.eval(self.model.parameters())
         self.optimizer = optim.AdamW(
@@ -131,7 +125,7 @@ class MlxBackend:
         state = dict(tree_flatten(self.optimizer.state))
         moments = {
             moment: {
-                f"{name}.{part}": to_numpy(state[f"{name}.{mlx_part}.{moment}"])
+                f"{name}.{part}": to_numpy(state[f"{text_name(name)}.{mlx_part}.{moment}"])
                 for name in self.layers
                 for part, mlx_part in PARTS.items()
             }
@@ -143,8 +137,8 @@ class MlxBackend:
         flat: list[tuple[str, mx.array]] = []
         for name in self.layers:
             for part, mlx_part in PARTS.items():
-                flat.append((f"{name}.{mlx_part}.m", to_mlx(state.exp_avg[f"{name}.{part}"])))
-                flat.append((f"{name}.{mlx_part}.v", to_mlx(state.exp_avg_sq[f"{name}.{part}"])))
+                flat.append((f"{text_name(name)}.{mlx_part}.m", to_mlx(state.exp_avg[f"{name}.{part}"])))
+                flat.append((f"{text_name(name)}.{mlx_part}.v", to_mlx(state.exp_avg_sq[f"{name}.{part}"])))
         tree: dict[str, Any] = tree_unflatten(flat)
         tree["step"] = mx.array(state.step, mx.uint64)
         tree["learning_rate"] = mx.array(self.recipe.learning_rate)
@@ -158,7 +152,7 @@ class MlxBackend:
             for layer in self.layers.values():
                 layer.scale = 0.0
         try:
-            return np.array(self.model(inputs)[0].astype(mx.float32))
+            return np.array(head(self.model, hidden_states(self.model, inputs))[0])
         finally:
             for name, layer in self.layers.items():
                 layer.scale = scales[name]

@@ -12,14 +12,14 @@ from common import checkpoint, models
 from common.adapter import initial_adapter
 from common.batches import micro_batches, step_rows
 from common.checkpoint import State
-from common.config import TARGET_GROUPS, Plan, Recipe
+from common.config import Plan, Recipe
 from common.data import read_rows
 from common.fuse import fuse
 from common.loop import Interrupted, train
 from common.seam import Backend, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer
 
-TARGETS = TARGET_GROUPS["all-linear"]
+TARGETS = ["all-linear"]
 
 
 def make_recipe(folder: Path, **changes) -> Recipe:
@@ -51,14 +51,14 @@ def make_recipe(folder: Path, **changes) -> Recipe:
     return Recipe(**(settings | changes))
 
 
-def make_plan(name: str, micro_batch_tokens: int = 300) -> Plan:
-    return Plan(backend=name, device="cpu", micro_batch_tokens=micro_batch_tokens, save_every=3)
+def make_plan(name: str, **changes) -> Plan:
+    return Plan(**({"backend": name, "device": "cpu", "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
-def load(name: str, folder: Path, recipe: Recipe, start: bool = True) -> Backend:
+def load(name: str, folder: Path, recipe: Recipe, start: bool = True, **plan) -> Backend:
     backend = importlib.import_module(f"{name}_backend").create()
     shapes = models.linear_shapes(folder, recipe.targets)
-    backend.load(recipe, make_plan(name), folder, list(shapes))
+    backend.load(recipe, make_plan(name, **plan), folder, list(shapes))
     if start:
         backend.set_adapter(
             initial_adapter(shapes, recipe.model, recipe.rank, recipe.alpha, recipe.dropout, recipe.seed)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from common.config import Plan, Recipe
+from common.families import text_name
 from common.memory import ResidentSet, swap_used
 from common.seam import Adapter, Batch, LoraWeight, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from torch_backend.base import load_base
 from torch_backend.loss import loss_sum
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -22,7 +24,6 @@ class TorchBackend:
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, targets: Sequence[str]) -> ModelInfo:
         from peft import LoraConfig, get_peft_model
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # ours is the only display
@@ -31,24 +32,18 @@ class TorchBackend:
         self.recipe = recipe
         self.device = torch.device(plan.device)
         with _memory_errors():
-            base = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=_DTYPES[recipe.precision],
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-            ).to(self.device)
+            base = load_base(folder, _DTYPES[recipe.precision]).to(self.device)
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=recipe.rank,
             lora_alpha=recipe.alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is right
             lora_dropout=recipe.dropout,
-            target_modules=list(targets),
+            target_modules=[text_name(name) for name in targets],
         )
         self.peft = get_peft_model(base, config).to(self.device)
         self.model: Any = self.peft.get_base_model()
         modules = dict(self.model.named_modules())
-        self.layers = {name: modules[name] for name in sorted(targets)}
+        self.layers = {name: modules[text_name(name)] for name in sorted(targets)}
         self.parameters: dict[str, torch.nn.Parameter] = {}
         for name, layer in self.layers.items():
             self.parameters[f"{name}.lora_A"] = layer.lora_A["default"].weight

@@ -125,7 +125,7 @@ def test_an_adapter_for_a_layer_that_the_base_lacks(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         fused(base, tmp_path / "out", adapter((Q, "model.layers.7.self_attn.q_proj")))
     assert caught.value.what == (
-        f"{base} has no weights for 1 adapted modules, such as model.layers.7.self_attn.q_proj.weight."
+        f"{base} has no weights for 1 adapted modules, such as model.layers.7.self_attn.q_proj."
     )
 
 
