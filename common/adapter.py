@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
+from common.families import hf_name, mlx_name
 from common.lora import layer_number, validate
 from common.seam import Adapter, LoraWeight
 
@@ -90,10 +91,10 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     for name, weight in adapter.weights.items():
         B = weight.B if weight.scale == scale else (weight.B * np.float32(weight.scale / scale))
         missing = rank - weight.rank
-        tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
-        tensors[f"{name}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
+        tensors[f"{mlx_name(name)}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
+        tensors[f"{mlx_name(name)}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
         if weight.magnitude is not None:
-            tensors[f"{name}.m"] = np.ascontiguousarray(weight.magnitude)
+            tensors[f"{mlx_name(name)}.m"] = np.ascontiguousarray(weight.magnitude)
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
         # counted from the last; -1, all layers, where the base's count is not known
@@ -124,7 +125,7 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
         raise _refused(where, f"it trained biases (bias: {config['bias']})")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
-        name = key.removeprefix(_PEFT_PREFIX)
+        name = hf_name(key.removeprefix(_PEFT_PREFIX))
         part = next((p for p, ending in _PEFT_NAMES.items() if name.endswith(f".{ending}")), None)
         if part is None or ".layers." not in name:
             raise _refused(folder / PEFT_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
@@ -161,12 +162,12 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name, _, ending = key.rpartition(".")
-        part = next((p for p, mlx_name in _MLX_NAMES.items() if mlx_name == ending), None)
+        part = next((p for p, theirs in _MLX_NAMES.items() if theirs == ending), None)
         if part is None or ".layers." not in name:
             raise _refused(folder / MLX_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
         if part != "magnitude" and tensor.ndim != 2:
             raise _refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
-        found.setdefault(name, {})[part] = np.ascontiguousarray(tensor.T)
+        found.setdefault(hf_name(name), {})[part] = np.ascontiguousarray(tensor.T)
     weights = {}
     for name, parts in found.items():
         A, B, magnitude = _whole(folder / MLX_FILE, name, parts, kind == "dora")

@@ -8,7 +8,6 @@ import numpy as np
 
 from common import models
 from common.adapter import read_any, write_mlx, write_peft
-from common.config import TARGET_GROUPS
 from common.errors import UserError
 from common.gguf_lora import read_gguf_lora, write_gguf_lora
 from common.llamacpp import LlamaCpp, ensure
@@ -70,7 +69,7 @@ def _read(path: Path, model: str | None, llama_cpp: str | None, display: Display
             raise UserError(f"{path}: a GGUF's names mean something only beside its base model.", "Add --model.")
         return read_any(path), None
     base = models.resolve(model, display.say)
-    shapes = models.linear_shapes(base, TARGET_GROUPS["all-linear"])
+    shapes = models.linear_shapes(base, ["all-linear"])
     if path.suffix == ".gguf":
         adapter = replace(
             read_gguf_lora(path, base, shapes, _llama(llama_cpp, display)), layers=layer_count(shapes), base_model=model

@@ -16,9 +16,10 @@ from common.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
+# A group means those of its names that the model has: Phi-3 keeps q, k and v in one matrix, gate and up in another.
 TARGET_GROUPS = {
-    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "attention": ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
 PATTERNS = ("rank_pattern", "alpha_pattern")
@@ -168,10 +169,6 @@ class Options(BaseModel):
         if faults:
             raise ValueError("; ".join(faults))
         return self
-
-    def target_names(self) -> list[str]:
-        wanted = {name for target in self.targets for name in TARGET_GROUPS.get(target, [target])}
-        return [name for name in TARGET_GROUPS["all-linear"] if name in wanted]
 
 
 # What a resumed run may be told anew; all else is its own recipe and plan.

@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 from common.blas import INSTALL, preload
+from common.cache import cache_folder
 from common.dispatch import MLX_INSTALL, choose_backend, choose_device, choose_precision, nvidia_gpu
 from common.errors import UserError
 from common.llamacpp import find, missing_build_tools, which
 from common.memory import swap_used, total
-from common.models import cache_folder
 from common.progress import Display, gigabytes
 from common.record import chip
 

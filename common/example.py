@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from common.cache import cache_folder, cache_lock
 from common.config import ROOT
 from common.data import read_rows
 from common.gguf import convert, quantize
 from common.llamacpp import LlamaCpp
-from common.models import cache_folder, cache_lock
 from common.progress import Display
 from common.record import read_run
 from common.server import Server

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from common.errors import UserError
+from common.families import hf_name
 from common.seam import Adapter, LoraWeight, Progress
 
 # safetensors' names for the types that weights come in; the rest is copied as bytes.
@@ -97,6 +98,7 @@ def fuse(
         with target.open("ab") as file:
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
                 begin, end = (start + offset for offset in entry["data_offsets"])
+                name = hf_name(name)
                 weight = adapter.weights.get(name.removesuffix(".weight"))
                 missing.discard(name)
                 if weight is None and name not in replaced:

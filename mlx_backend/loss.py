@@ -5,21 +5,18 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from common.rope import split_batch
 from common.seam import IGNORE, Batch
-
-
-def head(model: Any, hidden: mx.array) -> mx.array:
-    """Hidden states to logits by mlx-lm's model, tied embeddings or not."""
-    if "lm_head" in model:
-        return model.lm_head(hidden)
-    return model.model.embed_tokens.as_linear(hidden)
+from mlx_backend.base import head, hidden_states
 
 
 def loss_sum(model: Any, batch: Batch) -> mx.array:
-    """Sum of the token losses of a micro-batch, float32 scalar. `model` is one of mlx-lm's."""
-    flat = batch.labels.ravel()
-    chosen = (flat != IGNORE).nonzero()[0]
-    hidden = model.model(mx.array(batch.input_ids))
-    hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(chosen)]
-    logits = head(model, hidden).astype(mx.float32)
-    return nn.losses.cross_entropy(logits, mx.array(flat[chosen]), reduction="sum")
+    """Sum of the token losses of a micro-batch, float32 scalar. `model` is load_base's."""
+    total = mx.array(0.0)
+    for part in split_batch(batch, model.facts.rope_split):
+        flat = part.labels.ravel()
+        chosen = (flat != IGNORE).nonzero()[0]
+        hidden = hidden_states(model, mx.array(part.input_ids))
+        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(chosen)]
+        total = total + nn.losses.cross_entropy(head(model, hidden), mx.array(flat[chosen]), reduction="sum")
+    return total

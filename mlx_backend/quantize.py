@@ -28,10 +28,10 @@ def quantize(model: Any, scheme: str) -> None:
         mx.eval(layer.parameters())
 
 
-def dequantized(model: Any) -> dict[str, Callable[[], np.ndarray]]:
-    """See the seam."""
+def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
+    """See the seam. `names`: a tensor's name within the language model -> in the whole one."""
     return {
-        f"{name.removesuffix('.linear')}.weight": partial(_dequantize, module)
+        names[f"{name.removesuffix('.linear')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.QuantizedLinear)
     }

@@ -1,6 +1,5 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.seam.Backend`."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from common.config import Plan, Recipe  # noqa: E402
 from common.memory import swap_used, total  # noqa: E402
-from common.models import normalise_config  # noqa: E402
+from common.models import tensor_names  # noqa: E402
 from common.seam import (  # noqa: E402
     Adapter,
     Batch,
@@ -29,11 +28,12 @@ from common.seam import (  # noqa: E402
     OutOfMemory,
     StepResult,
 )
+from mlx_backend.base import head, hidden_states, load_base  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
-from mlx_backend.lora import attach, put  # noqa: E402
+from mlx_backend.lora import attach, paths, put  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
-from mlx_backend.weights import PARTS, to_mlx, to_numpy  # noqa: E402
+from mlx_backend.weights import to_mlx, to_numpy  # noqa: E402
 
 _DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
@@ -42,20 +42,14 @@ class MlxBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        from mlx_lm.utils import load_model
-
         self.recipe = recipe
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
-        config = normalise_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        self.model: Any = load_model(folder, lazy=True, model_config=config)[0]
-        dtype = _DTYPES[recipe.precision]
-        self.model.update(
-            tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, self.model.parameters())
-        )
+        self.model: Any = load_base(folder, _DTYPES[recipe.precision])
+        self.names = tensor_names(folder)
         with _memory_errors():
             if recipe.quantization != "none":
                 quantize(self.model, recipe.quantization)
@@ -67,14 +61,14 @@ class MlxBackend:
                 checkpoint_layers(self.model, recipe.dropout > 0)
             mx.eval(self.model.parameters())
         self.start = adapter
-        paths = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
-        self.paths = {_canonical(path): path for path in paths} if self.layers else {path: path for path in paths}
+        trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
+        self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
         fast = (
             {path for name, path in self.paths.items() if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
         )
         self.groups = [  # LoRA+ has a learning rate of its own for B
             (self._optimizer(), ratio, names)
-            for ratio, names in ((1.0, set(paths) - fast), (recipe.lora_plus, fast))
+            for ratio, names in ((1.0, set(trained) - fast), (recipe.lora_plus, fast))
             if names
         ]
         self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch))
@@ -144,8 +138,8 @@ class MlxBackend:
     def get_optimizer(self) -> OptimizerState:
         moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
         names = {path: name for name, path in self.paths.items()}
-        for optimizer, _, paths in self.groups:
-            for path in paths:
+        for optimizer, _, group in self.groups:
+            for path in group:
                 for moment, found in moments.items():
                     found[names[path]] = to_numpy(names[path], optimizer.state[path][moment])
         step = int(self.groups[0][0].state["step"].item())
@@ -153,20 +147,20 @@ class MlxBackend:
 
     def set_optimizer(self, state: OptimizerState) -> None:
         names = {path: name for name, path in self.paths.items()}
-        for optimizer, _, paths in self.groups:
+        for optimizer, _, group in self.groups:
             content: dict[str, Any] = {
                 path: {
                     "m": to_mlx(names[path], state.exp_avg[names[path]]),
                     "v": to_mlx(names[path], state.exp_avg_sq[names[path]]),
                 }
-                for path in paths
+                for path in group
             }
             content["step"] = mx.array(state.step, mx.uint64)
             content["learning_rate"] = mx.array(self.recipe.learning_rate)
             optimizer.state = content
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        return dequantized(self.model)
+        return dequantized(self.model, self.names)
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         self.model.eval()
@@ -174,7 +168,7 @@ class MlxBackend:
         if not adapter:
             put(self.model, {name: layer.linear for name, layer in self.layers.items()})
         try:
-            return np.array(self.model(inputs)[0].astype(mx.float32))
+            return np.array(head(self.model, hidden_states(self.model, inputs))[0])
         finally:
             put(self.model, self.layers)
 
@@ -186,12 +180,6 @@ class MlxBackend:
         mx.clear_cache()
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
-
-
-def _canonical(path: str) -> str:
-    """`model.layers.0.mlp.up_proj.lora_a` -> `model.layers.0.mlp.up_proj.lora_A`."""
-    module, part = path.rsplit(".", 1)
-    return f"{module}.{ {mlx: ours for ours, mlx in PARTS.items()}[part] }"
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from common import checkpoint, models
 from common.batches import micro_batches, step_rows
 from common.checkpoint import State
-from common.config import TARGET_GROUPS, Plan, Recipe
+from common.config import Plan, Recipe
 from common.data import read_rows
 from common.fuse import fuse, read_header
 from common.loop import Interrupted, train
@@ -20,7 +20,7 @@ from common.lora import choose_layers, initial_adapter, layer_count
 from common.seam import Adapter, Backend, OutOfMemory
 from common.template import Encoded, encode_all, load_tokenizer
 
-TARGETS = TARGET_GROUPS["all-linear"]
+TARGETS = ["all-linear"]
 METHODS: dict[str, dict] = {
     "lora": {},
     "rslora": {"rslora": True, "rank": 8},

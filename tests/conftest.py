@@ -18,4 +18,4 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole tiny Llama folder; nobody may write into it."""
-    return write_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-llama")

@@ -3,12 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.families import DEFAULTS
+from common.parity import TINY, tiny_config, write_tiny
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+FAMILIES = (*TINY, "gemma3")  # the last is multimodal
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -33,49 +39,100 @@ def write_tokenizer(folder: Path) -> int:
     return len(vocabulary)
 
 
-def write_model(folder: Path, family: str = "llama", seed: int = 0, tied: bool = True) -> Path:
-    """A float32 model of `family` as transformers saves it today, with a tokenizer; under 1 MB."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = write_tokenizer(folder)
-    settings = {
-        "vocab_size": vocabulary,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "rope_theta": 5_000.0,
+def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
+    """A plain float32 Llama with a tokenizer; under 1 MB."""
+    plain = {
         "tie_word_embeddings": tied,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "sliding_window": None,
+        "mlp_bias": False,
+        "intermediate_size": 128,
+        "max_position_embeddings": 512,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000.0},
     }
-    if family == "gemma3_text":
-        settings |= {
-            "query_pre_attn_scalar": 16,
-            "sliding_window": 8,
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
-        }
-        settings.pop("rope_theta")
-        settings["rope_parameters"] = {
-            "full_attention": {"rope_type": "default", "rope_theta": 50_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
-        }
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():  # larger than the default start, so that differences show
-            if parameter.ndim == 2:
-                parameter.normal_(0, 0.15)
-    model.save_pretrained(folder)
+    write_tiny(folder, "llama", plain, seed)
+    assert write_tokenizer(folder) == 259
     return folder
+
+
+def write_family(folder: Path, family: str, older: bool = False) -> Path:
+    """A float32 model of `family` with a tokenizer, as transformers saves it today or as older releases did."""
+    if family == "gemma3":
+        _write_multimodal(folder)
+    else:
+        write_tiny(folder, family)
+    assert write_tokenizer(folder) == 259
+    if older:
+        _age(folder, family)
+    return folder
+
+
+def _write_multimodal(folder: Path) -> None:
+    """The tiny Gemma 3 as the text part of a Gemma3ForConditionalGeneration with a vision tower, by transformers."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, Gemma3ForConditionalGeneration
+
+    text = tiny_config("gemma3_text")
+    write_tiny(folder, "gemma3_text")
+    vision = {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=258
+    )
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(config).to(torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    model.model.language_model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items()})
+    model.save_pretrained(folder)
+    (folder / "processor_config.json").write_text('{"processor_class": "Gemma3Processor"}')
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+
+
+def _age(folder: Path, family: str) -> None:
+    """Rewrite a folder as transformers 4 saved it, where the hub's models come from: config keys and tensor names."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    text = config.get("text_config", config)
+    kind = text["model_type"]
+    rope = text.pop("rope_parameters")
+    if "full_attention" in rope:
+        text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    text["rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        text["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if kind == "phi3":  # it stands in the config itself
+        del rope["original_max_position_embeddings"]
+    scaling = rope.pop("rope_type")
+    key = "type" if scaling in ("longrope", "yarn") else "rope_type"  # named anew in 4.43
+    text["rope_scaling"] = None if scaling == "default" else {key: scaling, **rope}
+    config["torch_dtype"] = config.pop("dtype")
+    text.pop("dtype", None)
+    if kind == "gemma3_text":
+        text["sliding_window_pattern"] = text["layer_types"].index("full_attention") + 1
+    for key in ("layer_types", "no_rope_layers", "_sliding_window_pattern"):  # what earlier releases did not write
+        text.pop(key, None)
+    for key, value in DEFAULTS[kind].items():  # what no release writes where it wrote differences alone
+        if key in text and text[key] == value:
+            del text[key]
+    if text.get("head_dim") == text["hidden_size"] // text["num_attention_heads"] and kind in ("llama", "mistral"):
+        del text["head_dim"]
+    path.write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    if family == "gemma3":  # transformers 4.52 saved its modules' own names; before and after, the first release's
+        tensors = {f"model.{n.replace('language_model.model.', 'language_model.')}": t for n, t in tensors.items()}
+    if family == "llama":  # until 4.32 its frequencies were saved with it
+        for layer in range(text["num_hidden_layers"]):
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    if family == "qwen3":  # tied, and saved all the same
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def chat(user: str, assistant: str, system: str | None = None) -> dict:
@@ -83,8 +140,9 @@ def chat(user: str, assistant: str, system: str | None = None) -> dict:
     return {"messages": [*head, {"role": "user", "content": user}, {"role": "assistant", "content": assistant}]}
 
 
-def write_rows(path: Path, count: int = 24) -> Path:
-    """Chat rows of different lengths."""
-    rows = [chat(f"Say {'x' * (i % 7)} number {i}", f"Number {i} it is{'!' * (i % 5)}") for i in range(count)]
+def write_rows(path: Path, count: int = 24, longest: int = 0) -> Path:
+    """Chat rows of different lengths, about 50 tokens and up to `longest` more."""
+    more = [" and so on" * (i * longest // count // 10) for i in range(count)]
+    rows = [chat(f"Say {'x' * (i % 7)} number {i}", f"Number {i} it is{more[i]}{'!' * (i % 5)}") for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from common.families import text_name
 from common.seam import Adapter
 
 
@@ -17,18 +18,18 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is right
-        rank_pattern={name: w.rank for name, w in adapter.weights.items() if w.rank != rank},
-        alpha_pattern={name: w.alpha for name, w in adapter.weights.items() if w.alpha != alpha},  # type: ignore[misc]
+        rank_pattern={text_name(name): w.rank for name, w in adapter.weights.items() if w.rank != rank},
+        alpha_pattern={text_name(name): w.alpha for name, w in adapter.weights.items() if w.alpha != alpha},  # type: ignore[misc]
         use_rslora=next(iter(adapter.weights.values())).rslora,
         use_dora=adapter.dora,
         lora_dropout=adapter.dropout,
-        target_modules=list(adapter.weights),
+        target_modules=[text_name(name) for name in adapter.weights],
     )
     peft = get_peft_model(model, config)
     modules = dict(model.named_modules())
     parameters: dict[str, torch.nn.Parameter] = {}
     for name, weight in sorted(adapter.weights.items()):
-        layer = modules[name]
+        layer = modules[text_name(name)]
         if layer.scaling["default"] != weight.scale:  # PEFT reads patterns as regular expressions
             raise AssertionError(f"PEFT gave {name} the scale {layer.scaling['default']}, not {weight.scale}")
         parameters[f"{name}.lora_A"] = layer.lora_A["default"].weight

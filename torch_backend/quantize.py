@@ -19,10 +19,10 @@ def quantization_config(scheme: str, dtype: torch.dtype) -> Any:
     return None
 
 
-def dequantized(model: Any) -> dict[str, Callable[[], np.ndarray]]:
-    """See the seam."""
+def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
+    """See the seam. `names`: a tensor's name within the language model -> in the whole one."""
     return {
-        f"{name.removesuffix('.base_layer')}.weight": partial(_dequantize, module)
+        names[f"{name.removesuffix('.base_layer')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt") and not hasattr(module, "base_layer")
     }

@@ -11,7 +11,9 @@ import torch
 
 from common.config import Plan, Recipe
 from common.memory import ResidentSet, swap_used
+from common.models import tensor_names
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from torch_backend.base import load_base
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import loss_sum
 from torch_backend.quantize import dequantized, quantization_config
@@ -23,7 +25,6 @@ class TorchBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # ours is the only display
@@ -34,22 +35,17 @@ class TorchBackend:
         dtype = _DTYPES[recipe.precision]
         quantization = quantization_config(recipe.quantization, dtype)
         with _memory_errors():
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-                quantization_config=quantization,
-                device_map={"": self.device} if quantization else None,
-            )
+            on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
+            self.model: Any = load_base(folder, dtype, **on_device)
             if not quantization:
                 self.model.to(self.device)
+            self.names = tensor_names(folder)
             if adapter is None:
                 # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
                 # ends a turn, its embedding would never learn
                 self.model.get_input_embeddings().padding_idx = None
-                self.outer, self.parameters = self.model, dict(self.model.named_parameters())
+                self.outer = self.model
+                self.parameters = {self.names[name]: p for name, p in self.model.named_parameters()}
             else:
                 self.outer, self.parameters = attach(self.model, adapter)
                 self.outer.to(self.device)
@@ -129,7 +125,7 @@ class TorchBackend:
             }
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        return dequantized(self.model)
+        return dequantized(self.model, self.names)
 
     @torch.no_grad()
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:

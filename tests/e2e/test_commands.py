@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common import adapter as adapters
-from common import checkpoint, models
+from common import checkpoint, from_gguf, models
 from common.config import ROOT
 from common.data import read_rows
 from common.llamacpp import ensure
@@ -283,8 +283,8 @@ def test_doctor_names_the_steps_and_never_the_token():
 
 
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
-    gguf = models._mirror_gguf(models.MIRRORS[SMOLLM2])
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path)
+    gguf = from_gguf.mirror_gguf(from_gguf.MIRRORS[SMOLLM2])
+    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path)
     folder = models.resolve(str(gguf), print)
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0

@@ -14,6 +14,7 @@ CONFIG = {
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
     "vocab_size": 5,
+    "tie_word_embeddings": True,
     "eos_token_id": 2,
     "bos_token_id": 0,
     "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},

@@ -102,20 +102,6 @@ def test_steps_and_epochs_in_one_place_are_refused(tmp_path: Path) -> None:
 # --- targets
 
 
-@pytest.mark.parametrize(
-    ("targets", "names"),
-    [
-        (["attention"], ["q_proj", "k_proj", "v_proj", "o_proj"]),
-        (["mlp"], ["gate_proj", "up_proj", "down_proj"]),
-        (["all-linear"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-        (["v_proj", "q_proj", "v_proj"], ["q_proj", "v_proj"]),
-        (["mlp", "q_proj"], ["q_proj", "gate_proj", "up_proj", "down_proj"]),
-    ],
-)
-def test_targets_become_layer_names_in_one_order(targets: list[str], names: list[str]) -> None:
-    assert Options(targets=targets).target_names() == names
-
-
 def test_an_unknown_target_names_the_nearest() -> None:
     said = fault("--data", "x", "--targets", "q_porj")
     assert said.startswith("--targets: 'q_porj' is no target; did you mean 'q_proj'? known: ")

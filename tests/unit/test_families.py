@@ -1,0 +1,203 @@
+"""A config becomes explicit as transformers 5 understands it; what the backends would compute otherwise is refused."""
+
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.families import (
+    ARCHITECTURES,
+    DEFAULTS,
+    SUPPORTED,
+    config_faults,
+    facts,
+    hf_name,
+    mlx_name,
+    normalise_config,
+    text_config,
+    text_name,
+)
+from common.parity import TINY, tiny_config
+from common.rope import rope, split_batch
+from common.seam import IGNORE, Batch
+
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 259}
+
+
+def test_every_family_is_in_every_table() -> None:
+    assert set(ARCHITECTURES.values()) == set(DEFAULTS) == set(TINY)
+
+
+@pytest.mark.parametrize("kind", DEFAULTS)
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "tiny"])
+def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse: bool) -> None:
+    from transformers import AutoConfig
+
+    given = tiny_config(kind)
+    if sparse:
+        given = {"architectures": given["architectures"], "model_type": kind, **SIZES}
+    ours = normalise_config(given)
+    given = deepcopy(given)
+    theirs = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"}).to_dict()
+    ignored = {"architectures", "rope_theta", "rope_scaling", "rope_local_base_freq", "_sliding_window_pattern"}
+    if ours.get("use_sliding_window") is False:
+        ignored.add("sliding_window")  # transformers forgets it there
+    assert {key: ours[key] for key in ours.keys() & theirs.keys() - ignored} == {
+        key: theirs[key] for key in ours.keys() & theirs.keys() - ignored
+    }
+    assert DEFAULTS[kind].keys() <= ours.keys()
+    assert DEFAULTS[kind].keys() <= theirs.keys()
+    assert normalise_config(ours) == ours
+    again = AutoConfig.for_model(**{key: value for key, value in ours.items() if key != "architectures"}).to_dict()
+    again["rope_parameters"].pop("type", None)
+    again["rope_parameters"].get("full_attention", {}).pop("type", None)
+    assert {key: again[key] for key in theirs.keys() - ignored} == {key: theirs[key] for key in theirs.keys() - ignored}
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 5e3},
+    {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0},
+    TINY["llama"]["rope_parameters"],
+    TINY["mistral"]["rope_parameters"],
+    {**TINY["mistral"]["rope_parameters"], "mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 20, "truncate": False},
+    {**TINY["mistral"]["rope_parameters"], "attention_factor": 1.3},
+    TINY["phi3"]["rope_parameters"],
+    {**TINY["phi3"]["rope_parameters"], "factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("parameters", ROPES)
+def test_frequencies_are_those_of_transformers(parameters: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    kind = "phi3" if parameters["rope_type"] == "longrope" else "llama"
+    config = AutoConfig.for_model(kind, **SIZES, max_position_embeddings=256, rope_parameters=dict(parameters))
+    if kind == "phi3":
+        config.original_max_position_embeddings = 48
+    known = {**ROPE_INIT_FUNCTIONS, "default": LlamaRotaryEmbedding.compute_default_rope_parameters}
+    found = rope(parameters, 16, 256)
+    for length, inverse in ((None, found.inverse), (100, found.inverse_long)):
+        longer = {} if parameters["rope_type"] == "default" else {"seq_len": length}
+        wanted, factor = known[parameters["rope_type"]](config, device="cpu", **longer)
+        np.testing.assert_allclose(inverse, wanted.numpy(), rtol=3e-7)
+        assert found.factor == pytest.approx(factor, rel=1e-12)
+
+
+def faults(family: str, **changes: Any) -> list[str]:
+    return config_faults(tiny_config(family, changes))
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_a_tiny_model_of_each_family_is_supported(family: str) -> None:
+    assert faults(family) == []
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"architectures": ["GPT2LMHeadModel"]}, f"not supported; supported: {', '.join(SUPPORTED)}"),
+    ("llama", {"model_type": "cohere"}, "its model_type cohere is not LlamaForCausalLM's, llama"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "its RoPE scaling 'dynamic' is not computed alike by both backends",
+    ),
+    ("qwen2", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "its RoPE scaling 'longrope'"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "its partial_rotary_factor is not computed by both backends",
+    ),
+    ("llama", {"hidden_act": "gelu"}, "its activation gelu is not the family's own, silu"),
+    ("gemma2", {"hidden_activation": "gelu"}, "its activation gelu is not the family's own, gelu_pytorch_tanh"),
+    ("qwen3", {"attention_bias": True}, "its attention has biases"),
+    ("granite", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "its attention looks ahead"),
+    ("gemma2", {"attn_logit_softcapping": None}, "attention that is not capped"),
+    ("gemma2", {"tie_word_embeddings": False}, "embeddings that are not tied"),
+    ("gemma3_text", {"attn_logit_softcapping": 30.0}, "its capped attention"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "said"), REFUSED)
+def test_what_the_backends_would_compute_otherwise_is_refused(family: str, changes: dict, said: str) -> None:
+    found = faults(family, **changes)
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_a_config_without_sizes_says_which() -> None:
+    assert config_faults({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}) == [
+        "its config.json lacks num_attention_heads, num_hidden_layers, vocab_size"
+    ]
+
+
+def test_windows_and_positions_of_each_layer() -> None:
+    def of(family: str, **changes: Any) -> tuple[tuple, list[bool]]:
+        found = facts(text_config(tiny_config(family, {"num_hidden_layers": 4, "layer_types": None, **changes})))
+        return found.windows, [one is not None for one in found.ropes]
+
+    every = [True] * 4
+    assert of("llama") == ((None,) * 4, every)
+    assert of("mistral") == ((24,) * 4, every)
+    assert of("phi3", sliding_window=None) == ((None,) * 4, every)
+    assert of("qwen2", max_window_layers=3) == ((None, None, None, 24), every)
+    assert of("qwen2", use_sliding_window=False) == ((None,) * 4, every)
+    assert of("gemma2") == ((24, None, 24, None), every)
+    assert of("gemma3_text", sliding_window_pattern=3) == ((24, 24, None, 24), every)
+    assert of("smollm3", no_rope_layer_interval=2) == ((None,) * 4, [True, False, True, False])
+
+
+def test_what_is_done_round_the_layers() -> None:
+    granite, gemma = (facts(text_config(tiny_config(family))) for family in ("granite", "gemma2"))
+    assert (granite.embedding_scale, granite.logit_divisor, granite.logit_softcap) == (3.0, 1.7, None)
+    assert (gemma.embedding_scale, gemma.logit_divisor, gemma.logit_softcap) == (8.0, 1.0, 5.0)
+    assert facts(text_config(tiny_config("phi3"))).rope_split == 48
+
+
+def test_phi_3s_first_names_for_longrope() -> None:
+    older = {
+        key: value for key, value in TINY["phi3"]["rope_parameters"].items() if key not in ("rope_type", "rope_theta")
+    }
+    for name in ("su", "yarn", "longrope"):
+        config = tiny_config(
+            "phi3", {"rope_parameters": None, "rope_scaling": {**older, "type": name}, "rope_theta": 5e3}
+        )
+        assert normalise_config(config)["rope_parameters"] == TINY["phi3"]["rope_parameters"]
+
+
+@pytest.mark.parametrize(("given", "kept"), [(2, 2), ([2], 2), ([2, 3], [2, 3])])
+def test_ends_are_one_number_or_a_list_of_several(given: Any, kept: Any) -> None:
+    assert normalise_config(tiny_config("llama", {"eos_token_id": given}))["eos_token_id"] == kept
+
+
+@pytest.mark.parametrize(
+    ("name", "hf", "text", "mlx"),
+    [
+        (
+            "model.layers.0.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+        ),
+        ("language_model.model.norm", "model.language_model.norm", "model.norm", "language_model.model.norm"),
+        ("model.language_model.norm", "model.language_model.norm", "model.norm", "language_model.model.norm"),
+        ("language_model.lm_head.weight", "lm_head.weight", "lm_head.weight", "lm_head.weight"),
+        ("vision_tower.head.probe", "vision_tower.head.probe", "vision_tower.head.probe", "vision_tower.head.probe"),
+    ],
+)
+def test_names_of_multimodal_models(name: str, hf: str, text: str, mlx: str) -> None:
+    assert (hf_name(name), text_name(name), mlx_name(hf_name(name))) == (hf, text, mlx)
+
+
+def test_a_batch_is_parted_by_the_rows_own_lengths() -> None:
+    ids = np.arange(12, dtype=np.int32).reshape(3, 4)
+    labels = np.where(ids % 2, ids, IGNORE)
+    batch = Batch(ids, labels, np.array([2, 4, 1], np.int32))
+    short, long = split_batch(batch, 2)
+    np.testing.assert_array_equal(short.input_ids, [[0, 1], [8, 9]])
+    np.testing.assert_array_equal(short.labels, labels[[0, 2], :2])
+    np.testing.assert_array_equal(long.input_ids, [[4, 5, 6, 7]])
+    for limit in (None, 4, 0):
+        assert split_batch(batch, limit) == [batch]
