@@ -16,7 +16,7 @@ from tests import backends
 from tests.tiny import FAMILIES, write_family, write_rows
 
 # Plans under which the two backends must agree; each is a dict of changes to tests.backends.make_plan.
-PLANS = {"plain": {}}
+PLANS = {"plain": {}, "checkpointing": {"gradient_checkpointing": True}}
 # mlx-lm's bf16 norms and scalars round a little more than transformers' (CONTRIBUTING.md)
 BF16_ROUNDING = 1.5
 
@@ -42,8 +42,7 @@ def rows(folders, tmp_path_factory):
     return backends.encode_rows(folders("llama"), path)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("layout", ["today", "older"])
+@pytest.mark.parametrize(("layout", "plan"), [("today", "plain"), ("older", "plain"), ("today", "checkpointing")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_backends_agree(family, layout, plan, folders, rows):
     folder = folders(family, layout)
@@ -51,7 +50,7 @@ def test_both_backends_agree(family, layout, plan, folders, rows):
     recipe = backends.make_recipe(folder, learning_rate=2e-3)
     results = []
     for name in ("torch", "mlx"):
-        backend = backends.load(name, folder, recipe, **plan)
+        backend = backends.load(name, folder, recipe, **PLANS[plan])
         logits = [backend.logits(row.ids) for row in (rows[0], rows[-1])]
         losses = np.array(backends.run_steps(backend, recipe, rows, 50, micro_batch_tokens=1000))
         results.append((logits, losses, backends.matrices(backend)))
@@ -60,7 +59,7 @@ def test_both_backends_agree(family, layout, plan, folders, rows):
     far = max(np.abs(a - b).max() for a, b in zip(torch[0], mlx[0], strict=True))
     apart = (np.abs(mlx[1] - torch[1]) / torch[1]).max()
     adapters = backends.relative_difference(torch[2], mlx[2])
-    print(f"{family} {layout}: logits {far:.1e}, step losses {apart:.1e}, adapters {adapters:.1e}")
+    print(f"{family} {layout} {plan}: logits {far:.1e}, step losses {apart:.1e}, adapters {adapters:.1e}")
     assert far < 1e-4
     assert apart < 1e-4
     assert adapters < 1e-3

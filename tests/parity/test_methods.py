@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from common.fuse import fuse
 from tests import backends
-from tests.tiny import write_rows
+from tests.tiny import FAMILIES, write_family, write_rows
 
 METHODS = backends.METHODS | {"full": {"method": "full", "learning_rate": 1e-3}}
 STEPS = 10
@@ -63,3 +64,27 @@ def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(method, first, t
     other.set_optimizer(state)
     np.testing.assert_allclose(backends.run_steps(other, recipe, rows, 3), expected, rtol=1e-4)
     other.close()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "dora"}, {"method": "full", "learning_rate": 1e-3}], ids=["dora", "full"]
+)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_every_family_takes_dora_and_full_fine_tuning(family, changes, tmp_path):
+    folder = write_family(tmp_path / "model", family)
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    recipe = backends.make_recipe(folder, **changes)
+    found = {}
+    for name in ("torch", "mlx"):
+        backend = backends.load(name, folder, recipe)
+        losses = backends.run_steps(backend, recipe, rows, 4)
+        found[name] = losses, backend.get_adapter(), backend.logits(rows[0].ids)
+        backend.close()
+    np.testing.assert_allclose(found["mlx"][0], found["torch"][0], rtol=1e-4)
+    assert backends.relative_difference(found["torch"][1].arrays(), found["mlx"][1].arrays()) < 1e-3
+    (tmp_path / "fused").mkdir()
+    backends.copy_all_but_weights(folder, tmp_path / "fused")
+    fuse(folder, found["torch"][1], tmp_path / "fused", lambda share, text: None)
+    backend = backends.load("mlx", tmp_path / "fused", backends.make_recipe(folder))
+    np.testing.assert_allclose(backend.logits(rows[0].ids), found["torch"][2], atol=2e-4)
+    backend.close()
