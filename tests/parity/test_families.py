@@ -192,3 +192,13 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
         model = load_adapters(load_model(folder, model_config=config)[0], str(tmp_path / "adapter-mlx"))
         found = model.language_model.model.layers[0].mlp.down_proj.lora_b
         np.testing.assert_array_equal(np.array(found).T, adapter.weights[min(adapter.weights)].B)
+
+
+@pytest.mark.parametrize("size", [259, 256, 200, 262144])
+def test_the_loss_over_a_large_vocabulary_is_exact(size):
+    from mlx_backend.loss import log_sum_exp
+
+    logits = np.random.default_rng(0).normal(0, 2, (8, size)).astype(np.float32)
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    with mx.stream(mx.cpu):
+        np.testing.assert_allclose(np.array(log_sum_exp(mx.array(logits))), exact, atol=5e-6)
