@@ -55,8 +55,12 @@ def make_plan(name: str, **changes) -> Plan:
     return Plan(**({"backend": name, "device": "cpu", "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
+def create(name: str) -> Backend:
+    return importlib.import_module(f"{name}_backend").create()
+
+
 def load(name: str, folder: Path, recipe: Recipe, start: bool = True, **plan) -> Backend:
-    backend = importlib.import_module(f"{name}_backend").create()
+    backend = create(name)
     shapes = models.linear_shapes(folder, recipe.targets)
     backend.load(recipe, make_plan(name, **plan), folder, list(shapes))
     if start:
