@@ -103,12 +103,23 @@ def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metav
 
 
 @app.command
-def doctor() -> None:
-    """What is here, and what is missing for which step."""
-    from common.doctor import doctor
+def doctor(parity: str | None = None) -> None:
+    """What is here, and what is missing for which step.
+
+    Args:
+        parity: train this model a few steps on both backends and compare: a model, or a family such as llama.
+    """
     from common.progress import Display
 
-    doctor(Display())
+    if parity is None:
+        from common.doctor import doctor
+
+        doctor(Display())
+        return
+    from common.parity_check import parity as check
+
+    if not check(parity, _make_backend, Display()):
+        sys.exit(1)
 
 
 adapter_app = tyro.extras.SubcommandApp()

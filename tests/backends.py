@@ -64,6 +64,10 @@ def make_plan(name: str, **changes) -> Plan:
     return Plan(**({"backend": name, "device": "cpu", "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
+def create(name: str) -> Backend:
+    return importlib.import_module(f"{name}_backend").create()
+
+
 def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
     if recipe.method == "full":
         return None
@@ -72,7 +76,7 @@ def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
 
 
 def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
-    backend = importlib.import_module(f"{name}_backend").create()
+    backend = create(name)
     backend.load(recipe, make_plan(name, **plan), folder, start_adapter(folder, recipe))
     return backend
 

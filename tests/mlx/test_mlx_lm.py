@@ -81,7 +81,7 @@ def test_an_adapter_of_mlx_lms_is_gone_on_with(tiny_llama, rows, tmp_path, setti
     adapter = read_any(tmp_path / "theirs", 2)
     recipe = backends.make_recipe(tiny_llama)
     for name in ("torch", "mlx"):
-        backend = backends.importlib.import_module(f"{name}_backend").create()
+        backend = backends.create(name)
         backend.load(recipe, backends.make_plan(name), tiny_llama, adapter)
         assert abs(backend.logits(rows[0].ids) - expected).max() < 1e-4, name
         losses = backends.run_steps(backend, recipe, rows, 4)

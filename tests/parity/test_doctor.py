@@ -1,0 +1,50 @@
+"""`doctor --parity`: two backends side by side, or one against the record that is kept with the project."""
+
+import numpy as np
+import pytest
+
+from common import parity_check
+from common.errors import UserError
+from common.parity import TINY
+from common.progress import Display
+from tests.backends import create
+
+
+def found(capsys):
+    """The table's rows on standard output as words: what, found, bound, within."""
+    lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    return {" ".join(line[:-3]): line[-3:] for line in lines}
+
+
+def test_two_backends_side_by_side(capsys):
+    assert parity_check.parity("llama", create, Display("plain"))
+    table = found(capsys)
+    assert table.keys() == {"logits", "step losses", "adapters"}
+    assert [row[2] for row in table.values()] == ["yes"] * 3
+    assert all(0 < float(row[0]) < float(row[1]) for row in table.values())
+
+
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_each_backend_alone_meets_the_record(backend, family, capsys, monkeypatch):
+    monkeypatch.setattr(parity_check, "_installed", lambda name: name == backend)
+    assert parity_check.parity(family, create, Display("plain"))
+    table = found(capsys)
+    assert table.keys() == {"logits", "step losses"}
+    assert [row[2] for row in table.values()] == ["yes"] * 2
+
+
+def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(parity_check, "_installed", lambda name: name == "torch")
+    right = parity_check.recorded("llama")
+    wrong = parity_check.Result(right.logits, right.losses * (1 + 2e-4 * np.arange(len(right.losses))), {})
+    monkeypatch.setattr(parity_check, "recorded", lambda family: wrong)
+    assert not parity_check.parity("llama", create, Display("plain"))
+    table = found(capsys)
+    assert (table["logits"][2], table["step losses"][2]) == ("yes", "NO")
+
+
+def test_without_a_backend_nothing_is_checked(monkeypatch):
+    monkeypatch.setattr(parity_check, "_installed", lambda name: False)
+    with pytest.raises(UserError, match="Neither backend"):
+        parity_check.parity("llama", create, Display("plain"))
