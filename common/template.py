@@ -2,21 +2,26 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from common.chat import Conversation, Renderer, Unlabelled, place
 from common.data import Example
 from common.errors import UserError
 from common.seam import Progress
 
-# A thinking model's empty block belongs to the prompt: never train a model to close it.
-_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
-_EMPTY_THINKING_END = re.compile(r"(\s*)<think>\s*</think>\s*\Z")
-# Llama 3.2's template writes today's date otherwise: the same recipe would be other tokens tomorrow.
-_DATE = "26 Jul 2024"
+TEMPLATES = Path(__file__).with_name("chat_templates")
+
+
+@dataclass(frozen=True)
+class Style:
+    """train_on: every assistant turn, the last alone, or every token. thinking: off or keep."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    thinking: Literal["off", "keep"] = "off"
 
 
 @dataclass(frozen=True)
@@ -24,14 +29,19 @@ class Encoded:
     ids: np.ndarray  # [T] int32
     mask: np.ndarray  # [T] bool: True where the token is a label
     source: str
+    ends: tuple[int, ...] = ()  # the ids that end its trained turns
+    notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
 
     @property
     def label_tokens(self) -> int:
         return int(self.mask[1:].sum())  # nothing predicts the first token
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer. Raises UserError where there is none, or no chat template in it."""
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """The folder's tokenizer, with another chat template where one is named: our own by name, or a file.
+
+    Raises UserError where there is none, or where the vocabulary lacks a token that the named template writes.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -39,117 +49,166 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files anew.") from None
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{folder}: the model has no chat template, so chat rows cannot be rendered.",
-            "Use the model's instruction-tuned (-it, -Instruct) version.",
-        )
+    if chat_template is not None:
+        tokenizer.chat_template = _named_template(chat_template)
+        known, template = tokenizer.get_vocab(), tokenizer.chat_template
+        written = sorted(set(re.findall(r"<\|[\w▁]+\|>|<(?:start|end)_of_turn>", template)))
+        if missing := [token for token in written if token not in known]:
+            raise UserError(
+                f"--chat-template {chat_template}: it writes {', '.join(missing)}, which the model's vocabulary lacks.",
+                f"Choose one that fits: {', '.join(_fitting(known)) or 'none of our own does; give a file'}.",
+            )
     return tokenizer
+
+
+def own_templates() -> list[str]:
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def _named_template(name: str) -> str:
+    path = TEMPLATES / f"{name}.jinja" if name in own_templates() else Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {name}: neither a name of ours nor a file that can be read ({error}).",
+            f"Our own: {', '.join(own_templates())}.",
+        ) from None
+
+
+def _fitting(vocabulary: dict[str, int]) -> list[str]:
+    texts = {name: _named_template(name) for name in own_templates()}
+    tokens = {name: re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", text) for name, text in texts.items()}
+    return [name for name, written in tokens.items() if all(token in vocabulary for token in written)]
 
 
 def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def render(tokenizer: Any, messages: list[dict[str, str]], generation_prompt: bool = False) -> str:
-    """The conversation as text, by the model's own template, thinking off where the template knows it."""
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=generation_prompt,
-        enable_thinking=False,
-        date_string=_DATE,
-    )
+class Encoder:
+    """Encodes rows by one tokenizer and style; the template's quirks are looked for once."""
+
+    def __init__(self, tokenizer: Any, style: Style) -> None:
+        self.tokenizer, self.style = tokenizer, style
+        self.renderer = Renderer(tokenizer, style.thinking) if tokenizer.chat_template else None
+        self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+
+    def place(self, example: Example) -> Conversation:
+        """The row as text with its turns. Raises UserError where it cannot be placed exactly."""
+        if self.renderer is None:
+            raise UserError(
+                f"{example.source}: the model has no chat template, so chat rows cannot be rendered.",
+                f"Use its instruction-tuned (-it, -Instruct) version, or --chat-template NAME or FILE "
+                f"(ours that fit: {', '.join(_fitting(self.tokenizer.get_vocab())) or 'none'}).",
+            )
+        return place(example, self.renderer)
+
+    def __call__(self, example: Example) -> Encoded:
+        """Token ids and label mask. Raises UserError naming the row where it cannot be labelled exactly."""
+        if example.text is not None:
+            return self._text(example)
+        try:
+            return self._chat(example, self.place(example))
+        except Unlabelled as why:
+            stripped = tuple({**m, "content": _stripped(m)} for m in example.messages)
+            if stripped != example.messages:  # a leading line break may melt into the prompt's last token
+                again = self(replace(example, messages=stripped))
+                return replace(again, notes=(*again.notes, "spaces around answers taken off"))
+            raise UserError(
+                f"{example.source}: this row cannot be labelled exactly: {why}.",
+                "Take the row out, or use another template (--chat-template).",
+            ) from None
+
+    def _chat(self, example: Example, conversation: Conversation) -> Encoded:
+        text = conversation.text
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoding["input_ids"], np.int32)
+        starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+        mask, stops = np.zeros(len(ids), bool), []
+        trained = self.trained(example, conversation)
+        for turn in conversation.turns:
+            inside = (starts >= turn.start) & (ends <= turn.end) & (ends > starts)
+            edges = (turn.start, turn.stop, turn.end)
+            if any(np.any((starts < edge) & (ends > edge)) for edge in edges):
+                raise Unlabelled("a token lies across the edge of an assistant turn")
+            first = int(np.argmax(inside))
+            prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
+            if prompt != ids[:first].tolist():
+                raise Unlabelled("the prompt's tokens are not a prefix of the conversation's")
+            if turn.message in trained:
+                mask |= inside
+                if turn.end > turn.stop:
+                    stops.append(int(ids[inside][-1]))
+        mask = self._by_marks(conversation, mask, starts)
+        if self.style.train_on == "all":
+            mask[:] = True
+        return self._with_bos(Encoded(ids, mask, example.source, tuple(stops), conversation.notes))
+
+    def trained(self, example: Example, conversation: Conversation) -> set[int]:
+        """The messages, by their number in the row, whose turns carry loss."""
+        turns = [turn.message for turn in conversation.turns]
+        chosen = turns[-1:] if self.style.train_on == "last" else turns
+        return {number for number in chosen if example.messages[number].get("train", True)}
+
+    def _by_marks(self, conversation: Conversation, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Where the template marks what is generated, only that is a label, and the end of each turn."""
+        if not conversation.marks:
+            return mask
+        allowed = np.zeros(len(mask), bool)
+        for start, end in [*conversation.marks, *((turn.stop, turn.end) for turn in conversation.turns)]:
+            allowed |= (starts >= start) & (starts < end)
+        return mask & allowed
+
+    def _text(self, example: Example) -> Encoded:
+        """Plain text: everything is a label, and the text's end; BOS where the tokenizer writes it."""
+        ids = self.tokenizer(example.text, add_special_tokens=False)["input_ids"]
+        stop = self.tokenizer.eos_token_id
+        if stop is None:
+            raise UserError(f"{example.source}: the tokenizer has no end of text.", "Use chat rows.")
+        ids = np.asarray([*ids, stop], np.int32)
+        return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
+
+    def _with_bos(self, row: Encoded) -> Encoded:
+        """One BOS, never two, and none missing: llama.cpp adds it as the tokenizer does where a prompt lacks it."""
+        bos = self.tokenizer.bos_token_id
+        ids, mask = row.ids, row.mask.copy()
+        if bos is None:
+            return row
+        if self.bos is not None and ids[0] != bos:
+            ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, False)
+        if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self.tokenizer.eos_token_id:
+            raise Unlabelled("it starts with two BOS tokens")
+        if ids[0] == bos:
+            mask[0] = False
+        return replace(row, ids=ids, mask=mask)
 
 
-def encode(example: Example, tokenizer: Any) -> Encoded:
-    """Token ids and label mask: the assistant's turns, each turn's end included, nothing else.
-
-    The text is tokenised once, as a whole. Raises UserError naming the row where the template cannot be labelled
-    exactly: a prompt that is no prefix of the conversation, or a token that lies across a turn's edge.
-    """
-    text, spans = _label_spans(example, tokenizer)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.asarray(encoding["input_ids"], np.int32)
-    starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(ids), bool)
-    for start, end in spans:
-        inside = (starts >= start) & (ends <= end) & (ends > start)
-        if np.any((starts < start) & (ends > start)) or np.any((starts < end) & (ends > end)):
-            raise _unlabelled(example, "a token lies across the edge of an assistant turn")
-        first = int(np.argmax(inside))
-        prompt = tokenizer(text[:start], add_special_tokens=False)["input_ids"]
-        if prompt != ids[:first].tolist():
-            raise _unlabelled(example, "the prompt's tokens are not a prefix of the conversation's")
-        mask |= inside
-    return Encoded(ids, mask, example.source)
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 
-def _label_spans(example: Example, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the character span of each assistant turn with its end token."""
-    messages = [dict(message) for message in example.messages]
-    try:
-        text = render(tokenizer, messages)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = render(tokenizer, messages[:turn], generation_prompt=True)
-            through = render(tokenizer, messages[: turn + 1])
-            if through.startswith(before) and not text.startswith(through):
-                # Qwen3 writes its empty block into every prompt, and leaves it out of all turns but the last
-                bare = _EMPTY_THINKING_END.sub(lambda found: found[1], before)
-                before, through = bare, bare + through[len(before) :]
-            if not (through.startswith(before) and text.startswith(through)):
-                raise _unlabelled(example, f"turn {turn + 1} renders differently with and without what follows it")
-            spans.append(_turn_span(through, len(before), message["content"], example, tokenizer))
-    except UserError:
-        raise
-    except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
-        raise UserError(
-            f"{example.source}: the model's chat template refuses this row: {error}",
-            "Bring the row's turns into the order that the template wants.",
-        ) from None
-    return text, spans
+def _stripped(message: dict[str, Any]) -> str:
+    return message["content"].strip() if message["role"] == "assistant" else message["content"]
 
 
-def _turn_span(through: str, start: int, content: str, example: Example, tokenizer: Any) -> tuple[int, int]:
-    answer = content.strip()
-    at = through.find(answer, start)
-    if at < 0:
-        raise _unlabelled(example, "the assistant's text is not found in the rendered turn")
-    if _EMPTY_THINKING.fullmatch(through[start:at]):
-        start = at
-    elif through[start:at].strip():
-        raise _unlabelled(example, f"the template puts {through[start:at]!r} between prompt and answer")
-    stop = at + len(answer)
-    tail = through[stop:]
-    found = [(tail.find(token), len(token)) for token in tokenizer.all_special_tokens if token in tail]
-    found += [
-        (tail.find(str(token)), len(str(token)))
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special and str(token) in tail
-    ]
-    if found:
-        position, length = min(found)
-        return start, stop + position + length
-    return start, stop + len(tail.rstrip())
-
-
-def _unlabelled(example: Example, why: str) -> UserError:
-    return UserError(
-        f"{example.source}: this row cannot be labelled exactly: {why}.",
-        "Take the row out, or use a model whose chat template renders every turn the same way.",
-    )
+def encode(example: Example, tokenizer: Any, style: Style = Style()) -> Encoded:  # frozen
+    """One row by itself; see Encoder."""
+    return Encoder(tokenizer, style)(example)
 
 
 def encode_all(
-    examples: list[Example], tokenizer: Any, max_length: int, progress: Progress = lambda share, text: None
+    examples: list[Example],
+    tokenizer: Any,
+    max_length: int,
+    progress: Progress = lambda share, text: None,
+    style: Style = Style(),  # frozen
 ) -> tuple[list[Encoded], list[Encoded]]:
     """`(kept, too_long)`: every row encoded, those longer than `max_length` tokens apart."""
-    rows = []
+    rows, encoder = [], Encoder(tokenizer, style)
     for number, example in enumerate(examples):
-        rows.append(encode(example, tokenizer))
+        rows.append(encoder(example))
         progress(number / len(examples), example.source)
     kept = [row for row in rows if len(row.ids) <= max_length]
     return kept, [row for row in rows if len(row.ids) > max_length]
@@ -159,7 +218,6 @@ def stop_ids(rows: list[Encoded]) -> list[int]:
     """The ids that end an assistant turn, most frequent first: what the model must stop on when it is served."""
     ends: dict[int, int] = {}
     for row in rows:
-        following = np.append(row.mask[1:], False)
-        for token in row.ids[row.mask & ~following].tolist():
+        for token in row.ends:
             ends[token] = ends.get(token, 0) + 1
     return sorted(ends, key=lambda token: -ends[token])

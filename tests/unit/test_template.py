@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.chat import Renderer
 from common.data import Example
 from common.errors import UserError
-from common.template import Encoded, encode, encode_all, load_tokenizer, render, stop_ids, template_hash
+from common.template import Encoded, encode, encode_all, load_tokenizer, stop_ids, template_hash
 from tests.tiny import CHATML, SPECIAL
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -90,13 +91,13 @@ def test_a_template_that_trims_the_answer(tokenizer: Any) -> None:
     assert labels(encoded, tokenizer) == ["Y", "o", END]
 
 
-def test_a_template_without_an_end_token_labels_the_text_alone(tokenizer: Any) -> None:
+def test_a_template_without_an_end_token_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
     )
-    encoded = encode(example(("user", "Hi"), ("assistant", "Yo"), ("user", "So")), tokenizer)
-    assert labels(encoded, tokenizer) == ["Y", "o"]
+    said = fault(example(("user", "Hi"), ("assistant", "Yo"), ("user", "So")), tokenizer)
+    assert said.endswith("the template ends a turn with no special token, so the model would never stop.")
 
 
 # --- thinking
@@ -144,24 +145,44 @@ def test_a_template_that_changes_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
     assert said == (
-        "train.jsonl:17: this row cannot be labelled exactly: the assistant's text is not found in the rendered turn."
+        "train.jsonl:17: this row cannot be labelled exactly: "
+        "the template leaves out or changes the answer of turn 2."
     )
-
-
-def test_a_template_that_puts_words_before_the_answer_is_refused(tokenizer: Any) -> None:
-    tokenizer.chat_template = CHATML.replace("m['content'] +", "'Well: ' + m['content'] +")
+    tokenizer.chat_template = CHATML.replace(
+        "m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])"
+    )
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
-    assert said.endswith("the template puts 'Well: ' between prompt and answer.")
+    assert said.endswith("the template leaves out or changes the answer of turn 2.")
+
+
+def test_words_before_the_answer_that_no_prompt_has_are_the_models_to_write(tokenizer: Any) -> None:
+    # as gpt-oss's channels are
+    tokenizer.chat_template = CHATML.replace("m['content'] +", "'Oh: ' + m['content'] +")
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
+    assert labels(encoded, tokenizer) == ["O", "h", ":", SPACE, "Y", "o", END]
 
 
 def test_a_template_that_refuses_a_row_names_it(tokenizer: Any) -> None:
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turn, please') }}{% endif %}" + CHATML
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Users first, please') }}{% endif %}" + CHATML
     )
-    row = example(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))
-    assert fault(row, tokenizer) == (
-        "train.jsonl:17: the model's chat template refuses this row: No system turn, please"
-    )
+    row = example(("assistant", "Be brief."), ("user", "Hi"), ("assistant", "Yo"))
+    assert fault(row, tokenizer) == ("train.jsonl:17: the model's chat template refuses this row: Users first, please")
+
+
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system turn') }}{% endif %}" + CHATML
+SILENT = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+
+
+@pytest.mark.parametrize("template", [REFUSING, SILENT], ids=["refusing", "silently leaving it out"])
+def test_system_text_goes_into_the_first_user_turn_where_there_is_no_such_role(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    row = example(("system", "Be"), ("user", "Hi"), ("assistant", "Yo"))
+    encoded = encode(row, tokenizer)
+    prompt = [START, "u", "s", "e", "r", NEWLINE, "B", "e", NEWLINE, NEWLINE, "H", "i", END, NEWLINE]
+    assert tokens(encoded, tokenizer)[: len(prompt)] == prompt
+    assert labels(encoded, tokenizer) == ["Y", "o", END]
+    assert encoded.notes == ("system text put into the first user turn",)
 
 
 def test_a_token_across_the_edge_of_an_answer_is_refused(tokenizer: Any) -> None:
@@ -183,14 +204,14 @@ def test_a_row_renders_the_same_on_every_day(tokenizer: Any) -> None:
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
         "{{ 'Today Date: ' + date_string }}" + CHATML
     )
-    text = render(tokenizer, [{"role": "user", "content": "Hi"}])
+    text = Renderer(tokenizer, "off").render([{"role": "user", "content": "Hi"}], (), False, False)
     assert f"{date.today():%d %b %Y}" not in text
 
 
 def test_render_ends_in_the_prompt_when_asked(tokenizer: Any) -> None:
-    messages = [{"role": "user", "content": "Hi"}]
-    assert render(tokenizer, messages) == f"{START}user\nHi{END}\n"
-    assert render(tokenizer, messages, generation_prompt=True) == f"{START}user\nHi{END}\n{START}assistant\n"
+    messages, renderer = [{"role": "user", "content": "Hi"}], Renderer(tokenizer, "off")
+    assert renderer.render(messages, (), False, False) == f"{START}user\nHi{END}\n"
+    assert renderer.prompt(messages, (), False) == f"{START}user\nHi{END}\n{START}assistant\n"
 
 
 def test_the_template_hash_changes_with_the_template(tokenizer: Any) -> None:
@@ -203,9 +224,10 @@ def test_a_tokenizer_without_a_template(tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError) as caught:
-        load_tokenizer(tmp_path)
-    assert caught.value.what == f"{tmp_path}: the model has no chat template, so chat rows cannot be rendered."
+        encode(example(("user", "Hi"), ("assistant", "Yo")), load_tokenizer(tmp_path))
+    assert caught.value.what == "train.jsonl:17: the model has no chat template, so chat rows cannot be rendered."
     assert "-it, -Instruct" in caught.value.fix
+    assert "--chat-template NAME or FILE (ours that fit: chatml)" in caught.value.fix
 
 
 def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -231,5 +253,5 @@ def test_stop_ids_are_what_ends_the_answers(tokenizer: Any) -> None:
 
 def test_stop_ids_come_most_frequent_first() -> None:
     mask = np.array([False, True, True, False, True])
-    rows = [Encoded(np.array(ids, np.int32), mask, "") for ids in ([9, 1, 5, 9, 7], [9, 1, 7, 9, 7])]
+    rows = [Encoded(np.array([9], np.int32), mask, "", ends) for ends in ((5, 7), (7, 7))]
     assert stop_ids(rows) == [7, 5]
