@@ -49,6 +49,10 @@ def check_data(
     file: tyro.conf.Positional[Path],
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     max_length: int = 1024,
+    train_on: Literal["assistant", "last", "all"] = "assistant",
+    thinking: Literal["off", "keep"] = "off",
+    chat_template: str | None = None,
+    explain: int | None = None,
 ) -> None:
     """Count rows, tokens and label tokens; show three rows with the labelled tokens coloured.
 
@@ -56,11 +60,16 @@ def check_data(
         file: JSONL file, or a folder with train.jsonl.
         model: whose tokenizer and chat template to use.
         max_length: rows with more tokens are listed.
+        train_on: where there is loss, as in train.
+        thinking: whether thoughts in the rows are kept, as in train.
+        chat_template: chatml, gemma, llama3 or a file, as in train.
+        explain: show only this training row, counted from 1, token by token, and why each is a label or not.
     """
     from common.check_data import check_data
     from common.progress import Display
+    from common.template import Style
 
-    check_data(file, model, max_length, Display())
+    check_data(file, model, max_length, Display(), Style(train_on, thinking), chat_template, explain)
 
 
 @app.command

@@ -50,7 +50,6 @@ EXPLAINED = {
     "sample_packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "fp16": "float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32",
     "datasets": "Axolotl's list; use data with one file or folder",
-    "train_on_inputs": "loss is on assistant turns only",
     "auto_find_batch_size": "a step that runs out of memory is cut finer by itself",
 }
 
@@ -78,6 +77,7 @@ SWITCHES = {
     "use_dora": ("method", "dora"),
     "peft_use_dora": ("method", "dora"),
     "lora_target_linear": ("targets", "all-linear"),
+    "train_on_inputs": ("train_on", "all"),
 }
 # Axolotl's `adapter` names a method; ours a folder.
 _AXOLOTL_ADAPTERS = {"lora": {}, "qlora": {"quantization": "4bit"}}

@@ -336,7 +336,7 @@ def _contents(shadow: str, text: str, answers: dict[str, str]) -> dict[str, str]
 
 
 def _start(shadow: str, before: str, number: int) -> tuple[int, int, str]:
-    """Where the prompt `before` ends in `shadow`, where the turn starts, and what of the prompt is not there: a block."""
+    """Where the prompt `before` ends in `shadow`, where the turn starts, and what the prompt has besides: a block."""
     if shadow.startswith(before):
         return len(before), _after_block(shadow, len(before)), ""
     same = len(_common(shadow, before))

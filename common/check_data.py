@@ -7,26 +7,38 @@ import numpy as np
 from rich.text import Text
 
 from common.data import load_data
+from common.explain import explain_row
 from common.models import resolve
 from common.progress import Display
-from common.template import Encoded, encode_all, load_tokenizer
+from common.template import Encoded, Encoder, Style, encode_all, load_tokenizer
 
 _PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
 _SHOWN_ROWS = 3
 
 
-def check_data(path: Path, model: str, max_length: int, display: Display) -> None:
+def check_data(
+    path: Path,
+    model: str,
+    max_length: int,
+    display: Display,
+    style: Style = Style(),  # noqa: B008  # frozen
+    chat_template: str | None = None,
+    explain: int | None = None,
+) -> None:
     """Print counts, length percentiles, rows longer than `max_length` tokens, and three rows with labels coloured.
 
     Raises UserError for a file that training would refuse.
     """
     data = load_data(path, valid_share=0.0, seed=0)
-    tokenizer = load_tokenizer(resolve(model, display.say))
+    tokenizer = load_tokenizer(resolve(model, display.say), chat_template)
+    if explain is not None:
+        explain_row(data.train, explain, Encoder(tokenizer, style), display)
+        return
     rows, lengths, long = [], [], []
     for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if not examples:
             continue
-        kept, too_long = encode_all(examples, tokenizer, max_length)
+        kept, too_long = encode_all(examples, tokenizer, max_length, style=style)
         sizes = [len(row.ids) for row in kept + too_long]
         long += too_long
         rows.append(

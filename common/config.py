@@ -51,6 +51,16 @@ class Options(BaseModel):
         False, description="keep only each layer's input and compute the rest again: less memory, a third more time"
     )
 
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="loss on every assistant turn, on each row's last one, or on every token"
+    )
+    thinking: Literal["off", "keep"] = Field(
+        "off", description="train and export a thinking model without its thoughts, or keep those in the rows"
+    )
+    chat_template: str | None = Field(
+        None, description="chatml, gemma, llama3 or a file, in place of the model's own; for base models without one"
+    )
+
     steps: int | None = Field(None, ge=1, description="optimizer steps, in place of --epochs")
     epochs: float | None = Field(None, gt=0, description="passes over the training rows; 3 unless told otherwise")
     batch_size: int = Field(8, ge=1, description="rows per optimizer step")
@@ -199,6 +209,8 @@ class Recipe(BaseModel):
     lora_plus: float = 1.0
     adapter_hash: str = ""  # contents of the adapter that training went on from
     quantization: str = "none"  # the scheme: mlx-4bit-64, nf4, ...
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    thinking: Literal["off", "keep"] = "off"
     batch_size: int
     max_length: int
     learning_rate: float
@@ -333,7 +345,7 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
 def _anchor(written: dict[str, Any], config: Path) -> None:
     """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
     folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
-    paths = ("data", "model", "llama_cpp")
+    paths = ("data", "model", "llama_cpp", "adapter", "chat_template")
     for key in [*paths, *(other for other, name in SAME.items() if name in paths)]:
         value = written.get(key)
         if isinstance(value, str) and (ours or not Path(value).exists()) and (folder / value).exists():

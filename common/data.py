@@ -87,6 +87,8 @@ def read_rows(path: Path) -> list[Example]:
 
 def prompt_of(row: Example) -> list[dict[str, str]]:
     """The turns before the row's last assistant turn."""
+    if row.text is not None:
+        return []
     last = max(turn for turn, message in enumerate(row.messages) if message["role"] == "assistant")
     return [dict(message) for message in row.messages[:last]]
 

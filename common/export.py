@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +19,19 @@ from common.seam import Adapter, Progress
 from common.server import Server
 
 _SAMPLE_TOKENS = 100
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the exported model is to be served, so that it matches training.
+
+    stops: the ids that end the trained turns, most frequent first; they join the generation config's `eos_token_id`.
+    template: the chat template, where training had one.
+    """
+
+    stops: list[int]
+    template: str | None = None
+
 
 COPIED = (
     "model.safetensors.index.json",
@@ -40,13 +53,12 @@ def write_fused(
     base: Path,
     adapter: Adapter,
     out: Path,
-    stops: list[int],
+    served: Served,
     progress: Progress,
     replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
 ) -> None:
     """Fuse into `out`: weights, config, generation config, tokenizer and template. Whole, or not there at all.
 
-    `stops` are the ids that end the trained turns; they join the generation config's `eos_token_id`.
     `replaced` stands in for weights of the base, as in fuse.
     """
     temporary = out.with_name(f"{out.name}.tmp")
@@ -63,13 +75,32 @@ def write_fused(
         _write_json(temporary / "config.json", config)
         generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
-        ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *stops]))
+        ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         _write_json(temporary / "generation_config.json", generation)
+        _write_served(base, temporary, served)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_served(base: Path, out: Path, served: Served) -> None:
+    """The template as a file of its own, and the end of a turn as the tokenizer's: llama.cpp stops on that one."""
+    config = _read_json(base / "tokenizer_config.json")
+    if served.template is not None:
+        (out / "chat_template.jinja").write_text(served.template, encoding="utf-8")
+        (out / "chat_template.json").unlink(missing_ok=True)
+        if config is not None:
+            config.pop("chat_template", None)
+    tokens = _read_json(base / "tokenizer.json") or {}
+    added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
+    if config is not None:
+        decoder = config.get("added_tokens_decoder") or {}
+        added |= {int(number): token["content"] for number, token in decoder.items()}
+        if served.stops and served.stops[0] in added:
+            config["eos_token"] = added[served.stops[0]]
+        _write_json(out / "tokenizer_config.json", config)
 
 
 def write_ggufs(
@@ -106,7 +137,7 @@ def try_gguf(gguf: Path, fused: Path, prompt: list[dict[str, str]], llama: Llama
                 f"{shown.gguf} instead of {shown.transformers}.",
                 "The file is removed. Check that the base folder's tokenizer files are the model's own.",
             )
-        return server.chat(prompt, _SAMPLE_TOKENS, enable_thinking=False)  # as it was trained
+        return server.chat(prompt, _SAMPLE_TOKENS) if prompt else ""
 
 
 def trained_bytes(adapter: Adapter | None, base: Path) -> int:

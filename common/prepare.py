@@ -14,13 +14,13 @@ from common.config import Options, Plan, Recipe
 from common.data import data_hash, load_data, prompt_of
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
-from common.export import check_disk, disk_needed, trained_bytes
+from common.export import Served, check_disk, disk_needed, trained_bytes
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.lora import choose_layers, initial_adapter, layer_count, validate
 from common.progress import Display
 from common.seam import Adapter
-from common.template import Encoded, encode_all, load_tokenizer, stop_ids, template_hash
+from common.template import Encoded, Style, encode_all, exported_template, load_tokenizer, stop_ids, template_hash
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Job:
     valid: list[Encoded]
     start: Adapter | None  # None: every weight is trained
     llama: LlamaCpp | None
-    stops: list[int]
-    sample: list[dict[str, str]]  # a prompt to try the result with
+    served: Served
+    sample: list[dict[str, Any]]  # a prompt to try the result with; of plain text there is none
 
 
 def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
@@ -62,10 +62,13 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     folder = models.resolve(options.model, display.say)
     shapes = models.linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, options.chat_template)
+    style = Style(options.train_on, options.thinking)
     with display.stage("read the data") as progress:
-        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress)
-        valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length)
+        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress, style)
+        valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length, style=style)
+    for note, count in Counter(note for row in [*rows, *too_long, *valid] for note in row.notes).items():
+        display.say(f"{count} rows: {note}")
     if not rows:
         raise UserError(
             f"--max-length {options.max_length}: every row of {options.data} is longer "
@@ -111,7 +114,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
     llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
-    return Job(options, run, folder, recipe, plan, choices, rows, valid, start, llama, stop_ids(rows), sample)
+    served = Served(stop_ids(rows), exported_template(tokenizer, style))
+    return Job(options, run, folder, recipe, plan, choices, rows, valid, start, llama, served, sample)
 
 
 # What the recipe holds in another form than the options.

@@ -68,17 +68,17 @@ class Display:
             for name, value in facts.items():
                 self.console.print(f"{name:<10} {value}", markup=False)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
         """A result: shown even with --quiet."""
-        self.event("table", title=title, columns=list(columns), rows=[list(row) for row in rows])
+        self.event("table", title=title, columns=list(columns), rows=[list(map(str, row)) for row in rows])
         if self.mode == "json":
             return
         table = Table(title=title, title_justify="left", title_style="bold")
         for number, column in enumerate(columns):
-            figures = all(_FIGURE.fullmatch(row[number]) for row in rows)
+            figures = all(_FIGURE.fullmatch(str(row[number])) for row in rows)
             table.add_column(column, justify="right" if figures else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
         self.console.print(table)
 
     @contextmanager

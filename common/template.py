@@ -86,12 +86,18 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
+def exported_template(tokenizer: Any, style: Style) -> str | None:
+    """The chat template that serves the model as it was trained; None where it has none."""
+    return Renderer(tokenizer, style.thinking).exported_template() if tokenizer.chat_template else None
+
+
 class Encoder:
     """Encodes rows by one tokenizer and style; the template's quirks are looked for once."""
 
     def __init__(self, tokenizer: Any, style: Style) -> None:
         self.tokenizer, self.style = tokenizer, style
         self.renderer = Renderer(tokenizer, style.thinking) if tokenizer.chat_template else None
+        self.unlabelled_reason = "prompt" if style.train_on != "all" else "--train-on all: every token is learned"
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
 
     def place(self, example: Example) -> Conversation:
@@ -108,13 +114,22 @@ class Encoder:
         """Token ids and label mask. Raises UserError naming the row where it cannot be labelled exactly."""
         if example.text is not None:
             return self._text(example)
+        return self._chosen(example)[0]
+
+    def placed(self, example: Example) -> tuple[Conversation, Example]:
+        """A chat row's conversation, and the row as it was rendered: spaces around answers may be taken off."""
+        _, conversation, example = self._chosen(example)
+        return conversation, example
+
+    def _chosen(self, example: Example) -> tuple[Encoded, Conversation, Example]:
+        conversation = self.place(example)
         try:
-            return self._chat(example, self.place(example))
+            return self._chat(example, conversation), conversation, example
         except Unlabelled as why:
-            stripped = tuple({**m, "content": _stripped(m)} for m in example.messages)
-            if stripped != example.messages:  # a leading line break may melt into the prompt's last token
-                again = self(replace(example, messages=stripped))
-                return replace(again, notes=(*again.notes, "spaces around answers taken off"))
+            stripped = replace(example, messages=tuple({**m, "content": _stripped(m)} for m in example.messages))
+            if stripped != example:  # a leading line break may melt into the prompt's last token
+                row, conversation, stripped = self._chosen(stripped)
+                return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
             raise UserError(
                 f"{example.source}: this row cannot be labelled exactly: {why}.",
                 "Take the row out, or use another template (--chat-template).",

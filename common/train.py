@@ -17,7 +17,7 @@ from common.checkpoint import State
 from common.config import Options, Plan, Recipe, write_yaml
 from common.errors import UserError
 from common.example import is_example, score
-from common.export import check_disk, disk_needed, try_gguf, write_fused, write_ggufs
+from common.export import Served, check_disk, disk_needed, try_gguf, write_fused, write_ggufs
 from common.gguf import check_quants
 from common.llamacpp import LlamaCpp
 from common.loop import Interrupted, train
@@ -27,6 +27,7 @@ from common.prepare import Job, free_name, llama_for, prepare, source_name
 from common.progress import Display
 from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
 
+_TEMPLATE = "chat_template.jinja"
 _PLAN = "what changes only speed and memory"
 
 
@@ -54,7 +55,7 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         adapters.write_both(job.run, final)
         record.update_run(job.run, status="complete")
         try:
-            finish(job.run, job.folder, final, job.options, job.llama, job.stops, seconds, display, make_backend)
+            finish(job.run, job.folder, final, job.options, job.llama, job.served, seconds, display, make_backend)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
             raise
@@ -78,7 +79,9 @@ def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], B
     validate(final, shapes, run / "adapter")
     check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
     llama = llama_for(merged, folder, display)
-    finish(run, folder, final, merged, llama, known["stop_ids"], {}, display, make_backend)
+    template = run / _TEMPLATE
+    served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
+    finish(run, folder, final, merged, llama, served, {}, display, make_backend)
 
 
 def finish(
@@ -87,7 +90,7 @@ def finish(
     final: Adapter,
     options: Options,
     llama: LlamaCpp | None,
-    stops: list[int],
+    served: Served,
     seconds: dict[str, float],
     display: Display,
     make_backend: Callable[[str], Backend],
@@ -97,7 +100,7 @@ def finish(
     if options.export != "none":
         replacing = _replaced(run, folder, final, options, make_backend, display)
         with _timed(seconds, "fuse"), replacing as replaced, display.stage("fuse") as progress:
-            write_fused(folder, final, run / "fused", stops, progress, replaced)
+            write_fused(folder, final, run / "fused", served, progress, replaced)
         export["fused"] = "fused"
     if options.export == "gguf" and llama is not None:
         with _timed(seconds, "gguf"), display.stage("gguf") as progress:
@@ -128,7 +131,8 @@ def finish(
         with _timed(seconds, "try"):
             answer = try_gguf(first, run / "fused", prompt, llama)
         export["sample"] = {"prompt": prompt, "answer": answer}
-        display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
+        if prompt:
+            display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
     export = record.read_run(run).get("export", {}) | export
     record.update_run(run, export=export)
     if options.export == "gguf" and llama is not None and is_example(options.data):
@@ -346,6 +350,8 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
             job = replace(job, run=free_name(job.run))
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
     write_yaml(job.run / "plan.yaml", job.plan, _PLAN)
+    if job.served.template is not None:
+        (job.run / _TEMPLATE).write_text(job.served.template, encoding="utf-8")
     record.write_environment(job.run)
     record.update_run(
         job.run,
@@ -354,7 +360,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         model_hash=job.recipe.model_hash,
         plans=[{"from_step": 1} | job.plan.model_dump()],
         deterministic=record.deterministic(job.recipe, job.plan),
-        stop_ids=job.stops,
+        stop_ids=job.served.stops,
         sample_prompt=job.sample,
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
@@ -363,7 +369,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
 
 def _anchored(options: dict[str, Any]) -> dict[str, Any]:
     """Paths made absolute, so that the run can be resumed from another working folder."""
-    for key in ("model", "data", "llama_cpp", "adapter"):
+    for key in ("model", "data", "llama_cpp", "adapter", "chat_template"):
         if options[key] and Path(options[key]).expanduser().exists():
             options[key] = str(Path(options[key]).expanduser().resolve())
     return options

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from common import models
 from common.adapter import read_mlx, read_peft, write_both
-from common.export import write_fused
+from common.export import Served, write_fused
 from common.families import facts, normalise_config, text_config
 from common.parity import TINY, write_tiny
 from tests import backends
@@ -178,7 +178,7 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     np.testing.assert_allclose(whole(PeftModel.from_pretrained(model, tmp_path / "adapter")), tuned["mlx"], atol=1e-4)
 
     fused = tmp_path / "fused"
-    write_fused(folder, adapter, fused, [2], lambda share, text: None)
+    write_fused(folder, adapter, fused, Served([2]), lambda share, text: None)
     for name in ("processor_config.json", "preprocessor_config.json"):
         assert (fused / name).read_bytes() == (folder / name).read_bytes()
     before, after = load_file(folder / "model.safetensors"), load_file(fused / "model.safetensors")

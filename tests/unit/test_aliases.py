@@ -156,7 +156,6 @@ def test_lora_parameters_that_are_no_numbers() -> None:
     [
         ("fp16", True, "fp16: float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32"),
         ("packing", True, "packing: rows of like length are computed together without packing"),
-        ("train_on_inputs", True, "train_on_inputs: loss is on assistant turns only"),
         ("lr_schedule", {"name": "cosine_decay"}, "lr_schedule: mlx_lm's list of function and arguments"),
         ("datasets", [{"path": "x"}], "datasets: Axolotl's list; use data with one file or folder"),
         ("adapter_path", "adapters", "adapter_path: mlx_lm's folder for adapters alone"),
@@ -168,7 +167,7 @@ def test_what_means_something_else_is_explained(key: str, value: object, said: s
     assert faults[0].startswith(said)
 
 
-@pytest.mark.parametrize("key", ["fp16", "sample_packing", "train_on_inputs"])
+@pytest.mark.parametrize("key", ["fp16", "sample_packing"])
 def test_what_is_turned_off_elsewhere_asks_for_nothing_here(key: str) -> None:
     assert translate({key: False})[2] == []
 
@@ -256,6 +255,8 @@ def test_a_whole_trl_recipe() -> None:
         ({"adapter": "runs/one"}, {"adapter": "runs/one"}),
         ({"use_rslora": True}, {"rslora": True}),
         ({"peft_use_dora": True}, {"method": "dora"}),
+        ({"train_on_inputs": True}, {"train_on": "all"}),
+        ({"train_on_inputs": False}, {}),
         ({"loraplus_lr_ratio": 16}, {"lora_plus": 16}),
     ],
 )

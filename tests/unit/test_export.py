@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.export import check_disk, disk_needed, write_fused
+from common.export import Served, check_disk, disk_needed, write_fused
 from common.seam import Adapter, LoraWeight
 from tests.unit.base_folder import CONFIG, Q, write_base
 
@@ -21,7 +21,7 @@ def adapter(name: str = Q) -> Adapter:
 
 def fused(base: Path, stops: list[int], out: Path | None = None) -> Path:
     out = out or base.parent / "run" / "fused"
-    write_fused(base, adapter(), out, stops, lambda share, text: None)
+    write_fused(base, adapter(), out, Served(stops), lambda share, text: None)
     return out
 
 
@@ -32,7 +32,7 @@ def read(path: Path) -> dict:
 def test_the_folder_is_complete(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", shards=2)
     for name in ("tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
-        (base / name).write_text(name)
+        (base / name).write_text("{}" if name.endswith(".json") else name)
     (base / "pytorch_model.bin").write_text("old")
     out = fused(base, [])
     assert {path.name for path in out.iterdir()} >= {
@@ -89,10 +89,20 @@ def test_the_generation_config_ends_where_the_trained_turns_end(
     assert content.get("temperature") == (0.5 if generation is not None else None)
 
 
+def test_the_exported_tokenizer_ends_where_the_trained_turns_end(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": "<turn|>"}]}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": "old"}))
+    out = tmp_path / "out"
+    write_fused(base, adapter(), out, Served([7, 2], "new"), lambda share, text: None)
+    assert read(out / "tokenizer_config.json") == {"eos_token": "<turn|>"}
+    assert (out / "chat_template.jinja").read_text() == "new"
+
+
 def test_a_failure_leaves_no_half_written_folder(tmp_path: Path) -> None:
     base, out = write_base(tmp_path / "base"), tmp_path / "fused"
     with pytest.raises(UserError):
-        write_fused(base, adapter("model.layers.9.self_attn.q_proj"), out, [], lambda share, text: None)
+        write_fused(base, adapter("model.layers.9.self_attn.q_proj"), out, Served([]), lambda share, text: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 

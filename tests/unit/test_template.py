@@ -10,7 +10,16 @@ import pytest
 from common.chat import Renderer
 from common.data import Example
 from common.errors import UserError
-from common.template import Encoded, encode, encode_all, load_tokenizer, stop_ids, template_hash
+from common.template import (
+    Encoded,
+    Style,
+    encode,
+    encode_all,
+    load_tokenizer,
+    own_templates,
+    stop_ids,
+    template_hash,
+)
 from tests.tiny import CHATML, SPECIAL
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -145,8 +154,7 @@ def test_a_template_that_changes_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
     assert said == (
-        "train.jsonl:17: this row cannot be labelled exactly: "
-        "the template leaves out or changes the answer of turn 2."
+        "train.jsonl:17: this row cannot be labelled exactly: the template leaves out or changes the answer of turn 2."
     )
     tokenizer.chat_template = CHATML.replace(
         "m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])"
@@ -255,3 +263,232 @@ def test_stop_ids_come_most_frequent_first() -> None:
     mask = np.array([False, True, True, False, True])
     rows = [Encoded(np.array([9], np.int32), mask, "", ends) for ends in ((5, 7), (7, 7))]
     assert stop_ids(rows) == [7, 5]
+
+
+# --- what carries loss
+
+
+def test_only_the_last_turn_or_every_token(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No"))
+    assert labels(encode(row, tokenizer, Style(train_on="last")), tokenizer) == ["N", "o", END]
+    assert encode(row, tokenizer, Style(train_on="all")).mask.all()
+
+
+def test_a_turn_that_the_row_takes_out(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No"))
+    row.messages[1]["train"] = False
+    encoded = encode(row, tokenizer)
+    assert labels(encoded, tokenizer) == ["N", "o", END]
+    assert len(encoded.ends) == 1
+
+
+def test_plain_text_is_learned_whole_with_its_end(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    encoded = encode(Example((), "a.txt:1", text="Yo"), tokenizer)
+    assert labels(encoded, tokenizer) == ["Y", "o", END]
+    assert encoded.ends == (SPECIAL.index(END),)
+
+
+# --- BOS
+
+
+def test_one_bos_where_the_template_leaves_it_to_the_tokenizer(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    plain = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 0)]
+    )
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
+    assert encoded.ids.tolist() == [0, *plain.ids.tolist()]
+    assert encoded.mask.tolist() == [False, *plain.mask.tolist()]
+    tokenizer.chat_template = "{{ bos_token }}" + CHATML
+    assert encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer).ids.tolist() == encoded.ids.tolist()
+
+
+def test_two_bos_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ bos_token + bos_token }}" + CHATML
+    assert fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer).endswith("it starts with two BOS tokens.")
+
+
+# --- a template's own marks
+
+
+def test_the_templates_marks_say_what_is_generated_and_the_end_is_learned_all_the_same(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+        "{% if m['role'] == 'assistant' %}{{ 'S:' }}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
+    assert labels(encoded, tokenizer) == ["Y", "o", END]
+
+
+# --- ends
+
+
+def test_an_end_that_is_written_only_when_a_turn_follows_is_learned_in_the_last_turn_too(tokenizer: Any) -> None:
+    # as Apertus's template does
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' and not loop.first %}{{ '<|endoftext|>' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No"))
+    assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", SPECIAL[0], "N", "o", SPECIAL[0]]
+
+
+def test_what_a_finished_conversation_has_after_the_turns_end_is_not_learned(tokenizer: Any) -> None:
+    # as Phi-3's template does
+    tokenizer.chat_template = CHATML + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
+    assert labels(encoded, tokenizer) == ["Y", "o", END]
+
+
+def test_a_history_turns_end_that_is_not_where_the_model_stops_is_not_learned(tokenizer: Any) -> None:
+    # as gpt-oss's template does
+    tokenizer.chat_template = CHATML.replace(
+        "m['content'] + '<|im_end|>\n'",
+        "m['content'] + ('<|endoftext|>' if loop.last and m['role'] == 'assistant' else '<|im_end|>')",
+    )
+    row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No"))
+    assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", "N", "o", SPECIAL[0]]
+
+
+# --- thinking, kept and off
+
+SWITCH = CHATML.replace(
+    "'<|im_start|>assistant\n'",
+    "'<|im_start|>assistant\n' + ('' if enable_thinking else '<think>\n\n</think>\n\n')",
+).replace(
+    "m['content'] +",
+    "(('<think>\n' + m.reasoning_content + '\n</think>\n\n') if m.reasoning_content and loop.last else '')"
+    " + m['content'] +",
+)
+OPEN = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")
+
+
+def thoughtful(form: str) -> Example:
+    if form == "in the answer":
+        return example(("user", "Hi"), ("assistant", "<think>\nHm\n</think>\n\nYo"))
+    messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "reasoning_content": "Hm"})
+    return Example(messages, "train.jsonl:17")
+
+
+def said(encoded: Encoded, tokenizer: Any, labelled: bool = True) -> str:
+    return tokenizer.decode(encoded.ids[encoded.mask].tolist() if labelled else encoded.ids.tolist())
+
+
+@pytest.mark.parametrize("form", ["of its own", "in the answer"])
+def test_thoughts_are_left_out_when_thinking_is_off(tokenizer: Any, form: str) -> None:
+    tokenizer.chat_template = SWITCH
+    encoded = encode(thoughtful(form), tokenizer)
+    assert said(encoded, tokenizer) == "Yo<|im_end|>"
+    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
+    assert encoded.notes == ("reasoning left out (--thinking off)",)
+
+
+@pytest.mark.parametrize("form", ["of its own", "in the answer"])
+def test_thoughts_are_learned_when_they_are_kept(tokenizer: Any, form: str) -> None:
+    tokenizer.chat_template = SWITCH
+    encoded = encode(thoughtful(form), tokenizer, Style(thinking="keep"))
+    assert said(encoded, tokenizer) == "<think>\nHm\n</think>\n\nYo<|im_end|>"
+
+
+def test_a_row_without_thoughts_among_kept_ones_has_the_empty_block_in_its_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = SWITCH
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer, Style(thinking="keep"))
+    assert said(encoded, tokenizer) == "Yo<|im_end|>"
+    assert "<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
+
+
+def test_a_template_that_always_opens_a_block_gets_it_closed(tokenizer: Any) -> None:
+    # as DeepSeek-R1's distills do
+    tokenizer.chat_template = OPEN
+    row = example(("user", "Hi"), ("assistant", "Yo"))
+    encoded = encode(row, tokenizer)
+    assert said(encoded, tokenizer) == "Yo<|im_end|>"
+    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
+    kept = encode(thoughtful("of its own"), tokenizer, Style(thinking="keep"))
+    assert said(kept, tokenizer) == "Hm\n</think>\n\nYo<|im_end|>"
+
+
+@pytest.mark.parametrize("template", [SWITCH, OPEN], ids=["a switch", "always open"])
+def test_the_exported_template_prompts_as_training_did_whatever_the_server_asks(tokenizer: Any, template: str) -> None:
+    tokenizer.chat_template = template
+    exported = Renderer(tokenizer, "off").exported_template()
+    messages = [{"role": "user", "content": "Hi"}]
+    for settings in ({}, {"enable_thinking": True}):
+        prompt = tokenizer.apply_chat_template(
+            messages, chat_template=exported, tokenize=False, add_generation_prompt=True, **settings
+        )
+        assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
+    assert Renderer(tokenizer, "keep").exported_template() == template
+
+
+# --- tools
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
+TOOLS = CHATML.replace(
+    "m['content'] +",
+    "m['content'] + (m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson)"
+    " if m.tool_calls else '') +",
+)
+
+
+def calling() -> Example:
+    messages = (
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny", "name": "weather"},
+        {"role": "assistant", "content": "Yo"},
+    )
+    return Example(messages, "train.jsonl:17", ({"type": "function", "function": {"name": "weather"}},))
+
+
+def test_a_tool_call_is_learned_and_its_result_is_not(tokenizer: Any) -> None:
+    tokenizer.chat_template = TOOLS
+    assert said(encode(calling(), tokenizer), tokenizer) == 'weather{"city": "Tokyo"}<|im_end|>Yo<|im_end|>'
+
+
+def test_a_template_that_leaves_tool_calls_out_is_refused(tokenizer: Any) -> None:
+    assert fault(calling(), tokenizer).endswith("the template leaves out the tool call of turn 2.")
+
+
+# --- other templates
+
+
+def test_a_named_template_takes_the_place_of_none(tokenizer_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"))
+    wanted = encode(row, tokenizer)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    assert encode(row, load_tokenizer(tmp_path, "chatml")).ids.tolist() == wanted.ids.tolist()
+    (tmp_path / "own.jinja").write_text(CHATML.replace("user", "USER"))
+    assert encode(row, load_tokenizer(tmp_path, str(tmp_path / "own.jinja"))).ids.tolist() == wanted.ids.tolist()
+
+
+def test_a_named_template_whose_tokens_the_vocabulary_lacks(tokenizer_folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tokenizer_folder, "gemma")
+    assert caught.value.what == (
+        "--chat-template gemma: it writes <end_of_turn>, <start_of_turn>, which the model's vocabulary lacks."
+    )
+    assert caught.value.fix == "Choose one that fits: chatml."
+    with pytest.raises(UserError, match="neither a name of ours nor a file"):
+        load_tokenizer(tokenizer_folder, "nonesuch")
+
+
+@pytest.mark.parametrize("name", own_templates())
+def test_our_own_templates_label_what_they_should(tokenizer: Any, name: str) -> None:
+    special = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<|begin_of_text|>", "<|start_header_id|>"]
+    special += ["<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = (Path("common/chat_templates") / f"{name}.jinja").read_text()
+    row = example(("system", "Be"), ("user", "Hi"), ("assistant", "Yo"), ("user", "So"), ("assistant", "No"))
+    end = {"chatml": END, "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}[name]
+    encoded = encode(row, tokenizer)
+    assert said(encoded, tokenizer) == f"Yo{end}No{end}"
+    assert encoded.notes == ()
+    assert "Be" in said(encoded, tokenizer, labelled=False)

@@ -161,7 +161,7 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     folder, backend = run(given)
     assert {path.name for path in folder.iterdir()} == {
         *("adapter", "adapter-mlx", "checkpoints", "environment.json"),
-        *("metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
+        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
     }
     record = json.loads((folder / "run.json").read_text())
     assert (record["status"], record["steps"], record["backend"], record["export"]) == ("complete", 6, "torch", {})
