@@ -46,20 +46,28 @@ def train(options: tyro.conf.OmitArgPrefixes[Options]) -> None:
 
 @app.command(name="check-data")
 def check_data(
-    file: tyro.conf.Positional[Path],
+    data: tyro.conf.Positional[str],
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
     max_length: int = 1024,
+    overflow: Literal["drop", "truncate", "error"] = "drop",
+    valid_share: float = 0.0,
+    seed: int = 0,
+    field: tuple[str, ...] = (),
     train_on: Literal["assistant", "last", "all"] = "assistant",
     thinking: Literal["off", "keep"] = "off",
     chat_template: str | None = None,
     explain: int | None = None,
 ) -> None:
-    """Count rows, tokens and label tokens; show three rows with the labelled tokens coloured.
+    """Count rows, tokens and label tokens, list what is doubtful, show three rows with the labelled tokens coloured.
 
     Args:
-        file: JSONL file, or a folder with train.jsonl.
+        data: JSONL, JSON, CSV, Parquet or text file, a folder with a train file, or a hub data set.
         model: whose tokenizer and chat template to use.
         max_length: rows with more tokens are listed.
+        overflow: what becomes of those, as in train.
+        valid_share: look at a hold-out of one file too, as train makes it (train's is 0.1).
+        seed: of that hold-out.
+        field: what a part of a row is called here, as in train: instruction=question output=answer.
         train_on: where there is loss, as in train.
         thinking: whether thoughts in the rows are kept, as in train.
         chat_template: chatml, gemma, llama3 or a file, as in train.
@@ -67,9 +75,11 @@ def check_data(
     """
     from common.check_data import check_data
     from common.progress import Display
-    from common.template import Style
 
-    check_data(file, model, max_length, Display(), Style(train_on, thinking), chat_template, explain)
+    given = locals() | {"field": list(field)}
+    names = ("data", "model", "max_length", "overflow", "valid_share", "seed", "field", "train_on", "thinking")
+    flags = {name: given[name] for name in (*names, "chat_template")}
+    check_data(load_options(flags)[0], explain, Display())
 
 
 @app.command

@@ -1,72 +1,69 @@
-"""`check-data`: what training will see of a file, before it is trained on."""
+"""`check-data`: what training will see of data, before it is trained on."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
-from common.data import load_data
+from common.config import Options
+from common.errors import UserError
 from common.explain import explain_row
+from common.findings import doubtful
 from common.models import resolve
+from common.overflow import encode_all, fit
 from common.progress import Display
-from common.template import Encoded, Encoder, Style, encode_all, load_tokenizer
+from common.sources import check_fields, load_data
+from common.template import Encoded, Encoder, Style, load_tokenizer
 
 _PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
 _SHOWN_ROWS = 3
 
 
-def check_data(
-    path: Path,
-    model: str,
-    max_length: int,
-    display: Display,
-    style: Style = Style(),  # noqa: B008  # frozen
-    chat_template: str | None = None,
-    explain: int | None = None,
-) -> None:
-    """Print counts, length percentiles, rows longer than `max_length` tokens, and three rows with labels coloured.
+def check_data(options: Options, explain: int | None, display: Display) -> None:
+    """Print shapes, counts, length percentiles, doubtful and long rows, and three rows with labels coloured.
 
-    Raises UserError for a file that training would refuse.
+    `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
-    data = load_data(path, valid_share=0.0, seed=0)
-    tokenizer = load_tokenizer(resolve(model, display.say), chat_template)
+    if fault := check_fields(options.field):
+        raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
+    source, max_length = options.data or "", options.max_length
+    data = load_data(source, options.valid_share, options.seed, options.field)
+    tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)
+    encoder = Encoder(tokenizer, Style(options.train_on, options.thinking))
     if explain is not None:
-        explain_row(data.train, explain, Encoder(tokenizer, style), display)
+        explain_row(data.train, explain, encoder, display)
         return
-    rows, lengths, long = [], [], []
+    display.say(f"{source} read as: {data.described()}")
+    rows, lengths, long, shown = [], [], [], []
     for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         if not examples:
             continue
-        kept, too_long = encode_all(examples, tokenizer, max_length, style=style)
-        sizes = [len(row.ids) for row in kept + too_long]
-        long += too_long
-        rows.append(
-            [
-                name,
-                str(len(examples)),
-                f"{sum(sizes):,}",
-                f"{sum(row.label_tokens for row in kept + too_long):,}",
-                str(len(too_long)),
-            ]
-        )
+        every = encode_all(examples, encoder)
+        fitted = fit(every, max_length, "truncate" if options.overflow == "truncate" else "drop")
+        sizes = [len(row.ids) for row in every]
+        long += [[row.source, str(len(row.ids)), "dropped"] for row in fitted.dropped]
+        long += [[row.source, str(len(row.ids)), "truncated"] for row in fitted.truncated]
+        rows.append([name, str(len(every)), f"{sum(sizes):,}", f"{sum(row.label_tokens for row in every):,}"])
+        rows[-1].append(str(len(fitted.dropped) + len(fitted.truncated)))
         lengths.append([name, *(f"{np.percentile(sizes, p):.0f}" for p in _PERCENTILES)])
         if name == "train":
-            shown = kept[:_SHOWN_ROWS]
-    display.table(
-        f"{path} by {model}", ["", "rows", "tokens", "label tokens", f"longer than --max-length {max_length}"], rows
-    )
+            shown = fitted.rows[:_SHOWN_ROWS]
+            notes = [note for row in every for note in row.notes]
+    columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {max_length}"]
+    display.table(f"{source} by {options.model}", columns, rows)
     display.table(
         "Tokens a row, percentiles",
         ["", *("shortest" if p == 0 else "longest" if p == 100 else f"{p} %" for p in _PERCENTILES)],
         lengths,
     )
+    for note in dict.fromkeys(notes):
+        display.say(f"{notes.count(note)} training rows: {note}")
+    for finding in doubtful(data):
+        display.warn(str(finding))
     if long:
-        display.table(
-            f"Rows longer than {max_length} tokens: training drops them",
-            ["row", "tokens"],
-            [[row.source, str(len(row.ids))] for row in long],
-        )
+        if options.overflow == "error":
+            long = [[place, tokens, "not accepted: --overflow error"] for place, tokens, _ in long]
+        display.table(f"Rows longer than {max_length} tokens", ["row", "tokens", "in training"], long)
     for row in shown:
         display.console.print(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
         display.console.print(coloured(row, tokenizer))

@@ -33,7 +33,10 @@ class Options(BaseModel):
 
     config: str | None = Field(None, description="YAML file with these options; flags win over it")
     model: str | None = Field(None, description="Hugging Face name, a local model folder, or a GGUF file")
-    data: str | None = Field(None, description="JSONL file of chat rows, or a folder with train/valid/test.jsonl")
+    data: str | None = Field(
+        None,
+        description="JSONL, JSON, CSV, Parquet or text file, folder with train/valid/test files, or hub data set",
+    )
     output: str | None = Field(None, description="run folder; default runs/<model>-<data>-<backend>")
     resume: str | None = Field(None, description="run folder to go on with, by its own recipe and plan")
 
@@ -51,6 +54,9 @@ class Options(BaseModel):
         False, description="keep only each layer's input and compute the rest again: less memory, a third more time"
     )
 
+    field: dict[str, str] = Field(
+        {}, description="what a part of a row is called here: instruction=question output=answer"
+    )
     train_on: Literal["assistant", "last", "all"] = Field(
         "assistant", description="loss on every assistant turn, on each row's last one, or on every token"
     )
@@ -67,7 +73,12 @@ class Options(BaseModel):
     learning_rate: float = Field(2e-4, gt=0, description="the schedule's highest value")
     warmup: float = Field(0.05, ge=0, description="below 1: a share of the steps; from 1: steps")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="after the warm-up")
-    max_length: int = Field(1024, ge=2, description="longer rows are dropped, counted and listed")
+    max_length: int = Field(
+        1024, ge=2, description="tokens a row may have; --overflow says what becomes of longer ones"
+    )
+    overflow: Literal["drop", "truncate", "error"] = Field(
+        "drop", description="rows longer than max_length are left out and counted, cut off, or not accepted"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, row order, hold-out and dropout")
 
     rank: int = Field(16, ge=1, description="of the LoRA matrices")
@@ -120,14 +131,14 @@ class Options(BaseModel):
             return [name for part in parts for name in part.replace(",", " ").split()]
         return value
 
-    @field_validator("rank_pattern", "alpha_pattern", mode="before")
+    @field_validator("rank_pattern", "alpha_pattern", "field", mode="before")
     @classmethod
     def _pairs(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
         if isinstance(parts, list):
             pairs = [str(part).partition("=") for part in parts]
             if bad := [name for name, equals, _ in pairs if not equals]:
-                raise ValueError(f"{bad[0]!r} is no NAME=NUMBER")
+                raise ValueError(f"{bad[0]!r} is no NAME=VALUE")
             return {name: number for name, _, number in pairs}
         return value
 
@@ -213,6 +224,7 @@ class Recipe(BaseModel):
     thinking: Literal["off", "keep"] = "off"
     batch_size: int
     max_length: int
+    overflow: Literal["drop", "truncate", "error"] = "drop"
     learning_rate: float
     weight_decay: float
     beta1: float

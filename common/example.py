@@ -6,12 +6,12 @@ from typing import Any
 
 from common.cache import cache_folder, cache_lock
 from common.config import ROOT
-from common.data import read_rows
 from common.gguf import convert, quantize
 from common.llamacpp import LlamaCpp
 from common.progress import Display
 from common.record import read_run
 from common.server import Server
+from common.sources import read_rows
 
 FOLDER = ROOT / "examples" / "data"
 _ANSWER_TOKENS = 64  # the longest right answer has fewer

@@ -12,7 +12,6 @@ import numpy as np
 from common import models
 from common.batches import micro_batches, step_rows
 from common.config import ROOT, Plan, Recipe
-from common.data import load_data
 from common.dispatch import choose_backend, choose_device
 from common.errors import UserError
 from common.families import text_config
@@ -20,6 +19,7 @@ from common.lora import initial_adapter, layer_count
 from common.parity import TINY, write_tiny
 from common.progress import Display
 from common.seam import Backend
+from common.sources import load_data
 from common.template import Encoded
 
 RECORD = Path(__file__).with_name("parity_numbers.json")
@@ -167,7 +167,7 @@ def _text_rows(folder: Path) -> list[Encoded]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     rows = []
-    for example in load_data(ROOT / "examples" / "data", 0, 0).train[:40]:
+    for example in load_data(str(ROOT / "examples" / "data"), 0, 0).train[:40]:
         text = "\n".join(str(message["content"]) for message in example.messages)
         ids = np.array(tokenizer(text)["input_ids"][:128], np.int32)
         rows.append(Encoded(ids, np.ones(len(ids), bool), example.source))

@@ -11,16 +11,19 @@ from common.adapter import adapter_hash, read_any
 from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
 from common.config import Options, Plan, Recipe
-from common.data import data_hash, load_data, prompt_of
+from common.data import data_hash, prompt_of
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
 from common.export import Served, check_disk, disk_needed, trained_bytes
+from common.findings import doubtful
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.lora import choose_layers, initial_adapter, layer_count, validate
+from common.overflow import encode_all, fit
 from common.progress import Display
 from common.seam import Adapter
-from common.template import Encoded, Style, encode_all, exported_template, load_tokenizer, stop_ids, template_hash
+from common.sources import check_fields, load_data
+from common.template import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
 
 
 @dataclass(frozen=True)
@@ -58,30 +61,41 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         choices["precision"] = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
     scheme = quantization_scheme(options.quantization, backend)
     run = resumed or _output(options, backend)
-    data = load_data(Path(options.data), options.valid_share, options.seed)
+    if fault := check_fields(options.field):
+        raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
+    data = load_data(options.data, options.valid_share, options.seed, options.field)
+    display.say(f"{options.data} read as: {data.described()}")
+    for finding in doubtful(data):
+        display.warn(str(finding))
     folder = models.resolve(options.model, display.say)
     shapes = models.linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
     tokenizer = load_tokenizer(folder, options.chat_template)
     style = Style(options.train_on, options.thinking)
     with display.stage("read the data") as progress:
-        rows, too_long = encode_all(data.train, tokenizer, options.max_length, progress, style)
-        valid, valid_too_long = encode_all(data.valid, tokenizer, options.max_length, style=style)
-    for note, count in Counter(note for row in [*rows, *too_long, *valid] for note in row.notes).items():
+        encoder = Encoder(tokenizer, style)
+        every, valid_every = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
+    for note, count in Counter(note for row in [*every, *valid_every] for note in row.notes).items():
         display.say(f"{count} rows: {note}")
+    fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (every, valid_every))
+    rows, valid = fitted.rows, valid_fitted.rows
     if not rows:
         raise UserError(
             f"--max-length {options.max_length}: every row of {options.data} is longer "
-            f"(the shortest has {min(len(row.ids) for row in too_long)} tokens).",
+            f"(the shortest has {min(len(row.ids) for row in every)} tokens).",
             "Raise --max-length.",
         )
-    if dropped := too_long + valid_too_long:
-        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
-        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
-        display.warn(
-            f"{len(dropped)} rows longer than --max-length {options.max_length} are dropped: {shown}{more} "
-            "(check-data lists them all)"
-        )
+    for what, long in (
+        ("dropped", fitted.dropped + valid_fitted.dropped),
+        ("truncated", fitted.truncated + valid_fitted.truncated),
+    ):
+        if long:
+            shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
+            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+            display.warn(
+                f"{len(long)} rows longer than --max-length {options.max_length} are {what}: {shown}{more} "
+                "(check-data lists them all)"
+            )
     with display.stage("hash the model") as progress:
         model_hash = models.content_hash(folder, progress)
     per_epoch = steps_per_epoch(len(rows), options.batch_size)
@@ -114,7 +128,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
     llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
-    served = Served(stop_ids(rows), exported_template(tokenizer, style))
+    served = Served(stop_ids(every), exported_template(tokenizer, style))
     return Job(options, run, folder, recipe, plan, choices, rows, valid, start, llama, served, sample)
 
 
@@ -176,7 +190,7 @@ def free_name(run: Path) -> Path:
 
 def source_name(source: str | None) -> str:
     name = Path(source or "").name
-    return name.removesuffix(".gguf").removesuffix(".jsonl")
+    return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]
 
 
 def llama_for(options: Options, folder: Path, display: Display) -> LlamaCpp | None:

@@ -11,7 +11,6 @@ import numpy as np
 from common.chat import Conversation, Renderer, Unlabelled, place
 from common.data import Example
 from common.errors import UserError
-from common.seam import Progress
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 
@@ -211,22 +210,6 @@ def _stripped(message: dict[str, Any]) -> str:
 def encode(example: Example, tokenizer: Any, style: Style = Style()) -> Encoded:  # frozen
     """One row by itself; see Encoder."""
     return Encoder(tokenizer, style)(example)
-
-
-def encode_all(
-    examples: list[Example],
-    tokenizer: Any,
-    max_length: int,
-    progress: Progress = lambda share, text: None,
-    style: Style = Style(),  # frozen
-) -> tuple[list[Encoded], list[Encoded]]:
-    """`(kept, too_long)`: every row encoded, those longer than `max_length` tokens apart."""
-    rows, encoder = [], Encoder(tokenizer, style)
-    for number, example in enumerate(examples):
-        rows.append(encoder(example))
-        progress(number / len(examples), example.source)
-    kept = [row for row in rows if len(row.ids) <= max_length]
-    return kept, [row for row in rows if len(row.ids) > max_length]
 
 
 def stop_ids(rows: list[Encoded]) -> list[int]:

@@ -13,12 +13,13 @@ from common import checkpoint, models
 from common.batches import micro_batches, step_rows
 from common.checkpoint import State
 from common.config import Plan, Recipe
-from common.data import read_rows
 from common.fuse import fuse, read_header
 from common.loop import Interrupted, train
 from common.lora import choose_layers, initial_adapter, layer_count
+from common.overflow import encode_all
 from common.seam import Adapter, Backend, OutOfMemory
-from common.template import Encoded, encode_all, load_tokenizer
+from common.sources import read_rows
+from common.template import Encoded, Encoder, Style, load_tokenizer
 
 TARGETS = ["all-linear"]
 METHODS: dict[str, dict] = {
@@ -82,7 +83,7 @@ def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
 
 
 def encode_rows(folder: Path, rows: Path) -> list[Encoded]:
-    return encode_all(read_rows(rows), load_tokenizer(folder), 512)[0]
+    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), Style()))
 
 
 def run_steps(

@@ -15,9 +15,9 @@ import pytest
 from common import adapter as adapters
 from common import checkpoint, from_gguf, models
 from common.config import ROOT
-from common.data import read_rows
 from common.llamacpp import ensure
 from common.server import Server
+from common.sources import read_rows
 from common.template import encode, load_tokenizer
 from tests.tiny import chat, write_model, write_rows
 

@@ -6,8 +6,9 @@ from transformers import AutoTokenizer
 
 from common import models
 from common.config import ROOT
-from common.data import read_rows
-from common.template import encode_all
+from common.overflow import encode_all
+from common.sources import read_rows
+from common.template import Encoder, Style
 from tests import backends
 from tests.tiny import write_model, write_rows
 
@@ -54,7 +55,7 @@ def test_twenty_steps_of_a_real_model_agree(name):
     folder = models.resolve(name, print)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
-    rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), tokenizer, 512)[0]
+    rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, Style()))
     recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=2e-4)
     torch, mlx = both(folder, rows, recipe, steps=20)
     print(f"{name}: logits {np.abs(torch[0] - mlx[0]).max():.1e}, step losses, torch and mlx:")

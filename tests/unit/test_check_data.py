@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.check_data import check_data, coloured
+from common.config import Options
 from common.data import Example
 from common.errors import UserError
 from common.progress import Display
@@ -23,30 +24,38 @@ def tables(capsys: pytest.CaptureFixture[str]) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def options(data: Path, model: Path, **settings: object) -> Options:
+    return Options.model_validate({"data": str(data), "model": str(model), "valid_share": 0.0} | settings)
+
+
+@pytest.mark.parametrize(
+    ("overflow", "how"),
+    [("drop", "dropped"), ("truncate", "truncated"), ("error", "not accepted: --overflow error")],
+)
 def test_rows_tokens_and_labels_are_counted(
-    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overflow: str, how: str
 ) -> None:
     # 23 tokens around an answer, one of them, the turn's end, a label
     path = rows(tmp_path / "a.jsonl", "Y", "YY", "YYYY")
-    check_data(path, str(tiny_llama), 26, Display("json"))
+    check_data(options(path, tiny_llama, max_length=26, overflow=overflow), None, Display("json"))
     counts, lengths, long = tables(capsys)
     assert counts["rows"] == [["train", "3", "76", "10", "1"]]
     assert lengths["columns"] == ["", "shortest", "25 %", "50 %", "75 %", "90 %", "95 %", "longest"]
     assert lengths["rows"][0][1] == "24"
     assert lengths["rows"][0][3] == "25"
     assert lengths["rows"][0][-1] == "27"
-    assert long["rows"] == [["a.jsonl:3", "27"]]
+    assert long["rows"] == [["a.jsonl:3", "27", how]]
 
 
 def test_a_folder_is_counted_part_by_part(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows(tmp_path / "train.jsonl", "Y", "Y")
     rows(tmp_path / "valid.jsonl", "Y")
-    check_data(tmp_path, str(tiny_llama), 100, Display("json"))
+    check_data(options(tmp_path, tiny_llama), None, Display("json"))
     assert [row[:2] for row in tables(capsys)[0]["rows"]] == [["train", "2"], ["valid", "1"]]
 
 
 def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    check_data(rows(tmp_path / "a.jsonl", *"ABCD"), str(tiny_llama), 100, Display("plain"))
+    check_data(options(rows(tmp_path / "a.jsonl", *"ABCD"), tiny_llama), None, Display("plain"))
     out = capsys.readouterr().out
     assert [f"a.jsonl:{n}: 24 tokens, 2 of them labels" in out for n in (1, 2, 3, 4)] == [True, True, True, False]
     assert "[A<|im_end|>]" in out
@@ -63,4 +72,4 @@ def test_labels_are_coloured_and_bracketed(tokenizer_folder: Path) -> None:
 def test_a_file_that_training_would_refuse(tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{")
     with pytest.raises(UserError, match="line 1: is not JSON"):
-        check_data(tmp_path / "a.jsonl", str(tiny_llama), 100, Display("quiet"))
+        check_data(options(tmp_path / "a.jsonl", tiny_llama), None, Display("quiet"))

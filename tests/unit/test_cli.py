@@ -42,7 +42,7 @@ def test_missing_data(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.split("\n")[0] == "error: --data nosuch.jsonl: no such file or folder."
-    assert done.stderr.split("\n")[1].startswith('fix:   Give a JSONL file; each line: {"messages"')
+    assert done.stderr.split("\n")[1].startswith("fix:   Give a file, a folder with a train file")
     assert len(done.stderr.strip().split("\n")) == 2
     assert list(tmp_path.iterdir()) == []
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.data import Data, Example, data_hash, load_data, read_rows
+from common.data import Data, Example, data_hash
 from common.errors import UserError
+from common.sources import load_data, read_rows
 from tests.tiny import chat
 
 GOOD = json.dumps(chat("Hi", "Yo"))
@@ -19,7 +20,7 @@ def lines(path: Path, *texts: str) -> Path:
 
 def fault(path: Path) -> UserError:
     with pytest.raises(UserError) as caught:
-        load_data(path, 0.1, 0)
+        load_data(str(path), 0.1, 0)
     return caught.value
 
 
@@ -39,7 +40,7 @@ def test_a_row_keeps_its_turns_and_says_where_it_stands(tmp_path: Path) -> None:
 
 
 def test_other_keys_of_a_row_and_a_turn_are_left_out(tmp_path: Path) -> None:
-    row = {"id": 7, "messages": [{"role": "assistant", "content": "Yo", "name": "Pip"}]}
+    row = {"id": 7, "messages": [{"role": "assistant", "content": "Yo", "mood": "good"}]}
     assert read_rows(lines(tmp_path / "a.jsonl", json.dumps(row)))[0].messages == (
         {"role": "assistant", "content": "Yo"},
     )
@@ -69,19 +70,19 @@ def test_line_37_is_not_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"prompt": "Hi", "completion": "Yo"}', "has no `messages` (its keys: prompt, completion)"),
-        ('"Hi"', "has no `messages`"),
-        ('{"messages": "Hi"}', "`messages` is not a list of turns"),
+        ('{"prompt": "Hi", "answers": "Yo"}', "has none of messages, ShareGPT's conversations, "),
+        ('"Hi"', "is no object with named fields"),
+        ('{"messages": "Hi"}', "`messages` is not a list"),
         ('{"messages": []}', "`messages` is not a list of turns"),
         (
             turns(("user", "Hi"), ("assistant", "")),
             "turn 2: the assistant's turn is empty, so there is nothing to learn",
         ),
         (turns(("user", "Hi"), ("assistant", " \n")), "turn 2: the assistant's turn is empty"),
-        (turns(("user", "Hi"), ("bot", "Yo")), "turn 2 has the role 'bot'; known: system, user, assistant"),
-        ('{"messages": [{"content": "Hi"}]}', "turn 1 has the role None; known: system, user, assistant"),
+        (turns(("user", "Hi"), ("robot", "Yo")), "turn 2 has the role 'robot'; known: system, developer, user"),
+        ('{"messages": [{"content": "Hi"}]}', "turn 1 has the role None; known: system, developer, user"),
         (turns(("user", "Hi"), ("assistant", None)), "turn 2 has no text in `content`"),
-        ('{"messages": ["Hi"]}', "turn 1 has no text in `content`"),
+        ('{"messages": ["Hi"]}', "turn 1 is no object"),
         (turns(("user", "Hi"), ("system", "Be brief.")), "turn 2 is a system turn; it can only be the first"),
         (turns(("user", "Hi")), "has no assistant turn, so there is nothing to learn"),
         ("[" * 100_000, "is not JSON"),
@@ -100,18 +101,19 @@ def test_half_an_emoji_is_no_text(tmp_path: Path) -> None:
 
 
 def test_two_bad_lines_are_both_named(tmp_path: Path) -> None:
-    path = lines(tmp_path / "a.jsonl", "{", GOOD, '{"text": "Hi"}')
+    path = lines(tmp_path / "a.jsonl", "{", GOOD, '{"texts": "Hi"}')
     assert fault(path).what.split("\n") == [
         f"{path} has 2 bad line(s):",
         "a.jsonl line 1: is not JSON at column 2: Expecting property name enclosed in double quotes",
-        "a.jsonl line 3: has no `messages` (its keys: text)",
+        "a.jsonl line 3: has none of messages, ShareGPT's conversations, Alpaca's instruction and output, "
+        "prompt and completion, or text (its keys: texts)",
     ]
 
 
 def test_of_many_bad_lines_ten_are_shown(tmp_path: Path) -> None:
     said = fault(lines(tmp_path / "a.jsonl", *["{"] * 12)).what.split("\n")
     assert len(said) == 12
-    assert said[-1] == "... and 2 more lines"
+    assert said[-1] == "... and 2 more"
 
 
 @pytest.mark.parametrize("text", ["", "\n \n", "\ufeff"])
@@ -127,7 +129,10 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 def test_a_folder_without_train(tmp_path: Path) -> None:
     error = fault(tmp_path)
-    assert error.what == f"--data {tmp_path}: there is no train.jsonl in this folder."
+    assert error.what == (
+        f"--data {tmp_path}: there is no train file in this folder "
+        "(train.jsonl, train.ndjson, train.json, train.csv, train.tsv, train.parquet, train.txt)."
+    )
     assert error.fix.startswith("Name the training file train.jsonl")
 
 
@@ -167,7 +172,7 @@ def sources(rows: list[Example]) -> list[int]:
 
 
 def test_the_hold_out_is_disjoint_and_complete(tmp_path: Path) -> None:
-    data = load_data(numbered(tmp_path / "a.jsonl", 20), 0.25, 0)
+    data = load_data(str(numbered(tmp_path / "a.jsonl", 20)), 0.25, 0)
     assert (len(data.train), len(data.valid), data.test) == (15, 5, [])
     assert sorted(sources(data.train) + sources(data.valid)) == list(range(1, 21))
     assert sources(data.train) == sorted(sources(data.train))
@@ -175,21 +180,21 @@ def test_the_hold_out_is_disjoint_and_complete(tmp_path: Path) -> None:
 
 def test_the_hold_out_depends_on_the_seed_alone(tmp_path: Path) -> None:
     path = numbered(tmp_path / "a.jsonl", 40)
-    first = sources(load_data(path, 0.25, 0).valid)
-    assert sources(load_data(path, 0.25, 0).valid) == first
-    assert sources(load_data(path, 0.25, 1).valid) != first
+    first = sources(load_data(str(path), 0.25, 0).valid)
+    assert sources(load_data(str(path), 0.25, 0).valid) == first
+    assert sources(load_data(str(path), 0.25, 1).valid) != first
 
 
 @pytest.mark.parametrize(("count", "share", "held"), [(20, 0.0, 0), (3, 0.01, 1), (2, 0.9, 1), (1, 0.5, 0)])
 def test_how_many_are_held_out(tmp_path: Path, count: int, share: float, held: int) -> None:
-    data = load_data(numbered(tmp_path / "a.jsonl", count), share, 0)
+    data = load_data(str(numbered(tmp_path / "a.jsonl", count)), share, 0)
     assert (len(data.train), len(data.valid)) == (count - held, held)
 
 
 def test_a_folder_is_taken_as_it_is_split(tmp_path: Path) -> None:
     numbered(tmp_path / "train.jsonl", 3)
     numbered(tmp_path / "test.jsonl", 2)
-    data = load_data(tmp_path, 0.5, 0)
+    data = load_data(str(tmp_path), 0.5, 0)
     assert (len(data.train), len(data.valid), len(data.test)) == (3, 0, 2)
 
 
@@ -201,7 +206,7 @@ def test_the_data_hash_does_not_see_formatting_and_names(tmp_path: Path) -> None
     plain = lines(tmp_path / "a.jsonl", json.dumps(row, ensure_ascii=False))
     spaced = {"id": 1, "messages": [{"content": m["content"], "role": m["role"]} for m in row["messages"]]}
     other = lines(tmp_path / "b.jsonl", "", json.dumps(spaced, separators=(" , ", " : ")))
-    assert data_hash(load_data(plain, 0, 0)) == data_hash(load_data(other, 0, 0))
+    assert data_hash(load_data(str(plain), 0, 0)) == data_hash(load_data(str(other), 0, 0))
 
 
 def test_the_data_hash_sees_content_order_and_split() -> None:

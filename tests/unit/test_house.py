@@ -156,7 +156,7 @@ def test_trains_help_names_no_option_that_is_refused(
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("check-data", ["PATH", "--model", "--max-length"]),
+        ("check-data", ["STR", "--model", "--max-length", "--overflow", "--field", "--thinking", "--explain"]),
         ("fuse", ["PATH", "--export", "--quant", "--llama-cpp"]),
         ("compare", ["RUN RUN [RUN ...]"]),
         ("doctor", ["--help"]),

@@ -14,7 +14,6 @@ from common.template import (
     Encoded,
     Style,
     encode,
-    encode_all,
     load_tokenizer,
     own_templates,
     stop_ids,
@@ -246,12 +245,6 @@ def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 
 # --- rows
-
-
-def test_rows_of_more_than_max_length_tokens_are_kept_apart(tokenizer: Any) -> None:
-    examples = [example(("user", "Hi"), ("assistant", "Y" * count)) for count in (1, 2, 3)]  # 24, 25, 26 tokens
-    kept, long = encode_all(examples, tokenizer, 25)
-    assert ([len(row.ids) for row in kept], [len(row.ids) for row in long]) == ([24, 25], [26])
 
 
 def test_stop_ids_are_what_ends_the_answers(tokenizer: Any) -> None:

@@ -1,0 +1,182 @@
+"""Files, folders and hub data sets: the same rows whichever they come in."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from common.config import load_options, read_flags
+from common.errors import UserError
+from common.sources import check_fields, load_data, read_rows
+from tests.tiny import chat
+
+ROWS = [{"instruction": f'港 {i}, "x"\nand', "output": f"00{i}"} for i in range(3)] + [
+    {"instruction": "NA", "output": "null"}
+]
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"rows.{kind}"
+    if kind in ("jsonl", "ndjson"):
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS), encoding="utf-8")
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(ROWS[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(ROWS)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"])
+def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, kind: str) -> None:
+    data = load_data(str(write(tmp_path, kind)), 0, 0)
+    assert [[m["content"] for m in row.messages] for row in data.train] == [list(row.values()) for row in ROWS]
+    assert data.described() == "Alpaca, 4 rows"
+
+
+def test_places_are_lines_where_there_are_lines(tmp_path: Path) -> None:
+    places = {kind: [row.source for row in read_rows(write(tmp_path, kind))] for kind in ("jsonl", "csv", "parquet")}
+    assert places["jsonl"] == [f"rows.jsonl:{n}" for n in (1, 2, 3, 4)]
+    assert places["csv"] == [f"rows.csv:{n}" for n in (3, 5, 7, 8)]  # a text of two lines ends on the second
+    assert places["parquet"] == [f"rows.parquet:{n}" for n in (1, 2, 3, 4)]
+
+
+def test_a_json_object_with_one_list_and_lines_under_a_wrong_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert len(read_rows(path)) == 4
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert [row.source for row in read_rows(path)][-1] == "a.json:4"
+    path.write_text(json.dumps(chat("Hi", "Yo")))
+    assert len(read_rows(path)) == 1
+    path.write_text(json.dumps({"a": [], "b": []}))
+    with pytest.raises(UserError, match="holds 2 lists of rows"):
+        read_rows(path)
+    path.write_text("[{]")
+    with pytest.raises(UserError, match=r"is not JSON \(line 1, column 3\)"):
+        read_rows(path)
+
+
+def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\nOnce\nupon\n\n \nA time\n")
+    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
+
+
+def test_a_csv_row_with_too_few_columns_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\nHi,Yo\nHi\n")
+    with pytest.raises(UserError, match=r"a\.csv line 3: has not the header's 2 columns"):
+        read_rows(path)
+
+
+def test_a_broken_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1nonsense")
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_folder_of_mixed_kinds(tmp_path: Path) -> None:
+    write(tmp_path, "csv").rename(tmp_path / "train.csv")
+    write(tmp_path, "parquet").rename(tmp_path / "validation.parquet")
+    data = load_data(str(tmp_path), 0.5, 0)
+    assert (len(data.train), len(data.valid), len(data.test)) == (4, 4, 0)
+    write(tmp_path, "jsonl").rename(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"both train\.jsonl and train\.csv are there"):
+        load_data(str(tmp_path), 0.5, 0)
+
+
+# --- --field
+
+
+def test_fields_from_flags_and_yaml(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("field: {prompt: q, completion: a}\n")
+    for flags in (["--field", "prompt=q", "completion=a"], ["--config", str(tmp_path / "a.yaml")]):
+        assert load_options(read_flags(flags))[0].field == {"prompt": "q", "completion": "a"}
+
+
+def test_a_column_that_is_not_there_and_a_part_that_is_none(tmp_path: Path) -> None:
+    path = write(tmp_path, "jsonl")
+    assert check_fields({"instruction": "x"}) is None
+    assert check_fields({"instructions": "x"}).startswith("'instructions' is no part of a row; known: messages,")
+    with pytest.raises(UserError) as caught:
+        load_data(str(path), 0, 0, {"prompt": "question"})
+    assert caught.value.what == f"--field prompt=question: {path} has no such column."
+    assert caught.value.fix == "Its columns: instruction, output."
+
+
+# --- the hold-out
+
+
+def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(chat(f"Q{i % 10}", f"A{i}")) + "\n" for i in range(40)))
+    for seed in range(5):
+        data = load_data(str(path), 0.2, seed)
+        prompts = [{row.messages[0]["content"] for row in part} for part in (data.train, data.valid)]
+        assert prompts[0] & prompts[1] == set()
+        assert 8 <= len(data.valid) <= 11
+    path.write_text("".join(json.dumps(chat("Q", f"A{i}")) + "\n" for i in range(4)))
+    assert len(load_data(str(path), 0.5, 0).valid) == 0  # all or nothing, and training needs rows
+
+
+# --- the hub, with the library's call substituted: no network here
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, answer) -> list:
+    asked = []
+
+    def load_dataset(name, config, revision):
+        asked.append((name, config, revision))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    fake = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def test_a_hub_data_set_with_its_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch, {"train": ROWS, "validation": ROWS[:1], "other": ROWS})
+    data = load_data("owner/name:japanese@abc123", 0.5, 0)
+    assert asked == [("owner/name", "japanese", "abc123")]
+    assert (len(data.train), len(data.valid), len(data.test)) == (4, 1, 0)
+    assert data.train[2].source == "train:3"
+
+
+def test_a_hub_data_set_of_one_split_is_held_out_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, {"default": ROWS})
+    data = load_data("owner/name", 0.25, 0)
+    assert (len(data.train), len(data.valid)) == (3, 1)
+
+
+def test_the_hub_fails_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    hub(monkeypatch, ConnectionError("no route\nto host"))
+    with pytest.raises(UserError) as caught:
+        load_data("owner/name", 0.25, 0)
+    assert caught.value.what == (
+        "--data owner/name: no such file or folder, and the hub's data set cannot be loaded: no route"
+    )
+
+
+def test_a_path_comes_before_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch, {})
+    (tmp_path / "owner").mkdir()
+    write(tmp_path, "jsonl").rename(tmp_path / "owner" / "name")
+    assert len(load_data("owner/name", 0, 0).train) == 4
+    assert asked == []
