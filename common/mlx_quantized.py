@@ -1,5 +1,6 @@
 """A ready-made MLX 4 or 8 bit repository, and its 16-bit view, which everything but MLX's training reads."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,11 +11,52 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from common.cache import cache_folder, cache_lock
 from common.errors import UserError
 from common.fuse import shard_files
 
 _MODES = ("affine",)
 _BITS = (4, 8)
+
+
+_SOURCE = "quantized_source.json"  # in a view: where the quantised weights are
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether MLX quantised the folder's weights."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    settings = config.get("quantization") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and "bits" in settings and "group_size" in settings
+
+
+def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
+    """The folder's 16-bit view, made once and cached by its contents. Raises UserError for bits that are not read."""
+    try:
+        known = scheme(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"--model {name}: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
+    digest = hashlib.sha256()
+    for shard in shard_files(folder):
+        with shard.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
+    with cache_lock():
+        if not out.is_dir():
+            write_16bit(folder, out, say)
+        where = json.dumps({"path": str(folder.resolve()), "scheme": known})
+        (out / _SOURCE).write_text(where, encoding="utf-8")
+    return out
+
+
+def source(folder: Path) -> tuple[Path, str] | None:
+    """Of a view: the folder with the quantised weights, and their scheme. None for any other folder."""
+    if not (folder / _SOURCE).is_file():
+        return None
+    known = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
+    return Path(known["path"]), known["scheme"]
 
 
 def scheme(config: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from common import mlx_quantized
 from common.cache import cache_lock
 from common.config import TARGET_GROUPS
 from common.errors import UserError
@@ -30,7 +31,8 @@ Say = Callable[[str], None]
 def resolve(name: str, say: Say) -> Path:
     """A checked model folder for a folder, a GGUF file or a hub name; fetched or converted once, then cached.
 
-    Order for a hub name: the hub's cache, the hub, a pinned mirror. Raises UserError saying what to do.
+    Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantised it is the 16-bit view
+    (`mlx_quantized.source` tells where they are). Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -45,6 +47,8 @@ def resolve(name: str, say: Say) -> Path:
         )
     else:
         folder = _from_hub(name, say)
+    if mlx_quantized.is_quantized(folder):
+        folder = mlx_quantized.view(folder, name, say)
     check_folder(folder, name)
     return folder
 
@@ -69,7 +73,8 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         kept = f" (only {', '.join(sorted(others)[:2])}, and pickled weights are not loaded)" if others else ""
         faults.append(f"it has no weights: no model*.safetensors{kept}")
     if "quantization" in config or "quantization_config" in config:
-        faults.append("its weights are quantised, and a quantised base is not supported yet")
+        kind = (config.get("quantization_config") or {}).get("quant_method", "another program")
+        faults.append(f"its weights are quantised by {kind}; of such only MLX's own 4 and 8 bits are read")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:

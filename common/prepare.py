@@ -19,6 +19,7 @@ from common.findings import doubtful
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.lora import choose_layers, initial_adapter, layer_count, validate
+from common.mlx_quantized import source
 from common.overflow import encode_all, fit
 from common.progress import Display
 from common.seam import Adapter
@@ -32,7 +33,8 @@ class Job:
 
     options: Options
     run: Path
-    folder: Path  # the base model
+    folder: Path  # the base model in 16 or 32 bits
+    trained_over: Path  # what the backend loads: the same, or a ready-made quantised one
     recipe: Recipe
     plan: Plan
     choices: dict[str, Choice]
@@ -68,6 +70,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     for finding in doubtful(data):
         display.warn(str(finding))
     folder = models.resolve(options.model, display.say)
+    trained_over, scheme = _ready_made(options, folder, backend, scheme, display)
     shapes = models.linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
     tokenizer = load_tokenizer(folder, options.chat_template)
@@ -129,11 +132,28 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
     served = Served(stop_ids(every), exported_template(tokenizer, style))
-    return Job(options, run, folder, recipe, plan, choices, rows, valid, start, llama, served, sample)
+    return Job(options, run, folder, trained_over, recipe, plan, choices, rows, valid, start, llama, served, sample)
 
 
 # What the recipe holds in another form than the options.
 _RESOLVED = {"model", "data", "targets", "precision", "quantization", "steps", "eval_every"}
+
+
+def _ready_made(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
+    """`(what the backend loads, the scheme)`: MLX's own quantised weights where the model has come in them."""
+    if (found := source(folder)) is None:
+        return folder, scheme
+    ready, known = found
+    if options.method == "full":
+        raise UserError(f"--method full: {options.model} is quantised ({known}).", "Give the 16-bit model.")
+    if options.fuse_into == "base":
+        raise UserError(f"--fuse-into base: {options.model} has no 16-bit weights.", "Leave --fuse-into out.")
+    if backend != "mlx":
+        display.warn(f"{options.model} is quantised by MLX ({known}); torch trains over its weights in 16 bits")
+        return folder, scheme
+    if options.quantization not in ("none", known.split("-")[1]):
+        raise UserError(f"--quantization {options.quantization}: the model is {known} already.", "Leave it out.")
+    return ready, known
 
 
 def _start(recipe: Recipe, shapes: dict[str, tuple[int, int]], given: Adapter | None) -> Adapter | None:

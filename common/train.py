@@ -23,6 +23,7 @@ from common.llamacpp import LlamaCpp
 from common.loop import Interrupted, train
 from common.lora import layer_count, validate
 from common.memory import ResidentSet, swap_used
+from common.mlx_quantized import source
 from common.prepare import Job, free_name, llama_for, prepare, source_name
 from common.progress import Display
 from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
@@ -159,6 +160,9 @@ def _replaced(
     recipe = record.read_recipe(run)
     if recipe.quantization == "none":
         yield {}
+    elif source(folder) is not None:
+        display.say(f"The adapter goes into the model's dequantised {recipe.quantization} weights: it has no others.")
+        yield {}
     elif options.fuse_into != "dequantized":
         display.say(
             f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
@@ -187,7 +191,7 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
     found = checkpoint.latest(job.run) if state.step else None
     with display.stage("load the model"):
-        backend, info = _loaded(make_backend, recipe, job.plan, job.folder, job.start)
+        backend, info = _loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
         if found:
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from common.config import Plan, Recipe  # noqa: E402
 from common.memory import swap_used, total  # noqa: E402
+from common.mlx_quantized import is_quantized  # noqa: E402
 from common.models import tensor_names  # noqa: E402
 from common.seam import (  # noqa: E402
     Adapter,
@@ -51,7 +52,7 @@ class MlxBackend:
         self.model: Any = load_base(folder, _DTYPES[recipe.precision])
         self.names = tensor_names(folder)
         with _memory_errors():
-            if recipe.quantization != "none":
+            if recipe.quantization != "none" and not is_quantized(folder):
                 quantize(self.model, recipe.quantization)
             self.layers: dict[str, Any] = {}
             if adapter is not None:

@@ -10,9 +10,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 
+from common import models
 from common.errors import UserError
-from common.mlx_quantized import scheme, unpack, write_16bit
-from common.models import normalise_config
+from common.families import normalise_config
+from common.fuse import fuse
+from common.mlx_quantized import scheme, source, unpack, write_16bit
+from tests import backends
+from tests.tiny import write_rows
 
 
 def write_quantized(base, out, bits, group=64, **own):
@@ -77,3 +81,35 @@ def test_schemes():
 def test_other_schemes_are_refused_by_name(settings):
     with pytest.raises(UserError, match=rf"{settings['bits']} bits \({settings.get('mode', 'affine')}\)"):
         scheme({"quantization": settings})
+
+
+def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkeypatch):
+    """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_quantized(tiny_llama, tmp_path / "4bit", 4)
+    view = models.resolve(str(tmp_path / "4bit"), print)
+    assert source(view) == (tmp_path / "4bit", "mlx-4bit-64")
+    recipe = backends.make_recipe(view, quantization="mlx-4bit-64")
+    rows = backends.encode_rows(view, write_rows(tmp_path / "rows.jsonl"))
+    backend = backends.create("mlx")
+    backend.load(recipe, backends.make_plan("mlx"), source(view)[0], backends.start_adapter(view, recipe))
+    assert any(isinstance(m, nn.QuantizedEmbedding) for _, m in backend.model.named_modules())
+    losses = backends.run_steps(backend, recipe, rows, 5)
+    assert losses[-1] < losses[0]
+    tuned, adapter = backend.logits(rows[0].ids), backend.get_adapter()
+    backend.close()
+    (tmp_path / "fused").mkdir()
+    backends.copy_all_but_weights(view, tmp_path / "fused")
+    fuse(view, adapter, tmp_path / "fused", lambda share, text: None)
+    fused = backends.load("torch", tmp_path / "fused", backends.make_recipe(view))
+    error = np.abs(fused.logits(rows[0].ids) - tuned).max()
+    fused.close()
+    assert error < 0.02 * np.abs(tuned).max()  # the view's weights are rounded to bf16
+
+
+def test_other_quantised_repos_are_refused_by_name(tiny_llama, tmp_path):
+    write_quantized(tiny_llama, tmp_path / "3bit", 4)
+    path = tmp_path / "3bit" / "config.json"
+    path.write_text(path.read_text().replace('"bits": 4', '"bits": 3'))
+    with pytest.raises(UserError, match="quantised by MLX to 3 bits"):
+        models.resolve(str(tmp_path / "3bit"), print)
