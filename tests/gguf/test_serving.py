@@ -1,0 +1,77 @@
+"""The exported model in llama.cpp: it stops by itself where its turns were trained to end, and is prompted as trained."""
+
+import json
+
+import pytest
+
+from common import models
+from common.export import Served, write_fused
+from common.gguf import convert
+from common.llamacpp import ensure
+from common.overflow import encode_all
+from common.server import Server
+from common.sources import read_rows
+from common.template import Encoder, Style, exported_template, load_tokenizer, stop_ids
+from tests import backends
+from tests.tiny import CHATML, chat
+
+END = "<file_sep>"  # in SmolLM2's vocabulary, and no end of a turn to anybody
+PROMPT = [{"role": "user", "content": "Hi"}]
+
+
+def silent(share, text) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return ensure(None, silent)
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+
+
+def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, llama, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text(CHATML.replace("<|im_end|>", END))
+    tokenizer = load_tokenizer(smollm2, str(template))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(chat(said, "Aye, captain.")) + "\n" for said in ("Hi", "Yo", "Go", "So")))
+    rows = encode_all(read_rows(data), Encoder(tokenizer, Style()))
+    assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
+    recipe = backends.make_recipe(smollm2, rank=8, learning_rate=2e-3)
+    backend = backends.load("torch", smollm2, recipe)
+    losses = backends.run_steps(backend, recipe, rows, 12)
+    adapter = backend.get_adapter()
+    backend.close()
+    assert losses[-1] < 0.1
+    served = Served(stop_ids(rows), exported_template(tokenizer, Style()))
+    write_fused(smollm2, adapter, tmp_path / "fused", served, silent)
+    convert(tmp_path / "fused", tmp_path / "model.gguf", "model", llama, silent)
+    with Server(llama, tmp_path / "model.gguf", context=512) as server:
+        assert server.chat(PROMPT, 60) == "Aye, captain."
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"])
+def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, llama, tmp_path, name):
+    """llama-server switches thinking on unless it is told otherwise; the exported template does not listen."""
+    source = llama.converter.parent / "models" / "templates" / f"{name}.jinja"
+    tokenizer = load_tokenizer(smollm2)
+    tokenizer.chat_template = source.read_text(encoding="utf-8")
+    adapter = backends.start_adapter(smollm2, backends.make_recipe(smollm2, targets=["q_proj"], rank=1))
+    prompts = {}
+    for thinking in ("off", "keep"):
+        style = Style(thinking=thinking)
+        served = Served([2], exported_template(tokenizer, style))
+        write_fused(smollm2, adapter, tmp_path / thinking, served, silent)
+        convert(tmp_path / thinking, tmp_path / f"{thinking}.gguf", "model", llama, silent)
+        with Server(llama, tmp_path / f"{thinking}.gguf", context=512) as server:
+            answer = server._request("POST", "/apply-template", {"messages": PROMPT})
+            prompts[thinking] = answer["prompt"]
+    encoder = Encoder(tokenizer, Style())
+    assert encoder.renderer is not None
+    bos = tokenizer.bos_token  # llama.cpp leaves it to the tokenizer
+    assert prompts["off"].removeprefix(bos) == encoder.renderer.prompt(PROMPT, (), False).removeprefix(bos)
+    assert prompts["off"].endswith("<think>\n\n</think>\n\n")
+    assert not prompts["keep"].endswith("</think>\n\n")
