@@ -1,4 +1,4 @@
-"""Each chat template with the vocabulary it is tried on: the family's own where llama.cpp's source has it, else another."""
+"""Each chat template with the vocabulary it is tried on: the family's own where llama.cpp's source has it."""
 
 import re
 from dataclasses import dataclass

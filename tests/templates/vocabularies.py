@@ -85,7 +85,7 @@ def vocabulary(name: str) -> Vocabulary:
 def tokenizer(name: str, special: Iterable[str] = (), plain: Iterable[str] = (), **named: str | None) -> Any:
     """A `PreTrainedTokenizerFast` over the vocabulary, with its own control tokens and those that a family adds.
 
-    `special` and `plain` are added tokens with and without the flag `special`; `named` sets `bos_token` and `eos_token`.
+    `special` and `plain` are added tokens with and without the flag `special`; `named` sets `bos_token`, `eos_token`.
     """
     from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -127,7 +127,7 @@ def _dress(backend: Any, source: Vocabulary) -> None:
 
     if source.kind == "gpt2":
         if source.pre in _GPT2:
-            steps = [pre_tokenizers.Digits(individual_digits=True)] if _GPT2[source.pre] else []
+            steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if _GPT2[source.pre] else []
         else:
             steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[source.pre]]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=source.pre in _GPT2))
