@@ -24,6 +24,7 @@ MARKS = {LABELLED: "[green]yes", OPEN: "[yellow]open", REFUSED: "[dim]-", WRONG:
 MARKER = "qzMARKERzq"
 # What templates write around reasoning, apart from tokens.
 _AROUND = re.compile(r"</?think(?:ing)?>|\b(?:analysis|assistant|final|think|response|to|self|user|all)\b|[>=]")
+_ALL_REFUSALS = "this row cannot be labelled exactly: "
 _DATE = "26 Jul 2024"
 
 Encode = Callable[[Example, Any], Encoded]
@@ -153,20 +154,26 @@ def run(how: Encode = encode) -> dict[Family, dict[str, Verdict]]:
 def show(report: dict[Family, dict[str, Verdict]]) -> None:
     """Two tables: the outcomes, and the reasons for what is not labelled."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(width=200)
+    console = Console(width=190)
     names = [row.source for row in CONVERSATIONS]
     table = Table(
         "template", "vocabulary", *names, title="Labels", caption="open: labelled, the template writes no end"
     )
-    reasons = Table("template", "conversations", "why not", title="Refused or wrong")
+    reasons = Table("conversations", "why not", title="Refused or wrong")
     for family, verdicts in report.items():
         table.add_row(family.name, standing_in(family), *(MARKS[verdicts[name].outcome] for name in names))
-        whys = dict.fromkeys((v.outcome, v.why) for v in verdicts.values() if v.why)
-        for outcome, why in whys:
-            rows = ", ".join(name for name in names if verdicts[name] == Verdict(outcome, why))
-            reasons.add_row(family.name, rows, ("WRONG: " if outcome == WRONG else "") + why.replace("[", r"\["))
+        whys: dict[str, list[str]] = {}
+        for name, verdict in verdicts.items():
+            if verdict.why:
+                why = re.sub(r"turn \d+", "a turn", verdict.why).removeprefix(_ALL_REFUSALS)
+                whys.setdefault(("WRONG: " if verdict.outcome == WRONG else "") + why, []).append(name)
+        if whys:
+            reasons.add_row(f"[bold]{family.name}", "")
+        for why, rows in whys.items():
+            reasons.add_row("all" if len(rows) == len(names) else ", ".join(rows), escape(why))
     console.print(table)
     console.print(reasons)
     every = [verdict.outcome for verdicts in report.values() for verdict in verdicts.values()]
