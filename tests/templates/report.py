@@ -82,12 +82,13 @@ def find_fault(example: Example, tokenizer: Any, encoded: Encoded) -> str:
     return ""
 
 
-def rendered(messages: Any, example: Example, tokenizer: Any) -> str:
+def rendered(messages: Any, example: Example, tokenizer: Any, prompt: bool = False) -> str:
     """The conversation by the template alone, as the model is later served: with thinking off."""
     return tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tools=list(example.tools) or None,
         tokenize=False,
+        add_generation_prompt=prompt,
         enable_thinking=False,
         date_string=_DATE,
     )
@@ -108,7 +109,7 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
             head = head.replace(thought, "", 1)
     if not found:
         return f"the answer is not in the labels: {run!r}"
-    if head.strip():
+    if head.strip() not in ("", _opening(example, turn, tokenizer)):
         return f"more than the answer is labelled: {run!r}"
     if _without_tokens(tail, tokenizer).strip():
         return f"something other than the end of turn follows the answer: {tail!r}"
@@ -123,8 +124,21 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
 
 def _ending(example: Example, turn: int, tokenizer: Any) -> str:
     """What the template writes behind the answer of `turn` when the conversation ends there."""
+    return _marked(example, turn, tokenizer)[1]
+
+
+def _opening(example: Example, turn: int, tokenizer: Any) -> str:
+    """What the model itself writes before its answer, such as gpt-oss's channel: what the prompt does not hold yet."""
+    prompt = rendered(example.messages[:turn], example, tokenizer, prompt=True)
+    before = _marked(example, turn, tokenizer)[0]
+    return before[len(prompt) :].strip() if before.startswith(prompt) else ""
+
+
+def _marked(example: Example, turn: int, tokenizer: Any) -> tuple[str, str]:
+    """The text before and behind the answer of `turn`, the conversation's last."""
     marked = {k: v for k, v in example.messages[turn].items() if k != "tool_calls"} | {"content": MARKER}
-    return rendered([*example.messages[:turn], marked], example, tokenizer).rpartition(MARKER)[2]
+    before, _, behind = rendered([*example.messages[:turn], marked], example, tokenizer).rpartition(MARKER)
+    return before, behind
 
 
 def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
