@@ -9,7 +9,7 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
 
 test: check  ## everything, with real models and the real llama.cpp
-	$(PYTHON) -m pytest tests/parity tests/gguf tests/e2e
+	$(PYTHON) -m pytest tests/templates tests/parity tests/gguf tests/e2e
 
 check: setup  ## lint, format, types and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .

@@ -142,9 +142,11 @@ class Encoder:
         mask, stops = np.zeros(len(ids), bool), []
         trained = self.trained(example, conversation)
         for turn in conversation.turns:
-            inside = (starts >= turn.start) & (ends <= turn.end) & (ends > starts)
-            edges = (turn.start, turn.stop, turn.end)
-            if any(np.any((starts < edge) & (ends > edge)) for edge in edges):
+            inside = (starts >= turn.start) & (starts < turn.end) & (ends > starts)
+            across = [(starts < edge) & (ends > edge) for edge in (turn.start, turn.stop)]
+            # an end token may take the spaces after it along (Phi-3's do); text may not
+            across.append((starts < turn.stop) & (ends > turn.end))
+            if any(map(np.any, across)):
                 raise Unlabelled("a token lies across the edge of an assistant turn")
             first = int(np.argmax(inside))
             prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]

@@ -1,4 +1,4 @@
-"""The exported model in llama.cpp: it stops by itself where its turns were trained to end, and is prompted as trained."""
+"""The exported model in llama.cpp: it stops by itself where its turns were trained to end, prompted as trained."""
 
 import json
 
@@ -42,7 +42,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
     recipe = backends.make_recipe(smollm2, rank=8, learning_rate=2e-3)
     backend = backends.load("torch", smollm2, recipe)
-    losses = backends.run_steps(backend, recipe, rows, 12)
+    losses = backends.run_steps(backend, recipe, rows, 30)
     adapter = backend.get_adapter()
     backend.close()
     assert losses[-1] < 0.1

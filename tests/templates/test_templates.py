@@ -1,0 +1,119 @@
+"""The label masks on real chat templates and real vocabularies: none is wrong, and none is newly refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from common.template import encode
+from tests.templates import report as proof
+from tests.templates.conversations import CONVERSATIONS
+from tests.templates.families import build, families
+from tests.templates.report import LABELLED, WRONG
+from tests.templates.vocabularies import agreement
+
+VOCABULARIES = sorted({family.vocabulary for family in families() if "/" not in family.vocabulary})
+# What must never be missing from the report.
+NAMED = {
+    *("google-gemma-2-2b-it", "Gemma 3 layout", "google-gemma-4-31B-it", "google-gemma-4-31B-it-interleaved"),
+    *("meta-llama-Llama-3.1-8B-Instruct", "meta-llama-Llama-3.2-3B-Instruct", "Qwen-Qwen2.5-7B-Instruct"),
+    *("Qwen-Qwen3-0.6B", "Qwen3.5-4B", "mistralai-Mistral-Nemo-Instruct-2407", "Mistral-Small-3.2-24B-Instruct-2506"),
+    *("Mistral 7B layout", "microsoft-Phi-3.5-mini-instruct", "SmolLM2-135M-Instruct", "HuggingFaceTB-SmolLM3-3B"),
+    *("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "openai-gpt-oss-120b"),
+    *("ibm-granite-granite-3.3-2B-Instruct", "ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "ChatML"),
+}
+PLAIN = ("single", "multi", "system", "japanese")
+# Every other template of the folder is labelled in all four plain conversations. Those that are not: the prompt has
+# words that no stored turn has (Apriel-1.6, command-r-plus, firefunction's functions), or no token ends a turn.
+NOT_LABELLED = {
+    "Apriel-1.6-15b-Thinker-fixed",
+    "Cohere2MoE",
+    "CohereForAI-c4ai-command-r-plus-tool_use",
+    "GLM-4.6",
+    "GLM-4.7-Flash",
+    "fireworks-ai-llama-3-firefunction-v2",
+    "llama-cpp-rwkv-world",
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, dict[str, proof.Verdict]]:
+    found = proof.run()
+    proof.show(found)
+    return {family.name: row for family, row in found.items()}
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_a_vocabulary_gives_llama_cpps_own_ids(name):
+    equal, every = agreement(name)
+    assert equal == every >= 46
+
+
+def test_no_labels_are_wrong(verdicts):
+    assert {
+        (name, row): verdict.why
+        for name, rows in verdicts.items()
+        for row, verdict in rows.items()
+        if verdict.outcome == WRONG
+    } == {}
+
+
+def test_the_same_templates_are_labelled_as_before(verdicts):
+    assert set(verdicts) >= NAMED
+    assert {name for name, rows in verdicts.items() if {rows[plain].outcome for plain in PLAIN} != {LABELLED}} == (
+        NOT_LABELLED
+    )
+    assert not NAMED & NOT_LABELLED
+
+
+def _mutants(mask):
+    """Wrong masks, each by what is wrong with it."""
+    starts = np.flatnonzero(mask & ~np.append(False, mask[:-1]))
+    stops = np.flatnonzero(mask & ~np.append(mask[1:], False)) + 1
+    for name, where, value in (
+        ("no end of turn", stops[0] - 1, False),
+        ("no end of the last turn", stops[-1] - 1, False),
+        ("the end of the header", slice(starts[1] - 2, starts[1]), True),
+        ("the token after the end, and the next header", slice(stops[0], stops[0] + 2), True),
+        ("the first token missing", starts[1], False),
+        ("a turn missing", slice(starts[1], stops[1]), False),
+        ("two turns as one", slice(starts[0], stops[1]), True),
+        ("a hole in the answer", starts[0] + 1, False),
+        ("everything", slice(None), True),
+    ):
+        wrong = mask.copy()
+        wrong[where] = value
+        yield name, wrong
+
+
+@pytest.mark.parametrize("name", ["Qwen-Qwen2.5-7B-Instruct", "Gemma 3 layout", "Mistral 7B layout", "Qwen-Qwen3-0.6B"])
+def test_the_proof_finds_every_wrong_mask(name):
+    tokenizer = build(next(family for family in families() if family.name == name))
+    row = next(row for row in CONVERSATIONS if row.source == "multi")
+    encoded = encode(row, tokenizer)
+    assert proof.find_fault(row, tokenizer, encoded) == ""
+    for fault, mask in _mutants(encoded.mask):
+        assert proof.find_fault(row, tokenizer, dataclasses.replace(encoded, mask=mask)), fault
+
+
+def test_the_proof_finds_labels_on_the_users_copy_of_an_answer():
+    tokenizer = build(next(family for family in families() if family.name == "Qwen-Qwen2.5-7B-Instruct"))
+    row = next(row for row in CONVERSATIONS if row.source == "repeats")
+    encoded = encode(row, tokenizer)
+    ids = encoded.ids.tolist()
+    first = int(np.argmax(encoded.mask))
+    length = int(np.flatnonzero(~encoded.mask[first:])[0])
+    copies = [i for i in range(len(ids)) if ids[i : i + length] == ids[first : first + length]]
+    assert len(copies) == 3, "the answer twice, and the user's own words between"
+    mask = encoded.mask.copy()
+    mask[copies[2] : copies[2] + length], mask[copies[1] : copies[1] + length] = False, True
+    assert "the user's text" in proof.find_fault(row, tokenizer, dataclasses.replace(encoded, mask=mask))
+
+
+def test_the_proof_finds_a_second_bos():
+    tokenizer = build(next(family for family in families() if family.name == "Gemma 3 layout"))
+    row = CONVERSATIONS[0]
+    encoded = encode(row, tokenizer)
+    ids = np.append(np.int32(tokenizer.bos_token_id), encoded.ids)
+    doubled = dataclasses.replace(encoded, ids=ids, mask=np.append(False, encoded.mask))
+    assert proof.find_fault(row, tokenizer, doubled)
