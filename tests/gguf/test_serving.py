@@ -15,7 +15,10 @@ from common.template import Encoder, Style, exported_template, load_tokenizer, s
 from tests import backends
 from tests.tiny import CHATML, chat
 
-END = "<file_sep>"  # in SmolLM2's vocabulary, and no end of a turn to anybody
+# The two tokens of ChatML in each other's place: nobody takes <|im_start|> for the end of a turn. (SmolLM2's unused
+# tokens will not do: their embeddings are all alike, so that no training tells one from another.)
+END = "<|im_start|>"
+SWAPPED = CHATML.replace("<|im_start|>", "<|im_x|>").replace("<|im_end|>", END).replace("<|im_x|>", "<|im_end|>")
 PROMPT = [{"role": "user", "content": "Hi"}]
 
 
@@ -34,18 +37,18 @@ def smollm2():
 
 def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, llama, tmp_path):
     template = tmp_path / "own.jinja"
-    template.write_text(CHATML.replace("<|im_end|>", END))
+    template.write_text(SWAPPED)
     tokenizer = load_tokenizer(smollm2, str(template))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(chat(said, "Aye, captain.")) + "\n" for said in ("Hi", "Yo", "Go", "So")))
     rows = encode_all(read_rows(data), Encoder(tokenizer, Style()))
     assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
-    recipe = backends.make_recipe(smollm2, rank=8, learning_rate=2e-3)
+    recipe = backends.make_recipe(smollm2, rank=8, alpha=32.0, learning_rate=3e-3)
     backend = backends.load("torch", smollm2, recipe)
     losses = backends.run_steps(backend, recipe, rows, 30)
     adapter = backend.get_adapter()
     backend.close()
-    assert losses[-1] < 0.1
+    assert losses[-1] < 0.1, losses
     served = Served(stop_ids(rows), exported_template(tokenizer, Style()))
     write_fused(smollm2, adapter, tmp_path / "fused", served, silent)
     convert(tmp_path / "fused", tmp_path / "model.gguf", "model", llama, silent)
@@ -73,5 +76,5 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
     assert encoder.renderer is not None
     bos = tokenizer.bos_token  # llama.cpp leaves it to the tokenizer
     assert prompts["off"].removeprefix(bos) == encoder.renderer.prompt(PROMPT, (), False).removeprefix(bos)
-    assert prompts["off"].endswith("<think>\n\n</think>\n\n")
-    assert not prompts["keep"].endswith("</think>\n\n")
+    assert prompts["off"].rstrip().endswith("</think>")
+    assert not prompts["keep"].rstrip().endswith("</think>")
