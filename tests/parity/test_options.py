@@ -1,0 +1,167 @@
+"""Every option does something, on both backends: none is read and forgotten."""
+
+import importlib
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import record
+from common.adapter import read_trained
+from common.config import Options, load_options, read_flags
+from common.progress import Display
+from common.train import run_training
+from tests.tiny import CHATML
+
+BASE = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--export", "none", "--learning-rate", "5e-3"]
+BASE += ["--device", "cpu", "--precision", "fp32", "--max-grad-norm", "0.5"]
+# What changes the result, by what is added to BASE (a value in BASE is replaced).
+RESULT: dict[str, list[str]] = {
+    "adapter": ["--adapter", "{adapter}"],
+    "alpha": ["--alpha", "3"],
+    "alpha_pattern": ["--alpha-pattern", "q_proj=3"],
+    "batch_size": ["--batch-size", "3"],
+    "beta1": ["--beta1", "0.5"],
+    "beta2": ["--beta2", "0.5"],
+    "chat_template": ["--chat-template", "{template}"],
+    "dropout": ["--dropout", "0.3"],
+    "epochs": ["--epochs", "1"],
+    "epsilon": ["--epsilon", "1e-3"],
+    "field": ["--field", "completion=other"],
+    "layers": ["--layers", "last:1"],
+    "learning_rate": ["--learning-rate", "1e-3"],
+    "lora_plus": ["--lora-plus", "4"],
+    "max_grad_norm": ["--max-grad-norm", "0.01"],
+    "max_length": ["--max-length", "36"],
+    "method": ["--method", "dora"],
+    "overflow": ["--overflow", "truncate", "--max-length", "36"],
+    "precision": ["--precision", "bf16"],
+    "quantization": ["--quantization", "8bit"],
+    "rank": ["--rank", "2"],
+    "rank_pattern": ["--rank-pattern", "q_proj=2"],
+    "rslora": ["--rslora"],
+    "schedule": ["--schedule", "linear"],
+    "seed": ["--seed", "7"],
+    "steps": ["--steps", "4"],
+    "targets": ["--targets", "q_proj"],
+    "thinking": ["--thinking", "keep", "--data", "{thoughtful}"],
+    "train_on": ["--train-on", "all"],
+    "valid_share": ["--valid-share", "0.5"],
+    "warmup": ["--warmup", "0.9"],
+    "weight_decay": ["--weight-decay", "5"],
+}
+# What must not change it: the plan, and what is only shown or kept.
+NOT_THE_RESULT: dict[str, list[str]] = {
+    "eval_every": ["--eval-every", "1"],
+    "gradient_checkpointing": ["--gradient-checkpointing"],
+    "micro_batch_tokens": ["--micro-batch-tokens", "50"],
+    "save_every": ["--save-every", "1"],
+}
+# Held by tests of their own.
+ELSEWHERE = {
+    **dict.fromkeys(("config", "data", "json", "model", "output", "quiet"), "tests/unit/test_train.py"),
+    **dict.fromkeys(("backend", "device"), "tests/unit/test_dispatch.py"),
+    **dict.fromkeys(("export", "resume", "quant", "llama_cpp"), "tests/e2e/test_commands.py"),
+    "fuse_into": "tests/parity/test_options.py",
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("files")
+    rows = [{"prompt": f"Say {i}", "completion": f"It is {i}{'!' * i}", "other": f"No {i}"} for i in range(8)]
+    thoughts = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{i}", "reasoning": "Hm"}]}
+        for i in range(8)
+    ]
+    for name, content in (("rows", rows), ("thoughtful", thoughts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (folder / "own.jinja").write_text(CHATML.replace("<|im_start|>", "<|endoftext|>"))
+    return {
+        "rows": str(folder / "rows.jsonl"),
+        "thoughtful": str(folder / "thoughtful.jsonl"),
+        "template": str(folder / "own.jinja"),
+    }
+
+
+def go(backend: str, model: Path, files: dict[str, str], run: Path, flags: list[str]) -> Path:
+    argv = ["--model", str(model), "--data", files["rows"], "--backend", backend, "--output", str(run), *BASE]
+    given = [word.format(**files) for word in flags]
+    for flag in [word for word in given if word.startswith("--")]:
+        if flag in argv:
+            del argv[argv.index(flag) : argv.index(flag) + 2]
+    if "--epochs" in given:
+        del argv[argv.index("--steps") : argv.index("--steps") + 2]
+    if "--adapter" in given:
+        del argv[argv.index("--rank") : argv.index("--rank") + 2]
+    options = load_options(read_flags([*argv, *given]))[0]
+    return run_training(options, lambda name: importlib.import_module(f"{name}_backend").create(), Display("quiet"))
+
+
+def result(run: Path) -> dict[str, np.ndarray]:
+    return read_trained(run).arrays()
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=["torch", "mlx"])
+def plain(request, tiny_llama, files, tmp_path_factory):
+    run = go(request.param, tiny_llama, files, tmp_path_factory.mktemp("runs") / "plain", [])
+    files["adapter"] = str(run)
+    return request.param, run
+
+
+def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: float) -> bool:
+    return one.keys() == other.keys() and all(
+        a.shape == other[n].shape and np.linalg.norm(a - other[n]) <= tolerance * np.linalg.norm(a)
+        for n, a in one.items()
+    )
+
+
+def test_every_option_is_looked_at():
+    names = {field.alias or name for name, field in Options.model_fields.items()}
+    assert names == RESULT.keys() | NOT_THE_RESULT.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("option", RESULT)
+def test_an_option_changes_the_result(option, plain, tiny_llama, files, tmp_path):
+    backend, run = plain
+    flags = RESULT[option]
+    if option in ("thinking", "overflow"):  # beside the same data and length without it
+        others = [word for pair in pairwise(flags) for word in pair if pair[0] in ("--data", "--max-length")]
+        run = go(backend, tiny_llama, files, tmp_path / "beside", others)
+    other = go(backend, tiny_llama, files, tmp_path / "run", flags)
+    assert not same(result(run), result(other), 1e-4)
+    assert record.read_recipe(run).hash() != record.read_recipe(other).hash()
+
+
+@pytest.mark.parametrize("option", NOT_THE_RESULT)
+def test_an_option_of_the_plan_changes_the_plan_and_no_more(option, plain, tiny_llama, files, tmp_path):
+    backend, run = plain
+    other = go(backend, tiny_llama, files, tmp_path / "run", NOT_THE_RESULT[option])
+    if option == "eval_every":
+        assert [line["step"] for line in lines(other) if "valid_loss" in line] == [1, 2, 3]
+        assert [line["step"] for line in lines(run) if "valid_loss" in line] == [3]
+        final, again = lines(run), lines(other)
+        assert [x["loss"] for x in final if "loss" in x] == [x["loss"] for x in again if "loss" in x]
+        return
+    assert same(result(run), result(other), 1e-3)
+    assert record.read_plan(run) != record.read_plan(other)
+    assert record.read_recipe(run).hash() == record.read_recipe(other).hash()
+    if option == "save_every":
+        assert len(list((other / "checkpoints").iterdir())) == 2
+        assert len(list((run / "checkpoints").iterdir())) == 1
+
+
+def test_what_the_adapter_is_fused_into(plain, tiny_llama, files, tmp_path):
+    backend, _ = plain
+    weights = []
+    for into in ("base", "dequantized"):
+        flags = ["--quantization", "4bit", "--export", "fused", "--fuse-into", into]
+        run = go(backend, tiny_llama, files, tmp_path / into, flags)
+        weights.append((run / "fused" / "model.safetensors").read_bytes())
+    assert weights[0] != weights[1]
