@@ -300,3 +300,65 @@ def test_fuse_exports_a_run_that_was_only_trained(tiny, tmp_path):
     assert not (tmp_path / "run" / "fused").exists()
     twintune("fuse", tmp_path / "run", "--export", "fused")
     assert (tmp_path / "run" / "fused" / "model.safetensors").exists()
+
+
+def test_a_run_moves_to_the_other_backend(tiny, tmp_path):
+    """A finished run's older checkpoint stands for one that was stopped there."""
+    for name in ("whole", "moved"):
+        twintune(*tiny_train(tiny, tmp_path / name, "torch", "--steps", 20))
+    shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step-000020")
+    out = twintune("train", "--resume", tmp_path / "moved", "--backend", "mlx")
+    assert "mlx" in out
+    moved, whole = (
+        [loss for _, loss, _ in step_losses(tmp_path / name) if loss is not None] for name in ("moved", "whole")
+    )
+    assert moved[:15] == whole[:15]
+    assert moved[15:] != whole[15:]
+    np.testing.assert_allclose(moved, whole, atol=1e-3)
+    record = json.loads((tmp_path / "moved" / "run.json").read_text())
+    assert [(plan["from_step"], plan["backend"]) for plan in record["plans"]] == [(1, "torch"), (16, "mlx")]
+    assert "changed its plan on the way" in twintune("compare", tmp_path / "whole", tmp_path / "moved")
+
+
+def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
+    model = tiny[0]
+    twintune(*tiny_train(tiny, tmp_path / "run", "torch", "--steps", 3, "--rank-pattern", "q_proj=2", "--rslora"))
+    out = twintune("adapter", "inspect", tmp_path / "run", "--model", model)
+    assert "rsLoRA" in out
+    assert "14 in layers 0-1" in out
+    twintune("adapter", "convert", tmp_path / "run", tmp_path / "theirs", "--to", "mlx", "--model", model)
+    more = ["--steps", 3, "--adapter", tmp_path / "theirs"]
+    out = twintune(*tiny_train(tiny, tmp_path / "next", "mlx", *more))
+    assert "going on from a given adapter" in out
+    first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
+    assert last < first
+    assert "there is no adapter here" in twintune("adapter", "inspect", tmp_path, code=1)
+
+
+def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
+    words = tiny_train(tiny, tmp_path / "run", "mlx", "--steps", 3, "--quantization", "4bit")
+    words[words.index("none")] = "fused"
+    assert "goes into the 16-bit base" in twintune(*words)
+    before = (tmp_path / "run" / "fused" / "model.safetensors").read_bytes()
+    out = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized")
+    assert "goes into the dequantised mlx-4bit-64 weights" in out
+    assert (tmp_path / "run" / "fused" / "model.safetensors").read_bytes() != before
+
+
+def test_full_fine_tuning_and_its_export(tiny, tmp_path):
+    words = tiny_train(tiny, tmp_path / "run", "torch", "--steps", 3, "--method", "full")
+    words[words.index("none")] = "fused"
+    assert "full fine-tuning" in twintune(*words)
+    assert (tmp_path / "run" / "full" / "model.safetensors").exists()
+    twintune("fuse", tmp_path / "run", "--export", "fused")
+
+
+def test_a_row_is_explained(tiny):
+    out = twintune("check-data", tiny[1], "--model", tiny[0], "--explain", 1)
+    assert "its end, where the model must stop" in out
+
+
+def test_doctor_compares_the_backends():
+    out = twintune("doctor", "--parity", "qwen3")
+    assert "step losses" in out
+    assert "NO" not in out
