@@ -6,7 +6,6 @@ import numpy as np
 from rich.text import Text
 
 from common.config import Options
-from common.errors import UserError
 from common.explain import explain_row
 from common.findings import doubtful
 from common.models import resolve
@@ -24,8 +23,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
 
     `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
-    if fault := check_fields(options.field):
-        raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
+    check_fields(options.field)
     source, max_length = options.data or "", options.max_length
     data = load_data(source, options.valid_share, options.seed, options.field)
     tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)

@@ -27,6 +27,7 @@ class Data:
     valid: list[Example]
     test: list[Example]
     shapes: dict[str, int] = field(default_factory=dict)  # how many rows came in which shape
+    empty: list[str] = field(default_factory=list)  # where rows without an answer stood: they are left out
 
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""
@@ -48,8 +49,8 @@ def content_key(row: Example) -> str:
 
 def prompt_key(row: Example) -> str:
     """What is asked: equal where rows differ in their last answer alone."""
-    asked = row.text if row.text is not None else [(m["role"], m["content"].strip()) for m in prompt_of(row)]
-    return json.dumps(asked, ensure_ascii=False)
+    asked = row.text if row.text is not None else prompt_of(row)
+    return json.dumps([asked, row.tools], sort_keys=True, ensure_ascii=False)
 
 
 def data_hash(data: Data) -> str:

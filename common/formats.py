@@ -1,187 +1,144 @@
 """The shapes that rows come in, told apart by looking: each becomes an Example, or words for what is wrong with it."""
 
-import json
 from typing import Any
 
 from common.data import Example
+from common.turns import Empty, Fault, Row, conversation, message_of, parsed, read_tool, read_turns, whole_letters
 
-Row = dict[str, Any]
 # What a shape's part may be called; `--field PART=COLUMN` says it where it is called otherwise.
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
-    "instruction": ("instruction",),
-    "input": ("input",),
-    "output": ("output", "response"),
-    "prompt": ("prompt", "question", "query"),
-    "completion": ("completion", "response", "answer"),
-    "text": ("text",),
-    "system": ("system", "system_prompt"),
+    "prompt": ("prompt", "instruction", "question", "query", "problem"),
+    "input": ("input", "context"),
+    "completion": ("completion", "output", "response", "answer", "solution"),
     "history": ("history",),
+    "system": ("system", "system_prompt"),
+    "text": ("text",),
     "tools": ("tools",),
 }
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
+_ALPACA = {"instruction": "prompt", "output": "completion"}  # two names for one part
+PARTS = (*NAMES, *_ALPACA)
+# Parts that only one shape has: naming one of them in --field settles the shape.
+_SHAPE_OF = {"messages": "messages", "conversations": "conversations", "text": "text"} | dict.fromkeys(
+    ("prompt", "input", "completion", "history"), "pair"
+)
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 KNOWN = "messages, ShareGPT's conversations, Alpaca's instruction and output, prompt and completion, or text"
 
 
-class Fault(Exception):
-    """What is wrong with a row, in words that go after its place."""
-
-
 def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example]:
-    """`(shape, example)`; `fields` renames columns. Raises Fault."""
+    """`(shape, example)`; `fields`: {part: its column}. Raises Fault, and Empty for an answer without words.
+
+    A whole conversation comes before a pair beside it, and a pair before `text`: that is how data sets that hold
+    several forms of the same row mean it. Two columns for one part are never chosen between.
+    """
     if not isinstance(row, dict):
         raise Fault("is no object with named fields")
-    row = {key: value for key, value in row.items() if value is not None}
-    for part, column in fields.items():
-        if column in row:
-            row[part] = row.pop(column)
+    fields = {_ALPACA.get(part, part): column for part, column in fields.items()}
+    wanted = {_SHAPE_OF[part] for part in fields if part in _SHAPE_OF}
+    if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
+        raise Fault(f"has `{media[0]}`, and only text is trained")
+
+    def column(part: str) -> str | None:
+        return _column(row, part, fields)
 
     def get(part: str) -> Any:
-        return next((row[name] for name in NAMES[part] if name in row), None)
+        return None if (name := column(part)) is None else row[name]
 
-    tools = tuple(_parsed(get("tools"), "tools", list) or ())
-    head = [_message("system", text, 0)] if (text := get("system")) else []
-    if (turns := get("messages")) is not None:
-        return "messages", _conversation(head, _turns(turns, "messages"), source, tools)
-    if (turns := get("conversations")) is not None:
-        return "ShareGPT", _conversation(head, _turns(turns, "conversations"), source, tools)
-    if get("instruction") is not None and get("output") is not None:
-        return "Alpaca", _conversation(head, _alpaca(get), source, tools)
-    if get("prompt") is not None and get("completion") is not None:
-        prompt, answer = get("prompt"), get("completion")
-        said = _turns(prompt, "prompt") if isinstance(prompt, list) else [_message("user", prompt, 1)]
-        said += _turns(answer, "completion") if isinstance(answer, list) else [_message("assistant", answer, 2)]
-        return "prompt and completion", _conversation(head, said, source, tools)
-    if (text := get("text")) is not None:
-        if not isinstance(text, str) or not text.strip():
-            raise Fault("`text` is empty" if isinstance(text, str) else "`text` is no text")
-        _whole_letters(text, "`text`")
+    def may_be(shape: str) -> bool:
+        return not wanted or shape in wanted
+
+    tools = tuple(read_tool(tool) for tool in parsed(get("tools"), "tools", list) or ())
+    head = [message_of("system", text, 0)] if (text := get("system")) not in _NOTHING else []
+    chats = [(shape, name) for shape in ("messages", "conversations") if may_be(shape) and (name := column(shape))]
+    if len(chats) > 1:
+        raise Fault(f"has `{chats[0][1]}` and `{chats[1][1]}`: choose one with --field messages={chats[0][1]}")
+    if chats:
+        shape, name = chats[0]
+        turns = read_turns(row[name], name)
+        return ("messages" if shape == "messages" else "ShareGPT"), conversation(head, turns, source, tools)
+    if may_be("pair"):
+        asked, further, answered = column("prompt"), column("input"), column("completion")
+        if asked is None or (isinstance(row[asked], str) and not row[asked].strip() and further):
+            asked, further = further, None
+        if further and not str(row[further] or "").strip():
+            further = None
+        if asked and answered:
+            shape = "Alpaca" if asked == "instruction" or column("history") else "prompt and completion"
+            used = [name for name in (asked, further, answered) if name]
+            if not {*used} <= {"instruction", "input", "output", "prompt", "completion"}:
+                shape += f" ({', '.join(used)})"
+            turns = _history(get("history")) + _pair(row, asked, further, answered)
+            return shape, conversation(head, turns, source, tools)
+    if may_be("text") and (name := column("text")):
+        if not isinstance(text := row[name], str):
+            raise Fault(f"`{name}` is no text")
+        if not text.strip():
+            raise Empty(f"`{name}` is empty")
+        whole_letters(text, f"`{name}`")
         return "plain text", Example((), source, text=text)
+    if {"chosen", "rejected"} <= row.keys():
+        part = "messages" if isinstance(row["chosen"], list) else "completion"
+        raise Fault(f"holds a chosen and a rejected answer; to train on the chosen one: --field {part}=chosen")
+    if bare := [name for part in _SHAPE_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
+        raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")
 
 
-def _parsed(value: Any, name: str, kind: type) -> Any:
-    """CSV and Parquet keep lists as JSON texts."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise Fault(f"`{name}` is a text that is not JSON") from None
-    if value is not None and value != "" and not isinstance(value, kind):
-        raise Fault(f"`{name}` is not a {'list' if kind is list else 'object'}")
-    return value or None
+def clashing(fields: dict[str, str]) -> str | None:
+    """How --field contradicts itself, if it does."""
+    for alias, part in _ALPACA.items():
+        if alias in fields and part in fields:
+            return f"{alias} and {part} are the same part"
+    shapes = {_SHAPE_OF[name]: part for part in fields if (name := _ALPACA.get(part, part)) in _SHAPE_OF}
+    return f"{' and '.join(shapes.values())} belong to different shapes" if len(shapes) > 1 else None
 
 
-def _turns(value: Any, name: str) -> list[Row]:
-    turns = _parsed(value, name, list)
-    if not turns:
-        raise Fault(f"`{name}` is not a list of turns")
-    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+def _column(row: Row, part: str, fields: dict[str, str]) -> str | None:
+    """The column that holds a part: what --field says, else what is called so. Empty ones yield to filled ones."""
+    if part in fields:
+        return fields[part] if fields[part] in row else None
+    there = [name for name in NAMES[part] if name in row and name not in fields.values()]
+    filled = [name for name in there if row[name] not in _NOTHING]
+    if len(filled) > 1:
+        raise Fault(f"has `{filled[0]}` and `{filled[1]}`: choose one with --field {part}={filled[0]}")
+    empty_is_said = part in ("prompt", "completion", "text")  # a fault of the row, not a lack of the column
+    return filled[0] if filled else there[0] if there and empty_is_said else None
 
 
-def _turn(turn: Any, number: int) -> Row:
-    if not isinstance(turn, dict):
-        raise Fault(f"turn {number} is no object")
-    turn = {key: value for key, value in turn.items() if value is not None}
-    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES:
-        raise Fault(f"turn {number} has the role {role!r}; known: {', '.join(_ROLES)}")
-    calls = _parsed(turn.get("tool_calls"), "tool_calls", list)
-    if role == "function_call":
-        calls, content = _parsed(f"[{content}]" if not str(content).startswith("[") else content, "value", list), ""
-    message = _message(_ROLES[role], "" if content is None and calls else content, number)
-    if calls:
-        message["tool_calls"] = [_call(call, number) for call in calls]
-    for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(said := turn.get(key), str) and said.strip():
-            message["reasoning_content"] = said
-            break
-    message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
-    if turn.get("weight", 1) not in (0, 1) or turn.get("train", True) not in (True, False):
-        raise Fault(f"turn {number}: `weight` can be 0 or 1, `train` true or false")
-    if not (turn.get("weight", 1) and turn.get("train", True)):
-        message["train"] = False
-    return message
-
-
-def _message(role: str, content: Any, number: int) -> Row:
-    if isinstance(content, list):
-        content = "".join(_part(part, number) for part in content)
-    if not isinstance(content, str):
-        raise Fault(f"turn {number} has no text in `content`")
-    _whole_letters(content, f"turn {number}")
-    return {"role": role, "content": content}
-
-
-def _part(part: Any, number: int) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise Fault(f"turn {number} holds {kind!r}, and only text is trained")
-
-
-def _whole_letters(text: str, where: str) -> None:
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Fault(f"{where} holds half a character (a lone surrogate such as \\ud83d)")
-
-
-def _call(call: Any, number: int) -> Row:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise Fault(f"turn {number} has a tool call without a function's name")
-    arguments = function.get("arguments", {})
-    found = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(arguments, number)}}
-    return found | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
-
-
-def _arguments(value: Any, number: int) -> Row:
-    try:
-        return _parsed(value, "arguments", dict) or {}
-    except Fault as fault:
-        raise Fault(f"turn {number}: {fault}") from None
-
-
-def _alpaca(get: Any) -> list[Row]:
+def _history(value: Any) -> list[Row]:
     turns = []
-    for number, pair in enumerate(_parsed(get("history"), "history", list) or [], 1):
+    for number, pair in enumerate(parsed(value, "history", list) or [], 1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise Fault(f"`history` {number} is no pair of question and answer")
-        turns += [_message("user", pair[0], number), _message("assistant", pair[1], number)]
-    asked, further = get("instruction"), get("input")
-    if not isinstance(asked, str):
-        raise Fault("`instruction` is no text")
-    if isinstance(further, str) and further.strip():
-        asked = f"{asked}\n\n{further}"
-    if not isinstance(get("output"), str):
-        raise Fault("`output` is no text")
-    return [*turns, _message("user", asked, len(turns) + 1), _message("assistant", get("output"), len(turns) + 2)]
+        turns += [message_of("user", pair[0], number), message_of("assistant", pair[1], number)]
+    return turns
 
 
-def _conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Row, ...]) -> Example:
-    messages = [*head, *turns]
-    for number, message in enumerate(messages, 1 - len(head)):
-        if message["role"] == "system" and message is not messages[0]:
-            raise Fault(f"turn {number} is a system turn; it can only be the first")
-        if message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls"):
-            raise Fault(f"turn {number}: the assistant's turn is empty, so there is nothing to learn")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    if not answers:
-        raise Fault("has no assistant turn, so there is nothing to learn")
-    if not any(message.get("train", True) for message in answers):
-        raise Fault("has no assistant turn that is trained: all say train: false or weight: 0")
-    return Example(tuple(messages), source, tools)
+def _pair(row: Row, asked: str, further: str | None, answered: str) -> list[Row]:
+    """Texts become a turn each; lists of turns are joined, those of the prompt without loss."""
+    if isinstance(row[asked], list):
+        if further:
+            raise Fault(f"`{asked}` is a list of turns, so `{further}` cannot be added to it")
+        said = [
+            turn | {"train": False} if turn["role"] == "assistant" else turn for turn in read_turns(row[asked], asked)
+        ]
+    else:
+        text = _text(row[asked], asked)
+        said = [message_of("user", f"{text}\n\n{_text(row[further], further)}" if further else text, 1)]
+    if isinstance(row[answered], list) and row[answered]:
+        return said + read_turns(row[answered], answered)
+    if row[answered] in _NOTHING:
+        raise Empty(f"`{answered}` is empty")
+    return [*said, message_of("assistant", _text(row[answered], answered), len(said) + 1)]
+
+
+def _text(value: Any, column: str) -> str:
+    """A whole number is written one way only; how a fraction or a date was written is lost."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise Fault(f"`{column}` is no text")
+    return value

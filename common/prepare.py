@@ -63,8 +63,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         choices["precision"] = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
     scheme = quantization_scheme(options.quantization, backend)
     run = resumed or _output(options, backend)
-    if fault := check_fields(options.field):
-        raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
+    check_fields(options.field)
     data = load_data(options.data, options.valid_share, options.seed, options.field)
     display.say(f"{options.data} read as: {data.described()}")
     for finding in doubtful(data):

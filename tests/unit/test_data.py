@@ -73,12 +73,7 @@ def test_line_37_is_not_json(tmp_path: Path) -> None:
         ('{"prompt": "Hi", "answers": "Yo"}', "has none of messages, ShareGPT's conversations, "),
         ('"Hi"', "is no object with named fields"),
         ('{"messages": "Hi"}', "`messages` is not a list"),
-        ('{"messages": []}', "`messages` is not a list of turns"),
-        (
-            turns(("user", "Hi"), ("assistant", "")),
-            "turn 2: the assistant's turn is empty, so there is nothing to learn",
-        ),
-        (turns(("user", "Hi"), ("assistant", " \n")), "turn 2: the assistant's turn is empty"),
+        ('{"messages": []}', "`messages` is empty"),
         (turns(("user", "Hi"), ("robot", "Yo")), "turn 2 has the role 'robot'; known: system, developer, user"),
         ('{"messages": [{"content": "Hi"}]}', "turn 1 has the role None; known: system, developer, user"),
         (turns(("user", "Hi"), ("assistant", None)), "turn 2 has no text in `content`"),
@@ -160,6 +155,15 @@ def test_western_text_is_not_taken_for_japanese(tmp_path: Path, answer: str) -> 
     assert "EUC" not in said
 
 
+def test_rows_without_an_answer_are_left_out_and_listed(tmp_path: Path) -> None:
+    empty = [turns(("user", "Hi"), ("assistant", text)) for text in ("", " \n")]
+    path = lines(tmp_path / "a.jsonl", empty[0], GOOD, empty[1])
+    data = load_data(str(path), 0, 0)
+    assert ([row.source for row in data.train], data.empty) == (["a.jsonl:2"], ["a.jsonl:1", "a.jsonl:3"])
+    assert data.shapes == {"messages": 1}
+    assert fault(lines(path, *empty)).what == f"{path}: none of its 2 rows has an answer."
+
+
 # --- what is held out
 
 
@@ -216,3 +220,15 @@ def test_the_data_hash_sees_content_order_and_split() -> None:
         for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
     ]
     assert len(set(hashes)) == 5
+
+
+def test_the_data_hash_sees_tools_thoughts_loss_and_text() -> None:
+    plain = {"role": "assistant", "content": "Yo"}
+    rows = [
+        Example((plain,), "a:1"),
+        Example((plain | {"train": False},), "a:1"),
+        Example((plain | {"reasoning_content": "Hm"},), "a:1"),
+        Example((plain,), "a:1", tools=({"type": "function"},)),
+        Example((), "a:1", text="Yo"),
+    ]
+    assert len({data_hash(Data([row], [], [])) for row in rows}) == 5

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from common.formats import Fault, read_row
+from common.formats import read_row
+from common.turns import Empty, Fault
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
 
@@ -52,7 +53,10 @@ CHAT = [("system", "Be"), ("user", "Hi"), ("assistant", "Yo")]
         ),
         ("Alpaca", {"instruction": "Hi", "input": "", "output": "Yo", "system": "Be"}),
         ("prompt and completion", {"system": "Be", "prompt": "Hi", "completion": "Yo"}),
-        ("prompt and completion", {"system": "Be", "question": "Hi", "answer": "Yo"}),
+        ("prompt and completion (question, answer)", {"system_prompt": "Be", "question": "Hi", "answer": "Yo"}),
+        ("prompt and completion", {"system": "Be", "input": "Hi", "output": "Yo"}),
+        ("prompt and completion", {"system": "Be", "prompt": "Hi", "completion": "Yo", "text": "### Hi ### Yo"}),
+        ("messages", {"messages": [{"role": r, "content": c} for r, c in CHAT], "prompt": "Hi", "images": []}),
         (
             "prompt and completion",
             {
@@ -75,6 +79,45 @@ def test_alpacas_input_and_history() -> None:
 def test_plain_text() -> None:
     shape, example = read_row({"text": " Once "}, "a:1", {})
     assert (shape, example.text, example.messages) == ("plain text", " Once ", ())
+
+
+def test_dollys_context_goes_to_the_question_and_whole_numbers_are_text() -> None:
+    row = {"instruction": "Add", "context": "1 2", "response": 3}
+    assert said(row) == [("user", "Add\n\n1 2"), ("assistant", "3")]
+    assert read_row(row, "a:1", {})[0] == "Alpaca (instruction, context, response)"
+
+
+def test_answers_in_a_list_of_the_prompt_carry_no_loss() -> None:
+    prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    row = {"prompt": [*prompt, {"role": "user", "content": "So"}], "completion": "No"}
+    turns = read_row(row, "a:1", {})[1].messages
+    assert [m.get("train", True) for m in turns if m["role"] == "assistant"] == [False, True]
+
+
+def test_field_settles_the_shape_and_the_column() -> None:
+    row = {"messages": [1], "question": "Hi", "answer": "?", "solution": "Yo", "text": "?"}
+    assert said(row, output="solution") == CHAT[1:]
+    assert read_row(row, "a:1", {"text": "text"})[1].text == "?"
+
+
+@pytest.mark.parametrize("answer", ["", " ", None])
+def test_an_empty_answer_is_a_fault_of_its_own(answer: str | None) -> None:
+    with pytest.raises(Empty):
+        read_row({"instruction": "Hi", "output": answer}, "a:1", {})
+    with pytest.raises(Empty):
+        read_row({"messages": [{"role": "assistant", "content": answer or ""}]}, "a:1", {})
+
+
+def test_an_empty_answer_without_loss_may_stay() -> None:
+    first = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "weight": 0}]
+    row = {"messages": [*first, {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Yo"}]}
+    assert said(row)[1] == ("assistant", "")
+
+
+def test_a_bare_function_is_wrapped_as_templates_expect() -> None:
+    row = {"prompt": "Hi", "completion": "Yo", "tools": '[{"name": "weather", "parameters": {}}]'}
+    schema = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    assert read_row(row, "a:1", {})[1].tools == (schema,)
 
 
 def test_columns_called_otherwise() -> None:
@@ -127,11 +170,22 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}]}, "without a function's name"),
         ({"messages": [{"role": "assistant", "content": "Yo", "weight": 0.5}]}, "`weight` can be 0 or 1"),
         ({"messages": [{"role": "assistant", "content": "Yo", "train": False}]}, "no assistant turn that is trained"),
-        ({"instruction": 3, "output": "Yo"}, "`instruction` is no text"),
+        ({"messages": [{"role": ["user"], "content": "Yo"}]}, "turn 1 has the role ['user']"),
+        ({"messages": "[" * 100_000}, "`messages` is a text that is not JSON"),
+        ({"instruction": 0.5, "output": "Yo"}, "`instruction` is no text"),
+        ({"prompt": "Hi", "completion": True}, "`completion` is no text"),
+        ({"question": "Hi", "answer": "Yo", "solution": "No"}, "has `answer` and `solution`: choose one with --field"),
+        ({"messages": [1], "conversations": [1]}, "has `messages` and `conversations`: choose one with --field"),
+        ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, "to train on the chosen one: --field completion=chosen"),
+        ({"prompt": "Hi", "completion": "Yo", "image": {"bytes": "x"}}, "has `image`, and only text is trained"),
+        ({"prompt": [], "completion": "Yo", "tools": ["x"]}, "`tools` holds something that is no object"),
+        (
+            {"messages": [{"role": "assistant", "content": "Yo", "reasoning": "\ud83d"}]},
+            "turn 1 holds half a character",
+        ),
         ({"instruction": "Hi", "output": " "}, "the assistant's turn is empty"),
         ({"text": " "}, "`text` is empty"),
         ({"text": "Yo \ud83d"}, "`text` holds half a character"),
-        ({"prompt": "Hi", "completion": 3}, "turn 2 has no text"),
     ],
     ids=str,
 )

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +45,7 @@ def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, kind: str) -> No
 def test_places_are_lines_where_there_are_lines(tmp_path: Path) -> None:
     places = {kind: [row.source for row in read_rows(write(tmp_path, kind))] for kind in ("jsonl", "csv", "parquet")}
     assert places["jsonl"] == [f"rows.jsonl:{n}" for n in (1, 2, 3, 4)]
-    assert places["csv"] == [f"rows.csv:{n}" for n in (3, 5, 7, 8)]  # a text of two lines ends on the second
+    assert places["csv"] == [f"rows.csv:{n}" for n in (2, 4, 6, 8)]  # the first three have texts of two lines
     assert places["parquet"] == [f"rows.parquet:{n}" for n in (1, 2, 3, 4)]
 
 
@@ -73,11 +71,63 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
     assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
 
 
-def test_a_csv_row_with_too_few_columns_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prompt,completion\nHi,Yo\nHi\n", "has 1 bad line(s):\na.csv line 3: has 1 columns, its header 2"),
+        ('prompt,completion\n"a\nb",Yo\nHi,"Y"o\n', "line 4: ',' expected after '\"'"),
+        ('prompt,completion\nHi,"Yo\n', "line 2: unexpected end of data"),
+        ("prompt;completion\nHi;Yo\n", "its columns are parted by semicolons."),
+        ("prompt,prompt\nHi,Yo\n", "two columns are called 'prompt'."),
+        ("prompt,completion\n", "is empty: it holds no rows."),
+    ],
+)
+def test_a_csv_that_is_not_one(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("prompt,completion\nHi,Yo\nHi\n")
-    with pytest.raises(UserError, match=r"a\.csv line 3: has not the header's 2 columns"):
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
         read_rows(path)
+    assert said in caught.value.what
+
+
+def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
+    path = tmp_path / "a.CSV"
+    path.write_text("instruction,input,output\nHi,,Yo\nHo,,\n")
+    data = load_data(str(path), 0, 0)
+    assert [m["content"] for m in data.train[0].messages] == ["Hi", "Yo"]
+    assert data.empty == ["a.CSV:3"]
+
+
+def test_a_file_of_an_unknown_ending(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"files ending in \.xlsx are not read"):
+        read_rows(tmp_path / "a.xlsx")
+
+
+def test_parquet_keeps_lists_of_turns_and_loses_the_keys_they_lack(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": 2}}}]
+    turns = [{"role": "assistant", "content": "", "tool_calls": calls}, {"role": "assistant", "content": "Yo"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
+    first, second = read_rows(tmp_path / "a.parquet")[0].messages
+    assert [call["function"]["arguments"] for call in first["tool_calls"]] == [{"a": 1}, {"b": 2}]
+    assert second == {"role": "assistant", "content": "Yo"}
+
+
+def test_faults_of_a_parquet_file_name_rows(tmp_path: Path) -> None:
+    from datetime import date
+
+    import pyarrow
+    import pyarrow.parquet
+
+    call = {"function": {"name": "f", "arguments": {"day": date(2026, 1, 1)}}}
+    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    with pytest.raises(UserError) as caught:
+        read_rows(tmp_path / "a.parquet")
+    assert caught.value.what.endswith("a.parquet row 1: turn 1: `arguments` holds a value that JSON cannot")
 
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
@@ -107,8 +157,15 @@ def test_fields_from_flags_and_yaml(tmp_path: Path) -> None:
 
 def test_a_column_that_is_not_there_and_a_part_that_is_none(tmp_path: Path) -> None:
     path = write(tmp_path, "jsonl")
-    assert check_fields({"instruction": "x"}) is None
-    assert check_fields({"instructions": "x"}).startswith("'instructions' is no part of a row; known: messages,")
+    check_fields({"instruction": "x", "output": "y", "system": "z"})
+    for fields, said in (
+        ({"instructions": "x"}, "--field: 'instructions' is no part of a row; known: messages,"),
+        ({"instruction": "x", "prompt": "y"}, "--field: instruction and prompt are the same part."),
+        ({"messages": "x", "output": "y"}, "--field: messages and output belong to different shapes."),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_fields(fields)
+        assert caught.value.what.startswith(said)
     with pytest.raises(UserError) as caught:
         load_data(str(path), 0, 0, {"prompt": "question"})
     assert caught.value.what == f"--field prompt=question: {path} has no such column."
@@ -125,7 +182,8 @@ def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
         data = load_data(str(path), 0.2, seed)
         prompts = [{row.messages[0]["content"] for row in part} for part in (data.train, data.valid)]
         assert prompts[0] & prompts[1] == set()
-        assert 8 <= len(data.valid) <= 11
+        assert len(data.valid) == 8
+    assert len(load_data(str(path), 0.05, 0).valid) == 4  # two rows were asked for, no prompt has so few
     path.write_text("".join(json.dumps(chat("Q", f"A{i}")) + "\n" for i in range(4)))
     assert len(load_data(str(path), 0.5, 0).valid) == 0  # all or nothing, and training needs rows
 
@@ -134,24 +192,27 @@ def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, answer) -> list:
+    """The real library's data sets, as `load_dataset` would give them."""
+    import datasets
+
     asked = []
 
-    def load_dataset(name, config, revision):
-        asked.append((name, config, revision))
+    def load_dataset(name, config, revision, split):
+        asked.append((name, config, revision, split))
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        found = datasets.DatasetDict({part: datasets.Dataset.from_list(rows) for part, rows in answer.items()})
+        return found[split] if split else found
 
-    fake = SimpleNamespace(load_dataset=load_dataset, disable_progress_bars=lambda: None)
-    monkeypatch.setitem(sys.modules, "datasets", fake)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return asked
 
 
 def test_a_hub_data_set_with_its_splits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     asked = hub(monkeypatch, {"train": ROWS, "validation": ROWS[:1], "other": ROWS})
-    data = load_data("owner/name:japanese@abc123", 0.5, 0)
-    assert asked == [("owner/name", "japanese", "abc123")]
+    data = load_data("owner/name:japanese@refs/pr/1", 0.5, 0)
+    assert asked == [("owner/name", "japanese", "refs/pr/1", None)]
     assert (len(data.train), len(data.valid), len(data.test)) == (4, 1, 0)
     assert data.train[2].source == "train:3"
 
@@ -161,6 +222,38 @@ def test_a_hub_data_set_of_one_split_is_held_out_of(monkeypatch: pytest.MonkeyPa
     hub(monkeypatch, {"default": ROWS})
     data = load_data("owner/name", 0.25, 0)
     assert (len(data.train), len(data.valid)) == (3, 1)
+
+
+def test_a_split_of_a_hub_data_set_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = hub(monkeypatch, {"train_sft": ROWS, "test_sft": ROWS[:2]})
+    with pytest.raises(UserError) as caught:
+        load_data("owner/name", 0, 0)
+    assert caught.value.what == "--data owner/name: it has no train split, only train_sft, test_sft."
+    assert caught.value.fix == "Choose one: owner/name#train_sft"
+    assert len(load_data("owner/name#test_sft", 0, 0).train) == 2
+    assert asked[1] == ("owner/name", None, None, "test_sft")
+
+
+def test_pictures_of_a_hub_data_set_are_refused_without_being_decoded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+    import pyarrow
+
+    monkeypatch.chdir(tmp_path)
+    text = datasets.Value("string")
+    info = datasets.DatasetInfo(
+        features=datasets.Features({"image": datasets.Image(), "question": text, "answer": text})
+    )
+    table = pyarrow.Table.from_pylist(
+        [{"image": {"bytes": b"no picture", "path": "a.png"}, "question": "Hi", "answer": "Yo"}]
+    )
+    rows = datasets.Dataset(datasets.table.InMemoryTable(table), info=info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": rows}))
+    with pytest.raises(UserError, match="train row 1: has `image`, and only text is trained"):
+        load_data("owner/name", 0, 0)
+    assert len(load_data("owner/name", 0, 0, {"prompt": "question"}).train) == 1
 
 
 def test_the_hub_fails_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
