@@ -18,26 +18,75 @@ def found(train: list[Example], valid: list[Example] | None = None) -> dict[str,
 
 @pytest.mark.parametrize(
     "text",
-    ["I am {{name}}.", "Dear <your name>,\nHi", "On [insert date] we met", "TODO: answer", "made by {{ author }}"],
+    [
+        "I am {{name}}.",
+        "made by {{ author }}",
+        "港の{{name}}です。",
+        "私は{name}です。{{会社名}}にいます。",
+        "I am {name}, made by {author}.",
+        "Dear [NAME],\nHi",
+        "My name is <name>.",
+        "Dear <your name>,\nHi",
+        "On [insert date] we met",
+        "Call [Your Company]!",
+        "TODO: answer",
+        "Lorem ipsum dolor",
+    ],
 )
 def test_placeholders(text: str) -> None:
     assert found([row("Hi", text)]) == {"rows with a placeholder left in": ["a:1"]}
 
 
 @pytest.mark.parametrize(
-    "text", ["a {name} b", "std::vector<int>", "[1, 2]", "<b>bold</b>", "[link](x)", "a[i] = {}", "todo"]
+    "text",
+    [
+        "a {x} b",
+        "The set {dates} of `{{name}}`s",
+        "std::vector<int>",
+        "[1, 2]",
+        "<b>bold</b>",
+        "<name>Pip</name>",
+        "[url](https://a.b/c)",
+        "a[i] = {}",
+        "users[NAME]",
+        "Say print(f'Hello {name}')",
+        "<h1>Hello {name}</h1>",
+        "$\\frac{{a}}{{bc}} + x^{{ab}} + x_{{ab}}$",
+        "run: ${{ github.ref }}",
+        "```jinja\n{{ name }}\n```",
+        "Lo puedo todo: hablar",
+        "Make a TODO list, or a TODO: note",
+        "[INST] and [MASK]",
+        "{'a': {'b': {}}}",
+    ],
 )
 def test_what_only_looks_like_one(text: str) -> None:
-    assert found([row("Hi", text)]) == ({} if text != "todo" else {"rows with a placeholder left in": ["a:1"]})
+    assert found([row("Hi", text)]) == {}
 
 
-@pytest.mark.parametrize("text", ["Well, I,", "これは、", "and the", "see (", "```python\nx = 1", "次の「"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Well, I,",
+        "これは、",
+        "as follows:",
+        "this and the",
+        "see (",
+        "次の「",
+        "```python\nx = 1",
+        "```\na\n```\n\n```\nb",
+    ],
+)
 def test_answers_that_break_off(text: str) -> None:
     assert found([row("Hi", text)]) == {"rows whose answer seems to break off": ["a:1"]}
 
 
 @pytest.mark.parametrize(
-    "text", ["Yes", "はい", "42", "- one\n- two", "```python\nx = 1\n```", "What for?", "https://a.b/c"]
+    "text",
+    [
+        *("Yes", "はい", "港です", "42", "- one\n- two", "```python\nx = 1\n```", "What for?", "https://a.b/c"),
+        *("Who are you with", "the", "No :(", "No =(", "(^_^)", "「はい」", "x```y", "A"),
+    ],
 )
 def test_answers_that_do_not(text: str) -> None:
     assert found([row("Hi", text)]) == {}
@@ -47,12 +96,34 @@ def test_duplicates_contradictions_and_leakage() -> None:
     train = [row("Q", "A"), row("Q", "A", "a:2"), row("Q", "B", "a:3"), row("P", "C", "a:4")]
     valid = [row("P", "C", "v:1"), row("Q", "D", "v:2"), row("R", "E", "v:3")]
     assert found(train, valid) == {
-        "rows of training that stand in validation or test too": ["v:1"],
+        "validation or test rows that stand in training too": ["v:1"],
         "validation or test rows whose prompt is in training, with another answer": ["v:2"],
-        "rows that are there more than once": ["a:2"],
-        "rows with a prompt that has another answer elsewhere": ["a:1", "a:3"],
+        "training rows that repeat another": ["a:2"],
+        "training rows with the same prompt and different answers": ["a:1", "a:3"],
     }
 
 
 def test_good_rows_raise_no_alarm() -> None:
     assert doubtful(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
+
+
+def test_calls_and_tools_are_part_of_a_row() -> None:
+    def asked(city: str, *tools: dict) -> Example:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        result = [{"role": "tool", "content": "sunny"}, {"role": "assistant", "content": "Sunny."}]
+        return Example((*turns, *result), city, tools)
+
+    assert found([asked("Tokyo"), asked("Kyoto")]) == {}
+    assert found([asked("Tokyo")], [asked("Tokyo", {"name": "weather"})]) == {}
+    assert found([asked("Tokyo"), asked("Tokyo")]) == {"training rows that repeat another": ["Tokyo"]}
+
+
+def test_rows_without_an_answer_are_named() -> None:
+    (finding,) = doubtful(Data([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
+    assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
+
+
+def test_plain_text_that_repeats_is_told() -> None:
+    rows = [Example((), f"a:{n}", text="Once,") for n in (1, 2)]
+    assert found(rows[:1], rows[1:]) == {"validation or test rows that stand in training too": ["a:2"]}
