@@ -52,7 +52,7 @@ def check_data(
     overflow: Literal["drop", "truncate", "error"] = "drop",
     valid_share: float = 0.0,
     seed: int = 0,
-    field: tuple[str, ...] = (),
+    field: tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]] = (),
     train_on: Literal["assistant", "last", "all"] = "assistant",
     thinking: Literal["off", "keep"] = "off",
     chat_template: str | None = None,
@@ -76,7 +76,7 @@ def check_data(
     from common.check_data import check_data
     from common.progress import Display
 
-    given = locals() | {"field": list(field)}
+    given = locals() | {"field": [pair for group in field for pair in group]}
     names = ("data", "model", "max_length", "overflow", "valid_share", "seed", "field", "train_on", "thinking")
     flags = {name: given[name] for name in (*names, "chat_template")}
     check_data(load_options(flags)[0], explain, Display())

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -139,6 +139,9 @@ class Options(BaseModel):
             pairs = [str(part).partition("=") for part in parts]
             if bad := [name for name, equals, _ in pairs if not equals]:
                 raise ValueError(f"{bad[0]!r} is no NAME=VALUE")
+            names = [name for name, _, _ in pairs]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]} is given twice")
             return {name: number for name, _, number in pairs}
         return value
 
@@ -277,17 +280,19 @@ def _fields() -> dict[str, Any]:
 def read_flags(argv: list[str]) -> dict[str, Any]:
     """`--batch-size 8 --targets q_proj v_proj --quiet` as a dict of texts, lists of texts and True.
 
+    An option that takes several values may also be given several times.
     Values are not judged here: flags and YAML go through one validation, so that all faults are named together.
     """
     found: dict[str, Any] = {}
     key = None
+    several = {name for name, field in _fields().items() if get_origin(field.annotation) in (list, dict)}
     for word in argv:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
-            if key in found:
-                raise UserError(f"--{name} is given twice.", "Give it once; a list takes its values after one flag.")
-            found[key] = [value] if equals else []
+            if key in found and key not in several:
+                raise UserError(f"--{name} is given twice.", "Give it once.")
+            found.setdefault(key, []).extend([value] if equals else [])
         elif key is None:
             raise UserError(f"{word!r} stands where an option should.", "Options start with --, as in --model NAME.")
         else:

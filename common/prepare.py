@@ -68,6 +68,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     display.say(f"{options.data} read as: {data.described()}")
     for finding in doubtful(data):
         display.warn(str(finding))
+    if options.valid_share and not data.valid and not Path(options.data).expanduser().is_dir():
+        display.warn("nothing could be held out for validation: all rows have the same prompt")
     folder = models.resolve(options.model, display.say)
     trained_over, scheme = _ready_made(options, folder, backend, scheme, display)
     shapes = models.linear_shapes(folder, options.targets)

@@ -164,6 +164,16 @@ def test_a_flag_given_twice() -> None:
     assert fault("--rank", "2", "--rank", "4") == "--rank is given twice."
 
 
+def test_an_option_of_several_values_may_be_given_several_times() -> None:
+    for flags in (["--field", "input=a", "--field", "output=b"], ["--field=input=a", "--field", "output=b"]):
+        assert load_options(read_flags([*flags, "--quant", "Q8_0", "--quant", "Q4_0"]))[0].field == {
+            "input": "a",
+            "output": "b",
+        }
+    assert load_options(read_flags(["--quant", "Q8_0", "--quant", "Q4_0"]))[0].quant == ["Q8_0", "Q4_0"]
+    assert "input is given twice" in fault("--field", "input=a", "input=b")
+
+
 def test_a_word_without_an_option() -> None:
     assert fault("data.jsonl") == "'data.jsonl' stands where an option should."
 

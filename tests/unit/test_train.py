@@ -70,6 +70,20 @@ def test_every_row_longer_than_max_length(given: dict[str, Any]) -> None:
     assert error.fix == "Raise --max-length."
 
 
+def test_doubtful_rows_are_warned_of_and_shapes_are_said(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,answer\nWho?,I am {{name}}.\nWho?,Pip.\nWho?,\n")
+    prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, Display("plain"))
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in said
+    assert "warning: 1 rows without an answer, left out: rows.csv:4" in said
+    assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in said
+    assert "warning: 1 rows with a placeholder left in: rows.csv:2" in said
+    assert "warning: nothing could be held out for validation: all rows have the same prompt" in said
+
+
 def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
