@@ -1,5 +1,6 @@
 """Where rows come from: files, a folder of them, or a data set of the hub."""
 
+import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -153,6 +154,7 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each try; the last one's error is told
     try:
         found = datasets.load_dataset(name, config, revision=revision, split=split)
     except Exception as error:  # the library lets through its own errors, the hub's and the HTTP client's
