@@ -99,8 +99,8 @@ def fuse(
         llama_cpp: folder of a llama.cpp build to use.
         fuse_into: with a quantised base: the 16-bit base, or the weights trained over; as the run was started.
     """
+    from common.finish import fuse_run
     from common.progress import Display
-    from common.train import fuse_run
 
     given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into}
     fuse_run(run, {name: value for name, value in given.items() if value}, _make_backend, Display())

@@ -8,31 +8,12 @@ where the marks, exchanged for the answers, give the first rendering to the lett
 import json
 import re
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import Any
 
 from common.data import Example
 from common.errors import UserError
+from common.renderer import EMPTY_BLOCK, HELLO, MARK, OPEN_BLOCK, THINKING_REST, Message, Renderer, closed
 
-Message = dict[str, Any]
-# Some templates write today's date otherwise: the same recipe would be other tokens tomorrow.
-_DAY = datetime(2024, 7, 26)
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-_MARK = "qTWINTUNE{}q{}q{}"
-_HELLO: Message = {"role": "user", "content": "q"}
-# How families write where thinking begins and ends.
-_TAGS = {
-    "<think>": "</think>",
-    "<seed:think>": "</seed:think>",
-    "<mm:think>": "</mm:think>",
-    "<|START_THINKING|>": "<|END_THINKING|>",
-    "<|channel>thought": "<channel|>",
-}
-_OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
-_EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
-_OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
-# What a generation prompt may have, and a finished turn not: a thinking block, opened or empty, or the end of one.
-_THINKING_REST = re.compile(rf"\s*{_OPEN}?\s*{_SHUT}?\s*")
 _SAID = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _VARIANTS = (
     lambda text: text,
@@ -67,10 +48,6 @@ class Unlabelled(Exception):
     """Why a row's turns cannot be placed exactly."""
 
 
-def _close(opened: str) -> str:
-    return f"\n{_TAGS[opened]}\n\n" if opened == "<think>" else _TAGS[opened]
-
-
 def split_thinking(messages: list[Message]) -> list[Message]:
     """`<think>...</think>` at the start of an answer becomes `reasoning_content`, as data sets write it either way."""
     result = []
@@ -80,86 +57,6 @@ def split_thinking(messages: list[Message]) -> list[Message]:
             message = message | {"content": message["content"][found.end() :], "reasoning_content": found[1].strip()}
         result.append(message)
     return result
-
-
-class Renderer:
-    """A tokenizer's chat template with its quirks found once. `thinking`: off or keep."""
-
-    def __init__(self, tokenizer: Any, thinking: str) -> None:
-        self.tokenizer, self.thinking = tokenizer, thinking
-        self.template = _TODAY.sub(lambda call: json.dumps(_DAY.strftime(call[2])), str(tokenizer.chat_template))
-        self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
-        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
-        special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        self._suffix: str | None = None
-        self._no_tools: list[Any] | None = None
-        try:
-            self.render([_HELLO], (), False, False)
-        except Exception:  # some templates loop over tools that are not there
-            self._no_tools = []
-
-    def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
-        said = [
-            {**m, "reasoning": thought, "thinking": thought} if (thought := m.get("reasoning_content")) else m
-            for m in messages
-        ]
-        return self.tokenizer.apply_chat_template(
-            said,
-            chat_template=self.template,
-            tools=list(tools) or self._no_tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **self._variables(think),
-        )
-
-    def marks(self, messages: list[Message], tools: Any, think: bool) -> tuple[tuple[int, int], ...] | None:
-        """What lies between the template's `{% generation %}` marks, in characters of the rendering; None without."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if not self.marked:
-            return None
-        _, spans = render_jinja_template(
-            [messages],
-            tools=list(tools) or self._no_tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-            **self._variables(think),
-        )
-        return tuple(spans[0])
-
-    def _variables(self, think: bool) -> dict[str, Any]:
-        day = f"{_DAY:%d %b %Y}"
-        return {"enable_thinking": think, "thinking": think, "date_string": day}
-
-    def prompt(self, messages: list[Message], tools: Any, think: bool) -> str:
-        """The generation prompt as the exported model is served."""
-        return self.render(messages, tools, True, think) + ("" if think else self.suffix)
-
-    @property
-    def suffix(self) -> str:
-        """What thinking off adds to the generation prompt: an empty block, or the end of one that stands open."""
-        if self._suffix is None:
-            mark = _MARK.format("", 1, "c")
-            before = self.render([_HELLO], (), True, False)
-            after = self.render([_HELLO, {"role": "assistant", "content": mark}], (), False, False)
-            between = after[len(before) : after.find(mark)] if after.startswith(before) else ""
-            opened = _OPEN_BLOCK.search(before)
-            self._suffix = between if _EMPTY_BLOCK.fullmatch(between) else _close(opened[1]) if opened else ""
-        return self._suffix
-
-    def exported_template(self) -> str:
-        """The template that serves as training saw it: with thinking off nobody can switch it on by mistake."""
-        template = str(self.tokenizer.chat_template)
-        if self.thinking == "keep":
-            return template
-        suffix = self.suffix
-        if "enable_thinking" in template:
-            template = "{%- set enable_thinking = false -%}" + template
-        if suffix:
-            template += f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(suffix)} -}}}}{{%- endif -%}}"
-        return template
 
 
 def place(example: Example, renderer: Renderer) -> Conversation:
@@ -259,8 +156,8 @@ def _place(messages: list[Message], example: Example, renderer: Renderer) -> Con
         if block and last:  # the served prompt has a block that the rendering leaves out
             thought = message.get("reasoning_content")
             if think and thought:
-                opened = _OPEN_BLOCK.search(block)
-                block += f"{thought}{_close(opened[1] if opened else '<think>')}"
+                opened = OPEN_BLOCK.search(block)
+                block += f"{thought}{closed(opened[1] if opened else '<think>')}"
                 contents[thought] = answers[thought]
             shadow = shadow[:at] + block + shadow[start:]
             start = len(before)
@@ -293,7 +190,7 @@ def _with_marks(messages: list[Message]) -> tuple[list[Message], dict[str, str]]
             message = {**message}
             for key in ("content", "reasoning_content"):
                 if message.get(key):
-                    mark = _MARK.format(salt, number, key[0])
+                    mark = MARK.format(salt, number, key[0])
                     answers[mark] = message[key]
                     message[key] = mark
         marked.append(message)
@@ -310,7 +207,7 @@ def _inlined(
     both = []
     for rows in (messages, marked):
         last = {key: value for key, value in rows[-1].items() if key != "reasoning_content"}
-        last["content"] = f"<think>\n{rows[-1]['reasoning_content']}{_close('<think>')}{rows[-1]['content']}"
+        last["content"] = f"<think>\n{rows[-1]['reasoning_content']}{closed('<think>')}{rows[-1]['content']}"
         both.append([*rows[:-1], last])
     return (both[0], both[1]) if mark in renderer.render(both[1], tools, False, True) else None
 
@@ -341,14 +238,14 @@ def _start(shadow: str, before: str, number: int) -> tuple[int, int, str]:
         return len(before), _after_block(shadow, len(before)), ""
     same = len(_common(shadow, before))
     for at in range(same, max(same - len("</think>\n"), -1), -1):  # "<" may begin the block and the answer
-        if before[at:].strip() and _THINKING_REST.fullmatch(before[at:]):
+        if before[at:].strip() and THINKING_REST.fullmatch(before[at:]):
             return at, _after_block(shadow, at), before[at:]
     raise Unlabelled(f"turn {number + 1} renders differently with and without what follows it")
 
 
 def _after_block(text: str, at: int) -> int:
     """Past an empty thinking block at `at`: never train a model to close one."""
-    block = _EMPTY_BLOCK.match(text, at)
+    block = EMPTY_BLOCK.match(text, at)
     return block.end() if block else at
 
 
@@ -380,7 +277,7 @@ def _end(
     if last:  # what would follow shows what belongs to the turn
         call = calls[0] if calls else {}
         name, key = call.get("function", {}).get("name"), call.get("id", "0")
-        other = {"role": "tool", "content": "q", "name": name, "tool_call_id": key} if calls else _HELLO
+        other = {"role": "tool", "content": "q", "name": name, "tool_call_id": key} if calls else HELLO
         try:
             following = after(renderer.render([*marked, other], tools, False, think))
         except Exception:  # a template may refuse such a row: then the turn's own rendering must do
@@ -417,9 +314,9 @@ def _before_header(
     """
     if marked[number].get("tool_calls") or (number + 1 < len(marked) and marked[number + 1]["role"] != "user"):
         return ""
-    said = marked[number + 1]["content"] if number + 1 < len(marked) else _HELLO["content"]
+    said = marked[number + 1]["content"] if number + 1 < len(marked) else HELLO["content"]
     head = following[: following.find(said)]
-    mark = _MARK.format("", 0, "u")
+    mark = MARK.format("", 0, "u")
     first = renderer.render([{"role": "user", "content": mark}], tools, False, think)
     same = _common(head[::-1], first[: first.find(mark)][::-1])[::-1]
     token = renderer.special.search(same)

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.chat import Conversation, Renderer, Unlabelled, place
+from common.chat import Conversation, Unlabelled, place
 from common.data import Example
 from common.errors import UserError
+from common.renderer import Renderer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 

@@ -1,34 +1,26 @@
 """The main job in its order: check everything, train, fuse, export, measure."""
 
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common import adapter as adapters
 from common import checkpoint, models, record
 from common.batches import steps_per_epoch
 from common.checkpoint import State
-from common.config import Options, Plan, Recipe, write_yaml
+from common.config import Options, Recipe, write_yaml
 from common.errors import UserError
-from common.example import is_example, score
-from common.export import Served, check_disk, disk_needed, try_gguf, write_fused, write_ggufs
-from common.gguf import check_quants
-from common.llamacpp import LlamaCpp
+from common.finish import TEMPLATE, finish, loaded, record_seconds, timed
 from common.loop import Interrupted, train
-from common.lora import layer_count, validate
+from common.lora import validate
 from common.memory import ResidentSet, swap_used
-from common.mlx_quantized import source
-from common.prepare import Job, free_name, llama_for, prepare, source_name
+from common.prepare import Job, free_name, prepare
 from common.progress import Display
-from common.seam import Adapter, Backend, Memory, ModelInfo, OutOfMemory
+from common.seam import Adapter, Backend, Memory, ModelInfo
 
-_TEMPLATE = "chat_template.jinja"
 _PLAN = "what changes only speed and memory"
 
 
@@ -39,16 +31,16 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         resumed = Path(options.resume)
         options = _resumed_options(options, resumed)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "prepare"):
+    with timed(seconds, "prepare"):
         job = prepare(options, resumed, display)
     job, state = _open_run(job, resumed)
     with _only_one(job.run):
         try:
-            with _timed(seconds, "train"):
+            with timed(seconds, "train"):
                 final = _train(job, state, make_backend, display)
         except BaseException as error:
             record.update_run(job.run, status="interrupted")
-            _record_seconds(job.run, seconds)
+            record_seconds(job.run, seconds)
             if not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To go on: python cli.py train --resume {job.run}")
             raise
@@ -63,135 +55,12 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
     return job.run
 
 
-def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
-    """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
-    known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
-    if known["status"] != "complete":
-        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
-    merged = Options.model_validate({**known["options"], **options})
-    if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
-        merged = merged.model_copy(update={"export": "gguf"})
-    check_quants(merged.quant)
-    folder = models.resolve(merged.model or "", display.say)
-    if models.content_hash(folder) != known["model_hash"]:
-        raise UserError(f"{merged.model} is not the model that {run} was trained on.", "Bring that model back.")
-    shapes = models.linear_shapes(folder, record.read_recipe(run).targets)
-    final = adapters.read_trained(run, layer_count(shapes))
-    validate(final, shapes, run / "adapter")
-    check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
-    llama = llama_for(merged, folder, display)
-    template = run / _TEMPLATE
-    served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
-    finish(run, folder, final, merged, llama, served, {}, display, make_backend)
-
-
-def finish(
-    run: Path,
-    folder: Path,
-    final: Adapter,
-    options: Options,
-    llama: LlamaCpp | None,
-    served: Served,
-    seconds: dict[str, float],
-    display: Display,
-    make_backend: Callable[[str], Backend],
-) -> None:
-    """Fuse, convert, quantise and, for the built-in example, count; recorded in run.json."""
-    export: dict[str, Any] = {}
-    if options.export != "none":
-        replacing = _replaced(run, folder, final, options, make_backend, display)
-        with _timed(seconds, "fuse"), replacing as replaced, display.stage("fuse") as progress:
-            write_fused(folder, final, run / "fused", served, progress, replaced)
-        export["fused"] = "fused"
-    if options.export == "gguf" and llama is not None:
-        with _timed(seconds, "gguf"), display.stage("gguf") as progress:
-            export["gguf"] = write_ggufs(
-                run / "fused", run / "gguf", source_name(options.model), options.quant, llama, progress
-            )
-        display.table(
-            "GGUF",
-            ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
-            [
-                [
-                    str(run / report["file"]),
-                    f"{report['bytes'] / 1e6:.1f} MB",
-                    f"{report['bits_per_weight']:.2f}",
-                    ", ".join(f"{count} {kind}" for kind, count in report["tensors"].items()),
-                    str(report["fallbacks"]),
-                ]
-                for report in export["gguf"]
-            ],
-        )
-        if any(report["fallbacks"] for report in export["gguf"]):
-            display.say(
-                "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
-                "larger type, so the file is bigger than its name suggests."
-            )
-        first = run / export["gguf"][0]["file"]
-        prompt = record.read_run(run)["sample_prompt"]
-        with _timed(seconds, "try"):
-            answer = try_gguf(first, run / "fused", prompt, llama)
-        export["sample"] = {"prompt": prompt, "answer": answer}
-        if prompt:
-            display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
-    export = record.read_run(run).get("export", {}) | export
-    record.update_run(run, export=export)
-    if options.export == "gguf" and llama is not None and is_example(options.data):
-        with _timed(seconds, "example"):
-            counts = score(run, folder, options.quant[0], llama, display)
-        record.update_run(run, example=counts)
-    _record_seconds(run, seconds)
-    display.event("done", run=str(run), stage_seconds=seconds)
-    if display.mode in ("rich", "plain"):
-        display.say("stages: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
-        display.say(f"The run is in {run}")
-
-
-@contextmanager
-def _replaced(
-    run: Path,
-    folder: Path,
-    final: Adapter,
-    options: Options,
-    make_backend: Callable[[str], Backend],
-    display: Display,
-) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
-    """What stands in for the 16-bit base's weights: nothing, or with --fuse-into dequantized those trained over."""
-    recipe = record.read_recipe(run)
-    if recipe.quantization == "none":
-        yield {}
-    elif source(folder) is not None:
-        display.say(f"The adapter goes into the model's dequantised {recipe.quantization} weights: it has no others.")
-        yield {}
-    elif options.fuse_into != "dequantized":
-        display.say(
-            f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
-            "over, but not the same; --fuse-into dequantized gives what training saw."
-        )
-        yield {}
-    else:
-        display.say(f"The adapter goes into the dequantised {recipe.quantization} weights that it was trained over.")
-        backend, _ = _loaded(make_backend, recipe, record.read_plan(run), folder, final)
-        try:
-            yield backend.dequantized()
-        finally:
-            backend.close()
-
-
-def _record_seconds(run: Path, seconds: dict[str, float]) -> None:
-    """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
-    earlier = record.read_run(run).get("stage_seconds", {})
-    if "train" in seconds:
-        seconds["train"] += earlier.get("train", 0.0)
-    record.update_run(run, stage_seconds=earlier | seconds)
-
-
 def _train(job: Job, state: State, make_backend: Callable[[str], Backend], display: Display) -> Adapter:
     """The loop with its backend loaded around it. Returns the adapter to export."""
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
     found = checkpoint.latest(job.run) if state.step else None
     with display.stage("load the model"):
-        backend, info = _loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
+        backend, info = loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
         if found:
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])
@@ -220,19 +89,6 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
     record.update_run(job.run, exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return state.best or last
-
-
-def _loaded(
-    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
-) -> tuple[Backend, ModelInfo]:
-    backend = make_backend(plan.backend)
-    try:
-        return backend, backend.load(recipe, plan, folder, adapter)
-    except OutOfMemory as error:
-        raise UserError(
-            f"{recipe.model} does not fit into memory on {plan.device}: {error}",
-            "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
-        ) from None
 
 
 class _Watch:
@@ -355,7 +211,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
     write_yaml(job.run / "plan.yaml", job.plan, _PLAN)
     if job.served.template is not None:
-        (job.run / _TEMPLATE).write_text(job.served.template, encoding="utf-8")
+        (job.run / TEMPLATE).write_text(job.served.template, encoding="utf-8")
     record.write_environment(job.run)
     record.update_run(
         job.run,
@@ -394,12 +250,3 @@ def _resumed_options(options: Options, run: Path) -> Options:
             )
         kept["device"] = "auto"
     return Options.model_validate(known["options"] | kept | given)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

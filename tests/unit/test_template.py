@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.chat import Renderer
 from common.data import Example
 from common.errors import UserError
+from common.renderer import Renderer
 from common.template import (
     Encoded,
     Style,
