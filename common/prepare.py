@@ -132,7 +132,8 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
     llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
-    served = Served(stop_ids(every), exported_template(tokenizer, style))
+    chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
+    served = Served(stop_ids(every), exported_template(tokenizer, style) if chats else None)
     return Job(options, run, folder, trained_over, recipe, plan, choices, rows, valid, start, llama, served, sample)
 
 

@@ -1,6 +1,10 @@
 """Folders that take seconds to make, made once a session."""
 
+import os
 from pathlib import Path
+
+# Before MLX loads OpenBLAS: with two threads on tiny matrices it took six times as long here, waiting for itself.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 
