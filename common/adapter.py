@@ -25,8 +25,11 @@ FULL_FILE = "model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MLX_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
+_IN_LAYERS = re.compile(r"\.layers\.\d+\.")
 # PEFT settings that make another computation of the same file; where one is set, the file is refused.
 _PEFT_OTHER = (
+    "loftq_config",
+    "lora_ga_config",
     "modules_to_save",
     "fan_in_fan_out",
     "use_qalora",
@@ -119,6 +122,8 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
     where = folder / CONFIG_FILE
     if strange := [key for key in _PEFT_OTHER if config.get(key)]:
         raise _refused(where, f"{strange[0]} is set")
+    if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise _refused(where, f"it was started by {start}, which changes the base model's own weights")
     if config.get("peft_type", "LORA") != "LORA":
         raise _refused(where, f"it is a {config['peft_type']} adapter, no LoRA")
     if config.get("bias", "none") != "none":
@@ -127,19 +132,22 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
     for key, tensor in sorted(tensors.items()):
         name = hf_name(key.removeprefix(_PEFT_PREFIX))
         part = next((p for p, ending in _PEFT_NAMES.items() if name.endswith(f".{ending}")), None)
-        if part is None or ".layers." not in name:
+        if part is None or not _IN_LAYERS.search(name):
             raise _refused(folder / PEFT_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
         found.setdefault(name.removesuffix(f".{_PEFT_NAMES[part]}"), {})[part] = tensor
     rslora = bool(config.get("use_rslora"))
     weights = {}
     for name, parts in found.items():
         A, B, magnitude = _whole(folder / PEFT_FILE, name, parts, bool(config.get("use_dora")))
-        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+        try:
+            alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
+            rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
+        except (TypeError, ValueError, AttributeError, re.error) as error:
+            raise _refused(where, f"its rank or alpha cannot be read ({error})") from None
         if rank != A.shape[0]:
             raise _refused(where, f"it says rank {rank} for {name}, whose lora_A has {A.shape[0]} rows")
-        weights[name] = LoraWeight(A, B, float(alpha), rslora, magnitude)
-    return _adapter(config.get("base_model_name_or_path"), layers, config.get("lora_dropout", 0.0), weights)
+        weights[name] = LoraWeight(A, B, alpha, rslora, magnitude)
+    return _adapter(where, config.get("base_model_name_or_path"), layers, config.get("lora_dropout", 0.0), weights)
 
 
 def _pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
@@ -156,14 +164,14 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise _refused(folder / CONFIG_FILE, f"its fine_tune_type is {kind}")
-    shape = config.get("lora_parameters", {})
-    if "scale" not in shape:
+    shape = config.get("lora_parameters")
+    if not isinstance(shape, dict) or not isinstance(shape.get("scale"), (int, float)):
         raise _refused(folder / CONFIG_FILE, "lora_parameters.scale is not there, and nobody can guess it")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name, _, ending = key.rpartition(".")
         part = next((p for p, theirs in _MLX_NAMES.items() if theirs == ending), None)
-        if part is None or ".layers." not in name:
+        if part is None or not _IN_LAYERS.search(name):
             raise _refused(folder / MLX_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
         if part != "magnitude" and tensor.ndim != 2:
             raise _refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
@@ -172,7 +180,7 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     for name, parts in found.items():
         A, B, magnitude = _whole(folder / MLX_FILE, name, parts, kind == "dora")
         weights[name] = LoraWeight(A, B, float(shape["scale"]) * A.shape[0], False, magnitude)
-    return _adapter(config.get("model"), layers, shape.get("dropout", 0.0), weights)
+    return _adapter(folder / MLX_FILE, config.get("model"), layers, shape.get("dropout", 0.0), weights)
 
 
 def _whole(
@@ -181,6 +189,9 @@ def _whole(
     wanted = ["lora_A", "lora_B", *(["magnitude"] if dora else [])]
     if absent := [part for part in wanted if part not in parts]:
         raise UserError(f"{where}: {name} has no {absent[0]}.", "Fetch or train the adapter anew.")
+    if parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2 or not parts["lora_A"].shape[0]:
+        shapes = " and ".join(str(parts[part].shape) for part in ("lora_A", "lora_B"))
+        raise _refused(where, f"{name} holds no matrices of a linear layer: {shapes}")
     if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
         raise UserError(
             f"{where}: {name} has a lora_A of rank {parts['lora_A'].shape[0]} and a lora_B of rank "
@@ -190,9 +201,13 @@ def _whole(
     return parts["lora_A"], parts["lora_B"], parts.get("magnitude")
 
 
-def _adapter(base: str | None, layers: int, dropout: float, weights: dict[str, LoraWeight]) -> Adapter:
+def _adapter(where: Path, base: str | None, layers: int, dropout: object, weights: dict[str, LoraWeight]) -> Adapter:
+    if not weights:
+        raise _refused(where, "it holds no LoRA weights")
+    if not isinstance(dropout, (int, float)):
+        raise _refused(where, f"its dropout is {dropout!r}")
     dora = any(weight.magnitude is not None for weight in weights.values())
-    return Adapter(base or "", layers, dropout, weights, dora=dora)
+    return Adapter(base or "", layers, float(dropout), weights, dora=dora)
 
 
 def _refused(where: Path, why: str) -> UserError:
@@ -290,4 +305,6 @@ def _read(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
         raise UserError(f"{folder}: there is no whole adapter here: {error.filename}.", "Give a run folder.") from None
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder}: the adapter is damaged: {error}", "Take it from a checkpoint.") from None
+    if not isinstance(config, dict):
+        raise _refused(folder / CONFIG_FILE, "it is no object")
     return config, {key: tensor.astype(np.float32, copy=False) for key, tensor in tensors.items()}

@@ -125,11 +125,21 @@ def _folded(messages: list[Message]) -> list[Message] | None:
     return [first, *messages[2:]]
 
 
-def _check_said(messages: list[Message], text: str, turns: list[Turn]) -> None:
+def _check_said(messages: list[Message], tools: Any, text: str, turns: list[Turn]) -> None:
     """A template that knows no system turn, or no tools, may leave them out without a word."""
     for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "user") and message["content"].strip() not in text:
             raise Unlabelled(f"the template leaves out or changes the text of turn {number} ({message['role']})")
+        said = message["content"].strip() if message["role"] == "tool" else ""
+        if (
+            said not in text
+            and json.dumps(said, ensure_ascii=False)[1:-1] not in text
+            and (json.dumps(said)[1:-1] not in text)
+        ):
+            raise Unlabelled(f"the template leaves out the tool's answer of turn {number}")
+    for tool in tools:
+        if str(tool.get("function", tool).get("name", "")) not in text[: turns[0].start if turns else None]:
+            raise Unlabelled("the template leaves out the row's tools (take them out of the row to train without)")
     for turn in turns:
         for call in messages[turn.message].get("tool_calls") or []:
             if call["function"]["name"] not in text[turn.start : turn.stop]:
@@ -174,8 +184,8 @@ def _place(messages: list[Message], example: Example, renderer: Renderer) -> Con
     ]
     for mark, said in contents.items():
         shadow = shadow.replace(mark, said)
-    _check_said(messages, shadow, turns)
-    marks = renderer.marks(messages, tools, think) if shadow == rendered else None
+    _check_said(messages, tools, shadow, turns)
+    marks = renderer.marks(messages, tools, think, rendered) if shadow == rendered else None
     return Conversation(shadow, turns, marks=marks)
 
 

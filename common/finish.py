@@ -11,6 +11,7 @@ import numpy as np
 from common import adapter as adapters
 from common import models, record
 from common.config import Options, Plan, Recipe
+from common.dispatch import choose_backend, choose_device
 from common.errors import UserError
 from common.example import is_example, score
 from common.export import Served, check_disk, disk_needed, try_gguf, write_fused, write_ggufs
@@ -30,6 +31,8 @@ def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], B
     known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    if options.get("fuse_into") and record.read_recipe(run).quantization == "none":
+        raise UserError(f"--fuse-into {options['fuse_into']}: {run} has no quantised base.", "Leave --fuse-into out.")
     merged = Options.model_validate({**known["options"], **options})
     if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
         merged = merged.model_copy(update={"export": "gguf"})
@@ -133,7 +136,12 @@ def _replaced(
         yield {}
     else:
         display.say(f"The adapter goes into the dequantised {recipe.quantization} weights that it was trained over.")
-        backend, _ = loaded(make_backend, recipe, record.read_plan(run), folder, final)
+        plan = record.read_plan(run)
+        if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
+            raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
+        choose_backend(plan.backend)  # a run may have come from another machine
+        device = choose_device("auto", plan.backend).value
+        backend, _ = loaded(make_backend, recipe, plan.model_copy(update={"device": device}), folder, final)
         try:
             yield backend.dequantized()
         finally:

@@ -87,6 +87,9 @@ def fuse(
     shards = shard_files(base)
     replaced = {**replaced} | {name: partial(np.asarray, tensor) for name, tensor in adapter.full.items()}
     missing = {f"{name}.weight" for name in adapter.weights} | set(replaced)
+    embedding = next((name for name in adapter.full if name.endswith("embed_tokens.weight")), None)
+    if embedding and "lm_head.weight" not in adapter.full:  # tied, and some checkpoints store it twice all the same
+        replaced["lm_head.weight"] = replaced[embedding]
     total = sum(shard.stat().st_size for shard in shards)
     done = 0
     for shard in shards:

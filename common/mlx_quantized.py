@@ -39,9 +39,9 @@ def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
     except UserError as error:
         raise UserError(f"--model {name}: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
     digest = hashlib.sha256()
-    for shard in shard_files(folder):
-        with shard.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
     with cache_lock():
         if not out.is_dir():

@@ -15,6 +15,7 @@ class Fitted:
     rows: list[Encoded]
     dropped: list[Encoded]  # whole, as they were
     truncated: list[Encoded]  # whole, as they were
+    unlabelled: list[Encoded]  # left out: nothing in them is trained
 
 
 def encode_all(
@@ -36,7 +37,10 @@ def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncat
     kept: list[Encoded] = []
     dropped: list[Encoded] = []
     truncated: list[Encoded] = []
+    unlabelled = [row for row in rows if not row.label_tokens]
     for row in rows:
+        if not row.label_tokens:
+            continue
         if len(row.ids) <= max_length:
             kept.append(row)
             continue
@@ -53,4 +57,4 @@ def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncat
             f"--overflow error: {len(dropped)} rows have more than --max-length {max_length} tokens: {shown}{more}.",
             "Raise --max-length, shorten the rows, or choose --overflow drop or truncate.",
         )
-    return Fitted(kept, dropped, truncated)
+    return Fitted(kept, dropped, truncated, unlabelled)

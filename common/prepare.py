@@ -62,6 +62,11 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     if options.method == "full" and options.precision == "auto":
         choices["precision"] = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
     scheme = quantization_scheme(options.quantization, backend)
+    if options.method == "dora" and scheme == "int8":
+        raise UserError(
+            "--method dora over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
+            "Use --quantization 4bit, or --method lora.",
+        )
     run = resumed or _output(options, backend)
     check_fields(options.field)
     data = load_data(options.data, options.valid_share, options.seed, options.field)
@@ -83,6 +88,15 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
         display.say(f"{count} rows: {note}")
     fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (every, valid_every))
     rows, valid = fitted.rows, valid_fitted.rows
+    if unlabelled := fitted.unlabelled + valid_fitted.unlabelled:
+        display.warn(f"{len(unlabelled)} rows are left out, nothing in them is trained: {unlabelled[0].source} ...")
+    if len(fitted.unlabelled) == len(every):
+        raise UserError(
+            f"--train-on {options.train_on}: nothing in {options.data} is trained.",
+            "Look at it with check-data --explain 1; train: false and weight: 0 take turns out.",
+        )
+    if data.valid and not valid:
+        display.warn("no validation row is left, so the last adapter is exported, not the best")
     if not rows:
         raise UserError(
             f"--max-length {options.max_length}: every row of {options.data} is longer "

@@ -103,7 +103,8 @@ def deterministic(recipe: Recipe, plan: Plan) -> dict[str, str]:
         "training": same if plan.device == "cpu" else "up to the rounding of the GPU's kernels",
         "another plan or backend": "the same mathematics, other rounding"
         + ("; dropout masks differ between backends" if recipe.dropout else ""),
-        "fused weights": "the same bytes on any machine, from the same adapter and base",
+        "fused weights": "the same bytes on any machine, from the same adapter and base"
+        + ("" if recipe.quantization == "none" else "; into dequantised weights as its own backend makes them"),
     }
 
 

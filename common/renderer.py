@@ -48,12 +48,8 @@ class Renderer:
             self._no_tools = []
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
-        said = [
-            {**m, "reasoning": thought, "thinking": thought} if (thought := m.get("reasoning_content")) else m
-            for m in messages
-        ]
         return self.tokenizer.apply_chat_template(
-            said,
+            self._said(messages),
             chat_template=self.template,
             tools=list(tools) or self._no_tools,
             tokenize=False,
@@ -61,21 +57,30 @@ class Renderer:
             **self._variables(think),
         )
 
-    def marks(self, messages: list[Message], tools: Any, think: bool) -> tuple[tuple[int, int], ...] | None:
-        """What lies between the template's `{% generation %}` marks, in characters of the rendering; None without."""
+    def marks(
+        self, messages: list[Message], tools: Any, think: bool, rendered: str
+    ) -> tuple[tuple[int, int], ...] | None:
+        """What lies between the template's `{% generation %}` marks, in characters of `rendered`; None without."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not self.marked:
             return None
-        _, spans = render_jinja_template(
-            [messages],
+        texts, spans = render_jinja_template(
+            [[{k: v for k, v in message.items() if v is not None} for message in self._said(messages)]],
             tools=list(tools) or self._no_tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
             **self._variables(think),
         )
-        return tuple(spans[0])
+        return tuple(spans[0]) if texts[0] == rendered else None
+
+    def _said(self, messages: list[Message]) -> list[Message]:
+        """Thoughts under each name that a template may look for."""
+        return [
+            {**m, "reasoning": thought, "thinking": thought} if (thought := m.get("reasoning_content")) else m
+            for m in messages
+        ]
 
     def _variables(self, think: bool) -> dict[str, Any]:
         day = f"{_DAY:%d %b %Y}"
@@ -100,11 +105,13 @@ class Renderer:
     def exported_template(self) -> str:
         """The template that serves as training saw it: with thinking off nobody can switch it on by mistake."""
         template = str(self.tokenizer.chat_template)
-        if self.thinking == "keep":
-            return template
-        suffix = self.suffix
-        if "enable_thinking" in template:
-            template = "{%- set enable_thinking = false -%}" + template
+        suffix = self.suffix if self.thinking == "off" else ""
+        for name in ("thinking", "enable_thinking"):
+            if re.search(rf"""(?<![\w.'"]){name}(?![\w'"])""", template):
+                value = f"{{%- set {name} = {str(self.thinking == 'keep').lower()} -%}}"
+                if self.thinking == "keep":  # on, as in training, unless the server says otherwise
+                    value = f"{{%- if {name} is not defined -%}}{value}{{%- endif -%}}"
+                template = value + template
         if suffix:
             template += f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(suffix)} -}}}}{{%- endif -%}}"
         return template

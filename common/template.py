@@ -49,6 +49,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     except (OSError, ValueError, TypeError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files anew.") from None
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        named = tokenizer.chat_template
+        tokenizer.chat_template = named.get("default") or next(iter(named.values()))
     if chat_template is not None:
         tokenizer.chat_template = _named_template(chat_template)
         known, template = tokenizer.get_vocab(), tokenizer.chat_template
@@ -157,9 +160,18 @@ class Encoder:
                 mask |= inside
                 if turn.end > turn.stop:
                     stops.append(int(ids[inside][-1]))
+                    said = ids[(starts >= turn.start) & (starts < turn.stop)]
+                    if stops[-1] in said and not example.messages[turn.message].get("tool_calls"):
+                        where = f"turn {turn.message + 1}"
+                        raise Unlabelled(
+                            f"{where} has the end-of-turn token in its text, and would teach to stop there"
+                        )
         mask = self._by_marks(conversation, mask, starts)
         if self.style.train_on == "all":
             mask[:] = True
+            for turn in conversation.turns:
+                if turn.message not in trained:
+                    mask[(starts >= turn.start) & (starts < turn.end)] = False
         return self._with_bos(Encoded(ids, mask, example.source, tuple(stops), conversation.notes))
 
     def trained(self, example: Example, conversation: Conversation) -> set[int]:
@@ -184,7 +196,10 @@ class Encoder:
         if stop is None:
             raise UserError(f"{example.source}: the tokenizer has no end of text.", "Use chat rows.")
         ids = np.asarray([*ids, stop], np.int32)
-        return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
+        try:
+            return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
+        except Unlabelled as why:
+            raise UserError(f"{example.source}: {why}.", "Take one of them away.") from None
 
     def _with_bos(self, row: Encoded) -> Encoded:
         """One BOS, never two, and none missing: llama.cpp adds it as the tokenizer does where a prompt lacks it."""

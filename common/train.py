@@ -188,9 +188,10 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
     if resumed:
         recorded = record.read_run(resumed)["recipe_hash"]
         if recorded != job.recipe.hash():
+            old, new = record.read_recipe(resumed).model_dump(), job.recipe.model_dump()
+            changed = ", ".join(name for name in new if new[name] != old[name] and name not in ("model", "data"))
             raise UserError(
-                f"{resumed}: its model or data have changed since it began (recipe {recorded[:12]} then, "
-                f"{job.recipe.hash()[:12]} now).",
+                f"{resumed}: it is another recipe than when it began (changed: {changed or 'its recipe.yaml'}).",
                 "Bring the old files back, or start a new run.",
             )
         found = checkpoint.latest(resumed)

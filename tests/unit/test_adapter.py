@@ -294,3 +294,30 @@ def test_mlx_lm_without_a_scale_is_a_fault(tmp_path: Path) -> None:
     change(tmp_path / "adapter", lora_parameters={"rank": 2})
     with pytest.raises(UserError, match=r"lora_parameters\.scale is not there"):
         read_mlx(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "loftq", "corda"])
+def test_starts_that_change_the_base_are_refused(tmp_path: Path, start: str) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", init_lora_weights=start)
+    with pytest.raises(UserError, match=f"it was started by {start}"):
+        read_peft(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora_alpha": None}, {"lora_dropout": None}, {"rank_pattern": {"(": 2}}, {"rank_pattern": [1]}],
+    ids=str,
+)
+def test_odd_settings_are_one_clear_error(tmp_path: Path, changes: dict) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", **changes)
+    with pytest.raises(UserError, match="this adapter cannot be read"):
+        read_peft(tmp_path / "adapter")
+
+
+def test_a_config_that_is_no_object(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
+    with pytest.raises(UserError, match="it is no object"):
+        read_peft(tmp_path / "adapter")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from common import fuse as module
 from common.errors import UserError
@@ -187,3 +187,13 @@ def test_full_fine_tuning_replaces_whole_tensors(tmp_path: Path) -> None:
     out = fused(base, tmp_path / "out", Adapter("m", 1, 0.0, {}, trained))
     got = load_file(out / "model.safetensors")
     assert all(np.array_equal(got[name], trained[name].astype(got[name].dtype)) for name in trained)
+
+
+def test_a_head_that_is_stored_beside_tied_embeddings_is_trained_with_them(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", "F32")
+    stored = tensors("F32")
+    embedding = next(name for name in stored if name.endswith("embed_tokens.weight"))
+    save_file({**stored, "lm_head.weight": stored[embedding]}, base / "model.safetensors")
+    trained = {name: tensor + 1 for name, tensor in stored.items()}
+    got = load_file(fused(base, tmp_path / "out", Adapter("m", 1, 0.0, {}, trained)) / "model.safetensors")
+    assert np.array_equal(got["lm_head.weight"], trained[embedding])

@@ -44,3 +44,8 @@ def test_long_rows_are_refused_by_name() -> None:
         fit(ROWS, 6, "error")
     assert caught.value.what == ("--overflow error: 2 rows have more than --max-length 6 tokens: a:2 (8), a:3 (12).")
     assert len(fit(ROWS, 12, "error").rows) == 3
+
+
+def test_rows_in_which_nothing_is_trained_are_apart() -> None:
+    fitted = fit([*ROWS, row(4, 0, "a:4")], 6, "drop")
+    assert ([r.source for r in fitted.rows], [r.source for r in fitted.unlabelled]) == (["a:1"], ["a:4"])

@@ -417,13 +417,18 @@ def test_the_exported_template_prompts_as_training_did_whatever_the_server_asks(
             messages, chat_template=exported, tokenize=False, add_generation_prompt=True, **settings
         )
         assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
-    assert Renderer(tokenizer, "keep").exported_template() == template
+    kept = Renderer(tokenizer, "keep").exported_template()
+    for settings, block in (({}, template == OPEN), ({"enable_thinking": False}, True)):
+        prompt = tokenizer.apply_chat_template(
+            messages, chat_template=kept, tokenize=False, add_generation_prompt=True, **settings
+        )
+        assert ("<think>" in prompt) == block
 
 
 # --- tools
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
-TOOLS = CHATML.replace(
+TOOLS = "{{ tools | tojson if tools else '' }}" + CHATML.replace(
     "m['content'] +",
     "m['content'] + (m.tool_calls[0].function.name + (m.tool_calls[0].function.arguments | tojson)"
     " if m.tool_calls else '') +",
@@ -446,7 +451,11 @@ def test_a_tool_call_is_learned_and_its_result_is_not(tokenizer: Any) -> None:
 
 
 def test_a_template_that_leaves_tool_calls_out_is_refused(tokenizer: Any) -> None:
+    assert "the template leaves out the row's tools" in fault(calling(), tokenizer)
+    tokenizer.chat_template = "{{ tools | tojson if tools else '' }}" + CHATML
     assert fault(calling(), tokenizer).endswith("the template leaves out the tool call of turn 2.")
+    tokenizer.chat_template = TOOLS.replace("for m in messages", "for m in messages if m['role'] != 'tool'")
+    assert "leaves out the tool's answer of turn 3" in fault(calling(), tokenizer)
 
 
 # --- other templates
@@ -485,3 +494,39 @@ def test_our_own_templates_label_what_they_should(tokenizer: Any, name: str) -> 
     assert said(encoded, tokenizer) == f"Yo{end}No{end}"
     assert encoded.notes == ()
     assert "Be" in said(encoded, tokenizer, labelled=False)
+
+
+# --- what a review found
+
+
+def test_every_token_but_those_of_a_turn_taken_out(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "So"), ("assistant", "No"))
+    row.messages[1]["train"] = False
+    encoded = encode(row, tokenizer, Style(train_on="all"))
+    assert said(encoded, tokenizer).count("Yo") == 0
+    assert said(encoded, tokenizer).count("Hi") == 1
+
+
+def test_an_end_of_turn_within_an_answer_is_refused(tokenizer: Any) -> None:
+    words = fault(example(("user", "Hi"), ("assistant", f"a{END}b")), tokenizer)
+    assert words.endswith("turn 2 has the end-of-turn token in its text, and would teach to stop there.")
+
+
+def test_marks_are_those_of_the_text_that_is_trained(tokenizer: Any) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{{ m.reasoning or '' }}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    encoded = encode(thoughtful("of its own"), tokenizer, Style(thinking="keep"))
+    assert said(encoded, tokenizer) == "Yo<|im_end|>"
+
+
+def test_two_bos_in_plain_text_are_refused(tokenizer: Any) -> None:
+    assert "two BOS" in fault(Example((), "a.txt:1", text=SPECIAL[0] * 2 + "Hi"), tokenizer)
+
+
+def test_of_several_named_templates_the_default_is_taken(tokenizer: Any, tmp_path: Path) -> None:
+    tokenizer.chat_template = {"tool_use": "x", "default": CHATML}
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).chat_template == CHATML

@@ -242,7 +242,9 @@ def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
     write_rows(Path(given["data"]), 23)
     with pytest.raises(UserError) as caught:
         run({"resume": given["output"]})
-    assert caught.value.what.startswith(f"{given['output']}: its model or data have changed since it began (recipe ")
+    assert caught.value.what.startswith(
+        f"{given['output']}: it is another recipe than when it began (changed: data_hash)"
+    )
     assert caught.value.fix == "Bring the old files back, or start a new run."
 
 
