@@ -509,7 +509,7 @@ def test_every_token_but_those_of_a_turn_taken_out(tokenizer: Any) -> None:
 
 def test_an_end_of_turn_within_an_answer_is_refused(tokenizer: Any) -> None:
     words = fault(example(("user", "Hi"), ("assistant", f"a{END}b")), tokenizer)
-    assert words.endswith("turn 2 has the end-of-turn token in its text, and would teach to stop there.")
+    assert words.endswith("turn 2 has the end-of-turn token in its text, and would teach a stop there.")
 
 
 def test_marks_are_those_of_the_text_that_is_trained(tokenizer: Any) -> None:
