@@ -98,8 +98,12 @@ def _write_served(base: Path, out: Path, served: Served) -> None:
     if config is not None:
         decoder = config.get("added_tokens_decoder") or {}
         added |= {int(number): token["content"] for number, token in decoder.items()}
-        if served.stops and served.stops[0] in added:
-            config["eos_token"] = added[served.stops[0]]
+        ends = [added[stop] for stop in served.stops if stop in added]
+        known = config.get("eos_token")
+        if ends and (known.get("content") if isinstance(known, dict) else known) not in ends:
+            config["eos_token"] = ends[0]
+            if (special := _read_json(out / "special_tokens_map.json")) is not None:
+                _write_json(out / "special_tokens_map.json", special | {"eos_token": ends[0]})
         _write_json(out / "tokenizer_config.json", config)
 
 

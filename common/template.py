@@ -163,9 +163,7 @@ class Encoder:
                     said = ids[(starts >= turn.start) & (starts < turn.stop)]
                     if stops[-1] in said and not example.messages[turn.message].get("tool_calls"):
                         where = f"turn {turn.message + 1}"
-                        raise Unlabelled(
-                            f"{where} has the end-of-turn token in its text, and would teach a stop there"
-                        )
+                        raise Unlabelled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
         mask = self._by_marks(conversation, mask, starts)
         if self.style.train_on == "all":
             mask[:] = True

@@ -99,6 +99,19 @@ def test_the_exported_tokenizer_ends_where_the_trained_turns_end(tmp_path: Path)
     assert (out / "chat_template.jinja").read_text() == "new"
 
 
+@pytest.mark.parametrize(("known", "end"), [("<eos>", "<turn|>"), ("<end>", "<end>"), ({"content": "<end>"}, None)])
+def test_an_end_that_is_one_of_the_trained_ones_stays(tmp_path: Path, known: object, end: str | None) -> None:
+    base = write_base(tmp_path / "base")
+    added = [{"id": 7, "content": "<turn|>"}, {"id": 8, "content": "<end>"}]
+    (base / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": known}))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": known}))
+    out = tmp_path / "out"
+    write_fused(base, adapter(), out, Served([7, 8]), lambda share, text: None)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert read(out / name)["eos_token"] == (end or known)
+
+
 def test_a_failure_leaves_no_half_written_folder(tmp_path: Path) -> None:
     base, out = write_base(tmp_path / "base"), tmp_path / "fused"
     with pytest.raises(UserError):
