@@ -15,7 +15,7 @@ from common.progress import Display
 from common.seam import LoraWeight
 from common.server import Server
 from tests import backends
-from tests.tiny import write_model
+from tests.tiny import write_family
 
 CHANGES = {
     "lora": {},
@@ -46,7 +46,7 @@ def write_adapter(base, folder, size=0.3, **changes):
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
-    base = tiny_llama if family == "llama" else write_model(tmp_path / "base", family)
+    base = tiny_llama if family == "llama" else write_family(tmp_path / "base", family)
     wanted = write_adapter(base, tmp_path / "peft", **changes)
     display = Display("quiet")
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), None, display)
