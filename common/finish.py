@@ -31,8 +31,11 @@ def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], B
     known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
-    if options.get("fuse_into") and record.read_recipe(run).quantization == "none":
-        raise UserError(f"--fuse-into {options['fuse_into']}: {run} has no quantised base.", "Leave --fuse-into out.")
+    if options.get("fuse_into") and known["options"].get("quantization", "none") == "none":
+        raise UserError(
+            f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
+            "Leave --fuse-into out.",
+        )
     merged = Options.model_validate({**known["options"], **options})
     if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
         merged = merged.model_copy(update={"export": "gguf"})

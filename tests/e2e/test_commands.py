@@ -351,6 +351,8 @@ def test_full_fine_tuning_and_its_export(tiny, tmp_path):
     assert "full fine-tuning" in twintune(*words)
     assert (tmp_path / "run" / "full" / "model.safetensors").exists()
     twintune("fuse", tmp_path / "run", "--export", "fused")
+    said = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized", code=1)
+    assert "its base comes in one form only" in said
 
 
 def test_a_row_is_explained(tiny):
