@@ -255,6 +255,7 @@ class Plan(BaseModel):
     device: Literal["cpu", "gpu", "cuda", "mps"]
     micro_batch_tokens: int
     gradient_checkpointing: bool = False
+    loss_chunk: int = 128  # label positions whose logits are held at once
     save_every: int
 
 

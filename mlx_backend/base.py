@@ -110,8 +110,27 @@ def _mask(length: int, window: int | None, written_out: bool) -> mx.array | str:
 
 def head(model: Any, hidden: mx.array) -> mx.array:
     """Hidden states to float32 logits, embeddings tied or not."""
-    logits = model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
-    logits = logits.astype(mx.float32) / model.facts.logit_divisor
+    return finish(model, project(model, hidden))
+
+
+def project(model: Any, hidden: mx.array, weight: mx.array | None = None) -> mx.array:
+    """Hidden states times the head's own [vocabulary, H], or `weight` in its place; in the model's type."""
+    if weight is not None:
+        return hidden @ weight.T
+    return model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
+
+
+def finish(model: Any, raw: mx.array) -> mx.array:
+    """What a family does after its head, in float32."""
+    logits = raw.astype(mx.float32)
+    if model.facts.logit_divisor != 1.0:
+        logits = logits / model.facts.logit_divisor
     if cap := model.facts.logit_softcap:
         logits = mx.tanh(logits / cap) * cap
     return logits
+
+
+def head_weight(model: Any) -> mx.array | None:
+    """What `project` multiplies by, where that is trained; None where it is frozen."""
+    layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    return layer.trainable_parameters().get("weight")

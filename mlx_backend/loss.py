@@ -1,4 +1,4 @@
-"""Cross-entropy at label positions only: no logits are computed where nothing is learned."""
+"""Cross-entropy at label positions only, and without logits: no `tokens x vocabulary` array ever exists."""
 
 from typing import Any
 
@@ -6,23 +6,85 @@ import mlx.core as mx
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
-from mlx_backend.base import head, hidden_states
+from mlx_backend.base import finish, head_weight, hidden_states, project
 
 _BLOCK = 256
 
 
-def loss_sum(model: Any, batch: Batch) -> mx.array:
-    """Sum of the token losses of a micro-batch, float32 scalar. `model` is load_base's."""
+def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
+    """Sum of the token losses of a micro-batch, float32 scalar. `model` is load_base's.
+
+    `chunk`: label positions whose logits are held at once.
+    """
     total = mx.array(0.0)
     for part in split_batch(batch, model.facts.rope_split):
         flat = part.labels.ravel()
         chosen = (flat != IGNORE).nonzero()[0]
+        if len(chosen) == 0:
+            continue
         hidden = hidden_states(model, mx.array(part.input_ids))
         hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(chosen)]
-        logits = head(model, hidden)
-        right = mx.take_along_axis(logits, mx.array(flat[chosen])[:, None], axis=-1)
-        total = total + log_sum_exp(logits).sum() - right.sum()
+        total = total + linear_cross_entropy(model, hidden, mx.array(flat[chosen]), chunk)
     return total
+
+
+def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: int) -> mx.array:
+    """`sum(-log softmax(head(hidden))[label])`, float32, of hidden [N, H] and labels [N], `chunk` logits at a time.
+
+    In training each chunk's gradient is formed with its loss, so that its logits can be forgotten: what is kept for the
+    way back has the shape of `hidden` (and of the head's weight, where that is trained).
+    """
+
+    pieces = [(start, min(start + chunk, len(hidden))) for start in range(0, len(hidden), chunk)]
+    if not model.training:
+        total = mx.array(0.0)
+        for start, end in pieces:
+            part, _ = mx.depends([hidden[start:end], total], [total])  # one chunk after the other
+            total = total + _loss(*_logits(model, project(model, part))[:2], labels[start:end])
+        return total
+    weight = head_weight(model)
+    inputs = [hidden] if weight is None else [hidden, weight]
+
+    @mx.custom_function
+    def with_gradients(*inputs: mx.array) -> list[mx.array]:
+        total, parts, weight_gradient = mx.array(0.0), [], mx.array(0.0)
+        for start, end in pieces:
+            # the chunk waits for the one before, or several would be alive together
+            part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], weight_gradient])[0]
+            arguments, right = [part, *inputs[1:]], labels[start:end]
+            raw = project(model, *arguments)
+            logits, sums, slope = _logits(model, raw)
+            total = total + _loss(logits, sums, right)
+            error = mx.exp(logits - sums[:, None])
+            at_right = mx.take_along_axis(error, right[:, None], axis=-1)
+            error = mx.put_along_axis(error, right[:, None], at_right - 1, axis=-1)
+            if slope is not None:
+                error = error * slope
+            _, gradients = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])
+            parts.append(gradients[0])
+            if inputs[1:]:
+                weight_gradient = weight_gradient + gradients[1].astype(mx.float32)
+        return [total, mx.concatenate(parts), weight_gradient]
+
+    @with_gradients.vjp
+    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return [(grown * cotangents[0]).astype(i.dtype) for grown, i in zip(outputs[1:], inputs, strict=False)]
+
+    return with_gradients(*inputs)[0]
+
+
+def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
+    """`(logits, the log of their exponentials' sum, their slope by raw or None where that is 1)`."""
+    logits = finish(model, raw)
+    divisor, cap = model.facts.logit_divisor, model.facts.logit_softcap
+    slope = None
+    if cap or divisor != 1.0:
+        slope = (1 - mx.square(logits / cap) if cap else mx.array(1.0)) / divisor
+    return logits, log_sum_exp(logits), slope
+
+
+def _loss(logits: mx.array, sums: mx.array, right: mx.array) -> mx.array:
+    return sums.sum() - mx.take_along_axis(logits, right[:, None], axis=-1).sum()
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:

@@ -43,7 +43,7 @@ class MlxBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        self.recipe = recipe
+        self.recipe, self.plan = recipe, plan
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
@@ -72,7 +72,7 @@ class MlxBackend:
             for ratio, names in ((1.0, set(trained) - fast), (recipe.lora_plus, fast))
             if names
         ]
-        self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch))
+        self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch, self.plan.loss_chunk))
         return ModelInfo(
             device=plan.device,
             dtype=recipe.precision,
@@ -120,7 +120,7 @@ class MlxBackend:
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
         with _memory_errors():
-            loss = loss_sum(self.model, batch)
+            loss = loss_sum(self.model, batch, self.plan.loss_chunk)
             mx.eval(loss)  # here, where running out of memory is still known for what it is
         return StepResult(loss, 0.0, batch.label_tokens, batch.tokens)
 

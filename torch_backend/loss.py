@@ -1,9 +1,8 @@
-"""Cross-entropy at label positions only: no logits are computed where nothing is learned."""
+"""Cross-entropy at label positions only, and without logits: no `tokens x vocabulary` array ever exists."""
 
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
@@ -11,23 +10,100 @@ from common.seam import IGNORE, Batch
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Hidden states to float32 logits, with what the family's own forward does after its lm_head."""
+    divisor, cap = _after_head(model)
+    logits = model.lm_head(hidden).float() / divisor
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def _after_head(model: Any) -> tuple[float, float | None]:
     config = model.config
-    logits = model.lm_head(hidden).float() / getattr(config, "logits_scaling", 1.0)
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    return getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
 
 
-def loss_sum(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the token losses of a micro-batch, float32 scalar. `model` is a causal language model of transformers."""
+class LinearCrossEntropy(torch.autograd.Function):
+    """`sum(-log softmax(cap(hidden @ weight.T / divisor))[label])`, float32, `chunk` rows of logits at a time.
+
+    hidden [N, H], weight [V, H], labels [N] int64; cap(x): x, or `cap * tanh(x / cap)`. Each chunk's gradient is formed
+    with its loss, so that its logits can be forgotten: what is kept for the way back has the shape of `hidden` (and of
+    `weight`, where that is trained). Products in the weight's type, everything between them in float32.
+    After Wijmans et al. 2024 (Cut Your Losses) and liger-kernel's fused linear cross-entropy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        divisor: float,
+        cap: float | None,
+        chunk: int,
+    ) -> torch.Tensor:
+        wanted, trained = ctx.needs_input_grad[:2]
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.empty_like(hidden) if wanted else None
+        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        for start in range(0, len(hidden), chunk):
+            part, right = hidden[start : start + chunk], labels[start : start + chunk, None]
+            logits = (part @ weight.T).float()
+            if divisor != 1.0:
+                logits /= divisor
+            slope = None
+            if cap:
+                logits = logits.div_(cap).tanh_()
+                slope = 1 - logits.square() if wanted else None
+                logits *= cap
+            logits -= logits.amax(1, keepdim=True)
+            total -= logits.gather(1, right).sum()
+            sums = logits.exp_().sum(1, keepdim=True)
+            total += sums.log().sum()
+            if not wanted:
+                continue
+            logits /= sums
+            logits.scatter_add_(1, right, torch.full_like(right, -1, dtype=torch.float32))
+            if slope is not None:
+                logits *= slope
+            if divisor != 1.0:
+                logits /= divisor
+            rounded = logits.to(weight.dtype)
+            gradient[start : start + chunk] = rounded @ weight  # type: ignore[index]
+            if trained:
+                weight_gradient += (rounded.T @ part).float()  # type: ignore[operator]
+        ctx.save_for_backward(gradient, weight_gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grown,) = outputs
+        gradient, weight_gradient = ctx.saved_tensors
+        return (
+            None if gradient is None else gradient * grown.to(gradient.dtype),
+            None if weight_gradient is None else (weight_gradient * grown).to(gradient.dtype),
+            *(None,) * 4,
+        )
+
+
+def loss_sum(model: Any, batch: Batch, device: torch.device, chunk: int) -> torch.Tensor:
+    """Sum of the token losses of a micro-batch, float32 scalar. `model` is a causal language model of transformers.
+
+    `chunk`: label positions whose logits are held at once.
+    """
     rope = getattr(model.config, "rope_parameters", None) or {}
     limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
     total = torch.zeros((), device=device)
     for part in split_batch(batch, limit):
-        labels = torch.from_numpy(part.labels).to(device, torch.int64).flatten()
-        chosen = torch.from_numpy((part.labels != IGNORE).ravel().nonzero()[0]).to(device)
-        inputs = torch.from_numpy(part.input_ids).to(device, torch.int64)
+        chosen = (part.labels != IGNORE).ravel().nonzero()[0]
+        labels = to_device(part.labels.ravel()[chosen], device)
+        inputs = to_device(part.input_ids, device)
         hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        logits = head(model, hidden.flatten(0, 1)[chosen])
-        total = total + functional.cross_entropy(logits, labels[chosen], reduction="sum")
+        hidden = hidden.flatten(0, 1).index_select(0, to_device(chosen, device))
+        total = total + LinearCrossEntropy.apply(hidden, model.lm_head.weight, labels, *_after_head(model), chunk)
     return total
+
+
+def to_device(array: Any, device: torch.device) -> torch.Tensor:
+    """As int64, without waiting for the device: from pinned memory where there is one to copy from."""
+    tensor = torch.from_numpy(array).to(torch.int64)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -30,7 +30,7 @@ class TorchBackend:
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         self.resident = ResidentSet()
-        self.recipe = recipe
+        self.recipe, self.plan = recipe, plan
         self.device = torch.device(plan.device)
         dtype = _DTYPES[recipe.precision]
         quantization = quantization_config(recipe.quantization, dtype)
@@ -83,7 +83,7 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
         with _memory_errors():
             for batch in micro_batches:
-                loss = loss_sum(self.model, batch, self.device)
+                loss = loss_sum(self.model, batch, self.device, self.plan.loss_chunk)
                 (loss / count).backward()
                 total += loss.detach()
         limit = self.recipe.max_grad_norm or float("inf")
@@ -97,7 +97,9 @@ class TorchBackend:
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
         with _memory_errors():
-            return StepResult(loss_sum(self.model, batch, self.device), 0.0, batch.label_tokens, batch.tokens)
+            return StepResult(
+                loss_sum(self.model, batch, self.device, self.plan.loss_chunk), 0.0, batch.label_tokens, batch.tokens
+            )
 
     def get_adapter(self) -> Adapter:
         arrays = {name: _numpy(parameter) for name, parameter in self.parameters.items()}

@@ -56,9 +56,10 @@ def test_twenty_steps_of_a_real_model_agree(name):
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
     rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, Style()))
-    recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=2e-4)
+    # a gentle rate: at 2e-4 Gemma amplifies rounding some tenfold within the twenty steps, on some CPUs beyond 1e-3
+    recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=5e-5)
     torch, mlx = both(folder, rows, recipe, steps=20)
     print(f"{name}: logits {np.abs(torch[0] - mlx[0]).max():.1e}, step losses, torch and mlx:")
     print(*(f"{a:.6f} {b:.6f}" for a, b in zip(torch[1], mlx[1], strict=True)), sep="\n")
     np.testing.assert_allclose(mlx[1], torch[1], atol=1e-3)
-    assert np.mean(torch[1][-4:]) < 0.75 * np.mean(torch[1][:4])
+    assert np.mean(torch[1][-4:]) < 0.8 * np.mean(torch[1][:4])

@@ -1,0 +1,69 @@
+"""The loss without logits against the plain one, with all logits in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.backends import plain_loss
+from torch_backend.loss import LinearCrossEntropy
+
+N, H, V = 23, 16, 301
+
+
+def inputs(seed=0, n=N):
+    random = np.random.default_rng(seed)
+    hidden = random.normal(size=(n, H)).astype(np.float32) * 3
+    return hidden, random.normal(size=(V, H)).astype(np.float32), random.integers(0, V, n)
+
+
+def run(hidden, weight, labels, divisor, cap, chunk, dtype=torch.float32, trained=True):
+    h = torch.tensor(hidden, dtype=dtype, requires_grad=True)
+    w = torch.tensor(weight, dtype=dtype, requires_grad=trained)
+    loss = LinearCrossEntropy.apply(h, w, torch.tensor(labels), divisor, cap, chunk)
+    (loss / 2).backward()  # what grows the loss grows its gradients
+    return loss.item(), h.grad.float().numpy() * 2, w.grad.float().numpy() * 2 if trained else None
+
+
+@pytest.mark.parametrize("chunk", [1, 7, N - 1, N, N + 5])
+@pytest.mark.parametrize(("divisor", "cap"), [(1.0, None), (1.0, 5.0), (4.0, None), (2.0, 5.0)])
+def test_value_and_gradients_are_those_of_the_plain_loss(chunk, divisor, cap):
+    hidden, weight, labels = inputs()
+    loss, by_hidden, by_weight = plain_loss(hidden, weight, labels, divisor, cap)
+    got = run(hidden, weight, labels, divisor, cap, chunk)
+    assert got[0] == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(got[1], by_hidden, atol=2e-5)
+    np.testing.assert_allclose(got[2], by_weight, atol=2e-5)
+
+
+def test_bf16_products_are_added_up_in_float32():
+    hidden, weight, labels = inputs()
+    hidden, weight = (torch.tensor(a).bfloat16().float().numpy() for a in (hidden, weight))
+    loss, by_hidden, _ = plain_loss(hidden, weight, labels, 1.0, None)
+    got = run(hidden, weight, labels, 1.0, None, 7, torch.bfloat16)
+    assert got[0] == pytest.approx(loss, rel=3e-3)
+    assert np.linalg.norm(got[1] - by_hidden) < 0.01 * np.linalg.norm(by_hidden)
+
+
+def test_no_labels_are_no_loss_and_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels = inputs(n=0)
+    loss, by_hidden, by_weight = run(hidden, weight, labels, 1.0, None, 4, trained=False)
+    assert (loss, by_hidden.shape, by_weight) == (0.0, (0, H), None)
+
+
+class Sizes(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for found in result if isinstance(result, list | tuple) else [result]:
+            self.largest = max(self.largest, found.numel() if isinstance(found, torch.Tensor) else 0)
+        return result
+
+
+def test_no_array_of_tokens_by_vocabulary_exists():
+    hidden, weight, labels = inputs(n=400)
+    for chunk in (8, 50):
+        with Sizes() as sizes:
+            run(hidden, weight, labels, 1.0, 5.0, chunk)
+        assert sizes.largest == max(chunk * V, hidden.size, weight.size)
