@@ -43,11 +43,12 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
             total = total + _loss(*_logits(model, project(model, part))[:2], labels[start:end])
         return total
     weight = head_weight(model)
-    inputs = [hidden] if weight is None else [hidden, weight]
+    inputs: list[Any] = [hidden] if weight is None else [hidden, weight]
 
     @mx.custom_function
     def with_gradients(*inputs: mx.array) -> list[mx.array]:
-        total, parts, weight_gradient = mx.array(0.0), [], mx.array(0.0)
+        total, weight_gradient = mx.array(0.0), mx.array(0.0)
+        parts: list[mx.array] = []
         for start, end in pieces:
             # the chunk waits for the one before, or several would be alive together
             part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], weight_gradient])[0]
@@ -60,7 +61,7 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
             error = mx.put_along_axis(error, right[:, None], at_right - 1, axis=-1)
             if slope is not None:
                 error = error * slope
-            _, gradients = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])
+            gradients: Any = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])[1]
             parts.append(gradients[0])
             if inputs[1:]:
                 weight_gradient = weight_gradient + gradients[1].astype(mx.float32)

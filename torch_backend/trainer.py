@@ -14,6 +14,7 @@ from common.memory import ResidentSet, swap_used
 from common.models import tensor_names
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from torch_backend.base import load_base
+from torch_backend.fused import install
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import loss_sum
 from torch_backend.quantize import dequantized, quantization_config
@@ -49,6 +50,7 @@ class TorchBackend:
             else:
                 self.outer, self.parameters = attach(self.model, adapter)
                 self.outer.to(self.device)
+                install(self.model, adapter)
         if plan.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.start = adapter

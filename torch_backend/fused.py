@@ -1,0 +1,142 @@
+"""Frozen layers and their LoRA with a way back written by hand: fewer passes over memory, and less kept for it.
+
+transformers and PEFT are right but general: they keep what a frozen model never needs again. Installed where every
+weight of the base is frozen; `tests/torch/test_fused.py` holds each to what it stands in for.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from common.seam import Adapter
+
+_aten = torch.ops.aten
+
+
+class LoraLinear(torch.autograd.Function):
+    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` for frozen W; A [r, in] and B [out, r] float32.
+
+    Kept for the way back: x in its own type, and `x @ A.T`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        result = functional.linear(flat, weight, bias)
+        low = flat.float() @ A.T
+        if result.dtype == torch.float32:
+            result.addmm_(low, B.T, alpha=scale)
+        else:
+            result += (low @ B.T).mul_(scale)
+        ctx.save_for_backward(flat, weight, low, A, B)
+        ctx.scale = scale
+        return result.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        flat, weight, low, A, B = ctx.saved_tensors
+        grown = outputs[0].reshape(-1, outputs[0].shape[-1])
+        exact = grown.float()
+        by_low = (exact @ B).mul_(ctx.scale)
+        by_A, by_B = by_low.T @ flat.float(), (exact.T @ low).mul_(ctx.scale)
+        by_x = None
+        if ctx.needs_input_grad[0]:
+            by_x = grown @ weight
+            if by_x.dtype == torch.float32:
+                by_x.addmm_(by_low, A)
+            else:
+                by_x += by_low @ A
+            by_x = by_x.view(*outputs[0].shape[:-1], -1)
+        return by_x, None, None, by_A, by_B, None
+
+
+class Gated(torch.autograd.Function):
+    """`act(gate) * up` with act SiLU or tanh's GELU; kept: gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return _activation(gate, gelu).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        by_up = _activation(gate, ctx.gelu).mul_(outputs[0])
+        by_activation = outputs[0] * up
+        if ctx.gelu:
+            return _aten.gelu_backward(by_activation, gate, approximate="tanh"), by_up, None
+        return _aten.silu_backward(by_activation, gate), by_up, None
+
+
+def _activation(gate: torch.Tensor, gelu: bool) -> torch.Tensor:
+    return functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
+
+
+class RMSNorm(torch.autograd.Function):
+    """`x / sqrt(mean(x^2) + eps) * weight` in float32 (Zhang and Sennrich 2019); Gemma's weight is one less.
+
+    Kept: x in its own type, and a number for each row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool) -> torch.Tensor:
+        exact = x.float()
+        factor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, factor, weight)
+        ctx.gemma = gemma
+        result = exact * factor
+        if gemma:
+            return result.mul_(1 + weight.float()).to(x.dtype)
+        return result.to(x.dtype).mul_(weight)  # rounded before the weight, as in transformers
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, factor, weight = ctx.saved_tensors
+        grown = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
+        straight = x.float() * factor
+        along = torch.linalg.vecdot(grown, straight).unsqueeze(-1).div_(x.shape[-1])
+        return grown.sub_(straight.mul_(along)).mul_(factor).to(x.dtype), None, None, None
+
+
+def install(model: Any, adapter: Adapter) -> None:
+    """Put the functions above in the place of what `model`, a frozen one with PEFT's layers, computes otherwise."""
+    plain = not (adapter.dora or adapter.dropout)
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RMSNorm"):
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            module.forward = partial(_norm, module, eps, kind.startswith("Gemma"))
+        elif kind.endswith("MLP"):
+            module.forward = partial(_mlp, module, kind.startswith("Gemma"))
+        elif plain and hasattr(module, "lora_A") and type(module.base_layer) is torch.nn.Linear:
+            module.forward = partial(_lora, module, type(module).forward)
+
+
+def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
+    return RMSNorm.apply(x, module.weight, eps, gemma)
+
+
+def _mlp(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(module, "gate_up_proj"):
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(Gated.apply(gate, up, gelu))
+
+
+def _lora(module: Any, otherwise: Any, x: torch.Tensor) -> torch.Tensor:
+    if module.disable_adapters:
+        return otherwise(module, x)
+    base, A, B = module.base_layer, module.lora_A["default"].weight, module.lora_B["default"].weight
+    return LoraLinear.apply(x, base.weight, base.bias, A, B, module.scaling["default"])
