@@ -8,6 +8,7 @@ import torch
 
 from common.errors import UserError
 from common.families import text_config
+from torch_backend.attention import register
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
 _TEXT_NAMES = {
@@ -37,8 +38,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
             folder,
             config=config,
             dtype=dtype,
-            # transformers' sdpa drops Gemma 2's soft cap of the attention scores
-            attn_implementation="eager" if text["model_type"] == "gemma2" else "sdpa",
+            attn_implementation=register(),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

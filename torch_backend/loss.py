@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
+from torch_backend.attention import Rows
 
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -92,16 +94,24 @@ def loss_sum(model: Any, batch: Batch, device: torch.device, chunk: int) -> torc
     limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
     total = torch.zeros((), device=device)
     for part in split_batch(batch, limit):
-        chosen = (part.labels != IGNORE).ravel().nonzero()[0]
-        labels = to_device(part.labels.ravel()[chosen], device)
-        inputs = to_device(part.input_ids, device)
-        hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, to_device(chosen, device))
-        total = total + LinearCrossEntropy.apply(hidden, model.lm_head.weight, labels, *_after_head(model), chunk)
+        real = np.arange(part.labels.shape[1]) < part.lengths[:, None]
+        labels = part.labels[real]
+        chosen = (labels != IGNORE).nonzero()[0]
+        count, width = real.shape
+        places = None if real.all() else to_device(real.ravel().nonzero()[0], device)
+        hidden = model.model(
+            input_ids=to_device(part.input_ids[real], device)[None],
+            position_ids=to_device(real.nonzero()[1], device)[None],
+            use_cache=False,
+            rows=Rows(count, width, places),
+        ).last_hidden_state[0]
+        hidden = hidden.index_select(0, to_device(chosen, device))
+        right = to_device(labels[chosen], device)
+        total = total + LinearCrossEntropy.apply(hidden, model.lm_head.weight, right, *_after_head(model), chunk)
     return total
 
 
-def to_device(array: Any, device: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """As int64, without waiting for the device: from pinned memory where there is one to copy from."""
     tensor = torch.from_numpy(array).to(torch.int64)
     if device.type == "cuda":

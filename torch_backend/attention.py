@@ -1,0 +1,83 @@
+"""Attention over rows of unequal length that lie end to end: padding exists inside it only, nowhere else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+NAME = "twintune"  # as transformers knows `attend`; for a name it knows no mask for, it makes none
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a micro-batch, end to end, stand among its padded positions [B, T]."""
+
+    count: int
+    width: int
+    places: torch.Tensor | None  # [tokens] int64; None: all rows are as long, nothing is padded
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, heads, tokens, d] -> [B, heads, T, d], zeros where a row has ended."""
+        flat = x[0].transpose(0, 1)
+        if self.places is not None:
+            zeros = flat.new_zeros(self.count * self.width, *flat.shape[1:])
+            flat = zeros.index_copy(0, self.places, flat)
+        return flat.reshape(self.count, self.width, *flat.shape[1:]).transpose(1, 2)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, heads, T, d] -> [1, tokens, heads, d]."""
+        flat = x.transpose(1, 2).flatten(0, 1)
+        return (flat if self.places is None else flat.index_select(0, self.places))[None]
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    rows: Rows | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in a layer: query [1, heads, tokens, d], key and value with fewer heads; causal.
+
+    Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row.
+    """
+    if rows is not None:
+        query, key, value = rows.spread(query), rows.spread(key), rows.spread(value)
+    length = query.shape[2]
+    windowed = sliding_window is not None and sliding_window < length
+    if softcap is None and not windowed:
+        result = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        mask = _mask(length, sliding_window if windowed else None, query.device)
+        if softcap is None:
+            result = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        else:  # Gemma 2: torch has no kernel that caps the scores
+            scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap
+            scores = scores.masked_fill(~mask, float("-inf"))
+            result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    return (result.transpose(1, 2) if rows is None else rows.gather(result)), None
+
+
+def _mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[T, T], true where a query (first axis) may see a key."""
+    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def register() -> str:
+    from transformers import AttentionInterface
+
+    function: Callable[..., Any] = attend
+    AttentionInterface.register(NAME, function)
+    return NAME
