@@ -16,6 +16,7 @@ from mlx.utils import tree_map
 from common.errors import UserError
 from common.families import Facts, facts, text_config, text_name
 from common.rope import Rope, rope
+from mlx_backend.attention import Rows, take_over
 
 
 class _Rope(nn.Module):
@@ -69,6 +70,7 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
     for layer, turned in zip(model.layers, found.ropes, strict=True):
         if turned is not None:
             layer.self_attn.rope = _Rope(rope(turned, config["head_dim"], config["max_position_embeddings"]))
+    take_over(model)
     model.facts = found
     return model
 
@@ -86,17 +88,19 @@ def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.ar
     }
 
 
-def hidden_states(model: Any, input_ids: mx.array) -> mx.array:
-    """The last hidden states [B, T, hidden] of input ids [B, T]; what mlx-lm's models do, and what they leave out."""
+def hidden_states(model: Any, input_ids: mx.array, rows: Rows) -> mx.array:
+    """The last hidden states [tokens, hidden] of input ids [tokens], rows end to end.
+
+    What mlx-lm's models do, and what they leave out.
+    """
     known: Facts = model.facts
     h = model.model.embed_tokens(input_ids)
     if known.embedding_scale != 1.0:
         h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers
-    length = input_ids.shape[1]
-    written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")  # Gemma 2 takes no mask by name
-    masks = {window: _mask(length, window, written_out) for window in set(known.windows)}
+    written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
+    masks = {window: _mask(rows.width, window, written_out) for window in set(known.windows)}
     for layer, window in zip(model.layers, known.windows, strict=True):
-        h = layer(h, masks[window], None)
+        h = layer(h, masks[window], rows)
     return model.model.norm(h)
 
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
+from mlx_backend.attention import Rows
 from mlx_backend.base import finish, head_weight, hidden_states, project
 
 _BLOCK = 256
@@ -18,13 +20,14 @@ def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
     """
     total = mx.array(0.0)
     for part in split_batch(batch, model.facts.rope_split):
-        flat = part.labels.ravel()
-        chosen = (flat != IGNORE).nonzero()[0]
+        real = np.arange(part.labels.shape[1]) < part.lengths[:, None]
+        labels = part.labels[real]
+        chosen = (labels != IGNORE).nonzero()[0]
         if len(chosen) == 0:
             continue
-        hidden = hidden_states(model, mx.array(part.input_ids))
-        hidden = hidden.reshape(-1, hidden.shape[-1])[mx.array(chosen)]
-        total = total + linear_cross_entropy(model, hidden, mx.array(flat[chosen]), chunk)
+        places = None if real.all() else mx.array(real.ravel().nonzero()[0])
+        hidden = hidden_states(model, mx.array(part.input_ids[real]), Rows(*real.shape, places))
+        total = total + linear_cross_entropy(model, hidden[mx.array(chosen)], mx.array(labels[chosen]), chunk)
     return total
 
 

@@ -29,6 +29,7 @@ from common.seam import (  # noqa: E402
     OutOfMemory,
     StepResult,
 )
+from mlx_backend.attention import Rows  # noqa: E402
 from mlx_backend.base import head, hidden_states, load_base  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.lora import attach, paths, put  # noqa: E402
@@ -165,11 +166,11 @@ class MlxBackend:
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         self.model.eval()
-        inputs = mx.array(np.asarray(token_ids, np.int32))[None]
+        inputs = mx.array(np.asarray(token_ids, np.int32))
         if not adapter:
             put(self.model, {name: layer.linear for name, layer in self.layers.items()})
         try:
-            return np.array(head(self.model, hidden_states(self.model, inputs))[0])
+            return np.array(head(self.model, hidden_states(self.model, inputs, Rows(1, len(inputs), None))))
         finally:
             put(self.model, self.layers)
 
