@@ -28,7 +28,7 @@ class Rows:
         return flat if self.places is None else flat[self.places]
 
 
-def attend(self: Any, x: mx.array, mask: mx.array | str, rows: Rows) -> mx.array:
+def attend(self: Any, x: mx.array, mask: Any, rows: Rows) -> mx.array:
     """A layer's attention, for all families: x [tokens, hidden]. `self` is mlx-lm's module, whose own call pads all.
 
     Rows are right-padded, so no real token sees padding.

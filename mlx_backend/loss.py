@@ -26,7 +26,7 @@ def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
         if len(chosen) == 0:
             continue
         places = None if real.all() else mx.array(real.ravel().nonzero()[0])
-        hidden = hidden_states(model, mx.array(part.input_ids[real]), Rows(*real.shape, places))
+        hidden = hidden_states(model, mx.array(part.input_ids[real]), Rows(real.shape[0], real.shape[1], places))
         total = total + linear_cross_entropy(model, hidden[mx.array(chosen)], mx.array(labels[chosen]), chunk)
     return total
 
@@ -74,7 +74,8 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
         return [(grown * cotangents[0]).astype(i.dtype) for grown, i in zip(outputs[1:], inputs, strict=False)]
 
-    return with_gradients(*inputs)[0]
+    outputs: Any = with_gradients(*inputs)
+    return outputs[0]
 
 
 def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:

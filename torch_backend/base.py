@@ -1,6 +1,10 @@
 """The frozen base model: transformers' own, loaded so that nothing is left to chance."""
 
+import ctypes
 import json
+import mmap
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +12,7 @@ import torch
 
 from common.errors import UserError
 from common.families import text_config
+from common.fuse import read_header, shard_files
 from torch_backend.attention import register
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
@@ -30,6 +35,8 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = text_config(written)
     config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NO_OPTIONS})
+    # as stored, the weights stay in the file until they are used; another type is made of them one by one
+    stored = _stored_type(folder)
     names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the vision tower's tensors; what is lacking is told below
@@ -37,7 +44,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype=dtype if how else stored,
             attn_implementation=register(),
             use_safetensors=True,
             local_files_only=True,
@@ -53,7 +60,33 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
             f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
             "Fetch the model anew.",
         )
+    if not how and stored != dtype:
+        _convert(model, dtype)
     return model
+
+
+def _stored_type(folder: Path) -> torch.dtype:
+    """The type that most of the checkpoint's bytes are in."""
+    sizes: Counter[str] = Counter()
+    for shard in shard_files(folder):
+        for entry in read_header(shard)[0].values():
+            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.float32)
+
+
+@torch.no_grad()
+def _convert(model: Any, dtype: torch.dtype) -> None:
+    """Every weight in `dtype`, one after the other; pages of the file that were read for it are given back."""
+    for parameter in model.parameters():
+        stored, parameter.data = parameter.data, parameter.data.to(dtype)
+        if sys.platform == "linux":
+            page = mmap.PAGESIZE
+            start = -(-stored.data_ptr() // page) * page
+            length = (stored.data_ptr() + stored.nbytes) // page * page - start
+            if length > 0:  # whole pages that hold nothing else
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        del stored
+    model.config.dtype = dtype
 
 
 _NO_OPTIONS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}

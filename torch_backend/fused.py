@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from common.seam import Adapter
+from torch_backend.products import back, forth, widened
 
 _aten = torch.ops.aten
 
@@ -32,15 +33,17 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = functional.linear(flat, weight, bias)
+        result = forth(flat, weight)
         low = flat.float() @ A.T
         if result.dtype == torch.float32:
             result.addmm_(low, B.T, alpha=scale)
         else:
             result += (low @ B.T).mul_(scale)
+        if bias is not None:
+            result += bias
         ctx.save_for_backward(flat, weight, low, A, B)
         ctx.scale = scale
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
@@ -51,13 +54,29 @@ class LoraLinear(torch.autograd.Function):
         by_A, by_B = by_low.T @ flat.float(), (exact.T @ low).mul_(ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = grown @ weight
+            by_x = back(grown, weight)
             if by_x.dtype == torch.float32:
                 by_x.addmm_(by_low, A)
             else:
                 by_x += by_low @ A
-            by_x = by_x.view(*outputs[0].shape[:-1], -1)
+            by_x = by_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
         return by_x, None, None, by_A, by_B, None
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`x @ W.T + bias` for frozen W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        result = forth(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
+        return (result if bias is None else result.add_(bias)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        (weight,) = ctx.saved_tensors
+        by_x = back(outputs[0].flatten(0, -2), weight).view(*outputs[0].shape[:-1], -1)
+        return by_x.to(outputs[0].dtype), None, None
 
 
 class Gated(torch.autograd.Function):
@@ -121,10 +140,16 @@ def install(model: Any, adapter: Adapter) -> None:
             module.forward = partial(_mlp, module, kind.startswith("Gemma"))
         elif plain and hasattr(module, "lora_A") and type(module.base_layer) is torch.nn.Linear:
             module.forward = partial(_lora, module, type(module).forward)
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad and widened(module.weight):
+            module.forward = partial(_frozen, module)
 
 
 def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
     return RMSNorm.apply(x, module.weight, eps, gemma)
+
+
+def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return FrozenLinear.apply(x, module.weight, module.bias)
 
 
 def _mlp(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:

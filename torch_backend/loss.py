@@ -8,6 +8,7 @@ import torch
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
 from torch_backend.attention import Rows
+from torch_backend.products import back, forth
 
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,7 +48,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         for start in range(0, len(hidden), chunk):
             part, right = hidden[start : start + chunk], labels[start : start + chunk, None]
-            logits = (part @ weight.T).float()
+            logits = forth(part, weight).float()
             if divisor != 1.0:
                 logits /= divisor
             slope = None
@@ -67,10 +68,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits *= slope
             if divisor != 1.0:
                 logits /= divisor
-            rounded = logits.to(weight.dtype)
-            gradient[start : start + chunk] = rounded @ weight  # type: ignore[index]
+            gradient[start : start + chunk] = back(logits, weight)  # type: ignore[index]
             if trained:
-                weight_gradient += (rounded.T @ part).float()  # type: ignore[operator]
+                weight_gradient += (logits.to(weight.dtype).T @ part).float()  # type: ignore[operator]
         ctx.save_for_backward(gradient, weight_gradient)
         return total
 
