@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -54,41 +55,73 @@ def train(
 
     Raises Interrupted after a requested stop, UserError for a loss that is not finite or memory that no cut saves.
     """
-    first = True
+    first, queued = True, None
     with _open_metrics(run / "metrics.jsonl", state.step) as metrics:
-        while state.step < recipe.steps:
-            step = state.step + 1
-            chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
-            rate = learning_rate(recipe, step)
-            started = time.perf_counter()
-            result, batches = _step(backend, chosen, rate, step, state, observer)
-            loss, norm = float(result.loss_sum) / result.label_tokens, float(result.grad_norm)
-            seconds = time.perf_counter() - started
+
+        def settle(step: _Queued, ended: float) -> None:
+            """Wait for the step, look at its figures, tell them."""
+            nonlocal first
+            loss, norm = float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(run, step, chosen)
-            _count(state, step, loss, result, batches, seconds, timed=not first)
+                raise _not_finite(run, step.number, step.rows)
+            seconds = max(ended, step.started) - step.started
+            _count(state, step, loss, seconds, timed=not first)
             first = False
             memory = backend.memory()
             line = {
-                "step": step,
+                "step": step.number,
                 "loss": loss,
-                "label_tokens": result.label_tokens,
-                "tokens": result.tokens,
-                "learning_rate": rate,
+                "label_tokens": step.result.label_tokens,
+                "tokens": step.result.tokens,
+                "learning_rate": step.rate,
                 "grad_norm": norm,
                 "seconds": seconds,
                 "memory": memory.used,
             }
             _write(metrics, line)
             observer.step(line, memory)
-            last, stop = step == recipe.steps, observer.stop_requested()
-            if valid and (last or step % recipe.eval_every == 0):
+
+        def cut(number: int) -> tuple[list[Encoded], list[Batch]]:
+            chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, number)]
+            return chosen, micro_batches(chosen, state.micro_batch_tokens)
+
+        ready = cut(state.step + 1)
+        for number in range(state.step + 1, recipe.steps + 1):
+            started, rate = time.perf_counter(), learning_rate(recipe, number)
+            chosen, batches = ready
+            result, batches = _step(backend, chosen, batches, rate, number, state, observer)
+            before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
+            last = number == recipe.steps
+            if not last:
+                ready = cut(number + 1)  # while the device computes
+            if before is not None:
+                settle(before, started)
+            stop = observer.stop_requested()
+            evaluates = bool(valid) and (last or number % recipe.eval_every == 0)
+            saves = last or stop or number % plan.save_every == 0
+            if evaluates or saves:
+                float(result.loss_sum)
+                settle(queued, time.perf_counter())
+                queued = None
+            if evaluates:
                 _evaluate(backend, valid, run, state, observer, metrics)
-            if last or stop or step % plan.save_every == 0:
+            if saves:
                 checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
             if stop:
                 raise Interrupted(run)
     return state
+
+
+@dataclass(frozen=True)
+class _Queued:
+    """A step that the device may still be computing: its figures are read a step later, so that it never idles."""
+
+    number: int
+    rate: float
+    rows: list[Encoded]
+    batches: list[Batch]
+    result: StepResult
+    started: float
 
 
 def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> float:
@@ -98,15 +131,21 @@ def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> 
 
 
 def _step(
-    backend: Backend, rows: list[Encoded], rate: float, step: int, state: State, observer: Observer
+    backend: Backend,
+    rows: list[Encoded],
+    batches: list[Batch],
+    rate: float,
+    step: int,
+    state: State,
+    observer: Observer,
 ) -> tuple[StepResult, list[Batch]]:
     """The step, cut finer and done again while memory does not suffice; the mathematics stays the same."""
     while True:
-        batches = micro_batches(rows, state.micro_batch_tokens)
         try:
             return backend.train_step(batches, rate, step), batches
         except OutOfMemory:
             _cut_finer(batches, f"step {step}", state, observer)
+            batches = micro_batches(rows, state.micro_batch_tokens)
 
 
 def _cut_finer(batches: list[Batch], what: str, state: State, observer: Observer) -> None:
@@ -122,10 +161,9 @@ def _cut_finer(batches: list[Batch], what: str, state: State, observer: Observer
     observer.warn(f"{what} ran out of memory; micro-batches are now cut to {state.micro_batch_tokens} tokens")
 
 
-def _count(
-    state: State, step: int, loss: float, result: StepResult, batches: list[Batch], seconds: float, timed: bool
-) -> None:
-    state.step, state.train_loss = step, loss
+def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool) -> None:
+    result, batches = step.result, step.batches
+    state.step, state.train_loss = step.number, loss
     state.tokens += result.tokens
     state.label_tokens += result.label_tokens
     state.padded_tokens += sum(batch.input_ids.size for batch in batches)

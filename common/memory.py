@@ -1,5 +1,7 @@
 """Memory of this process and of the machine, in bytes."""
 
+import ctypes
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -38,6 +40,16 @@ def peak_rss() -> int:
     """The resident set's peak. getrusage counts kilobytes on Linux and bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def give_back_large_blocks() -> None:
+    """Let glibc return every freed block of 4 MB or more to Linux at once.
+
+    Left to itself it soon keeps blocks of up to 32 MB, and the gaps between them: a 1B model's step took 1.3 GB instead
+    of 0.9. The speed stays (at 1 MB it does not). mallopt(3), M_MMAP_THRESHOLD.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-3, 4 * 2**20)
 
 
 def _reset_peak() -> None:

@@ -61,7 +61,8 @@ class MlxBackend:
                 self.layers = attach(self.model, adapter)
             if plan.gradient_checkpointing:
                 checkpoint_layers(self.model, recipe.dropout > 0)
-            mx.eval(self.model.parameters())
+            for _, parameter in tree_flatten(self.model.parameters()):
+                mx.eval(parameter)  # one by one: what a weight is converted from is gone before the next is read
         self.start = adapter
         trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
@@ -105,7 +106,7 @@ class MlxBackend:
                 part = tree_map(lambda g: g / count, part)
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 total_loss = total_loss + loss
-                mx.eval(total_loss, gradients)  # frees this micro-batch's activations
+                mx.async_eval(total_loss, gradients)  # each micro-batch's activations go as soon as they can
         norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
         if self.recipe.max_grad_norm:
             factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
@@ -115,7 +116,7 @@ class MlxBackend:
             optimizer.learning_rate = learning_rate * ratio
             new = optimizer.apply_gradients({n: flat[n] for n in names}, {n: trained[n] for n in names})
             self.model.update(tree_unflatten(list(new.items())))
-        mx.eval(self.model.trainable_parameters(), [optimizer.state for optimizer, _, _ in self.groups], norm)
+        mx.async_eval(self.model.trainable_parameters(), [optimizer.state for optimizer, _, _ in self.groups], norm)
         return StepResult(total_loss, norm, count, sum(batch.tokens for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:

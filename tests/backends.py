@@ -143,7 +143,7 @@ class Quiet:
         self.warnings.append(text)
 
     def stop_requested(self) -> bool:
-        return self.at == self.stop_at
+        return self.at == self.stop_at - 1  # a step is told of while the next one runs
 
 
 def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) -> None:

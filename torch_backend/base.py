@@ -76,17 +76,30 @@ def _stored_type(folder: Path) -> torch.dtype:
 
 @torch.no_grad()
 def _convert(model: Any, dtype: torch.dtype) -> None:
-    """Every weight in `dtype`, one after the other; pages of the file that were read for it are given back."""
+    """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back."""
     for parameter in model.parameters():
-        stored, parameter.data = parameter.data, parameter.data.to(dtype)
-        if sys.platform == "linux":
-            page = mmap.PAGESIZE
-            start = -(-stored.data_ptr() // page) * page
-            length = (stored.data_ptr() + stored.nbytes) // page * page - start
-            if length > 0:  # whole pages that hold nothing else
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-        del stored
+        stored = parameter.data
+        wide = torch.empty_like(stored, dtype=dtype)
+        rows = max(1, _BLOCK // max(1, stored[0].numel()))
+        for start in range(0, len(stored), rows):
+            wide[start : start + rows] = stored[start : start + rows]
+            _give_back(stored[start : start + rows])
+        parameter.data = wide
     model.config.dtype = dtype
+
+
+_BLOCK = 2**23  # weights converted at a time
+
+
+def _give_back(tensor: torch.Tensor) -> None:
+    """Tell Linux that the whole pages of `tensor`, a part of a mapped file, are not needed again."""
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 _NO_OPTIONS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}

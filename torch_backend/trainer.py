@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.config import Plan, Recipe
-from common.memory import ResidentSet, swap_used
+from common.memory import ResidentSet, give_back_large_blocks, swap_used
 from common.models import tensor_names
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from torch_backend.base import load_base
@@ -26,10 +26,13 @@ class TorchBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
+        import peft  # noqa: F401  # before memory is counted: the libraries' own is no model's
+        from transformers import AutoModelForCausalLM  # noqa: F401
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        give_back_large_blocks()
         self.resident = ResidentSet()
         self.recipe, self.plan = recipe, plan
         self.device = torch.device(plan.device)

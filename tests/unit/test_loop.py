@@ -41,7 +41,7 @@ class Watch:
         self.warnings.append(text)
 
     def stop_requested(self) -> bool:
-        return len(self.steps) == self.stop_after
+        return len(self.steps) == self.stop_after - 1  # a step is told of while the next one runs
 
 
 def run(

@@ -1,0 +1,89 @@
+"""One configuration in a process of its own: load, one micro-batch, one optimizer step; prints JSON.
+
+    python -m benchmarks.one_step '{"backend": "torch", "model": "gemma-3-1b", "rows": 4, "width": 512}'
+"""
+
+import importlib
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.random_model import random_model
+from common import models
+from common.config import Plan, Recipe
+from common.families import text_config
+from common.lora import initial_adapter, layer_count
+from common.predict import Shape, predict
+from common.seam import IGNORE, Batch
+
+
+def recipe_of(case: dict[str, Any]) -> Recipe:
+    names = {name: "" for name in ("model", "data", "model_hash", "data_hash", "template_hash")}
+    numbers = {"dropout": 0.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "max_grad_norm": 1.0}
+    return Recipe(
+        **names,
+        **numbers,
+        precision=case.get("precision", "bf16"),
+        quantization=case.get("quantization", "none"),
+        rank=case.get("rank", 16),
+        alpha=32.0,
+        targets=["all-linear"],
+        batch_size=case["rows"],
+        max_length=case["width"] + 1,
+        learning_rate=1e-4,
+        schedule="constant",
+        steps=1,
+        warmup_steps=0,
+        eval_every=1,
+        seed=0,
+    )
+
+
+def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
+    """Rows of equal length; the share `labelled` of each, at its end, carries loss."""
+    shape = (case["rows"], case["width"])
+    ids = np.random.default_rng(0).integers(3, vocabulary, (2, *shape)).astype(np.int32)
+    labels = ids[1]
+    labels[:, : round(case["width"] * (1 - case.get("labelled", 0.5)))] = IGNORE
+    return Batch(ids[0], labels, np.full(case["rows"], case["width"], np.int32))
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    folder = random_model(case["model"], case.get("layers"))
+    recipe = recipe_of(case)
+    plan = Plan(
+        backend=case["backend"],
+        device=case.get("device", "cpu"),
+        micro_batch_tokens=case["rows"] * case["width"],
+        gradient_checkpointing=case.get("gradient_checkpointing", False),
+        loss_chunk=case.get("loss_chunk", 64),
+        save_every=1,
+    )
+    shapes = models.linear_shapes(folder, ["all-linear"])
+    adapter = initial_adapter(shapes, layer_count(shapes), recipe)
+    config = text_config(json.loads((folder / "config.json").read_text()))
+    batch = batch_of(case, config["vocab_size"])
+    backend = importlib.import_module(f"{case['backend']}_backend").create()
+    backend.load(recipe, plan, folder, adapter)
+    loaded = backend.memory().peak
+    started = time.perf_counter()
+    result = backend.train_step([batch], 1e-4, 1)
+    loss = float(result.loss_sum) / result.label_tokens
+    memory = backend.memory()
+    found = predict(config, recipe, plan, adapter, [Shape.of(batch)])
+    return {
+        "case": case,
+        "loaded": loaded,
+        "peak": memory.peak,
+        "predicted": found.peak,
+        "parts": found.parts,
+        "seconds": time.perf_counter() - started,
+        "loss": loss,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,140 @@
+"""How much memory a plan will take, part by part, from the model's config and the recipe: nothing is loaded.
+
+The terms are counted from what each backend keeps for the way back (`torch_backend/fused.py`, MLX's graph); the few
+numbers that cannot be counted stand in `_MEASURED`. `python -m benchmarks.memory` holds the sum against measured peaks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from common.config import Plan, Recipe
+from common.families import facts
+from common.parity import tensor_shapes
+from common.seam import Adapter, Batch
+
+MEGA = 10**6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on of a micro-batch."""
+
+    rows: int
+    width: int  # the longest row's tokens
+    tokens: int  # real ones
+    labels: int
+
+    @staticmethod
+    def of(batch: Batch) -> "Shape":
+        return Shape(len(batch.lengths), batch.input_ids.shape[1], batch.tokens, batch.label_tokens)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What cannot be counted. `overhead`: libraries' own buffers; `slack`: what the allocator holds beyond its use."""
+
+    overhead: int
+    slack: float
+    known: bool  # on this kind of device
+
+
+_MEASURED = {
+    ("torch", "cpu"): Measured(60 * MEGA, 0.03, True),
+    ("mlx", "cpu"): Measured(0, 0.0, True),
+    ("torch", "cuda"): Measured(500 * MEGA, 0.1, False),
+    ("torch", "mps"): Measured(500 * MEGA, 0.1, False),
+    ("mlx", "gpu"): Measured(100 * MEGA, 0.1, False),
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes by part, of the moment when most is needed."""
+
+    parts: dict[str, int]
+    measured: bool  # False: on a kind of device whose coefficients nobody has measured
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model, from its normalised text config."""
+
+    hidden: int
+    inner: int
+    queries: int  # width of all heads
+    keys: int  # width of all key heads
+    heads: int
+    layers: int
+    vocabulary: int
+    linear: int  # weights in layers that are quantised and adapted
+    other: int  # embeddings, norms, an untied head
+    gemma: bool
+    capped: bool
+    windows: tuple[int | None, ...]
+
+    @staticmethod
+    def of(config: dict[str, Any]) -> "Sizes":
+        shapes = tensor_shapes(config)
+        linear = sum(math.prod(s) for name, s in shapes.items() if name.endswith("_proj.weight"))
+        return Sizes(
+            hidden=config["hidden_size"],
+            inner=config["intermediate_size"],
+            queries=config["num_attention_heads"] * config["head_dim"],
+            keys=config["num_key_value_heads"] * config["head_dim"],
+            heads=config["num_attention_heads"],
+            layers=config["num_hidden_layers"],
+            vocabulary=config["vocab_size"],
+            linear=linear,
+            other=sum(math.prod(s) for s in shapes.values()) - linear,
+            gemma=config["model_type"].startswith("gemma"),
+            capped=config["model_type"] == "gemma2",
+            windows=facts(config).windows,
+        )
+
+
+def weight_bytes(sizes: Sizes, recipe: Recipe) -> int:
+    """Of the frozen base as it is held."""
+    plain = 2 if recipe.precision == "bf16" else 4
+    scheme = recipe.quantization
+    if scheme.startswith("mlx-"):
+        _, bits, group = scheme.split("-")
+        each = int(bits.removesuffix("bit")) / 8 + 2 * plain / int(group)  # a scale and a bias a group
+        return round((sizes.linear + sizes.other) * each)  # MLX quantises embeddings too
+    if scheme == "nf4":
+        return round(sizes.linear * (0.5 + 4 / 64) + sizes.other * plain)
+    if scheme == "int8":
+        return sizes.linear + sizes.other * plain
+    return (sizes.linear + sizes.other) * plain
+
+
+def trained_bytes(adapter: Adapter | None, sizes: Sizes) -> tuple[int, int]:
+    """`(weights beside the base, gradients and AdamW's two moments)`; all float32."""
+    if adapter is None:
+        return 0, 12 * (sizes.linear + sizes.other)
+    count = sum(array.size for weight in adapter.weights.values() for array in weight.parts().values())
+    return 4 * count, 12 * count
+
+
+def predict(config: dict[str, Any], recipe: Recipe, plan: Plan, adapter: Adapter | None, shapes: Sequence[Shape]) -> Prediction:
+    """The peak over micro-batches of `shapes`. `config`: the normalised text config; `adapter` None: all is trained."""
+    sizes = Sizes.of(config)
+    known = _MEASURED[plan.backend, plan.device]
+    beside, moments = trained_bytes(adapter, sizes)
+    parts = {
+        "weights": weight_bytes(sizes, recipe),
+        "adapter": beside,
+        "gradients and moments": moments,
+    }
+    parts |= max((activations(sizes, recipe, plan, shape) for shape in shapes), key=lambda found: sum(found.values()))
+    parts["slack"] = known.overhead + round(known.slack * sum(parts.values()))
+    return Prediction(parts, known.known)
+
+
+def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[str, int]:
+    return {"activations": 0}
