@@ -44,6 +44,38 @@ def train(options: tyro.conf.OmitArgPrefixes[Options]) -> None:
     """Fine-tune a model on chat rows, all the way to a Q4 GGUF. Without options: the built-in example."""
 
 
+@app.command
+def plan(
+    model: tyro.conf.Positional[str | None] = None,
+    data: str | None = None,
+    probe: bool = True,
+) -> None:
+    """Foretell memory and time of `train` with the same options, and show the plan it would choose. Trains nothing.
+
+    Every option of train may follow: plan MODEL --data FILE --rank 32 --memory-limit 8GB.
+
+    Args:
+        model: what to train; without it and without --data the built-in example.
+        data: as in train.
+        probe: take two steps to measure the speed; --no-probe only computes.
+    """
+
+
+def _plan(argv: list[str]) -> None:
+    from common.foretell import foretell
+    from common.progress import Display
+
+    probe = "--no-probe" not in argv
+    argv = [word for word in argv if word not in ("--no-probe", "--probe")]
+    if argv and not argv[0].startswith("--"):
+        argv = ["--model", *argv]
+    options, notes = load_options(read_flags(argv))
+    display = Display("json" if options.json_output else "quiet" if options.quiet else None)
+    for note in notes:
+        display.say(note)
+    foretell(options, probe, _make_backend, display)
+
+
 @app.command(name="check-data")
 def check_data(
     data: tyro.conf.Positional[str],
@@ -197,6 +229,8 @@ def main() -> None:
     try:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             _train(argv[1:])
+        elif argv[:1] == ["plan"] and not {"-h", "--help"} & set(argv):
+            _plan(argv[1:])
         elif argv[:1] == ["adapter"]:
             adapter_app.cli(args=argv[1:], prog="twintune adapter", config=(tyro.conf.FlagCreatePairsOff,))
         else:

@@ -1,6 +1,6 @@
 """One configuration in a process of its own: load, one micro-batch, one optimizer step; prints JSON.
 
-    python -m benchmarks.one_step '{"backend": "torch", "model": "gemma-3-1b", "rows": 4, "width": 512}'
+python -m benchmarks.one_step '{"backend": "torch", "model": "gemma-3-1b", "rows": 4, "width": 512}'
 """
 
 import importlib
@@ -52,7 +52,7 @@ def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    folder = random_model(case["model"], case.get("layers"))
+    folder = random_model(case["model"], case.get("layers"), vocabulary=case.get("vocabulary"))
     recipe = recipe_of(case)
     plan = Plan(
         backend=case["backend"],

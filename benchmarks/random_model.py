@@ -84,10 +84,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(name: str, layers: int | None = None, dtype: str = "bfloat16") -> Path:
-    """A folder in the user's cache with `name`'s config, at most `layers` deep; written once, tensor by tensor."""
+def random_model(name: str, layers: int | None = None, dtype: str = "bfloat16", vocabulary: int | None = None) -> Path:
+    """A folder in the user's cache with `name`'s config, `layers` deep; written once, tensor by tensor."""
     config = CONFIGS[name] | ({"num_hidden_layers": layers} if layers else {})
-    folder = cache_folder() / "random-models" / f"{name}-{config['num_hidden_layers']}-{dtype}"
+    config["vocab_size"] = vocabulary or config["vocab_size"]
+    folder = cache_folder() / "random-models" / f"{name}-{config['num_hidden_layers']}-{config['vocab_size']}-{dtype}"
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)

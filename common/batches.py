@@ -8,8 +8,9 @@ import numpy as np
 from common.seam import IGNORE, Batch
 from common.template import Encoded
 
-# What starting one more micro-batch costs, in padded tokens: keeps the cut from making batches of one row.
+# What starting one more micro-batch costs, and a padded position (attention alone computes it), in tokens.
 _START_COST = 64
+_PADDING_COST = 0.25
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -27,27 +28,31 @@ def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int) -> list[Batch]:
-    """Sort by length and cut where padding is least, no cut above `micro_batch_tokens` padded tokens.
-
-    A row longer than that stands alone. Exact by dynamic programming over the sorted rows.
-    """
+    """Sort by length and cut where it costs least, no cut above `micro_batch_tokens` padded tokens."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
-    lengths = [len(row.ids) - 1 for row in ordered]
-    best: list[tuple[float, int]] = [(0.0, 0)]  # least cost of the first i rows, and where its last batch starts
-    for end in range(1, len(ordered) + 1):
-        choices = []
+    cuts = cut([len(row.ids) - 1 for row in ordered], micro_batch_tokens)
+    return [make_batch(ordered[start:end]) for start, end in cuts]
+
+
+def cut(lengths: Sequence[int], micro_batch_tokens: int) -> list[tuple[int, int]]:
+    """Where each micro-batch of rows of these rising lengths starts and ends. Exact, by dynamic programming.
+
+    A row longer than `micro_batch_tokens` stands alone.
+    """
+    best: list[tuple[float, int]] = [(0.0, 0)]  # least cost of the first i rows, and where their last batch starts
+    for end in range(1, len(lengths) + 1):
+        choices, real = [], 0
         for start in range(end - 1, -1, -1):
-            padded = (end - start) * lengths[end - 1]
+            padded, real = (end - start) * lengths[end - 1], real + lengths[start]
             if padded > micro_batch_tokens and end - start > 1:
                 break
-            choices.append((best[start][0] + padded + _START_COST, start))
+            choices.append((best[start][0] + _PADDING_COST * (padded - real) + _START_COST, start))
         best.append(min(choices))
-    cuts, end = [], len(ordered)
+    cuts, end = [], len(lengths)
     while end:
-        start = best[end][1]
-        cuts.append((start, end))
-        end = start
-    return [make_batch(ordered[start:end]) for start, end in reversed(cuts)]
+        cuts.append((best[end][1], end))
+        end = best[end][1]
+    return cuts[::-1]
 
 
 def make_batch(rows: Sequence[Encoded]) -> Batch:

@@ -30,6 +30,7 @@ class State:
     timed_tokens: int = 0
     timed_label_tokens: int = 0
     micro_batch_tokens: int = 0  # the plan's, or less after an out-of-memory
+    gradient_checkpointing: bool = False  # the plan's, or switched on after an out-of-memory
     train_loss: float | None = None  # of the last step
     best_valid_loss: float | None = None
     best_step: int | None = None

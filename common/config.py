@@ -47,11 +47,22 @@ class Options(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of the frozen base; the adapter and its optimizer are always float32"
     )
-    micro_batch_tokens: int = Field(
-        2048, ge=1, description="padded tokens computed at once; changes speed and memory, never the mathematics"
+    memory_limit: str | None = Field(
+        None,
+        description="what training may take, such as 16GB: a plan is chosen that fits. Default: most of what is free",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="keep only each layer's input and compute the rest again: less memory, a third more time"
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens computed at once; speed and memory, never the mathematics. Default: as memory allows",
+    )
+    gradient_checkpointing: bool | None = Field(
+        None,
+        description="keep only each layer's input and compute the rest again: less memory, a third more time. Default: "
+        "where memory is short",
+    )
+    on_swap: Literal["warn", "replan"] = Field(
+        "warn", description="when swap grows during training: say what to change, or cut micro-batches finer at once"
     )
 
     field: dict[str, str] = Field(
@@ -153,6 +164,13 @@ class Options(BaseModel):
                 raise ValueError(f"{name}={number}: must be above 0")
         return value
 
+    @field_validator("memory_limit")
+    @classmethod
+    def _readable_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            read_size(value)
+        return value
+
     @field_validator("layers")
     @classmethod
     def _readable_layers(cls, value: str | None) -> str | None:
@@ -198,6 +216,7 @@ class Options(BaseModel):
 # What a resumed run may be told anew; all else is its own recipe and plan.
 RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json"}
 RESUME_OPTIONS |= {"backend", "device", "micro_batch_tokens", "gradient_checkpointing", "save_every"}
+RESUME_OPTIONS |= {"memory_limit", "on_swap"}
 
 
 class Recipe(BaseModel):
@@ -256,7 +275,18 @@ class Plan(BaseModel):
     micro_batch_tokens: int
     gradient_checkpointing: bool = False
     loss_chunk: int = 128  # label positions whose logits are held at once
+    memory_budget: int = 0  # bytes that training may take; 0: not known
+    on_swap: Literal["warn", "replan"] = "warn"
     save_every: int
+
+
+def read_size(text: str) -> int:
+    """Bytes from `16GB`, `900 MB` or a number of bytes; decimal units, GiB and MiB binary. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ") if match else 0
+    if size < 1:
+        raise ValueError(f"{text!r} is no size such as 16GB or 900MB")
+    return round(size)
 
 
 def valid_layers(text: str) -> bool:
@@ -376,7 +406,8 @@ def _validate(values: dict[str, Any], sources: dict[str, str], faults: list[str]
     for key in [key for key in values if key not in known]:
         faults.append(f"{sources[key]} is no option; {nearest(key, list(known))}".rstrip("; "))
         del values[key]
-    for key in [key for key, value in values.items() if value is True and known[key].annotation is not bool]:
+    flags = (bool, bool | None)
+    for key in [key for key, value in values.items() if value is True and known[key].annotation not in flags]:
         faults.append(f"{sources[key]} needs a value")
         del values[key]
     if values.get("steps") is not None and values.get("epochs") is not None:

@@ -115,6 +115,24 @@ def choose_device(wanted: str, backend: str) -> Choice:
     return Choice("cuda" if wanted == "gpu" else wanted, "asked for")
 
 
+def free_memory(backend: str, device: str) -> tuple[int, str]:
+    """Bytes that training could take on the device, and what they are: a GPU's, or the machine's."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    if backend == "mlx" and device == "gpu":
+        preload()
+        import mlx.core as mx
+
+        recommended = int(mx.device_info().get("max_recommended_working_set_size", free))
+        return min(recommended, free), "the GPU's recommended working set"
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0]), "the GPU's free memory"
+    return free, "the free memory"
+
+
 def quantization_scheme(wanted: str, backend: str) -> str:
     """The recipe's name of how the frozen base is quantised. Raises UserError where that cannot be computed here."""
     if wanted == "none":

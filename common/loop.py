@@ -55,7 +55,9 @@ def train(
 
     Raises Interrupted after a requested stop, UserError for a loss that is not finite or memory that no cut saves.
     """
-    first, queued = True, None
+    first, queued, swap = True, None, _Swap(backend, plan)
+    if state.gradient_checkpointing != plan.gradient_checkpointing:
+        backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": state.gradient_checkpointing}))
     with _open_metrics(run / "metrics.jsonl", state.step) as metrics:
 
         def settle(step: _Queued, ended: float) -> None:
@@ -80,6 +82,7 @@ def train(
             }
             _write(metrics, line)
             observer.step(line, memory)
+            swap.look(memory, step.batches, state, observer)
 
         def cut(number: int) -> tuple[list[Encoded], list[Batch]]:
             chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, number)]
@@ -89,7 +92,7 @@ def train(
         for number in range(state.step + 1, recipe.steps + 1):
             started, rate = time.perf_counter(), learning_rate(recipe, number)
             chosen, batches = ready
-            result, batches = _step(backend, chosen, batches, rate, number, state, observer)
+            result, batches = _step(backend, plan, chosen, batches, rate, number, state, observer)
             before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
             last = number == recipe.steps
             if not last:
@@ -104,7 +107,7 @@ def train(
                 settle(queued, time.perf_counter())
                 queued = None
             if evaluates:
-                _evaluate(backend, valid, run, state, observer, metrics)
+                _evaluate(backend, plan, valid, run, state, observer, metrics)
             if saves:
                 checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
             if stop:
@@ -132,6 +135,7 @@ def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> 
 
 def _step(
     backend: Backend,
+    plan: Plan,
     rows: list[Encoded],
     batches: list[Batch],
     rate: float,
@@ -144,21 +148,55 @@ def _step(
         try:
             return backend.train_step(batches, rate, step), batches
         except OutOfMemory:
-            _cut_finer(batches, f"step {step}", state, observer)
+            _cut_finer(batches, f"step {step} ran out of memory", backend, plan, state, observer)
             batches = micro_batches(rows, state.micro_batch_tokens)
 
 
-def _cut_finer(batches: list[Batch], what: str, state: State, observer: Observer) -> None:
-    """Halve the widest micro-batch that can be cut. Raises UserError where each is one row already."""
+def _cut_finer(batches: list[Batch], what: str, backend: Backend, plan: Plan, state: State, observer: Observer) -> None:
+    """Halve the widest micro-batch that can be cut; where each is one row, checkpoint gradients.
+
+    The mathematics stays the same. Raises UserError where both are done already, so it ends.
+    """
     cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
-    if not cuttable:
+    if cuttable:
+        state.micro_batch_tokens = max(cuttable) // 2
+        observer.warn(f"{what}; micro-batches are now cut to {state.micro_batch_tokens} tokens")
+    elif not state.gradient_checkpointing:
+        state.gradient_checkpointing = True
+        backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": True}))
+        observer.warn(f"{what}; each layer's work is now done twice to hold less (gradient checkpointing)")
+    else:
         longest = max(batch.input_ids.size for batch in batches)
         raise UserError(
-            f"{what.capitalize()} ran out of memory with one row at a time; its longest row has {longest} tokens.",
+            f"{what.capitalize()} with one row at a time; its longest row has {longest} tokens.",
             "Lower --max-length or --rank, or train a smaller model.",
         ) from None
-    state.micro_batch_tokens = max(cuttable) // 2
-    observer.warn(f"{what} ran out of memory; micro-batches are now cut to {state.micro_batch_tokens} tokens")
+
+
+class _Swap:
+    """Watches the machine's swap while training: a step that waits for the disk takes minutes."""
+
+    def __init__(self, backend: Backend, plan: Plan) -> None:
+        self._backend, self._plan = backend, plan
+        self._before = backend.memory().swap
+
+    def look(self, memory: Memory, batches: list[Batch], state: State, observer: Observer) -> None:
+        """Warn where swap has grown; with --on-swap replan do something about it from the next step on."""
+        grown = memory.swap - self._before
+        if grown < _SWAP_GROWTH:
+            return
+        self._before = memory.swap
+        what = f"swap has grown by {grown / 1e6:.0f} MB at step {state.step}: the machine is short of memory"
+        if self._plan.on_swap == "warn":
+            observer.warn(f"{what}. Close programs; or Ctrl-C, then --resume RUN --memory-limit SIZE")
+            return
+        try:
+            _cut_finer(batches, what, self._backend, self._plan, state, observer)
+        except UserError:
+            observer.warn(f"{what}, and nothing is left to be cut; close other programs")
+
+
+_SWAP_GROWTH = 256 * 10**6  # bytes; less comes and goes by itself
 
 
 def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool) -> None:
@@ -175,7 +213,7 @@ def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool
 
 
 def _evaluate(
-    backend: Backend, valid: list[Encoded], run: Path, state: State, observer: Observer, metrics: TextIO
+    backend: Backend, plan: Plan, valid: list[Encoded], run: Path, state: State, observer: Observer, metrics: TextIO
 ) -> None:
     while True:
         try:
@@ -183,7 +221,8 @@ def _evaluate(
             break
         except OutOfMemory:
             batches = micro_batches(valid, state.micro_batch_tokens)
-            _cut_finer(batches, f"the validation after step {state.step}", state, observer)
+            what = f"the validation after step {state.step} ran out of memory"
+            _cut_finer(batches, what, backend, plan, state, observer)
     if not math.isfinite(loss):
         raise _not_finite(run, state.step, valid, "validation loss")
     if state.best_valid_loss is None or loss < state.best_valid_loss:
@@ -200,7 +239,8 @@ def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or 
     sources = ", ".join(row.source for row in rows[:32]) + more
     return UserError(
         f"The {what} is not finite at step {step}, on the rows {sources}. {kept}.",
-        "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32.",
+        "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
+        "--memory-limit (Metal has been seen to go on with wrong numbers where memory ran out).",
     )
 
 

@@ -41,7 +41,7 @@ class Measured:
 
 
 _MEASURED = {
-    ("torch", "cpu"): Measured(60 * MEGA, 0.03, True),
+    ("torch", "cpu"): Measured(40 * MEGA, 0.0, True),
     ("mlx", "cpu"): Measured(0, 0.0, True),
     ("torch", "cuda"): Measured(500 * MEGA, 0.1, False),
     ("torch", "mps"): Measured(500 * MEGA, 0.1, False),
@@ -75,7 +75,9 @@ class Sizes:
     linear: int  # weights in layers that are quantised and adapted
     other: int  # embeddings, norms, an untied head
     gemma: bool
-    capped: bool
+    capped: bool  # attention scores
+    final_cap: bool  # logits
+    normed: bool  # queries and keys
     windows: tuple[int | None, ...]
 
     @staticmethod
@@ -94,6 +96,8 @@ class Sizes:
             other=sum(math.prod(s) for s in shapes.values()) - linear,
             gemma=config["model_type"].startswith("gemma"),
             capped=config["model_type"] == "gemma2",
+            final_cap=facts(config).logit_softcap is not None,
+            normed=config["model_type"] in ("gemma3_text", "qwen3"),
             windows=facts(config).windows,
         )
 
@@ -121,20 +125,51 @@ def trained_bytes(adapter: Adapter | None, sizes: Sizes) -> tuple[int, int]:
     return 4 * count, 12 * count
 
 
-def predict(config: dict[str, Any], recipe: Recipe, plan: Plan, adapter: Adapter | None, shapes: Sequence[Shape]) -> Prediction:
+def predict(
+    config: dict[str, Any], recipe: Recipe, plan: Plan, adapter: Adapter | None, shapes: Sequence[Shape]
+) -> Prediction:
     """The peak over micro-batches of `shapes`. `config`: the normalised text config; `adapter` None: all is trained."""
     sizes = Sizes.of(config)
     known = _MEASURED[plan.backend, plan.device]
     beside, moments = trained_bytes(adapter, sizes)
-    parts = {
+    parts: dict[str, int] = {
         "weights": weight_bytes(sizes, recipe),
         "adapter": beside,
         "gradients and moments": moments,
     }
-    parts |= max((activations(sizes, recipe, plan, shape) for shape in shapes), key=lambda found: sum(found.values()))
+    dearest = max((activations(sizes, recipe, plan, shape) for shape in shapes), key=lambda parts: sum(parts.values()))
+    parts |= dearest
     parts["slack"] = known.overhead + round(known.slack * sum(parts.values()))
     return Prediction(parts, known.known)
 
 
 def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[str, int]:
-    return {"activations": 0}
+    """What one micro-batch adds at its dearest moment: in the loss, or on the way back through a layer."""
+    torch, wide = plan.backend == "torch", recipe.precision == "fp32"
+    each = 4 if wide else 2
+    padding = shape.rows * shape.width / shape.tokens
+    kept: float = sizes.hidden * (6 if sizes.gemma else 4)  # before and after norms
+    kept += (sizes.queries + sizes.keys) * sizes.normed
+    kept += (sizes.queries + 2 * sizes.keys) * padding  # what attention reads
+    kept += sizes.queries * (1 + padding if torch else 1)  # what it gives
+    kept += 3 * sizes.inner
+    if torch and (recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"):
+        kept *= 1.5  # PEFT's and transformers' own layers
+    layer: float = kept * each + 28 * recipe.rank
+    scores = sizes.heads * shape.width * padding * 4  # a row of attention scores for each token
+    attention = 0.0  # torch never writes scores out, if they are not capped
+    if sizes.capped:
+        layer, attention = layer + 3 * scores, 3 * scores
+    elif not torch:
+        layer, attention = layer + scores, 4 * scores
+    # float32 whatever the weights are in; MLX queues operations ahead and holds what they will need
+    working: float = max(sizes.inner * (4 if torch else 14) * 4, attention)
+    chunk = min(plan.loss_chunk, shape.labels) * sizes.vocabulary * 4
+    loss = chunk * (1 if torch else 6) * (2 if sizes.final_cap else 1)
+    if plan.gradient_checkpointing:
+        saved, once = sizes.layers * sizes.hidden * each * shape.tokens, (layer + working) * shape.tokens
+    else:
+        saved, once = sizes.layers * layer * shape.tokens, working * shape.tokens
+    if once > loss:
+        return {"saved activations": round(saved), "working memory": round(once)}
+    return {"saved activations": round(saved), "loss chunk": round(loss)}

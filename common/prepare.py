@@ -1,5 +1,6 @@
 """Everything that is settled before the first step: what could go wrong later is looked at here."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ from common.data import data_hash, prompt_of
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
 from common.export import Served, check_disk, disk_needed, trained_bytes
+from common.families import text_config
 from common.findings import doubtful
 from common.gguf import check_convertible, check_quants
 from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
 from common.lora import choose_layers, initial_adapter, layer_count, validate
 from common.mlx_quantized import source
 from common.overflow import encode_all, fit
-from common.progress import Display
+from common.plan import Chosen, choose
+from common.progress import Display, gigabytes
 from common.seam import Adapter
 from common.sources import check_fields, load_data
 from common.template import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
@@ -36,7 +39,8 @@ class Job:
     folder: Path  # the base model in 16 or 32 bits
     trained_over: Path  # what the backend loads: the same, or a ready-made quantised one
     recipe: Recipe
-    plan: Plan
+    chosen: Chosen
+    config: dict[str, Any]  # the language model's, normalised
     choices: dict[str, Choice]
     train: list[Encoded]
     valid: list[Encoded]
@@ -44,6 +48,10 @@ class Job:
     llama: LlamaCpp | None
     served: Served
     sample: list[dict[str, Any]]  # a prompt to try the result with; of plain text there is none
+
+    @property
+    def plan(self) -> Plan:
+        return self.chosen.plan
 
 
 def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
@@ -138,17 +146,26 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     plan = Plan(
         backend=backend,  # type: ignore[arg-type]  # pydantic checks it
         device=choices["device"].value,  # type: ignore[arg-type]
-        micro_batch_tokens=options.micro_batch_tokens,
-        gradient_checkpointing=options.gradient_checkpointing,
+        micro_batch_tokens=1,  # chosen below
+        on_swap=options.on_swap,
         save_every=options.save_every or per_epoch,
     )
     start = _start(recipe, shapes, given)
+    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    chosen = choose(options, recipe, plan, config, start, rows)
+    if chosen.prediction.peak > chosen.budget:
+        display.warn(
+            f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
+            f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
+        )
     check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
     llama = llama_for(options, folder, display)
     sample = prompt_of((data.valid or data.train)[0])
     chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
     served = Served(stop_ids(every), exported_template(tokenizer, style) if chats else None)
-    return Job(options, run, folder, trained_over, recipe, plan, choices, rows, valid, start, llama, served, sample)
+    return Job(
+        options, run, folder, trained_over, recipe, chosen, config, choices, rows, valid, start, llama, served, sample
+    )
 
 
 # What the recipe holds in another form than the options.

@@ -185,6 +185,10 @@ class Backend(Protocol):
 
     def memory(self) -> Memory: ...
 
+    def apply_plan(self, plan: Plan) -> None:
+        """Go on by another plan of the same backend and device: checkpointing and the loss's chunk may change."""
+        ...
+
     def close(self) -> None:
         """Free the model; the backend is not used again."""
         ...

@@ -11,14 +11,15 @@ from common import adapter as adapters
 from common import checkpoint, models, record
 from common.batches import steps_per_epoch
 from common.checkpoint import State
-from common.config import Options, Recipe, write_yaml
+from common.config import Options, Plan, Recipe, write_yaml
 from common.errors import UserError
 from common.finish import TEMPLATE, finish, loaded, record_seconds, timed
 from common.loop import Interrupted, train
 from common.lora import validate
 from common.memory import ResidentSet, swap_used
+from common.plan import described
 from common.prepare import Job, free_name, prepare
-from common.progress import Display
+from common.progress import Display, gigabytes
 from common.seam import Adapter, Backend, Memory, ModelInfo
 
 _PLAN = "what changes only speed and memory"
@@ -77,6 +78,8 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
             record.update_run(
                 job.run,
                 **record.figures(state, recipe, job.plan),
+                predicted_peak_bytes=job.chosen.prediction.peak,
+                predicted_parts=job.chosen.prediction.parts,
                 memory_kind=memory.kind,
                 peak_memory_bytes=max(memory.peak, before.get("peak_memory_bytes", 0)),
                 peak_rss_bytes=max(resident.process_peak(), before.get("peak_rss_bytes", 0)),
@@ -144,9 +147,9 @@ def _header(job: Job, info: ModelInfo, display: Display) -> None:
             f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
             "method": f"{_method(recipe, job.start)}: "
             f"{info.trainable:,} of {info.total:,} parameters are trained ({info.trainable / info.total:.2%})",
-            "plan": f"micro-batches of up to {plan.micro_batch_tokens} padded tokens, "
-            f"a checkpoint every {plan.save_every} steps"
-            + (", gradient checkpointing" if plan.gradient_checkpointing else ""),
+            "plan": described(plan),
+            "memory": f"about {gigabytes(job.chosen.prediction.peak)} will be taken of {gigabytes(plan.memory_budget)} "
+            f"({job.chosen.why})" + ("" if job.chosen.prediction.measured else "; on this device not yet measured"),
             "run": str(job.run),
         },
     )
@@ -195,10 +198,11 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
                 "Bring the old files back, or start a new run.",
             )
         found = checkpoint.latest(resumed)
-        state = found[0] if found else State(micro_batch_tokens=job.plan.micro_batch_tokens)
+        state = found[0] if found else _fresh(job.plan)
         plans = record.read_run(resumed).get("plans", [])
         if job.plan != record.read_plan(resumed):
             state.micro_batch_tokens = job.plan.micro_batch_tokens
+            state.gradient_checkpointing = job.plan.gradient_checkpointing
             write_yaml(resumed / "plan.yaml", job.plan, _PLAN)
             plans.append({"from_step": state.step + 1} | job.plan.model_dump())
         record.update_run(resumed, status="training", plans=plans)
@@ -225,7 +229,11 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         sample_prompt=job.sample,
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
-    return job, State(micro_batch_tokens=job.plan.micro_batch_tokens)
+    return job, _fresh(job.plan)
+
+
+def _fresh(plan: Plan) -> State:
+    return State(micro_batch_tokens=plan.micro_batch_tokens, gradient_checkpointing=plan.gradient_checkpointing)
 
 
 def _anchored(options: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +249,10 @@ def _resumed_options(options: Options, run: Path) -> Options:
     plan, recipe = record.read_plan(run), record.read_recipe(run)
     given = options.model_dump(by_alias=True, exclude_unset=True)
     # what was `auto` then stays what it became, unless the run moves
-    kept = plan.model_dump() | {"precision": recipe.precision}
+    kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
+    kept["precision"] = recipe.precision
+    if "memory_limit" in given:  # a new plan
+        kept |= {"micro_batch_tokens": None, "gradient_checkpointing": None}
     if given.get("backend", plan.backend) != plan.backend:
         if recipe.quantization != "none":
             raise UserError(

@@ -16,7 +16,7 @@ from mlx.utils import tree_map
 from common.errors import UserError
 from common.families import Facts, facts, text_config, text_name
 from common.rope import Rope, rope
-from mlx_backend.attention import Rows, take_over
+from mlx_backend.layers import Rows, take_over
 
 
 class _Rope(nn.Module):
@@ -70,7 +70,7 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
     for layer, turned in zip(model.layers, found.ropes, strict=True):
         if turned is not None:
             layer.self_attn.rope = _Rope(rope(turned, config["head_dim"], config["max_position_embeddings"]))
-    take_over(model)
+    take_over(model, config["model_type"].startswith("gemma"))
     model.facts = found
     return model
 

@@ -6,14 +6,18 @@ import mlx.core as mx
 import numpy as np
 
 
-def checkpoint_layers(model: Any, dropout: bool) -> None:
-    """Each of the model's layers gets a class of its own, so that no other model of the process is touched.
+def checkpoint_layers(model: Any, wanted: bool, dropout: bool) -> None:
+    """Each of the model's layers gets a class of its own, or its old one back: no other model is touched.
 
     The second computation starts from the same random seed as the first: with dropout it must draw the same masks.
     """
     for layer in model.layers:
         kind = type(layer)
-        layer.__class__ = type(kind.__name__, (kind,), {"__call__": _checkpointed(kind, dropout)})
+        if wanted and not hasattr(kind, "plain"):
+            call = _checkpointed(kind, dropout)
+            layer.__class__ = type(kind.__name__, (kind,), {"__call__": call, "plain": kind})
+        elif not wanted and hasattr(kind, "plain"):
+            layer.__class__ = kind.plain
 
 
 def _checkpointed(kind: type, dropout: bool) -> Any:

@@ -7,8 +7,8 @@ import numpy as np
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
-from mlx_backend.attention import Rows
 from mlx_backend.base import finish, head_weight, hidden_states, project
+from mlx_backend.layers import Rows
 
 _BLOCK = 256
 

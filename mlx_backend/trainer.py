@@ -29,9 +29,9 @@ from common.seam import (  # noqa: E402
     OutOfMemory,
     StepResult,
 )
-from mlx_backend.attention import Rows  # noqa: E402
 from mlx_backend.base import head, hidden_states, load_base  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
+from mlx_backend.layers import Rows  # noqa: E402
 from mlx_backend.lora import attach, paths, put  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
@@ -44,12 +44,13 @@ class MlxBackend:
     """See `common.seam.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        self.recipe, self.plan = recipe, plan
+        self.recipe = recipe
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
+        self.limits = _set_limits(plan)
         self.model: Any = load_base(folder, _DTYPES[recipe.precision])
         self.names = tensor_names(folder)
         with _memory_errors():
@@ -59,8 +60,7 @@ class MlxBackend:
             if adapter is not None:
                 self.model.freeze()
                 self.layers = attach(self.model, adapter)
-            if plan.gradient_checkpointing:
-                checkpoint_layers(self.model, recipe.dropout > 0)
+            self.apply_plan(plan)
             for _, parameter in tree_flatten(self.model.parameters()):
                 mx.eval(parameter)  # one by one: what a weight is converted from is gone before the next is read
         self.start = adapter
@@ -83,6 +83,10 @@ class MlxBackend:
             total=sum(p.size for _, p in tree_flatten(self.model.parameters())),
             architecture=type(self.model).__module__.rsplit(".", 1)[-1],
         )
+
+    def apply_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        checkpoint_layers(self.model, plan.gradient_checkpointing, self.recipe.dropout > 0)
 
     def _optimizer(self) -> optim.AdamW:
         recipe = self.recipe
@@ -181,8 +185,21 @@ class MlxBackend:
     def close(self) -> None:
         del self.model, self.layers, self.groups, self.gradient
         mx.clear_cache()
+        for set_limit, before in self.limits:
+            set_limit(before)
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
+
+
+def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
+    """MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
+    if not plan.memory_budget:
+        return []
+    wanted = [(mx.set_memory_limit, plan.memory_budget), (mx.set_cache_limit, plan.memory_budget // 16)]
+    if plan.device == "gpu" and mx.metal.is_available():
+        recommended = int(mx.device_info()["max_recommended_working_set_size"])
+        wanted.append((mx.set_wired_limit, min(plan.memory_budget, recommended)))
+    return [(set_limit, set_limit(value)) for set_limit, value in wanted]
 
 
 @contextmanager

@@ -17,50 +17,49 @@ _aten = torch.ops.aten
 
 
 class LoraLinear(torch.autograd.Function):
-    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` for frozen W; A [r, in] and B [out, r] float32.
+    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` for the frozen W of `base`; A [r, in] and B [out, r] float32.
 
-    Kept for the way back: x in its own type, and `x @ A.T`.
+    Kept for the way back: x in its own type, and `x @ A.T`; a W in 4 bits is written out once for each way.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        base: Any,
         A: torch.Tensor,
         B: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = forth(flat, weight)
+        result = forth(flat, frozen_weight(base))
         low = flat.float() @ A.T
         if result.dtype == torch.float32:
             result.addmm_(low, B.T, alpha=scale)
         else:
             result += (low @ B.T).mul_(scale)
-        if bias is not None:
-            result += bias
-        ctx.save_for_backward(flat, weight, low, A, B)
-        ctx.scale = scale
+        if base.bias is not None:
+            result += base.bias
+        ctx.save_for_backward(flat, low, A, B)
+        ctx.base, ctx.scale = base, scale
         return result.view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        flat, weight, low, A, B = ctx.saved_tensors
+        flat, low, A, B = ctx.saved_tensors
         grown = outputs[0].reshape(-1, outputs[0].shape[-1])
         exact = grown.float()
         by_low = (exact @ B).mul_(ctx.scale)
         by_A, by_B = by_low.T @ flat.float(), (exact.T @ low).mul_(ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = back(grown, weight)
+            by_x = back(grown, frozen_weight(ctx.base))
             if by_x.dtype == torch.float32:
                 by_x.addmm_(by_low, A)
             else:
                 by_x += by_low @ A
             by_x = by_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
-        return by_x, None, None, by_A, by_B, None
+        return by_x, None, by_A, by_B, None
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -77,6 +76,15 @@ class FrozenLinear(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         by_x = back(outputs[0].flatten(0, -2), weight).view(*outputs[0].shape[:-1], -1)
         return by_x.to(outputs[0].dtype), None, None
+
+
+def frozen_weight(base: Any) -> torch.Tensor:
+    """[out, in] of a linear layer, also of one that bitsandbytes holds in 4 bits."""
+    if (state := getattr(base.weight, "quant_state", None)) is None:
+        return base.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data, state)
 
 
 class Gated(torch.autograd.Function):
@@ -138,7 +146,7 @@ def install(model: Any, adapter: Adapter) -> None:
             module.forward = partial(_norm, module, eps, kind.startswith("Gemma"))
         elif kind.endswith("MLP"):
             module.forward = partial(_mlp, module, kind.startswith("Gemma"))
-        elif plain and hasattr(module, "lora_A") and type(module.base_layer) is torch.nn.Linear:
+        elif plain and hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
             module.forward = partial(_lora, module, type(module).forward)
         if type(module) is torch.nn.Linear and not module.weight.requires_grad and widened(module.weight):
             module.forward = partial(_frozen, module)
@@ -163,5 +171,5 @@ def _mlp(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:
 def _lora(module: Any, otherwise: Any, x: torch.Tensor) -> torch.Tensor:
     if module.disable_adapters:
         return otherwise(module, x)
-    base, A, B = module.base_layer, module.lora_A["default"].weight, module.lora_B["default"].weight
-    return LoraLinear.apply(x, base.weight, base.bias, A, B, module.scaling["default"])
+    A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+    return LoraLinear.apply(x, module.base_layer, A, B, module.scaling["default"])

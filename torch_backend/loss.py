@@ -61,6 +61,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             sums = logits.exp_().sum(1, keepdim=True)
             total += sums.log().sum()
             if not wanted:
+                del logits
                 continue
             logits /= sums
             logits.scatter_add_(1, right, torch.full_like(right, -1, dtype=torch.float32))
@@ -71,6 +72,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             gradient[start : start + chunk] = back(logits, weight)  # type: ignore[index]
             if trained:
                 weight_gradient += (logits.to(weight.dtype).T @ part).float()  # type: ignore[operator]
+            del logits, slope  # or the next chunk's would stand beside them
         ctx.save_for_backward(gradient, weight_gradient)
         return total
 

@@ -34,7 +34,7 @@ class TorchBackend:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         give_back_large_blocks()
         self.resident = ResidentSet()
-        self.recipe, self.plan = recipe, plan
+        self.recipe = recipe
         self.device = torch.device(plan.device)
         dtype = _DTYPES[recipe.precision]
         quantization = quantization_config(recipe.quantization, dtype)
@@ -54,8 +54,7 @@ class TorchBackend:
                 self.outer, self.parameters = attach(self.model, adapter)
                 self.outer.to(self.device)
                 install(self.model, adapter)
-        if plan.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.apply_plan(plan)
         self.start = adapter
         fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
         groups = [  # LoRA+ has a learning rate of its own for B
@@ -78,6 +77,13 @@ class TorchBackend:
             total=sum(p.numel() for p in self.outer.parameters()),
             architecture=type(self.model).__name__,
         )
+
+    def apply_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        if plan.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.model.is_gradient_checkpointing:
+            self.model.gradient_checkpointing_disable()
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self.outer.train()

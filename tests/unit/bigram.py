@@ -94,6 +94,9 @@ class Bigram:
     def get_adapter(self) -> Adapter:
         return self.adapter.with_arrays(self.parameters)
 
+    def apply_plan(self, plan: Plan) -> None:
+        self.plan = plan
+
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         return {}
 

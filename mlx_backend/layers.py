@@ -1,9 +1,15 @@
-"""Attention over rows of unequal length that lie end to end: padding exists inside it only, nowhere else."""
+"""mlx-lm's layers, with attention over rows of unequal length that lie end to end, and a leaner way back.
 
+Padding exists inside attention only, nowhere else.
+"""
+
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,64 @@ def attend(self: Any, x: mx.array, mask: Any, rows: Rows) -> mx.array:
     return self.o_proj(rows.gather(result))
 
 
-def take_over(model: Any) -> None:
-    """Each attention of the model gets a class of its own, so that no other model of the process is touched."""
+@mx.custom_function
+def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`; kept for the way back: these two only."""
+    return gate * mx.sigmoid(gate) * up
+
+
+@gated_silu.vjp
+def _gated_silu_back(primals: Any, grown: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    return _silu_back(gate, up, grown)
+
+
+@partial(mx.compile, shapeless=True)
+def _silu_back(gate: mx.array, up: mx.array, grown: mx.array) -> tuple[mx.array, mx.array]:
+    sigmoid = mx.sigmoid(gate)
+    by_up = grown * gate * sigmoid
+    return grown * up * sigmoid * (1 + gate * (1 - sigmoid)), by_up
+
+
+@mx.custom_function
+def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
+    """`gelu(gate) * up`, tanh's GELU; kept for the way back: these two only."""
+    return nn.gelu_approx(gate) * up
+
+
+@gated_gelu.vjp
+def _gated_gelu_back(primals: Any, grown: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    return _gelu_back(gate, up, grown)
+
+
+@partial(mx.compile, shapeless=True)
+def _gelu_back(gate: mx.array, up: mx.array, grown: mx.array) -> tuple[mx.array, mx.array]:
+    slope, cube = math.sqrt(2 / math.pi), 0.044715
+    square = mx.square(gate)
+    tanh = mx.tanh(slope * gate * (1 + cube * square))
+    by_up = grown * (0.5 * gate * (1 + tanh))
+    by_gate = 0.5 * (1 + tanh) + 0.5 * gate * (1 - mx.square(tanh)) * (slope * (1 + 3 * cube * square))
+    return grown * up * by_gate, by_up
+
+
+def feed_forward(self: Any, x: mx.array) -> mx.array:
+    """A layer's MLP, for all families. `self` is mlx-lm's module."""
+    if "gate_up_proj" in self:  # Phi-3
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+    else:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj((gated_gelu if self.gelu else gated_silu)(gate, up))
+
+
+def take_over(model: Any, gelu: bool) -> None:
+    """Each layer's parts get classes of their own, so that no other model of the process is touched."""
     for layer in model.layers:
-        kind = type(layer.self_attn)
-        layer.self_attn.__class__ = type(kind.__name__, (kind,), {"__call__": attend})
+        _replace_call(layer.self_attn, attend)
+        _replace_call(layer.mlp, feed_forward)
+        layer.mlp.gelu = gelu
+
+
+def _replace_call(module: Any, call: Any) -> None:
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

@@ -1,0 +1,91 @@
+"""Predicted against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
+
+    python -m benchmarks.memory                  # sixteen configurations, some 15 minutes on two cores
+    python -m benchmarks.memory --only mlx       # those whose text holds the word
+    python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B whole, 16 rows of 512 tokens a step
+
+Every configuration runs in a process of its own: load, one micro-batch, one optimizer step. Measured is what the backend
+counts: MLX's allocator, or the growth of torch's process (anonymous and mapped) since before loading.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+_SMOL, _QWEN, _SMALL, _ONE = "smollm2-135m", "qwen3-0.6b", "gemma-3-270m", "gemma-3-1b"
+CASES: list[dict[str, Any]] = [
+    {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
+    {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},
+    {"backend": "torch", "model": _SMOL, "precision": "bf16", "rows": 4, "width": 256, "rank": 64},
+    {"backend": "torch", "model": _QWEN, "precision": "fp32", "rows": 2, "width": 128},
+    {"backend": "torch", "model": _QWEN, "precision": "bf16", "rows": 4, "width": 256, "layers": 6},
+    {"backend": "torch", "model": _SMALL, "precision": "fp32", "rows": 4, "width": 256},
+    {"backend": "torch", "model": _SMALL, "precision": "bf16", "rows": 2, "width": 512, "gradient_checkpointing": True},
+    {"backend": "torch", "model": _ONE, "precision": "fp32", "rows": 2, "width": 256, "layers": 6},
+    {"backend": "torch", "model": _ONE, "precision": "bf16", "rows": 2, "width": 256, "quantization": "nf4", "layers": 8},
+    {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
+    {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},
+    {"backend": "mlx", "model": _QWEN, "precision": "fp32", "rows": 2, "width": 128},
+    {"backend": "mlx", "model": _SMALL, "precision": "fp32", "rows": 4, "width": 256},
+    {"backend": "mlx", "model": _SMALL, "precision": "fp32", "rows": 2, "width": 512, "gradient_checkpointing": True},
+    {"backend": "mlx", "model": _ONE, "precision": "fp32", "rows": 2, "width": 256, "layers": 6},
+    {"backend": "mlx", "model": _SMALL, "precision": "fp32", "rows": 1, "width": 64, "quantization": "mlx-4bit-64"},
+]
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.one_step", json.dumps(case)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{case}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def told(case: dict[str, Any]) -> str:
+    """`torch fp32 smollm2-135m, 8 x 128 tokens, checkpointing`"""
+    words = [case["backend"], case["precision"], case["model"]]
+    if case.get("quantization"):
+        words.append(case["quantization"])
+    if case.get("layers"):
+        words.append(f"({case['layers']} layers)")
+    rest = [f"{case['rows']} x {case['width']} tokens"]
+    rest += [f"rank {case['rank']}"] if "rank" in case else []
+    rest += ["checkpointing"] if case.get("gradient_checkpointing") else []
+    return ", ".join([" ".join(words), *rest])
+
+
+def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    print("| configuration | predicted GB | measured GB | difference | dearest part after the weights |")
+    print("| --- | --- | --- | --- | --- |")
+    found = []
+    for case in cases:
+        result = run(case)
+        found.append(result)
+        parts = {name: size for name, size in result["parts"].items() if name != "weights"}
+        name = max(parts, key=lambda part: parts[part])
+        print(
+            f"| {told(case)} | {result['predicted'] / 1e9:.3f} | {result['peak'] / 1e9:.3f} | "
+            f"{result['predicted'] / result['peak'] - 1:+.1%} | {name}, {parts[name] / 1e9:.3f} GB |",
+            flush=True,
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word of the configurations to run")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    arguments = parser.parse_args()
+    found = table([case for case in CASES if arguments.only in told(case)])
+    worst = max(abs(result["predicted"] / result["peak"] - 1) for result in found)
+    print(f"\n{len(found)} configurations, the worst {worst:.1%} away")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

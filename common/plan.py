@@ -1,0 +1,137 @@
+"""Which plan: the fastest of those whose predicted memory fits the budget."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from common.batches import cut, step_rows
+from common.config import Options, Plan, Recipe, read_size
+from common.dispatch import free_memory
+from common.errors import UserError
+from common.predict import Prediction, Shape, predict
+from common.progress import gigabytes
+from common.seam import Adapter
+from common.template import Encoded
+
+_SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
+_RECOMPUTE = 4 / 3  # the time of a step with gradient checkpointing
+_START_COST = {"cpu": 48, "cuda": 1024, "gpu": 512, "mps": 512}  # tokens; of GPUs not measured
+_WORTH = 1.02  # a dearer plan must be this much faster
+_STEPS = 500  # whose micro-batches are looked at
+
+
+@dataclass(frozen=True)
+class Chosen:
+    plan: Plan
+    prediction: Prediction
+    budget: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """The lengths and labels of the rows, step by step: what micro-batches are cut from."""
+
+    steps: list[list[tuple[int, int]]]  # each step's rows, rising: (tokens, label tokens)
+
+    @staticmethod
+    def of(rows: Sequence[Encoded], recipe: Recipe) -> "Work":
+        sizes = [(len(row.ids) - 1, int(row.mask[1:].sum())) for row in rows]
+        steps = range(1, min(recipe.steps, _STEPS) + 1)
+        chosen = [step_rows(len(rows), recipe.batch_size, recipe.seed, step) for step in steps]
+        found = Work([sorted(sizes[i] for i in step) for step in chosen])
+        if recipe.steps > _STEPS:
+            found.steps.append(sorted(sizes)[-recipe.batch_size :])  # the worst that may come
+        return found
+
+    def shapes(self, micro_batch_tokens: int) -> list[Shape]:
+        found = set()
+        for step in self.steps:
+            for start, end in cut([tokens for tokens, _ in step], micro_batch_tokens):
+                part = step[start:end]
+                found.add(Shape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
+        return list(found)
+
+    def cost(self, micro_batch_tokens: int, plan: Plan) -> float:
+        """Of all steps, in tokens."""
+        cost = 0.0
+        for step in self.steps:
+            lengths = [tokens for tokens, _ in step]
+            cost += sum(lengths) + _START_COST[plan.device] * len(cut(lengths, micro_batch_tokens))
+        return cost * (_RECOMPUTE if plan.gradient_checkpointing else 1)
+
+
+def choose(
+    options: Options,
+    recipe: Recipe,
+    base: Plan,
+    config: dict[str, Any],
+    adapter: Adapter | None,
+    rows: Sequence[Encoded],
+) -> Chosen:
+    """The plan that `base` becomes: what the user typed stays. Raises UserError where --memory-limit cannot be kept."""
+    budget, why = _budget(options, base)
+    work = Work.of(rows, recipe)
+    base = base.model_copy(update={"loss_chunk": _loss_chunk(config, base), "memory_budget": budget})
+    sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
+    ways = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
+    found = []
+    for again, size in product(ways, sizes):
+        plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": again})
+        found.append((plan, predict(config, recipe, plan, adapter, work.shapes(size)), work.cost(size, plan)))
+    fitting = [candidate for candidate in found if candidate[1].peak <= budget]
+    if not fitting:
+        plan, prediction, _ = min(found, key=lambda candidate: candidate[1].peak)
+        if options.memory_limit is not None:
+            raise UserError(
+                f"--memory-limit {options.memory_limit}: training needs about {gigabytes(prediction.peak)} at least.",
+                "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
+            )
+        return Chosen(plan, prediction, budget, why)
+    fastest = min(cost for _, _, cost in fitting)
+    plan, prediction, _ = min(
+        (candidate for candidate in fitting if candidate[2] <= fastest * _WORTH),
+        key=lambda c: (c[1].peak, c[0].micro_batch_tokens),  # a smaller cut spares the validation memory too
+    )
+    return Chosen(plan, prediction, budget, why)
+
+
+def described(plan: Plan) -> str:
+    return (
+        f"micro-batches of up to {plan.micro_batch_tokens} tokens, logits of {plan.loss_chunk} labels at once"
+        + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+        + f"; a checkpoint every {plan.save_every} steps"
+    )
+
+
+def _budget(options: Options, plan: Plan) -> tuple[int, str]:
+    if options.memory_limit is not None:
+        return read_size(options.memory_limit), "asked for"
+    free, what = free_memory(plan.backend, plan.device)
+    return round(0.85 * free), f"85 % of {what}, {gigabytes(free)}"
+
+
+def _loss_chunk(config: dict[str, Any], plan: Plan) -> int:
+    """Label positions whose logits take about 64 MB (on a GPU 256); fewer than 32 would make slow products."""
+    room = 64 * 2**20 if plan.device == "cpu" else 256 * 2**20
+    return min(1024, max(32, room // (4 * config["vocab_size"]) // 32 * 32))
+
+
+def largest(
+    recipe: Recipe, plan: Plan, config: dict[str, Any], adapter: Adapter | None, longest: int, budget: int
+) -> tuple[int, int]:
+    """`(rows of `longest` tokens in one micro-batch, tokens of one row)` that fit at the most, with checkpointing."""
+    lean = plan.model_copy(update={"gradient_checkpointing": True})
+
+    def fits(rows: int, width: int) -> bool:
+        return predict(config, recipe, lean, adapter, [Shape(rows, width, rows * width, rows * width)]).peak <= budget
+
+    def most(test: Any, limit: int) -> int:
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if test(middle) else (low, middle - 1)
+        return low
+
+    return most(lambda n: fits(n, longest), 4096), most(lambda n: fits(1, n), config["max_position_embeddings"])
