@@ -4,8 +4,8 @@
     python -m benchmarks.memory --only mlx       # those whose text holds the word
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B whole, 16 rows of 512 tokens a step
 
-Every configuration runs in a process of its own: load, one micro-batch, one optimizer step. Measured is what the backend
-counts: MLX's allocator, or the growth of torch's process (anonymous and mapped) since before loading.
+Every configuration runs in a process of its own: load, one micro-batch, one optimizer step. Measured is what the
+backend counts: MLX's allocator, or the growth of torch's process (anonymous and mapped) since before loading.
 """
 
 import argparse
@@ -26,7 +26,15 @@ CASES: list[dict[str, Any]] = [
     {"backend": "torch", "model": _SMALL, "precision": "fp32", "rows": 4, "width": 256},
     {"backend": "torch", "model": _SMALL, "precision": "bf16", "rows": 2, "width": 512, "gradient_checkpointing": True},
     {"backend": "torch", "model": _ONE, "precision": "fp32", "rows": 2, "width": 256, "layers": 6},
-    {"backend": "torch", "model": _ONE, "precision": "bf16", "rows": 2, "width": 256, "quantization": "nf4", "layers": 8},
+    {
+        "backend": "torch",
+        "model": _ONE,
+        "precision": "bf16",
+        "rows": 2,
+        "width": 256,
+        "quantization": "nf4",
+        "layers": 8,
+    },
     {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
     {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},
     {"backend": "mlx", "model": _QWEN, "precision": "fp32", "rows": 2, "width": 128},

@@ -11,10 +11,12 @@ from typing import Any
 
 from common.config import Plan, Recipe
 from common.families import facts
+from common.memory import KEPT_BLOCKS
 from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
+_GAPS = 0.28  # of what lies in small blocks
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,8 @@ def predict(
     sizes = Sizes.of(config)
     known = _MEASURED[plan.backend, plan.device]
     beside, moments = trained_bytes(adapter, sizes)
+    if plan.backend == "torch" and plan.device == "cpu":
+        beside *= 2  # what training starts from is held beside what it makes of it
     parts: dict[str, int] = {
         "weights": weight_bytes(sizes, recipe),
         "adapter": beside,
@@ -152,6 +156,8 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     kept += (sizes.queries + sizes.keys) * sizes.normed
     kept += (sizes.queries + 2 * sizes.keys) * padding  # what attention reads
     kept += sizes.queries * (1 + padding if torch else 1)  # what it gives
+    small = kept * (sizes.hidden * shape.tokens * each < KEPT_BLOCKS)
+    small += 3 * sizes.inner * (sizes.inner * shape.tokens * each < KEPT_BLOCKS)
     kept += 3 * sizes.inner
     if torch and (recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"):
         kept *= 1.5  # PEFT's and transformers' own layers
@@ -163,13 +169,17 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     elif not torch:
         layer, attention = layer + scores, 4 * scores
     # float32 whatever the weights are in; MLX queues operations ahead and holds what they will need
+    saved: float
     working: float = max(sizes.inner * (4 if torch else 14) * 4, attention)
     chunk = min(plan.loss_chunk, shape.labels) * sizes.vocabulary * 4
     loss = chunk * (1 if torch else 6) * (2 if sizes.final_cap else 1)
     if plan.gradient_checkpointing:
-        saved, once = sizes.layers * sizes.hidden * each * shape.tokens, (layer + working) * shape.tokens
+        saved, working = sizes.layers * sizes.hidden * each, layer + working
     else:
-        saved, once = sizes.layers * layer * shape.tokens, working * shape.tokens
+        saved = sizes.layers * layer
+        if plan.device == "cpu" and torch:
+            saved += _GAPS * sizes.layers * small * each  # between blocks that glibc keeps
+    saved, once = saved * shape.tokens, working * shape.tokens
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}
     return {"saved activations": round(saved), "loss chunk": round(loss)}

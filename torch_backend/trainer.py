@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from common.config import Plan, Recipe
-from common.memory import ResidentSet, give_back_large_blocks, swap_used
+from common.memory import KEPT_BLOCKS, LEAN_BLOCKS, ResidentSet, give_back_blocks, swap_used
 from common.models import tensor_names
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from torch_backend.base import load_base
@@ -32,7 +32,7 @@ class TorchBackend:
 
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        give_back_large_blocks()
+        give_back_blocks(LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS)
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
@@ -80,6 +80,8 @@ class TorchBackend:
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
+        # who wants to hold less wants gaps closed too
+        give_back_blocks(LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS)
         if plan.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         elif self.model.is_gradient_checkpointing:

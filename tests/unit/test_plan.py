@@ -1,0 +1,170 @@
+"""What is foretold of memory, and the plan chosen by it."""
+
+from pathlib import Path
+
+import pytest
+
+from common import plan as planning
+from common.config import Options, Plan, read_size
+from common.errors import UserError
+from common.families import text_config
+from common.lora import initial_adapter
+from common.parity import tensor_shapes, tiny_config
+from common.plan import Work, choose, largest
+from common.predict import Shape, Sizes, predict, weight_bytes
+from tests.backends import make_recipe
+from tests.unit.bigram import row
+
+CONFIG = text_config(
+    tiny_config("llama", {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 8, "vocab_size": 4096})
+    | {"tie_word_embeddings": True, "mlp_bias": False, "max_position_embeddings": 4096}
+)
+MODULES = {
+    name.removesuffix(".weight"): shape
+    for name, shape in tensor_shapes(CONFIG).items()
+    if name.endswith("_proj.weight")
+}
+PLAN = Plan(backend="torch", device="cpu", micro_batch_tokens=1, save_every=10)
+
+
+def recipe(**changes):
+    return make_recipe(Path("model"), **{"rank": 8, "batch_size": 8, "steps": 6, **changes})
+
+
+def adapter(of=None):
+    return initial_adapter(MODULES, 8, of or recipe())
+
+
+def rows(*lengths: int):
+    return [row([1] * (length + 1), 2) for length in lengths]
+
+
+USUAL = Shape(4, 100, 400, 200)
+
+
+def peak(shape: Shape = USUAL, of=None, **plan) -> int:
+    of = of or recipe()
+    return predict(CONFIG, of, PLAN.model_copy(update=plan), adapter(of), [shape]).peak
+
+
+def chosen(limit: str | None = None, lengths=(300,) * 40, **options):
+    given = Options.model_validate({"memory_limit": limit, **options})
+    return choose(given, recipe(), PLAN, CONFIG, adapter(), rows(*lengths))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("900mb", 900 * 10**6), ("2g", 2 * 10**9), ("4096", 4096)],
+)
+def test_a_size_is_read(text: str, size: int) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["much", "GB", "-3GB", "0", "3 XB", "1e9"])
+def test_what_is_no_size_is_told(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no size such as 16GB or 900MB|greater"):
+        Options(memory_limit=text)
+
+
+def test_the_weights_are_counted_to_the_byte() -> None:
+    count = sum(a * b for a, b in MODULES.values()) + 4096 * 512 + 17 * 512
+    sizes = Sizes.of(CONFIG)
+    assert sizes.linear + sizes.other == count
+    assert weight_bytes(sizes, recipe()) == 4 * count
+    assert weight_bytes(sizes, recipe(precision="bf16")) == 2 * count
+    assert weight_bytes(sizes, recipe(precision="bf16", quantization="mlx-4bit-64")) == round(count * (0.5 + 4 / 64))
+    assert (
+        weight_bytes(sizes, recipe(quantization="nf4")) < weight_bytes(sizes, recipe(quantization="int8")) < 4 * count
+    )
+
+
+def test_only_adapter_gradients_and_moments_are_counted() -> None:
+    parts = predict(CONFIG, recipe(), PLAN, adapter(), [Shape(1, 10, 10, 5)]).parts
+    count = sum(weight.A.size + weight.B.size for weight in adapter().weights.values())
+    assert parts["adapter"] == 2 * 4 * count  # and what training starts from
+    assert parts["gradients and moments"] == 12 * count
+    every = predict(CONFIG, recipe(method="full"), PLAN, None, [Shape(1, 10, 10, 5)]).parts
+    assert every["gradients and moments"] == 3 * every["weights"]
+
+
+def test_the_prediction_grows_with_what_costs_memory() -> None:
+    assert peak(Shape(8, 100, 800, 400)) > peak() > peak(Shape(2, 100, 200, 100))
+    assert peak(gradient_checkpointing=True) < peak()
+    assert peak(of=recipe(rank=64)) > peak()
+    assert peak(of=recipe(precision="bf16")) < peak()
+    large, lean = CONFIG | {"vocab_size": 100_000}, PLAN.model_copy(update={"gradient_checkpointing": True})
+    one, other = (
+        predict(large, recipe(), lean.model_copy(update={"loss_chunk": chunk}), adapter(), [USUAL]).peak
+        for chunk in (32, 200)
+    )
+    assert other > one
+    assert peak(Shape(1, 2000, 2000, 5), backend="mlx") > 1.5 * peak(Shape(1, 2000, 2000, 5))  # it writes scores out
+
+
+def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
+    shapes = [Shape(1, 10, 10, 5)]
+    assert predict(CONFIG, recipe(), PLAN, adapter(), shapes).measured
+    assert not predict(CONFIG, recipe(), PLAN.model_copy(update={"device": "cuda"}), adapter(), shapes).measured
+
+
+def test_with_room_nothing_is_computed_twice() -> None:
+    found = chosen("4GB")
+    assert not found.plan.gradient_checkpointing
+    assert found.plan.micro_batch_tokens >= 2 * 300
+    assert found.prediction.peak < 4e9
+
+
+def test_a_small_budget_is_kept_by_finer_cuts_then_by_checkpointing() -> None:
+    most, least = chosen("4GB").prediction.peak, chosen("4GB", micro_batch_tokens=1, gradient_checkpointing=True)
+    before = None
+    for share in (1.0, 0.9, 0.75, 0.5, 0.25, 0.0):
+        budget = round(least.prediction.peak + share * (most - least.prediction.peak))
+        found = chosen(str(budget))
+        assert found.prediction.peak <= budget
+        assert before is None or found.prediction.peak <= before
+        before = found.prediction.peak
+    assert found.plan.gradient_checkpointing
+    with pytest.raises(UserError, match="training needs about") as caught:
+        chosen(str(least.prediction.peak - 1))
+    assert "--quantization 4bit" in caught.value.fix
+
+
+def test_what_the_user_typed_stays() -> None:
+    found = chosen(micro_batch_tokens=77, gradient_checkpointing=True)
+    assert (found.plan.micro_batch_tokens, found.plan.gradient_checkpointing) == (77, True)
+    assert not chosen("4GB", gradient_checkpointing=False).plan.gradient_checkpointing
+
+
+def test_without_a_limit_a_share_of_what_is_free_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda backend, device: (10 * 10**9, "the free memory"))
+    found = chosen()
+    assert (found.budget, found.plan.memory_budget) == (8_500_000_000, 8_500_000_000)
+    assert found.why == "85 % of the free memory, 10.00 GB"
+
+
+def test_too_little_free_memory_is_no_error_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda backend, device: (1000, "the free memory"))
+    found = chosen()
+    assert found.prediction.peak > found.budget
+    assert found.plan.gradient_checkpointing
+    assert found.plan.micro_batch_tokens < 600  # one row
+
+
+def test_the_longest_rows_of_all_steps_are_looked_at() -> None:
+    shapes = Work.of(rows(*[20] * 30, 900, *[20] * 17), recipe()).shapes(10_000)
+    assert max(shape.width for shape in shapes) == 900
+    many = recipe(steps=5000)
+    assert max(s.tokens for s in Work.of(rows(*range(1, 101)), many).shapes(10_000)) == sum(range(93, 101))
+
+
+def test_the_largest_that_fits_is_the_largest() -> None:
+    budget = 10**9
+    count, length = largest(recipe(), PLAN, CONFIG, adapter(), 300, budget)
+    assert 0 < count < 4096
+
+    def fits(rows: int, width: int) -> bool:
+        return peak(Shape(rows, width, rows * width, rows * width), gradient_checkpointing=True) <= budget
+
+    assert fits(count, 300)
+    assert not fits(count + 1, 300)
+    assert length == 4096 or (fits(1, length) and not fits(1, length + 1))
