@@ -3,9 +3,9 @@
     python -m benchmarks.peers                                   # SmolLM2-135M on rows of the built-in example
     python -m benchmarks.peers --data wikisql.jsonl --model google/gemma-3-270m
 
-Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of the
-same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the first;
-peak: of the whole process. The validation loss after equal data is computed by Twintune for every adapter alike.
+Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
+the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
+first; peak: of the whole process. The validation loss after equal data is computed by Twintune for every adapter alike.
 """
 
 import argparse
@@ -74,10 +74,8 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options = ["--steps", str(job["steps"]), "--batch-size", str(job["batch"]), "--rank", str(job["rank"])]
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
     options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
-    run(
-        [sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], "--output", str(output)]
-        + ["--backend", job["peer"].removeprefix("twintune-"), *options]
-    )
+    options += ["--backend", job["peer"].removeprefix("twintune-"), "--output", str(output)]
+    run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {
@@ -240,9 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
-    parser.add_argument(
-        "--peers", nargs="+", choices=list(RUNNERS), default=[p for p in RUNNERS if p != "llamafactory"]
-    )
+    parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), default=list(RUNNERS)[:-1])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
@@ -287,7 +283,8 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     print("| --- | --- | --- | --- | --- | --- |")
     for peer, (speed, peak, loss) in figures.items():
         print(
-            f"| {peer} | {speed:.1f} | {base[0] / speed:.2f}x | {peak / 1e9:.2f} GB | {base[1] / peak:.2f} | {loss:.4f} |"
+            f"| {peer} | {speed:.1f} | {base[0] / speed:.2f}x | {peak / 1e9:.2f} GB | {base[1] / peak:.2f} | "
+            f"{loss:.4f} |"
         )
     if arguments.json:
         content = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "tokens": tokens, "runs": results}

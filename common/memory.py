@@ -1,10 +1,12 @@
 """Memory of this process and of the machine, in bytes."""
 
 import ctypes
+import mmap
 import platform
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 from common.seam import Memory
 
@@ -54,6 +56,17 @@ def give_back_blocks(size: int = KEPT_BLOCKS) -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(-3, size)
+
+
+def give_back(tensor: Any) -> None:
+    """Tell Linux that the whole pages of `tensor`, a torch tensor that nobody reads again, are not needed."""
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start = -(-tensor.data_ptr() // page) * page
+    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
+    if length > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 def _reset_peak() -> None:

@@ -1,9 +1,6 @@
 """The frozen base model: transformers' own, loaded so that nothing is left to chance."""
 
-import ctypes
 import json
-import mmap
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from common.errors import UserError
 from common.families import text_config
 from common.fuse import read_header, shard_files
+from common.memory import give_back
 from torch_backend.attention import register
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
@@ -24,7 +22,9 @@ _TEXT_NAMES = {
 
 
 def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
-    """The language model alone, in evaluation mode on the CPU; `how` goes on to `from_pretrained`.
+    """The language model alone, in evaluation mode on the CPU, its weights as they are stored: `convert` makes `dtype`.
+
+    `how` goes on to `from_pretrained`, which then makes `dtype` itself.
 
     Of a multimodal model the other parts stay on the disk: its text rows never reach them, and the fused folder takes
     them over as they are. Raises UserError where the checkpoint lacks a weight, which transformers would draw by lot.
@@ -60,8 +60,6 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
             f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
             "Fetch the model anew.",
         )
-    if not how and stored != dtype:
-        _convert(model, dtype)
     return model
 
 
@@ -75,31 +73,22 @@ def _stored_type(folder: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def _convert(model: Any, dtype: torch.dtype) -> None:
+def convert(model: Any, dtype: torch.dtype) -> None:
     """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back."""
     for parameter in model.parameters():
         stored = parameter.data
+        if stored.dtype == dtype or not stored.is_floating_point():
+            continue
         wide = torch.empty_like(stored, dtype=dtype)
         rows = max(1, _BLOCK // max(1, stored[0].numel()))
         for start in range(0, len(stored), rows):
             wide[start : start + rows] = stored[start : start + rows]
-            _give_back(stored[start : start + rows])
+            give_back(stored[start : start + rows])
         parameter.data = wide
     model.config.dtype = dtype
 
 
 _BLOCK = 2**23  # weights converted at a time
-
-
-def _give_back(tensor: torch.Tensor) -> None:
-    """Tell Linux that the whole pages of `tensor`, a part of a mapped file, are not needed again."""
-    if sys.platform != "linux":
-        return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
 
 _NO_OPTIONS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}

@@ -7,16 +7,35 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.memory import give_back
+
 
 def quantization_config(scheme: str, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` must be told; None for a base that is not quantised. The output head stays."""
+    """What `from_pretrained` must be told for int8; None for every other base."""
     from transformers import BitsAndBytesConfig
 
-    if scheme == "nf4":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    if scheme == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return None
+    return BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else None
+
+
+@torch.no_grad()
+def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Every linear layer but the output head in nf4, one after the other; what it was made of is given back at once.
+
+    As transformers does it, which keeps all that it read of the file until the whole model stands.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if type(module) is not torch.nn.Linear or name == "lm_head":
+            continue
+        stored = module.weight.data
+        made = Linear4bit(module.in_features, module.out_features, False, dtype, quant_type="nf4", device="meta")
+        made.weight = Params4bit(stored.to(dtype), requires_grad=False, quant_type="nf4").to(device)
+        made.bias = module.bias
+        give_back(stored)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made)
+    model.is_loaded_in_4bit = True  # what PEFT looks for
 
 
 def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:

@@ -13,11 +13,11 @@ from common.config import Plan, Recipe
 from common.memory import KEPT_BLOCKS, LEAN_BLOCKS, ResidentSet, give_back_blocks, swap_used
 from common.models import tensor_names
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
-from torch_backend.base import load_base
+from torch_backend.base import convert, load_base
 from torch_backend.fused import install
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import loss_sum
-from torch_backend.quantize import dequantized, quantization_config
+from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -41,7 +41,10 @@ class TorchBackend:
         with _memory_errors():
             on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
             self.model: Any = load_base(folder, dtype, **on_device)
+            if recipe.quantization == "nf4":
+                quantize_nf4(self.model, dtype, self.device)
             if not quantization:
+                convert(self.model, dtype)
                 self.model.to(self.device)
             self.names = tensor_names(folder)
             if adapter is None:
