@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from ctypes.util import find_library
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +116,17 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     }
     (output / "config.json").write_text(json.dumps(config))  # JSON is YAML
     code = (
-        "import resource, runpy, sys; sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]\n"
+        "import builtins, resource, runpy, sys, time; sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; show = print\n"
+        "builtins.print = lambda *a, **k: show(*a, f'AT {time.perf_counter()}', **k)\n"
         "runpy.run_module('mlx_lm.lora', run_name='__main__')\n"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "show('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     blas = find_library("openblas")
     preload = {"LD_PRELOAD": blas} if blas and sys.platform == "linux" else {}
     printed = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
-    rates = [float(rate) for rate in re.findall(r"It/sec ([\d.]+)", printed)]
+    ends = [float(at) for at in re.findall(r"Iter \d+: Train.*AT ([\d.]+)", printed)]
     return {
-        "seconds": [1 / rate for rate in rates if rate],
+        "seconds": [0.0, *(after - before for before, after in pairwise(ends))],  # where the first began is not known
         "peak": int(re.findall(r"PEAK (\d+)", printed)[0]),
         "adapter": str(output / "adapter"),
     }

@@ -15,6 +15,7 @@ from common.fuse import fuse
 from common.gguf import PROBE, convert, quantize, verify_tokens
 from common.llamacpp import LlamaCpp
 from common.models import normalise_config, parameter_count, weight_bytes
+from common.record import timed
 from common.seam import Adapter, Progress
 from common.server import Server
 
@@ -108,11 +109,15 @@ def _write_served(base: Path, out: Path, served: Served) -> None:
 
 
 def write_ggufs(
-    fused: Path, out: Path, name: str, quants: list[str], llama: LlamaCpp, progress: Progress
+    fused: Path, out: Path, name: str, quants: list[str], llama: LlamaCpp, progress: Progress, seconds: dict[str, float]
 ) -> list[dict[str, Any]]:
-    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each."""
+    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each.
+
+    `seconds` is told what conversion and quantisation took.
+    """
     whole = out / "model-BF16.gguf"
-    convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
+    with timed(seconds, "convert"):
+        convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
     reports = []
     for number, quant in enumerate(quants):
         target = out / f"model-{quant}.gguf"
@@ -120,7 +125,8 @@ def write_ggufs(
         def part(share: float, text: str, number: int = number) -> None:
             progress(0.5 + (number + share) / len(quants) / 2, text)
 
-        report = quantize(whole, target, quant, llama, part)
+        with timed(seconds, "quantise"):
+            report = quantize(whole, target, quant, llama, part)
         reports.append({"file": str(target.relative_to(out.parent)), **asdict(report)})
     if "BF16" not in quants:
         whole.unlink()

@@ -1,6 +1,5 @@
 """After training: fuse, export, try the GGUF, count the example; and `fuse RUN`, the same again."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ from common.llamacpp import LlamaCpp
 from common.lora import layer_count, validate
 from common.mlx_quantized import source
 from common.prepare import llama_for, source_name
-from common.progress import Display
+from common.progress import Display, gigabytes
+from common.record import timed
 from common.seam import Adapter, Backend, ModelInfo, OutOfMemory
 
 TEMPLATE = "chat_template.jinja"
@@ -72,9 +72,9 @@ def finish(
             write_fused(folder, final, run / "fused", served, progress, replaced)
         export["fused"] = "fused"
     if options.export == "gguf" and llama is not None:
-        with timed(seconds, "gguf"), display.stage("gguf") as progress:
+        with display.stage("gguf") as progress:
             export["gguf"] = write_ggufs(
-                run / "fused", run / "gguf", source_name(options.model), options.quant, llama, progress
+                run / "fused", run / "gguf", source_name(options.model), options.quant, llama, progress, seconds
             )
         display.table(
             "GGUF",
@@ -111,8 +111,25 @@ def finish(
     record_seconds(run, seconds)
     display.event("done", run=str(run), stage_seconds=seconds)
     if display.mode in ("rich", "plain"):
-        display.say("stages: " + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+        _closing(record.read_run(run), seconds, display)
         display.say(f"The run is in {run}")
+
+
+def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -> None:
+    """What it took, beside what was foretold."""
+    whole = sum(seconds.values()) or 1.0
+    figures = {"time": ", ".join(f"{name} {value:.1f} s ({value / whole:.0%})" for name, value in seconds.items())}
+    if "train" in seconds and run.get("tokens_per_second"):
+        figures["speed"] = (
+            f"{run['tokens_per_second']:.0f} tokens/s, {run['label_tokens_per_second']:.0f} of them labels"
+        )
+        figures["memory"] = (
+            f"peak {gigabytes(run['peak_memory_bytes'])}, foretold {gigabytes(run['predicted_peak_bytes'])} "
+            f"({run['predicted_peak_bytes'] / max(1, run['peak_memory_bytes']) - 1:+.0%}); "
+            f"the whole process {gigabytes(run['peak_rss_bytes'])}"
+        )
+        figures["padding"] = f"none in the layers' products, {run['padding_fraction']:.1%} of attention's positions"
+    display.panel("Done", figures)
 
 
 @contextmanager
@@ -154,8 +171,8 @@ def _replaced(
 def record_seconds(run: Path, seconds: dict[str, float]) -> None:
     """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
     earlier = record.read_run(run).get("stage_seconds", {})
-    if "train" in seconds:
-        seconds["train"] += earlier.get("train", 0.0)
+    for stage in {"train", "evaluate", "save"} & seconds.keys():
+        seconds[stage] += earlier.get(stage, 0.0)
     record.update_run(run, stage_seconds=earlier | seconds)
 
 
@@ -170,12 +187,3 @@ def loaded(
             f"{recipe.model} does not fit into memory on {plan.device}: {error}",
             "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
         ) from None
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

@@ -12,6 +12,7 @@ from common.batches import micro_batches, step_rows
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
+from common.record import timed
 from common.seam import Backend, Batch, Memory, OutOfMemory, StepResult
 from common.template import Encoded
 
@@ -50,11 +51,15 @@ def train(
     run: Path,
     state: State,
     observer: Observer,
+    seconds: dict[str, float] | None = None,
 ) -> State:
     """From `state` to the recipe's last step; evaluates, saves and logs on the way.
 
-    Raises Interrupted after a requested stop, UserError for a loss that is not finite or memory that no cut saves.
+    `seconds` is told what training, validation and saving took, each by itself. Raises Interrupted after a requested
+    stop, UserError for a loss that is not finite or memory that no cut saves.
     """
+    seconds = {} if seconds is None else seconds
+    seconds.setdefault("train", 0.0)
     first, queued, swap = True, None, _Swap(backend, plan)
     if state.gradient_checkpointing != plan.gradient_checkpointing:
         backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": state.gradient_checkpointing}))
@@ -66,8 +71,9 @@ def train(
             loss, norm = float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(run, step.number, step.rows)
-            seconds = max(ended, step.started) - step.started
-            _count(state, step, loss, seconds, timed=not first)
+            lasted = ended - step.started
+            _count(state, step, loss, lasted, timed=not first)
+            seconds["train"] += lasted
             first = False
             memory = backend.memory()
             line = {
@@ -77,7 +83,7 @@ def train(
                 "tokens": step.result.tokens,
                 "learning_rate": step.rate,
                 "grad_norm": norm,
-                "seconds": seconds,
+                "seconds": lasted,
                 "memory": memory.used,
             }
             _write(metrics, line)
@@ -107,9 +113,11 @@ def train(
                 settle(queued, time.perf_counter())
                 queued = None
             if evaluates:
-                _evaluate(backend, plan, valid, run, state, observer, metrics)
+                with timed(seconds, "evaluate"):
+                    _evaluate(backend, plan, valid, run, state, observer, metrics)
             if saves:
-                checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
+                with timed(seconds, "save"):
+                    checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
             if stop:
                 raise Interrupted(run)
     return state

@@ -25,6 +25,7 @@ from common.mlx_quantized import source
 from common.overflow import encode_all, fit
 from common.plan import Chosen, choose
 from common.progress import Display, gigabytes
+from common.record import timed
 from common.seam import Adapter
 from common.sources import check_fields, load_data
 from common.template import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
@@ -54,8 +55,9 @@ class Job:
         return self.chosen.plan
 
 
-def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
-    """Everything that could go wrong later is looked at here, cheapest first."""
+def prepare(options: Options, resumed: Path | None, display: Display, seconds: dict[str, float] | None = None) -> Job:
+    """Everything that could go wrong later is looked at here, cheapest first. `seconds`: of tokenising is told."""
+    seconds = {} if seconds is None else seconds
     check_quants(options.quant)
     if not options.model:
         raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
@@ -89,7 +91,7 @@ def prepare(options: Options, resumed: Path | None, display: Display) -> Job:
     given = _given_adapter(options, folder) if options.adapter else None
     tokenizer = load_tokenizer(folder, options.chat_template)
     style = Style(options.train_on, options.thinking)
-    with display.stage("read the data") as progress:
+    with timed(seconds, "tokenise"), display.stage("read the data") as progress:
         encoder = Encoder(tokenizer, style)
         every, valid_every = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
     for note, count in Counter(note for row in [*every, *valid_every] for note in row.notes).items():

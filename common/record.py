@@ -5,6 +5,9 @@ import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +91,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.timed_tokens / timed if timed else None,
         "label_tokens_per_second": state.timed_label_tokens / timed if timed else None,
+        # of the positions that attention computes; the layers' products see no padding
         "padding_fraction": 1 - state.tokens / state.padded_tokens if state.padded_tokens else 0.0,
         "final_train_loss": state.train_loss,
         "best_valid_loss": state.best_valid_loss,
@@ -108,6 +112,16 @@ def deterministic(recipe: Recipe, plan: Plan) -> dict[str, str]:
     }
 
 
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what happens within to `seconds[name]`."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
 def compare(runs: list[Path], display: Display) -> None:
     """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
     records = [read_run(run, "recipe_hash", "backend", "device") for run in runs]
@@ -124,14 +138,18 @@ def compare(runs: list[Path], display: Display) -> None:
         ("tokens/s", "tokens_per_second", "{:.1f}"),
         ("label tokens/s", "label_tokens_per_second", "{:.1f}"),
         ("train time, s", "train_seconds", "{:.1f}"),
+        ("foretold peak memory", "predicted_peak_bytes", "GB"),
         ("peak memory", "peak_memory_bytes", "GB"),
         ("peak RSS", "peak_rss_bytes", "GB"),
-        ("padding", "padding_fraction", "{:.2%}"),
+        ("padding (in attention only)", "padding_fraction", "{:.2%}"),
         ("final train loss", "final_train_loss", "{:.4f}"),
         ("best valid loss", "best_valid_loss", "{:.4f}"),
         ("best step", "best_step", "{}"),
     ):
         rows.append([label, *_with_ratios([record.get(key) for record in records], show)])
+    shares = [stage_shares(record) for record in records]
+    for stage in dict.fromkeys(name for share in shares for name in share):
+        rows.append([f"time: {stage}", *[f"{share[stage]:.1%}" if stage in share else "-" for share in shares]])
     display.table("Compared with the first run", ["", *[run.name for run in runs]], rows)
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         display.say(_agreement(runs[0], recipes[0], run, recipe))
@@ -145,6 +163,13 @@ def compare(runs: list[Path], display: Display) -> None:
             f"peak memory is counted in different ways here ({', '.join(sorted(map(str, kinds)))}): "
             "compare peak RSS, the process's peak in every run."
         )
+
+
+def stage_shares(record: dict[str, Any]) -> dict[str, float]:
+    """Each stage's share of a run's time, in the order in which they came."""
+    seconds = record.get("stage_seconds", {})
+    whole = sum(seconds.values())
+    return {name: value / whole for name, value in seconds.items()} if whole else {}
 
 
 def _with_ratios(values: list[float | None], show: str) -> list[str]:

@@ -13,13 +13,14 @@ from common.batches import steps_per_epoch
 from common.checkpoint import State
 from common.config import Options, Plan, Recipe, write_yaml
 from common.errors import UserError
-from common.finish import TEMPLATE, finish, loaded, record_seconds, timed
+from common.finish import TEMPLATE, finish, loaded, record_seconds
 from common.loop import Interrupted, train
 from common.lora import validate
 from common.memory import ResidentSet, swap_used
 from common.plan import described
 from common.prepare import Job, free_name, prepare
 from common.progress import Display, gigabytes
+from common.record import timed
 from common.seam import Adapter, Backend, Memory, ModelInfo
 
 _PLAN = "what changes only speed and memory"
@@ -33,12 +34,12 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         options = _resumed_options(options, resumed)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"):
-        job = prepare(options, resumed, display)
+        job = prepare(options, resumed, display, seconds)
+    seconds["prepare"] -= seconds["tokenise"]
     job, state = _open_run(job, resumed)
     with _only_one(job.run):
         try:
-            with timed(seconds, "train"):
-                final = _train(job, state, make_backend, display)
+            final = _train(job, state, make_backend, seconds, display)
         except BaseException as error:
             record.update_run(job.run, status="interrupted")
             record_seconds(job.run, seconds)
@@ -56,11 +57,13 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
     return job.run
 
 
-def _train(job: Job, state: State, make_backend: Callable[[str], Backend], display: Display) -> Adapter:
+def _train(
+    job: Job, state: State, make_backend: Callable[[str], Backend], seconds: dict[str, float], display: Display
+) -> Adapter:
     """The loop with its backend loaded around it. Returns the adapter to export."""
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
     found = checkpoint.latest(job.run) if state.step else None
-    with display.stage("load the model"):
+    with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
         if found:
             backend.set_adapter(found[1])
@@ -69,7 +72,7 @@ def _train(job: Job, state: State, make_backend: Callable[[str], Backend], displ
     with _stop_signal() as stop, display.training(recipe.steps, state.step):
         watch = _Watch(display, stop)
         try:
-            train(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch)
+            train(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch, seconds)
         finally:
             memory, before = (
                 backend.memory(),
@@ -200,7 +203,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         found = checkpoint.latest(resumed)
         state = found[0] if found else _fresh(job.plan)
         plans = record.read_run(resumed).get("plans", [])
-        if job.plan != record.read_plan(resumed):
+        if _lasting(job.plan) != _lasting(record.read_plan(resumed)):
             state.micro_batch_tokens = job.plan.micro_batch_tokens
             state.gradient_checkpointing = job.plan.gradient_checkpointing
             write_yaml(resumed / "plan.yaml", job.plan, _PLAN)
@@ -230,6 +233,11 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
     return job, _fresh(job.plan)
+
+
+def _lasting(plan: Plan) -> Plan:
+    """Without what the machine happened to have free."""
+    return plan.model_copy(update={"memory_budget": 0})
 
 
 def _fresh(plan: Plan) -> State:

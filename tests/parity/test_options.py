@@ -56,7 +56,9 @@ RESULT: dict[str, list[str]] = {
 NOT_THE_RESULT: dict[str, list[str]] = {
     "eval_every": ["--eval-every", "1"],
     "gradient_checkpointing": ["--gradient-checkpointing"],
+    "memory_limit": ["--memory-limit", "2GB"],
     "micro_batch_tokens": ["--micro-batch-tokens", "50"],
+    "on_swap": ["--on-swap", "replan"],
     "save_every": ["--save-every", "1"],
 }
 # Held by tests of their own.

@@ -79,7 +79,7 @@ class Bigram:
         self.recipe = RECIPE
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        self.recipe = recipe
+        self.recipe, self.plan = recipe, plan
         if adapter is not None:
             self.set_adapter(adapter)
         return ModelInfo("cpu", "float32", 1, 10, 100, "Bigram")

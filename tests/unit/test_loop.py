@@ -246,6 +246,57 @@ def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
     assert all(b.input_ids.size <= widest // 2 or len(b.lengths) == 1 for call in backend.calls[1:] for b in call)
 
 
+def test_where_no_cut_is_left_gradients_are_checkpointed_and_the_step_done_again(tmp_path: Path) -> None:
+    class Lean(Bigram):
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            if not self.plan.gradient_checkpointing:
+                raise OutOfMemory
+            return super().train_step(micro_batches, learning_rate, step)
+
+    run(tmp_path / "a", the_plan=plan(micro_batch_tokens=1))
+    watch, backend = Watch(), Lean()
+    state, _ = run(tmp_path / "b", backend, watch, the_plan=plan(micro_batch_tokens=1))
+    left_out = ("seconds", "valid_loss")
+    assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
+    assert state.gradient_checkpointing
+    assert len(watch.warnings) == 1
+    assert watch.warnings[0].endswith("(gradient checkpointing)")
+    _, other = run(tmp_path / "b", Lean(), the_plan=plan(micro_batch_tokens=1), resume=True)
+    assert other.plan.gradient_checkpointing, "it does not stay switched on"
+
+
+# --- swap
+
+
+class Swapping(Bigram):
+    """Swap grows by 300 MB at each step from the third on."""
+
+    def memory(self) -> Memory:
+        return Memory(1, 2, 3, "rss", 300_000_000 * max(0, len(self.calls) - 2))
+
+
+def test_swap_that_grows_is_told_with_the_remedy(tmp_path: Path) -> None:
+    watch = Watch()
+    run(tmp_path, Swapping(), watch, valid=[])
+    assert watch.warnings
+    assert watch.warnings[0].startswith("swap has grown by 300 MB at step ")
+    assert "--memory-limit" in watch.warnings[0]
+    run(tmp_path / "quiet", Bigram(), quiet := Watch())
+    assert quiet.warnings == []
+
+
+def test_replan_cuts_finer_then_checkpoints_then_says_that_nothing_is_left(tmp_path: Path) -> None:
+    watch, backend = Watch(), Swapping()
+    run(tmp_path / "plain", valid=[])
+    state, _ = run(tmp_path / "b", backend, watch, the_plan=plan(micro_batch_tokens=16, on_swap="replan"), valid=[])
+    assert state.micro_batch_tokens < 16
+    assert state.gradient_checkpointing
+    assert "micro-batches are now cut to" in watch.warnings[0]
+    assert watch.warnings[-1].endswith("nothing is left to be cut; close other programs")
+    left_out = ("seconds", "valid_loss", "memory")
+    assert metrics(tmp_path / "plain", *left_out) == metrics(tmp_path / "b", *left_out)
+
+
 def test_one_row_at_a_time_is_the_end_of_it(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         run(tmp_path, Bigram(memory_limit=1))

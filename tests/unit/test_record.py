@@ -62,7 +62,7 @@ def test_runs_of_one_recipe_agree(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert rows["label tokens/s"] == ["40.0", "40.0  (1.00x)"]
     assert rows["train time, s"] == ["20.0", "20.0  (1.00x)"]
     assert rows["peak memory"] == ["1.00 GB", "2.00 GB  (2.00x)"]
-    assert rows["padding"] == ["5.00%", "5.00%  (1.00x)"]
+    assert rows["padding (in attention only)"] == ["5.00%", "5.00%  (1.00x)"]
     assert rows["final train loss"] == ["1.5000", "1.5000  (1.00x)"]
     assert rows["best step"] == ["8", "8"]
     assert notes == ["cuda: the same recipe as mac: the same curve up to rounding, so speeds compare."]

@@ -1,0 +1,165 @@
+"""The hand-written ways back, each against what it stands in for."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.batches import make_batch
+from tests import backends
+from tests.tiny import write_model, write_rows
+from torch_backend import fused, products, trainer
+from torch_backend.attention import Rows, attend
+from torch_backend.fused import FrozenLinear, Gated, LoraLinear, RMSNorm
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def compared(ours, theirs, *inputs, dtype=torch.float32):
+    """Values and gradients of `ours` in `dtype` against `theirs` in float64. inputs: (tensor, its own type or None)."""
+    close = {"rtol": 3e-2, "atol": 6e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    results = []
+    for function, exact in ((ours, False), (theirs, True)):
+        leaves = [tensor.to(own or dtype) for tensor, own in inputs]  # both see what rounding leaves
+        leaves = [(leaf.double() if exact else leaf).detach().requires_grad_() for leaf in leaves]
+        result = function(*leaves)
+        (result.double() * torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view_as(result)).sum().backward()
+        results.append([result, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.double(), other, **close)
+
+
+@BOTH
+@pytest.mark.parametrize("gemma", [False, True])
+def test_rms_norm(dtype, gemma):
+    weight = torch.randn(16).to(dtype)
+
+    def plain(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + gemma)
+
+    compared(lambda x: RMSNorm.apply(x, weight, 1e-6, gemma), plain, (torch.randn(2, 5, 16) * 3, None), dtype=dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gated(dtype, gelu):
+    def plain(gate, up):
+        return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
+
+    inputs = (torch.randn(2, 5, 16), None), (torch.randn(2, 5, 16), None)
+    compared(lambda gate, up: Gated.apply(gate, up, gelu), plain, *inputs, dtype=dtype)
+
+
+@BOTH
+@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_lora_linear(dtype, widened, bias, monkeypatch):
+    monkeypatch.setattr(products, "widened", lambda weight: widened and weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "_BLOCK", 50)  # several blocks
+    base = torch.nn.Linear(12, 20, bias=bias).to(dtype).requires_grad_(False)
+    A, B = torch.randn(4, 12), torch.randn(20, 4)
+
+    def plain(x, A, B):
+        return functional.linear(x, base.weight.double(), base.bias.double() if bias else None) + 0.5 * (x @ A.T) @ B.T
+
+    inputs = (torch.randn(2, 5, 12), None), (A, torch.float32), (B, torch.float32)
+    compared(lambda x, A, B: LoraLinear.apply(x, base, A, B, 0.5), plain, *inputs, dtype=dtype)
+
+
+def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
+    monkeypatch.setattr(products, "widened", lambda weight: True)
+    monkeypatch.setattr(products, "_BLOCK", 50)
+    weight, bias = torch.randn(20, 12).bfloat16(), torch.randn(20).bfloat16()
+
+    def plain(x):
+        return functional.linear(x, weight.double(), bias.double())
+
+    x = (torch.randn(2, 5, 12), None)
+    compared(lambda x: FrozenLinear.apply(x, weight, bias), plain, x, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("lengths", [(7, 4, 7), (5, 5)])
+def test_attention_is_eager_attention_row_by_row(window, softcap, lengths):
+    heads, groups, d = 4, 2, 8
+    query, key, value = (torch.randn(1, n, sum(lengths), d) for n in (heads, groups, groups))
+    real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    rows = Rows(len(lengths), max(lengths), None if real.all() else real.flatten().nonzero()[:, 0])
+
+    def eager(query, key, value):
+        found, start = [], 0
+        for length in lengths:
+            q, k, v = (part[0, :, start : start + length] for part in (query, key, value))
+            k, v = k.repeat_interleave(heads // groups, 0), v.repeat_interleave(heads // groups, 0)
+            scores = q @ k.mT * 0.3
+            scores = (scores / softcap).tanh() * softcap if softcap else scores
+            behind = torch.arange(length)[:, None] - torch.arange(length)
+            seen = (behind >= 0) & (behind < (window or length))
+            found.append((scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1))
+            start += length
+        return torch.cat(found)[None]
+
+    def ours(query, key, value):
+        return attend(None, query, key, value, None, 0.3, rows, softcap, window)[0]
+
+    compared(ours, eager, *((part, None) for part in (query, key, value)))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(model, tmp_path_factory):
+    return backends.encode_rows(model, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"targets": ["q_proj"]}, {"precision": "bf16"}, {"quantization": "nf4"}], ids=str
+)
+def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, changes):
+    recipe, losses, calls = backends.make_recipe(model, **changes), [], []
+    called = fused.LoraLinear.forward
+    monkeypatch.setattr(LoraLinear, "forward", lambda *a: calls.append(1) or called(*a))
+    for install in (fused.install, lambda model, adapter: None):
+        monkeypatch.setattr(trainer, "install", install)
+        calls.clear()
+        backend = backends.load("torch", model, recipe)
+        losses.append(backends.run_steps(backend, recipe, rows, 6))
+        backend.close()
+        assert bool(calls) == (install is fused.install)
+    np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
+    assert losses[0][-1] < losses[0][0]
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make the program wait for a device."""
+
+    found: list[str]
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("_local_scalar_dense", "nonzero", "unique", "equal.default")):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
+    backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=checkpointing)
+    batches = [make_batch(rows[:3]), make_batch(rows[3:4])]
+    backend.train_step(batches, 1e-3, 1)
+    with Waits() as waits:
+        waits.found = []
+        result = backend.train_step(batches, 1e-3, 2)
+        assert waits.found == []
+        float(result.loss_sum)
+    assert waits.found != []
+    backend.close()
