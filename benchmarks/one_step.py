@@ -59,13 +59,15 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         device=case.get("device", "cpu"),
         micro_batch_tokens=case["rows"] * case["width"],
         gradient_checkpointing=case.get("gradient_checkpointing", False),
-        loss_chunk=case.get("loss_chunk", 64),
+        loss_chunk=case.get("loss_chunk", 32 if case["backend"] == "mlx" else 64),
         save_every=1,
     )
     shapes = models.linear_shapes(folder, ["all-linear"])
     adapter = initial_adapter(shapes, layer_count(shapes), recipe)
     config = text_config(json.loads((folder / "config.json").read_text()))
     batch = batch_of(case, config["vocab_size"])
+    if case.get("predict_only"):
+        return {"predicted": predict(config, recipe, plan, adapter, [Shape.of(batch)]).peak}
     backend = importlib.import_module(f"{case['backend']}_backend").create()
     backend.load(recipe, plan, folder, adapter)
     loaded = backend.memory().peak

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -116,20 +115,22 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     }
     (output / "config.json").write_text(json.dumps(config))  # JSON is YAML
     code = (
-        "import builtins, resource, runpy, sys, time; sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; show = print\n"
-        "builtins.print = lambda *a, **k: show(*a, f'AT {time.perf_counter()}', **k)\n"
-        "runpy.run_module('mlx_lm.lora', run_name='__main__')\n"
-        "show('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "import json, resource, sys, time; import mlx_lm.lora as lora\n"
+        "from mlx_lm.tuner.callbacks import TrainingCallback; marks = []\n"
+        "class Clock(TrainingCallback):\n"
+        "    def on_train_loss_report(self, info): marks.append(time.perf_counter())\n"
+        "lora.get_reporting_callbacks = lambda *a, **k: Clock()\n"
+        "sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; lora.main()\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print(json.dumps({'ends': marks, 'peak': peak}))"
     )
     blas = find_library("openblas")
     preload = {"LD_PRELOAD": blas} if blas and sys.platform == "linux" else {}
     printed = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
-    ends = [float(at) for at in re.findall(r"Iter \d+: Train.*AT ([\d.]+)", printed)]
-    return {
-        "seconds": [0.0, *(after - before for before, after in pairwise(ends))],  # where the first began is not known
-        "peak": int(re.findall(r"PEAK (\d+)", printed)[0]),
-        "adapter": str(output / "adapter"),
-    }
+    found = json.loads(printed.splitlines()[-1])
+    ends = found["ends"]
+    seconds = [0.0, *(after - before for before, after in pairwise(ends))]  # where the first began is not known
+    return {"seconds": seconds, "peak": found["peak"], "adapter": str(output / "adapter")}
 
 
 def hugging_face(job: dict[str, Any]) -> dict[str, Any]:

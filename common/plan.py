@@ -113,8 +113,11 @@ def _budget(options: Options, plan: Plan) -> tuple[int, str]:
 
 
 def _loss_chunk(config: dict[str, Any], plan: Plan) -> int:
-    """Label positions whose logits take about 64 MB (on a GPU 256); fewer than 32 would make slow products."""
-    room = 64 * 2**20 if plan.device == "cpu" else 256 * 2**20
+    """Label positions whose logits take about 64 MB; fewer than 32 would make slow products.
+
+    MLX queues ahead and holds several such arrays: half of it on a CPU. A CUDA GPU is fed more at once.
+    """
+    room = 2**20 * (256 if plan.device == "cuda" else 32 if (plan.backend, plan.device) == ("mlx", "cpu") else 64)
     return min(1024, max(32, room // (4 * config["vocab_size"]) // 32 * 32))
 
 

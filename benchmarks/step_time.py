@@ -1,0 +1,81 @@
+"""Where a step's time goes on torch, beside the machine's own product rate in the same run.
+
+python -m benchmarks.step_time --data rows.jsonl [--model MODEL]
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.one_step import recipe_of
+from common import models
+from common.batches import micro_batches, step_rows
+from common.config import Plan
+from common.families import text_config
+from common.lora import initial_adapter, layer_count
+from common.overflow import encode_all
+from common.predict import Sizes
+from common.sources import read_rows
+from common.template import Encoder, Style, load_tokenizer
+from torch_backend.trainer import TorchBackend
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def peak_rate(rows: int, hidden: int, inner: int) -> float:
+    """FLOP/s of the model's own largest product, float32, the best of five."""
+    x, weight = torch.randn(rows, hidden), torch.randn(inner, hidden)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(10):
+            x @ weight.T
+        best = min(best, time.perf_counter() - started)
+    return 10 * 2 * rows * hidden * inner / best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
+    parser.add_argument("--batch", type=int, default=8)
+    arguments = parser.parse_args()
+    folder = models.resolve(arguments.model, print)
+    recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
+    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(folder, None), Style()))
+    shapes = models.linear_shapes(folder, ["all-linear"])
+    backend = TorchBackend()
+    plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
+    backend.load(recipe, plan, folder, initial_adapter(shapes, layer_count(shapes), recipe))
+    sizes = Sizes.of(text_config(json.loads((folder / "config.json").read_text())))
+    rate = peak_rate(800, sizes.hidden, sizes.inner)
+
+    def step(number: int) -> tuple[int, int]:
+        chosen = [rows[i] for i in step_rows(len(rows), arguments.batch, 0, number)]
+        result = backend.train_step(micro_batches(chosen, 2048), 1e-4, number)
+        return result.tokens, result.label_tokens
+
+    step(1)
+    started = time.perf_counter()
+    counts = [step(number) for number in range(2, 6)]
+    seconds = time.perf_counter() - started
+    tokens, labels = (sum(column) for column in zip(*counts, strict=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(6)
+    events = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    whole = sum(events.values())
+    products = sum(events.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
+    # forward and the way back to the input: four operations a weight; the head's at labels only
+    work = 4 * sizes.linear * tokens + 4 * sizes.vocabulary * sizes.hidden * labels
+    print(f"{tokens / seconds:.1f} tokens/s, {labels / seconds:.1f} label tokens/s")
+    print(f"the base's products: {work / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s ({work / seconds / rate:.0%})")
+    print(f"share of a step's time in all products: {products / whole:.0%}; then:")
+    for name, microseconds in sorted(events.items(), key=lambda item: -item[1])[:12]:
+        print(f"  {name:50} {microseconds / whole:6.1%}")
+
+
+if __name__ == "__main__":
+    main()
