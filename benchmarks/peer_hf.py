@@ -67,14 +67,8 @@ def main(job):
             common |= {"bf16": False, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
             common |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"}}
         config = SFTConfig(**common, max_length=1024)
-        trainer = SFTTrainer(
-            job["model"],
-            config,
-            Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora,
-            callbacks=[clock],
-        )
+        how = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [clock]}
+        trainer = SFTTrainer(job["model"], args=config, train_dataset=data, **how)
     trainer.train()
     trainer.model.save_pretrained(job["output"])
     seconds = [end - start for start, end in zip(clock.marks, clock.marks[1:], strict=False)]

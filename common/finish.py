@@ -119,10 +119,10 @@ def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -
     """What it took, beside what was foretold."""
     whole = sum(seconds.values()) or 1.0
     figures = {"time": ", ".join(f"{name} {value:.1f} s ({value / whole:.0%})" for name, value in seconds.items())}
-    if "train" in seconds and run.get("tokens_per_second"):
-        figures["speed"] = (
-            f"{run['tokens_per_second']:.0f} tokens/s, {run['label_tokens_per_second']:.0f} of them labels"
-        )
+    if "train" in seconds:
+        if run["tokens_per_second"]:  # of one step there is none
+            speeds = run["tokens_per_second"], run["label_tokens_per_second"]
+            figures["speed"] = f"{speeds[0]:.0f} tokens/s, {speeds[1]:.0f} of them labels"
         figures["memory"] = (
             f"peak {gigabytes(run['peak_memory_bytes'])}, foretold {gigabytes(run['predicted_peak_bytes'])} "
             f"({run['predicted_peak_bytes'] / max(1, run['peak_memory_bytes']) - 1:+.0%}); "

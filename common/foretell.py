@@ -6,7 +6,6 @@ from collections.abc import Callable
 from common.batches import micro_batches, step_rows
 from common.config import Options
 from common.finish import loaded
-from common.loop import learning_rate
 from common.plan import described, largest
 from common.prepare import Job, prepare
 from common.progress import Display, gigabytes
@@ -51,9 +50,8 @@ def _probe(job: Job, make_backend: Callable[[str], Backend], display: Display) -
             for step in (1, 2):
                 chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, step)]
                 started = time.perf_counter()
-                result = backend.train_step(
-                    micro_batches(chosen, plan.micro_batch_tokens), learning_rate(recipe, step), step
-                )
+                batches = micro_batches(chosen, plan.micro_batch_tokens)
+                result = backend.train_step(batches, recipe.learning_rate, step)
                 float(result.loss_sum)
                 second, tokens = time.perf_counter() - started, result.tokens
                 progress(step / 2, f"step {step}")

@@ -68,7 +68,7 @@ def train(
         def settle(step: _Queued, ended: float) -> None:
             """Wait for the step, look at its figures, tell them."""
             nonlocal first
-            loss, norm = float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
+            loss, norm = _read(step)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise _not_finite(run, step.number, step.rows)
             lasted = ended - step.started
@@ -98,17 +98,25 @@ def train(
         for number in range(state.step + 1, recipe.steps + 1):
             started, rate = time.perf_counter(), learning_rate(recipe, number)
             chosen, batches = ready
-            result, batches = _step(backend, plan, chosen, batches, rate, number, state, observer)
+            try:
+                result, batches = _step(backend, plan, chosen, batches, rate, number, state, observer)
+            except UserError:
+                if queued is not None:  # that one is done
+                    settle(queued, started)
+                raise
             before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
             last = number == recipe.steps
+            size = state.micro_batch_tokens
             if not last:
                 ready = cut(number + 1)  # while the device computes
             if before is not None:
                 settle(before, started)
+                if not last and state.micro_batch_tokens != size:
+                    ready = cut(number + 1)
             stop = observer.stop_requested()
             evaluates = bool(valid) and (last or number % recipe.eval_every == 0)
             saves = last or stop or number % plan.save_every == 0
-            if evaluates or saves:
+            if evaluates or saves or first:  # the first step's time is its own: it warms up
                 float(result.loss_sum)
                 settle(queued, time.perf_counter())
                 queued = None
@@ -133,6 +141,17 @@ class _Queued:
     batches: list[Batch]
     result: StepResult
     started: float
+
+
+def _read(step: _Queued) -> tuple[float, float]:
+    """`(mean loss, gradient norm)`, waited for. Raises UserError for what a device reports only now."""
+    try:
+        return float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
+    except RuntimeError as error:
+        raise UserError(
+            f"Step {step.number} failed on the device: {str(error).splitlines()[0]}",
+            "Go on with --resume RUN and a lower --memory-limit.",
+        ) from None
 
 
 def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> float:
@@ -167,7 +186,7 @@ def _cut_finer(batches: list[Batch], what: str, backend: Backend, plan: Plan, st
     """
     cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
     if cuttable:
-        state.micro_batch_tokens = max(cuttable) // 2
+        state.micro_batch_tokens = min(state.micro_batch_tokens, max(cuttable)) // 2
         observer.warn(f"{what}; micro-batches are now cut to {state.micro_batch_tokens} tokens")
     elif not state.gradient_checkpointing:
         state.gradient_checkpointing = True

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from common.batches import cut, step_rows
@@ -18,7 +17,7 @@ _SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are
 _RECOMPUTE = 4 / 3  # the time of a step with gradient checkpointing
 _START_COST = {"cpu": 48, "cuda": 1024, "gpu": 512, "mps": 512}  # tokens; of GPUs not measured
 _WORTH = 1.02  # a dearer plan must be this much faster
-_STEPS = 500  # whose micro-batches are looked at
+_ROWS = 4000  # whose steps are looked at
 
 
 @dataclass(frozen=True)
@@ -34,32 +33,28 @@ class Work:
     """The lengths and labels of the rows, step by step: what micro-batches are cut from."""
 
     steps: list[list[tuple[int, int]]]  # each step's rows, rising: (tokens, label tokens)
+    worst: list[tuple[int, int]]  # the longest rows together, where not every step is looked at
 
     @staticmethod
     def of(rows: Sequence[Encoded], recipe: Recipe) -> "Work":
         sizes = [(len(row.ids) - 1, int(row.mask[1:].sum())) for row in rows]
-        steps = range(1, min(recipe.steps, _STEPS) + 1)
-        chosen = [step_rows(len(rows), recipe.batch_size, recipe.seed, step) for step in steps]
-        found = Work([sorted(sizes[i] for i in step) for step in chosen])
-        if recipe.steps > _STEPS:
-            found.steps.append(sorted(sizes)[-recipe.batch_size :])  # the worst that may come
-        return found
+        looked_at = min(recipe.steps, max(20, _ROWS // recipe.batch_size))
+        chosen = [step_rows(len(rows), recipe.batch_size, recipe.seed, step) for step in range(1, looked_at + 1)]
+        worst = sorted(sizes)[-recipe.batch_size :] if recipe.steps > looked_at else []
+        return Work([sorted(sizes[i] for i in step) for step in chosen], worst)
 
-    def shapes(self, micro_batch_tokens: int) -> list[Shape]:
-        found = set()
-        for step in self.steps:
-            for start, end in cut([tokens for tokens, _ in step], micro_batch_tokens):
+    def cut(self, micro_batch_tokens: int) -> tuple[list[Shape], int, int]:
+        """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
+        shapes: set[Shape] = set()
+        tokens, count = 0, 0
+        for step in [*self.steps, self.worst]:
+            cuts = cut([length for length, _ in step], micro_batch_tokens)
+            for start, end in cuts:
                 part = step[start:end]
-                found.add(Shape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
-        return list(found)
-
-    def cost(self, micro_batch_tokens: int, plan: Plan) -> float:
-        """Of all steps, in tokens."""
-        cost = 0.0
-        for step in self.steps:
-            lengths = [tokens for tokens, _ in step]
-            cost += sum(lengths) + _START_COST[plan.device] * len(cut(lengths, micro_batch_tokens))
-        return cost * (_RECOMPUTE if plan.gradient_checkpointing else 1)
+                shapes.add(Shape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
+            if step is not self.worst:
+                tokens, count = tokens + sum(length for length, _ in step), count + len(cuts)
+        return list(shapes), tokens, count
 
 
 def choose(
@@ -77,16 +72,21 @@ def choose(
     sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
     ways = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
     found = []
-    for again, size in product(ways, sizes):
-        plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": again})
-        found.append((plan, predict(config, recipe, plan, adapter, work.shapes(size)), work.cost(size, plan)))
+    for size in sizes:
+        shapes, tokens, count = work.cut(size)
+        for again in ways:
+            plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": again})
+            cost = (tokens + _START_COST[plan.device] * count) * (_RECOMPUTE if again else 1)
+            found.append((plan, predict(config, recipe, plan, adapter, shapes), cost))
     fitting = [candidate for candidate in found if candidate[1].peak <= budget]
     if not fitting:
         plan, prediction, _ = min(found, key=lambda candidate: candidate[1].peak)
         if options.memory_limit is not None:
+            typed = options.micro_batch_tokens or options.gradient_checkpointing is False
             raise UserError(
                 f"--memory-limit {options.memory_limit}: training needs about {gigabytes(prediction.peak)} at least.",
-                "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
+                ("Leave out --micro-batch-tokens and --gradient-checkpointing. " if typed else "")
+                + "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
             )
         return Chosen(plan, prediction, budget, why)
     fastest = min(cost for _, _, cost in fitting)

@@ -163,6 +163,8 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
         kept *= 1.5  # PEFT's and transformers' own layers
     layer: float = kept * each + 28 * recipe.rank
     scores = sizes.heads * shape.width * padding * 4  # a row of attention scores for each token
+    windows = {window for window in sizes.windows if window is not None and window < shape.width}
+    masks = shape.width**2 * (each if torch else 1) * (len(windows) + sizes.capped)  # shared by the layers
     attention = 0.0  # torch never writes scores out, if they are not capped
     if sizes.capped:
         layer, attention = layer + 3 * scores, 3 * scores
@@ -173,13 +175,15 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     working: float = max(sizes.inner * (4 if torch else 14) * 4, attention)
     chunk = min(plan.loss_chunk, shape.labels) * sizes.vocabulary * 4
     loss = chunk * (1 if torch else 6) * (2 if sizes.final_cap else 1)
+    if recipe.method == "full":  # the head's gradient, and a chunk's share of it
+        loss += 2 * 4 * sizes.vocabulary * sizes.hidden
     if plan.gradient_checkpointing:
         saved, working = sizes.layers * sizes.hidden * each, layer + working
     else:
         saved = sizes.layers * layer
         if plan.device == "cpu" and torch:
             saved += _GAPS * sizes.layers * small * each  # between blocks that glibc keeps
-    saved, once = saved * shape.tokens, working * shape.tokens
+    saved, once = saved * shape.tokens + masks, working * shape.tokens
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}
     return {"saved activations": round(saved), "loss chunk": round(loss)}

@@ -268,5 +268,5 @@ def _resumed_options(options: Options, run: Path) -> Options:
                 "which another backend cannot compute.",
                 "Go on with the backend it was started with.",
             )
-        kept["device"] = "auto"
+        kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None}
     return Options.model_validate(known["options"] | kept | given)

@@ -115,12 +115,21 @@ class MlxBackend:
         if self.recipe.max_grad_norm:
             factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
             gradients = tree_map(lambda g: g * factor, gradients)
-        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(self.model.trainable_parameters()))
-        for optimizer, ratio, names in self.groups:
-            optimizer.learning_rate = learning_rate * ratio
-            new = optimizer.apply_gradients({n: flat[n] for n in names}, {n: trained[n] for n in names})
-            self.model.update(tree_unflatten(list(new.items())))
-        mx.async_eval(self.model.trainable_parameters(), [optimizer.state for optimizer, _, _ in self.groups], norm)
+        before = self.model.trainable_parameters(), [tree_map(lambda x: x, o.state) for o, _, _ in self.groups]
+        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(before[0]))
+        try:
+            with _memory_errors():
+                for optimizer, ratio, names in self.groups:
+                    optimizer.learning_rate = learning_rate * ratio
+                    new = optimizer.apply_gradients({n: flat[n] for n in names}, {n: trained[n] for n in names})
+                    self.model.update(tree_unflatten(list(new.items())))
+                states = [optimizer.state for optimizer, _, _ in self.groups]
+                mx.async_eval(self.model.trainable_parameters(), states, norm)
+        except OutOfMemory:
+            self.model.update(before[0])
+            for (optimizer, _, _), state in zip(self.groups, before[1], strict=True):
+                optimizer.state = state
+            raise
         return StepResult(total_loss, norm, count, sum(batch.tokens for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:

@@ -1,7 +1,7 @@
 """Attention over rows of unequal length that lie end to end: padding exists inside it only, nowhere else."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ class Rows:
     count: int
     width: int
     places: torch.Tensor | None  # [tokens] int64; None: all rows are as long, nothing is padded
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[1, heads, tokens, d] -> [B, heads, T, d], zeros where a row has ended."""
@@ -57,22 +58,28 @@ def attend(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
     else:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        mask = _mask(length, sliding_window if windowed else None, query.device)
+        mask = _mask(length, sliding_window if windowed else None, query, rows)
         if softcap is None:
-            result = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+            result = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            )
         else:  # Gemma 2: torch has no kernel that caps the scores
-            scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap
-            scores = scores.masked_fill(~mask, float("-inf"))
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+            scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
             result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     return (result.transpose(1, 2) if rows is None else rows.gather(result)), None
 
 
-def _mask(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[T, T], true where a query (first axis) may see a key."""
-    behind = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (behind >= 0) & (behind < window) if window else behind >= 0
+def _mask(length: int, window: int | None, query: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """[T, T]: 0 where a query (first axis) may see a key, else minus infinity; made once for all layers of a batch."""
+    kept = {} if rows is None else rows.masks
+    if window not in kept:
+        places = torch.arange(length, device=query.device)
+        behind = places[:, None] - places
+        seen = (behind >= 0) & (behind < window) if window else behind >= 0
+        kept[window] = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
+    return kept[window]
 
 
 def register() -> str:

@@ -86,6 +86,9 @@ def convert(model: Any, dtype: torch.dtype) -> None:
             give_back(stored[start : start + rows])
         parameter.data = wide
     model.config.dtype = dtype
+    embed = model.get_input_embeddings()
+    if hasattr(embed, "embed_scale"):  # Gemma's, made in the stored type: 25.25 in place of 25.298
+        embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
 
 
 _BLOCK = 2**23  # weights converted at a time

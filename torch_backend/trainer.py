@@ -1,5 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.seam.Backend`."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -72,6 +73,13 @@ class TorchBackend:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+        with _memory_errors():
+            for parameter in self.parameters.values():  # now, not in the first step, which could not be done again
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=self.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         return ModelInfo(
             device=str(self.device),
             dtype=recipe.precision,
@@ -166,6 +174,7 @@ class TorchBackend:
     def close(self) -> None:
         cuda = self.device.type == "cuda"
         del self.model, self.outer, self.parameters, self.optimizer
+        gc.collect()  # layers whose call is replaced refer to themselves
         if cuda:
             torch.cuda.empty_cache()
 

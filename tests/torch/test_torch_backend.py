@@ -1,5 +1,6 @@
 """The torch backend on a tiny random model."""
 
+import numpy as np
 import pytest
 
 from tests import backends
@@ -54,3 +55,44 @@ def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
 
 def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows, monkeypatch):
     backends.check_memory_errors_are_told("torch", model, rows, monkeypatch)
+
+
+def test_a_gemma_stored_in_bf16_is_scaled_in_float32(tmp_path):
+    import json
+
+    import ml_dtypes
+    import torch
+    from safetensors.numpy import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from common.parity import write_tiny
+
+    folder = write_tiny(tmp_path / "model", "gemma3_text", {"hidden_size": 40, "intermediate_size": 64})
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t.astype(ml_dtypes.bfloat16) for n, t in tensors.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    ids = np.arange(3, 50)
+    backend = backends.load("torch", folder, backends.make_recipe(folder))
+    logits = backend.logits(ids)
+    backend.close()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0].numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_a_closed_backend_holds_no_model(model):
+    import gc
+
+    import torch
+
+    backend = backends.load("torch", model, backends.make_recipe(model))
+    shape = backend.model.model.embed_tokens.weight.shape
+    backend.close()
+    gc.disable()
+    try:
+        alive = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and o.shape == shape]
+    finally:
+        gc.enable()
+    assert alive == []

@@ -130,7 +130,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(monkeypatch, capsys, "--help")
-    assert all(f"• {name} " in text for name in ("train", "check-data", "fuse", "compare", "doctor"))
+    assert all(f"• {name} " in text for name in ("train", "plan", "check-data", "fuse", "compare", "doctor"))
 
 
 def test_trains_help_names_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

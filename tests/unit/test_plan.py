@@ -151,10 +151,10 @@ def test_too_little_free_memory_is_no_error_by_itself(monkeypatch: pytest.Monkey
 
 
 def test_the_longest_rows_of_all_steps_are_looked_at() -> None:
-    shapes = Work.of(rows(*[20] * 30, 900, *[20] * 17), recipe()).shapes(10_000)
+    shapes = Work.of(rows(*[20] * 30, 900, *[20] * 17), recipe()).cut(10_000)[0]
     assert max(shape.width for shape in shapes) == 900
     many = recipe(steps=5000)
-    assert max(s.tokens for s in Work.of(rows(*range(1, 101)), many).shapes(10_000)) == sum(range(93, 101))
+    assert max(s.tokens for s in Work.of(rows(*range(1, 101)), many).cut(10_000)[0]) == sum(range(93, 101))
 
 
 def test_the_largest_that_fits_is_the_largest() -> None:

@@ -1,0 +1,71 @@
+"""`plan`: what it prints is what `train` then does."""
+
+import importlib
+import json
+
+import pytest
+
+import cli
+from common import record
+from common.config import load_options, read_flags
+from common.errors import UserError
+from common.foretell import foretell
+from common.progress import Display
+from common.train import run_training
+from tests.tiny import write_rows
+
+FLAGS = [
+    "--steps",
+    "3",
+    "--batch-size",
+    "4",
+    "--rank",
+    "4",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--backend",
+    "torch",
+]
+
+
+def make_backend(name):
+    return importlib.import_module(f"{name}_backend").create()
+
+
+@pytest.fixture
+def flags(tiny_llama, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl")
+    return ["--model", str(tiny_llama), "--data", str(rows), *FLAGS]
+
+
+def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path, capsys):
+    foretell(load_options(read_flags(flags))[0], True, make_backend, Display("json"))
+    event = next(e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["event"] == "plan")
+    assert event["predicted_peak_bytes"] == sum(event["parts"].values())
+    assert event["tokens_per_second"] > 0
+    assert event["expected_seconds"] > 0
+    assert event["largest_micro_batch_rows"] >= 4
+    assert event["largest_row_tokens"] == 512  # the model's own limit
+    options = load_options(read_flags([*flags, "--export", "none", "--output", str(tmp_path / "run")]))[0]
+    run = run_training(options, make_backend, Display("quiet"))
+    plan = record.read_plan(run).model_dump()
+    assert {**plan, "memory_budget": 0} == {**event["plan"], "memory_budget": 0}
+    assert record.read_run(run)["predicted_peak_bytes"] == event["predicted_peak_bytes"]
+    assert {"prepare", "tokenise", "load", "train", "evaluate", "save"} <= record.read_run(run)["stage_seconds"].keys()
+
+
+def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["twintune", "plan", *flags[1:], "--no-probe"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert "predicted peak" in said
+    assert "plan: torch on cpu, fp32" in said
+    assert "probe:" not in said
+
+
+def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):
+    options = load_options(read_flags([*flags, "--memory-limit", "3MB"]))[0]
+    with pytest.raises(UserError, match=r"--memory-limit 3MB: training needs about .* at least"):
+        foretell(options, True, make_backend, Display("quiet"))
