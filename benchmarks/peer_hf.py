@@ -68,7 +68,7 @@ def main(job):
             common |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"}}
         config = SFTConfig(**common, max_length=1024)
         how = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [clock]}
-        trainer = SFTTrainer(job["model"], args=config, train_dataset=data, **how)
+        trainer = SFTTrainer(job["model"], args=config, train_dataset=Dataset.from_list(rows), **how)
     trainer.train()
     trainer.model.save_pretrained(job["output"])
     seconds = [end - start for start, end in zip(clock.marks, clock.marks[1:], strict=False)]
