@@ -1,4 +1,4 @@
-"""One configuration in a process of its own: load, one micro-batch, one optimizer step; prints JSON.
+"""One configuration in a process of its own: load, one micro-batch a step, one step unless told; prints JSON.
 
 python -m benchmarks.one_step '{"backend": "torch", "model": "gemma-3-1b", "rows": 4, "width": 512}'
 """
@@ -71,9 +71,10 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     backend = importlib.import_module(f"{case['backend']}_backend").create()
     backend.load(recipe, plan, folder, adapter)
     loaded = backend.memory().peak
-    started = time.perf_counter()
-    result = backend.train_step([batch], 1e-4, 1)
-    loss = float(result.loss_sum) / result.label_tokens
+    for step in range(1, case.get("steps", 1) + 1):
+        started = time.perf_counter()
+        result = backend.train_step([batch], 1e-4, step)
+        loss = float(result.loss_sum) / result.label_tokens
     memory = backend.memory()
     found = predict(config, recipe, plan, adapter, [Shape.of(batch)])
     return {

@@ -147,7 +147,7 @@ def install(model: Any, adapter: Adapter) -> None:
         elif kind.endswith("MLP"):
             module.forward = partial(_mlp, module, kind.startswith("Gemma"))
         elif plain and hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
-            module.forward = partial(_lora, module, type(module).forward)
+            module.forward = partial(_lora, module)
         if type(module) is torch.nn.Linear and not module.weight.requires_grad and widened(module.weight):
             module.forward = partial(_frozen, module)
 
@@ -168,8 +168,8 @@ def _mlp(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:
     return module.down_proj(Gated.apply(gate, up, gelu))
 
 
-def _lora(module: Any, otherwise: Any, x: torch.Tensor) -> torch.Tensor:
+def _lora(module: Any, x: torch.Tensor) -> torch.Tensor:
     if module.disable_adapters:
-        return otherwise(module, x)
+        return FrozenLinear.apply(x, frozen_weight(module.base_layer), module.base_layer.bias)
     A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
     return LoraLinear.apply(x, module.base_layer, A, B, module.scaling["default"])
