@@ -16,7 +16,7 @@ from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
-_GAPS = 0.28  # of what lies in small blocks
+_GAPS = {"fp32": 0.28, "bf16": 0.5}  # of what lies in small blocks; widened weights come and go between them
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     else:
         saved = sizes.layers * layer
         if plan.device == "cpu" and torch:
-            saved += _GAPS * sizes.layers * small * each  # between blocks that glibc keeps
+            saved += _GAPS[recipe.precision] * sizes.layers * small * each  # between blocks that glibc keeps
     saved, once = saved * shape.tokens + masks, working * shape.tokens
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}
