@@ -143,6 +143,12 @@ def predict(
     }
     dearest = max((activations(sizes, recipe, plan, shape) for shape in shapes), key=lambda parts: sum(parts.values()))
     parts |= dearest
+    if plan.backend == "mlx" and (recipe.precision == "fp32" or recipe.quantization != "none"):
+        # the embeddings as stored, in two bytes, beside what is made of them
+        loading = sizes.vocabulary * sizes.hidden * (2 + (4 if recipe.precision == "fp32" else 2))
+        loading += weight_bytes(sizes, recipe) // 20 if recipe.quantization != "none" else 0
+        if loading > sum(parts.values()):
+            parts = {"weights": parts["weights"], "while loading": loading - parts["weights"]}
     parts["slack"] = known.overhead + round(known.slack * sum(parts.values()))
     return Prediction(parts, known.known)
 
