@@ -5,7 +5,8 @@
 
 Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
 the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
-first; peak: of the whole process. The validation loss after equal data is computed by Twintune for every adapter alike.
+first; peak: of the process (Twintune's since training began). The validation loss after equal data is computed by
+Twintune for every adapter alike.
 """
 
 import argparse

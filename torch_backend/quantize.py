@@ -10,7 +10,7 @@ import torch
 from common.memory import give_back
 
 
-def quantization_config(scheme: str, dtype: torch.dtype) -> Any:
+def quantization_config(scheme: str) -> Any:
     """What `from_pretrained` must be told for int8; None for every other base."""
     from transformers import BitsAndBytesConfig
 

@@ -38,7 +38,7 @@ class TorchBackend:
         self.recipe = recipe
         self.device = torch.device(plan.device)
         dtype = _DTYPES[recipe.precision]
-        quantization = quantization_config(recipe.quantization, dtype)
+        quantization = quantization_config(recipe.quantization)
         with _memory_errors():
             on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
             self.model: Any = load_base(folder, dtype, **on_device)
