@@ -5,8 +5,9 @@
 
 Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
 the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
-first; peak: of the process (Twintune's since training began). The validation loss after equal data is computed by
-Twintune for every adapter alike.
+first; peak: the resident set of the whole process, as the system counts it for everyone. The validation loss after
+equal data is computed by Twintune for every adapter alike; ends with 1 where Twintune's is worse than a peer's by more
+than 0.01. `twintune-lean` is the torch backend with gradient checkpointing.
 """
 
 import argparse
@@ -41,6 +42,7 @@ INSTALL = {
 PEERS = {
     "twintune-torch": None,
     "twintune-mlx": None,
+    "twintune-lean": None,
     "mlx_lm.lora": "mlx-lm",
     "trl": "trl",
     "trl-best": "trl",
@@ -61,13 +63,17 @@ def environment(name: str) -> Path:
     return python
 
 
-def run(command: list[str], **variables: str) -> str:
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, text=True, capture_output=True, check=False, timeout=3600
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command[:6])} ...:\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}")
-    return done.stdout
+def run(command: list[str], **variables: str) -> tuple[str, int]:
+    """What the command printed, and the peak of its resident set in bytes."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=printed, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for stream in (printed, errors):
+            stream.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command[:6])} ...:\n{printed.read()[-1500:]}\n{errors.read()[-3000:]}")
+        return printed.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def twintune(job: dict[str, Any]) -> dict[str, Any]:
@@ -75,13 +81,14 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options = ["--steps", str(job["steps"]), "--batch-size", str(job["batch"]), "--rank", str(job["rank"])]
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
     options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
-    options += ["--backend", job["peer"].removeprefix("twintune-"), "--output", str(output)]
-    run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
+    options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
+    options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
+    _, peak = run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {
         "seconds": [line["seconds"] for line in lines if "seconds" in line],
-        "peak": record["peak_rss_bytes"],
+        "peak": peak,
         "adapter": str(output / "adapter"),
         "foretold": record["predicted_peak_bytes"],
         "counted": record["peak_memory_bytes"],
@@ -116,27 +123,25 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     }
     (output / "config.json").write_text(json.dumps(config))  # JSON is YAML
     code = (
-        "import json, resource, sys, time; import mlx_lm.lora as lora\n"
+        "import json, sys, time; import mlx_lm.lora as lora\n"
         "from mlx_lm.tuner.callbacks import TrainingCallback; marks = []\n"
         "class Clock(TrainingCallback):\n"
         "    def on_train_loss_report(self, info): marks.append(time.perf_counter())\n"
         "lora.get_reporting_callbacks = lambda *a, **k: Clock()\n"
         "sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; lora.main()\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(json.dumps({'ends': marks, 'peak': peak}))"
+        "print(json.dumps(marks))"
     )
     blas = find_library("openblas")
     preload = {"LD_PRELOAD": blas} if blas and sys.platform == "linux" else {}
-    printed = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
-    found = json.loads(printed.splitlines()[-1])
-    ends = found["ends"]
+    printed, peak = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
+    ends = json.loads(printed.splitlines()[-1])
     seconds = [0.0, *(after - before for before, after in pairwise(ends))]  # where the first began is not known
-    return {"seconds": seconds, "peak": found["peak"], "adapter": str(output / "adapter")}
+    return {"seconds": seconds, "peak": peak, "adapter": str(output / "adapter")}
 
 
 def hugging_face(job: dict[str, Any]) -> dict[str, Any]:
-    printed = run([str(environment("trl")), str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
-    return json.loads(printed.splitlines()[-1]) | {"adapter": job["output"]}
+    printed, peak = run([str(environment("trl")), str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
+    return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": job["output"]}
 
 
 def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
@@ -179,24 +184,23 @@ def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
     }
     (output / "config.yaml").write_text(json.dumps(config))
     code = (
-        "import json, resource, sys, time; from transformers import TrainerCallback; marks = []\n"
+        "import json, sys, time; from transformers import TrainerCallback; marks = []\n"
         "class Clock(TrainerCallback):\n"
         "    def on_step_begin(self, *a, **k): marks.append(time.perf_counter())\n"
         "    def on_train_end(self, *a, **k): marks.append(time.perf_counter())\n"
         "from llamafactory.train.tuner import run_exp\n"
         "run_exp(json.load(open(sys.argv[1])), callbacks=[Clock()])\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
-        "print(json.dumps({'seconds': [b - a for a, b in zip(marks, marks[1:])], 'peak': peak}))"
+        "print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))"
     )
-    printed = run(
-        [str(environment("llamafactory")), "-c", code, str(output / "config.yaml")], DISABLE_VERSION_CHECK="1"
-    )
-    return json.loads(printed.splitlines()[-1]) | {"adapter": str(output / "adapter")}
+    command = [str(environment("llamafactory")), "-c", code, str(output / "config.yaml")]
+    printed, peak = run(command, DISABLE_VERSION_CHECK="1")
+    return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": str(output / "adapter")}
 
 
 RUNNERS = {
     "twintune-torch": twintune,
     "twintune-mlx": twintune,
+    "twintune-lean": twintune,
     "mlx_lm.lora": mlx_lm,
     "trl": hugging_face,
     "trl-best": hugging_face,
@@ -242,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
-    parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), default=list(RUNNERS)[:-1])
+    parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), default=list(RUNNERS))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
@@ -270,6 +274,11 @@ def main() -> None:
                 )
     tokens = sum(len(row.ids) - 1 for row in rows)
     report(arguments, results, tokens, sum(row.label_tokens for row in rows))
+    losses = {peer: runs[0]["loss"] for peer, runs in results.items()}
+    best = min((loss for peer, loss in losses.items() if PEERS[peer]), default=float("inf"))
+    worse = [peer for peer, loss in losses.items() if not PEERS[peer] and loss > best + 0.01]
+    if worse:
+        raise SystemExit(f"The validation loss of {', '.join(worse)} is worse than the best of the others, {best:.4f}.")
 
 
 def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], tokens: int, labels: int) -> None:
