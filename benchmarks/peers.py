@@ -112,6 +112,7 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
         "num_layers": -1,
         "learning_rate": job["learning_rate"],
         "optimizer": "adamw",
+        "optimizer_config": {"adamw": {"bias_correction": True}},  # off by default: its first steps would be longer
         "mask_prompt": masks,
         "steps_per_report": 1,
         "steps_per_eval": 10**6,
