@@ -11,10 +11,12 @@ import tyro
 
 from common.config import Options, load_options, read_flags
 from common.errors import UserError
+from common.sampling import Sampling
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and walk away with a Q4 GGUF."
 
 app = tyro.extras.SubcommandApp()
+_SAMPLING = Sampling()
 # BaseModel has a method called json, so the field cannot be; common/ does not import tyro, so its flag is named here.
 Options.__annotations__["json_output"] = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -117,25 +119,77 @@ def check_data(
 @app.command
 def fuse(
     run: tyro.conf.Positional[Path],
-    export: Literal["fused", "gguf"] | None = None,
+    export: Literal["fused", "gguf", "lora-gguf", "mlx"] | None = None,
     quant: tuple[str, ...] = (),
+    imatrix: bool = False,
+    no_verify: bool = False,
     llama_cpp: str | None = None,
     fuse_into: Literal["base", "dequantized"] | None = None,
+    push: str | None = None,
+    push_public: bool = False,
 ) -> None:
     """Fuse a finished run's adapter and export it anew.
 
     Args:
         run: run folder.
-        export: how far to go; as the run was started unless given, and to the GGUF where that was none.
+        export: what to make; as the run was started unless given, and a GGUF where that was none.
         quant: GGUF types; as the run was started unless given.
+        imatrix: weigh what to keep exact by an importance matrix of the training rows.
+        no_verify: do not prove that the GGUF is what was trained.
         llama_cpp: folder of a llama.cpp build to use.
         fuse_into: with a quantised base: the 16-bit base, or the weights trained over; as the run was started.
+        push: hub repository (owner/name) to upload the result to.
+        push_public: a repository that is made is for everyone to see.
     """
     from common.finish import fuse_run
     from common.progress import Display
 
-    given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into}
-    fuse_run(run, {name: value for name, value in given.items() if value}, _make_backend, Display())
+    given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into, "push": push}
+    flags = {"imatrix": imatrix, "no_verify": no_verify}
+    options = {name: value for name, value in (given | flags).items() if value} | {"push_public": push_public}
+    fuse_run(run, options, _make_backend, Display())
+
+
+@app.command
+def push(
+    run: tyro.conf.Positional[Path],
+    repo: tyro.conf.Positional[str],
+    what: tuple[Literal["fused", "adapter", "gguf"], ...] = (),
+    public: bool = False,
+    private: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Upload a finished run to the hub: the fused model, adapter/, gguf/, the card, the base's licence files.
+
+    Args:
+        run: run folder.
+        repo: owner/name, or name alone for your own.
+        what: which of them; all that there are unless given.
+        public: a repository that is made is for everyone to see.
+        private: for nobody but you and whom you let in; so it is unless --public is given.
+        dry_run: list every file with its size and its place, ask the hub nothing and upload nothing.
+    """
+    from common.progress import Display
+    from common.push import push as upload
+
+    if public and private:
+        raise UserError("--public and --private are both given.", "Leave one out.")
+    upload(run, repo, list(what), not public, dry_run, Display())
+
+
+@app.command
+def verify(run: tyro.conf.Positional[Path], llama_cpp: str | None = None) -> None:
+    """Prove that what llama.cpp runs is what was trained: tokens, prompts, stops, distributions; ends with 1 if not.
+
+    Args:
+        run: run folder with a fused folder and a GGUF.
+        llama_cpp: folder of a llama.cpp build to ask; as the run was started, or ours.
+    """
+    from common.progress import Display
+    from common.verify import verdict, verify_run
+
+    if verdict(verify_run(run, _make_backend, Display(), None, llama_cpp)) == "broken":
+        sys.exit(1)
 
 
 @app.command
@@ -171,6 +225,99 @@ def doctor(parity: str | None = None) -> None:
 
     if not check(parity, _make_backend, Display()):
         sys.exit(1)
+
+
+_With = Annotated[Literal["gguf", "adapter", "fused", "base"] | None, tyro.conf.arg(name="with")]
+
+
+@app.command
+def chat(
+    run: tyro.conf.Positional[Path],
+    with_: _With = None,
+    quant: str | None = None,
+    system: str | None = None,
+    system_file: Path | None = None,
+    context: int = 4096,
+    llama_cpp: str | None = None,
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = _SAMPLING,
+) -> None:
+    """Talk to a run's model; /help there lists the commands (compare with the base, save as training rows ...).
+
+    Args:
+        run: run folder, its fused folder, or a GGUF file.
+        with_: the GGUF in llama.cpp, unless another is named; those run in the backend that trained.
+        quant: which of the run's GGUFs; the first unless given.
+        system: system prompt, or @FILE.
+        system_file: the same from a file.
+        context: tokens that the talk may have, answers included.
+        llama_cpp: folder of a llama.cpp build to use.
+    """
+    from common.progress import Display
+    from common.talk import chat
+
+    chat(run, with_, quant, system, system_file, context, llama_cpp, sampling, _make_backend, Display())
+
+
+@app.command
+def generate(
+    run: tyro.conf.Positional[Path],
+    prompts: Path,
+    out: Path,
+    with_: _With = None,
+    quant: str | None = None,
+    system: str | None = None,
+    system_file: Path | None = None,
+    context: int = 4096,
+    slots: int = 4,
+    llama_cpp: str | None = None,
+    sampling: tyro.conf.OmitArgPrefixes[Sampling] = _SAMPLING,
+) -> None:
+    """Answer every prompt of a file, as rows in the training format. A stopped job goes on when asked again.
+
+    Args:
+        run: run folder, its fused folder, or a GGUF file.
+        prompts: rows in any shape that train reads, with answers or without; or a .txt file with a prompt a line.
+        out: JSONL file to make.
+        with_: the GGUF in llama.cpp, unless another is named; those run in the backend that trained.
+        quant: which of the run's GGUFs; the first unless given.
+        system: system prompt for rows without one, or @FILE.
+        system_file: the same from a file.
+        context: tokens that a prompt and its answer may have.
+        slots: answers that llama.cpp writes at once.
+        llama_cpp: folder of a llama.cpp build to use.
+    """
+    from common.answers import generate
+    from common.progress import Display
+
+    ours = (context, slots, llama_cpp, sampling, _make_backend, Display())
+    generate(run, prompts, out, with_, quant, system, system_file, *ours)
+
+
+@app.command
+def serve(
+    run: tyro.conf.Positional[Path],
+    quant: str | None = None,
+    port: int = 8080,
+    host: str = "127.0.0.1",
+    context: int = 4096,
+    slots: int = 1,
+    llama_cpp: str | None = None,
+) -> None:
+    """Serve a run's GGUF by llama.cpp's own server: an OpenAI-compatible endpoint on this machine.
+
+    Args:
+        run: run folder or GGUF file.
+        quant: which of the run's GGUFs; the first unless given.
+        port: where; 0 takes a free one.
+        host: whom it listens to; the default is this machine alone.
+        context: tokens that a prompt and its answer may have.
+        slots: requests answered at once.
+        llama_cpp: folder of a llama.cpp build to use.
+    """
+    from common.progress import Display
+    from common.serve import serve
+
+    serve(run, quant, host, port, context, slots, llama_cpp, Display())
 
 
 adapter_app = tyro.extras.SubcommandApp()
@@ -219,6 +366,45 @@ def adapter_command() -> None:
     """Inspect or convert an adapter: `adapter inspect PATH`, `adapter convert PATH OUT --to peft|mlx|gguf`."""
 
 
+llama_app = tyro.extras.SubcommandApp()
+
+
+@llama_app.command(name="build")
+def build_llama() -> None:
+    """Build the pinned llama.cpp now, once: the export would do it by itself. Goes on where it was stopped."""
+    from common.llama_tools import build_llama
+    from common.progress import Display
+
+    build_llama(Display())
+
+
+@llama_app.command(name="where")
+def where_llama(llama_cpp: str | None = None) -> None:
+    """Which llama.cpp is used, of which version, and which of its tools are there.
+
+    Args:
+        llama_cpp: folder of a llama.cpp build to look at.
+    """
+    from common.llama_tools import where_llama
+    from common.progress import Display
+
+    where_llama(llama_cpp, Display())
+
+
+@llama_app.command(name="clean")
+def clean_llama() -> None:
+    """Remove what `llama build` made, of every version."""
+    from common.llama_tools import clean_llama
+    from common.progress import Display
+
+    clean_llama(Display())
+
+
+@app.command(name="llama")
+def llama_command() -> None:
+    """llama.cpp: `llama build`, `llama where`, `llama clean`."""
+
+
 def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt  # so that servers and temporary files are cleaned up
 
@@ -226,11 +412,15 @@ def _terminated(number: int, frame: object) -> None:
 def main() -> None:
     argv = sys.argv[1:]
     signal.signal(signal.SIGTERM, _terminated)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup's stays
+        signal.signal(signal.SIGHUP, _terminated)
     try:
         if argv[:1] == ["train"] and not {"-h", "--help"} & set(argv):
             _train(argv[1:])
         elif argv[:1] == ["plan"] and not {"-h", "--help"} & set(argv):
             _plan(argv[1:])
+        elif argv[:1] == ["llama"]:
+            llama_app.cli(args=argv[1:], prog="twintune llama", config=(tyro.conf.FlagCreatePairsOff,))
         elif argv[:1] == ["adapter"]:
             adapter_app.cli(args=argv[1:], prog="twintune adapter", config=(tyro.conf.FlagCreatePairsOff,))
         else:

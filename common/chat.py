@@ -42,6 +42,7 @@ class Conversation:
     turns: list[Turn]
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
     marks: tuple[tuple[int, int], ...] | None = None  # what the template itself marks as generated, where it does
+    messages: tuple[Message, ...] = ()  # the row's, in the form that the template was given
 
 
 class Unlabelled(Exception):
@@ -68,7 +69,7 @@ def place(example: Example, renderer: Renderer) -> Conversation:
         messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
     refusal: Exception | None = None
     for form in _forms(messages):
-        for chosen, folded in ((form, False), (_folded(form), True)):
+        for chosen, into_user in ((form, False), (fold_system(form), True)):
             try:
                 if chosen is None:
                     continue
@@ -76,10 +77,10 @@ def place(example: Example, renderer: Renderer) -> Conversation:
             except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
                 refusal = refusal or error
                 continue
-            shift = int(folded)  # the system turn that went into the next
+            shift = int(into_user)  # the system turn that went into the next
             turns = [replace(turn, message=turn.message + shift) for turn in placed.turns]
-            notes += ["system text put into the first user turn"] * folded
-            return replace(placed, turns=turns, notes=tuple(notes))
+            notes += ["system text put into the first user turn"] * into_user
+            return replace(placed, turns=turns, notes=tuple(notes), messages=tuple(chosen))
     if isinstance(refusal, Unlabelled):
         raise UserError(
             f"{example.source}: this row cannot be labelled exactly: {refusal}.",
@@ -117,7 +118,7 @@ def _forms(messages: list[Message]) -> list[list[Message]]:
     return forms
 
 
-def _folded(messages: list[Message]) -> list[Message] | None:
+def fold_system(messages: list[Message]) -> list[Message] | None:
     """The system text at the head of the first user turn, for templates without such a role."""
     if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user":
         return None
@@ -246,7 +247,7 @@ def _start(shadow: str, before: str, number: int) -> tuple[int, int, str]:
     """Where the prompt `before` ends in `shadow`, where the turn starts, and what the prompt has besides: a block."""
     if shadow.startswith(before):
         return len(before), _after_block(shadow, len(before)), ""
-    same = len(_common(shadow, before))
+    same = len(common_prefix(shadow, before))
     for at in range(same, max(same - len("</think>\n"), -1), -1):  # "<" may begin the block and the answer
         if before[at:].strip() and THINKING_REST.fullmatch(before[at:]):
             return at, _after_block(shadow, at), before[at:]
@@ -259,7 +260,7 @@ def _after_block(text: str, at: int) -> int:
     return block.end() if block else at
 
 
-def _common(one: str, other: str) -> str:
+def common_prefix(one: str, other: str) -> str:
     """What both begin with."""
     short = min(len(one), len(other))
     return one[: next((n for n in range(short) if one[n] != other[n]), short)]
@@ -292,7 +293,7 @@ def _end(
             following = after(renderer.render([*marked, other], tools, False, think))
         except Exception:  # a template may refuse such a row: then the turn's own rendering must do
             following = ends
-    common = _common(ends, following)
+    common = common_prefix(ends, following)
     head = _before_header(following, marked, number, tools, think, renderer)
     if head and not following.startswith(ends):  # some write the beginning of the next turn too early
         common = common[: len(head)]
@@ -328,7 +329,7 @@ def _before_header(
     head = following[: following.find(said)]
     mark = MARK.format("", 0, "u")
     first = renderer.render([{"role": "user", "content": mark}], tools, False, think)
-    same = _common(head[::-1], first[: first.find(mark)][::-1])[::-1]
+    same = common_prefix(head[::-1], first[: first.find(mark)][::-1])[::-1]
     token = renderer.special.search(same)
     head = head[: len(head) - len(same[token.start() :] if token else same)]
     return head if renderer.special.search(head) else ""

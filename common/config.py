@@ -26,6 +26,9 @@ PATTERNS = ("rank_pattern", "alpha_pattern")
 SHAPE = ("rank", "alpha", "dropout", "targets", "rslora", "layers", *PATTERNS, "lora_plus", "adapter")
 
 
+UNGUIDED = ("BF16", "F16", "Q8_0")  # GGUF types that take no importance matrix
+
+
 class Options(BaseModel):
     """Everything `train` takes, from flags and YAML alike."""
 
@@ -127,9 +130,19 @@ class Options(BaseModel):
     eval_every: int = Field(0, ge=0, description="steps between validations; 0: at each epoch's end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at each epoch's end")
 
-    export: Literal["none", "fused", "gguf"] = Field("gguf", description="how far to go after training")
+    export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = Field(
+        "gguf",
+        description="what to make after training: the fused folder, with it a GGUF or a 4-bit mlx-lm folder, or the "
+        "adapter alone as a GGUF that llama.cpp adds to the base model's",
+    )
     quant: list[str] = Field(["Q4_K_M"], description="GGUF types to make, one or more")
+    imatrix: bool = Field(
+        False, description="weigh what to keep exact by an importance matrix of the training rows: model-<type>-imatrix"
+    )
+    no_verify: bool = Field(False, description="do not prove that the GGUF is what was trained (python cli.py verify)")
     llama_cpp: str | None = Field(None, description="folder of a llama.cpp build to use; else found or built once")
+    push: str | None = Field(None, description="hub repository (owner/name) that the result is uploaded to at the end")
+    push_public: bool = Field(False, description="a repository that --push makes is for everyone to see; else private")
 
     quiet: bool = Field(False, description="only warnings, errors and the result")
     json_output: bool = Field(False, alias="json", description="one JSON object per event on standard output")
@@ -206,6 +219,10 @@ class Options(BaseModel):
         if self.adapter is not None:
             settled = sorted({"rank", "alpha", "rslora", "targets", "layers", "method", *PATTERNS} & changed)
             faults += [f"{n} is settled by --adapter: leave it out" for n in settled]
+        if self.imatrix and self.export != "gguf":
+            faults.append(f"imatrix is for a GGUF, and export is {self.export}")
+        if self.imatrix and all(quant in UNGUIDED for quant in self.quant):
+            faults.append(f"imatrix means nothing for {', '.join(self.quant)}")
         if self.fuse_into and self.quantization == "none":
             faults.append("fuse_into is for a quantised base; there is none (quantization none)")
         if faults:
@@ -214,7 +231,8 @@ class Options(BaseModel):
 
 
 # What a resumed run may be told anew; all else is its own recipe and plan.
-RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json"}
+RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json", "push", "push_public"}
+RESUME_OPTIONS |= {"imatrix", "no_verify"}
 RESUME_OPTIONS |= {"backend", "device", "micro_batch_tokens", "gradient_checkpointing", "save_every"}
 RESUME_OPTIONS |= {"memory_limit", "on_swap"}
 

@@ -42,6 +42,19 @@ def prompt_of(row: Example) -> list[dict[str, Any]]:
     return [dict(message) for message in row.messages[:last]]
 
 
+def said(rows: list[Example], characters: int) -> list[str]:
+    """What the first rows say, turn by turn, about so many characters of it."""
+    found: list[str] = []
+    for row in rows:
+        if characters <= 0:
+            break
+        contents = [row.text] if row.text is not None else [message.get("content") for message in row.messages]
+        texts = [text[:characters] for text in contents if isinstance(text, str)]
+        found += texts
+        characters -= sum(map(len, texts))
+    return found
+
+
 def content_key(row: Example) -> str:
     """The row's contents as one text: equal for equal rows, wherever they came from."""
     return json.dumps([row.messages, row.tools, row.text], sort_keys=True, ensure_ascii=False)

@@ -22,8 +22,12 @@ def is_example(data: str | None) -> bool:
     return data is not None and Path(data).resolve() == FOLDER
 
 
-def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) -> dict[str, int]:
-    """Ask base and tuned GGUF of the same type the test rows' prompts, check, print; details in `example.jsonl`."""
+def score(run: Path, base: Path, report: dict[str, Any], llama: LlamaCpp, display: Display) -> dict[str, int]:
+    """Ask base and tuned GGUF of the same type the test rows' prompts, check, print; details in `example.jsonl`.
+
+    report: the tuned one's, of run.json.
+    """
+    quant = report["quant"]
     from examples.check import check, nearest_train_row
 
     def raw(name: str) -> list[dict[str, Any]]:
@@ -33,8 +37,8 @@ def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) 
     tests, trained = raw("test.jsonl"), raw("train.jsonl")
     answers = {}
     for when, gguf in (
-        ("before", _base_gguf(base, read_run(run)["model_hash"], quant, llama, display)),
-        ("after", run / "gguf" / f"model-{quant}.gguf"),
+        ("before", base_gguf(base, read_run(run)["model_hash"], quant, llama, display)),
+        ("after", run / report["file"]),
     ):
         with display.stage(f"answers {when} tuning") as progress, Server(llama, gguf, context=512) as server:
             answers[when] = server.chat_many(prompts, _ANSWER_TOKENS, progress, enable_thinking=False)
@@ -79,7 +83,7 @@ def score(run: Path, base: Path, quant: str, llama: LlamaCpp, display: Display) 
     return counts
 
 
-def _base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
+def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
     """The untuned model as the same kind of GGUF, made once for each model and cached."""
     folder = cache_folder() / "base-gguf" / model_hash[:16]
     target = folder / f"{quant}.gguf"

@@ -269,6 +269,16 @@ def text_name(name: str) -> str:
     return hf_name(name).replace("model.language_model.", "model.", 1)
 
 
+def language_tensor(name: str, tied: bool) -> bool:
+    """Whether the tensor of that text_name is one of the language model's: no vision tower, no copy of another."""
+    return (
+        name.startswith(("model.", "lm_head."))
+        and not name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+        and not (tied and name.startswith("lm_head."))
+        and not name.endswith("rotary_emb.inv_freq")
+    )
+
+
 def mlx_name(name: str) -> str:
     """The name within mlx-lm's model, which keeps the older nesting of multimodal models."""
     return name.replace("model.language_model.", "language_model.model.", 1)

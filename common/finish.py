@@ -1,7 +1,9 @@
 """After training: fuse, export, try the GGUF, count the example; and `fuse RUN`, the same again."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,48 +11,67 @@ import numpy as np
 
 from common import adapter as adapters
 from common import models, record
-from common.config import Options, Plan, Recipe
+from common.card import base_form, parts_of, write_card
+from common.config import Options
 from common.dispatch import choose_backend, choose_device
 from common.errors import UserError
 from common.example import is_example, score
-from common.export import Served, check_disk, disk_needed, try_gguf, write_fused, write_ggufs
+from common.export import Served, trained_bytes, write_fused
+from common.families import text_config
 from common.gguf import check_quants
+from common.ggufs import WHOLE, write_ggufs, write_lora
 from common.llamacpp import LlamaCpp
+from common.loading import TEMPLATE, base_of, loaded, runnable
 from common.lora import layer_count, validate
+from common.mlx_export import write_mlx
 from common.mlx_quantized import source
-from common.prepare import llama_for, source_name
+from common.prepare import reloaded, tools_for
+from common.probes import data_of
 from common.progress import Display, gigabytes
+from common.push import check_push, push
 from common.record import timed
-from common.seam import Adapter, Backend, ModelInfo, OutOfMemory
-
-TEMPLATE = "chat_template.jinja"
+from common.seam import Adapter, Backend
+from common.stages import THROUGH, Ledger, Stage, check_disk, foretell, warn_of_memory
+from common.terms import copy_terms, find_terms
+from common.verify import verdict, verify_run
 
 
 def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
-    known = record.read_run(run, "status", "options", "model_hash", "stop_ids", "sample_prompt")
-    if known["status"] != "complete":
-        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    known = record.read_complete(run, "options", "model_hash", "stop_ids", "sample_prompt")
     if options.get("fuse_into") and known["options"].get("quantization", "none") == "none":
         raise UserError(
             f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
             "Leave --fuse-into out.",
         )
-    merged = Options.model_validate({**known["options"], **options})
+    if (options.get("quant") or options.get("imatrix")) and "export" not in options:
+        options = options | {"export": "gguf"}  # what those are for
+    # what is proven and weighed is said each time, not as the run was started
+    merged = Options.model_validate({**known["options"], "imatrix": False, "no_verify": False, **options})
     if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
         merged = merged.model_copy(update={"export": "gguf"})
+    merged = merged.model_copy(update={"push": options.get("push"), "push_public": options.get("push_public", False)})
     check_quants(merged.quant)
-    folder = models.resolve(merged.model or "", display.say)
-    if models.content_hash(folder) != known["model_hash"]:
-        raise UserError(f"{merged.model} is not the model that {run} was trained on.", "Bring that model back.")
+    if merged.push:
+        check_push(merged.push, not merged.push_public, display)
+    folder = base_of(run, known, display)
     shapes = models.linear_shapes(folder, record.read_recipe(run).targets)
     final = adapters.read_trained(run, layer_count(shapes))
     validate(final, shapes, run / "adapter")
-    check_disk(run, disk_needed(folder, merged.export, merged.quant, 0))
-    llama = llama_for(merged, folder, display)
+    recipe = record.read_recipe(run)
+    if "convert" in THROUGH[merged.export] and (merged.imatrix or not merged.no_verify):
+        data_of(run, merged, recipe)
+    if "convert" in THROUGH[merged.export] and not merged.no_verify:
+        runnable(record.read_plan(run), recipe)
+    after = _foretold(run, folder, final, merged)
+    check_disk(run, after)
+    warn_of_memory(after, display)
+    llama = tools_for(merged, final.method, folder, display)
     template = run / TEMPLATE
     served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
     finish(run, folder, final, merged, llama, served, {}, display, make_backend)
+    if merged.push:
+        push(run, merged.push, None, not merged.push_public, False, display)
 
 
 def finish(
@@ -64,55 +85,89 @@ def finish(
     display: Display,
     make_backend: Callable[[str], Backend],
 ) -> None:
-    """Fuse, convert, quantise and, for the built-in example, count; recorded in run.json."""
+    """Make what --export asks for and, for the built-in example, count; recorded in run.json."""
     export: dict[str, Any] = {}
-    if options.export != "none":
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    model = options.model or ""
+    terms = find_terms(folder, model, kind)
+    record.update_run(run, base={"terms": asdict(terms), "form": base_form(folder, model)})
+    earlier = record.read_run(run).get("export", {})
+    through, ledger = THROUGH[options.export], Ledger(_foretold(run, folder, final, options), seconds)
+    if "fuse" in through:
         replacing = _replaced(run, folder, final, options, make_backend, display)
-        with timed(seconds, "fuse"), replacing as replaced, display.stage("fuse") as progress:
+        with ledger.stage("fuse", run / "fused"), replacing as replaced, display.stage("fuse") as progress:
             write_fused(folder, final, run / "fused", served, progress, replaced)
-        export["fused"] = "fused"
-    if options.export == "gguf" and llama is not None:
-        with display.stage("gguf") as progress:
-            export["gguf"] = write_ggufs(
-                run / "fused", run / "gguf", source_name(options.model), options.quant, llama, progress, seconds
-            )
-        display.table(
-            "GGUF",
-            ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
-            [
-                [
-                    str(run / report["file"]),
-                    f"{report['bytes'] / 1e6:.1f} MB",
-                    f"{report['bits_per_weight']:.2f}",
-                    ", ".join(f"{count} {kind}" for kind, count in report["tensors"].items()),
-                    str(report["fallbacks"]),
-                ]
-                for report in export["gguf"]
-            ],
+        export |= {"fused": "fused", "fuse_into": options.fuse_into}
+        record.update_run(run, verify=None)  # of what was there before
+        if earlier.get("fuse_into") != options.fuse_into:
+            earlier = earlier | {"gguf": []}  # those of the other form
+    if "convert" in through and llama is not None:
+        export |= write_ggufs(run, folder, options, llama, served, ledger, seconds, display)
+    if "lora" in through and llama is not None:
+        export["lora_gguf"] = write_lora(run, folder, final, options, llama, served, ledger, display)
+    if "mlx" in through:
+        with ledger.stage("mlx", run / "mlx"), display.stage("mlx") as progress:
+            export["mlx"] = write_mlx(run / "fused", run / "mlx", progress)
+        display.say(
+            f"mlx-lm, {export['mlx']['bits']} bits, {gigabytes(export['mlx']['bytes'])}: "
+            f"python -m mlx_lm generate --model {run / 'mlx'} --prompt ..."
         )
-        if any(report["fallbacks"] for report in export["gguf"]):
-            display.say(
-                "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
-                "larger type, so the file is bigger than its name suggests."
-            )
-        first = run / export["gguf"][0]["file"]
-        prompt = record.read_run(run)["sample_prompt"]
-        with timed(seconds, "try"):
-            answer = try_gguf(first, run / "fused", prompt, llama)
-        export["sample"] = {"prompt": prompt, "answer": answer}
-        if prompt:
-            display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
-    export = record.read_run(run).get("export", {}) | export
-    record.update_run(run, export=export)
-    if options.export == "gguf" and llama is not None and is_example(options.data):
+    record.update_run(run, export=earlier | export)
+    parts = parts_of(run)
+    for part in {*parts, "gguf", "mlx"}:
+        if (run / part).is_dir():
+            copy_terms(folder, run / part, terms)
+    if "fused" in parts:
+        write_card(run, run / "fused" / "README.md", parts)
+    broken = "convert" in through and not _proven(run, options, ledger, make_backend, display)
+    if through:
+        stages = earlier.get("stages", {}) | ledger.record()
+        record.update_run(run, export=earlier | export | {"stages": stages})
+    if "convert" in through and llama is not None and is_example(options.data):
         with timed(seconds, "example"):
-            counts = score(run, folder, options.quant[0], llama, display)
+            counts = score(run, folder, export["gguf"][0], llama, display)
         record.update_run(run, example=counts)
     record_seconds(run, seconds)
+    ledger.show(display)
     display.event("done", run=str(run), stage_seconds=seconds)
     if display.mode in ("rich", "plain"):
         _closing(record.read_run(run), seconds, display)
         display.say(f"The run is in {run}")
+    if broken:
+        raise UserError(
+            f"{run}: the GGUF does not hold what was trained; the checks above and run.json say where.",
+            "The adapter is whole. Mend what they name, then: python cli.py fuse RUN",
+        )
+
+
+def _proven(
+    run: Path, options: Options, ledger: Ledger, make_backend: Callable[[str], Backend], display: Display
+) -> bool:
+    """Verify the GGUFs unless told not to, and take the bf16 one away where it was not asked for."""
+    whole = run / "gguf" / WHOLE
+    try:
+        if options.no_verify:
+            return True
+        with ledger.stage("verify", run / "gguf" / "none"):
+            return verdict(verify_run(run, make_backend, display, whole, options.llama_cpp)) != "broken"
+    finally:
+        reports = record.read_run(run)["export"]["gguf"]
+        if str(whole.relative_to(run)) not in [report["file"] for report in reports]:
+            whole.unlink(missing_ok=True)
+
+
+def _foretold(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
+    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    held = reloaded(options, record.read_recipe(run), config, folder)
+    return foretell(
+        options.export,
+        options.quant,
+        folder,
+        trained_bytes(final, folder),
+        held,
+        options.imatrix,
+        not options.no_verify,
+    )
 
 
 def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -> None:
@@ -174,16 +229,3 @@ def record_seconds(run: Path, seconds: dict[str, float]) -> None:
     for stage in {"train", "evaluate", "save"} & seconds.keys():
         seconds[stage] += earlier.get(stage, 0.0)
     record.update_run(run, stage_seconds=earlier | seconds)
-
-
-def loaded(
-    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
-) -> tuple[Backend, ModelInfo]:
-    backend = make_backend(plan.backend)
-    try:
-        return backend, backend.load(recipe, plan, folder, adapter)
-    except OutOfMemory as error:
-        raise UserError(
-            f"{recipe.model} does not fit into memory on {plan.device}: {error}",
-            "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
-        ) from None

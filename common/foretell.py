@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from common.batches import micro_batches, step_rows
 from common.config import Options
-from common.finish import loaded
+from common.loading import loaded
 from common.plan import described, largest
 from common.prepare import Job, prepare
 from common.progress import Display, gigabytes
@@ -14,7 +14,7 @@ from common.seam import Backend, OutOfMemory
 
 def foretell(options: Options, probe: bool, make_backend: Callable[[str], Backend], display: Display) -> None:
     """Print prediction, its parts, the plan, what would fit at the most and, after a probe, the time."""
-    job = prepare(options.model_copy(update={"export": "none"}), None, display)
+    job = prepare(options.model_copy(update={"export": "none", "push": None}), None, display)
     chosen, recipe, plan = job.chosen, job.recipe, job.plan
     rows = [[name, gigabytes(size)] for name, size in chosen.prediction.parts.items()]
     rows.append(["predicted peak", gigabytes(chosen.prediction.peak)])

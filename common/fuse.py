@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -22,6 +23,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _BLOCK_ELEMENTS = 1 << 22  # at most this many weights in float32 at once: 16 MB an array
+_COPY_BYTES = 1 << 24
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -79,7 +81,7 @@ def fuse(
     progress: Progress,
     replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
 ) -> None:
-    """Write `base`'s shards into `out` with the adapter added; memory stays near one block, not one shard.
+    """Write `base`'s shards into `out` with the adapter added; memory stays near a few blocks of 16 MB.
 
     `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantised weights it was
     trained over. Raises UserError when an adapted module is not among the base's weights.
@@ -94,25 +96,25 @@ def fuse(
     done = 0
     for shard in shards:
         header, start = read_header(shard)
-        target = out / shard.name
-        with shard.open("rb") as source, target.open("wb") as file:
+        # read, not mapped: mapped pages would count as this process's memory, the whole shard of them
+        with shard.open("rb") as source, (out / shard.name).open("wb") as file:
             file.write(source.read(start))  # names, types and shapes stay, so the header does
-        data = np.memmap(shard, np.uint8, "r")
-        with target.open("ab") as file:
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-                begin, end = (start + offset for offset in entry["data_offsets"])
+                begin, end = entry["data_offsets"]
                 name = hf_name(name)
                 weight = adapter.weights.get(name.removesuffix(".weight"))
                 missing.discard(name)
+                source.seek(start + begin)
                 if weight is None and name not in replaced:
-                    file.write(data[begin:end].data)
+                    copy_bytes(source, file, end - begin)
                 else:
-                    stored = data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-                    for piece in _fused_pieces(replaced[name]() if name in replaced else stored, weight):
-                        file.write(piece.astype(stored.dtype).tobytes())
+                    kind = DTYPES[entry["dtype"]]
+                    given = replaced[name]() if name in replaced else None
+                    for rows, block in _blocks(source, entry["shape"], kind, given):
+                        fused = block if weight is None else fuse_block(block, weight, rows)
+                        file.write(fused.astype(kind).tobytes())
                 done += end - begin
                 progress(done / total, f"fuse {name}")
-        del data
     if missing:
         raise UserError(
             f"{base} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
@@ -120,11 +122,39 @@ def fuse(
         )
 
 
-def _fused_pieces(matrix: np.ndarray, weight: LoraWeight | None) -> Iterator[np.ndarray]:
-    if weight is None:
-        yield matrix
-        return
-    height = max(1, _BLOCK_ELEMENTS // math.prod(matrix.shape[1:]))
-    for top in range(0, matrix.shape[0], height):
-        rows = slice(top, top + height)
-        yield fuse_block(matrix[rows], weight, rows)
+def copy_bytes(source: BinaryIO, file: BinaryIO, size: int) -> None:
+    """`size` bytes from where `source` stands, a few at a time."""
+    for left in range(size, 0, -_COPY_BYTES):
+        file.write(source.read(min(left, _COPY_BYTES)))
+
+
+def _blocks(
+    source: BinaryIO, shape: list[int], kind: np.dtype, given: np.ndarray | None
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """A matrix by a few rows at a time: those of `given`, or the ones that `source` holds from where it stands."""
+    width = math.prod(shape[1:])
+    height = max(1, _BLOCK_ELEMENTS // width)
+    for top in range(0, shape[0], height):
+        rows = slice(top, min(top + height, shape[0]))
+        if given is not None:
+            yield rows, given[rows]
+        else:
+            count = (rows.stop - rows.start) * width
+            stored = np.frombuffer(source.read(count * kind.itemsize), kind)
+            yield rows, stored.reshape(-1, *shape[1:])
+
+
+def differing(folder: Path, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Which of the float32 `tensors`, by their names, the folder does not hold, rounded once to its own types."""
+    missing = set(tensors)
+    for shard in shard_files(folder):
+        header, start = read_header(shard)
+        with shard.open("rb") as file:
+            for name, entry in header.items():
+                if hf_name(name) in missing:
+                    begin, end = entry["data_offsets"]
+                    file.seek(start + begin)
+                    stored = file.read(end - begin)
+                    if stored == tensors[hf_name(name)].astype(DTYPES[entry["dtype"]]).tobytes():
+                        missing.remove(hf_name(name))
+    return sorted(missing)

@@ -7,17 +7,22 @@ import difflib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import sys
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from common import sentencepiece_model
 from common.errors import UserError
 from common.llamacpp import LlamaCpp
-from common.process import fraction, run_logged
+from common.process import capture, fraction, run_logged
 from common.seam import Progress
 from common.server import Server
 
@@ -75,32 +80,61 @@ def check_quants(quants: Sequence[str]) -> None:
             )
 
 
-def check_convertible(folder: Path) -> None:
-    """UserError for a Gemma without `tokenizer.model`; asked before training: the remedy may take a download."""
+def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> None:
+    """UserError where the converter needs a `tokenizer.model`, and the folder has none and none can be made from it.
+
+    Asked before training: the remedy may take a download. What would be made is proven on `texts` too. tokenizer: the
+    folder's, where it is loaded already.
+    """
+    if (folder / sentencepiece_model.NAME).is_file():
+        return
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind in _NEED_SENTENCEPIECE and not (folder / "tokenizer.model").is_file():
+    if sentencepiece_model.rebuild_proven(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
-            "Copy tokenizer.model from the base model into that folder, or stop at --export fused.",
+            sentencepiece_model.REMEDY,
         )
 
 
-def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress) -> None:
+def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:
     """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF that calls itself `name`.
 
-    Raises UserError where the converter fails (its last lines; its log is kept beside `out`), and beforehand for a
-    Gemma without `tokenizer.model`: the converter would take another model's tokenizer for it and say nothing.
+    With `mmproj` it is the folder's vision tower, without a tokenizer. Raises UserError where the converter fails (its
+    last lines; its log is kept beside `out`), and beforehand where check_convertible does: it would take another
+    model's tokenizer for it and say nothing.
     """
-    check_convertible(folder)
-    command = [sys.executable, str(llama.converter), str(folder), "--model-name", name, "--outtype", "bf16"]
-    command.append("--outfile")
-    # The folder is all it may look at: no model card of some other repository, no download.
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-    remedy = f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
-    _write(command, [], out, "converting to GGUF", remedy, progress, env)
+    with nullcontext(folder) if mmproj else _with_tokenizer(folder) as whole:
+        command = [sys.executable, str(llama.converter), str(whole), "--model-name", name, "--outtype", "bf16"]
+        command += ["--mmproj", "--outfile"] if mmproj else ["--outfile"]
+        # The folder is all it may look at: no model card of some other repository, no download.
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        remedy = (
+            f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
+        )
+        _write(command, [], out, "converting to GGUF", remedy, progress, env)
 
 
-def quantize(source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress) -> QuantReport:
+@contextmanager
+def _with_tokenizer(folder: Path) -> Iterator[Path]:
+    """The folder, or where it lacks the `tokenizer.model` its kind needs a temporary one like it that has one."""
+    if (folder / sentencepiece_model.NAME).is_file() or sentencepiece_model.read_state(folder) is None:
+        check_convertible(folder)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="twintune-") as name:
+        whole = Path(name)
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":
+                (whole / path.name).symlink_to(path.resolve())
+            elif path.is_file():
+                shutil.copyfile(path, whole / path.name)
+        sentencepiece_model.write(whole)
+        yield whole
+
+
+def quantize(
+    source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress, imatrix: Path | None = None
+) -> QuantReport:
     """Quantise the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
     check_quants([quant])
     if quant == "BF16":  # what the source is already
@@ -110,8 +144,32 @@ def quantize(source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Pro
             partial.replace(out)
     else:
         remedy = f"Look at the free disk space and memory; {source} is whole and can be quantised again."
-        _write([str(llama.quantize), str(source)], [quant], out, f"quantising to {quant}", remedy, progress, None)
+        # from its own folder, because its path goes into the file
+        command = [str(llama.quantize), *(["--imatrix", imatrix.name] if imatrix else []), str(source.absolute())]
+        cwd = imatrix.parent if imatrix else None
+        _write(command, [quant], out, f"quantising to {quant}", remedy, progress, None, cwd)
     return report(out, quant)
+
+
+def foreseen_bits(source: Path, quant: str, llama: LlamaCpp) -> float | None:
+    """Bits a weight that `quant` would come to, by llama-quantize's dry run; None where this one has none."""
+    code, tail = capture([str(llama.quantize), "--dry-run", str(source), quant], 120)
+    match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
+    return float(match[1]) if code == 0 and match else None
+
+
+def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str | None:
+    """Where fallbacks make a type about as large as a better one: which; None where nothing is to be said."""
+    for found in reports:
+        steps = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+        for better in steps[steps.index(found.quant) + 1 :] if found.fallbacks and found.quant in steps else ():
+            bits = foreseen_bits(source, better, llama)
+            if bits is not None and bits <= 1.12 * found.bits_per_weight:
+                return (
+                    f"{found.quant} takes {found.bits_per_weight:.2f} bits a weight of this model, {better} would take "
+                    f"{bits:.2f}: a finer type for {bits / found.bits_per_weight - 1:+.0%} of size, --quant {better}"
+                )
+    return None
 
 
 def report(gguf: Path, quant: str) -> QuantReport:
@@ -171,26 +229,13 @@ def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
         return found
 
 
-# What tokenizers disagree on when one of them was rebuilt wrong.
-PROBE = (
-    "Hello, world! It's 12345 and 3.14.",
-    "こんにちは、世界。日本語の文です。ｱｲｳ",
-    "def f(x):\n    return {'a': [x ** 2]}\n\n\n",
-    "  two  spaces\tand a tab   ",
-    "😀 é ñ ½ ² ① Ω — “quotes”",
-)
-
-
-def verify_tokens(tokenizer_folder: Path, texts: Sequence[str], server: Server) -> list[TokenDifference]:
+def verify_tokens(tokenizer: Any, texts: Sequence[str], server: Server) -> list[TokenDifference]:
     """The texts whose token ids differ between transformers' tokenizer and the GGUF that `server` serves.
 
     No special tokens are added on either side; those written out in a text are parsed on both.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
     differences = []
-    for text in texts:
+    for text in sentencepiece_model.comparable(texts, tokenizer):
         expected, got = tokenizer.encode(text, add_special_tokens=False), server.tokenize(text)
         if expected != got:
             differences.append(TokenDifference(text, expected, got))
@@ -205,10 +250,11 @@ def _write(
     remedy: str,
     progress: Progress,
     env: dict[str, str] | None,
+    cwd: Path | None = None,
 ) -> None:
     """Run `before`, a temporary file, `after`; give that file its name only when the tool has ended well."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, log = _partial(out), out.with_name(out.name + ".log")
+    partial, log = _partial(out).absolute(), out.with_name(out.name + ".log")
     progress(0.0, name)
 
     def advance(line: str) -> None:
@@ -217,7 +263,7 @@ def _write(
             progress(done, name)
 
     try:
-        code, tail = run_logged([*before, str(partial), *after], log, advance, env)
+        code, tail = run_logged([*before, str(partial), *after], log, advance, env, cwd)
         if code != 0 or not partial.is_file():
             raise UserError(f"{name} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
         partial.replace(out)

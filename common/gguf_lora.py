@@ -19,15 +19,30 @@ from common.seam import Adapter, LoraWeight
 _SCRIPT = "convert_lora_to_gguf.py"
 
 
+def check_lora(method: str) -> None:
+    """UserError for DoRA and full fine-tuning: a GGUF LoRA holds A, B and one alpha."""
+    if method != "lora":
+        kind = "DoRA's row lengths" if method == "dora" else "the weights of full fine-tuning"
+        raise UserError(
+            f"A GGUF LoRA cannot hold {kind}.", "Fuse them into the model (--export gguf), or train with --method lora."
+        )
+
+
+def lora_script(llama: LlamaCpp) -> Path:
+    """llama.cpp's converter of adapters. UserError where it is not there."""
+    script = llama.converter.with_name(_SCRIPT)
+    if not script.is_file():
+        raise UserError(f"{llama.where} has no {_SCRIPT}.", "Name a whole llama.cpp with --llama-cpp DIR.")
+    return script
+
+
 def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
     """`adapter` as a float32 LoRA GGUF for the base model in `base`.
 
     The file has one alpha, and llama.cpp takes `alpha / rank` of each matrix as its scale: what rsLoRA and patterns
     make of it goes into B. Raises UserError for DoRA and full fine-tuning, which such a file cannot hold.
     """
-    if adapter.full or adapter.dora:
-        kind = "DoRA's row lengths" if adapter.dora else "the weights of full fine-tuning"
-        raise UserError(f"A GGUF LoRA cannot hold {kind}.", "Fuse them into the model: python cli.py fuse RUN")
+    check_lora(adapter.method)
     alpha = next(iter(adapter.weights.values())).alpha
     weights = {}
     for name, weight in adapter.weights.items():
@@ -76,9 +91,7 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
 
 
 def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
-    script = llama.converter.with_name(_SCRIPT)
-    if not script.is_file():
-        raise UserError(f"{llama.where} has no {_SCRIPT}.", "Name a whole llama.cpp with --llama-cpp DIR.")
+    script = lora_script(llama)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.tmp")
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,4 +1,4 @@
-"""Find llama.cpp or build it: its converter, `llama-quantize` and `llama-server`.
+"""Find llama.cpp or build it: its converter, `llama-quantize` and `llama-server`; with ours, two tools to measure by.
 
 The source is pinned. It lies, whole, in the source distribution of llama-cpp-python, which pip fetches with the user's
 own settings (mirror, proxy, certificate) and checks against a hash: no git and no second download route are needed.
@@ -22,6 +22,8 @@ from common.seam import Progress
 VERSION = "0.3.36"
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 TARGETS = ("llama-quantize", "llama-server")
+OURS = ("llama-imatrix", "twintune-logits")  # built beside; the second is our own, from common/llama_logits
+LOGITS = Path(__file__).with_name("llama_logits")
 CONVERTER = "convert_hf_to_gguf.py"
 
 _EXE = ".exe" if os.name == "nt" else ""
@@ -48,13 +50,18 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """A usable llama.cpp. `where` says how it was found, `version` what it calls itself."""
+    """A usable llama.cpp. `where` says how it was found, `version` what it calls itself.
+
+    imatrix: `llama-imatrix`, where there is one. logits: our own tool, in our own build alone.
+    """
 
     converter: Path
     quantize: Path
     server: Path
     where: str
     version: str
+    imatrix: Path | None = None
+    logits: Path | None = None
 
 
 def find(llama_cpp: str | None) -> LlamaCpp | None:
@@ -70,7 +77,9 @@ def find(llama_cpp: str | None) -> LlamaCpp | None:
     if all(on_path):
         converter, quantize, server = (Path(str(path)) for path in on_path)
         if converter.parent == quantize.parent == server.parent and not _converter_fault(converter):
-            return LlamaCpp(converter, quantize, server, f"on PATH, in {quantize.parent}", _version(server))
+            imatrix = shutil.which(OURS[0])
+            where = f"on PATH, in {quantize.parent}"
+            return LlamaCpp(converter, quantize, server, where, _version(server), Path(imatrix) if imatrix else None)
     return _our_build()
 
 
@@ -90,7 +99,9 @@ def _from_folder(folder: Path, where: str) -> LlamaCpp:
             f"{where} {folder}: {CONVERTER} does not run:\n{fault}",
             "Use a whole checkout (the converter needs its folders conversion/ and gguf-py/), or leave it out.",
         )
-    return LlamaCpp(converter, quantize, server, f"{where} {folder}", _version(server))
+    beside = quantize.with_name(OURS[0] + _EXE)
+    imatrix = beside if beside.is_file() else None
+    return LlamaCpp(converter, quantize, server, f"{where} {folder}", _version(server), imatrix)
 
 
 def _locate(sources: list[Path], bins: list[Path]) -> dict[str, Path | None]:
@@ -115,10 +126,21 @@ def _version(server: Path) -> str:
 def _our_build() -> LlamaCpp | None:
     root = cache_root()
     found = list(_locate([root / "source"], [root / "build" / "bin"]).values())
-    if not (root / "complete").is_file() or None in found:
+    ours = [root / "build" / "bin" / (name + _EXE) for name in OURS]
+    marker = root / "complete"
+    if None in found or not all(path.is_file() for path in ours) or not marker.is_file():
+        return None
+    if marker.read_text(encoding="utf-8") != _complete():
         return None
     converter, quantize, server = (Path(str(path)) for path in found)
-    return LlamaCpp(converter, quantize, server, f"built by Twintune, in {_short(root)}", f"llama-cpp-python {VERSION}")
+    where, version = f"built by Twintune, in {_short(root)}", f"llama-cpp-python {VERSION}"
+    return LlamaCpp(converter, quantize, server, where, version, *ours)
+
+
+def _complete() -> str:
+    """What a whole build's marker holds: an older Twintune's lacks tools, or has another `twintune-logits`."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(LOGITS.iterdir()))).hexdigest()
+    return f"{', '.join((*TARGETS, *OURS))} of llama-cpp-python {VERSION}; twintune-logits {digest[:12]}\n"
 
 
 def _short(path: Path) -> str:
@@ -164,6 +186,21 @@ def ensure(llama_cpp: str | None, progress: Progress) -> LlamaCpp:
     return find(llama_cpp) or build(progress)
 
 
+def own(progress: Progress) -> LlamaCpp:
+    """Our own build, whichever llama.cpp is used else: only it has the tool that gives logits. Raises as `build`."""
+    return _our_build() or build(progress)
+
+
+def clean() -> list[tuple[Path, int]]:
+    """Remove every build of ours, of this version and others; the folders and their sizes in bytes."""
+    removed = []
+    for folder in sorted(cache_root().parent.glob("llama.cpp-*")):
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+        shutil.rmtree(folder)
+        removed.append((folder, size))
+    return removed
+
+
 def build(progress: Progress) -> LlamaCpp:
     """Download the pinned source, compile it in the user's cache folder, and return the result.
 
@@ -192,7 +229,7 @@ def build(progress: Progress) -> LlamaCpp:
             if not (root / "source").is_dir():
                 _fetch(root, progress)
             _compile(root, progress)
-            (root / "complete").write_text(f"llama-quantize and llama-server of llama-cpp-python {VERSION}\n")
+            (root / "complete").write_text(_complete(), encoding="utf-8")
             ready = _our_build()
     finally:
         lock.release()
@@ -255,6 +292,8 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
 
 def _compile(root: Path, progress: Progress) -> None:
     log, folder = root / "build.log", root / "build"
+    tool = root / "logits"  # a copy, so that the build does not lean on where this checkout lies
+    shutil.copytree(LOGITS, tool, dirs_exist_ok=True)
     cmake = which("cmake") or "cmake"
     last = (0, "")
     # CUDA's compiler is particular about its host compiler. A CPU build does the same work here, more slowly: rather
@@ -262,6 +301,7 @@ def _compile(root: Path, progress: Progress) -> None:
     for cuda in (True, False) if _has_cuda() else (False,):
         configure = [cmake, "-S", str(root / "source"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-D{name}=OFF" for name in _OFF] + [f"-DGGML_CUDA={'ON' if cuda else 'OFF'}"]
+        configure.append(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={tool / 'logits.cmake'}")
         if cuda:
             configure.append("-DCMAKE_CUDA_ARCHITECTURES=native")
         if not (folder / "CMakeCache.txt").is_file() and (ninja := which("ninja")):
@@ -275,7 +315,7 @@ def _compile(root: Path, progress: Progress) -> None:
                 progress(0.03 + 0.97 * done, name)
 
         jobs = str(os.cpu_count() or 1)
-        make = [cmake, "--build", str(folder), "--config", "Release", "--parallel", jobs, "--target", *TARGETS]
+        make = [cmake, "--build", str(folder), "--config", "Release", "--parallel", jobs, "--target", *TARGETS, *OURS]
         last = run_logged(configure, log, lambda line: None)
         if last[0] == 0:
             last = run_logged(make, log, advance)

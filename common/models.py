@@ -16,8 +16,9 @@ from common.families import config_faults, hf_name, normalise_config, text_confi
 from common.from_gguf import MIRRORS, from_gguf, mirror_gguf
 from common.fuse import DTYPES, read_header, shard_files
 from common.seam import Progress
+from common.terms import FILES
 
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "LICENSE*", "README.md"]
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md", *FILES]
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
 # Of a multimodal model the language model alone: a vision tower has layers and q_proj too.

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,30 @@ from common.adapter import adapter_hash, read_any
 from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
 from common.config import Options, Plan, Recipe
-from common.data import data_hash, prompt_of
+from common.data import data_hash, prompt_of, said
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
-from common.export import Served, check_disk, disk_needed, trained_bytes
+from common.export import Served, checkpoints_disk, trained_bytes
 from common.families import text_config
 from common.findings import doubtful
 from common.gguf import check_convertible, check_quants
-from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools
+from common.gguf_lora import check_lora, lora_script
+from common.imatrix import imatrix_tool
+from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools, own
 from common.lora import choose_layers, initial_adapter, layer_count, validate
+from common.mlx_export import check_installed, check_model
 from common.mlx_quantized import source
 from common.overflow import encode_all, fit
 from common.plan import Chosen, choose
+from common.predict import Sizes, weight_bytes
 from common.progress import Display, gigabytes
+from common.push import check_push
 from common.record import timed
 from common.seam import Adapter
 from common.sources import check_fields, load_data
+from common.stages import THROUGH, Stage, check_disk, foretell, needs_llama, warn_of_memory
 from common.template import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
+from common.vision import has_vision, vision_fault
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,16 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
     """Everything that could go wrong later is looked at here, cheapest first. `seconds`: of tokenising is told."""
     seconds = {} if seconds is None else seconds
     check_quants(options.quant)
+    if options.push:
+        check_push(options.push, not options.push_public, display)
     if not options.model:
         raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
     if not options.data:
         raise UserError("No data is given.", "Add --data FILE.jsonl (or a folder with train.jsonl).")
+    if "lora" in THROUGH[options.export]:
+        check_lora(options.method)
+    if "mlx" in THROUGH[options.export]:
+        check_installed()
     choices = {"backend": choose_backend(options.backend)}
     backend = choices["backend"].value
     choices["device"] = choose_device(options.device, backend)
@@ -160,8 +174,12 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
             f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
             f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
         )
-    check_disk(run, disk_needed(folder, options.export, options.quant, trained_bytes(start, folder)))
-    llama = llama_for(options, folder, display)
+    adapter_bytes = trained_bytes(start, folder)
+    held = reloaded(options, recipe, config, folder)
+    after = foretell(options.export, options.quant, folder, adapter_bytes, held, options.imatrix, not options.no_verify)
+    check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
+    warn_of_memory(after, display)
+    llama = tools_for(options, recipe.method, folder, display, tokenizer, said(data.train, 200_000))
     sample = prompt_of((data.valid or data.train)[0])
     chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
     served = Served(stop_ids(every), exported_template(tokenizer, style) if chats else None)
@@ -248,11 +266,41 @@ def source_name(source: str | None) -> str:
     return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]
 
 
-def llama_for(options: Options, folder: Path, display: Display) -> LlamaCpp | None:
-    """llama.cpp, found or built now: not after hours of training. None where no GGUF is wanted."""
-    if options.export != "gguf":
+def reloaded(options: Options, recipe: Recipe, config: dict[str, Any], folder: Path) -> int:
+    """Bytes of the quantised base that --fuse-into dequantized loads again. `config`: the normalised text config."""
+    if options.fuse_into != "dequantized" or recipe.quantization == "none" or source(folder) is not None:
+        return 0
+    return weight_bytes(Sizes.of(config), recipe)
+
+
+def tools_for(
+    options: Options,
+    method: str,
+    folder: Path,
+    display: Display,
+    tokenizer: Any | None = None,
+    texts: Sequence[str] = (),
+) -> LlamaCpp | None:
+    """What the export needs, looked at now: not after hours of training. llama.cpp is found or built; None without.
+
+    tokenizer, texts: as check_convertible takes them.
+    """
+    through = THROUGH[options.export]
+    if "mlx" in through:
+        check_installed()
+        check_model(folder, display)
+    if "lora" in through:
+        check_lora(method)
+    if "convert" in through:
+        with display.stage("check the tokenizer"):
+            check_convertible(folder, tokenizer, texts)
+        if has_vision(folder) and (fault := vision_fault(folder)):
+            display.warn(
+                f"{folder} has a vision tower, but {fault}: the GGUF will take texts alone. For images, copy that file "
+                "from the base model into the folder"
+            )
+    if not needs_llama(options.export):
         return None
-    check_convertible(folder)
     llama = find(options.llama_cpp)
     if llama is None:
         if missing := missing_build_tools():
@@ -262,5 +310,12 @@ def llama_for(options: Options, folder: Path, display: Display) -> LlamaCpp | No
             )
         with display.stage("build llama.cpp, once") as progress:
             llama = ensure(options.llama_cpp, progress)
+    if "lora" in through:
+        lora_script(llama)
+    if "convert" in through and options.imatrix:
+        imatrix_tool(llama)
+    if "convert" in through and not options.no_verify and llama.logits is None:
+        with display.stage("build llama.cpp, once, to verify with") as progress:
+            own(progress)
     display.say(f"llama.cpp: {llama.where}")
     return llama

@@ -18,7 +18,11 @@ def capture(command: list[str], seconds: float) -> tuple[int, str]:
 
 
 def run_logged(
-    command: list[str], log: Path, on_line: Callable[[str], None], env: dict[str, str] | None = None
+    command: list[str],
+    log: Path,
+    on_line: Callable[[str], None],
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
 ) -> tuple[int, str]:
     """Run a command, append all it prints to `log`, show `on_line` each line; return exit status and the last 15 lines.
 
@@ -29,7 +33,9 @@ def run_logged(
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
         try:
-            process = subprocess.Popen(command, env=env, text=True, encoding="utf-8", errors="replace", **pipes)
+            process = subprocess.Popen(
+                command, env=env, cwd=cwd, text=True, encoding="utf-8", errors="replace", **pipes
+            )
         except OSError as error:
             return 127, str(error)
         try:

@@ -37,6 +37,14 @@ def read_run(run: Path, *needed: str) -> dict[str, Any]:
     return content
 
 
+def read_complete(run: Path, *needed: str) -> dict[str, Any]:
+    """run.json of a run that is trained to its end. Raises UserError where it is not, and as `read_run`."""
+    known = read_run(run, "status", *needed)
+    if known["status"] != "complete":
+        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    return known
+
+
 def update_run(run: Path, **facts: Any) -> dict[str, Any]:
     """Merge `facts` into run.json, atomically."""
     path = run / "run.json"

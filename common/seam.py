@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from common.config import Plan, Recipe
+    from common.sampling import Pick
 
 IGNORE = -100  # the label of a position that carries no loss
 Progress = Callable[[float, str], None]  # a fraction in 0..1 and a short text
@@ -109,6 +110,11 @@ class Adapter:
     full: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     dora: bool = False  # also where the magnitudes are still to be taken from the base
 
+    @property
+    def method(self) -> str:
+        """As --method names it: lora, dora or full."""
+        return "full" if self.full else "dora" if self.dora else "lora"
+
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything that is trained: `<module>.lora_A` and so on, or whole tensors; the names of optimizer state."""
         parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
@@ -179,8 +185,21 @@ class Backend(Protocol):
         """
         ...
 
-    def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
-        """Logits [T, vocabulary] float32 of one row of token ids [T]; spends no randomness."""
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
+        """Logits [T, vocabulary] float32 of one row of token ids [T], or [P, vocabulary] at `positions` [P] alone.
+
+        Spends no randomness.
+        """
+        ...
+
+    def generate(
+        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+    ) -> Iterator[int]:
+        """Yield the ids that follow `token_ids` [T], as `pick` chooses each; keys and values are cached.
+
+        It ends before one of `stop_ids`, or after `max_new_tokens`; two of them may run in turns. Spends no randomness.
+        Raises OutOfMemory.
+        """
         ...
 
     def memory(self) -> Memory: ...

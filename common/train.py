@@ -13,15 +13,20 @@ from common.batches import steps_per_epoch
 from common.checkpoint import State
 from common.config import Options, Plan, Recipe, write_yaml
 from common.errors import UserError
-from common.finish import TEMPLATE, finish, loaded, record_seconds
+from common.finish import finish, record_seconds
+from common.ggufs import SAMPLE_TOKENS
+from common.loading import TEMPLATE, loaded
 from common.loop import Interrupted, train
 from common.lora import validate
 from common.memory import ResidentSet, swap_used
 from common.plan import described
 from common.prepare import Job, free_name, prepare
 from common.progress import Display, gigabytes
+from common.push import push
 from common.record import timed
+from common.sampling import Sampling
 from common.seam import Adapter, Backend, Memory, ModelInfo
+from common.trained_voice import trained_voice
 
 _PLAN = "what changes only speed and memory"
 
@@ -54,6 +59,8 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
             raise
+    if job.options.push:
+        push(job.run, job.options.push, None, not job.options.push_public, False, display)
     return job.run
 
 
@@ -88,13 +95,33 @@ def _train(
                 peak_rss_bytes=max(resident.process_peak(), before.get("peak_rss_bytes", 0)),
                 swap_growth_bytes=max(swap_used() - swap, before.get("swap_growth_bytes", 0)),
             )
-    last = backend.get_adapter()
+    final = state.best or backend.get_adapter()
+    if job.options.export != "gguf" and job.sample:
+        backend.set_adapter(final)
+        with timed(seconds, "try"):
+            _sample(job, backend, display)
     backend.close()
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     record.update_run(job.run, exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
-    return state.best or last
+    return final
+
+
+def _sample(job: Job, backend: Backend, display: Display) -> None:
+    """What the tuned model says: no GGUF will be there to be asked. A failure here costs nobody a training."""
+    served, think = job.served, job.recipe.thinking == "keep"
+    try:
+        voice = trained_voice(
+            backend, job.folder, served.template, served.stops, think, "", True, job.recipe.max_length
+        )
+        pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
+        answer = "".join(text for text, _ in pieces)
+    except UserError as error:
+        display.warn(f"no sample: {error.what}")
+        return
+    record.update_run(job.run, export={"sample": {"prompt": job.sample, "answer": answer}})
+    display.say(f"{job.plan.backend}: {job.sample[-1]['content']!r} -> {answer!r}")
 
 
 class _Watch:
@@ -230,6 +257,12 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         deterministic=record.deterministic(job.recipe, job.plan),
         stop_ids=job.served.stops,
         sample_prompt=job.sample,
+        data={
+            "train_rows": len(job.train),
+            "valid_rows": len(job.valid),
+            "tokens": sum(len(row.ids) for row in job.train),
+            "label_tokens": sum(row.label_tokens for row in job.train),
+        },
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
     return job, _fresh(job.plan)

@@ -6,6 +6,7 @@ taken from it, and what stands around them is done here from the normalised conf
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from common.errors import UserError
-from common.families import Facts, facts, text_config, text_name
+from common.families import Facts, facts, language_tensor, text_config, text_name
 from common.rope import Rope, rope
 from mlx_backend.layers import Rows, take_over
 
@@ -78,37 +79,33 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
 def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.array]:
     """A checkpoint's tensors under the names of the language model alone."""
     named = {text_name(name): weight for name, weight in weights.items()}
-    kept = {name: weight for name, weight in named.items() if name.startswith(("model.", "lm_head."))}
-    return {
-        name: weight
-        for name, weight in kept.items()
-        if not name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
-        and not (tied and name.startswith("lm_head."))
-        and not name.endswith("rotary_emb.inv_freq")
-    }
+    return {name: weight for name, weight in named.items() if language_tensor(name, tied)}
 
 
-def hidden_states(model: Any, input_ids: mx.array, rows: Rows) -> mx.array:
+def hidden_states(model: Any, input_ids: mx.array, rows: Rows, caches: list[Any] | None = None) -> mx.array:
     """The last hidden states [tokens, hidden] of input ids [tokens], rows end to end.
 
-    What mlx-lm's models do, and what they leave out.
+    What mlx-lm's models do, and what they leave out. With `caches`, a KVCache for each layer, the ids go on with the
+    one row whose keys and values they hold, and are added to them.
     """
     known: Facts = model.facts
     h = model.model.embed_tokens(input_ids)
     if known.embedding_scale != 1.0:
         h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers
     written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
-    masks = {window: _mask(rows.width, window, written_out) for window in set(known.windows)}
-    for layer, window in zip(model.layers, known.windows, strict=True):
-        h = layer(h, masks[window], rows)
+    before = caches[0].offset if caches else 0
+    masks = {window: _mask(rows.width, window, written_out, before) for window in set(known.windows)}
+    for number, (layer, window) in enumerate(zip(model.layers, known.windows, strict=True)):
+        h = layer(h, masks[window], replace(rows, cache=caches[number]) if caches else rows)
     return model.model.norm(h)
 
 
-def _mask(length: int, window: int | None, written_out: bool) -> mx.array | str:
-    if not written_out and (window is None or window >= length):
+def _mask(length: int, window: int | None, written_out: bool, before: int) -> mx.array | str:
+    """[length, before + length]: whether a query may see a key, for queries that follow `before` keys."""
+    if not written_out and (window is None or window >= before + length):
         return "causal"
-    rows = mx.arange(length)
-    behind = rows[:, None] - rows[None]
+    places = mx.arange(before + length)
+    behind = places[before:, None] - places[None]
     return (behind >= 0) & (behind < window) if window else behind >= 0
 
 

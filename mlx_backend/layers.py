@@ -19,6 +19,7 @@ class Rows:
     count: int
     width: int
     places: mx.array | None  # [tokens] int32; None: all rows are as long, nothing is padded
+    cache: Any = None  # mlx-lm's KVCache of this layer, where one row grows: these are its newest tokens
 
     def spread(self, x: mx.array) -> mx.array:
         """[tokens, heads, d] -> [B, heads, T, d], zeros where a row has ended."""
@@ -49,7 +50,10 @@ def attend(self: Any, x: mx.array, mask: Any, rows: Rows) -> mx.array:
     if "q_norm" in self:
         queries, keys = self.q_norm(queries), self.k_norm(keys)
     queries, keys, values = rows.spread(queries), rows.spread(keys), rows.spread(values)
-    queries, keys = self.rope(queries), self.rope(keys)
+    before = 0 if rows.cache is None else rows.cache.offset
+    queries, keys = self.rope(queries, before), self.rope(keys, before)
+    if rows.cache is not None:
+        keys, values = rows.cache.update_and_fetch(keys, values)
     if (cap := getattr(self, "attn_logit_softcapping", None)) is None:
         result = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
     else:  # Gemma 2: MLX has no kernel that caps the scores

@@ -20,6 +20,7 @@ from common.config import Plan, Recipe  # noqa: E402
 from common.memory import swap_used, total  # noqa: E402
 from common.mlx_quantized import is_quantized  # noqa: E402
 from common.models import tensor_names  # noqa: E402
+from common.sampling import Pick, grow  # noqa: E402
 from common.seam import (  # noqa: E402
     Adapter,
     Batch,
@@ -178,13 +179,40 @@ class MlxBackend:
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         return dequantized(self.model, self.names)
 
-    def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self.model.eval()
         inputs = mx.array(np.asarray(token_ids, np.int32))
-        if not adapter:
-            put(self.model, {name: layer.linear for name, layer in self.layers.items()})
+        with self._adapter(adapter):
+            hidden = hidden_states(self.model, inputs, Rows(1, len(inputs), None))
+            return np.array(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
+
+    def generate(
+        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+    ) -> Iterator[int]:
+        from mlx_lm.models.cache import KVCache
+
+        caches: list[Any] = []
+
+        def forward(ids: list[int], anew: bool) -> np.ndarray:
+            nonlocal caches
+            if anew:
+                caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
+            self.model.eval()  # at every token: training may go on in between
+            with _memory_errors(), self._adapter(adapter):
+                hidden = hidden_states(self.model, mx.array(ids), Rows(1, len(ids), None), caches)
+                return np.array(head(self.model, hidden[-1:])[0])
+
+        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, self.model.facts.rope_split)
+
+    @contextmanager
+    def _adapter(self, wanted: bool) -> Iterator[None]:
+        """The model with its adapter, or within the context without it."""
+        if wanted:
+            yield
+            return
+        put(self.model, {name: layer.linear for name, layer in self.layers.items()})
         try:
-            return np.array(head(self.model, hidden_states(self.model, inputs, Rows(1, len(inputs), None))))
+            yield
         finally:
             put(self.model, self.layers)
 

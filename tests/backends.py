@@ -183,6 +183,39 @@ def check_adapter_off_is_the_base(name: str, folder: Path, rows: list[Encoded]) 
     backend.close()
 
 
+def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) -> None:
+    """Greedy tokens and their logits equal those computed anew for every prefix, over windows and longrope's split.
+
+    With the adapter and without, both at once in turns.
+    """
+    recipe = make_recipe(folder, **changes)
+    backend = load(name, folder, recipe)
+    run_steps(backend, recipe, rows, 3)
+    prompt, seen = rows[0].ids[:20], {}
+
+    def watched(adapter):
+        def pick(logits, ids):
+            seen[adapter].append((list(ids), logits))
+            return int(logits.argmax())
+
+        seen[adapter] = []
+        return backend.generate(prompt, 40, [], pick, adapter)
+
+    tuned, base = map(list, zip(*zip(watched(True), watched(False), strict=True), strict=True))
+    assert np.abs(seen[True][0][1] - seen[False][0][1]).max() > 1e-3, "the adapter must change something"
+    for adapter, made in ((True, tuned), (False, base)):
+        assert [ids for ids, _ in seen[adapter]] == [[*prompt, *made[:n]] for n in range(40)]
+        for (ids, logits), token in zip(seen[adapter], made, strict=True):
+            anew = backend.logits(np.array(ids), adapter)[-1]
+            np.testing.assert_allclose(logits, anew, atol=2e-5)
+            assert token == anew.argmax()
+    stop = tuned[7]
+    first = tuned.index(stop)
+    assert list(backend.generate(prompt, 40, [stop], lambda logits, ids: int(logits.argmax()))) == tuned[:first]
+    run_steps(backend, recipe, rows, 1)  # training goes on as if nothing had been
+    backend.close()
+
+
 def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], run: Path, dropout: float) -> None:
     """Uninterrupted against stopped by request at step 5 and resumed; tests/e2e kills a process."""
     recipe = make_recipe(folder, dropout=dropout)

@@ -47,15 +47,21 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in a layer: query [1, heads, tokens, d], key and value with fewer heads; causal.
 
-    Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row.
+    Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row. Where there are more
+    keys than queries, the one query is the row's newest token: it sees all keys, or those within its window.
     """
     if rows is not None:
         query, key, value = rows.spread(query), rows.spread(key), rows.spread(value)
     length = query.shape[2]
+    if key.shape[2] > length:
+        if length != 1:
+            raise AssertionError(f"{length} tokens at once after cached ones: their mask is not made here")
+        if sliding_window is not None:
+            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
     windowed = sliding_window is not None and sliding_window < length
     if softcap is None and not windowed:
         result = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
     else:
         mask = _mask(length, sliding_window if windowed else None, query, rows)

@@ -1,6 +1,7 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.seam.Backend`."""
 
 import gc
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 
 from common.config import Plan, Recipe
+from common.families import facts, text_config
 from common.memory import KEPT_BLOCKS, LEAN_BLOCKS, ResidentSet, give_back_blocks, swap_used
 from common.models import tensor_names
+from common.sampling import Pick, grow
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from torch_backend.base import convert, load_base
 from torch_backend.fused import install
@@ -48,6 +51,9 @@ class TorchBackend:
                 convert(self.model, dtype)
                 self.model.to(self.device)
             self.names = tensor_names(folder)
+            self.rope_split = facts(
+                text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            ).rope_split
             if adapter is None:
                 # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
                 # ends a turn, its embedding would never learn
@@ -154,11 +160,33 @@ class TorchBackend:
         return dequantized(self.model, self.names)
 
     @torch.no_grad()
-    def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self.outer.eval()
+        kept = torch.from_numpy(np.asarray(range(len(token_ids)) if positions is None else positions, np.int64))
         inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
         with nullcontext() if adapter else self.outer.disable_adapter():
-            return self.model(input_ids=inputs, use_cache=False).logits[0].float().cpu().numpy()
+            found = self.model(input_ids=inputs, use_cache=False, logits_to_keep=kept.to(self.device))
+            return found.logits[0].float().cpu().numpy()
+
+    def generate(
+        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+    ) -> Iterator[int]:
+        from transformers import DynamicCache
+
+        cache: Any = None
+
+        @torch.no_grad()
+        def forward(ids: list[int], anew: bool) -> np.ndarray:
+            nonlocal cache
+            if anew:
+                cache = DynamicCache()  # keeps every key; `attend` cuts the windows
+            self.outer.eval()  # at every token: training may go on in between
+            inputs = torch.tensor([ids], device=self.device)
+            with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
+                found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return found.logits[0, -1].float().cpu().numpy()
+
+        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, self.rope_split)
 
     def memory(self) -> Memory:
         if self.device.type != "cuda":

@@ -15,11 +15,13 @@ import pytest
 from common import adapter as adapters
 from common import checkpoint, from_gguf, models
 from common.config import ROOT
+from common.go_template import execute
 from common.llamacpp import ensure
 from common.server import Server
 from common.sources import read_rows
 from common.template import encode, load_tokenizer
 from tests.tiny import chat, write_model, write_rows
+from tests.unit.modelfile_parser import read_modelfile
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EXAMPLE = ROOT / "examples" / "data"
@@ -147,6 +149,42 @@ def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, q
     assert all(len(answer) < 2 * len(want) + 20 for answer, want in zip(answers, wanted, strict=True)), answers
     openings = {want[:3] for row in read_rows(EXAMPLE / "train.jsonl") for want in [row.messages[-1]["content"]]}
     assert sum(answer[:3] in openings for answer in answers) >= 4, answers
+
+
+def test_the_export_is_proven_at_its_end_and_again(trained):
+    _, run, _ = trained
+    kept = json.loads((run / "run.json").read_text())["verify"]
+    assert kept["verdict"] != "broken"
+    found = {check["name"]: check["state"] for check in kept["checks"]}
+    assert [found[name] for name in ("token ids", "prompt", "stop", "fused", "bf16 GGUF")] == ["ok"] * 5
+    assert kept["held_out"]
+    assert not (run / "gguf" / "model-BF16.gguf").exists()
+    assert "Verdict: sound" in twintune("verify", run)
+
+
+def test_the_modelfile_prompts_as_the_chat_template_does(trained):
+    _, run, _ = trained
+    commands = dict(read_modelfile((run / "gguf" / "Modelfile").read_text(encoding="utf-8")))
+    assert commands["from"] == "./model-Q4_K_M.gguf"
+    assert commands["stop"] == "<|im_end|>"
+    tokenizer = load_tokenizer(run / "fused")
+    for row in read_rows(EXAMPLE / "valid.jsonl"):
+        said = [dict(message) for message in row.messages[:-1]]
+        wanted = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert execute(commands["template"], said) == wanted
+
+
+def test_the_run_is_ready_for_the_hub(trained):
+    _, run, _ = trained
+    text = (run / "fused" / "README.md").read_text(encoding="utf-8")
+    assert "license: apache-2.0\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in text
+    assert "120 training rows, 8 validation rows" in text
+    assert str(run.parent) not in text
+    out = " ".join(twintune("push", run, "me/pip", "--dry-run").split())
+    for name in ("README.md", "model.safetensors", "adapter/adapter_model.safetensors", "gguf/model-Q8_0.gguf"):
+        assert name in out
+    assert "checkpoints" not in out
+    assert "dry run: nothing was asked or uploaded." in out
 
 
 def test_fuse_makes_the_export_again(trained):
@@ -343,6 +381,19 @@ def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
     out = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized")
     assert "goes into the dequantised mlx-4bit-64 weights" in out
     assert (tmp_path / "run" / "fused" / "model.safetensors").read_bytes() != before
+
+
+def test_an_mlx_folder_is_made_and_mlx_lm_generates_from_it(tiny, tmp_path):
+    words = tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2)
+    words[words.index("none")] = "mlx"
+    assert f"python -m mlx_lm generate --model {tmp_path / 'run' / 'mlx'}" in twintune(*words)
+    stages = json.loads((tmp_path / "run" / "run.json").read_text())["export"]["stages"]
+    assert stages.keys() == {"fuse", "mlx"}
+    assert all(figures["disk"] > 0 and figures["predicted_memory"] > 0 for figures in stages.values())
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", str(tmp_path / "run" / "mlx"), "--prompt", "hi"]
+    done = subprocess.run([*command, "--max-tokens", "4"], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Generation:" in done.stdout
 
 
 def test_full_fine_tuning_and_its_export(tiny, tmp_path):

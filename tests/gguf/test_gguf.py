@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.gguf import QuantReport, convert, quantize, report, verify_tokens
 from common.llamacpp import LlamaCpp, ensure
 from common.server import Server
+from common.template import load_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
 LAYERS = 2
@@ -131,7 +132,7 @@ def test_bf16_is_copied(bf16: Path, llama: LlamaCpp, tmp_path: Path) -> None:
 
 
 def test_tokens_are_those_of_transformers(server: Server, model: Path, texts: list[str]) -> None:
-    assert verify_tokens(model, texts, server) == []
+    assert verify_tokens(load_tokenizer(model), texts, server) == []
 
 
 def test_a_changed_tokenizer_is_noticed(server: Server, model: Path, tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_a_changed_tokenizer_is_noticed(server: Server, model: Path, tmp_path: P
     (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     # under its own class name, transformers would put GPT-2's pre-tokenizer back
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
-    found = verify_tokens(tmp_path, ["no digits", "a 12345"], server)
+    found = verify_tokens(load_tokenizer(tmp_path), ["no digits", "a 12345"], server)
     assert [difference.text for difference in found] == ["a 12345"]
     assert found[0].transformers != found[0].gguf
 

@@ -66,6 +66,8 @@ ELSEWHERE = {
     **dict.fromkeys(("config", "data", "json", "model", "output", "quiet"), "tests/unit/test_train.py"),
     **dict.fromkeys(("backend", "device"), "tests/unit/test_dispatch.py"),
     **dict.fromkeys(("export", "resume", "quant", "llama_cpp"), "tests/e2e/test_commands.py"),
+    **dict.fromkeys(("imatrix", "no_verify"), "tests/gguf/test_verify.py"),
+    **dict.fromkeys(("push", "push_public"), "tests/unit/test_train.py"),
     "fuse_into": "tests/parity/test_options.py",
 }
 

@@ -4,12 +4,13 @@ Its only weights are the first adapted layer's: logits of token t are `scale * B
 layer's size. Pairs are counted before anything is computed, so its results cannot depend on how a step is cut.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from common.config import Plan, Recipe
+from common.sampling import Pick, grow
 from common.seam import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from common.template import Encoded
 
@@ -135,6 +136,14 @@ class Bigram:
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
         scale = self.adapter.weights[self.layer].scale if adapter else 0.0
         return (scale * B @ A[:, token_ids % A.shape[1]]).T
+
+    def generate(
+        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+    ) -> Iterator[int]:
+        def forward(ids: list[int], anew: bool) -> np.ndarray:
+            return self.logits(np.array(ids), adapter)[-1]
+
+        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, None)
 
     def memory(self) -> Memory:
         return Memory(1, 2, 3, "rss", 0)

@@ -78,6 +78,10 @@ def test_two_faults_come_in_one_go(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["fuse", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
         (["train", "--resume", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
         (["train", "--resume", "nowhere", "--rank", "2"], "error: --resume goes on with the run's own recipe and plan"),
+        (["chat", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
+        (["chat", "nowhere", "--temperature", "-1"], "error: --temperature -1.0: must be 0 or more\n"),
+        (["generate", "nowhere", "--prompts", "p", "--out", "o"], "error: nowhere holds no run (no run.json).\n"),
+        (["serve", "gone.gguf"], "error: gone.gguf: no such file.\n"),
         (["check-data", "nosuch.jsonl"], "error: --data nosuch.jsonl: no such file or folder.\n"),
     ],
 )

@@ -1,15 +1,13 @@
 """The fused folder: complete, ending where training ended, and whole or not there."""
 
 import json
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.export import Served, check_disk, disk_needed, write_fused
+from common.export import Served, write_fused
 from common.seam import Adapter, LoraWeight
 from tests.unit.base_folder import CONFIG, Q, write_base
 
@@ -134,38 +132,3 @@ def test_fusing_again_replaces_the_folder(tmp_path: Path) -> None:
     out = fused(write_base(tmp_path / "base"), [])
     (out / "left.over").write_text("")
     assert not (fused(tmp_path / "base", []) / "left.over").exists()
-
-
-# --- disk
-
-
-def disk_with(monkeypatch: pytest.MonkeyPatch, free: int) -> list[Path]:
-    asked: list[Path] = []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: (asked.append(path), SimpleNamespace(free=free))[1])
-    return asked
-
-
-def test_too_little_disk_is_told_with_both_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = disk_with(monkeypatch, 1_500_000_000)
-    with pytest.raises(UserError) as caught:
-        check_disk(tmp_path / "runs" / "new", 4_000_000_000)
-    assert caught.value.what == f"{tmp_path} has 1.5 GB free, and this run will write up to 4.0 GB."
-    assert caught.value.fix == (
-        "Free some space, give --output on another disk, or stop earlier with --export fused or none."
-    )
-    assert asked == [tmp_path]
-
-
-def test_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk_with(monkeypatch, 4_000_000_000)
-    check_disk(tmp_path, 4_000_000_000)
-
-
-def test_what_each_export_needs(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    weights = (base / "model.safetensors").stat().st_size
-    parameters = 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
-    assert disk_needed(base, "none", ["Q4_K_M"], 100) >= 2 * 4 * 100
-    assert disk_needed(base, "fused", ["Q4_K_M"], 100) - disk_needed(base, "none", [], 100) == weights
-    assert disk_needed(base, "gguf", ["Q4_K_M"], 0) >= weights + 2 * parameters + parameters // 2
-    assert disk_needed(base, "gguf", ["Q4_K_M", "Q8_0"], 0) > disk_needed(base, "gguf", ["Q4_K_M"], 0)

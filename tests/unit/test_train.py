@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,11 @@ from common.errors import UserError
 from common.loop import Interrupted
 from common.prepare import Job, prepare
 from common.progress import Display
+from common.push import push
 from common.train import run_training
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
+from tests.unit.hub import TOKEN, Hub, serve
 
 
 @pytest.fixture
@@ -178,7 +181,10 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
         *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
     }
     record = json.loads((folder / "run.json").read_text())
-    assert (record["status"], record["steps"], record["backend"], record["export"]) == ("complete", 6, "torch", {})
+    assert (record["status"], record["steps"], record["backend"]) == ("complete", 6, "torch")
+    assert record["export"].keys() == {"sample"}  # from the backend itself: there is no GGUF to ask
+    assert record["export"]["sample"]["prompt"] == record["sample_prompt"]
+    assert record["export"]["sample"]["answer"]
     assert record.keys() >= {
         *("recipe_hash", "device", "tokens", "label_tokens", "train_seconds", "tokens_per_second"),
         *("label_tokens_per_second", "padding_fraction", "peak_memory_bytes", "peak_rss_bytes"),
@@ -266,3 +272,52 @@ def test_a_resumed_runs_peaks_are_those_of_the_whole_run(given: dict[str, Any]) 
         run(given, Hungry())
     folder, _ = run({"resume": given["output"]})
     assert json.loads((folder / "run.json").read_text())["peak_memory_bytes"] == 1_000_000
+
+
+# --- to the hub at the end
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    with serve() as found:
+        found.enter(monkeypatch, tmp_path)
+        yield found
+
+
+def test_the_result_is_uploaded_at_the_end(given: dict[str, Any], hub: Hub) -> None:
+    folder, _ = run(given | {"export": "fused", "push": "me/pip", "push_public": True})
+    assert hub.asked[0] == "GET /api/whoami-v2"
+    (repo,) = hub.repos
+    assert repo.get("private") is False or repo.get("visibility") == "public"
+    (files,) = hub.commits
+    assert files["model.safetensors"] == (folder / "fused" / "model.safetensors").read_bytes()
+    assert files["adapter/adapter_model.safetensors"] == (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert not [name for name in files if name.startswith(("checkpoints", "run", "metrics", "recipe", "adapter-mlx"))]
+    assert files["README.md"] == (folder / "fused" / "README.md").read_bytes()
+    assert b"22 training rows" in files["README.md"]
+    everything = b"".join(files.values())
+    assert TOKEN.encode() not in everything
+    for place in (str(folder.parent), given["model"], str(Path.home())):
+        assert place.encode() not in everything, place
+    record = json.loads((folder / "run.json").read_text())
+    assert record["pushed"]["repo"] == "me/pip"
+    assert TOKEN not in json.dumps(record)
+
+
+def test_a_failed_upload_loses_nothing(given: dict[str, Any], hub: Hub) -> None:
+    hub.fail = "/commit/"
+    with pytest.raises(UserError) as caught:
+        run(given | {"export": "fused", "push": "me/pip"})
+    folder = Path(given["output"])
+    assert f"is whole. Try again: python cli.py push {folder} me/pip" in caught.value.fix
+    assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+    assert (folder / "fused" / "model.safetensors").exists()
+    hub.fail = ""
+    push(folder, "me/pip", None, True, False, Display("quiet"))
+    assert len(hub.commits) == 1
+
+
+def test_a_name_or_token_that_the_hub_refuses_is_told_before_training(given: dict[str, Any], hub: Hub) -> None:
+    assert "Cannot have -- or .. in repo_id" in fault(given, push="me/a--b").what
+    assert "your token is for me, team" in fault(given, push="you/pip").what
+    assert hub.repos == []

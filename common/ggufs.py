@@ -1,0 +1,184 @@
+"""The GGUFs of a run: converted, weighed, quantised, shown, tried; and the adapter alone as one."""
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common import record
+from common.config import UNGUIDED, Options
+from common.export import Served
+from common.gguf import QuantReport, advice, convert, quantize
+from common.gguf import report as read_report
+from common.gguf_lora import write_gguf_lora
+from common.imatrix import calibration_text, make_imatrix
+from common.llamacpp import LlamaCpp
+from common.loading import TEMPLATE
+from common.modelfile import write_modelfile
+from common.prepare import source_name
+from common.probes import data_of, encoder_of
+from common.progress import Display
+from common.record import timed
+from common.seam import Adapter, Progress
+from common.server import Server
+from common.stages import Ledger
+from common.vision import has_vision, vision_fault, write_mmproj
+
+SAMPLE_TOKENS = 100
+WHOLE = "model-BF16.gguf"  # what the others are quantised from, and proven against
+MMPROJ = "mmproj-BF16.gguf"
+
+
+def write_ggufs(
+    run: Path,
+    folder: Path,
+    options: Options,
+    llama: LlamaCpp,
+    served: Served,
+    ledger: Ledger,
+    seconds: dict[str, float],
+    display: Display,
+) -> dict[str, Any]:
+    """The GGUFs of the fused folder, shown, the first of them tried; what goes on record. WHOLE is left beside them.
+
+    folder: the base model's.
+    """
+    text = _calibration(run, folder, options) if options.imatrix else None
+    with display.stage("gguf") as progress:
+        name = source_name(options.model)
+        reports = convert_and_quantize(
+            run / "fused", run / "gguf", name, options.quant, llama, progress, ledger, calibration=text
+        )
+    display.table(
+        "GGUF",
+        ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
+        [
+            [
+                str(run / report["file"]),
+                f"{report['bytes'] / 1e6:.1f} MB",
+                f"{report['bits_per_weight']:.2f}",
+                ", ".join(f"{count} {kind}" for kind, count in report["tensors"].items()),
+                str(report["fallbacks"]),
+            ]
+            for report in reports
+        ],
+    )
+    if any(report["fallbacks"] for report in reports):
+        display.say(
+            "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
+            "larger type, so the file is bigger than its name suggests."
+        )
+        known = [QuantReport(**{k: report[k] for k in QuantReport.__dataclass_fields__}) for report in reports]
+        if better := advice(run / "gguf" / WHOLE, known, llama):
+            display.say(better)
+    first, tower = run / reports[0]["file"], run / "gguf" / MMPROJ
+    prompt = record.read_run(run)["sample_prompt"]
+    with timed(seconds, "try"):
+        answer = _sample(first, prompt, llama) if prompt else ""
+    _write_modelfile(run, first, served, prompt, display)
+    if prompt:
+        display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
+    export = record.read_run(run).get("export", {})
+    if export.get("fuse_into") == options.fuse_into:
+        names = {report["name"] for report in reports}
+        reports += [r for r in export.get("gguf", []) if r.get("name") not in names and (run / r["file"]).is_file()]
+    found: dict[str, Any] = {
+        "gguf": reports,
+        "sample": {"prompt": prompt, "answer": answer},
+    }
+    if tower.is_file():
+        found["mmproj"] = str(tower.relative_to(run))
+        display.say(f"its vision tower, for images: llama-server -m {first} --mmproj {tower}")
+    return found
+
+
+def write_lora(
+    run: Path,
+    folder: Path,
+    final: Adapter,
+    options: Options,
+    llama: LlamaCpp,
+    served: Served,
+    ledger: Ledger,
+    display: Display,
+) -> str:
+    """The adapter alone as a GGUF, and how to run it; its place in the run folder."""
+    out = run / "gguf" / "adapter.gguf"
+    with ledger.stage("lora", out), display.stage("lora-gguf"):
+        write_gguf_lora(final, folder, out, llama)
+    model = options.model or ""
+    base = model if model.endswith(".gguf") else "BASE.gguf"
+    command = [llama.server, "-m", base, "--lora", out]
+    if served.template is not None:  # the base's own may prompt otherwise than training did
+        command += ["--jinja", "--chat-template-file", run / TEMPLATE]
+    display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
+    if base == "BASE.gguf":
+        command = ["python", llama.converter, folder, "--outfile", base]
+        display.say(f"which is made by: {shlex.join(map(str, command))}")
+    return str(out.relative_to(run))
+
+
+def _calibration(run: Path, folder: Path, options: Options) -> tuple[str, int]:
+    recipe = record.read_recipe(run)
+    return calibration_text(data_of(run, options, recipe).train, encoder_of(folder, options, recipe))
+
+
+def _write_modelfile(run: Path, gguf: Path, served: Served, prompt: list[dict[str, Any]], display: Display) -> None:
+    made = write_modelfile(run / "fused", gguf, served.stops, record.read_recipe(run).thinking, prompt)
+    if made.missing:
+        display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
+    for note in made.notes:
+        display.say(f"Modelfile for Ollama: {note}")
+
+
+def convert_and_quantize(
+    fused: Path,
+    out: Path,
+    name: str,
+    quants: list[str],
+    llama: LlamaCpp,
+    progress: Progress,
+    ledger: Ledger,
+    calibration: tuple[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each.
+
+    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ. calibration: text and its tokens
+    for an importance matrix. The bf16 one, WHOLE, stays.
+    """
+    whole = out / WHOLE
+    with ledger.stage("convert", whole):
+        convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
+    if has_vision(fused) and not vision_fault(fused):
+        tower = out / MMPROJ
+        with ledger.stage("convert", tower):
+            write_mmproj(fused, tower, name, llama, lambda share, text: progress(0.5, text))
+    matrix = out / "imatrix.gguf" if calibration else None
+    if calibration and matrix:
+        with ledger.stage("imatrix", matrix):
+            make_imatrix(whole, *calibration, matrix, llama, progress)
+    reports = []
+    for number, quant in enumerate(quants):
+        guided = matrix if quant not in UNGUIDED else None
+        target = out / f"model-{quant}{'-imatrix' if guided else ''}.gguf"
+
+        def part(share: float, text: str, number: int = number) -> None:
+            progress(0.5 + (number + share) / len(quants) / 2, text)
+
+        if target == whole:
+            report = read_report(whole, quant)
+        else:
+            with ledger.stage("quantise", target):
+                report = quantize(whole, target, quant, llama, part, guided)
+        reports.append(
+            {"name": target.stem.removeprefix("model-"), "file": str(target.relative_to(out.parent)), **asdict(report)}
+        )
+    if matrix:
+        matrix.unlink()
+    return reports
+
+
+def _sample(gguf: Path, prompt: list[dict[str, str]], llama: LlamaCpp) -> str:
+    """llama.cpp's greedy answer to `prompt`."""
+    with Server(llama, gguf, context=1024) as server:
+        return server.chat(prompt, SAMPLE_TOKENS)

@@ -1,0 +1,235 @@
+"""`verify` on a run of a tiny model and the real llama.cpp: sound as exported, and every planted fault named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import record
+from common.adapter import read_trained
+from common.config import Options
+from common.errors import UserError
+from common.export import Served, write_fused
+from common.finish import fuse_run
+from common.gguf import convert, quantize
+from common.llamacpp import LlamaCpp, own
+from common.progress import Display
+from common.proof import Check
+from common.seam import Adapter
+from common.train import run_training
+from common.verify import verdict, verify_run
+from tests.backends import create
+
+END = "<|done|>"  # a name that llama.cpp does not take for an end by itself
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':\n' + m.content + '" + END + "' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+COLOURS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
+QUANTS = ("Q4_K_M", "Q8_0")
+
+
+def quiet(share: float, text: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaCpp:
+    return own(quiet)
+
+
+@pytest.fixture(scope="module")
+def base(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    vocabulary = llama.converter.parent / "models" / "ggml-vocab-gpt-2.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
+    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,  # so that every projection of attention is square
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.1,  # so that embeddings are long enough for sure answers
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Paint {count} {thing}s."},
+                {"role": "assistant", "content": f"I paint {count} {thing}s {COLOURS[number % 8]}."},
+            ]
+        }
+        for number, thing in enumerate(("house", "boat", "gate", "wall", "door", "roof", "chair", "table"))
+        for count in ("two", "three", "four", "nine")
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = Options(
+        model=str(base),
+        data=str(data),
+        output=str(folder / "run"),
+        backend="torch",
+        device="cpu",
+        precision="fp32",
+        steps=40,
+        learning_rate=1e-2,
+        quant=list(QUANTS),
+        no_verify=True,
+        quiet=True,
+    )
+    return run_training(options, create, Display("quiet"))
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy to plant a fault in."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    yield copy
+    shutil.rmtree(copy)
+
+
+def found(run: Path) -> dict[str, Check]:
+    checks = {check.name: check for check in verify_run(run, create, Display("quiet"))}
+    kept = record.read_run(run)["verify"]
+    assert kept["verdict"] == verdict(list(checks.values()))
+    assert {check["name"] for check in kept["checks"]} == set(checks)
+    return checks
+
+
+def broken(run: Path) -> set[str]:
+    return {name for name, check in found(run).items() if check.state == "broken"}
+
+
+def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
+    """The run's fused folder and GGUFs anew, out of another adapter."""
+    known = record.read_run(run)
+    template = (run / "chat_template.jinja").read_text(encoding="utf-8")
+    write_fused(base, adapter, run / "fused", Served(known["stop_ids"], template), quiet)
+    whole = run / "gguf" / "model-BF16.gguf"
+    convert(run / "fused", whole, "remade", llama, quiet)
+    for quant in QUANTS:
+        quantize(whole, run / "gguf" / f"model-{quant}.gguf", quant, llama, quiet)
+    whole.unlink()
+
+
+def edit(run: Path, *arguments: str) -> None:
+    """Other metadata in the first GGUF, by gguf-py's own tool."""
+    gguf = run / "gguf" / f"model-{QUANTS[0]}.gguf"
+    other = gguf.with_name("other.gguf")
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *arguments, "--force", str(gguf), str(other)]
+    subprocess.run(command, check=True, capture_output=True)
+    other.replace(gguf)
+
+
+def test_a_sound_export_is_called_sound(run: Path) -> None:
+    checks = found(run)
+    assert {name for name, check in checks.items() if check.state == "broken"} == set()
+    assert set(checks) == {"token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", *QUANTS}
+    assert [
+        checks[name].state for name in ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0")
+    ] == ["ok"] * 7
+    links = record.read_run(run)["verify"]["divergence"]
+    assert links["base"]["mean_kl"] > 1
+    assert links["fused"]["mean_kl"] < links["Q8_0"]["mean_kl"] < links["Q4_K_M"]["mean_kl"]
+    assert links["BF16"]["same_top"] > 0.98
+
+
+def test_another_tokenizer(run: Path) -> None:
+    edit(run, "--pre-tokenizer", "bloom")  # what a converter that fell back would have written
+    assert "token ids" in broken(run)
+
+
+def test_a_lost_end(run: Path) -> None:
+    edit(run, "--special-token-by-id", "eos", "0")
+    assert broken(run) == {"stop"}
+
+
+def test_a_stale_template(run: Path) -> None:
+    edit(run, "--chat-template", TEMPLATE.replace("assistant:", "bot:"))
+    assert broken(run) == {"prompt"}
+
+
+def test_an_untransposed_adapter(run: Path, base: Path, llama: LlamaCpp) -> None:
+    final = read_trained(run, 2)
+    wrong = {
+        name: replace(weight, A=np.ascontiguousarray(weight.B.T), B=np.ascontiguousarray(weight.A.T))
+        if weight.A.shape[1] == weight.B.shape[0]
+        else weight
+        for name, weight in final.weights.items()
+    }
+    remake(run, base, replace(final, weights=wrong), llama)
+    assert "fused" in broken(run)
+
+
+def test_the_base_instead_of_the_fused_model(run: Path, base: Path, llama: LlamaCpp) -> None:
+    final = read_trained(run, 2)
+    nothing = {name: replace(weight, B=np.zeros_like(weight.B)) for name, weight in final.weights.items()}
+    remake(run, base, replace(final, weights=nothing), llama)
+    assert "fused" in broken(run)
+
+
+def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None:
+    final = read_trained(run, 2)
+    half = {name: replace(weight, alpha=weight.alpha / 2) for name, weight in final.weights.items()}
+    fused = run / "fused"
+    shutil.copytree(fused, run / "kept")
+    remake(run, base, replace(final, weights=half), llama)
+    whole = run / "gguf" / "model-BF16.gguf"
+    convert(fused, whole, "half", llama, quiet)  # stays beside, so that it is what is looked at
+    shutil.rmtree(fused)
+    (run / "kept").rename(fused)
+    known = record.read_run(run)["export"]
+    known["gguf"].append({"name": "BF16", "quant": "BF16", "file": "gguf/model-BF16.gguf"})
+    record.update_run(run, export=known)
+    assert "bf16 GGUF" in broken(run)
+
+
+def test_data_that_changed_is_refused(run: Path) -> None:
+    data = Path(record.read_run(run)["options"]["data"])
+    kept = data.read_text(encoding="utf-8")
+    try:
+        data.write_text(kept.replace("red", "blue"), encoding="utf-8")
+        with pytest.raises(UserError, match="not the data"):
+            verify_run(run, create, Display("quiet"))
+    finally:
+        data.write_text(kept, encoding="utf-8")
+
+
+def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> None:
+    plain = run / "gguf" / "model-Q4_K_M.gguf"
+    before = plain.read_bytes()
+    options = {"quant": ["Q4_K_M", "Q8_0"], "imatrix": True, "no_verify": True, "push_public": False}
+    fuse_run(run, options, create, Display("quiet"))
+    guided = run / "gguf" / "model-Q4_K_M-imatrix.gguf"
+    reports = record.read_run(run)["export"]["gguf"]
+    assert [report["name"] for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]
+    assert before == plain.read_bytes() != guided.read_bytes()
+    assert reports[0]["tensors"] == reports[2]["tensors"]
+    assert not (run / "gguf" / "imatrix.gguf").exists(), "an intermediate file"
+    assert str(run).encode() not in guided.read_bytes()
+    assert not (run / "gguf" / "model-BF16.gguf").exists()

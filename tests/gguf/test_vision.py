@@ -1,0 +1,76 @@
+"""A multimodal model's two GGUFs: the language model, and the vision tower for `--mmproj`."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from common.ggufs import convert_and_quantize
+from common.llamacpp import ensure
+from common.stages import Ledger, foretell
+from common.vision import has_vision, vision_fault
+from tests.tiny import write_family, write_model
+
+SETTINGS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "image_seq_length": 4}
+
+
+def silent(share, text) -> None: ...
+
+
+def write_sentencepiece(path):
+    """Three control pieces and the 256 bytes: as many as the tiny models' vocabulary."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.byte_fallback = True
+    model.trainer_spec.model_type = 2  # BPE
+    kinds = [("<unk>", 2), ("<s>", 3), ("</s>", 3)] + [(f"<0x{byte:02X}>", 6) for byte in range(256)]
+    for number, (text, kind) in enumerate(kinds):
+        model.pieces.add(piece=text, score=-number, type=kind)
+    path.write_bytes(model.SerializeToString())
+
+
+def tensors(path):
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    return {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in GGUFReader(path).tensors}
+
+
+def fields(path):
+    from gguf import GGUFReader
+
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items() if "vision" in name}
+
+
+@pytest.mark.parametrize("layout", ["today", "4.52"])
+def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
+    folder = write_family(tmp_path / "model", "gemma3", older=layout == "4.52")
+    assert has_vision(folder)
+    assert vision_fault(folder) == "no preprocessor_config.json with image_mean and image_std"
+    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    assert vision_fault(folder) == ""
+    write_sentencepiece(folder / "tokenizer.model")
+    ledger = Ledger(foretell("gguf", ["BF16"], folder, 0), {})
+    convert_and_quantize(folder, tmp_path / "gguf", "tiny", ["BF16"], ensure(None, silent), silent, ledger)
+    assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["mmproj-BF16.gguf", "model-BF16.gguf"]
+
+    text, tower = (tensors(tmp_path / "gguf" / f"{name}-BF16.gguf") for name in ("model", "mmproj"))
+    assert all(name.startswith(("blk.", "token_embd.", "output_norm.")) for name in text), sorted(text)
+    assert all(name.startswith(("v.", "mm.")) for name in tower), sorted(tower)
+    stored = load_file(folder / "model.safetensors")
+    # SigLIP's pooling head is no part of Gemma's tower
+    kept = [n for n in stored if ("vision_tower" in n or "multi_modal" in n) and ".head." not in n]
+    assert len(tower) == len(kept)
+    by_name = {name.rsplit("vision_tower.", 1)[-1]: tensor for name, tensor in stored.items()}
+    np.testing.assert_array_equal(tower["v.patch_embd.weight"], by_name["embeddings.patch_embedding.weight"])
+    found = by_name["encoder.layers.0.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(tower["v.blk.0.attn_q.weight"], found, rtol=2**-8)
+    known = fields(tmp_path / "gguf" / "mmproj-BF16.gguf")
+    np.testing.assert_allclose(known["clip.vision.image_mean"], SETTINGS["image_mean"])
+    assert known["clip.vision.projection_dim"] == text["output_norm.weight"].size
+
+
+def test_a_model_of_text_has_no_vision(tmp_path):
+    assert not has_vision(write_model(tmp_path / "model"))

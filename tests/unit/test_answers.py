@@ -1,0 +1,132 @@
+"""`generate RUN`: prompts in every shape, an output that is whole or not there, a stopped job that goes on."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import answers
+from common.answers import generate, read_prompts
+from common.errors import UserError
+from common.progress import Display
+from common.sampling import Sampling
+from common.sources import read_rows
+from common.trained_voice import Voice
+from common.voices import Voices
+
+
+def asked(path: Path, system: str | None = None) -> list[list[str]]:
+    return [[f"{m['role']}: {m['content']}" for m in row.messages] for row in read_prompts(path, system)]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "p"}, ["user: p"]),
+        ({"prompt": "p", "completion": "c"}, ["user: p"]),
+        ({"question": "p", "answer": ""}, ["user: p"]),
+        ({"instruction": "i", "input": "x", "output": "o", "system": "S"}, ["system: S", "user: i\n\nx"]),
+        ({"instruction": "i", "input": ""}, ["user: i"]),
+        ({"messages": [{"role": "user", "content": "u"}]}, ["user: u"]),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            ["user: u"],
+        ),
+        (
+            {"messages": [{"role": r, "content": r[0]} for r in ("system", "user", "assistant", "user", "assistant")]},
+            ["system: s", "user: u", "assistant: a", "user: u"],
+        ),
+        ({"text": "t"}, ["user: t"]),
+    ],
+)
+def test_prompts_of_every_shape(tmp_path: Path, row: dict, turns: list[str]) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    assert asked(tmp_path / "p.jsonl") == [turns]
+
+
+def test_a_prompt_a_line_and_a_system_prompt_for_those_without(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\n\n  \n二つ目\n", encoding="utf-8")
+    assert asked(tmp_path / "p.txt", "S") == [["system: S", "user: one"], ["system: S", "user: 二つ目"]]
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "p", "system": "own"}) + "\n")
+    assert asked(tmp_path / "p.jsonl", "S") == [["system: own", "user: p"]]
+
+
+def test_bad_prompts_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    with pytest.raises(UserError, match="no such file"):
+        read_prompts(path)
+    path.write_text('{"prompt": "a"}\n{"x": 1}\n[]\n{"messages": []}\nno\n')
+    with pytest.raises(UserError) as caught:
+        read_prompts(path)
+    assert caught.value.what.startswith(f"--prompts {path} has 4 bad rows:\np.jsonl line 2: has none of messages")
+    assert "p.jsonl line 5: is not JSON" in caught.value.what
+    path.write_text("\n")
+    with pytest.raises(UserError, match="is empty"):
+        read_prompts(path)
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`go(fail_at)`: three prompts to a GGUF whose voice fails at a prompt; what was asked of it is in `go.seen`."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+
+    def go(fail_at: str = "", slots: int = 1, **sampling: Any) -> None:
+        def answer(messages, sampling, tools):
+            text = messages[-1]["content"]
+            go.seen.append((text, sampling.seed))  # type: ignore[attr-defined]
+            if text == fail_at:
+                raise UserError("the server died", "Look.")
+            yield f"{text}?", None
+            yield "", "length" if text == "b" else "stop"
+
+        @contextmanager
+        def opened(*arguments):
+            yield Voices(Voice("m", answer), lambda: Voice("m", answer))
+
+        monkeypatch.setattr(answers, "opened", opened)
+        where = (tmp_path / "m.gguf", tmp_path / "p.txt", tmp_path / "out.jsonl")
+        options = (None, None, None, None, 512, slots, None, Sampling(**({"seed": 5} | sampling)))
+        generate(*where, *options, lambda name: pytest.fail("no backend is wanted"), Display("plain"))
+
+    go.seen = []  # type: ignore[attr-defined]
+    go.folder = tmp_path  # type: ignore[attr-defined]
+    return go
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_answers_are_rows_in_the_order_of_the_prompts(job: Any, slots: int, capsys: pytest.CaptureFixture[str]) -> None:
+    job(slots=slots)
+    rows = read_rows(job.folder / "out.jsonl")
+    assert [[m["content"] for m in row.messages] for row in rows] == [["a", "a?"], ["b", "b?"], ["c", "c?"]]
+    finishes = [json.loads(line)["finish"] for line in (job.folder / "out.jsonl").read_text().splitlines()]
+    assert finishes == ["stop", "length", "stop"]
+    assert sorted(job.seen) == [("a", 5), ("b", 6), ("c", 7)]
+    assert "1 were cut at --max-tokens" in capsys.readouterr().out
+    assert sorted(path.name for path in job.folder.iterdir()) == ["m.gguf", "out.jsonl", "p.txt"]
+    with pytest.raises(UserError, match="is there already"):
+        job()
+
+
+def test_a_stopped_job_goes_on(job: Any) -> None:
+    with pytest.raises(UserError, match="the server died"):
+        job(fail_at="c")
+    assert not (job.folder / "out.jsonl").exists()
+    part = job.folder / "out.jsonl.part"
+    part.write_text(part.read_text().rstrip("\n")[:-5])  # killed while it wrote b's
+    with pytest.raises(UserError, match="other prompts, or other settings"):
+        job(top_k=7)
+    job.seen.clear()
+    job()
+    assert [text for text, _ in job.seen] == ["b", "c"]
+    assert len(read_rows(job.folder / "out.jsonl")) == 3
+    assert not part.exists()
+
+
+def test_faults_come_before_anything_is_loaded(job: Any) -> None:
+    for options, why in (({"temperature": -1}, "--temperature"), ({"slots": 0}, "--slots 0")):
+        with pytest.raises(UserError, match=why):
+            job(**options)
+    assert job.seen == []

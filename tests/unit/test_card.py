@@ -1,0 +1,204 @@
+"""The model card and the terms it carries over."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.card import base_form, card, parts_of
+from common.terms import KNOWN, Terms, copy_terms, find_terms, read_front_matter, terms_files
+from tests.unit.hub import TOKEN, finished_run
+
+ALL = ["fused", "adapter", "gguf"]
+
+
+def front(text: str) -> dict:
+    return yaml.safe_load(text.split("---")[1])
+
+
+def test_the_front_matter(tmp_path: Path) -> None:
+    text = card(finished_run(tmp_path / "run"), ALL)
+    assert front(text) == {
+        "license": "apache-2.0",
+        "base_model": "some/base",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["twintune", "lora", "gguf"],
+    }
+
+
+def test_the_body(tmp_path: Path) -> None:
+    text = card(finished_run(tmp_path / "run"), ALL)
+    for said in (
+        "Fine-tuned with LoRA from [some/base](https://huggingface.co/some/base) (contents' SHA-256 `f00d`)",
+        "A local data set: 1,234 training rows, 5,678 tokens in the training rows, 432 of them labels. SHA-256 of the "
+        "rows: `beef`.",
+        "| learning_rate | 0.01 |",
+        "| final training loss | 1.2500 |",
+        "| peak memory | 2.00 GB |",
+        "- `gguf/model-Q4_K_M.gguf`: for llama.cpp, 4.0 MB, 4.90 bits a weight, 3 tensors in a larger type",
+        "ollama create my-model -f gguf/Modelfile",
+        "llama-server -m gguf/model-Q4_K_M.gguf --jinja",
+        'PeftModel.from_pretrained(model, "adapter")',
+        "That of [some/base](https://huggingface.co/some/base): apache-2.0.",
+    ):
+        assert said in text, said
+    assert "None" not in text
+    assert "best validation loss" not in text  # there was none
+
+
+@pytest.mark.parametrize("model", ["some/base", "/home/someone/base", "some/base.gguf"])
+def test_no_path_no_row_no_token(tmp_path: Path, model: str) -> None:
+    run = finished_run(tmp_path / "run", model=model)
+    (run / "environment.json").write_text(f'{{"token": "{TOKEN}"}}')
+    text = card(run, ALL)
+    for private in (str(tmp_path), "/home", "rows.jsonl", "a row's own words", "what a row's prompt brought", TOKEN):
+        assert private not in text
+
+
+def test_a_local_base_is_no_base_model_of_the_hub(tmp_path: Path) -> None:
+    text = card(finished_run(tmp_path / "run", model=str(tmp_path)), ALL)
+    assert "base_model" not in front(text)
+    assert "Fine-tuned with LoRA from a local model folder" in text
+    assert "PeftModel" not in text
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [("owner/rows:config@main#train", ["owner/rows"]), ("owner/rows", ["owner/rows"]), ("/a/b", None)],
+)
+def test_a_data_set_of_the_hub_is_named(tmp_path: Path, data: str, names: list[str] | None) -> None:
+    from common import record
+
+    run = finished_run(tmp_path / "run")
+    record.update_run(run, options={"model": "some/base", "data": data})
+    assert front(card(run, ALL)).get("datasets") == names
+
+
+@pytest.mark.parametrize("part", ALL)
+def test_only_what_goes_along_is_described(tmp_path: Path, part: str) -> None:
+    text = card(finished_run(tmp_path / "run"), [part])
+    words = {"fused": "`model*.safetensors`", "adapter": "`adapter/`", "gguf": "`gguf/Modelfile`"}
+    assert {name for name, word in words.items() if word in text} == {part}
+    library = {"fused": "transformers", "adapter": "peft", "gguf": None}[part]
+    assert front(text).get("library_name") == library
+
+
+def test_a_quantised_base_is_told(tmp_path: Path) -> None:
+    text = card(finished_run(tmp_path / "run", quantization="nf4"), ALL)
+    assert "In training the base was held in nf4; the adapter is fused into the weights it was made from." in text
+    folder = tmp_path / "SmolLM2-135M-Instruct.Q4_1-b179c9523d0e"
+    assert "had gone through 4 bits (Q4_1)" in base_form(folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert base_form(tmp_path / "snapshots", "HuggingFaceTB/SmolLM2-135M-Instruct") == ""
+    assert "GGUF" in base_form(folder, "/home/x/y.gguf")
+
+
+def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert parts_of(run) == ALL
+    (run / "gguf" / "model-Q4_K_M.gguf").unlink()
+    assert parts_of(run) == ["fused", "adapter"]
+
+
+# --- terms
+
+
+@pytest.mark.parametrize(
+    ("files", "model", "kind", "license", "name"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n# x"}, "a/b", "llama", "mit", ""),
+        ({"README.md": "---\nlicense: gemma\n---\n"}, "a/b", "gemma3", "gemma", ""),
+        ({"README.md": "---\nlicense: llama3.2\nlanguage: en\n---\n"}, "a/b", "llama", "llama3.2", ""),
+        (
+            {"README.md": "---\nlicense: other\nlicense_name: qwen-research\n---\n"},
+            "a/b",
+            "q",
+            "other",
+            "qwen-research",
+        ),
+        ({"README.md": "---\nlicense: other\n---\n"}, "a/b", "q", "other", "see-base-model"),
+        (
+            {"README.md": "no head", "LICENSE": "  Apache License\n  Version 2.0, January 2004"},
+            "a/b",
+            "q",
+            "apache-2.0",
+            "",
+        ),
+        ({"LICENSE.txt": "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT"}, "a/b", "llama", "llama3.1", ""),
+        ({"LICENSE": "MIT License\n\nCopyright"}, "a/b", "phi3", "mit", ""),
+        ({"LICENSE": "Ours alone"}, "a/b", "q", "other", "see-base-model"),
+        ({}, "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", "apache-2.0", ""),
+        ({}, "google/gemma-3-270m", "gemma3_text", "gemma", ""),
+        ({}, "/home/x/base", "gemma3_text", "gemma", ""),
+        ({"README.md": "---\nlicense: [broken\n---\n"}, "a/b", "llama", "other", "see-base-model"),
+    ],
+)
+def test_where_the_licence_is_found(
+    tmp_path: Path, files: dict[str, str], model: str, kind: str, license: str, name: str
+) -> None:
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    terms = find_terms(tmp_path, model, kind)
+    assert (terms.license, terms.name) == (license, name)
+
+
+def test_an_unknown_licence_is_not_invented(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run", find_terms(tmp_path, "some/base", "llama"))
+    text = card(run, ALL)
+    assert front(text)["license"] == "other"
+    assert front(text)["license_name"] == "see-base-model"
+    assert "Look at it before you pass the model on." in text
+
+
+def test_gemmas_terms_are_carried_over(tmp_path: Path) -> None:
+    text = card(finished_run(tmp_path / "run", KNOWN["gemma"]), ALL)
+    assert front(text)["license"] == "gemma"
+    assert "https://ai.google.dev/gemma/terms" in text
+    assert "https://ai.google.dev/gemma/prohibited_use_policy" in text
+    assert copy_terms(tmp_path, tmp_path / "run" / "fused", KNOWN["gemma"]) == ["NOTICE"]
+    assert (tmp_path / "run" / "fused" / "NOTICE").read_text() == (
+        "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "built", "notice", "begins"),
+    [
+        ("2", "", "Llama 2 is licensed under the LLAMA 2 Community License", ""),
+        ("3", "**Built with Meta Llama 3.**", "Meta Llama 3 is licensed under the Meta Llama 3 Community", "Llama 3"),
+        ("3.2", "**Built with Llama.**", "Llama 3.2 is licensed under the Llama 3.2 Community License", "Llama"),
+    ],
+)
+def test_llamas_terms_are_carried_over(tmp_path: Path, version: str, built: str, notice: str, begins: str) -> None:
+    terms = KNOWN[f"llama{version}"]
+    text = card(finished_run(tmp_path / "run", terms), ALL)
+    assert built in text
+    assert notice in text
+    assert f"https://www.llama.com/llama{version.replace('.', '_')}/license/" in text
+    assert (terms.begins, terms.notice.startswith(notice)) == (begins, True)
+    assert (f"its name begins with “{begins}”" in text) == bool(begins)
+
+
+def test_licence_and_safety_files_are_copied(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    base.mkdir()
+    out.mkdir()
+    names = ["LICENSE", "LICENSE.txt", "NOTICE", "Notice.txt", "USE_POLICY.md", "SAFETY.md", "GEMMA_PROHIBITED_USE.md"]
+    for name in [*names, "README.md", "config.json"]:
+        (base / name).write_text(name)
+    assert copy_terms(base, out, KNOWN["gemma"]) == sorted(names)
+    assert terms_files(out) == sorted(names) == sorted(path.name for path in out.iterdir())
+    assert (out / "NOTICE").read_text() == "NOTICE"  # the base's own stays
+
+
+def test_front_matter_is_read_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    assert read_front_matter(path) == {}
+    path.write_text("---\r\nlicense: mit\r\n---\r\nx")
+    assert read_front_matter(path) == {"license": "mit"}
+    path.write_text("---\njust text\n---\n")
+    assert read_front_matter(path) == {}
+
+
+def test_terms_survive_the_record() -> None:
+    assert all(Terms(**vars(terms)) == terms for terms in KNOWN.values())

@@ -1,0 +1,229 @@
+"""Uploading, to a stand-in for the hub: which files arrive with which bytes, and where the token goes."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import cli
+from common.config import ROOT, Options
+from common.push import files_of
+from common.terms import KNOWN
+from tests.unit.hub import TOKEN, Hub, finished_run, serve
+
+FUSED = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}
+ADAPTER = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/LICENSE"}
+GGUF = {"gguf/model-Q4_K_M.gguf", "gguf/Modelfile", "gguf/LICENSE"}
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return finished_run(tmp_path / "run")
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+Push = Callable[..., Done]
+
+
+@pytest.fixture
+def push(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
+    """`push RUN ...` in this process."""
+
+    def main(*argv: str, token: str | None = TOKEN) -> Done:
+        hub.enter(monkeypatch, run.parent, token)
+        monkeypatch.setattr(sys, "argv", ["cli.py", "push", str(run), *argv])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stopped:
+            code = int(str(stopped.code or 0))
+        return Done(code, *capsys.readouterr())
+
+    return main
+
+
+@pytest.fixture(scope="module")
+def uploaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Path, subprocess.CompletedProcess[str]]]:
+    """As a user types it, in a process of its own."""
+    run = finished_run(tmp_path_factory.mktemp("user") / "run")
+    with serve() as hub:
+        yield (
+            hub,
+            run,
+            subprocess.run(
+                [sys.executable, str(ROOT / "cli.py"), "push", str(run), "team/model"],
+                env=hub.environment(run.parent / "home"),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            ),
+        )
+
+
+Uploaded = tuple[Hub, Path, subprocess.CompletedProcess[str]]
+
+
+def test_everything_arrives_in_one_commit(uploaded: Uploaded) -> None:
+    hub, run, done = uploaded
+    assert (done.returncode, done.stderr) == (0, "")
+    (repo,) = hub.repos
+    assert (repo["organization"], repo["name"]) == ("team", "model")
+    assert repo.get("private") is True or repo.get("visibility") == "private"
+    (files,) = hub.commits
+    assert set(files) == FUSED | ADAPTER | GGUF
+    for name in (FUSED | ADAPTER | GGUF) - {"README.md", "config.json"}:
+        assert files[name] == (run / ("" if "/" in name else "fused") / name).read_bytes(), name
+    assert json.loads(files["config.json"]) == {"_name_or_path": "base", "model_type": "llama"}
+    assert b"# base, fine-tuned" in files["README.md"]
+    assert str(run).encode() not in b"".join([*hub.bodies, *files.values()])
+    assert f"uploaded: {hub.url}/team/model" in done.stdout
+
+
+def test_the_token_goes_into_the_header_and_nowhere_else(uploaded: Uploaded) -> None:
+    hub, run, done = uploaded
+    for asked, headers in zip(hub.asked, hub.headers, strict=True):
+        given = {name.lower(): value for name, value in headers.items() if TOKEN in value}
+        # what is stored goes to another host in truth
+        assert given == ({} if asked.startswith("PUT /storage/") else {"authorization": f"Bearer {TOKEN}"}), asked
+    secret = TOKEN.encode()
+    assert secret not in b"".join(hub.bodies)
+    assert TOKEN not in "".join([*hub.asked, done.stdout, done.stderr])
+    kept = [path for path in run.parent.rglob("*") if path.is_file()]
+    assert [path for path in kept if secret in path.read_bytes()] == []
+    assert len(hub.asked) > 5
+    assert len(kept) > 12
+
+
+def test_no_option_holds_a_token() -> None:
+    assert not [name for name in Options.model_fields if "token" in name and name != "micro_batch_tokens"]
+
+
+def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -> None:
+    before = (run / "run.json").read_bytes()
+    done = push("me/model", "--dry-run", token=None)
+    assert (done.returncode, done.stderr, hub.asked) == (0, "", [])
+    for name in FUSED | ADAPTER | GGUF:
+        assert name in done.stdout
+    assert "12 files" in done.stdout
+    assert "me/model would be made, private, where it is not there yet." in " ".join(done.stdout.split())
+    assert (run / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        (["gguf"], GGUF | {"README.md", "LICENSE"}),
+        (["adapter"], ADAPTER | {"README.md", "LICENSE"}),
+        (["adapter", "gguf"], ADAPTER | GGUF | {"README.md", "LICENSE"}),
+        (["fused"], FUSED),
+    ],
+)
+def test_a_part_brings_the_licence_along(run: Path, what: list[str], names: set[str]) -> None:
+    assert {file.target for file in files_of(run, what)} == names
+
+
+def test_public_only_when_asked(hub: Hub, push: Push) -> None:
+    assert push("me/model", "--public", "--what", "gguf").returncode == 0
+    assert hub.repos[0].get("private") is False or hub.repos[0].get("visibility") == "public"
+    assert set(hub.commits[0]) == GGUF | {"README.md", "LICENSE"}
+
+
+@pytest.mark.parametrize("at", ["/api/repos/create", "/preupload/", "/info/lfs/", "/storage/", "/commit/"])
+def test_a_failure_leaves_the_run_whole_and_says_how_to_go_on(hub: Hub, run: Path, push: Push, at: str) -> None:
+    hub.fail = at
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = push("me/model")
+    assert done.returncode == 1
+    error, fix = done.stderr.strip().split("\n")
+    assert error.startswith("error: the upload to me/model failed: ")
+    assert fix == f"fix:   The run in {run} is whole. Try again: python cli.py push {run} me/model"
+    assert hub.commits == []
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    hub.fail = ""
+    assert push("me/model").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "who", "said"),
+    [
+        ("me/a--b", TOKEN, {}, "error: push to 'me/a--b': Cannot have -- or .. in repo_id"),
+        ("a/b/c", TOKEN, {}, "error: push to 'a/b/c': Repo id must be in the form"),
+        ("me/model", None, {}, "error: push to me/model: no token of the hub is here."),
+        ("you/model", TOKEN, {}, "error: push to you/model: your token is for me, team."),
+        (
+            "me/model",
+            TOKEN,
+            {"auth": {"accessToken": {"role": "read"}}},
+            "error: push to me/model: your token may only",
+        ),
+    ],
+)
+def test_what_is_looked_at_before_anything_is_sent(
+    hub: Hub, push: Push, repo: str, token: str | None, who: dict, said: str
+) -> None:
+    hub.who = hub.who | who
+    done = push(repo, token=token)
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert "\nfix:   " in done.stderr
+    assert set(hub.asked) <= {"GET /api/whoami-v2"}
+
+
+def test_a_hub_that_refuses_the_token(hub: Hub, push: Push) -> None:
+    hub.fail = "/api/whoami"
+    done = push("me/model")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: push to me/model: the hub does not answer to your token: ")
+    assert TOKEN not in done.stderr
+
+
+def test_train_looks_at_the_token_before_it_reads_a_row(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.enter(monkeypatch, tmp_path, None)
+    argv = ["train", "--data", "nosuch.jsonl", "--model", "x/y", "--push", "me/model", "--backend", "torch"]
+    monkeypatch.setattr(sys, "argv", ["cli.py", *argv, "--device", "cpu"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err.startswith("error: push to me/model: no token of the hub is here.\nfix:   Log in")
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"status": "interrupted"}, "has not finished training."),
+        ({"export": {}}, "has no gguf."),
+        ({"base": None}, "has not been exported by this version."),
+    ],
+)
+def test_a_run_that_is_not_ready(run: Path, push: Push, change: dict, said: str) -> None:
+    content = json.loads((run / "run.json").read_text()) | change
+    (run / "run.json").write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    done = push("me/model", "--what", "gguf", "--dry-run")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "fix:   " in done.stderr
+
+
+def test_a_name_that_the_licence_does_not_want_is_told(run: Path, push: Push) -> None:
+    finished_run(run, KNOWN["llama3.2"])
+    warning = "warning: the base's licence wants the name of a derived model to begin with 'Llama'; me/pip's does not"
+    assert warning in " ".join(push("me/pip", "--dry-run").stdout.split())
+    assert "warning" not in push("me/Llama-3.2-pip", "--dry-run").stdout

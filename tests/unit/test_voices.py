@@ -1,0 +1,160 @@
+"""What is talked to, looked at before anything is loaded; and a backend's voice, prompted as trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import UserError
+from common.sampling import Sampling
+from common.trained_voice import fitted, trained_voice
+from common.voices import choose
+from tests.tiny import CHATML
+
+
+def write_run(folder: Path, status: str = "complete", **more: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    known = {"status": status, "options": {"model": "x/y"}, "model_hash": "h", "stop_ids": [2]} | more
+    (folder / "run.json").write_text(json.dumps(known))
+    return folder
+
+
+def with_ggufs(folder: Path, *quants: str) -> Path:
+    (folder / "gguf").mkdir(parents=True)
+    for quant in quants:
+        (folder / "gguf" / f"model-{quant}.gguf").write_bytes(b"GGUF")
+    reports = [{"file": f"gguf/model-{quant}.gguf", "quant": quant} for quant in quants]
+    return write_run(folder, export={"gguf": reports, "fused": "fused"})
+
+
+def fault(*arguments: Any) -> UserError:
+    with pytest.raises(UserError) as caught:
+        choose(*arguments)
+    return caught.value
+
+
+def test_the_first_gguf_of_a_run_or_the_one_named(tmp_path: Path) -> None:
+    run = with_ggufs(tmp_path / "run", "Q4_K_M", "Q8_0")
+    assert choose(run, None, None).path == run / "gguf" / "model-Q4_K_M.gguf"
+    assert choose(run, "gguf", "Q8_0").path == run / "gguf" / "model-Q8_0.gguf"
+    error = fault(run, None, "BF16")
+    assert error.what == f"--quant BF16: {run} has Q4_K_M, Q8_0."
+    assert error.fix.endswith(f"python cli.py fuse {run} --export gguf --quant BF16")
+    assert "--with adapter takes no GGUF" in fault(run, "adapter", "Q8_0").what
+
+
+def test_a_run_without_a_gguf_says_how_to_make_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    error = fault(run, None, None)
+    assert (error.what, f"python cli.py fuse {run} " in error.fix) == (f"{run} has no GGUF.", True)
+    gone = with_ggufs(tmp_path / "gone", "Q4_K_M")
+    (gone / "gguf" / "model-Q4_K_M.gguf").unlink()
+    assert fault(gone, None, None).what == f"{gone} has no GGUF."
+    assert choose(run, "adapter", None).kind == "adapter"
+
+
+def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+    assert fault(tmp_path / "no", None, None).what == f"{tmp_path / 'no'} holds no run (no run.json)."
+    assert fault(write_run(tmp_path / "half", "interrupted"), None, None).fix.endswith(f"--resume {tmp_path / 'half'}")
+    assert "has no fused folder" in fault(with_ggufs(tmp_path / "run", "Q4_K_M"), "fused", None).what
+    full = write_run(tmp_path / "full", options={"method": "full"})
+    assert "was trained whole" in fault(full, "adapter", None).what
+
+
+def test_a_bare_gguf_and_a_runs_fused_folder(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    assert fault(path, None, None).what == f"{path}: no such file."
+    path.write_bytes(b"GGUF")
+    assert (choose(path, None, None).path, choose(path, None, None).known) == (path, {})
+    assert "can only be talked to as it is" in fault(path, "adapter", None).what
+    run = with_ggufs(tmp_path / "run", "Q4_K_M")
+    (run / "fused").mkdir()
+    (run / "fused" / "config.json").write_text("{}")
+    assert (choose(run / "fused", None, None).kind, choose(run / "fused", None, None).run) == ("fused", run)
+
+
+def test_a_system_turn_goes_where_the_template_takes_it() -> None:
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    folded = [{"role": "user", "content": "S\n\nu"}]
+
+    def refuses(form: list[dict]) -> str:
+        if form[0]["role"] == "system":
+            raise ValueError("no such role")
+        return ""
+
+    assert fitted(messages, lambda form: "<S>") == messages
+    assert fitted(messages, lambda form: "<u>") == folded
+    assert fitted(messages, refuses) == folded
+    assert fitted(messages[1:], refuses) == messages[1:]
+
+
+class Speaker:
+    """A backend that says `text`, a byte a token, and then the end of a turn."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.prompts, self.adapters = text, [], []
+
+    def generate(self, token_ids, max_new_tokens, stop_ids, pick, adapter=True):
+        from tests.tiny import SPECIAL
+
+        self.prompts.append([int(token) for token in token_ids])
+        self.adapters.append(adapter)
+        ids = [self.vocabulary[letter] for letter in self.text_pieces] + [SPECIAL.index("<|im_end|>")]
+        for token in ids[:max_new_tokens]:
+            if token in stop_ids:
+                return
+            yield token
+
+
+@pytest.fixture
+def speaker(tokenizer_folder: Path) -> Speaker:
+    from common.template import load_tokenizer
+
+    tokenizer, found = load_tokenizer(tokenizer_folder), Speaker("港よ")
+    found.vocabulary, found.text_pieces = tokenizer.get_vocab(), tokenizer.tokenize("港よ")
+    found.tokenizer = tokenizer
+    return found
+
+
+def voice(speaker: Any, folder: Path, template: str | None = None, context: int = 200, adapter: bool = True):
+    return trained_voice(speaker, folder, template, [2], False, "tuned", adapter, context)
+
+
+def test_a_backends_answer_comes_in_whole_letters(speaker: Any, tokenizer_folder: Path) -> None:
+    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    pieces = list(voice(speaker, tokenizer_folder, adapter=False).answer(said, Sampling(), ()))
+    assert pieces == [("港", None), ("よ", None), ("", "stop")]
+    assert speaker.adapters == [False]
+    text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+    assert speaker.prompts == [speaker.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    cut = list(voice(speaker, tokenizer_folder).answer(said, Sampling(max_tokens=4), ()))
+    assert cut == [("港", None), ("", "length")]
+
+
+def test_the_runs_own_template_is_used_with_its_thinking_block(speaker: Any, tokenizer_folder: Path) -> None:
+    template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
+    assert template != CHATML
+    list(voice(speaker, tokenizer_folder, template).answer([{"role": "user", "content": "u"}], Sampling(), ()))
+    assert speaker.tokenizer.decode(speaker.prompts[0]).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_a_talk_longer_than_the_context_is_refused(speaker: Any, tokenizer_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"These turns have \d+ tokens, and --context is 30"):
+        list(
+            voice(speaker, tokenizer_folder, context=30).answer([{"role": "user", "content": "u" * 40}], Sampling(), ())
+        )
+    assert np.size(speaker.prompts) == 0
+
+
+def test_without_a_chat_template_there_is_no_talk(tiny_llama: Path, tmp_path: Path, speaker: Any) -> None:
+    for file in tiny_llama.iterdir():
+        if "template" not in file.name and file.suffix != ".safetensors":
+            content = file.read_text(encoding="utf-8")
+            (tmp_path / file.name).write_text(content, encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="has no chat template"):
+        voice(speaker, tmp_path)
