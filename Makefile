@@ -15,7 +15,7 @@ check: setup  ## lint, format, types and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	$(PYTHON) -m pytest tests/unit tests/torch tests/mlx
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/torch tests/mlx
 
 setup: .venv/ready
 
