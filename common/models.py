@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,15 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
             "Give a whole model folder of a supported architecture, as downloaded from the hub.",
         )
     return config
+
+
+def stored_type(folder: Path) -> str:
+    """The type that most of the checkpoint's bytes are in: "bfloat16", "float16" or "float32"."""
+    sizes: Counter[str] = Counter()
+    for shard in shard_files(folder):
+        for entry in read_header(shard)[0].values():
+            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
+    return {"BF16": "bfloat16", "F16": "float16"}.get(sizes.most_common(1)[0][0], "float32")
 
 
 def _head_faults(tensors: dict[str, Tensor], tied: bool) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 
 from common.config import Plan, Recipe
 from common.families import facts
-from common.memory import KEPT_BLOCKS
+from common.memory import KEPT_BLOCKS, LEAN_BLOCKS
 from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
-_GAPS = {"fp32": 0.28, "bf16": 0.5}  # of what lies in small blocks; widened weights come and go between them
+_GAPS = {"fp32": 0.56, "bf16": 0.5}  # of what lies in small blocks
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Sizes:
     final_cap: bool  # logits
     normed: bool  # queries and keys
     windows: tuple[int | None, ...]
+    stored: int  # bytes of a weight in the checkpoint
 
     @staticmethod
     def of(config: dict[str, Any]) -> "Sizes":
@@ -101,11 +102,12 @@ class Sizes:
             final_cap=facts(config).logit_softcap is not None,
             normed=config["model_type"] in ("gemma3_text", "qwen3"),
             windows=facts(config).windows,
+            stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
         )
 
 
-def weight_bytes(sizes: Sizes, recipe: Recipe) -> int:
-    """Of the frozen base as it is held."""
+def weight_bytes(sizes: Sizes, recipe: Recipe, as_stored: bool = False) -> int:
+    """Of the base as it is held. as_stored: what a frozen one does on torch's CPU, where products widen it."""
     plain = 2 if recipe.precision == "bf16" else 4
     scheme = recipe.quantization
     if scheme.startswith("mlx-"):
@@ -116,7 +118,7 @@ def weight_bytes(sizes: Sizes, recipe: Recipe) -> int:
         return round(sizes.linear * (0.5 + 4 / 64) + sizes.other * plain)
     if scheme == "int8":
         return sizes.linear + sizes.other * plain
-    return (sizes.linear + sizes.other) * plain
+    return (sizes.linear + sizes.other) * (min(plain, sizes.stored) if as_stored else plain)
 
 
 def trained_bytes(adapter: Adapter | None, sizes: Sizes) -> tuple[int, int]:
@@ -136,8 +138,9 @@ def predict(
     beside, moments = trained_bytes(adapter, sizes)
     if plan.backend == "torch" and plan.device == "cpu":
         beside *= 2  # what training starts from is held beside what it makes of it
+    as_stored = (plan.backend, plan.device) == ("torch", "cpu") and adapter is not None and not adapter.dora
     parts: dict[str, int] = {
-        "weights": weight_bytes(sizes, recipe),
+        "weights": weight_bytes(sizes, recipe, as_stored),
         "adapter": beside,
         "gradients and moments": moments,
     }
@@ -161,12 +164,15 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     kept: float = sizes.hidden * (6 if sizes.gemma else 4)  # before and after norms
     kept += (sizes.queries + sizes.keys) * sizes.normed
     kept += (sizes.queries + 2 * sizes.keys) * padding  # what attention reads
-    kept += sizes.queries * (1 + padding if torch else 1)  # what it gives
-    small = kept * (sizes.hidden * shape.tokens * each < KEPT_BLOCKS)
-    small += 3 * sizes.inner * (sizes.inner * shape.tokens * each < KEPT_BLOCKS)
-    kept += 3 * sizes.inner
-    if torch and (recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"):
-        kept *= 1.5  # PEFT's and transformers' own layers
+    kept += sizes.queries * (padding + (padding > 1) if torch else 1)  # what it gives, also without the padding
+    block = LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS
+    small = kept * (sizes.hidden * shape.tokens * each < block)
+    general = recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"  # PEFT's, transformers' layers
+    inner = sizes.inner * (2 if torch and not general else 3)
+    small += inner * (sizes.inner * shape.tokens * each < block)
+    kept += inner
+    if torch and general:
+        kept *= 1.5
     layer: float = kept * each + 28 * recipe.rank
     scores = sizes.heads * shape.width * padding * 4  # a row of attention scores for each token
     windows = {window for window in sizes.windows if window is not None and window < shape.width}
@@ -187,8 +193,8 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
         saved, working = sizes.layers * sizes.hidden * each, layer + working
     else:
         saved = sizes.layers * layer
-        if plan.device == "cpu" and torch:
-            saved += _GAPS[recipe.precision] * sizes.layers * small * each  # between blocks that glibc keeps
+    if plan.device == "cpu" and torch:
+        saved += _GAPS[recipe.precision] * sizes.layers * small * each  # between blocks that glibc keeps
     saved, once = saved * shape.tokens + masks, working * shape.tokens
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}

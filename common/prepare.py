@@ -168,6 +168,7 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
     )
     start = _start(recipe, shapes, given)
     config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config["dtype"] = models.stored_type(folder)
     chosen = choose(options, recipe, plan, config, start, rows)
     if chosen.prediction.peak > chosen.budget:
         display.warn(

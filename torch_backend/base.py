@@ -1,7 +1,7 @@
 """The frozen base model: transformers' own, loaded so that nothing is left to chance."""
 
 import json
-from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 
 from common.errors import UserError
 from common.families import text_config
-from common.fuse import read_header, shard_files
 from common.memory import give_back
+from common.models import stored_type
 from torch_backend.attention import register
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
@@ -36,7 +36,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     text = text_config(written)
     config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NO_OPTIONS})
     # as stored, the weights stay in the file until they are used; another type is made of them one by one
-    stored = _stored_type(folder)
+    stored = getattr(torch, stored_type(folder))
     names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the vision tower's tensors; what is lacking is told below
@@ -63,21 +63,19 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     return model
 
 
-def _stored_type(folder: Path) -> torch.dtype:
-    """The type that most of the checkpoint's bytes are in."""
-    sizes: Counter[str] = Counter()
-    for shard in shard_files(folder):
-        for entry in read_header(shard)[0].values():
-            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(sizes.most_common(1)[0][0], torch.float32)
-
-
 @torch.no_grad()
-def convert(model: Any, dtype: torch.dtype) -> None:
-    """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back."""
+def convert(model: Any, dtype: torch.dtype, hold: bool) -> None:
+    """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back.
+
+    `hold`: matrices that the file has in 16 bits stay so, mapped from it, and products widen them (`products`).
+    """
+    held = set()
+    if hold:
+        linear = [m for m in model.modules() if type(m) is torch.nn.Linear or m is model.get_input_embeddings()]
+        held = {m.weight for m in linear if m.weight.dtype in (torch.bfloat16, torch.float16)}
     for parameter in model.parameters():
         stored = parameter.data
-        if stored.dtype == dtype or not stored.is_floating_point():
+        if parameter in held or stored.dtype == dtype or not stored.is_floating_point():
             continue
         wide = torch.empty_like(stored, dtype=dtype)
         rows = max(1, _BLOCK // max(1, stored[0].numel()))
@@ -89,6 +87,13 @@ def convert(model: Any, dtype: torch.dtype) -> None:
     embed = model.get_input_embeddings()
     if hasattr(embed, "embed_scale"):  # Gemma's, made in the stored type: 25.25 in place of 25.298
         embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
+    if embed.weight in held:
+        embed.forward = partial(_embed, embed, dtype)
+
+
+def _embed(module: Any, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    found = torch.nn.functional.embedding(ids, module.weight).to(dtype)
+    return found * module.embed_scale if hasattr(module, "embed_scale") else found
 
 
 _BLOCK = 2**23  # weights converted at a time

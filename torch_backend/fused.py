@@ -4,6 +4,9 @@ transformers and PEFT are right but general: they keep what a frozen model never
 weight of the base is frozen; `tests/torch/test_fused.py` holds each to what it stands in for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from common.seam import Adapter
-from torch_backend.products import back, forth, widened
+from torch_backend.products import back, forth
 
 _aten = torch.ops.aten
 
@@ -32,34 +35,50 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        result = forth(flat, frozen_weight(base))
         low = flat.float() @ A.T
-        if result.dtype == torch.float32:
-            result.addmm_(low, B.T, alpha=scale)
-        else:
-            result += (low @ B.T).mul_(scale)
-        if base.bias is not None:
-            result += base.bias
         ctx.save_for_backward(flat, low, A, B)
         ctx.base, ctx.scale = base, scale
-        return result.view(*x.shape[:-1], -1).to(x.dtype)
+        return _adapted(flat, low, base, B, scale).view(*x.shape[:-1], -1).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         flat, low, A, B = ctx.saved_tensors
-        grown = outputs[0].reshape(-1, outputs[0].shape[-1])
-        exact = grown.float()
-        by_low = (exact @ B).mul_(ctx.scale)
-        by_A, by_B = by_low.T @ flat.float(), (exact.T @ low).mul_(ctx.scale)
+        by_low, by_A, by_B = _lora_back(outputs[0], flat, low, B, ctx.scale)
         by_x = None
         if ctx.needs_input_grad[0]:
-            by_x = back(grown, frozen_weight(ctx.base))
-            if by_x.dtype == torch.float32:
-                by_x.addmm_(by_low, A)
-            else:
-                by_x += by_low @ A
+            by_x = _base_back(outputs[0], by_low, ctx.base, A, flat.dtype)
             by_x = by_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
         return by_x, None, by_A, by_B, None
+
+
+def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, scale: float) -> torch.Tensor:
+    result = forth(flat, frozen_weight(base))
+    if result.dtype == torch.float32:
+        result.addmm_(low, B.T, alpha=scale)
+    else:
+        result += (low @ B.T).mul_(scale)
+    if base.bias is not None:
+        result += base.bias
+    return result
+
+
+def _lora_back(
+    grown: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(gradient by low, by A, by B)`; the long side comes last in every product: the other way crawls on a CPU."""
+    exact = grown.reshape(-1, grown.shape[-1]).float()
+    by_low = (exact @ B).mul_(scale)
+    return by_low, by_low.T @ flat.float(), (low.T @ exact).mul_(scale).T
+
+
+def _base_back(
+    grown: torch.Tensor, by_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient by x [N, in]."""
+    by_x = back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype)
+    if by_x.dtype == torch.float32:
+        return by_x.addmm_(by_low, A)
+    return by_x.add_(by_low @ A)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -74,7 +93,7 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        by_x = back(outputs[0].flatten(0, -2), weight).view(*outputs[0].shape[:-1], -1)
+        by_x = back(outputs[0].flatten(0, -2), weight, outputs[0].dtype).view(*outputs[0].shape[:-1], -1)
         return by_x.to(outputs[0].dtype), None, None
 
 
@@ -100,10 +119,62 @@ class Gated(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         by_up = _activation(gate, ctx.gelu).mul_(outputs[0])
-        by_activation = outputs[0] * up
-        if ctx.gelu:
-            return _aten.gelu_backward(by_activation, gate, approximate="tanh"), by_up, None
-        return _aten.silu_backward(by_activation, gate), by_up, None
+        return _gate_back(outputs[0] * up, gate, ctx.gelu), by_up, None
+
+
+class GatedDown(torch.autograd.Function):
+    """`LoraLinear` of `act(gate) * up`; that product is made again on the way back: kept are gate, up and `x @ A.T`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        gelu: bool,
+        base: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        last: bool,
+    ) -> torch.Tensor:
+        inner = _activation(gate, gelu).mul_(up).flatten(0, -2)
+        low = inner.float() @ A.T
+        ctx.save_for_backward(gate, up, low, A, B)
+        ctx.gelu, ctx.base, ctx.scale = gelu, base, scale
+        if last and _again.get():  # nobody reads it
+            return gate.new_zeros(()).expand(*gate.shape[:-1], len(B))
+        return _adapted(inner, low, base, B, scale).view(*gate.shape[:-1], -1).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        gate, up, low, A, B = ctx.saved_tensors
+        activation = _activation(gate, ctx.gelu)
+        inner = (activation * up).flatten(0, -2)
+        by_low, by_A, by_B = _lora_back(outputs[0], inner, low, B, ctx.scale)
+        del inner
+        by_inner = _base_back(outputs[0], by_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
+        by_up = activation.mul_(by_inner)
+        by_gate = _gate_back(by_inner.mul_(up), gate, ctx.gelu)
+        return by_gate, by_up, None, None, by_A, by_B, None, None
+
+
+def _gate_back(by_activation: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
+    if gelu:
+        return _aten.gelu_backward(by_activation, gate, approximate="tanh")
+    return _aten.silu_backward(by_activation, gate)
+
+
+_again: ContextVar[bool] = ContextVar("again", default=False)
+
+
+@contextmanager
+def again() -> Iterator[None]:
+    """Around what gradient checkpointing computes a second time: a layer's last product is left out."""
+    token = _again.set(True)
+    try:
+        yield
+    finally:
+        _again.reset(token)
 
 
 def _activation(gate: torch.Tensor, gelu: bool) -> torch.Tensor:
@@ -144,12 +215,17 @@ def install(model: Any, adapter: Adapter) -> None:
         if kind.endswith("RMSNorm"):
             eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
             module.forward = partial(_norm, module, eps, kind.startswith("Gemma"))
-        elif kind.endswith("MLP"):
-            module.forward = partial(_mlp, module, kind.startswith("Gemma"))
-        elif plain and hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
+        elif kind.endswith("DecoderLayer"):
+            last = not hasattr(module, "post_feedforward_layernorm")
+            module.mlp.forward = partial(_mlp, module.mlp, kind.startswith("Gemma"), last)
+        elif plain and _lora_of(module):
             module.forward = partial(_lora, module)
-        if type(module) is torch.nn.Linear and not module.weight.requires_grad and widened(module.weight):
+        if type(module) is torch.nn.Linear and not module.weight.requires_grad:
             module.forward = partial(_frozen, module)
+
+
+def _lora_of(module: Any) -> bool:
+    return hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit")
 
 
 def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
@@ -160,16 +236,22 @@ def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
     return FrozenLinear.apply(x, module.weight, module.bias)
 
 
-def _mlp(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:
+def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
     if hasattr(module, "gate_up_proj"):
         gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
     else:
         gate, up = module.gate_proj(x), module.up_proj(x)
-    return module.down_proj(Gated.apply(gate, up, gelu))
+    down = module.down_proj
+    if getattr(getattr(down, "forward", None), "func", None) is not _lora or down.disable_adapters:
+        return down(Gated.apply(gate, up, gelu))
+    return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)
 
 
 def _lora(module: Any, x: torch.Tensor) -> torch.Tensor:
     if module.disable_adapters:
         return FrozenLinear.apply(x, frozen_weight(module.base_layer), module.base_layer.bias)
-    A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-    return LoraLinear.apply(x, module.base_layer, A, B, module.scaling["default"])
+    return LoraLinear.apply(x, module.base_layer, *_trained(module))
+
+
+def _trained(module: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    return module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]

@@ -8,7 +8,7 @@ import torch
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
 from torch_backend.attention import Rows
-from torch_backend.products import back, forth
+from torch_backend.products import back, upright
 
 
 def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -46,9 +46,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if trained else None
+        memory = hidden.new_empty(len(weight), min(chunk, len(hidden)), dtype=torch.float32)  # one for all chunks
         for start in range(0, len(hidden), chunk):
-            part, right = hidden[start : start + chunk], labels[start : start + chunk, None]
-            logits = forth(part, weight).float()
+            part, right = hidden[start : start + chunk], labels[None, start : start + chunk]
+            logits = upright(part, weight, memory)  # [V, n]
             if divisor != 1.0:
                 logits /= divisor
             slope = None
@@ -56,23 +57,22 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits = logits.div_(cap).tanh_()
                 slope = 1 - logits.square() if wanted else None
                 logits *= cap
-            logits -= logits.amax(1, keepdim=True)
-            total -= logits.gather(1, right).sum()
-            sums = logits.exp_().sum(1, keepdim=True)
+            logits -= logits.amax(0)
+            total -= logits.gather(0, right).sum()
+            sums = logits.exp_().sum(0)
             total += sums.log().sum()
             if not wanted:
-                del logits
                 continue
             logits /= sums
-            logits.scatter_add_(1, right, torch.full_like(right, -1, dtype=torch.float32))
+            logits.scatter_add_(0, right, torch.full_like(right, -1, dtype=torch.float32))
             if slope is not None:
                 logits *= slope
             if divisor != 1.0:
                 logits /= divisor
-            gradient[start : start + chunk] = back(logits, weight)  # type: ignore[index]
+            gradient[start : start + chunk] = back(logits.T, weight, hidden.dtype)  # type: ignore[index]
             if trained:
-                weight_gradient += (logits.to(weight.dtype).T @ part).float()  # type: ignore[operator]
-            del logits, slope  # or the next chunk's would stand beside them
+                weight_gradient += (logits.to(weight.dtype) @ part).float()  # type: ignore[operator]
+            del slope  # or the next chunk's would stand beside it
         ctx.save_for_backward(gradient, weight_gradient)
         return total
 

@@ -18,7 +18,7 @@ from common.models import tensor_names
 from common.sampling import Pick, grow
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from torch_backend.base import convert, load_base
-from torch_backend.fused import install
+from torch_backend.fused import again, install
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import loss_sum
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
@@ -48,7 +48,9 @@ class TorchBackend:
             if recipe.quantization == "nf4":
                 quantize_nf4(self.model, dtype, self.device)
             if not quantization:
-                convert(self.model, dtype)
+                convert(
+                    self.model, dtype, hold=adapter is not None and self.device.type == "cpu" and dtype == torch.float32
+                )
                 self.model.to(self.device)
             self.names = tensor_names(folder)
             self.rope_split = facts(
@@ -97,10 +99,10 @@ class TorchBackend:
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
-        # who wants to hold less wants gaps closed too
         give_back_blocks(LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS)
         if plan.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+            self.model.gradient_checkpointing_enable(how)
         elif self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
 

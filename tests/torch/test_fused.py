@@ -1,5 +1,8 @@
 """The hand-written ways back, each against what it stands in for."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.batches import make_batch
 from tests import backends
-from tests.tiny import write_model, write_rows
+from tests.tiny import write_family, write_model, write_rows
 from torch_backend import fused, products, trainer
 from torch_backend.attention import Rows, attend
-from torch_backend.fused import FrozenLinear, Gated, LoraLinear, RMSNorm
+from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear, RMSNorm
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -60,7 +63,7 @@ def test_gated(dtype, gelu):
 @pytest.mark.parametrize("widened", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_linear(dtype, widened, bias, monkeypatch):
-    monkeypatch.setattr(products, "widened", lambda weight: widened and weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(products, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
     monkeypatch.setattr(products, "_BLOCK", 50)  # several blocks
     base = torch.nn.Linear(12, 20, bias=bias).to(dtype).requires_grad_(False)
     A, B = torch.randn(4, 12), torch.randn(20, 4)
@@ -72,8 +75,31 @@ def test_lora_linear(dtype, widened, bias, monkeypatch):
     compared(lambda x, A, B: LoraLinear.apply(x, base, A, B, 0.5), plain, *inputs, dtype=dtype)
 
 
+@BOTH
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_gated_down(dtype, gelu, again):
+    base = torch.nn.Linear(12, 20).to(dtype).requires_grad_(False)
+    A, B = torch.randn(4, 12), torch.randn(20, 4)
+
+    def ours(gate, up, A, B):
+        result = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False)
+        with fused.again():
+            second = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, True)
+        assert not second.any()  # its product was left out, all that the way back needs was not
+        return result.detach() + second if again else result
+
+    def plain(gate, up, A, B):
+        x = (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
+        return functional.linear(x, base.weight.double(), base.bias.double()) + 0.5 * (x @ A.T) @ B.T
+
+    shape = (2, 5, 12)
+    inputs = (torch.randn(shape), None), (torch.randn(shape), None), (A, torch.float32), (B, torch.float32)
+    compared(ours, plain, *inputs, dtype=dtype)
+
+
 def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
-    monkeypatch.setattr(products, "widened", lambda weight: True)
+    monkeypatch.setattr(products, "widened", lambda weight, _: True)
     monkeypatch.setattr(products, "_BLOCK", 50)
     weight, bias = torch.randn(20, 12).bfloat16(), torch.randn(20).bfloat16()
 
@@ -138,6 +164,28 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
         assert bool(calls) == (install is fused.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}], ids=["plain", "dropout"])
+def test_weights_held_in_16_bits_train_as_the_same_ones_in_32(family, changes, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = write_family(tmp_path / "16", family)
+    halved = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    whole = Path(shutil.copytree(folder, tmp_path / "32"))
+    save_file(halved, folder / "model.safetensors", {"format": "pt"})
+    save_file({name: w.float() for name, w in halved.items()}, whole / "model.safetensors", {"format": "pt"})
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    losses = []
+    for path, held in ((folder, torch.bfloat16), (whole, torch.float32)):
+        recipe = backends.make_recipe(path, **changes)
+        backend = backends.load("torch", path, recipe)
+        assert backend.model.get_input_embeddings().weight.dtype == held
+        assert {p.dtype for n, p in backend.model.named_parameters() if "norm" in n} == {torch.float32}
+        losses.append(backends.run_steps(backend, recipe, rows, 4))
+        backend.close()
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 class Waits(TorchDispatchMode):

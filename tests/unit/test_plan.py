@@ -72,6 +72,9 @@ def test_the_weights_are_counted_to_the_byte() -> None:
     assert sizes.linear + sizes.other == count
     assert weight_bytes(sizes, recipe()) == 4 * count
     assert weight_bytes(sizes, recipe(precision="bf16")) == 2 * count
+    halved = Sizes.of(CONFIG | {"dtype": "bfloat16"})
+    assert (weight_bytes(halved, recipe()), weight_bytes(halved, recipe(), as_stored=True)) == (4 * count, 2 * count)
+    assert weight_bytes(sizes, recipe(), as_stored=True) == 4 * count
     assert weight_bytes(sizes, recipe(precision="bf16", quantization="mlx-4bit-64")) == round(count * (0.5 + 4 / 64))
     assert (
         weight_bytes(sizes, recipe(quantization="nf4")) < weight_bytes(sizes, recipe(quantization="int8")) < 4 * count
