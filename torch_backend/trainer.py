@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from common.config import Plan, Recipe
@@ -40,6 +42,11 @@ class TorchBackend:
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
+        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            # two threads of one core wait for each other in a product
+            torch.set_num_threads(
+                min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
+            )
         dtype = _DTYPES[recipe.precision]
         quantization = quantization_config(recipe.quantization)
         with _memory_errors():

@@ -1,7 +1,9 @@
 """The mlx backend on a tiny random model."""
 
+import mlx.core as mx
 import pytest
 
+from common.batches import make_batch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
@@ -56,9 +58,31 @@ def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows,
     backends.check_memory_errors_are_told("mlx", model, rows, monkeypatch)
 
 
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"lora_plus": 4.0}], ids=str)
+def test_nothing_within_a_step_waits_for_the_device(model, rows, monkeypatch, changes):
+    """Of all that makes MLX wait, only numpy's reading of an array's buffer would go unseen."""
+    backend = backends.load("mlx", model, backends.make_recipe(model, **changes))
+    batches = [make_batch(rows[:3]), make_batch(rows[3:4])]
+    backend.train_step(batches, 1e-3, 1)
+    waits = []
+
+    def watch(owner, name):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments: waits.append(name) or plain(*arguments))
+
+    for name in ("item", "tolist", "__float__", "__int__", "__index__", "__bool__", "__array__", "__dlpack__"):
+        watch(mx.array, name)
+    for name in ("eval", "synchronize"):
+        watch(mx, name)
+    result = backend.train_step(batches, 1e-3, 2)
+    assert waits == []
+    float(result.loss_sum)
+    assert waits == ["__float__"]
+    backend.close()
+
+
 def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tmp_path):
     """The gradient is that of the loss that was computed: by differences along it, in float32."""
-    import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map
 
     from common.batches import make_batch

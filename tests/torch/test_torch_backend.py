@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
+from torch_backend import trainer
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +98,18 @@ def test_a_closed_backend_holds_no_model(model):
     finally:
         gc.enable()
     assert alive == []
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+def test_one_thread_a_physical_core_unless_the_user_says_otherwise(model, monkeypatch, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(trainer.psutil, "cpu_count", lambda logical: 8 if logical else 1)
+    torch.set_num_threads(2)
+    try:
+        backends.load("torch", model, backends.make_recipe(model)).close()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
