@@ -1,7 +1,8 @@
 """How much memory a plan will take, part by part, from the model's config and the recipe: nothing is loaded.
 
 The terms are counted from what each backend keeps for the way back (`torch_backend/fused.py`, MLX's graph); the few
-numbers that cannot be counted stand in `_MEASURED`. `python -m benchmarks.memory` holds the sum against measured peaks.
+numbers that cannot be counted stand in `_MEASURED` and `_GAPS`. `python -m benchmarks.memory` holds the sum against
+measured peaks.
 """
 
 import math
@@ -115,7 +116,7 @@ def weight_bytes(sizes: Sizes, recipe: Recipe, as_stored: bool = False) -> int:
         each = int(bits.removesuffix("bit")) / 8 + 2 * plain / int(group)  # a scale and a bias a group
         return round((sizes.linear + sizes.other) * each)  # MLX quantises embeddings too
     if scheme == "nf4":
-        return round(sizes.linear * (0.5 + 4 / 64) + sizes.other * plain)
+        return round(sizes.linear * (0.5 + 4 / 64) + sizes.other * (min(plain, sizes.stored) if as_stored else plain))
     if scheme == "int8":
         return sizes.linear + sizes.other * plain
     return (sizes.linear + sizes.other) * (min(plain, sizes.stored) if as_stored else plain)

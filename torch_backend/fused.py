@@ -152,6 +152,8 @@ class GatedDown(torch.autograd.Function):
         inner = (activation * up).flatten(0, -2)
         by_low, by_A, by_B = _lora_back(outputs[0], inner, low, B, ctx.scale)
         del inner
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            return None, None, None, None, by_A, by_B, None, None
         by_inner = _base_back(outputs[0], by_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
         by_up = activation.mul_(by_inner)
         by_gate = _gate_back(by_inner.mul_(up), gate, ctx.gelu)
@@ -242,7 +244,7 @@ def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
     else:
         gate, up = module.gate_proj(x), module.up_proj(x)
     down = module.down_proj
-    if getattr(getattr(down, "forward", None), "func", None) is not _lora or down.disable_adapters:
+    if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
         return down(Gated.apply(gate, up, gelu))
     return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)
 

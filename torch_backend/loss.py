@@ -11,24 +11,18 @@ from torch_backend.attention import Rows
 from torch_backend.products import back, upright
 
 
-def head(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Hidden states to float32 logits, with what the family's own forward does after its lm_head."""
-    divisor, cap = _after_head(model)
-    logits = model.lm_head(hidden).float() / divisor
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 def _after_head(model: Any) -> tuple[float, float | None]:
+    """What the family's own forward does to logits: `(divisor, cap)`."""
     config = model.config
     return getattr(config, "logits_scaling", 1.0), getattr(config, "final_logit_softcapping", None)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """`sum(-log softmax(cap(hidden @ weight.T / divisor))[label])`, float32, `chunk` rows of logits at a time.
+    """`sum(-log softmax(cap(hidden @ weight.T / divisor))[label])`, float32, the logits of `chunk` rows at a time.
 
     hidden [N, H], weight [V, H], labels [N] int64; cap(x): x, or `cap * tanh(x / cap)`. Each chunk's gradient is formed
     with its loss, so that its logits can be forgotten: what is kept for the way back has the shape of `hidden` (and of
-    `weight`, where that is trained). Products in the weight's type, everything between them in float32.
+    `weight`, where that is trained). Products in the weight's type, in float32 where it is widened, as is all between.
     After Wijmans et al. 2024 (Cut Your Losses) and liger-kernel's fused linear cross-entropy.
     """
 

@@ -55,9 +55,8 @@ class TorchBackend:
             if recipe.quantization == "nf4":
                 quantize_nf4(self.model, dtype, self.device)
             if not quantization:
-                convert(
-                    self.model, dtype, hold=adapter is not None and self.device.type == "cpu" and dtype == torch.float32
-                )
+                lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the held type
+                convert(self.model, dtype, hold=lora and self.device.type == "cpu" and dtype == torch.float32)
                 self.model.to(self.device)
             self.names = tensor_names(folder)
             self.rope_split = facts(
