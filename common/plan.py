@@ -14,7 +14,7 @@ from common.seam import Adapter
 from common.template import Encoded
 
 _SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
-_RECOMPUTE = 3 / 2  # the time of a step with gradient checkpointing; measured 1.4 (SmolLM2) and 1.8 (Gemma-3-270M)
+_RECOMPUTE = 1.4  # the time of a step with gradient checkpointing; measured 1.35 (SmolLM2) to 1.45 (Gemma-3-270M)
 _START_COST = {"cpu": 48, "cuda": 1024, "gpu": 512, "mps": 512}  # tokens; of GPUs not measured
 _WORTH = 1.02  # a dearer plan must be this much faster
 _ROWS = 4000  # whose steps are looked at

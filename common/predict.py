@@ -12,12 +12,12 @@ from typing import Any
 
 from common.config import Plan, Recipe
 from common.families import facts
-from common.memory import KEPT_BLOCKS, LEAN_BLOCKS
+from common.memory import GAPS_EVERY, KEPT_BLOCKS
 from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
-_GAPS = {"fp32": 0.56, "bf16": 0.5}  # of what lies in small blocks
+_GAPS = {"fp32": 0.4, "bf16": 0.55}  # of what lies in blocks of less than twice KEPT_BLOCKS; with glibc 2.36
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     kept += (sizes.queries + sizes.keys) * sizes.normed
     kept += (sizes.queries + 2 * sizes.keys) * padding  # what attention reads
     kept += sizes.queries * (padding + (padding > 1) if torch else 1)  # what it gives, also without the padding
-    block = LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS
+    block = 2 * KEPT_BLOCKS
     small = kept * (sizes.hidden * shape.tokens * each < block)
     general = recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"  # PEFT's, transformers' layers
     inner = sizes.inner * (2 if torch and not general else 3)
@@ -190,12 +190,13 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     loss = chunk * (1 if torch else 6) * (2 if sizes.final_cap else 1)
     if recipe.method == "full":  # the head's gradient, and a chunk's share of it
         loss += 2 * 4 * sizes.vocabulary * sizes.hidden
+    gaps = sizes.layers
     if plan.gradient_checkpointing:
-        saved, working = sizes.layers * sizes.hidden * each, layer + working
+        saved, working, gaps = sizes.layers * sizes.hidden * each, layer + working, min(GAPS_EVERY + 1, gaps)
     else:
         saved = sizes.layers * layer
     if plan.device == "cpu" and torch:
-        saved += _GAPS[recipe.precision] * sizes.layers * small * each  # between blocks that glibc keeps
+        saved += _GAPS[recipe.precision] * gaps * small * each  # between blocks that glibc keeps
     saved, once = saved * shape.tokens + masks, working * shape.tokens
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}

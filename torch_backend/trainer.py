@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from common.config import Plan, Recipe
 from common.families import facts, text_config
-from common.memory import KEPT_BLOCKS, LEAN_BLOCKS, ResidentSet, give_back_blocks, swap_used
+from common.memory import GAPS_EVERY, ResidentSet, give_back_blocks, give_back_gaps, swap_used
 from common.models import tensor_names
 from common.sampling import Pick, grow
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
@@ -38,7 +39,7 @@ class TorchBackend:
 
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        give_back_blocks(LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS)
+        give_back_blocks()
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
@@ -72,6 +73,9 @@ class TorchBackend:
                 self.outer, self.parameters = attach(self.model, adapter)
                 self.outer.to(self.device)
                 install(self.model, adapter)
+        if self.device.type == "cpu":
+            for layer in self.model.model.layers[::GAPS_EVERY]:
+                layer.mlp.register_forward_pre_hook(partial(_give_back_gaps, self.model))
         self.apply_plan(plan)
         self.start = adapter
         fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
@@ -105,7 +109,6 @@ class TorchBackend:
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
-        give_back_blocks(LEAN_BLOCKS if plan.gradient_checkpointing else KEPT_BLOCKS)
         if plan.gradient_checkpointing:
             how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
             self.model.gradient_checkpointing_enable(how)
@@ -227,6 +230,12 @@ def _memory_errors() -> Iterator[None]:
                 torch.cuda.empty_cache()
             raise OutOfMemory(text.split("\n")[0]) from None
         raise
+
+
+def _give_back_gaps(model: Any, *_: Any) -> None:
+    """Only where memory is short: without checkpointing a step took 5 to 12 % longer for up to 17 % less memory."""
+    if model.training and model.is_gradient_checkpointing:
+        give_back_gaps()
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

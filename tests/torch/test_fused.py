@@ -213,3 +213,18 @@ def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
         float(result.loss_sum)
     assert waits.found != []
     backend.close()
+
+
+def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(model, rows, monkeypatch):
+    given = []
+    monkeypatch.setattr(trainer, "give_back_gaps", lambda: given.append(1))
+    backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=True)
+    batch = make_batch(rows[:2])
+    with_gaps = len(backend.model.model.layers[:: trainer.GAPS_EVERY])
+    backend.train_step([batch], 1e-3, 1)
+    assert len(given) == 2 * with_gaps  # forth, and again on the way back
+    backend.eval_step(batch)
+    backend.apply_plan(backends.make_plan("torch", gradient_checkpointing=False))
+    backend.train_step([batch], 1e-3, 2)
+    assert len(given) == 2 * with_gaps
+    backend.close()
