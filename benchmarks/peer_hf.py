@@ -64,8 +64,10 @@ def main(job):
         from trl import SFTConfig, SFTTrainer
 
         if job["peer"] == "trl-best":
-            common |= {"bf16": False, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
-            common |= {"model_init_kwargs": {"dtype": "float32", "attn_implementation": "sdpa"}}
+            bf16 = job["precision"] == "bf16"
+            common |= {"bf16": bf16, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
+            dtype = "bfloat16" if bf16 else "float32"
+            common |= {"model_init_kwargs": {"dtype": dtype, "attn_implementation": "sdpa"}}
         config = SFTConfig(**common, max_length=1024)
         how = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [clock]}
         trainer = SFTTrainer(job["model"], args=config, train_dataset=Dataset.from_list(rows), **how)

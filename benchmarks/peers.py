@@ -26,6 +26,7 @@ from typing import Any
 from common import models
 from common.adapter import read_any
 from common.cache import cache_folder
+from common.dispatch import choose_precision
 from common.loop import evaluate
 from common.lora import layer_count
 from common.overflow import encode_all
@@ -82,6 +83,7 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
     options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
     options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
+    options += ["--precision", job["precision"]] if job["peer"] != "twintune-mlx" else []
     options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
     _, peak = run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -253,6 +255,12 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default=choose_precision("auto", "torch", "cpu").value,
+        help="of Twintune on torch and of trl-best; as a rule what this CPU computes fastest",
+    )
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
     for name in {PEERS[peer] for peer in arguments.peers} - {None}:
@@ -290,7 +298,8 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     base = figures[arguments.peers[0]]
     print(
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
-        f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; {arguments.rounds} rounds in turn. "
+        f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; {arguments.precision}; "
+        f"{arguments.rounds} rounds in turn. "
         f"{chip()}, {os.cpu_count()} cores, {platform.system()}, a CPU's figures\n"
     )
     print(f"| | tokens/s | {arguments.peers[0]} is faster by | peak memory | its share of it | validation loss |")

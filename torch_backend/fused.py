@@ -35,7 +35,7 @@ class LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        low = flat.float() @ A.T
+        low = _low(flat, A)
         ctx.save_for_backward(flat, low, A, B)
         ctx.base, ctx.scale = base, scale
         return _adapted(flat, low, base, B, scale).view(*x.shape[:-1], -1).to(x.dtype)
@@ -51,12 +51,14 @@ class LoraLinear(torch.autograd.Function):
         return by_x, None, by_A, by_B, None
 
 
+def _low(flat: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """`x @ A.T`, float32; as all that follow with its long side last: the other way crawls on a CPU."""
+    return (A @ flat.float().T).T
+
+
 def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, scale: float) -> torch.Tensor:
-    result = forth(flat, frozen_weight(base))
-    if result.dtype == torch.float32:
-        result.addmm_(low, B.T, alpha=scale)
-    else:
-        result += (low @ B.T).mul_(scale)
+    """[N, out], float32: the base's product, as it is rounded, and the adapter's."""
+    result = forth(flat, frozen_weight(base)).float().addmm_(low, B.T, alpha=scale)
     if base.bias is not None:
         result += base.bias
     return result
@@ -65,20 +67,17 @@ def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, 
 def _lora_back(
     grown: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(gradient by low, by A, by B)`; the long side comes last in every product: the other way crawls on a CPU."""
+    """`(gradient by low, by A, by B)`."""
     exact = grown.reshape(-1, grown.shape[-1]).float()
-    by_low = (exact @ B).mul_(scale)
+    by_low = (B.T @ exact.T).mul_(scale).T
     return by_low, by_low.T @ flat.float(), (low.T @ exact).mul_(scale).T
 
 
 def _base_back(
     grown: torch.Tensor, by_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The gradient by x [N, in]."""
-    by_x = back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype)
-    if by_x.dtype == torch.float32:
-        return by_x.addmm_(by_low, A)
-    return by_x.add_(by_low @ A)
+    """The gradient by x [N, in], float32."""
+    return back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype).float().addmm_(by_low, A)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -138,7 +137,7 @@ class GatedDown(torch.autograd.Function):
         last: bool,
     ) -> torch.Tensor:
         inner = _activation(gate, gelu).mul_(up).flatten(0, -2)
-        low = inner.float() @ A.T
+        low = _low(inner, A)
         ctx.save_for_backward(gate, up, low, A, B)
         ctx.gelu, ctx.base, ctx.scale = gelu, base, scale
         if last and _again.get():  # nobody reads it
