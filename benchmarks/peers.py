@@ -298,8 +298,8 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     base = figures[arguments.peers[0]]
     print(
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
-        f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; {arguments.precision}; "
-        f"{arguments.rounds} rounds in turn. "
+        f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; "
+        f"Twintune on torch and trl-best in {arguments.precision}; {arguments.rounds} rounds in turn. "
         f"{chip()}, {os.cpu_count()} cores, {platform.system()}, a CPU's figures\n"
     )
     print(f"| | tokens/s | {arguments.peers[0]} is faster by | peak memory | its share of it | validation loss |")

@@ -49,7 +49,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             slope = None
             if cap:
                 logits = logits.div_(cap).tanh_()
-                slope = 1 - logits.square() if wanted else None
+                slope = logits.square().neg_().add_(1) if wanted else None
                 logits *= cap
             logits -= logits.amax(0)
             total -= logits.gather(0, right).sum()

@@ -1,4 +1,4 @@
-"""Products with a frozen weight. On a CPU a weight of 16 bits is widened to float32 a block at a time.
+"""Products with a frozen weight. One of 16 bits that the CPU does not compute in is widened a block at a time.
 
 The block stays in the cache: measured from 1 to 350 rows, that costs a product next to nothing, and the weight takes
 half the memory. bf16 products of torch itself, on a CPU without instructions for them, ran at 19 GFLOP/s (x @ W.T) and
