@@ -275,12 +275,12 @@ def main() -> None:
                 output = str(work / f"{peer}-{turn}")
                 job = vars(arguments) | {"peer": peer, "model": str(folder), "output": output, "json": None}
                 result = RUNNERS[peer](job | {"rows": str(work / "rows.jsonl"), "data": str(work / "split.jsonl")})
-                if turn == 0:
-                    result["loss"] = valid_loss(folder, Path(result["adapter"]), held, arguments.rank)
                 results[peer].append(result)
                 print(
                     f"{peer}, round {turn + 1}: {statistics.median(result['seconds'][1:]):.2f} s/step", file=sys.stderr
                 )
+        for runs in results.values():  # after all runs: Linux counts a parent's peak as its later children's too
+            runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank)
     tokens = sum(len(row.ids) - 1 for row in rows)
     report(arguments, results, tokens, sum(row.label_tokens for row in rows))
     losses = {peer: runs[0]["loss"] for peer, runs in results.items()}
