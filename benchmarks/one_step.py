@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from common.config import Plan, Recipe
 from common.families import text_config
 from common.lora import initial_adapter, layer_count
 from common.predict import Shape, predict
-from common.seam import IGNORE, Batch
+from common.seam import IGNORE, Adapter, Backend, Batch
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
@@ -51,7 +52,8 @@ def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
     return Batch(ids[0], labels, np.full(case["rows"], case["width"], np.int32))
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str, Any]]:
+    """`(model folder, recipe, plan, adapter, text config)`; a model of random weights is made where none is there."""
     folder = random_model(case["model"], case.get("layers"), vocabulary=case.get("vocabulary"))
     recipe = recipe_of(case)
     plan = Plan(
@@ -64,12 +66,23 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     )
     shapes = models.linear_shapes(folder, ["all-linear"])
     adapter = initial_adapter(shapes, layer_count(shapes), recipe)
-    config = text_config(json.loads((folder / "config.json").read_text()))
+    return folder, recipe, plan, adapter, text_config(json.loads((folder / "config.json").read_text()))
+
+
+def backend_of(case: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
+    """`(loaded, text config)`"""
+    folder, recipe, plan, adapter, config = job_of(case)
+    backend = importlib.import_module(f"{case['backend']}_backend").create()
+    backend.load(recipe, plan, folder, adapter)
+    return backend, config
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    _, recipe, plan, adapter, config = job_of(case)
     batch = batch_of(case, config["vocab_size"])
     if case.get("predict_only"):
         return {"predicted": predict(config, recipe, plan, adapter, [Shape.of(batch)]).peak}
-    backend = importlib.import_module(f"{case['backend']}_backend").create()
-    backend.load(recipe, plan, folder, adapter)
+    backend, _ = backend_of(case)
     loaded = backend.memory().peak
     for step in range(1, case.get("steps", 1) + 1):
         started = time.perf_counter()
