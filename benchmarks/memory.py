@@ -3,11 +3,12 @@
     python -m benchmarks.memory                  # sixteen configurations, some 15 minutes on two cores
     python -m benchmarks.memory --only mlx       # those whose text holds the word
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B whole, 16 rows of 512 tokens a step
+    python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
 
 Every configuration runs in a process of its own: load, then steps of one micro-batch, three of them, as the peak has
 settled by then (AdamW's moments are touched at the end of the first); of real sizes one on MLX, two on torch. Measured
-is what the backend counts: MLX's allocator, or the growth of torch's process (anonymous and mapped) since before
-loading.
+is what the backend counts: MLX's or CUDA's allocator, or the growth of torch's process (anonymous and mapped) since
+before loading. On a GPU one process runs them all, and what its allocator had reserved at the most is told too.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.one_step import measure
 from benchmarks.random_model import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +48,25 @@ CASES: list[dict[str, Any]] = [
     {"backend": "mlx", "model": _SMALL, "precision": "fp32", "rows": 2, "width": 512, "gradient_checkpointing": True},
     {"backend": "mlx", "model": _ONE, "precision": "fp32", "rows": 2, "width": 256, "layers": 6},
     {"backend": "mlx", "model": _SMALL, "precision": "fp32", "rows": 1, "width": 64, "quantization": "mlx-4bit-64"},
+]
+
+
+CUDA_CASES: list[dict[str, Any]] = [
+    {"backend": "torch", "device": "cuda", "precision": "bf16", "rows": 4, "width": 256} | case
+    for case in (
+        {"model": _SMOL, "rows": 8, "width": 128},
+        {"model": _SMOL, "rows": 16, "width": 512},
+        {"model": _SMOL, "rows": 4, "width": 1024, "gradient_checkpointing": True},
+        {"model": _SMOL, "precision": "fp32"},
+        {"model": _QWEN, "rank": 64},
+        {"model": _QWEN, "rows": 8, "width": 512, "gradient_checkpointing": True},
+        {"model": _SMALL, "rows": 2, "width": 1024},
+        {"model": _SMALL, "rows": 8, "width": 512, "gradient_checkpointing": True},
+        {"model": _ONE},
+        {"model": _ONE, "rows": 4, "width": 512, "gradient_checkpointing": True},
+        {"model": _ONE, "rows": 2, "width": 512, "quantization": "nf4"},
+        {"model": "gemma-3-4b", "rows": 1, "width": 512, "quantization": "nf4", "gradient_checkpointing": True},
+    )
 ]
 
 
@@ -122,13 +143,14 @@ def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     print("| --- | --- | --- | --- | --- |")
     found = []
     for case in cases:
-        result = run(case | {"steps": 3})
+        result = (measure if case.get("device") == "cuda" else run)(case | {"steps": 3})
         found.append(result)
         parts = {name: size for name, size in result["parts"].items() if name != "weights"}
         name = max(parts, key=lambda part: parts[part])
         print(
             f"| {told(case)} | {result['predicted'] / 1e9:.3f} | {result['peak'] / 1e9:.3f} | "
-            f"{result['predicted'] / result['peak'] - 1:+.1%} | {name}, {parts[name] / 1e9:.3f} GB |",
+            f"{result['predicted'] / result['peak'] - 1:+.1%} | {name}, {parts[name] / 1e9:.3f} GB |"
+            + (f" reserved {result['reserved'] / 1e9:.3f} |" if "reserved" in result else ""),
             flush=True,
         )
     return found
@@ -138,13 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a word of the configurations to run")
     parser.add_argument("--real-sizes", action="store_true", help="Gemma-3 270M, 1B and 4B against the limits of use")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
     if arguments.real_sizes:
         chosen = [case for case in REAL if arguments.only in f"{case['backend']} {case['model']}"]
         found = real_sizes(chosen)
     else:
-        found = table([case for case in CASES if arguments.only in told(case)])
+        cases = CUDA_CASES if arguments.device == "cuda" else CASES
+        found = table([case for case in cases if arguments.only in told(case)])
         worst = max(abs(result["predicted"] / result["peak"] - 1) for result in found)
         print(f"\n{len(found)} configurations, the worst {worst:.1%} away")
     if arguments.json:

@@ -89,14 +89,21 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         result = backend.train_step([batch], 1e-4, step)
         loss = float(result.loss_sum) / result.label_tokens
     memory = backend.memory()
+    seconds = time.perf_counter() - started
+    backend.close()
     found = predict(config, recipe, plan, adapter, [Shape.of(batch)])
-    return {
+    extra = {}
+    if case.get("device") == "cuda":
+        import torch
+
+        extra["reserved"] = torch.cuda.max_memory_reserved()
+    return extra | {
         "case": case,
         "loaded": loaded,
         "peak": memory.peak,
         "predicted": found.peak,
         "parts": found.parts,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
         "loss": loss,
     }
 

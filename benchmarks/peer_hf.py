@@ -1,8 +1,8 @@
 """One run of a PyTorch peer, started by `benchmarks.peers` with the peer's own Python: it imports nothing of Twintune.
 
 `trl` is SFTTrainer as it comes, `trl-best` at the settings that served it best here, `padded` the recipe of many
-tutorials: HF's Trainer, every row padded to 512 tokens, no attention mask, eager attention. Prints the
-seconds of each step as one JSON line.
+tutorials: HF's Trainer, every row padded to 512 tokens, no attention mask, eager attention. Prints one JSON
+line: the seconds of each step and, on a GPU, the allocator's peak.
 """
 
 import json
@@ -23,6 +23,8 @@ class Clock(TrainerCallback):
         self.marks.append(time.perf_counter())
 
     def on_train_end(self, args, state, control, **_):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
 
 
@@ -46,7 +48,7 @@ def main(job):
         "logging_steps": 10_000,
         "seed": 0,
         "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": job["device"] == "cpu",
     }
     if job["peer"] == "padded":
         model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="eager")
@@ -67,6 +69,7 @@ def main(job):
             bf16 = job["precision"] == "bf16"
             common |= {"bf16": bf16, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
             dtype = "bfloat16" if bf16 else "float32"
+            common |= {"use_liger_kernel": job["device"] == "cuda"}
             common |= {"model_init_kwargs": {"dtype": dtype, "attn_implementation": "sdpa"}}
         config = SFTConfig(**common, max_length=1024)
         how = {"processing_class": tokenizer, "peft_config": lora, "callbacks": [clock]}
@@ -74,7 +77,7 @@ def main(job):
     trainer.train()
     trainer.model.save_pretrained(job["output"])
     seconds = [end - start for start, end in zip(clock.marks, clock.marks[1:], strict=False)]
-    print(json.dumps(seconds))
+    print(json.dumps({"seconds": seconds, "peak": torch.cuda.max_memory_allocated() if job["device"] == "cuda" else 0}))
 
 
 main(json.loads(sys.argv[1]))

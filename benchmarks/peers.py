@@ -8,6 +8,10 @@ the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows
 first; peak: the resident set of the whole process, as the system counts it for everyone. The validation loss after
 equal data is computed by Twintune for every adapter alike; ends with 1 where Twintune's is worse than a peer's by more
 than 0.01. `twintune-lean` is the torch backend with gradient checkpointing.
+
+    python -m benchmarks.peers --device cuda --peers twintune-torch trl trl-best unsloth
+
+On a GPU the peak is what torch's allocator had given out at the most.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from typing import Any
 from common import models
 from common.adapter import read_any
 from common.cache import cache_folder
-from common.dispatch import choose_precision
+from common.dispatch import choose_precision, nvidia_gpu
 from common.loop import evaluate
 from common.lora import layer_count
 from common.overflow import encode_all
@@ -36,9 +40,10 @@ from common.template import Encoded, Encoder, Style, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
-    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets"],
+    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpu() else [])],
     "mlx-lm": ["mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
+    "unsloth": ["unsloth==2026.10.9"],
 }
 PEERS = {
     "twintune-torch": None,
@@ -49,6 +54,8 @@ PEERS = {
     "trl-best": "trl",
     "padded": "trl",
     "llamafactory": "llamafactory",
+    "unsloth": "unsloth",
+    "unsloth-lean": "unsloth",
 }
 
 
@@ -83,14 +90,15 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
     options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
     options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
-    options += ["--precision", job["precision"]] if job["peer"] != "twintune-mlx" else []
+    if job["peer"] != "twintune-mlx":
+        options += ["--precision", job["precision"], "--device", job["device"]]
     options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
     _, peak = run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {
         "seconds": [line["seconds"] for line in lines if "seconds" in line],
-        "peak": peak,
+        "peak": record["peak_memory_bytes"] if job["device"] == "cuda" else peak,
         "adapter": str(output / "adapter"),
         "foretold": record["predicted_peak_bytes"],
         "counted": record["peak_memory_bytes"],
@@ -144,7 +152,15 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
 
 def hugging_face(job: dict[str, Any]) -> dict[str, Any]:
     printed, peak = run([str(environment("trl")), str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
-    return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": job["output"]}
+    found = json.loads(printed.splitlines()[-1])
+    return {"seconds": found["seconds"], "peak": found["peak"] or peak, "adapter": job["output"]}
+
+
+def unsloth(job: dict[str, Any]) -> dict[str, Any]:
+    job = job | {"checkpointing": "unsloth" if job["peer"] == "unsloth-lean" else False}
+    printed, _ = run([str(environment("unsloth")), str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)])
+    found = json.loads(printed.splitlines()[-1])
+    return {"seconds": found["seconds"], "peak": found["peak"], "adapter": job["output"]}
 
 
 def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
@@ -209,10 +225,12 @@ RUNNERS = {
     "trl-best": hugging_face,
     "padded": hugging_face,
     "llamafactory": llama_factory,
+    "unsloth": unsloth,
+    "unsloth-lean": unsloth,
 }
 
 
-def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int) -> float:
+def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, device: str) -> float:
     """By Twintune's torch backend in float32, for every adapter alike."""
     import importlib
 
@@ -221,7 +239,7 @@ def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int) -> f
 
     found = read_any(adapter, layer_count(models.linear_shapes(folder, ["all-linear"])))
     backend = importlib.import_module("torch_backend").create()
-    plan = Plan(backend="torch", device="cpu", micro_batch_tokens=1024, save_every=1)
+    plan = Plan(backend="torch", device=device, micro_batch_tokens=1024, save_every=1)
     backend.load(recipe_of({"rows": 4, "width": 8, "precision": "fp32", "rank": rank}), plan, folder, found)
     loss = evaluate(backend, rows, 1024)
     backend.close()
@@ -249,7 +267,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
-    parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), default=list(RUNNERS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), help="by default all that run on the device")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rank", type=int, default=8)
@@ -258,11 +277,14 @@ def main() -> None:
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16"],
-        default=choose_precision("auto", "torch", "cpu").value,
-        help="of Twintune on torch and of trl-best; as a rule what this CPU computes fastest",
+        help="of Twintune on torch and of trl-best; as a rule what the device computes fastest",
     )
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
+    gpu = {"twintune-torch", "twintune-lean", "trl", "trl-best", "padded", "unsloth", "unsloth-lean"}
+    if arguments.peers is None:
+        arguments.peers = [p for p in RUNNERS if (p in gpu if arguments.device == "cuda" else "unsloth" not in p)]
+    arguments.precision = arguments.precision or choose_precision("auto", "torch", arguments.device).value
     for name in {PEERS[peer] for peer in arguments.peers} - {None}:
         environment(str(name))
     folder = models.resolve(arguments.model, lambda text: print(text, file=sys.stderr))
@@ -280,7 +302,7 @@ def main() -> None:
                     f"{peer}, round {turn + 1}: {statistics.median(result['seconds'][1:]):.2f} s/step", file=sys.stderr
                 )
         for runs in results.values():  # after all runs: Linux counts a parent's peak as its later children's too
-            runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank)
+            runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank, arguments.device)
     tokens = sum(len(row.ids) - 1 for row in rows)
     report(arguments, results, tokens, sum(row.label_tokens for row in rows))
     losses = {peer: runs[0]["loss"] for peer, runs in results.items()}
@@ -288,6 +310,13 @@ def main() -> None:
     worse = [peer for peer, loss in losses.items() if not PEERS[peer] and loss > best + 0.01]
     if worse:
         raise SystemExit(f"The validation loss of {', '.join(worse)} is worse than the best of the others, {best:.4f}.")
+
+
+def machine(device: str) -> str:
+    if device == "cpu":
+        return f"{chip()}, {os.cpu_count()} cores, {platform.system()}, a CPU's figures"
+    gpu = nvidia_gpu()
+    return f"{gpu.name if gpu else 'a GPU'}, {platform.system()}"
 
 
 def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], tokens: int, labels: int) -> None:
@@ -300,7 +329,7 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
         f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; "
         f"Twintune on torch and trl-best in {arguments.precision}; {arguments.rounds} rounds in turn. "
-        f"{chip()}, {os.cpu_count()} cores, {platform.system()}, a CPU's figures\n"
+        f"{machine(arguments.device)}\n"
     )
     print(f"| | tokens/s | {arguments.peers[0]} is faster by | peak memory | its share of it | validation loss |")
     print("| --- | --- | --- | --- | --- | --- |")

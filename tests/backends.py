@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -21,6 +22,7 @@ from common.seam import Adapter, Backend, OutOfMemory
 from common.sources import read_rows
 from common.template import Encoded, Encoder, Style, load_tokenizer
 
+DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")  # cuda: for tests/torch on a machine with an NVIDIA GPU
 TARGETS = ["all-linear"]
 METHODS: dict[str, dict] = {
     "lora": {},
@@ -62,7 +64,7 @@ def make_recipe(folder: Path, **changes) -> Recipe:
 
 
 def make_plan(name: str, **changes) -> Plan:
-    return Plan(**({"backend": name, "device": "cpu", "micro_batch_tokens": 300, "save_every": 3} | changes))
+    return Plan(**({"backend": name, "device": DEVICE, "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
 def create(name: str) -> Backend:

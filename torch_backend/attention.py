@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -17,6 +18,7 @@ class Rows:
     count: int
     width: int
     places: torch.Tensor | None  # [tokens] int64; None: all rows are as long, nothing is padded
+    bounds: torch.Tensor | None = None  # [B + 1] int32, where a row begins: for a kernel that reads rows end to end
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +52,8 @@ def attend(
     Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row. Where there are more
     keys than queries, the one query is the row's newest token: it sees all keys, or those within its window.
     """
+    if rows is not None and rows.bounds is not None and softcap is None:
+        return _flash(query, key, value, scaling, rows, sliding_window), None
     if rows is not None:
         query, key, value = rows.spread(query), rows.spread(key), rows.spread(value)
     length = query.shape[2]
@@ -59,6 +63,9 @@ def attend(
         if sliding_window is not None:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
     windowed = sliding_window is not None and sliding_window < length
+    if query.is_cuda and length > 1:  # its kernels but flash take no fewer key heads: torch would write all scores out
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap is None and not windowed:
         result = functional.scaled_dot_product_attention(
             query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
@@ -75,6 +82,45 @@ def attend(
             scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
             result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     return (result.transpose(1, 2) if rows is None else rows.gather(result)), None
+
+
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Without waiting for the device: from pinned memory where there is one to copy from."""
+    tensor = torch.from_numpy(array).to(dtype)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `_flash` can be used: in 16 bits on an NVIDIA GPU from Ampere on, where torch was built with it."""
+    if device.type != "cuda" or dtype == torch.float32 or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def bounds(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
+    """For `Rows.bounds`."""
+    return to_device(np.concatenate([[0], np.cumsum(lengths)]), device, torch.int32)
+
+
+def _flash(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, rows: Rows, window: int | None
+) -> torch.Tensor:
+    """[1, heads, tokens, d] -> [1, tokens, heads, d]: no padding and no mask (Dao 2023, FlashAttention-2)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [x[0].transpose(0, 1) for x in (query, key, value)]
+    return varlen_attn(
+        *flat,
+        rows.bounds,
+        rows.bounds,
+        rows.width,
+        rows.width,
+        scale=scaling,
+        window_size=((window or 0) - 1, 0),  # of a window the token itself is one; -1: all that is behind
+        enable_gqa=query.shape[1] != key.shape[1],
+    )[None]
 
 
 def _mask(length: int, window: int | None, query: torch.Tensor, rows: Rows | None) -> torch.Tensor:

@@ -7,7 +7,9 @@ weight of the base is frozen; `tests/torch/test_fused.py` holds each to what it 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
+from functools import cache, partial
+from inspect import unwrap
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -51,14 +53,20 @@ class LoraLinear(torch.autograd.Function):
         return by_x, None, by_A, by_B, None
 
 
+def _kind(x: torch.Tensor) -> torch.dtype:
+    """What the adapter's products are computed in: float32; on a GPU that would cost more than the base's do."""
+    return x.dtype if x.is_cuda else torch.float32
+
+
 def _low(flat: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`x @ A.T`, float32; as all that follow with its long side last: the other way crawls on a CPU."""
-    return (A @ flat.float().T).T
+    """`x @ A.T`; as all that follow with its long side last: the other way crawls on a CPU."""
+    kind = _kind(flat)
+    return (A.to(kind) @ flat.to(kind).T).T
 
 
 def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """[N, out], float32: the base's product, as it is rounded, and the adapter's."""
-    result = forth(flat, frozen_weight(base)).float().addmm_(low, B.T, alpha=scale)
+    """[N, out]: the base's product, as it is rounded, and the adapter's."""
+    result = forth(flat, frozen_weight(base)).to(low.dtype).addmm_(low, B.T.to(low.dtype), alpha=scale)
     if base.bias is not None:
         result += base.bias
     return result
@@ -67,17 +75,23 @@ def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, 
 def _lora_back(
     grown: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(gradient by low, by A, by B)`."""
-    exact = grown.reshape(-1, grown.shape[-1]).float()
-    by_low = (B.T @ exact.T).mul_(scale).T
-    return by_low, by_low.T @ flat.float(), (low.T @ exact).mul_(scale).T
+    """`(gradient by low, by A, by B)`; the latter two float32."""
+    exact = grown.reshape(-1, grown.shape[-1]).to(low.dtype)
+    by_low = (B.T.to(low.dtype) @ exact.T).mul_(scale).T
+    return by_low, _summed(by_low.T, flat.to(low.dtype)), _summed(low.T, exact).mul_(scale).T
+
+
+def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`left @ right` in float32, whatever they are in."""
+    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
 
 
 def _base_back(
     grown: torch.Tensor, by_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The gradient by x [N, in], float32."""
-    return back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype).float().addmm_(by_low, A)
+    """The gradient by x [N, in]."""
+    by_x = back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype).to(by_low.dtype)
+    return by_x.addmm_(by_low, A.to(by_low.dtype))
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -191,6 +205,11 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool) -> torch.Tensor:
         exact = x.float()
+        if x.is_cuda:
+            weight = 1 + weight.float() if gemma else weight.float()
+            result, factor = _aten._fused_rms_norm(exact, weight.shape, weight, eps)
+            ctx.save_for_backward(x, factor, weight)
+            return result.to(x.dtype)
         factor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factor, weight)
         ctx.gemma = gemma
@@ -202,10 +221,50 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factor, weight = ctx.saved_tensors
+        if x.is_cuda:
+            grown = outputs[0].float().contiguous()
+            by_x = _aten._fused_rms_norm_backward(grown, x.float(), weight.shape, factor, weight, [True, False])[0]
+            return by_x.to(x.dtype), None, None, None
         grown = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
         straight = x.float() * factor
         along = torch.linalg.vecdot(grown, straight).unsqueeze(-1).div_(x.shape[-1])
         return grown.sub_(straight.mul_(along)).mul_(factor).to(x.dtype), None, None, None
+
+
+class Rope(torch.autograd.Function):
+    """Rotary position embedding of x [1, heads, tokens, d], d's halves paired (Su et al. 2021); nothing of x is kept.
+
+    cos and sin [1, tokens, rotary], alike in both halves; what d has beyond rotary stays as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(outputs[0], cos, sin, -1), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    rotary, half = cos.shape[-1], cos.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None, :, :half]
+    result = torch.empty_like(x)
+    torch.mul(x[..., :rotary], cos, out=result[..., :rotary])
+    result[..., :half].addcmul_(x[..., half:rotary], sin, value=-sign)
+    result[..., half:rotary].addcmul_(x[..., :half], sin, value=sign)
+    if rotary < x.shape[-1]:
+        result[..., rotary:] = x[..., rotary:]
+    return result
+
+
+def _rope(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the place of transformers' `apply_rotary_pos_emb`."""
+    return Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
 
 
 def install(model: Any, adapter: Adapter) -> None:
@@ -219,10 +278,20 @@ def install(model: Any, adapter: Adapter) -> None:
         elif kind.endswith("DecoderLayer"):
             last = not hasattr(module, "post_feedforward_layernorm")
             module.mlp.forward = partial(_mlp, module.mlp, kind.startswith("Gemma"), last)
+        elif kind.endswith("Attention"):
+            module.forward = MethodType(_calling_rope(type(module).forward), module)
         elif plain and _lora_of(module):
             module.forward = partial(_lora, module)
         if type(module) is torch.nn.Linear and not module.weight.requires_grad:
             module.forward = partial(_frozen, module)
+
+
+@cache
+def _calling_rope(forward: Any) -> FunctionType:
+    """An attention's own forward with `_rope` for its module's; nothing of transformers is changed for others."""
+    plain = unwrap(forward)
+    scope = plain.__globals__ | {"apply_rotary_pos_emb": _rope}
+    return FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
 
 
 def _lora_of(module: Any) -> bool:

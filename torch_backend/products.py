@@ -59,7 +59,11 @@ def upright(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.T
     """
     result = out.flatten()[: len(weight) * len(x)].view(len(weight), len(x))
     if not widened(weight, x.dtype):
-        return torch.mm(weight, x.T, out=result) if weight.dtype == torch.float32 else result.copy_(weight @ x.T)
+        if weight.dtype == torch.float32:
+            return torch.mm(weight, x.T, out=result)
+        if weight.is_cuda:
+            return torch.mm(weight, x.T, out_dtype=torch.float32, out=result)
+        return result.copy_(weight @ x.T)
     turned = x.float().T
     for block, wide in _blocks(weight):
         torch.mm(wide, turned, out=result[block])

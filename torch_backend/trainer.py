@@ -19,12 +19,15 @@ from common.memory import GAPS_EVERY, ResidentSet, give_back_blocks, give_back_g
 from common.models import tensor_names
 from common.sampling import Pick, grow
 from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from torch_backend.attention import has_flash
 from torch_backend.base import convert, load_base
 from torch_backend.fused import again, install
+from torch_backend.graphs import Graphs, can_graph
 from torch_backend.lora import attach, set_arrays
-from torch_backend.loss import loss_sum
+from torch_backend.loss import Laid, loss_of, loss_sum
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
 
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -48,6 +51,12 @@ class TorchBackend:
                 min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
             )
         dtype = _DTYPES[recipe.precision]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        if has_flash(self.device, dtype):  # the same run twice, to the last bit; other kernels have no such way
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only
         quantization = quantization_config(recipe.quantization)
         with _memory_errors():
             on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
@@ -75,15 +84,25 @@ class TorchBackend:
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::GAPS_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._give_back_gaps)
+        self.total, self.share = torch.zeros(2, device=self.device)
+        quiet = can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        self.graphed = quiet and has_flash(self.device, dtype)
         self.apply_plan(plan)
         self.start = adapter
         fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
-        groups = [  # LoRA+ has a learning rate of its own for B
-            {"params": [p for name, p in self.parameters.items() if (name in fast) == chosen], "ratio": ratio}
-            for chosen, ratio in ((False, 1.0), (True, recipe.lora_plus))
-        ]
+        groups: list[dict[str, Any]] = []
+        self.places: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the optimizer's tensor, where it begins
+        for chosen, ratio in ((False, 1.0), (True, recipe.lora_plus)):  # LoRA+ has a learning rate of its own for B
+            parameters = {name: p for name, p in self.parameters.items() if (name in fast) == chosen}
+            if adapter is not None and parameters:
+                flat, starts = _joined(list(parameters.values()))
+                self.places |= {name: (flat, start) for name, start in zip(parameters, starts, strict=True)}
+                groups.append({"params": [flat], "ratio": ratio})
+            elif parameters:
+                self.places |= {name: (p, 0) for name, p in parameters.items()}
+                groups.append({"params": list(parameters.values()), "ratio": ratio})
         self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
+            groups,
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
@@ -91,11 +110,11 @@ class TorchBackend:
             fused=True,
         )
         with _memory_errors():
-            for parameter in self.parameters.values():  # now, not in the first step, which could not be done again
-                self.optimizer.state[parameter] = {
+            for tensor in self._trained():  # now, not in the first step, which could not be done again
+                self.optimizer.state[tensor] = {
                     "step": torch.zeros((), device=self.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
+                    "exp_avg": torch.zeros_like(tensor),
+                    "exp_avg_sq": torch.zeros_like(tensor),
                 }
         return ModelInfo(
             device=str(self.device),
@@ -106,10 +125,19 @@ class TorchBackend:
             architecture=type(self.model).__name__,
         )
 
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """The optimizer's tensors: an adapter's matrices lie in one, or with LoRA+ in two."""
+        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
+
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
+        self.graphs = Graphs(self._micro_step, self.device) if self.graphed else None
         if plan.gradient_checkpointing:
-            how = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
+            how = {
+                "use_reentrant": False,
+                "context_fn": lambda: (nullcontext(), again()),
+                "preserve_rng_state": bool(self.recipe.dropout),
+            }
             self.model.gradient_checkpointing_enable(how)
         elif self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -124,19 +152,29 @@ class TorchBackend:
         if self.recipe.dropout:
             torch.manual_seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
-        total = torch.zeros((), device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that ran out of memory
+        self.total.zero_()
+        self.share.fill_(1 / count)
+        self.optimizer.zero_grad(set_to_none=self.start is None)  # also of a step that ran out of memory
         with _memory_errors():
             for batch in micro_batches:
-                loss = loss_sum(self.model, batch, self.device, self.plan.loss_chunk)
-                (loss / count).backward()
-                total += loss.detach()
+                if self.graphs is not None:
+                    self.graphs.run(batch)
+                else:
+                    self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk))
         limit = self.recipe.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         self.optimizer.step()
-        return StepResult(total, norm, count, sum(batch.tokens for batch in micro_batches))
+        return StepResult(self.total.clone(), norm, count, sum(batch.tokens for batch in micro_batches))
+
+    def _micro_step(self, laid: Laid) -> None:
+        self._add(loss_of(self.model, laid, self.plan.loss_chunk))
+
+    def _add(self, loss: torch.Tensor) -> None:
+        """To the step's loss and gradients."""
+        (loss * self.share).backward()
+        self.total += loss.detach()
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
@@ -156,20 +194,22 @@ class TorchBackend:
         set_arrays(self.parameters, adapter)
 
     def get_optimizer(self) -> OptimizerState:
-        states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
-        return OptimizerState(
-            step=int(next(iter(states.values()))["step"]),
-            exp_avg={name: _numpy(state["exp_avg"]) for name, state in states.items()},
-            exp_avg_sq={name: _numpy(state["exp_avg_sq"]) for name, state in states.items()},
-        )
+        averages, squares = ({name: _numpy(self._moment(name, kind)) for name in self.places} for kind in _MOMENTS)
+        return OptimizerState(int(self.optimizer.state[self._trained()[0]]["step"]), averages, squares)
 
+    @torch.no_grad()
     def set_optimizer(self, state: OptimizerState) -> None:
-        for name, parameter in self.parameters.items():
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(state.step), device=self.device),
-                "exp_avg": torch.from_numpy(state.exp_avg[name].copy()).to(self.device),
-                "exp_avg_sq": torch.from_numpy(state.exp_avg_sq[name].copy()).to(self.device),
-            }
+        for tensor in self._trained():
+            self.optimizer.state[tensor]["step"].fill_(state.step)
+        for kind, arrays in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
+            for name in self.places:
+                self._moment(name, kind).copy_(torch.from_numpy(arrays[name]))
+
+    def _moment(self, name: str, kind: str) -> torch.Tensor:
+        """The part of one of AdamW's moments that is a trained weight's, as it lies."""
+        tensor, start = self.places[name]
+        shape = self.parameters[name].shape
+        return self.optimizer.state[tensor][kind].view(-1)[start : start + shape.numel()].view(shape)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         return dequantized(self.model, self.names)
@@ -216,9 +256,10 @@ class TorchBackend:
 
     def close(self) -> None:
         cuda = self.device.type == "cuda"
-        del self.model, self.outer, self.parameters, self.optimizer
+        del self.model, self.outer, self.parameters, self.optimizer, self.places, self.graphs
         gc.collect()  # layers whose call is replaced refer to themselves
         if cuda:
+            torch.use_deterministic_algorithms(False)
             torch.cuda.empty_cache()
 
 
@@ -234,6 +275,18 @@ def _memory_errors() -> Iterator[None]:
                 torch.cuda.empty_cache()
             raise OutOfMemory(text.split("\n")[0]) from None
         raise
+
+
+def _joined(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, list[int]]:
+    """One tensor that holds them all, of which each becomes a view, as its gradient does; and where each begins."""
+    sizes = [p.numel() for p in parameters]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    whole.grad = torch.zeros_like(whole)
+    for parameter, start, size in zip(parameters, starts, sizes, strict=True):
+        parameter.data = whole.data[start : start + size].view_as(parameter)
+        parameter.grad = whole.grad[start : start + size].view_as(parameter)
+    return whole, starts
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -23,6 +23,8 @@ BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+    with torch.device(backends.DEVICE):
+        yield
 
 
 def compared(ours, theirs, *inputs, dtype=torch.float32):
@@ -61,7 +63,7 @@ def test_gated(dtype, gelu):
 
 
 @BOTH
-@pytest.mark.parametrize("widened", [False, True])
+@pytest.mark.parametrize("widened", [False, pytest.param(True, marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_linear(dtype, widened, bias, monkeypatch):
     monkeypatch.setattr(products, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
@@ -100,6 +102,7 @@ def test_gated_down(dtype, gelu, again):
     compared(ours, plain, *inputs, dtype=dtype)
 
 
+@pytest.mark.cpu
 def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
     monkeypatch.setattr(products, "widened", lambda weight, _: True)
     monkeypatch.setattr(products, "_BLOCK", 50)
@@ -168,6 +171,7 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
     assert losses[0][-1] < losses[0][0]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, METHODS["dora"]], ids=["plain", "dropout", "dora"])
 def test_weights_held_in_16_bits_train_as_the_same_ones_in_32(family, changes, tmp_path):
@@ -216,6 +220,7 @@ def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
     backend.close()
 
 
+@pytest.mark.cpu
 def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(model, rows, monkeypatch):
     given = []
     monkeypatch.setattr(trainer, "give_back_gaps", lambda: given.append(1))

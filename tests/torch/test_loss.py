@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.backends import plain_loss
+from tests.backends import DEVICE, plain_loss
 from torch_backend.loss import LinearCrossEntropy
 
 N, H, V = 23, 16, 301
@@ -18,11 +18,11 @@ def inputs(seed=0, n=N):
 
 
 def run(hidden, weight, labels, divisor, cap, chunk, dtype=torch.float32, trained=True):
-    h = torch.tensor(hidden, dtype=dtype, requires_grad=True)
-    w = torch.tensor(weight, dtype=dtype, requires_grad=trained)
-    loss = LinearCrossEntropy.apply(h, w, torch.tensor(labels), divisor, cap, chunk)
+    h = torch.tensor(hidden, dtype=dtype, device=DEVICE, requires_grad=True)
+    w = torch.tensor(weight, dtype=dtype, device=DEVICE, requires_grad=trained)
+    loss = LinearCrossEntropy.apply(h, w, torch.tensor(labels, device=DEVICE), divisor, cap, chunk)
     (loss / 2).backward()  # what grows the loss grows its gradients
-    return loss.item(), h.grad.float().numpy() * 2, w.grad.float().numpy() * 2 if trained else None
+    return loss.item(), h.grad.float().cpu().numpy() * 2, w.grad.float().cpu().numpy() * 2 if trained else None
 
 
 @pytest.mark.parametrize("chunk", [1, 7, N - 1, N, N + 5])

@@ -100,6 +100,7 @@ def test_a_closed_backend_holds_no_model(model):
     assert alive == []
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
 def test_one_thread_a_physical_core_unless_the_user_says_otherwise(model, monkeypatch, variable, threads):
     before = torch.get_num_threads()

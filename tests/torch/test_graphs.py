@@ -1,0 +1,121 @@
+"""Micro-batches as CUDA graphs: what is filled up adds nothing; on a GPU, what is replayed is what is computed."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from common.batches import make_batch, micro_batches, step_rows
+from tests import backends
+from tests.tiny import write_family, write_rows
+from torch_backend import attention, graphs
+from torch_backend.graphs import filled, laid, rounded, sizes
+from torch_backend.loss import loss_of, loss_sum
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def model(request, tmp_path_factory):
+    return write_family(tmp_path_factory.mktemp("model"), request.param)
+
+
+@pytest.fixture(scope="module")
+def rows(model, tmp_path_factory):
+    return backends.encode_rows(model, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
+
+
+def test_sizes_are_rounded_up_by_little_and_to_few():
+    values = [rounded(size, 128, 16) for size in range(1, 9000)]
+    assert all(0 <= value - size < max(128, size / 8) for size, value in enumerate(values, 1))
+    assert len(set(values)) < 70
+    assert (rounded(128, 128, 16), rounded(129, 128, 16), rounded(0, 64, 8)) == (128, 256, 0)
+
+
+def row_by_row(query, key, value, scaling, rows, window):
+    """What `_flash` computes, without its kernel."""
+    found = []
+    for start, end in zip(rows.bounds[:-1].tolist(), rows.bounds[1:].tolist(), strict=True):
+        assert end - start <= rows.width
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        places = torch.arange(end - start)
+        behind = places[:, None] - places
+        seen = (behind >= 0) & (behind < (window or end + 1))
+        found.append(functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True))
+    assert end == query.shape[2], "every token must belong to a row: what no row holds is never written"
+    return torch.cat(found, 2).transpose(1, 2)
+
+
+@pytest.mark.cpu
+def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
+    monkeypatch.setattr(attention, "_flash", row_by_row)
+    backend = backends.load("torch", model, backends.make_recipe(model, lora_plus=2.0))
+    for parameter in backend.parameters.values():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = make_batch(rows[:3])
+    shape = sizes(batch)
+    assert shape[0] > batch.tokens
+    assert shape[1] > batch.label_tokens
+    assert shape[2] > 3
+    found = []
+    for loss in (
+        loss_sum(backend.model, batch, backend.device, 7),
+        loss_of(backend.model, laid(torch.from_numpy(filled(batch, shape)), shape), 7),
+    ):
+        backend.optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        found.append((loss.item(), {name: p.grad.clone() for name, p in backend.parameters.items()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-4)
+    backend.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quantization, monkeypatch):
+    recipe = backends.make_recipe(model, precision="bf16", quantization=quantization)
+    found, recorded = [], []
+    real = graphs.Graphs._record
+    monkeypatch.setattr(graphs.Graphs, "_record", lambda *a: recorded.append(1) or real(*a))
+    for graphed in (True, True, False):
+        backend = backends.load("torch", model, recipe, gradient_checkpointing=checkpointing)
+        assert backend.graphed
+        backend.graphed = graphed
+        backend.apply_plan(backend.plan)
+        losses = []
+        for step in range(1, 9):
+            chosen = [rows[i] for i in step_rows(len(rows), 4, 0, step)]
+            result = backend.train_step(micro_batches(chosen, 300), 1e-3, step)
+            losses.append(float(result.loss_sum) / result.label_tokens)
+        found.append((losses, backends.matrices(backend)))
+        backend.close()
+    assert 0 < len(recorded) < 16, "graphs are few, and replayed"
+    assert found[0][0] == found[1][0]
+    assert backends.relative_difference(found[0][1], found[1][1]) == 0, "the same run twice, to the last bit"
+    np.testing.assert_allclose(found[0][0], found[2][0], rtol=1e-2)
+    assert found[0][0][-1] < found[0][0][0]
+
+
+@pytest.mark.gpu
+def test_out_of_memory_while_a_graph_is_recorded_is_told_and_the_step_can_be_done_again(model, rows, monkeypatch):
+    from common.seam import OutOfMemory
+
+    recipe = backends.make_recipe(model, precision="bf16")
+    backend = backends.load("torch", model, recipe)
+    batches = micro_batches(rows[:4], 300)
+    backend.train_step(batches, 1e-3, 1)
+    real, calls = backend.graphs.step, []
+
+    def fails(laid):
+        calls.append(1)
+        if len(calls) == 1:
+            real(laid)
+            torch.empty(2**50, device="cuda")
+        real(laid)
+
+    backend.graphs.step = fails
+    with pytest.raises(OutOfMemory):
+        backend.train_step(batches, 1e-3, 2)
+    result = backend.train_step(batches, 1e-3, 2)
+    assert np.isfinite(float(result.loss_sum))
+    backend.close()
