@@ -65,7 +65,14 @@ CUDA_CASES: list[dict[str, Any]] = [
         {"model": _ONE},
         {"model": _ONE, "rows": 4, "width": 512, "gradient_checkpointing": True},
         {"model": _ONE, "rows": 2, "width": 512, "quantization": "nf4"},
-        {"model": "gemma-3-4b", "rows": 1, "width": 512, "quantization": "nf4", "gradient_checkpointing": True},
+        {
+            "model": "gemma-3-4b",
+            "layers": 17,
+            "rows": 1,
+            "width": 512,
+            "quantization": "nf4",
+            "gradient_checkpointing": True,
+        },
     )
 ]
 

@@ -17,6 +17,7 @@ from common import models
 from common.config import Plan, Recipe
 from common.families import text_config
 from common.lora import initial_adapter, layer_count
+from common.plan import loss_chunk
 from common.predict import Shape, predict
 from common.seam import IGNORE, Adapter, Backend, Batch
 
@@ -55,7 +56,7 @@ def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
 def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str, Any]]:
     """`(model folder, recipe, plan, adapter, text config)`; a model of random weights is made where none is there."""
     folder = random_model(case["model"], case.get("layers"), vocabulary=case.get("vocabulary"))
-    recipe = recipe_of(case)
+    recipe, config = recipe_of(case), text_config(json.loads((folder / "config.json").read_text()))
     plan = Plan(
         backend=case["backend"],
         device=case.get("device", "cpu"),
@@ -64,9 +65,10 @@ def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str,
         loss_chunk=case.get("loss_chunk", 32 if case["backend"] == "mlx" else 64),
         save_every=1,
     )
+    if plan.device == "cuda":
+        plan = plan.model_copy(update={"loss_chunk": loss_chunk(config, plan)})
     shapes = models.linear_shapes(folder, ["all-linear"])
-    adapter = initial_adapter(shapes, layer_count(shapes), recipe)
-    return folder, recipe, plan, adapter, text_config(json.loads((folder / "config.json").read_text()))
+    return folder, recipe, plan, initial_adapter(shapes, layer_count(shapes), recipe), config
 
 
 def backend_of(case: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:

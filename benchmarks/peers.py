@@ -323,7 +323,8 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
     figures = {}
     for peer, runs in results.items():
         speeds = [tokens * (1 - 1 / len(r["seconds"])) / sum(r["seconds"][1:]) for r in runs]
-        figures[peer] = (statistics.median(speeds), statistics.median(r["peak"] for r in runs), runs[0]["loss"])
+        step = statistics.median(second for r in runs for second in r["seconds"][1:])
+        figures[peer] = (statistics.median(speeds), step, statistics.median(r["peak"] for r in runs), runs[0]["loss"])
     base = figures[arguments.peers[0]]
     print(
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
@@ -331,12 +332,13 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
         f"Twintune on torch and trl-best in {arguments.precision}; {arguments.rounds} rounds in turn. "
         f"{machine(arguments.device)}\n"
     )
-    print(f"| | tokens/s | {arguments.peers[0]} is faster by | peak memory | its share of it | validation loss |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for peer, (speed, peak, loss) in figures.items():
+    first = arguments.peers[0]
+    print(f"| | tokens/s | {first} is faster by | median step | peak memory | its share of it | validation loss |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for peer, (speed, step, peak, loss) in figures.items():
         print(
-            f"| {peer} | {speed:.1f} | {base[0] / speed:.2f}x | {peak / 1e9:.2f} GB | {base[1] / peak:.2f} | "
-            f"{loss:.4f} |"
+            f"| {peer} | {speed:.1f} | {base[0] / speed:.2f}x | {step:.3f} s | {peak / 1e9:.2f} GB | "
+            f"{base[2] / peak:.2f} | {loss:.4f} |"
         )
     if arguments.json:
         content = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "tokens": tokens, "runs": results}

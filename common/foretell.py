@@ -50,7 +50,7 @@ def _probe(job: Job, make_backend: Callable[[str], Backend], display: Display) -
             for step in (1, 2):
                 chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, step)]
                 started = time.perf_counter()
-                batches = micro_batches(chosen, plan.micro_batch_tokens)
+                batches = micro_batches(chosen, plan.micro_batch_tokens, plan.device)
                 result = backend.train_step(batches, recipe.learning_rate, step)
                 float(result.loss_sum)
                 second, tokens = time.perf_counter() - started, result.tokens

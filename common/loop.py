@@ -92,7 +92,7 @@ def train(
 
         def cut(number: int) -> tuple[list[Encoded], list[Batch]]:
             chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, number)]
-            return chosen, micro_batches(chosen, state.micro_batch_tokens)
+            return chosen, micro_batches(chosen, state.micro_batch_tokens, plan.device)
 
         ready = cut(state.step + 1)
         for number in range(state.step + 1, recipe.steps + 1):
@@ -154,9 +154,9 @@ def _read(step: _Queued) -> tuple[float, float]:
         ) from None
 
 
-def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int) -> float:
+def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int, device: str = "cpu") -> float:
     """Mean token loss over all label tokens of `rows`."""
-    results = [backend.eval_step(batch) for batch in micro_batches(rows, micro_batch_tokens)]
+    results = [backend.eval_step(batch) for batch in micro_batches(rows, micro_batch_tokens, device)]
     return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
 
 
@@ -176,7 +176,7 @@ def _step(
             return backend.train_step(batches, rate, step), batches
         except OutOfMemory:
             _cut_finer(batches, f"step {step} ran out of memory", backend, plan, state, observer)
-            batches = micro_batches(rows, state.micro_batch_tokens)
+            batches = micro_batches(rows, state.micro_batch_tokens, plan.device)
 
 
 def _cut_finer(batches: list[Batch], what: str, backend: Backend, plan: Plan, state: State, observer: Observer) -> None:
@@ -244,10 +244,10 @@ def _evaluate(
 ) -> None:
     while True:
         try:
-            loss = evaluate(backend, valid, state.micro_batch_tokens)
+            loss = evaluate(backend, valid, state.micro_batch_tokens, plan.device)
             break
         except OutOfMemory:
-            batches = micro_batches(valid, state.micro_batch_tokens)
+            batches = micro_batches(valid, state.micro_batch_tokens, plan.device)
             what = f"the validation after step {state.step} ran out of memory"
             _cut_finer(batches, what, backend, plan, state, observer)
     if not math.isfinite(loss):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.batches import cut, step_rows
+from common.batches import START_COST, cut, step_rows
 from common.config import Options, Plan, Recipe, read_size
 from common.dispatch import free_memory
 from common.errors import UserError
@@ -14,8 +14,9 @@ from common.seam import Adapter
 from common.template import Encoded
 
 _SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
-_RECOMPUTE = 1.4  # the time of a step with gradient checkpointing; measured 1.35 (SmolLM2) to 1.45 (Gemma-3-270M)
-_START_COST = {"cpu": 48, "cuda": 1024, "gpu": 512, "mps": 512}  # tokens; of GPUs not measured
+_RECOMPUTE = (
+    1.4  # the time of a step with gradient checkpointing; measured 1.35 (SmolLM2) to 1.45 (Gemma-3-270M); H200 1.32
+)
 _WORTH = 1.02  # a dearer plan must be this much faster
 _ROWS = 4000  # whose steps are looked at
 
@@ -43,12 +44,12 @@ class Work:
         worst = sorted(sizes)[-recipe.batch_size :] if recipe.steps > looked_at else []
         return Work([sorted(sizes[i] for i in step) for step in chosen], worst)
 
-    def cut(self, micro_batch_tokens: int) -> tuple[list[Shape], int, int]:
+    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[Shape], int, int]:
         """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
         shapes: set[Shape] = set()
         tokens, count = 0, 0
         for step in [*self.steps, self.worst]:
-            cuts = cut([length for length, _ in step], micro_batch_tokens)
+            cuts = cut([length for length, _ in step], micro_batch_tokens, device)
             for start, end in cuts:
                 part = step[start:end]
                 shapes.add(Shape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
@@ -68,15 +69,15 @@ def choose(
     """The plan that `base` becomes: what the user typed stays. Raises UserError where --memory-limit cannot be kept."""
     budget, why = _budget(options, base)
     work = Work.of(rows, recipe)
-    base = base.model_copy(update={"loss_chunk": _loss_chunk(config, base), "memory_budget": budget})
+    base = base.model_copy(update={"loss_chunk": loss_chunk(config, base), "memory_budget": budget})
     sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
     ways = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
     found = []
     for size in sizes:
-        shapes, tokens, count = work.cut(size)
+        shapes, tokens, count = work.cut(size, base.device)
         for again in ways:
             plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": again})
-            cost = (tokens + _START_COST[plan.device] * count) * (_RECOMPUTE if again else 1)
+            cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if again else 1)
             found.append((plan, predict(config, recipe, plan, adapter, shapes), cost))
     fitting = [candidate for candidate in found if candidate[1].peak <= budget]
     if not fitting:
@@ -112,7 +113,7 @@ def _budget(options: Options, plan: Plan) -> tuple[int, str]:
     return round(0.85 * free), f"85 % of {what}, {gigabytes(free)}"
 
 
-def _loss_chunk(config: dict[str, Any], plan: Plan) -> int:
+def loss_chunk(config: dict[str, Any], plan: Plan) -> int:
     """Label positions whose logits take about 32 MB, on GPUs more; so few that products are slow there are never.
 
     Half as many as 64 made a step of Gemma-3-270M a quarter longer on torch. MLX queues ahead and holds several chunks.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.batches import LABEL_STEPS, TOKEN_STEPS, rounded
 from common.config import Plan, Recipe
 from common.families import facts
 from common.memory import GAPS_EVERY, KEPT_BLOCKS
@@ -17,6 +18,7 @@ from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
+_PROCESSORS = 132  # of the GPU measured on
 _GAPS = {"fp32": 0.4, "bf16": 0.55}  # of what lies in blocks of less than twice KEPT_BLOCKS; with glibc 2.36
 
 
@@ -46,7 +48,7 @@ class Measured:
 _MEASURED = {
     ("torch", "cpu"): Measured(40 * MEGA, 0.0, True),
     ("mlx", "cpu"): Measured(0, 0.0, True),
-    ("torch", "cuda"): Measured(500 * MEGA, 0.1, False),
+    ("torch", "cuda"): Measured(100 * MEGA, 0.0, True),  # an H200
     ("torch", "mps"): Measured(500 * MEGA, 0.1, False),
     ("mlx", "gpu"): Measured(100 * MEGA, 0.1, False),
 }
@@ -161,22 +163,28 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     """What one micro-batch adds at its dearest moment: in the loss, or on the way back through a layer."""
     torch, wide = plan.backend == "torch", recipe.precision == "fp32"
     each = 4 if wide else 2
-    padding = shape.rows * shape.width / shape.tokens
+    cuda = torch and plan.device == "cuda"
+    flash = cuda and not wide and not sizes.capped
+    tokens, labels = shape.tokens, shape.labels
+    if cuda and not wide:
+        tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
+    padding = 1.0 if flash else shape.rows * shape.width / tokens
     kept: float = sizes.hidden * (6 if sizes.gemma else 4)  # before and after norms
     kept += (sizes.queries + sizes.keys) * sizes.normed
-    kept += (sizes.queries + 2 * sizes.keys) * padding  # what attention reads
+    keys = sizes.queries if cuda and not flash else sizes.keys  # repeated for each of their queries
+    kept += (sizes.queries + 2 * keys) * padding  # what attention reads
     kept += sizes.queries * (padding + (padding > 1) if torch else 1)  # what it gives, also without the padding
     block = 2 * KEPT_BLOCKS
-    small = kept * (sizes.hidden * shape.tokens * each < block)
+    small = kept * (sizes.hidden * tokens * each < block)
     general = recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"  # PEFT's, transformers' layers
     inner = sizes.inner * (2 if torch and not general else 3)
-    small += inner * (sizes.inner * shape.tokens * each < block)
+    small += inner * (sizes.inner * tokens * each < block)
     kept += inner
     if torch and general:
         kept *= 1.5
     layer: float = kept * each + 28 * recipe.rank
     scores = sizes.heads * shape.width * padding * 4  # a row of attention scores for each token
-    windows = {window for window in sizes.windows if window is not None and window < shape.width}
+    windows = {w for w in sizes.windows if w is not None and w < shape.width} if not flash else set()
     masks = shape.width**2 * (each if torch else 1) * (len(windows) + sizes.capped)  # shared by the layers
     attention = 0.0  # torch never writes scores out, if they are not capped
     if sizes.capped:
@@ -186,8 +194,8 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     # float32 whatever the weights are in; MLX queues operations ahead and holds what they will need
     saved: float
     working: float = max(sizes.inner * (4 if torch else 14) * 4, attention)
-    chunk = min(plan.loss_chunk, shape.labels) * sizes.vocabulary * 4
-    loss = chunk * (1 if torch else 6) * (2 if sizes.final_cap else 1)
+    chunk = min(plan.loss_chunk, labels) * sizes.vocabulary * 4
+    loss = chunk * ((1 if wide else 1.5) if torch else 6) * (2 if sizes.final_cap else 1)  # bf16's products beside it
     if recipe.method == "full":  # the head's gradient, and a chunk's share of it
         loss += 2 * 4 * sizes.vocabulary * sizes.hidden
     gaps = sizes.layers
@@ -197,7 +205,10 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
         saved = sizes.layers * layer
     if plan.device == "cpu" and torch:
         saved += _GAPS[recipe.precision] * gaps * small * each  # between blocks that glibc keeps
-    saved, once = saved * shape.tokens + masks, working * shape.tokens
+    saved, once = saved * tokens + masks, working * tokens
+    if flash and not plan.gradient_checkpointing:  # its way back, repeatable: a sum for each share of the processors
+        shares = math.ceil(_PROCESSORS / (shape.rows * sizes.heads))
+        once += shares * (tokens + 128 * shape.rows) * sizes.queries * 4
     if once > loss:
         return {"saved activations": round(saved), "working memory": round(once)}
     return {"saved activations": round(saved), "loss chunk": round(loss)}

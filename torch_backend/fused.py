@@ -204,12 +204,12 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool) -> torch.Tensor:
-        exact = x.float()
-        if x.is_cuda:
-            weight = 1 + weight.float() if gemma else weight.float()
-            result, factor = _aten._fused_rms_norm(exact, weight.shape, weight, eps)
+        if x.is_cuda:  # one kernel, float32 within; Gemma's weight would be rounded by it
+            weight = 1 + weight.float() if gemma else weight.to(x.dtype)
+            result, factor = _aten._fused_rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
             ctx.save_for_backward(x, factor, weight)
             return result.to(x.dtype)
+        exact = x.float()
         factor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factor, weight)
         ctx.gemma = gemma
@@ -222,9 +222,8 @@ class RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factor, weight = ctx.saved_tensors
         if x.is_cuda:
-            grown = outputs[0].float().contiguous()
-            by_x = _aten._fused_rms_norm_backward(grown, x.float(), weight.shape, factor, weight, [True, False])[0]
-            return by_x.to(x.dtype), None, None, None
+            given = (outputs[0].to(weight.dtype), x.to(weight.dtype), weight.shape, factor, weight)
+            return _aten._fused_rms_norm_backward(*given, [True, False])[0].to(x.dtype), None, None, None
         grown = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
         straight = x.float() * factor
         along = torch.linalg.vecdot(grown, straight).unsqueeze(-1).div_(x.shape[-1])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.batches import LABEL_STEPS, TOKEN_STEPS, rounded
 from common.seam import IGNORE, Batch
 from torch_backend.attention import Rows
 from torch_backend.loss import Laid
@@ -18,17 +19,11 @@ from torch_backend.loss import Laid
 _KEPT = 64  # graphs at the most
 
 
-def rounded(size: int, least: int, steps: int) -> int:
-    """`size` or a little more: `steps` values between a power of two and the next, and none below `least`."""
-    step = max(least, 2 ** max(0, size.bit_length() - 1) // steps)
-    return -(-size // step) * step
-
-
 def sizes(batch: Batch) -> tuple[int, int, int, int]:
     """Of the graph for `batch`: `(tokens, labels, rows, tokens of the longest row at the most)`."""
-    tokens = rounded(batch.tokens, 128, 16)
+    tokens = rounded(batch.tokens, *TOKEN_STEPS)
     widest = max(int(batch.lengths.max()), tokens - batch.tokens)
-    return tokens, rounded(batch.label_tokens, 64, 8), rounded(len(batch.lengths), 4, 4), rounded(widest, 128, 1)
+    return tokens, rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 4, 4), rounded(widest, 128, 1)
 
 
 def filled(batch: Batch, shape: tuple[int, int, int, int]) -> np.ndarray:

@@ -35,7 +35,10 @@ def compared(ours, theirs, *inputs, dtype=torch.float32):
         leaves = [tensor.to(own or dtype) for tensor, own in inputs]  # both see what rounding leaves
         leaves = [(leaf.double() if exact else leaf).detach().requires_grad_() for leaf in leaves]
         result = function(*leaves)
-        (result.double() * torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view_as(result)).sum().backward()
+        (
+            result.double()
+            * torch.linspace(-1, 1, result.numel(), dtype=torch.float64, device=result.device).view_as(result)
+        ).sum().backward()
         results.append([result, *(leaf.grad for leaf in leaves)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one.double(), other, **close)

@@ -9,7 +9,7 @@ from common.batches import make_batch, micro_batches, step_rows
 from tests import backends
 from tests.tiny import write_family, write_rows
 from torch_backend import attention, graphs
-from torch_backend.graphs import filled, laid, rounded, sizes
+from torch_backend.graphs import filled, laid, sizes
 from torch_backend.loss import loss_of, loss_sum
 
 
@@ -21,13 +21,6 @@ def model(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(model, tmp_path_factory):
     return backends.encode_rows(model, write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl"))
-
-
-def test_sizes_are_rounded_up_by_little_and_to_few():
-    values = [rounded(size, 128, 16) for size in range(1, 9000)]
-    assert all(0 <= value - size < max(128, size / 8) for size, value in enumerate(values, 1))
-    assert len(set(values)) < 70
-    assert (rounded(128, 128, 16), rounded(129, 128, 16), rounded(0, 64, 8)) == (128, 256, 0)
 
 
 def row_by_row(query, key, value, scaling, rows, window):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from common.batches import make_batch, micro_batches, step_rows, steps_per_epoch
+from common.batches import make_batch, micro_batches, rounded, step_rows, steps_per_epoch
 from common.seam import IGNORE
 from common.template import Encoded
 from tests.unit.bigram import row
@@ -130,3 +130,17 @@ def test_every_row_and_every_label_is_there_whatever_the_cut(budget: int) -> Non
     assert firsts == list(range(100, 130))
     assert sum(batch.label_tokens for batch in batches) == sum(r.label_tokens for r in rows)
     assert sum(batch.tokens for batch in batches) == sum(len(r.ids) - 1 for r in rows)
+
+
+def test_sizes_are_rounded_up_by_little_and_to_few() -> None:
+    values = [rounded(size, 128, 16) for size in range(1, 9000)]
+    assert all(0 <= value - size < max(128, size / 8) for size, value in enumerate(values, 1))
+    assert len(set(values)) < 70
+    assert (rounded(128, 128, 16), rounded(129, 128, 16), rounded(0, 64, 8)) == (128, 256, 0)
+
+
+def test_a_gpu_is_given_fewer_and_larger_micro_batches() -> None:
+    rows = of_lengths(10, 10, 10, 10, 100, 100, 100, 100)
+    assert len(micro_batches(rows, 800)) == 2
+    assert len(micro_batches(rows, 800, "cuda")) == 1
+    assert len(micro_batches(rows, 400, "cuda")) == 2

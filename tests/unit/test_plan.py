@@ -107,7 +107,7 @@ def test_the_prediction_grows_with_what_costs_memory() -> None:
 def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
     shapes = [Shape(1, 10, 10, 5)]
     assert predict(CONFIG, recipe(), PLAN, adapter(), shapes).measured
-    assert not predict(CONFIG, recipe(), PLAN.model_copy(update={"device": "cuda"}), adapter(), shapes).measured
+    assert not predict(CONFIG, recipe(), PLAN.model_copy(update={"device": "mps"}), adapter(), shapes).measured
 
 
 def test_with_room_nothing_is_computed_twice() -> None:
