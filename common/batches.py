@@ -71,6 +71,16 @@ def make_batch(rows: Sequence[Encoded]) -> Batch:
     return Batch(input_ids, labels, lengths)
 
 
+def end_to_end(device: str, precision: str) -> bool:
+    """Whether attention too sees no padding (torch in bf16 on an NVIDIA GPU): then only graphs fill up their sizes."""
+    return device == "cuda" and precision == "bf16"
+
+
+def computed(batch: Batch, device: str, precision: str) -> int:
+    """Positions that attention computes, real ones and those that fill the micro-batch up."""
+    return rounded(batch.tokens, *TOKEN_STEPS) if end_to_end(device, precision) else batch.input_ids.size
+
+
 def rounded(size: int, least: int, steps: int) -> int:
     """`size` or a little more: `steps` values between a power of two and the next, and none below `least`."""
     step = max(least, 2 ** max(0, size.bit_length() - 1) // steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from common import checkpoint
-from common.batches import micro_batches, step_rows
+from common.batches import computed, micro_batches, step_rows
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
@@ -104,7 +104,8 @@ def train(
                 if queued is not None:  # that one is done
                     settle(queued, started)
                 raise
-            before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
+            positions = sum(computed(batch, plan.device, recipe.precision) for batch in batches)
+            before, queued = queued, _Queued(number, rate, chosen, batches, result, started, positions)
             last = number == recipe.steps
             size = state.micro_batch_tokens
             if not last:
@@ -141,6 +142,7 @@ class _Queued:
     batches: list[Batch]
     result: StepResult
     started: float
+    positions: int  # that attention computes
 
 
 def _read(step: _Queued) -> tuple[float, float]:
@@ -227,11 +229,11 @@ _SWAP_GROWTH = 256 * 10**6  # bytes; less comes and goes by itself
 
 
 def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool) -> None:
-    result, batches = step.result, step.batches
+    result = step.result
     state.step, state.train_loss = step.number, loss
     state.tokens += result.tokens
     state.label_tokens += result.label_tokens
-    state.padded_tokens += sum(batch.input_ids.size for batch in batches)
+    state.padded_tokens += step.positions
     state.train_seconds += seconds
     if timed:
         state.timed_seconds += seconds

@@ -53,10 +53,6 @@ class TorchBackend:
         dtype = _DTYPES[recipe.precision]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        if has_flash(self.device, dtype):  # the same run twice, to the last bit; other kernels have no such way
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only
         quantization = quantization_config(recipe.quantization)
         with _memory_errors():
             on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
@@ -85,8 +81,12 @@ class TorchBackend:
             for layer in self.model.model.layers[::GAPS_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._give_back_gaps)
         self.total, self.share = torch.zeros(2, device=self.device)
-        quiet = can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
-        self.graphed = quiet and has_flash(self.device, dtype)
+        flash = has_flash(self.device, dtype) and not getattr(self.model.config, "attn_logit_softcapping", None)
+        if flash:  # the same run twice, to the last bit; other kernels have no such way
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only
+        self.graphed = flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
         self.start = adapter
         fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
