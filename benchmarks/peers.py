@@ -241,7 +241,7 @@ def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, devi
     backend = importlib.import_module("torch_backend").create()
     plan = Plan(backend="torch", device=device, micro_batch_tokens=1024, save_every=1)
     backend.load(recipe_of({"rows": 4, "width": 8, "precision": "fp32", "rank": rank}), plan, folder, found)
-    loss = evaluate(backend, rows, 1024)
+    loss = evaluate(backend, rows, 1024, device)
     backend.close()
     return loss
 

@@ -13,8 +13,8 @@ from common.template import Encoded
 START_COST = {"cpu": 64, "cuda": 1024, "gpu": 512, "mps": 512}
 _PADDING_COST = 0.25
 # The sizes a CUDA graph is recorded for: the least, and how many between a power of two and the next.
-TOKEN_STEPS = (128, 16)
-LABEL_STEPS = (64, 8)
+TOKEN_STEPS = (128, 8)
+LABEL_STEPS = (128, 2)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -71,17 +71,7 @@ def make_batch(rows: Sequence[Encoded]) -> Batch:
     return Batch(input_ids, labels, lengths)
 
 
-def end_to_end(device: str, precision: str) -> bool:
-    """Whether attention too sees no padding (torch in bf16 on an NVIDIA GPU): then only graphs fill up their sizes."""
-    return device == "cuda" and precision == "bf16"
-
-
-def computed(batch: Batch, device: str, precision: str) -> int:
-    """Positions that attention computes, real ones and those that fill the micro-batch up."""
-    return rounded(batch.tokens, *TOKEN_STEPS) if end_to_end(device, precision) else batch.input_ids.size
-
-
 def rounded(size: int, least: int, steps: int) -> int:
-    """`size` or a little more: `steps` values between a power of two and the next, and none below `least`."""
+    """`size` or a little more: a multiple of `least`, and `steps` values between a power of two and the next."""
     step = max(least, 2 ** max(0, size.bit_length() - 1) // steps)
     return -(-size // step) * step

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol, TextIO
 
 from common import checkpoint
-from common.batches import computed, micro_batches, step_rows
+from common.batches import micro_batches, step_rows
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
@@ -104,8 +104,7 @@ def train(
                 if queued is not None:  # that one is done
                     settle(queued, started)
                 raise
-            positions = sum(computed(batch, plan.device, recipe.precision) for batch in batches)
-            before, queued = queued, _Queued(number, rate, chosen, batches, result, started, positions)
+            before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
             last = number == recipe.steps
             size = state.micro_batch_tokens
             if not last:
@@ -142,7 +141,6 @@ class _Queued:
     batches: list[Batch]
     result: StepResult
     started: float
-    positions: int  # that attention computes
 
 
 def _read(step: _Queued) -> tuple[float, float]:
@@ -233,7 +231,7 @@ def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool
     state.step, state.train_loss = step.number, loss
     state.tokens += result.tokens
     state.label_tokens += result.label_tokens
-    state.padded_tokens += step.positions
+    state.padded_tokens += result.positions
     state.train_seconds += seconds
     if timed:
         state.timed_seconds += seconds

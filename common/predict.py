@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.batches import LABEL_STEPS, TOKEN_STEPS, end_to_end, rounded
+from common.batches import LABEL_STEPS, TOKEN_STEPS, rounded
 from common.config import Plan, Recipe
-from common.families import facts
+from common.families import end_to_end, facts
 from common.memory import GAPS_EVERY, KEPT_BLOCKS
 from common.parity import tensor_shapes
 from common.seam import Adapter, Batch
 
 MEGA = 10**6
 _PROCESSORS = 132  # of the GPU measured on
-_GAPS = {"fp32": 0.4, "bf16": 0.55}  # of what lies in blocks of less than twice KEPT_BLOCKS; with glibc 2.36
+_GAPS = {"fp32": 0.25, "bf16": 0.55}  # of what lies in blocks of less than twice KEPT_BLOCKS; with glibc 2.36
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Sizes:
     gemma: bool
     capped: bool  # attention scores
     final_cap: bool  # logits
+    flash: bool  # on an NVIDIA GPU, in bf16
     normed: bool  # queries and keys
     windows: tuple[int | None, ...]
     stored: int  # bytes of a weight in the checkpoint
@@ -102,6 +103,7 @@ class Sizes:
             other=sum(math.prod(s) for s in shapes.values()) - linear,
             gemma=config["model_type"].startswith("gemma"),
             capped=config["model_type"] == "gemma2",
+            flash=end_to_end(config, "cuda", "bf16"),
             final_cap=facts(config).logit_softcap is not None,
             normed=config["model_type"] in ("gemma3_text", "qwen3"),
             windows=facts(config).windows,
@@ -164,9 +166,10 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     torch, wide = plan.backend == "torch", recipe.precision == "fp32"
     each = 4 if wide else 2
     cuda = torch and plan.device == "cuda"
-    flash = end_to_end(plan.device, recipe.precision) and not sizes.capped
+    flash = sizes.flash and cuda and not wide
+    general = recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"  # PEFT's, transformers' layers
     tokens, labels = shape.tokens, shape.labels
-    if flash:
+    if flash and not general:
         tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
     padding = 1.0 if flash else shape.rows * shape.width / tokens
     kept: float = sizes.hidden * (6 if sizes.gemma else 4)  # before and after norms
@@ -176,7 +179,6 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     kept += sizes.queries * (padding + (padding > 1) if torch else 1)  # what it gives, also without the padding
     block = 2 * KEPT_BLOCKS
     small = kept * (sizes.hidden * tokens * each < block)
-    general = recipe.method != "lora" or recipe.dropout or recipe.quantization == "int8"  # PEFT's, transformers' layers
     inner = sizes.inner * (2 if torch and not general else 3)
     small += inner * (sizes.inner * tokens * each < block)
     kept += inner

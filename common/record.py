@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 
-from common.batches import end_to_end
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
+from common.families import end_to_end
 from common.memory import total
 from common.progress import Display, gigabytes
 
@@ -100,7 +100,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.timed_tokens / timed if timed else None,
         "label_tokens_per_second": state.timed_label_tokens / timed if timed else None,
-        # of the positions that attention computes; the layers' products see no padding but what fills a graph's sizes
+        # of the positions that attention computes; the layers' products see no padding but a graph's
         "padding_fraction": 1 - state.tokens / state.padded_tokens if state.padded_tokens else 0.0,
         "final_train_loss": state.train_loss,
         "best_valid_loss": state.best_valid_loss,
@@ -108,15 +108,13 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
 
 
-def deterministic(recipe: Recipe, plan: Plan) -> dict[str, str]:
+def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[str, str]:
     """What of a run comes out the same again, and how nearly."""
     same = "the same bits on the same machine with the same plan and packages"
-    exact = same if plan.device == "cpu" else "up to the rounding of the GPU's kernels"
-    if end_to_end(plan.device, recipe.precision):
-        exact = f"{same}; Gemma 2 up to the rounding of the GPU's kernels"
+    exact = plan.device == "cpu" or end_to_end(config, plan.device, recipe.precision)
     return {
         "row order, adapter start, hold-out": "drawn by numpy from the seed: the same everywhere",
-        "training": exact,
+        "training": same if exact else "up to the rounding of the GPU's kernels",
         "another plan or backend": "the same mathematics, other rounding"
         + ("; dropout masks differ between backends" if recipe.dropout else ""),
         "fused weights": "the same bytes on any machine, from the same adapter and base"

@@ -46,6 +46,7 @@ class StepResult:
     grad_norm: SupportsFloat  # the global norm before clipping; 0 in evaluation
     label_tokens: int
     tokens: int
+    positions: int  # that attention computes: the tokens, and what fills rows or shapes up
 
 
 @dataclass(frozen=True)

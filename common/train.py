@@ -254,7 +254,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         recipe_hash=job.recipe.hash(),
         model_hash=job.recipe.model_hash,
         plans=[{"from_step": 1} | job.plan.model_dump()],
-        deterministic=record.deterministic(job.recipe, job.plan),
+        deterministic=record.deterministic(job.recipe, job.plan, job.config),
         stop_ids=job.served.stops,
         sample_prompt=job.sample,
         data={

@@ -131,14 +131,15 @@ class MlxBackend:
             for (optimizer, _, _), state in zip(self.groups, before[1], strict=True):
                 optimizer.state = state
             raise
-        return StepResult(total_loss, norm, count, sum(batch.tokens for batch in micro_batches))
+        tokens, positions = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
+        return StepResult(total_loss, norm, count, tokens, positions)
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
         with _memory_errors():
             loss = loss_sum(self.model, batch, self.plan.loss_chunk)
             mx.eval(loss)  # here, where running out of memory is still known for what it is
-        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens)
+        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
         trained = dict(tree_flatten(self.model.trainable_parameters()))

@@ -52,7 +52,7 @@ def attend(
     Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row. Where there are more
     keys than queries, the one query is the row's newest token: it sees all keys, or those within its window.
     """
-    if rows is not None and rows.bounds is not None and softcap is None:
+    if rows is not None and rows.bounds is not None:
         return _flash(query, key, value, scaling, rows, sliding_window), None
     if rows is not None:
         query, key, value = rows.spread(query), rows.spread(key), rows.spread(value)
@@ -63,8 +63,9 @@ def attend(
         if sliding_window is not None:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
     windowed = sliding_window is not None and sliding_window < length
-    if query.is_cuda and length > 1:  # its kernels but flash take no fewer key heads: torch would write all scores out
-        repeats = query.shape[1] // key.shape[1]
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1 and (softcap is not None or (query.is_cuda and length > 1)):
+        # on a GPU no kernel but flash's takes fewer key heads: torch would write all scores out
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap is None and not windowed:
         result = functional.scaled_dot_product_attention(
@@ -77,8 +78,6 @@ def attend(
                 query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
             )
         else:  # Gemma 2: torch has no kernel that caps the scores
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
             scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
             result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     return (result.transpose(1, 2) if rows is None else rows.gather(result)), None
@@ -92,9 +91,9 @@ def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torc
     return tensor.to(device, non_blocking=True)
 
 
-def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `_flash` can be used: in 16 bits on an NVIDIA GPU from Ampere on, where torch was built with it."""
-    if device.type != "cuda" or dtype == torch.float32 or not torch.backends.cuda.is_flash_attention_available():
+def has_flash(device: torch.device) -> bool:
+    """Whether this machine can do what `families.end_to_end` wants: a GPU from Ampere on, and torch built for it."""
+    if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 

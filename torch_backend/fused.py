@@ -290,7 +290,9 @@ def _calling_rope(forward: Any) -> FunctionType:
     """An attention's own forward with `_rope` for its module's; nothing of transformers is changed for others."""
     plain = unwrap(forward)
     scope = plain.__globals__ | {"apply_rotary_pos_emb": _rope}
-    return FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+    made = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+    made.__kwdefaults__ = plain.__kwdefaults__
+    return made
 
 
 def _lora_of(module: Any) -> bool:

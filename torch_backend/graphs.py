@@ -16,14 +16,17 @@ from common.seam import IGNORE, Batch
 from torch_backend.attention import Rows
 from torch_backend.loss import Laid
 
-_KEPT = 64  # graphs at the most
+_KEPT = 64  # graphs at the most; the one used longest ago goes
 
 
-def sizes(batch: Batch) -> tuple[int, int, int, int]:
-    """Of the graph for `batch`: `(tokens, labels, rows, tokens of the longest row at the most)`."""
+def sizes(batch: Batch, width: int = 0) -> tuple[int, int, int, int]:
+    """Of the graph for `batch`: `(tokens, labels, rows, tokens of the longest row)`, the last no less than `width`.
+
+    Few on varied rows. Rows that are not there cost attention's way back some of the processors, a width nothing.
+    """
     tokens = rounded(batch.tokens, *TOKEN_STEPS)
-    widest = max(int(batch.lengths.max()), tokens - batch.tokens)
-    return tokens, rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 4, 4), rounded(widest, 128, 1)
+    widest = max(int(batch.lengths.max()), tokens - batch.tokens, width)
+    return tokens, rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 8, 1), rounded(widest, 512, 1)
 
 
 def filled(batch: Batch, shape: tuple[int, int, int, int]) -> np.ndarray:
@@ -65,20 +68,20 @@ class Graphs:
         self.step, self.device = step, device
         self.graphs: dict[tuple[int, int, int, int], tuple[torch.Tensor, Any]] = {}
         self.pool: Any = None
+        self.width = 0  # of the widest so far: graphs of another width would be the same again
 
     def run(self, batch: Batch) -> None:
-        shape = sizes(batch)
+        shape = sizes(batch, self.width)
+        self.width = shape[3]
         array = torch.from_numpy(filled(batch, shape)).pin_memory()
         if self.pool is None:  # the first, so that libraries have made what they need: no graph may
-            self.pool = torch.cuda.graph_pool_handle()
             self.step(laid(array.to(self.device, non_blocking=True), shape))
+            self.pool = torch.cuda.graph_pool_handle()
             return
-        if shape not in self.graphs:
-            if len(self.graphs) == _KEPT:
-                self.step(laid(array.to(self.device, non_blocking=True), shape))
-                return
-            self.graphs[shape] = self._record(shape, len(array))
-        memory, graph = self.graphs[shape]
+        if shape not in self.graphs and len(self.graphs) == _KEPT:
+            del self.graphs[next(iter(self.graphs))]
+        memory, graph = self.graphs.pop(shape) if shape in self.graphs else self._record(shape, len(array))
+        self.graphs[shape] = memory, graph  # as the newest
         memory.copy_(array, non_blocking=True)
         graph.replay()
 
@@ -86,7 +89,10 @@ class Graphs:
         memory, graph = torch.zeros(length, dtype=torch.int64, device=self.device), torch.cuda.CUDAGraph()
         failure: Exception | None = None
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),  # a broken record would stay on its own
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 try:
                     self.step(laid(memory, shape))
                 except RuntimeError as error:  # out of memory, say, which the end of a broken record would hide

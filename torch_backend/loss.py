@@ -8,7 +8,7 @@ import torch
 
 from common.rope import split_batch
 from common.seam import IGNORE, Batch
-from torch_backend.attention import Rows, bounds, has_flash, to_device
+from torch_backend.attention import Rows, bounds, to_device
 from torch_backend.products import back, upright
 
 
@@ -82,7 +82,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         (grown,) = outputs
         gradient, weight_gradient = ctx.saved_tensors
         return (
-            None if gradient is None else gradient * grown.to(gradient.dtype),
+            None if gradient is None else (gradient.float() * grown).to(gradient.dtype),
             None if weight_gradient is None else (weight_gradient * grown).to(gradient.dtype),
             *(None,) * 4,
         )
@@ -106,20 +106,19 @@ def lay(batch: Batch, device: torch.device, flash: bool) -> Laid:
     arrays = (batch.input_ids[real], real.nonzero()[1], labelled, labels[labelled])
     ids, positions, chosen, right = (to_device(array, device) for array in arrays)
     count, width = real.shape
-    places = None if real.all() else to_device(real.ravel().nonzero()[0], device)
-    return Laid(
-        ids, positions, chosen, right, Rows(count, width, places, bounds(batch.lengths, device) if flash else None)
-    )
+    if flash:
+        return Laid(ids, positions, chosen, right, Rows(count, width, None, bounds(batch.lengths, device)))
+    rows = Rows(count, width, None if real.all() else to_device(real.ravel().nonzero()[0], device))
+    return Laid(ids, positions, chosen, right, rows)
 
 
-def loss_sum(model: Any, batch: Batch, device: torch.device, chunk: int) -> torch.Tensor:
+def loss_sum(model: Any, batch: Batch, device: torch.device, chunk: int, flash: bool) -> torch.Tensor:
     """Sum of the token losses of a micro-batch, float32 scalar. `model` is a causal language model of transformers.
 
-    `chunk`: label positions whose logits are held at once.
+    `chunk`: label positions whose logits are held at once. `flash`: attention reads the rows end to end.
     """
     rope = getattr(model.config, "rope_parameters", None) or {}
     limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
-    flash = has_flash(device, model.config.dtype)
     parts = [loss_of(model, lay(part, device, flash), chunk) for part in split_batch(batch, limit)]
     return torch.stack(parts).sum()
 

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from common.config import Plan, Recipe
-from common.families import facts, text_config
+from common.families import end_to_end, facts, text_config
 from common.memory import GAPS_EVERY, ResidentSet, give_back_blocks, give_back_gaps, swap_used
 from common.models import tensor_names
 from common.sampling import Pick, grow
@@ -22,7 +22,7 @@ from common.seam import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOf
 from torch_backend.attention import has_flash
 from torch_backend.base import convert, load_base
 from torch_backend.fused import again, install
-from torch_backend.graphs import Graphs, can_graph
+from torch_backend.graphs import Graphs, can_graph, sizes
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import Laid, loss_of, loss_sum
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
@@ -33,6 +33,8 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 class TorchBackend:
     """See `common.seam.Backend` for the contract of every method."""
+
+    graphs: Graphs | None
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         import peft  # noqa: F401  # before memory is counted: the libraries' own is no model's
@@ -51,6 +53,7 @@ class TorchBackend:
                 min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
             )
         dtype = _DTYPES[recipe.precision]
+        config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         quantization = quantization_config(recipe.quantization)
@@ -64,9 +67,7 @@ class TorchBackend:
                 convert(self.model, dtype, hold=lora and self.device.type == "cpu" and dtype == torch.float32)
                 self.model.to(self.device)
             self.names = tensor_names(folder)
-            self.rope_split = facts(
-                text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-            ).rope_split
+            self.rope_split = facts(config).rope_split
             if adapter is None:
                 # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
                 # ends a turn, its embedding would never learn
@@ -81,12 +82,15 @@ class TorchBackend:
             for layer in self.model.model.layers[::GAPS_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._give_back_gaps)
         self.total, self.share = torch.zeros(2, device=self.device)
-        flash = has_flash(self.device, dtype) and not getattr(self.model.config, "attn_logit_softcapping", None)
-        if flash:  # the same run twice, to the last bit; other kernels have no such way
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch insists
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # for debugging only
-        self.graphed = flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        self.flash = end_to_end(config, plan.device, recipe.precision) and has_flash(self.device)
+        self.before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+        if self.flash:  # the same run twice, to the last bit; other kernels have no such way
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for, and older torch insists
+            _deterministic(True, False)  # filling is for debugging
+        self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
         self.start = adapter
         fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
@@ -95,7 +99,8 @@ class TorchBackend:
         for chosen, ratio in ((False, 1.0), (True, recipe.lora_plus)):  # LoRA+ has a learning rate of its own for B
             parameters = {name: p for name, p in self.parameters.items() if (name in fast) == chosen}
             if adapter is not None and parameters:
-                flat, starts = _joined(list(parameters.values()))
+                with _memory_errors():
+                    flat, starts = _joined(list(parameters.values()))
                 self.places |= {name: (flat, start) for name, start in zip(parameters, starts, strict=True)}
                 groups.append({"params": [flat], "ratio": ratio})
             elif parameters:
@@ -124,6 +129,18 @@ class TorchBackend:
             total=sum(p.numel() for p in self.outer.parameters()),
             architecture=type(self.model).__name__,
         )
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        """Graphs hold memory that nothing else can use: where it does not suffice, it is given back."""
+        try:
+            with _memory_errors():
+                yield
+        except OutOfMemory:
+            if self.graphs is not None:
+                self.graphs = Graphs(self._micro_step, self.device)
+                torch.cuda.empty_cache()
+            raise
 
     def _trained(self) -> list[torch.nn.Parameter]:
         """The optimizer's tensors: an adapter's matrices lie in one, or with LoRA+ in two."""
@@ -155,18 +172,24 @@ class TorchBackend:
         self.total.zero_()
         self.share.fill_(1 / count)
         self.optimizer.zero_grad(set_to_none=self.start is None)  # also of a step that ran out of memory
-        with _memory_errors():
+        with self._memory_errors():
             for batch in micro_batches:
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
-                    self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk))
+                    self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
         limit = self.recipe.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         self.optimizer.step()
-        return StepResult(self.total.clone(), norm, count, sum(batch.tokens for batch in micro_batches))
+        tokens, positions = sum(b.tokens for b in micro_batches), sum(map(self._positions, micro_batches))
+        return StepResult(self.total.clone(), norm, count, tokens, positions)
+
+    def _positions(self, batch: Batch) -> int:
+        if self.graphs is not None:
+            return sizes(batch)[0]
+        return batch.tokens if self.flash else batch.input_ids.size
 
     def _micro_step(self, laid: Laid) -> None:
         self._add(loss_of(self.model, laid, self.plan.loss_chunk))
@@ -179,9 +202,13 @@ class TorchBackend:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
-        with _memory_errors():
+        with self._memory_errors():
             return StepResult(
-                loss_sum(self.model, batch, self.device, self.plan.loss_chunk), 0.0, batch.label_tokens, batch.tokens
+                loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash),
+                0.0,
+                batch.label_tokens,
+                batch.tokens,
+                self._positions(batch),
             )
 
     def get_adapter(self) -> Adapter:
@@ -237,7 +264,7 @@ class TorchBackend:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may go on in between
             inputs = torch.tensor([ids], device=self.device)
-            with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
+            with self._memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return found.logits[0, -1].float().cpu().numpy()
 
@@ -259,8 +286,13 @@ class TorchBackend:
         del self.model, self.outer, self.parameters, self.optimizer, self.places, self.graphs
         gc.collect()  # layers whose call is replaced refer to themselves
         if cuda:
-            torch.use_deterministic_algorithms(False)
+            _deterministic(*self.before)
             torch.cuda.empty_cache()
+
+
+def _deterministic(algorithms: bool, fill: bool) -> None:
+    torch.use_deterministic_algorithms(algorithms)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @contextmanager

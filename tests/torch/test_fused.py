@@ -1,6 +1,7 @@
 """The hand-written ways back, each against what it stands in for."""
 
 import shutil
+from inspect import unwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.batches import make_batch
 from tests import backends
 from tests.backends import METHODS
-from tests.tiny import write_family, write_model, write_rows
+from tests.tiny import FAMILIES, write_family, write_model, write_rows
 from torch_backend import fused, products, trainer
-from torch_backend.attention import Rows, attend
-from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear, RMSNorm
+from torch_backend.attention import Rows, attend, bounds
+from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear, RMSNorm, Rope
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -121,11 +122,16 @@ def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("lengths", [(7, 4, 7), (5, 5)])
-def test_attention_is_eager_attention_row_by_row(window, softcap, lengths):
+@pytest.mark.parametrize("end_to_end", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, end_to_end):
+    if end_to_end and softcap:
+        return  # never asked for
     heads, groups, d = 4, 2, 8
     query, key, value = (torch.randn(1, n, sum(lengths), d) for n in (heads, groups, groups))
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     rows = Rows(len(lengths), max(lengths), None if real.all() else real.flatten().nonzero()[:, 0])
+    if end_to_end:
+        rows = Rows(len(lengths), max(lengths), None, bounds(np.array(lengths), torch.device(backends.DEVICE)))
 
     def eager(query, key, value):
         found, start = [], 0
@@ -143,7 +149,8 @@ def test_attention_is_eager_attention_row_by_row(window, softcap, lengths):
     def ours(query, key, value):
         return attend(None, query, key, value, None, 0.3, rows, softcap, window)[0]
 
-    compared(ours, eager, *((part, None) for part in (query, key, value)))
+    dtype = torch.bfloat16 if end_to_end else torch.float32
+    compared(ours, eager, *((part, None) for part in (query, key, value)), dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +179,24 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
         assert bool(calls) == (install is fused.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_rotates_as_it_does_without(family, tmp_path, monkeypatch):
+    folder = write_family(tmp_path / "model", family)
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    losses, calls = [], []
+    ours = Rope.forward
+    monkeypatch.setattr(Rope, "forward", lambda *a: calls.append(1) or ours(*a))
+    for calling in (fused._calling_rope, unwrap):
+        monkeypatch.setattr(fused, "_calling_rope", calling)
+        calls.clear()
+        recipe = backends.make_recipe(folder)
+        backend = backends.load("torch", folder, recipe)
+        losses.append(backends.run_steps(backend, recipe, rows, 3))
+        backend.close()
+        assert bool(calls) == (calling is not unwrap)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.cpu

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 
 from common.batches import make_batch, micro_batches, step_rows
+from common.seam import IGNORE, Batch, OutOfMemory
 from tests import backends
 from tests.tiny import write_family, write_rows
 from torch_backend import attention, graphs
@@ -50,7 +51,7 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
     assert shape[2] > 3
     found = []
     for loss in (
-        loss_sum(backend.model, batch, backend.device, 7),
+        loss_sum(backend.model, batch, backend.device, 7, False),
         loss_of(backend.model, laid(torch.from_numpy(filled(batch, shape)), shape), 7),
     ):
         backend.optimizer.zero_grad(set_to_none=False)
@@ -60,6 +61,55 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-4)
     backend.close()
+
+
+class Unrecorded(graphs.Graphs):
+    """With a stand-in for a graph: what it holds is the shape's first number."""
+
+    def _record(self, shape, length):
+        self.recorded.append(shape)
+        return torch.zeros(length, dtype=torch.int64), self
+
+    def replay(self):
+        self.replayed += 1
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    made = Unrecorded(lambda laid: made.stepped.append(laid), torch.device("cpu"))
+    made.stepped, made.recorded, made.replayed = [], [], 0
+    return made
+
+
+@pytest.mark.cpu
+def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypatch):
+    random = np.random.default_rng(0)
+
+    def run(count, least, most):
+        for _ in range(count):
+            lengths = np.sort(random.integers(least, most, 8)).astype(np.int32)
+            ids = np.ones((8, lengths[-1]), np.int32)
+            unrecorded.run(Batch(ids, np.where(np.arange(lengths[-1]) < lengths[:, None], ids, IGNORE), lengths))
+
+    def fails(laid):
+        raise RuntimeError("out of memory")
+
+    good, unrecorded.step = unrecorded.step, fails
+    with pytest.raises(RuntimeError):
+        run(1, 100, 200)
+    unrecorded.step = good
+    run(1, 100, 200)
+    assert (len(unrecorded.stepped), unrecorded.recorded) == (1, []), "nothing is recorded cold"
+    run(300, 20, 500)
+    assert unrecorded.replayed == 300
+    assert len(unrecorded.recorded) < 30
+    monkeypatch.setattr(graphs, "_KEPT", 3)
+    unrecorded.graphs.clear()
+    run(60, 20, 500)
+    assert len(unrecorded.graphs) == 3
+    assert len(unrecorded.stepped) == 1
 
 
 @pytest.mark.gpu
@@ -91,8 +141,6 @@ def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quanti
 
 @pytest.mark.gpu
 def test_out_of_memory_while_a_graph_is_recorded_is_told_and_the_step_can_be_done_again(model, rows, monkeypatch):
-    from common.seam import OutOfMemory
-
     recipe = backends.make_recipe(model, precision="bf16")
     backend = backends.load("torch", model, recipe)
     batches = micro_batches(rows[:4], 300)

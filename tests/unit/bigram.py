@@ -125,12 +125,13 @@ class Bigram:
         self.optimizer = OptimizerState(step, first, second)
         if step == self.nan_step:
             loss = float("nan")
-        return StepResult(loss, norm, count, sum(batch.tokens for batch in micro_batches))
+        tokens, positions = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
+        return StepResult(loss, norm, count, tokens, positions)
 
     def eval_step(self, batch: Batch) -> StepResult:
         self._remember([batch])
         loss, _, count = self._loss([batch])
-        return StepResult(loss, 0.0, count, batch.tokens)
+        return StepResult(loss, 0.0, count, batch.tokens, batch.input_ids.size)
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]

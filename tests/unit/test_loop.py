@@ -149,7 +149,7 @@ def test_evaluate_is_the_mean_over_label_tokens_and_not_over_rows() -> None:
     class Fixed(Bigram):
         def eval_step(self, batch: Batch) -> StepResult:  # a row's tokens cost what its first id says
             cost = sum(int(ids[0]) * int((labels >= 0).sum()) for ids, labels in zip(*astuple(batch), strict=True))
-            return StepResult(cost, 0.0, batch.label_tokens, batch.tokens)
+            return StepResult(cost, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size)
 
     def astuple(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         return batch.input_ids, batch.labels
@@ -199,7 +199,9 @@ class Scripted(Bigram):
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.seen.append(self.get_adapter())
-        return StepResult(self.losses.pop(0) * batch.label_tokens, 0.0, batch.label_tokens, batch.tokens)
+        return StepResult(
+            self.losses.pop(0) * batch.label_tokens, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size
+        )
 
 
 def test_the_adapter_of_the_best_validation_loss_is_kept(tmp_path: Path) -> None:
