@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.seam import IGNORE
 from tests.backends import DEVICE, plain_loss
+from torch_backend import products
 from torch_backend.loss import LinearCrossEntropy
 
 N, H, V = 23, 16, 301
@@ -43,6 +45,29 @@ def test_bf16_products_are_added_up_in_float32():
     got = run(hidden, weight, labels, 1.0, None, 7, torch.bfloat16)
     assert got[0] == pytest.approx(loss, rel=3e-3)
     assert np.linalg.norm(got[1] - by_hidden) < 0.01 * np.linalg.norm(by_hidden)
+
+
+@pytest.mark.cpu
+def test_a_16_bit_head_is_widened_block_by_block(monkeypatch):
+    monkeypatch.setattr(products, "_BLOCK", 50)  # three rows of the weight
+    hidden, weight, labels = inputs()
+    held = torch.tensor(weight).bfloat16()
+    loss, by_hidden, _ = plain_loss(hidden, held.float().numpy(), labels, 1.0, 5.0)
+    h = torch.tensor(hidden, requires_grad=True)
+    got = LinearCrossEntropy.apply(h, held, torch.tensor(labels), 1.0, 5.0, 7)
+    got.backward()
+    assert got.item() == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(h.grad.numpy(), by_hidden, atol=2e-5)
+
+
+def test_what_only_fills_up_adds_nothing():
+    hidden, weight, labels = inputs()
+    filled = np.concatenate([hidden, hidden[:9]]), weight, np.concatenate([labels, np.full(9, IGNORE)])
+    plain, got = (run(*arrays, 2.0, 5.0, 7) for arrays in ((hidden, weight, labels), filled))
+    assert got[0] == pytest.approx(plain[0], rel=1e-6)
+    np.testing.assert_allclose(got[1][:N], plain[1], atol=1e-6)
+    np.testing.assert_allclose(got[2], plain[2], atol=1e-5)
+    assert (got[1][N:] == 0).all()
 
 
 def test_no_labels_are_no_loss_and_a_frozen_head_gets_no_gradient():
