@@ -25,9 +25,9 @@ from torch_backend.fused import again, install
 from torch_backend.graphs import Graphs, can_graph, sizes
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import Laid, loss_of, loss_sum
+from torch_backend.optimizer import Optimizer, to_numpy
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -93,34 +93,8 @@ class TorchBackend:
         self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
         self.start = adapter
-        fast = {name for name in self.parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
-        groups: list[dict[str, Any]] = []
-        self.places: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the optimizer's tensor, where it begins
-        for chosen, ratio in ((False, 1.0), (True, recipe.lora_plus)):  # LoRA+ has a learning rate of its own for B
-            parameters = {name: p for name, p in self.parameters.items() if (name in fast) == chosen}
-            if adapter is not None and parameters:
-                with _memory_errors():
-                    flat, starts = _joined(list(parameters.values()))
-                self.places |= {name: (flat, start) for name, start in zip(parameters, starts, strict=True)}
-                groups.append({"params": [flat], "ratio": ratio})
-            elif parameters:
-                self.places |= {name: (p, 0) for name, p in parameters.items()}
-                groups.append({"params": list(parameters.values()), "ratio": ratio})
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=recipe.learning_rate,
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
         with _memory_errors():
-            for tensor in self._trained():  # now, not in the first step, which could not be done again
-                self.optimizer.state[tensor] = {
-                    "step": torch.zeros((), device=self.device),
-                    "exp_avg": torch.zeros_like(tensor),
-                    "exp_avg_sq": torch.zeros_like(tensor),
-                }
+            self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
         return ModelInfo(
             device=str(self.device),
             dtype=recipe.precision,
@@ -141,10 +115,6 @@ class TorchBackend:
                 self.graphs = Graphs(self._micro_step, self.device)
                 torch.cuda.empty_cache()
             raise
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        """The optimizer's tensors: an adapter's matrices lie in one, or with LoRA+ in two."""
-        return [tensor for group in self.optimizer.param_groups for tensor in group["params"]]
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -171,18 +141,14 @@ class TorchBackend:
         count = sum(batch.label_tokens for batch in micro_batches)
         self.total.zero_()
         self.share.fill_(1 / count)
-        self.optimizer.zero_grad(set_to_none=self.start is None)  # also of a step that ran out of memory
+        self.optimizer.zero()  # also of a step that ran out of memory
         with self._memory_errors():
             for batch in micro_batches:
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
                     self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
-        limit = self.recipe.max_grad_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self._trained(), limit)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["ratio"]
-        self.optimizer.step()
+        norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
         tokens, positions = sum(b.tokens for b in micro_batches), sum(map(self._positions, micro_batches))
         return StepResult(self.total.clone(), norm, count, tokens, positions)
 
@@ -212,7 +178,7 @@ class TorchBackend:
             )
 
     def get_adapter(self) -> Adapter:
-        arrays = {name: _numpy(parameter) for name, parameter in self.parameters.items()}
+        arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
         if self.start is None:
             return Adapter(self.recipe.model, self.model.config.num_hidden_layers, 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
@@ -221,22 +187,10 @@ class TorchBackend:
         set_arrays(self.parameters, adapter)
 
     def get_optimizer(self) -> OptimizerState:
-        averages, squares = ({name: _numpy(self._moment(name, kind)) for name in self.places} for kind in _MOMENTS)
-        return OptimizerState(int(self.optimizer.state[self._trained()[0]]["step"]), averages, squares)
+        return self.optimizer.get()
 
-    @torch.no_grad()
     def set_optimizer(self, state: OptimizerState) -> None:
-        for tensor in self._trained():
-            self.optimizer.state[tensor]["step"].fill_(state.step)
-        for kind, arrays in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
-            for name in self.places:
-                self._moment(name, kind).copy_(torch.from_numpy(arrays[name]))
-
-    def _moment(self, name: str, kind: str) -> torch.Tensor:
-        """The part of one of AdamW's moments that is a trained weight's, as it lies."""
-        tensor, start = self.places[name]
-        shape = self.parameters[name].shape
-        return self.optimizer.state[tensor][kind].view(-1)[start : start + shape.numel()].view(shape)
+        self.optimizer.set(state)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         return dequantized(self.model, self.names)
@@ -283,7 +237,7 @@ class TorchBackend:
 
     def close(self) -> None:
         cuda = self.device.type == "cuda"
-        del self.model, self.outer, self.parameters, self.optimizer, self.places, self.graphs
+        del self.model, self.outer, self.parameters, self.optimizer, self.graphs
         gc.collect()  # layers whose call is replaced refer to themselves
         if cuda:
             _deterministic(*self.before)
@@ -307,19 +261,3 @@ def _memory_errors() -> Iterator[None]:
                 torch.cuda.empty_cache()
             raise OutOfMemory(text.split("\n")[0]) from None
         raise
-
-
-def _joined(parameters: list[torch.nn.Parameter]) -> tuple[torch.nn.Parameter, list[int]]:
-    """One tensor that holds them all, of which each becomes a view, as its gradient does; and where each begins."""
-    sizes = [p.numel() for p in parameters]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
-    whole.grad = torch.zeros_like(whole)
-    for parameter, start, size in zip(parameters, starts, sizes, strict=True):
-        parameter.data = whole.data[start : start + size].view_as(parameter)
-        parameter.grad = whole.grad[start : start + size].view_as(parameter)
-    return whole, starts
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()

@@ -16,7 +16,8 @@ from tests.backends import METHODS
 from tests.tiny import FAMILIES, write_family, write_model, write_rows
 from torch_backend import fused, products, trainer
 from torch_backend.attention import Rows, attend, bounds
-from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear, RMSNorm, Rope
+from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear
+from torch_backend.layers import RMSNorm, Rope
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -188,8 +189,8 @@ def test_every_family_rotates_as_it_does_without(family, tmp_path, monkeypatch):
     losses, calls = [], []
     ours = Rope.forward
     monkeypatch.setattr(Rope, "forward", lambda *a: calls.append(1) or ours(*a))
-    for calling in (fused._calling_rope, unwrap):
-        monkeypatch.setattr(fused, "_calling_rope", calling)
+    for calling in (fused.calling_rope, unwrap):
+        monkeypatch.setattr(fused, "calling_rope", calling)
         calls.clear()
         recipe = backends.make_recipe(folder)
         backend = backends.load("torch", folder, recipe)

@@ -54,7 +54,7 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
         loss_sum(backend.model, batch, backend.device, 7, False),
         loss_of(backend.model, laid(torch.from_numpy(filled(batch, shape)), shape), 7),
     ):
-        backend.optimizer.zero_grad(set_to_none=False)
+        backend.optimizer.zero()
         loss.backward()
         found.append((loss.item(), {name: p.grad.clone() for name, p in backend.parameters.items()}))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)

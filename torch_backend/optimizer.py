@@ -1,0 +1,91 @@
+"""AdamW over what is trained; an adapter's matrices are views of one tensor, which a few kernels then serve."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from common.config import Recipe
+from common.seam import OptimizerState
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Optimizer:
+    """The parameters by canonical name keep their names outside; inside they lie in `tensors`."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, join: bool) -> None:
+        """join: into one tensor, with LoRA+, whose B has a learning rate of its own, two; in which they are views."""
+        self.parameters, self.joined = parameters, join
+        self.places: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the tensor, and where it begins there
+        fast = {name for name in parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
+        groups = []
+        for names, ratio in ((parameters.keys() - fast, 1.0), (fast, recipe.lora_plus)):
+            chosen = {name: p for name, p in parameters.items() if name in names}
+            places = _join(list(chosen.values())) if join and chosen else [(p, 0) for p in chosen.values()]
+            self.places |= dict(zip(chosen, places, strict=True))
+            tensors = list({id(tensor): tensor for tensor, _ in places}.values())
+            groups += [{"params": tensors, "ratio": ratio}] if tensors else []
+        self.adamw = torch.optim.AdamW(
+            groups,
+            lr=recipe.learning_rate,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+            fused=True,
+        )
+        self.tensors = [tensor for group in self.adamw.param_groups for tensor in group["params"]]
+        for tensor in self.tensors:  # now, not in the first step, which could not be done again
+            self.adamw.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+    def zero(self) -> None:
+        """The gradients; joined ones stay where they are."""
+        self.adamw.zero_grad(set_to_none=not self.joined)
+
+    def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
+        """Clip and step; the global norm of the gradients before, a scalar on the device."""
+        norm = torch.nn.utils.clip_grad_norm_(self.tensors, max_grad_norm or float("inf"))
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate * group["ratio"]
+        self.adamw.step()
+        return norm
+
+    def get(self) -> OptimizerState:
+        averages, squares = ({name: to_numpy(self._moment(name, kind)) for name in self.places} for kind in _MOMENTS)
+        return OptimizerState(int(self.adamw.state[self.tensors[0]]["step"]), averages, squares)
+
+    @torch.no_grad()
+    def set(self, state: OptimizerState) -> None:
+        for tensor in self.tensors:
+            self.adamw.state[tensor]["step"].fill_(state.step)
+        for kind, arrays in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
+            for name in self.places:
+                self._moment(name, kind).copy_(torch.from_numpy(arrays[name]))
+
+    def _moment(self, name: str, kind: str) -> torch.Tensor:
+        """The part of one of AdamW's moments that is a parameter's, as it lies."""
+        tensor, start = self.places[name]
+        shape = self.parameters[name].shape
+        return self.adamw.state[tensor][kind].view(-1)[start : start + shape.numel()].view(shape)
+
+
+def _join(parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Parameter, int]]:
+    """One tensor that holds them all, and where each begins; they and their gradients become views of it."""
+    whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    whole.grad = torch.zeros_like(whole)
+    places, start = [], 0
+    for parameter in parameters:
+        end = start + parameter.numel()
+        parameter.data = whole.data[start:end].view_as(parameter)
+        parameter.grad = whole.grad[start:end].view_as(parameter)
+        places.append((whole, start))
+        start = end
+    return places
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
