@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -28,6 +28,7 @@ from torch_backend.loss import Laid, loss_of, loss_sum
 from torch_backend.optimizer import Optimizer, to_numpy
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
 
+_T = TypeVar("_T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -104,17 +105,19 @@ class TorchBackend:
             architecture=type(self.model).__name__,
         )
 
-    @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        """Graphs hold memory that nothing else can use: where it does not suffice, it is given back."""
+    def _fitting(self, compute: Callable[[], _T]) -> _T:
+        """What `compute` gives. Out of memory it is done again without graphs: their memory nothing else can use."""
+        held = self.graphs is not None and bool(self.graphs.graphs)
         try:
             with _memory_errors():
-                yield
+                return compute()
         except OutOfMemory:
             if self.graphs is not None:
                 self.graphs = Graphs(self._micro_step, self.device)
                 torch.cuda.empty_cache()
-            raise
+            if not held:
+                raise
+        return self._fitting(compute)
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
@@ -139,15 +142,18 @@ class TorchBackend:
         if self.recipe.dropout:
             torch.manual_seed((self.recipe.seed << 32) + step)
         count = sum(batch.label_tokens for batch in micro_batches)
-        self.total.zero_()
-        self.share.fill_(1 / count)
-        self.optimizer.zero()  # also of a step that ran out of memory
-        with self._memory_errors():
+
+        def compute() -> None:
+            self.total.zero_()
+            self.share.fill_(1 / count)
+            self.optimizer.zero()  # also of a step that ran out of memory
             for batch in micro_batches:
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
                     self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
+
+        self._fitting(compute)
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
         tokens, positions = sum(b.tokens for b in micro_batches), sum(map(self._positions, micro_batches))
         return StepResult(self.total.clone(), norm, count, tokens, positions)
@@ -168,14 +174,8 @@ class TorchBackend:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
-        with self._memory_errors():
-            return StepResult(
-                loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash),
-                0.0,
-                batch.label_tokens,
-                batch.tokens,
-                self._positions(batch),
-            )
+        loss = self._fitting(lambda: loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
+        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._positions(batch))
 
     def get_adapter(self) -> Adapter:
         arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
@@ -218,7 +218,7 @@ class TorchBackend:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may go on in between
             inputs = torch.tensor([ids], device=self.device)
-            with self._memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
+            with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             return found.logits[0, -1].float().cpu().numpy()
 

@@ -9,7 +9,7 @@ from common.batches import make_batch, micro_batches, step_rows
 from common.seam import IGNORE, Batch, OutOfMemory
 from tests import backends
 from tests.tiny import write_family, write_rows
-from torch_backend import attention, graphs
+from torch_backend import attention, graphs, trainer
 from torch_backend.graphs import filled, laid, sizes
 from torch_backend.loss import loss_of, loss_sum
 
@@ -112,6 +112,33 @@ def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypat
     assert len(unrecorded.stepped) == 1
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("held", [False, True])
+def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkeypatch, held):
+    backend = backends.load("torch", model, backends.make_recipe(model))
+    batch = make_batch(rows[:2])
+    expected = float(backend.eval_step(batch).loss_sum)
+    backend.graphs = graphs.Graphs(lambda laid: None, backend.device)
+    if held:
+        backend.graphs.graphs[1, 1, 1, 1] = (torch.zeros(1), None)
+    real, calls = trainer.loss_sum, []
+
+    def fails_once(*arguments):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "loss_sum", fails_once)
+    if held:
+        assert float(backend.eval_step(batch).loss_sum) == expected
+    else:
+        with pytest.raises(OutOfMemory):
+            backend.eval_step(batch)
+    assert backend.graphs.graphs == {}
+    backend.close()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -145,18 +172,19 @@ def test_out_of_memory_while_a_graph_is_recorded_is_told_and_the_step_can_be_don
     backend = backends.load("torch", model, recipe)
     batches = micro_batches(rows[:4], 300)
     backend.train_step(batches, 1e-3, 1)
-    real, calls = backend.graphs.step, []
+    real, calls = backend._micro_step, []
 
     def fails(laid):
         calls.append(1)
-        if len(calls) == 1:
-            real(laid)
-            torch.empty(2**50, device="cuda")
         real(laid)
+        torch.empty(2**50, device="cuda")
 
-    backend.graphs.step = fails
+    backend._micro_step = backend.graphs.step = fails
     with pytest.raises(OutOfMemory):
         backend.train_step(batches, 1e-3, 2)
+    assert calls
+    backend._micro_step = real
+    backend.apply_plan(backend.plan)
     result = backend.train_step(batches, 1e-3, 2)
     assert np.isfinite(float(result.loss_sum))
     backend.close()
