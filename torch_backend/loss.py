@@ -99,27 +99,43 @@ class Laid:
     rows: Rows
 
 
-def lay(batch: Batch, device: torch.device, flash: bool) -> Laid:
+def lay(batch: Batch, device: torch.device, flash: bool, multiple: int = 1) -> Laid:
+    """multiple: of which tokens, labels and the width are made multiples, by what adds nothing to the loss."""
     real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
     labels = batch.labels[real]
-    labelled = (labels != IGNORE).nonzero()[0]
-    arrays = (batch.input_ids[real], real.nonzero()[1], labelled, labels[labelled])
-    ids, positions, chosen, right = (to_device(array, device) for array in arrays)
-    count, width = real.shape
+    chosen = (labels != IGNORE).nonzero()[0]
+    row, column = real.nonzero()
+    more = np.arange(-len(row) % multiple)  # the last row goes on: nothing before them sees these
+    row, column = np.append(row, np.full_like(more, row[-1])), np.append(column, batch.lengths[-1] + more)
+    left = -len(chosen) % multiple
+    ids, positions, chosen_, right = (
+        to_device(array, device)
+        for array in (
+            np.append(batch.input_ids[real], np.zeros_like(more)),
+            column,
+            np.append(chosen, np.zeros(left, np.int64)),
+            np.append(labels[chosen], np.full(left, IGNORE)),
+        )
+    )
+    count, width = len(batch.lengths), -(-int(column.max() + 1) // multiple) * multiple
     if flash:
-        return Laid(ids, positions, chosen, right, Rows(count, width, None, bounds(batch.lengths, device)))
-    rows = Rows(count, width, None if real.all() else to_device(real.ravel().nonzero()[0], device))
-    return Laid(ids, positions, chosen, right, rows)
+        return Laid(ids, positions, chosen_, right, Rows(count, width, None, bounds(batch.lengths, device)))
+    places = row * width + column
+    rows = Rows(count, width, None if len(places) == count * width else to_device(places, device))
+    return Laid(ids, positions, chosen_, right, rows)
 
 
-def loss_sum(model: Any, batch: Batch, device: torch.device, chunk: int, flash: bool) -> torch.Tensor:
+def loss_sum(
+    model: Any, batch: Batch, device: torch.device, chunk: int, flash: bool, multiple: int = 1
+) -> torch.Tensor:
     """Sum of the token losses of a micro-batch, float32 scalar. `model` is a causal language model of transformers.
 
     `chunk`: label positions whose logits are held at once. `flash`: attention reads the rows end to end.
+    `multiple`: see `lay`.
     """
     rope = getattr(model.config, "rope_parameters", None) or {}
     limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
-    parts = [loss_of(model, lay(part, device, flash), chunk) for part in split_batch(batch, limit)]
+    parts = [loss_of(model, lay(part, device, flash, multiple), chunk) for part in split_batch(batch, limit)]
     return torch.stack(parts).sum()
 
 

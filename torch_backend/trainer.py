@@ -26,6 +26,7 @@ from torch_backend.graphs import Graphs, can_graph, sizes
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import Laid, loss_of, loss_sum
 from torch_backend.optimizer import Optimizer, to_numpy
+from torch_backend.products import multiple
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
 
 _T = TypeVar("_T")
@@ -82,6 +83,7 @@ class TorchBackend:
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::GAPS_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._give_back_gaps)
+        self.multiple = multiple(self.device, dtype)
         self.total, self.share = torch.zeros(2, device=self.device)
         self.flash = end_to_end(config, plan.device, recipe.precision) and has_flash(self.device)
         self.before = (
@@ -151,7 +153,7 @@ class TorchBackend:
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
-                    self._add(loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
+                    self._add(self._loss(batch))
 
         self._fitting(compute)
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
@@ -161,7 +163,11 @@ class TorchBackend:
     def _positions(self, batch: Batch) -> int:
         if self.graphs is not None:
             return sizes(batch)[0]
-        return batch.tokens if self.flash else batch.input_ids.size
+        rows, width = batch.input_ids.shape
+        return batch.tokens if self.flash else rows * -(-width // self.multiple) * self.multiple
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        return loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.multiple)
 
     def _micro_step(self, laid: Laid) -> None:
         self._add(loss_of(self.model, laid, self.plan.loss_chunk))
@@ -174,7 +180,7 @@ class TorchBackend:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
-        loss = self._fitting(lambda: loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash))
+        loss = self._fitting(lambda: self._loss(batch))
         return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._positions(batch))
 
     def get_adapter(self) -> Adapter:
@@ -219,7 +225,7 @@ class TorchBackend:
             self.outer.eval()  # at every token: training may go on in between
             inputs = torch.tensor([ids], device=self.device)
             with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
-                found = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
             return found.logits[0, -1].float().cpu().numpy()
 
         return grow(forward, token_ids, max_new_tokens, stop_ids, pick, self.rope_split)

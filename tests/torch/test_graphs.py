@@ -1,4 +1,4 @@
-"""Micro-batches as CUDA graphs: what is filled up adds nothing; on a GPU, what is replayed is what is computed."""
+"""Micro-batches filled up, for CUDA graphs and a CPU's bf16 products, and what is replayed on a GPU."""
 
 import numpy as np
 import pytest
@@ -53,13 +53,15 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
     for loss in (
         loss_sum(backend.model, batch, backend.device, 7, False),
         loss_of(backend.model, laid(torch.from_numpy(filled(batch, shape)), shape), 7),
+        loss_sum(backend.model, batch, backend.device, 7, False, 16),
     ):
         backend.optimizer.zero()
         loss.backward()
         found.append((loss.item(), {name: p.grad.clone() for name, p in backend.parameters.items()}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    for name, gradient in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-3, atol=1e-4)
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for name, gradient in found[0][1].items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-4)
     backend.close()
 
 
