@@ -103,26 +103,21 @@ def lay(batch: Batch, device: torch.device, flash: bool, multiple: int = 1) -> L
     """multiple: of which tokens, labels and the width are made multiples, by what adds nothing to the loss."""
     real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
     labels = batch.labels[real]
-    chosen = (labels != IGNORE).nonzero()[0]
+    labelled = (labels != IGNORE).nonzero()[0]
     row, column = real.nonzero()
     more = np.arange(-len(row) % multiple)  # the last row goes on: nothing before them sees these
+    left = np.arange(-len(labelled) % multiple)
     row, column = np.append(row, np.full_like(more, row[-1])), np.append(column, batch.lengths[-1] + more)
-    left = -len(chosen) % multiple
-    ids, positions, chosen_, right = (
-        to_device(array, device)
-        for array in (
-            np.append(batch.input_ids[real], np.zeros_like(more)),
-            column,
-            np.append(chosen, np.zeros(left, np.int64)),
-            np.append(labels[chosen], np.full(left, IGNORE)),
-        )
-    )
+    ids = to_device(np.append(batch.input_ids[real], np.zeros_like(more)), device)
+    positions = to_device(column, device)
+    chosen = to_device(np.append(labelled, np.zeros_like(left)), device)
+    right = to_device(np.append(labels[labelled], np.full_like(left, IGNORE)), device)
     count, width = len(batch.lengths), -(-int(column.max() + 1) // multiple) * multiple
     if flash:
-        return Laid(ids, positions, chosen_, right, Rows(count, width, None, bounds(batch.lengths, device)))
+        return Laid(ids, positions, chosen, right, Rows(count, width, None, bounds(batch.lengths, device)))
     places = row * width + column
     rows = Rows(count, width, None if len(places) == count * width else to_device(places, device))
-    return Laid(ids, positions, chosen_, right, rows)
+    return Laid(ids, positions, chosen, right, rows)
 
 
 def loss_sum(
