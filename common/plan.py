@@ -14,9 +14,7 @@ from common.seam import Adapter
 from common.template import Encoded
 
 _SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
-_RECOMPUTE = (
-    1.4  # the time of a step with gradient checkpointing; measured 1.35 (SmolLM2) to 1.45 (Gemma-3-270M); H200 1.32
-)
+_RECOMPUTE = 1.4  # the time of a step with gradient checkpointing; measured 1.35 to 1.45 on a CPU, 1.32 on an H200
 _WORTH = 1.02  # a dearer plan must be this much faster
 _ROWS = 4000  # whose steps are looked at
 
