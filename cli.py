@@ -183,12 +183,12 @@ def verify(run: tyro.conf.Positional[Path], llama_cpp: str | None = None) -> Non
 
     Args:
         run: run folder with a fused folder and a GGUF.
-        llama_cpp: folder of a llama.cpp build to ask; as the run was started, or ours.
+        llama_cpp: folder of a llama.cpp build to ask; else found or built once.
     """
     from common.progress import Display
     from common.verify import verdict, verify_run
 
-    if verdict(verify_run(run, _make_backend, Display(), None, llama_cpp)) == "broken":
+    if verdict(verify_run(run, _make_backend, Display(), llama_cpp)) == "broken":
         sys.exit(1)
 
 
@@ -302,6 +302,8 @@ def serve(
     context: int = 4096,
     slots: int = 1,
     llama_cpp: str | None = None,
+    api_key: str | None = None,
+    no_auth: bool = False,
 ) -> None:
     """Serve a run's GGUF by llama.cpp's own server: an OpenAI-compatible endpoint on this machine.
 
@@ -309,15 +311,17 @@ def serve(
         run: run folder or GGUF file.
         quant: which of the run's GGUFs; the first unless given.
         port: where; 0 takes a free one.
-        host: whom it listens to; the default is this machine alone.
+        host: address to listen on. The default is reached from this machine alone; any other needs a key or --no-auth.
         context: tokens that a prompt and its answer may have.
         slots: requests answered at once.
         llama_cpp: folder of a llama.cpp build to use.
+        api_key: key that every request must bring; LLAMA_API_KEY in the environment does the same, unseen by `ps`.
+        no_auth: serve without a key, on any host.
     """
     from common.progress import Display
     from common.serve import serve
 
-    serve(run, quant, host, port, context, slots, llama_cpp, Display())
+    serve(run, quant, host, port, context, slots, llama_cpp, api_key, no_auth, Display())
 
 
 adapter_app = tyro.extras.SubcommandApp()

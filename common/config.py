@@ -129,6 +129,9 @@ class Options(BaseModel):
     valid_share: float = Field(0.1, ge=0, lt=1, description="held out by seed when --data is one file")
     eval_every: int = Field(0, ge=0, description="steps between validations; 0: at each epoch's end")
     save_every: int = Field(0, ge=0, description="steps between checkpoints; 0: at each epoch's end")
+    save_minutes: float = Field(
+        10.0, ge=0, description="minutes after which a checkpoint is written all the same; 0: by steps alone"
+    )
 
     export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = Field(
         "gguf",
@@ -234,7 +237,7 @@ class Options(BaseModel):
 RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json", "push", "push_public"}
 RESUME_OPTIONS |= {"imatrix", "no_verify"}
 RESUME_OPTIONS |= {"backend", "device", "micro_batch_tokens", "gradient_checkpointing", "save_every"}
-RESUME_OPTIONS |= {"memory_limit", "on_swap"}
+RESUME_OPTIONS |= {"save_minutes", "memory_limit", "on_swap"}
 
 
 class Recipe(BaseModel):
@@ -296,6 +299,7 @@ class Plan(BaseModel):
     memory_budget: int = 0  # bytes that training may take; 0: not known
     on_swap: Literal["warn", "replan"] = "warn"
     save_every: int
+    save_minutes: float = 10.0
 
 
 def read_size(text: str) -> int:

@@ -16,10 +16,9 @@ def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         pins = Path(scratch) / "requirements.txt"
         pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"]
-        done = subprocess.run(
-            [*command, "--dest", scratch, "-r", str(pins)], capture_output=True, text=True, check=False
-        )
+        command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--require-hashes", "--dest", scratch, "-r", str(pins)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or len(wheels) != 1:
             tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])

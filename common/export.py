@@ -14,9 +14,9 @@ import numpy as np
 from common import sentencepiece_model
 from common.errors import UserError
 from common.fuse import fuse
+from common.model_files import COPIED, copy_file, license_files, read_config
 from common.models import normalise_config, parameter_count
 from common.seam import Adapter, Progress
-from common.terms import terms_files
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,6 @@ class Served:
 
     stops: list[int]
     template: str | None = None
-
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-COPIED = ("model.safetensors.index.json", *TOKENIZER_FILES, "processor_config.json", "preprocessor_config.json")
 
 
 def write_fused(
@@ -63,19 +49,17 @@ def write_fused(
     temporary.mkdir(parents=True)
     try:
         fuse(base, adapter, temporary, progress, replaced)
-        for name in COPIED:
-            if (base / name).exists():
-                shutil.copyfile(base / name, temporary / name)
-        for name in terms_files(base):
-            shutil.copyfile(base / name, temporary / name)
-        config = normalise_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+        for name in (*COPIED, *license_files(base)):
+            if (base / name).is_file():
+                copy_file(base / name, temporary / name)
+        config = normalise_config(read_config(base / "config.json"))
         _write_json(temporary / "config.json", config)
         generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
         _write_json(temporary / "generation_config.json", generation)
-        _write_served(base, temporary, served)
+        _write_served(temporary, served)
         if served.template is not None:
             sentencepiece_model.settle_prefix(temporary)
         if not (temporary / sentencepiece_model.NAME).exists():
@@ -88,15 +72,15 @@ def write_fused(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_served(base: Path, out: Path, served: Served) -> None:
+def _write_served(out: Path, served: Served) -> None:
     """The template as a file of its own, and the end of a turn as the tokenizer's: llama.cpp stops on that one."""
-    config = _read_json(base / "tokenizer_config.json")
+    config = _read_json(out / "tokenizer_config.json")
     if served.template is not None:
         (out / "chat_template.jinja").write_text(served.template, encoding="utf-8")
         (out / "chat_template.json").unlink(missing_ok=True)
         if config is not None:
             config.pop("chat_template", None)
-    tokens = _read_json(base / "tokenizer.json") or {}
+    tokens = _read_json(out / "tokenizer.json") or {}
     added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
     if config is not None:
         decoder = config.get("added_tokens_decoder") or {}
@@ -124,7 +108,7 @@ def checkpoints_disk(adapter_bytes: int) -> int:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return read_config(path) if path.exists() else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from common.example import is_example, score
 from common.export import Served, trained_bytes, write_fused
 from common.families import text_config
 from common.gguf import check_quants
-from common.ggufs import WHOLE, write_ggufs, write_lora
+from common.ggufs import WHOLE, try_gguf, write_ggufs, write_lora
 from common.llamacpp import LlamaCpp
 from common.loading import TEMPLATE, base_of, loaded, runnable
 from common.lora import layer_count, validate
@@ -30,15 +30,25 @@ from common.probes import data_of
 from common.progress import Display, gigabytes
 from common.push import check_push, push
 from common.record import timed
+from common.run_lock import held
 from common.seam import Adapter, Backend
 from common.stages import THROUGH, Ledger, Stage, check_disk, foretell, warn_of_memory
 from common.terms import copy_terms, find_terms
-from common.verify import verdict, verify_run
+from common.verify import verdict, verify_held
 
 
 def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
+    record.read_complete(run)
+    with held(run):
+        merged = _fuse_held(run, options, make_backend, display)
+    if merged.push:
+        push(run, merged.push, None, not merged.push_public, False, display)
+
+
+def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> Options:
     known = record.read_complete(run, "options", "model_hash", "stop_ids", "sample_prompt")
+    record.say_llama(known, options.get("llama_cpp"), display)
     if options.get("fuse_into") and known["options"].get("quantization", "none") == "none":
         raise UserError(
             f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
@@ -70,8 +80,7 @@ def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], B
     template = run / TEMPLATE
     served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
     finish(run, folder, final, merged, llama, served, {}, display, make_backend)
-    if merged.push:
-        push(run, merged.push, None, not merged.push_public, False, display)
+    return merged
 
 
 def finish(
@@ -93,26 +102,33 @@ def finish(
     record.update_run(run, base={"terms": asdict(terms), "form": base_form(folder, model)})
     earlier = record.read_run(run).get("export", {})
     through, ledger = THROUGH[options.export], Ledger(_foretold(run, folder, final, options), seconds)
+
+    def keep(**made: Any) -> None:
+        """On record as soon as it is made: whatever fails after it, it is there and known."""
+        export.update(made)
+        record.update_run(run, export=earlier | export)
+
     if "fuse" in through:
         replacing = _replaced(run, folder, final, options, make_backend, display)
         with ledger.stage("fuse", run / "fused"), replacing as replaced, display.stage("fuse") as progress:
             write_fused(folder, final, run / "fused", served, progress, replaced)
-        export |= {"fused": "fused", "fuse_into": options.fuse_into}
-        record.update_run(run, verify=None)  # of what was there before
         if earlier.get("fuse_into") != options.fuse_into:
             earlier = earlier | {"gguf": []}  # those of the other form
+        record.update_run(run, verify=None)  # of what was there before
+        keep(fused="fused", fuse_into=options.fuse_into)
     if "convert" in through and llama is not None:
-        export |= write_ggufs(run, folder, options, llama, served, ledger, seconds, display)
+        keep(**write_ggufs(run, folder, options, llama, ledger, display))
+        with timed(seconds, "try"):
+            keep(sample=try_gguf(run, export["gguf"][0], served, llama, display))
     if "lora" in through and llama is not None:
-        export["lora_gguf"] = write_lora(run, folder, final, options, llama, served, ledger, display)
+        keep(lora_gguf=write_lora(run, folder, final, options, llama, served, ledger, display))
     if "mlx" in through:
         with ledger.stage("mlx", run / "mlx"), display.stage("mlx") as progress:
-            export["mlx"] = write_mlx(run / "fused", run / "mlx", progress)
+            keep(mlx=write_mlx(run / "fused", run / "mlx", progress))
         display.say(
             f"mlx-lm, {export['mlx']['bits']} bits, {gigabytes(export['mlx']['bytes'])}: "
             f"python -m mlx_lm generate --model {run / 'mlx'} --prompt ..."
         )
-    record.update_run(run, export=earlier | export)
     parts = parts_of(run)
     for part in {*parts, "gguf", "mlx"}:
         if (run / part).is_dir():
@@ -121,8 +137,7 @@ def finish(
         write_card(run, run / "fused" / "README.md", parts)
     broken = "convert" in through and not _proven(run, options, ledger, make_backend, display)
     if through:
-        stages = earlier.get("stages", {}) | ledger.record()
-        record.update_run(run, export=earlier | export | {"stages": stages})
+        keep(stages=earlier.get("stages", {}) | ledger.record())
     if "convert" in through and llama is not None and is_example(options.data):
         with timed(seconds, "example"):
             counts = score(run, folder, export["gguf"][0], llama, display)
@@ -149,7 +164,7 @@ def _proven(
         if options.no_verify:
             return True
         with ledger.stage("verify", run / "gguf" / "none"):
-            return verdict(verify_run(run, make_backend, display, whole, options.llama_cpp)) != "broken"
+            return verdict(verify_held(run, make_backend, display, whole, options.llama_cpp)) != "broken"
     finally:
         reports = record.read_run(run)["export"]["gguf"]
         if str(whole.relative_to(run)) not in [report["file"] for report in reports]:

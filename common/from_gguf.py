@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,13 +156,17 @@ def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
 
     logging.disable_progress_bar()  # ours is the only display
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent,
-            gguf_file=path.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
+        with tempfile.TemporaryDirectory() as alone:  # what lies beside the GGUF is not asked
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                alone,
+                trust_remote_code=False,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                **where,
+            )
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"--model {path}: this GGUF cannot be read: {error}", "Give the model's folder.") from None
     if pre_tokenizer is not None:

@@ -11,10 +11,8 @@ import re
 import shutil
 import struct
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,8 @@ from typing import Any
 from common import sentencepiece_model
 from common.errors import UserError
 from common.llamacpp import LlamaCpp
-from common.process import capture, fraction, run_logged
+from common.model_files import scrubbed
+from common.process import capture, fraction, offline_environment, run_logged
 from common.seam import Progress
 from common.server import Server
 
@@ -103,33 +102,18 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
     last lines; its log is kept beside `out`), and beforehand where check_convertible does: it would take another
     model's tokenizer for it and say nothing.
     """
-    with nullcontext(folder) if mmproj else _with_tokenizer(folder) as whole:
-        command = [sys.executable, str(llama.converter), str(whole), "--model-name", name, "--outtype", "bf16"]
+    with scrubbed(folder, weights=True) as clean:
+        if not mmproj and not (clean / sentencepiece_model.NAME).is_file():
+            if sentencepiece_model.read_state(clean) is None:
+                check_convertible(folder)
+            else:
+                sentencepiece_model.write(clean)
+        command = [sys.executable, str(llama.converter), str(clean), "--model-name", name, "--outtype", "bf16"]
         command += ["--mmproj", "--outfile"] if mmproj else ["--outfile"]
-        # The folder is all it may look at: no model card of some other repository, no download.
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
         remedy = (
             f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
         )
-        _write(command, [], out, "converting to GGUF", remedy, progress, env)
-
-
-@contextmanager
-def _with_tokenizer(folder: Path) -> Iterator[Path]:
-    """The folder, or where it lacks the `tokenizer.model` its kind needs a temporary one like it that has one."""
-    if (folder / sentencepiece_model.NAME).is_file() or sentencepiece_model.read_state(folder) is None:
-        check_convertible(folder)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="twintune-") as name:
-        whole = Path(name)
-        for path in folder.iterdir():
-            if path.suffix == ".safetensors":
-                (whole / path.name).symlink_to(path.resolve())
-            elif path.is_file():
-                shutil.copyfile(path, whole / path.name)
-        sentencepiece_model.write(whole)
-        yield whole
+        _write(command, [], out, "converting to GGUF", remedy, progress, offline_environment())
 
 
 def quantize(

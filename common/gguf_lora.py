@@ -1,6 +1,5 @@
 """LoRA as a GGUF of its own, which llama.cpp adds to a base GGUF with `--lora`: written and read by its converter."""
 
-import os
 import sys
 import tempfile
 from dataclasses import replace
@@ -13,7 +12,8 @@ from common.adapter import write_peft
 from common.errors import UserError
 from common.llamacpp import LlamaCpp
 from common.lora import Shapes
-from common.process import run_logged
+from common.model_files import scrubbed
+from common.process import offline_environment, run_logged
 from common.seam import Adapter, LoraWeight
 
 _SCRIPT = "convert_lora_to_gguf.py"
@@ -97,9 +97,10 @@ def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, log = Path(temporary) / "adapter", Path(temporary) / "log"
         write_peft(folder, adapter)
-        command = [sys.executable, str(script), str(folder), "--base", str(base), "--outtype", "f32"]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
-        code, tail = run_logged([*command, "--outfile", str(partial)], log, lambda line: None, env)
+        with scrubbed(base, weights=True) as clean:
+            command = [sys.executable, str(script), str(folder), "--base", str(clean), "--outtype", "f32"]
+            command += ["--outfile", str(partial)]
+            code, tail = run_logged(command, log, lambda line: None, offline_environment())
     if code:
         partial.unlink(missing_ok=True)
         raise UserError(

@@ -18,7 +18,6 @@ from common.modelfile import write_modelfile
 from common.prepare import source_name
 from common.probes import data_of, encoder_of
 from common.progress import Display
-from common.record import timed
 from common.seam import Adapter, Progress
 from common.server import Server
 from common.stages import Ledger
@@ -34,12 +33,10 @@ def write_ggufs(
     folder: Path,
     options: Options,
     llama: LlamaCpp,
-    served: Served,
     ledger: Ledger,
-    seconds: dict[str, float],
     display: Display,
 ) -> dict[str, Any]:
-    """The GGUFs of the fused folder, shown, the first of them tried; what goes on record. WHOLE is left beside them.
+    """The GGUFs of the fused folder, shown; what goes on record. WHOLE is left beside them.
 
     folder: the base model's.
     """
@@ -72,24 +69,38 @@ def write_ggufs(
         if better := advice(run / "gguf" / WHOLE, known, llama):
             display.say(better)
     first, tower = run / reports[0]["file"], run / "gguf" / MMPROJ
-    prompt = record.read_run(run)["sample_prompt"]
-    with timed(seconds, "try"):
-        answer = _sample(first, prompt, llama) if prompt else ""
-    _write_modelfile(run, first, served, prompt, display)
-    if prompt:
-        display.say(f"llama.cpp, from {first.name}: {prompt[-1]['content']!r} -> {answer!r}")
     export = record.read_run(run).get("export", {})
     if export.get("fuse_into") == options.fuse_into:
         names = {report["name"] for report in reports}
         reports += [r for r in export.get("gguf", []) if r.get("name") not in names and (run / r["file"]).is_file()]
-    found: dict[str, Any] = {
-        "gguf": reports,
-        "sample": {"prompt": prompt, "answer": answer},
-    }
+    found: dict[str, Any] = {"gguf": reports}
     if tower.is_file():
         found["mmproj"] = str(tower.relative_to(run))
         display.say(f"its vision tower, for images: llama-server -m {first} --mmproj {tower}")
     return found
+
+
+def try_gguf(
+    run: Path, report: dict[str, Any], served: Served, llama: LlamaCpp, display: Display
+) -> dict[str, Any] | None:
+    """What the GGUF of `report` answers to the run's sample prompt, shown, and its Modelfile; None without an answer.
+
+    Neither can fail an export: a warning says what is missing.
+    """
+    known = record.read_run(run)
+    gguf, prompt, sample = run / report["file"], known["sample_prompt"], None
+    if prompt:
+        # a run of an older version does not know its prompt's length, and may have kept no row so long
+        tokens = known.get("sample_tokens", record.read_recipe(run).max_length)
+        with display.optional("no sample"), Server(llama, gguf, context=tokens + SAMPLE_TOKENS + _SPARE) as server:
+            sample = {"prompt": prompt, "answer": server.chat(prompt, SAMPLE_TOKENS)}
+            display.say(f"llama.cpp, from {gguf.name}: {prompt[-1]['content']!r} -> {sample['answer']!r}")
+    with display.optional("no Modelfile"):
+        _write_modelfile(run, gguf, served, prompt, display)
+    return sample
+
+
+_SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, such as a second BOS
 
 
 def write_lora(
@@ -176,9 +187,3 @@ def convert_and_quantize(
     if matrix:
         matrix.unlink()
     return reports
-
-
-def _sample(gguf: Path, prompt: list[dict[str, str]], llama: LlamaCpp) -> str:
-    """llama.cpp's greedy answer to `prompt`."""
-    with Server(llama, gguf, context=1024) as server:
-        return server.chat(prompt, SAMPLE_TOKENS)

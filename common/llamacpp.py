@@ -173,7 +173,7 @@ def missing_build_tools() -> list[str]:
             missing.append("a C++ compiler (apt install g++)")
         if not (which("ninja") or which("make")):
             missing.append("make or ninja (apt install make)")
-    if capture([sys.executable, "-m", "pip", "--version"], 60)[0] != 0:
+    if capture([sys.executable, "-P", "-m", "pip", "--version"], 60)[0] != 0:
         missing.append(f"pip in this environment ({_PIP_REMEDY})")
     return missing
 
@@ -248,7 +248,16 @@ def _fetch(root: Path, progress: Progress) -> None:
         (work / "scikit_build_core" / "__init__.py").touch()
         (work / "scikit_build_core" / "build.py").write_text(_STUB_BACKEND)
         (work / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--require-hashes"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--no-build-isolation",
+            "--require-hashes",
+        ]
         command += ["--no-binary", "llama-cpp-python", "-d", name, "-r", str(work / "requirements.txt")]
         search = os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))
         code, tail = run_logged(command, root / "build.log", lambda line: None, {**os.environ, "PYTHONPATH": search})

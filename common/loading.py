@@ -23,12 +23,6 @@ def base_of(run: Path, known: dict[str, Any], display: Display) -> Path:
     return folder
 
 
-def named_llama(known: dict[str, Any], given: str | None) -> str | None:
-    """--llama-cpp: as given now, or as the run was started with, where that is still there. `known`: run.json."""
-    own = known.get("options", {}).get("llama_cpp")
-    return given or (own if own and Path(own).is_dir() else None)
-
-
 def runnable(plan: Plan, recipe: Recipe) -> Plan:
     """The run's plan on this machine: another backend where its own is not here and its base is not quantised.
 

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TextIO
@@ -55,15 +56,18 @@ def train(
 ) -> State:
     """From `state` to the recipe's last step; evaluates, saves and logs on the way.
 
-    `seconds` is told what training, validation and saving took, each by itself. Raises Interrupted after a requested
-    stop, UserError for a loss that is not finite or memory that no cut saves.
+    A step is saved before it is validated, so that a stop or a kill within a long validation loses nothing; a
+    validation that was broken off is done again when the run goes on. `seconds` is told what training, validation and
+    saving took, each by itself. Raises Interrupted after a requested stop, UserError for a loss that is not finite or
+    memory that no cut saves.
     """
     seconds = {} if seconds is None else seconds
     seconds.setdefault("train", 0.0)
-    first, queued, swap = True, None, _Swap(backend, plan)
+    first, queued, swap, saved_at = True, None, _Swap(backend, plan), time.monotonic()
     if state.gradient_checkpointing != plan.gradient_checkpointing:
         backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": state.gradient_checkpointing}))
-    with _open_metrics(run / "metrics.jsonl", state.step) as metrics:
+    owed = bool(valid) and state.step > state.evaluated and _evaluates(recipe, state.step)
+    with _open_metrics(run / "metrics.jsonl", state.step, owed) as metrics:
 
         def settle(step: _Queued, ended: float) -> None:
             """Wait for the step, look at its figures, tell them."""
@@ -90,10 +94,28 @@ def train(
             observer.step(line, memory)
             swap.look(memory, step.batches, state, observer)
 
+        def save() -> None:
+            nonlocal saved_at
+            with timed(seconds, "save"):
+                checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer(), recipe.hash())
+            saved_at = time.monotonic()
+
+        def validate(saved: bool) -> None:
+            with timed(seconds, "evaluate"):
+                done = _evaluate(backend, plan, valid, run, state, observer, metrics)
+            if done and saved:
+                checkpoint.add_evaluation(run, state)
+            if not done:
+                if not saved:
+                    save()
+                raise Interrupted(run)
+
         def cut(number: int) -> tuple[list[Encoded], list[Batch]]:
             chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, number)]
             return chosen, micro_batches(chosen, state.micro_batch_tokens, plan.device)
 
+        if owed:
+            validate(saved=True)
         ready = cut(state.step + 1)
         for number in range(state.step + 1, recipe.steps + 1):
             started, rate = time.perf_counter(), learning_rate(recipe, number)
@@ -114,21 +136,26 @@ def train(
                 if not last and state.micro_batch_tokens != size:
                     ready = cut(number + 1)
             stop = observer.stop_requested()
-            evaluates = bool(valid) and (last or number % recipe.eval_every == 0)
-            saves = last or stop or number % plan.save_every == 0
+            evaluates = bool(valid) and _evaluates(recipe, number)
+            late = plan.save_minutes and time.monotonic() - saved_at >= 60 * plan.save_minutes
+            saves = bool(last or stop or late or number % plan.save_every == 0)
             if evaluates or saves or first:  # the first step's time is its own: it warms up
-                float(result.loss_sum)
+                _read(queued)
                 settle(queued, time.perf_counter())
                 queued = None
-            if evaluates:
-                with timed(seconds, "evaluate"):
-                    _evaluate(backend, plan, valid, run, state, observer, metrics)
             if saves:
-                with timed(seconds, "save"):
-                    checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer())
+                save()
             if stop:
                 raise Interrupted(run)
+            if evaluates:
+                validate(saves)
+    if observer.stop_requested():  # after the last step: the export is left for later too
+        raise Interrupted(run)
     return state
+
+
+def _evaluates(recipe: Recipe, step: int) -> bool:
+    return step == recipe.steps or step % recipe.eval_every == 0
 
 
 @dataclass(frozen=True)
@@ -154,9 +181,21 @@ def _read(step: _Queued) -> tuple[float, float]:
         ) from None
 
 
-def evaluate(backend: Backend, rows: list[Encoded], micro_batch_tokens: int, device: str = "cpu") -> float:
-    """Mean token loss over all label tokens of `rows`."""
-    results = [backend.eval_step(batch) for batch in micro_batches(rows, micro_batch_tokens, device)]
+def evaluate(
+    backend: Backend,
+    rows: list[Encoded],
+    micro_batch_tokens: int,
+    device: str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Mean token loss over all label tokens of `rows`; None where `stop` said so between two micro-batches."""
+    results: list[StepResult] = []
+    for batch in micro_batches(rows, micro_batch_tokens, device):
+        if stop():
+            return None
+        results.append(backend.eval_step(batch))
+        if len(results) > 1:
+            float(results[-2].loss_sum)  # stay one micro-batch ahead of the device, so that a stop is heard in time
     return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
 
 
@@ -241,22 +280,28 @@ def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool
 
 def _evaluate(
     backend: Backend, plan: Plan, valid: list[Encoded], run: Path, state: State, observer: Observer, metrics: TextIO
-) -> None:
+) -> bool:
+    """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for meanwhile."""
     while True:
         try:
-            loss = evaluate(backend, valid, state.micro_batch_tokens, plan.device)
+            loss = evaluate(backend, valid, state.micro_batch_tokens, plan.device, observer.stop_requested)
             break
         except OutOfMemory:
             batches = micro_batches(valid, state.micro_batch_tokens, plan.device)
             what = f"the validation after step {state.step} ran out of memory"
             _cut_finer(batches, what, backend, plan, state, observer)
+    if loss is None:
+        return False
     if not math.isfinite(loss):
+        checkpoint.discard(run, state.step)  # what such weights are saved in is nothing to go on from
         raise _not_finite(run, state.step, valid, "validation loss")
+    state.evaluated = state.step
     if state.best_valid_loss is None or loss < state.best_valid_loss:
         state.best_valid_loss, state.best_step, state.best = loss, state.step, backend.get_adapter()
     line = {"step": state.step, "valid_loss": loss}
     _write(metrics, line)
     observer.evaluation(line)
+    return True
 
 
 def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
@@ -271,10 +316,11 @@ def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or 
     )
 
 
-def _open_metrics(path: Path, step: int):
-    """Open for appending, without the lines of steps that a resumed run will do again."""
+def _open_metrics(path: Path, step: int, owed: bool):
+    """Open for appending, without the lines of what a resumed run will do again: steps after `step`, and where it is
+    `owed` the validation after `step`."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _step_of(line) <= step - (owed and "valid_loss" in line)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)

@@ -10,12 +10,11 @@ from typing import Any
 from common.config import ROOT
 from common.dispatch import MLX_INSTALL, installed
 from common.errors import UserError
-from common.export import TOKENIZER_FILES
 from common.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
-from common.process import run_logged
+from common.model_files import TOKENIZER_FILES, copy_file, license_files
+from common.process import offline_environment, run_logged
 from common.progress import Display
 from common.seam import Progress
-from common.terms import terms_files
 
 
 def check_installed() -> None:
@@ -55,9 +54,10 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
     shutil.rmtree(temporary, ignore_errors=True)
     progress(0.0, "quantising to 4 bits")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = offline_environment() | {"PYTHONPATH": path}
     try:
-        command = [sys.executable, "-m", "common.mlx_export", str(fused), str(temporary)]
+        command = [sys.executable, "-P", "-m", "common.mlx_export", str(fused), str(temporary)]
         code, tail = run_logged(command, log, lambda line: None, env)
         if code or not (temporary / "config.json").is_file():
             raise UserError(
@@ -65,9 +65,9 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
                 f"{fused} is whole. Look at the free disk space and memory, then export again.",
             )
         kept = [*TOKENIZER_FILES, "generation_config.json"]
-        for file in [fused / name for name in (*kept, *terms_files(fused))]:
+        for file in [fused / name for name in (*kept, *license_files(fused))]:
             if file.is_file():
-                shutil.copyfile(file, temporary / file.name)
+                copy_file(file, temporary / file.name)
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     finally:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from common.cache import cache_folder, cache_lock
 from common.errors import UserError
 from common.fuse import shard_files
+from common.model_files import copy_file, known_files
 
 _MODES = ("affine",)
 _BITS = (4, 8)
@@ -100,9 +101,9 @@ def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
         if len(set(index.values())) > 1:
             content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, temporary / file.name)
+        for file in known_files(folder):
+            if not file.name.endswith(".index.json"):
+                copy_file(file, temporary / file.name)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         temporary.rename(out)
     finally:

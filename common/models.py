@@ -16,15 +16,15 @@ from common.errors import UserError
 from common.families import config_faults, hf_name, normalise_config, text_config, text_name
 from common.from_gguf import MIRRORS, from_gguf, mirror_gguf
 from common.fuse import DTYPES, read_header, shard_files
+from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
 from common.seam import Progress
-from common.terms import FILES
 
-HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md", *FILES]
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
 # Of a multimodal model the language model alone: a vision tower has layers and q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
 _CHUNK = 1 << 22
+_WANTED: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
 
 Tensor = tuple[Path, int, dict[str, Any]]  # a shard, where its data starts, and its header's entry
 Say = Callable[[str], None]
@@ -49,6 +49,9 @@ def resolve(name: str, say: Say) -> Path:
         )
     else:
         folder = _from_hub(name, say)
+    if strays := stray_links(folder):
+        shown = ", ".join(f"{path.name} to {path.resolve()}" for path in strays)
+        raise UserError(f"--model {name}: links in it lead out of the folder: {shown}.", LINK_REMEDY)
     if mlx_quantized.is_quantized(folder):
         folder = mlx_quantized.view(folder, name, say)
     check_folder(folder, name)
@@ -206,7 +209,7 @@ def _from_hub(name: str, say: Say) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        cached = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        cached = Path(snapshot_download(name, **_WANTED, local_files_only=True))
         check_folder(cached, name)  # the hub's library cannot always tell a part of a model from the whole
         return cached
     except (LocalEntryNotFoundError, UserError):
@@ -215,7 +218,7 @@ def _from_hub(name: str, say: Say) -> Path:
     try:
         if mirror is None or _hub_answers():
             say(f"{name}: fetching it from the hub ...")
-            return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+            return Path(snapshot_download(name, **_WANTED))
         reason = "the hub cannot be reached"
     except GatedRepoError:
         raise UserError(

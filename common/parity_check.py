@@ -16,6 +16,7 @@ from common.dispatch import choose_backend, choose_device
 from common.errors import UserError
 from common.families import text_config
 from common.lora import initial_adapter, layer_count
+from common.model_files import open_tokenizer
 from common.parity import TINY, write_tiny
 from common.progress import Display
 from common.seam import Backend
@@ -163,9 +164,7 @@ def _recipe(folder: Path, steps: int, targets: list[str]) -> Recipe:
 
 def _text_rows(folder: Path) -> list[Encoded]:
     """The built-in example's answers as plain text: a base model has no chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = open_tokenizer(folder)
     rows = []
     for example in load_data(str(ROOT / "examples" / "data"), 0, 0).train[:40]:
         text = "\n".join(str(message["content"]) for message in example.messages)

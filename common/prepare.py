@@ -13,7 +13,7 @@ from common.adapter import adapter_hash, read_any
 from common.batches import steps_per_epoch
 from common.blas import INSTALL, preload
 from common.config import Options, Plan, Recipe
-from common.data import data_hash, prompt_of, said
+from common.data import Example, data_hash, prompt_of, said
 from common.dispatch import Choice, choose_backend, choose_device, choose_precision, quantization_scheme
 from common.errors import UserError
 from common.export import Served, checkpoints_disk, trained_bytes
@@ -26,12 +26,13 @@ from common.llamacpp import LlamaCpp, ensure, find, missing_build_tools, own
 from common.lora import choose_layers, initial_adapter, layer_count, validate
 from common.mlx_export import check_installed, check_model
 from common.mlx_quantized import source
-from common.overflow import encode_all, fit
+from common.overflow import Fitted, encode_all, fit
 from common.plan import Chosen, choose
 from common.predict import Sizes, weight_bytes
 from common.progress import Display, gigabytes
 from common.push import check_push
 from common.record import timed
+from common.run_lock import LOCK
 from common.seam import Adapter
 from common.sources import check_fields, load_data
 from common.stages import THROUGH, Stage, check_disk, foretell, needs_llama, warn_of_memory
@@ -57,6 +58,7 @@ class Job:
     llama: LlamaCpp | None
     served: Served
     sample: list[dict[str, Any]]  # a prompt to try the result with; of plain text there is none
+    sample_tokens: int  # of the row that the prompt is from
 
     @property
     def plan(self) -> Plan:
@@ -165,6 +167,7 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
         micro_batch_tokens=1,  # chosen below
         on_swap=options.on_swap,
         save_every=options.save_every or per_epoch,
+        save_minutes=options.save_minutes,
     )
     start = _start(recipe, shapes, given)
     config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -181,12 +184,26 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
     check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
     warn_of_memory(after, display)
     llama = tools_for(options, recipe.method, folder, display, tokenizer, said(data.train, 200_000))
-    sample = prompt_of((data.valid or data.train)[0])
+    sample = _sample_prompt((data.valid, valid_fitted), (data.train, fitted))
     chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
     served = Served(stop_ids(every), exported_template(tokenizer, style) if chats else None)
     return Job(
-        options, run, folder, trained_over, recipe, chosen, config, choices, rows, valid, start, llama, served, sample
+        options, run, folder, trained_over, recipe, chosen, config, choices, rows, valid, start, llama, served, *sample
     )
+
+
+def _sample_prompt(*parts: tuple[list[Example], Fitted]) -> tuple[list[dict[str, Any]], int]:
+    """`(the prompt of the first chat row that is trained or validated on, the tokens of that row)`; `([], 0)` without.
+
+    A row that is complete comes before one that was cut.
+    """
+    for examples, fitted in parts:
+        by_source = {example.source: example for example in examples}
+        cut = {row.source for row in fitted.truncated}
+        for row in (*(row for row in fitted.rows if row.source not in cut), *fitted.truncated):
+            if by_source[row.source].text is None:
+                return prompt_of(by_source[row.source]), len(row.ids)
+    return [], 0
 
 
 # What the recipe holds in another form than the options.
@@ -242,15 +259,20 @@ def _shape_of(given: Adapter | None) -> dict[str, Any]:
 def _output(options: Options, backend: str) -> Path:
     if options.output:
         run = Path(options.output)
-        if (run / "run.json").exists():
-            raise UserError(
-                f"--output {run} holds another run.",
-                f"Go on with it (python cli.py train --resume {run}), or give another folder.",
-            )
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        check_unused(run)
+        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
     return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
+
+
+def check_unused(run: Path) -> None:
+    """Raises UserError where the folder holds a run."""
+    if (run / "run.json").exists():
+        raise UserError(
+            f"--output {run} holds another run.",
+            f"Go on with it (python cli.py train --resume {run}), or give another folder.",
+        )
 
 
 def free_name(run: Path) -> Path:

@@ -1,5 +1,6 @@
 """Running other programs: always argument lists, never a shell."""
 
+import os
 import re
 import subprocess
 from collections import deque
@@ -8,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 
-def capture(command: list[str], seconds: float) -> tuple[int, str]:
-    """Run a command for at most `seconds`; its exit status and the last 15 lines it printed."""
+def capture(command: list[str], seconds: float, lines: int = 15) -> tuple[int, str]:
+    """Run a command for at most `seconds`; its exit status and the last `lines` it printed."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, str(error)
-    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-15:])
+    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-lines:])
+
+
+def offline_environment() -> dict[str, str]:
+    """The environment of a tool that reads a model folder, which is all it may look at: no download, no token."""
+    env = {name: value for name, value in os.environ.items() if name not in _TOKENS}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+    return env | offline | {"HF_TOKEN_PATH": os.devnull, "PYTHONIOENCODING": "utf-8"}
+
+
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 def run_logged(

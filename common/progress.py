@@ -1,12 +1,13 @@
 """What the user sees: rich on a terminal, plain lines elsewhere, JSON events, or next to nothing."""
 
-import json
+import errno
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -16,6 +17,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from common import strict_json
+from common.errors import UserError
 from common.seam import Memory, Progress
 
 Mode = Literal["rich", "plain", "json", "quiet"]
@@ -27,12 +30,48 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
+class _Lasting:
+    """Standard output that outlives its terminal or reader: once that is gone, what is written goes nowhere.
+
+    A job that trains for hours must not end because nobody looks any more.
+    """
+
+    @property
+    def _stream(self) -> TextIO:
+        return cast(TextIO, getattr(sys.stdout, "rich_proxied_file", sys.stdout))  # not rich's own, which writes to us
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._let_go(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        """Point the stream's descriptor at nothing, so that what it has buffered can be written at exit."""
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise error
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
     """One place for every word the user reads. `mode` None: rich on a terminal, else plain lines."""
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
-        self.console = Console(highlight=False, soft_wrap=self.mode == "plain")
+        self._out = _Lasting()
+        self.console = Console(file=cast(TextIO, self._out), highlight=False, soft_wrap=self.mode == "plain")
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._memory = Text(style="dim")
@@ -41,11 +80,13 @@ class Display:
         self._steps = 0
         self._valid = "-"
         self._figures = ""
+        self._stopping = ""
         self._said = 0.0
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.mode == "json":
-            print(json.dumps({"event": kind, **facts}, ensure_ascii=False), flush=True)
+            self._out.write(strict_json.dumps({"event": kind, **facts}) + "\n")
+            self._out.flush()
 
     def say(self, text: str) -> None:
         self.event("note", text=text)
@@ -56,6 +97,26 @@ class Display:
         self.event("warning", text=text)
         if self.mode != "json":
             self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Around a part that nothing else needs: where it fails, a warning says `what` and why, and that is all."""
+        try:
+            yield
+        except Exception as error:  # whatever it is: what was made before it is complete
+            self.warn(f"{what}: {error.what if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}")
+
+    def stopping(self) -> None:
+        """Say that a stop was heard. Called by a signal handler, so it may wait for no lock and use no buffer."""
+        text = "stopping: the step is finished and saved first; a second Ctrl-C stops at once"
+        if self._bars is not None:
+            self._stopping = f"\n{text}"
+            self._memory.plain += self._stopping
+            return
+        try:
+            os.write(2, f"{text}\n".encode())
+        except OSError:
+            pass  # the terminal is gone
 
     def panel(self, title: str, facts: dict[str, str]) -> None:
         self.event("header", **facts)
@@ -147,7 +208,7 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._figures = f"loss {line['loss']:.4f}  valid {{}}  {speed}"
             self._bars.update(self._task, completed=line["step"], figures=self._figures.format(self._valid))
-            self._memory.plain = f"memory: {held}"
+            self._memory.plain = f"memory: {held}{self._stopping}"
         elif self.mode == "plain":
             now = time.perf_counter()
             if now - self._said > _PLAIN_SECONDS or line["step"] == self._total:

@@ -12,9 +12,10 @@ from typing import Any
 from common import record
 from common.card import PARTS, card, parts_of
 from common.errors import UserError
-from common.export import COPIED
+from common.model_files import COPIED, license_files
 from common.progress import Display, gigabytes
-from common.terms import Terms, is_hub_name, terms_files
+from common.run_lock import held
+from common.terms import Terms, is_hub_name
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -38,6 +39,19 @@ def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: b
     known = record.read_run(run, "status")
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    with held(run):
+        _push_held(run, known, repo, what, private, dry_run, display)
+
+
+def _push_held(
+    run: Path,
+    known: dict[str, Any],
+    repo: str,
+    what: list[str] | None,
+    private: bool,
+    dry_run: bool,
+    display: Display,
+) -> None:
     if "base" not in known:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
     files = files_of(run, what or [])
@@ -89,9 +103,9 @@ def files_of(run: Path, what: list[str]) -> list[File]:
             raise UserError(f"{run / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
         head = "" if part == "fused" else f"{part}/"
         found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
-        found += [File(f"{head}{name}", run / part / name) for name in terms_files(run / part)]
+        found += [File(f"{head}{name}", run / part / name) for name in license_files(run / part)]
     if "fused" not in parts:  # the licence is to be seen at the root in any case
-        found += [File(name, run / parts[0] / name) for name in terms_files(run / parts[0])]
+        found += [File(name, run / parts[0] / name) for name in license_files(run / parts[0])]
     return [File("README.md", card(run, parts).encode()), *found]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from common import strict_json
 from common.checkpoint import State
 from common.config import Plan, Recipe
 from common.errors import UserError
@@ -25,7 +26,11 @@ PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetens
 
 
 def read_run(run: Path, *needed: str) -> dict[str, Any]:
-    """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`."""
+    """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`.
+
+    A run may be a stranger's, so the one option that names a program, `llama_cpp`, is never among its `options`; it
+    stands under `named_llama_cpp`, to be told of.
+    """
     try:
         content = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -35,7 +40,18 @@ def read_run(run: Path, *needed: str) -> dict[str, Any]:
     if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
         lacks = f": it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else ""
         raise UserError(f"{run / 'run.json'} is no run's record{lacks}.", "Give a folder that `train` made.")
+    if isinstance(options := content.get("options"), dict):
+        content["named_llama_cpp"] = options.pop("llama_cpp", None)
     return content
+
+
+def say_llama(known: dict[str, Any], given: str | None, display: Display) -> None:
+    """Tell the user where a run was made with a llama.cpp of its own, and none is given now. `known`: read_run's."""
+    if (named := known.get("named_llama_cpp")) and given is None:
+        display.say(
+            f"The run was made with --llama-cpp {named!r}. A program is never taken from a run's record: to use that "
+            "one again, give the option again."
+        )
 
 
 def read_complete(run: Path, *needed: str) -> dict[str, Any]:
@@ -51,7 +67,7 @@ def update_run(run: Path, **facts: Any) -> dict[str, Any]:
     path = run / "run.json"
     content = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
     temporary = run / "run.json.tmp"
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
     return content
 

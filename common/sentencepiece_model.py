@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.model_files import open_tokenizer
 
 NAME = "tokenizer.model"
 REMEDY = f"Copy {NAME} from the base model into that folder, or stop at --export fused."
@@ -70,7 +71,7 @@ def rebuild_proven(folder: Path, tokenizer: Any | None = None, texts: Sequence[s
     """
     if (state := read_state(folder)) is None:
         return None
-    tokenizer = _load(folder) if tokenizer is None else tokenizer
+    tokenizer = open_tokenizer(folder) if tokenizer is None else tokenizer
     state |= _effective(tokenizer)
     names = {name: getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")}
     try:
@@ -113,7 +114,7 @@ def settle_prefix(folder: Path) -> None:
     """
     if (state := read_state(folder)) is None:
         return
-    tokenizer = _load(folder)
+    tokenizer = open_tokenizer(folder)
     part = _effective(tokenizer)["pre_tokenizer"] or {}
     if part.get("type") != "Metaspace" or part["prepend_scheme"] != "first":
         return
@@ -141,12 +142,6 @@ def comparable(texts: Sequence[str], tokenizer: Any) -> list[str]:
     part = _effective(tokenizer)["pre_tokenizer"] or {}
     prefixed = part.get("type") == "Metaspace" and part["prepend_scheme"] != "never"
     return [text.lstrip(" ") if prefixed else text for text in texts]
-
-
-def _load(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _effective(tokenizer: Any) -> dict[str, Any]:

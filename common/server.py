@@ -27,9 +27,9 @@ class Server:
 
     context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
     llama.cpp's own choice where None. lora: a LoRA GGUF to add to the model. template: a chat template file in place of
-    the GGUF's. port: 0 takes a free one. flags: further ones of llama-server; RAW leaves thoughts in the answer. Raises
-    UserError where the port is taken, or the server does not come up within `timeout` seconds or dies; its last lines
-    are in the message.
+    the GGUF's. port: 0 takes a free one. flags: further ones of llama-server; RAW leaves thoughts in the answer.
+    key: what every request must bring; this class's own methods bring none. Raises UserError where the port is taken,
+    or the server does not come up within `timeout` seconds or dies; its last lines are in the message.
     """
 
     def __init__(
@@ -45,10 +45,11 @@ class Server:
         host: str = LOOPBACK,
         port: int = 0,
         flags: Sequence[str] = RAW,
+        key: str | None = None,
     ) -> None:
         self.llama, self.gguf, self.context, self.slots = llama, gguf, context, slots
         self.threads, self.timeout, self.lora, self.template = threads, timeout, lora, template
-        self.host, self.port, self.flags = host, port, flags
+        self.host, self.port, self.flags, self.key = host, port, flags, key
         self._process: subprocess.Popen[bytes] | None = None
         self._log = Path(os.devnull)
 
@@ -64,7 +65,9 @@ class Server:
         if self.threads:
             command += ["-t", str(self.threads)]
         # llama-server reads LLAMA_ARG_* and LLAMA_API_KEY: the user's own would change what is being verified.
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
+        if self.key:
+            env["LLAMA_API_KEY"] = self.key  # not a flag: `ps` shows those to everybody
         handle, name = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
         self._log = Path(name)
         with os.fdopen(handle, "wb") as log:

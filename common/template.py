@@ -11,6 +11,7 @@ import numpy as np
 from common.chat import Conversation, Unlabelled, place
 from common.data import Example
 from common.errors import UserError
+from common.model_files import open_tokenizer
 from common.renderer import Renderer
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
@@ -42,10 +43,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
 
     Raises UserError where there is none, or where the vocabulary lacks a token that the named template writes.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files anew.") from None

@@ -1,7 +1,6 @@
 """The base model's licence: what it is, what whoever passes the model on must do, and its files."""
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,8 @@ from typing import Any
 import yaml
 
 from common.from_gguf import MIRRORS
+from common.model_files import copy_file, license_files
 
-# Licence and safety files of a model's repository; they go wherever its weights go.
-FILES = tuple(f"{word}*" for word in ("LICENSE", "LICENCE", "NOTICE", "Notice", "COPYING", "USE_POLICY", "SAFETY"))
-FILES += ("*ACCEPTABLE_USE*", "*PROHIBITED_USE*", "*RESPONSIBLE_USE*")
 _LLAMA = (
     "It is a derivative of {name} and stands under the {name} Community License ({link}): its recipients get a copy of "
     "the licence, and its use must keep to the Acceptable Use Policy ({policy}).{more}\n\n"
@@ -83,8 +80,8 @@ def find_terms(folder: Path, model: str, model_type: str) -> Terms:
         if link and "://" not in link:  # a file of the base's repository
             link = f"https://huggingface.co/{model}/blob/main/{link}" if is_hub_name(model) else ""
         return Terms(named, name or ("see-base-model" if named == "other" else ""), link)
-    for path in sorted({path for pattern in FILES[:2] for path in folder.glob(pattern)}):
-        head = path.read_text(encoding="utf-8", errors="replace")[:3000].lower()
+    for name in (name for name in license_files(folder) if name.startswith(("LICENSE", "LICENCE"))):
+        head = (folder / name).read_text(encoding="utf-8", errors="replace")[:3000].lower()
         if found := next((name for name, title in _TITLES.items() if re.search(title, head)), None):
             return KNOWN.get(found, Terms(found))
     if model in MIRRORS:
@@ -99,17 +96,13 @@ def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
 
     Returns their names.
     """
-    names = terms_files(base)
+    names = license_files(base)
     for name in names:
-        shutil.copyfile(base / name, out / name)
+        copy_file(base / name, out / name)
     if terms.notice and not any(name.lower().startswith("notice") for name in names):
         (out / "NOTICE").write_text(terms.notice + "\n", encoding="utf-8")
         names.append("NOTICE")
     return names
-
-
-def terms_files(folder: Path) -> list[str]:
-    return sorted({path.name for pattern in FILES for path in folder.glob(pattern) if path.is_file()})
 
 
 def is_hub_name(model: str) -> bool:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from common.loop import Interrupted, train
 from common.lora import validate
 from common.memory import ResidentSet, swap_used
 from common.plan import described
-from common.prepare import Job, free_name, prepare
+from common.prepare import Job, check_unused, free_name, prepare
 from common.progress import Display, gigabytes
 from common.push import push
 from common.record import timed
+from common.run_lock import held
 from common.sampling import Sampling
 from common.seam import Adapter, Backend, Memory, ModelInfo
 from common.trained_voice import trained_voice
@@ -33,18 +34,24 @@ _PLAN = "what changes only speed and memory"
 
 def run_training(options: Options, make_backend: Callable[[str], Backend], display: Display) -> Path:
     """The whole of `train`. Raises UserError, or Interrupted after a saved stop. Returns the run folder."""
-    resumed = None
-    if options.resume:
-        resumed = Path(options.resume)
-        options = _resumed_options(options, resumed)
     seconds: dict[str, float] = {}
-    with timed(seconds, "prepare"):
-        job = prepare(options, resumed, display, seconds)
-    seconds["prepare"] -= seconds["tokenise"]
-    job, state = _open_run(job, resumed)
-    with _only_one(job.run):
+    with ExitStack() as lock:
+        resumed = Path(options.resume) if options.resume else None
+        if resumed:
+            known = record.read_run(resumed, "options", "recipe_hash")
+            lock.enter_context(held(resumed))
+            record.say_llama(known, options.llama_cpp, display)
+            options = _resumed_options(options, resumed)
+        with timed(seconds, "prepare"):
+            job = prepare(options, resumed, display, seconds)
+        seconds["prepare"] -= seconds["tokenise"]
+        if resumed:
+            state = _go_on(job)
+        else:
+            job = _claimed(job, lock)
+            state = _begin(job)
         try:
-            final = _train(job, state, make_backend, seconds, display)
+            backend, final = _train(job, state, make_backend, seconds, display)
         except BaseException as error:
             record.update_run(job.run, status="interrupted")
             record_seconds(job.run, seconds)
@@ -55,6 +62,10 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         adapters.write_both(job.run, final)
         record.update_run(job.run, status="complete")
         try:
+            if job.options.export != "gguf" and job.sample:
+                with timed(seconds, "try"):
+                    _sample(job, backend, final, display)
+            backend.close()
             finish(job.run, job.folder, final, job.options, job.llama, job.served, seconds, display, make_backend)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
@@ -66,18 +77,18 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
 
 def _train(
     job: Job, state: State, make_backend: Callable[[str], Backend], seconds: dict[str, float], display: Display
-) -> Adapter:
-    """The loop with its backend loaded around it. Returns the adapter to export."""
+) -> tuple[Backend, Adapter]:
+    """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
     recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
-    found = checkpoint.latest(job.run) if state.step else None
+    found = checkpoint.latest(job.run, recipe.hash()) if state.step else None
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
         if found:
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])
     _header(job, info, display)
-    with _stop_signal() as stop, display.training(recipe.steps, state.step):
-        watch = _Watch(display, stop)
+    with _stop_signals(display.stopping) as heard, display.training(recipe.steps, state.step):
+        watch = _Watch(display, heard)
         try:
             train(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch, seconds)
         finally:
@@ -95,40 +106,30 @@ def _train(
                 peak_rss_bytes=max(resident.process_peak(), before.get("peak_rss_bytes", 0)),
                 swap_growth_bytes=max(swap_used() - swap, before.get("swap_growth_bytes", 0)),
             )
-    final = state.best or backend.get_adapter()
-    if job.options.export != "gguf" and job.sample:
-        backend.set_adapter(final)
-        with timed(seconds, "try"):
-            _sample(job, backend, display)
-    backend.close()
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     record.update_run(job.run, exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
-    return final
+    return backend, state.best or backend.get_adapter()
 
 
-def _sample(job: Job, backend: Backend, display: Display) -> None:
+def _sample(job: Job, backend: Backend, final: Adapter, display: Display) -> None:
     """What the tuned model says: no GGUF will be there to be asked. A failure here costs nobody a training."""
-    served, think = job.served, job.recipe.thinking == "keep"
-    try:
-        voice = trained_voice(
-            backend, job.folder, served.template, served.stops, think, "", True, job.recipe.max_length
-        )
+    served, think, context = job.served, job.recipe.thinking == "keep", job.sample_tokens + SAMPLE_TOKENS
+    with display.optional("no sample"):
+        backend.set_adapter(final)
+        voice = trained_voice(backend, job.folder, served.template, served.stops, think, "", True, context)
         pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
-    except UserError as error:
-        display.warn(f"no sample: {error.what}")
-        return
-    record.update_run(job.run, export={"sample": {"prompt": job.sample, "answer": answer}})
-    display.say(f"{job.plan.backend}: {job.sample[-1]['content']!r} -> {answer!r}")
+        record.update_run(job.run, export={"sample": {"prompt": job.sample, "answer": answer}})
+        display.say(f"{job.plan.backend}: {job.sample[-1]['content']!r} -> {answer!r}")
 
 
 class _Watch:
-    """The loop's Observer: the display, and whether Ctrl-C was pressed."""
+    """The loop's Observer: the display, and whether a stop was asked for. heard: the signals that asked."""
 
-    def __init__(self, display: Display, stop: list[int]) -> None:
-        self._display, self._stop = display, stop
+    def __init__(self, display: Display, heard: list[int]) -> None:
+        self._display, self._heard = display, heard
 
     def step(self, line: dict, memory: Memory) -> None:
         self._display.step(line, memory)
@@ -140,22 +141,31 @@ class _Watch:
         self._display.warn(text)
 
     def stop_requested(self) -> bool:
-        return bool(self._stop)
+        return bool(self._heard)
 
 
 @contextmanager
-def _stop_signal() -> Iterator[list[int]]:
-    """The first Ctrl-C (or SIGTERM) is noted, so that the step ends and is saved; the second acts at once."""
-    stop: list[int] = []
+def _stop_signals(tell: Callable[[], None]) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and a terminal that hangs up are noted, so that the step ends and is saved; yields those heard.
+
+    `tell` is called at the first. A second Ctrl-C acts at once; a system that sends SIGHUP and then SIGTERM means one
+    stop. Whom nohup told to ignore SIGHUP ignores it.
+    """
+    heard: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        stop.append(number)
-        if len(stop) > 1:
+        if number == signal.SIGINT and number in heard:
             raise KeyboardInterrupt
+        heard.append(number)
+        if len(heard) == 1:
+            tell()
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in numbers}
     try:
-        yield stop
+        yield heard
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -199,50 +209,45 @@ def _method(recipe: Recipe, start: Adapter | None) -> str:
     )
 
 
-@contextmanager
-def _only_one(run: Path) -> Iterator[None]:
-    """Hold the run folder: a second process that goes on with it would mix its steps into ours."""
-    from filelock import FileLock, Timeout
+def _go_on(job: Job) -> State:
+    """Where a resumed run stands; its record is brought up to date. Raises UserError for another recipe."""
+    known, run = record.read_run(job.run), job.run
+    if known["recipe_hash"] != job.recipe.hash():
+        old, new = record.read_recipe(run).model_dump(), job.recipe.model_dump()
+        changed = ", ".join(name for name in new if new[name] != old[name] and name not in ("model", "data"))
+        raise UserError(
+            f"{run}: it is another recipe than when it began (changed: {changed or 'its recipe.yaml'}).",
+            "Bring the old files back, or start a new run.",
+        )
+    found = checkpoint.latest(run, job.recipe.hash())
+    state, plans = found[0] if found else _fresh(job.plan), known.get("plans", [])
+    if _lasting(job.plan) != _lasting(record.read_plan(run)):
+        state.micro_batch_tokens = job.plan.micro_batch_tokens
+        state.gradient_checkpointing = job.plan.gradient_checkpointing
+        write_yaml(run / "plan.yaml", job.plan, _PLAN)
+        plans.append({"from_step": state.step + 1} | job.plan.model_dump())
+    record.update_run(run, status="training", plans=plans)
+    return state
 
-    lock = FileLock(run / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{run} is being trained by another process.", "Wait for it, or stop it first.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-        (run / ".lock").unlink(missing_ok=True)
 
+def _claimed(job: Job, lock: ExitStack) -> Job:
+    """The job with its run folder made and held, before anything is written there: another process may want the same.
 
-def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
-    """The job with its folder made, and where it stands."""
-    if resumed:
-        recorded = record.read_run(resumed)["recipe_hash"]
-        if recorded != job.recipe.hash():
-            old, new = record.read_recipe(resumed).model_dump(), job.recipe.model_dump()
-            changed = ", ".join(name for name in new if new[name] != old[name] and name not in ("model", "data"))
-            raise UserError(
-                f"{resumed}: it is another recipe than when it began (changed: {changed or 'its recipe.yaml'}).",
-                "Bring the old files back, or start a new run.",
-            )
-        found = checkpoint.latest(resumed)
-        state = found[0] if found else _fresh(job.plan)
-        plans = record.read_run(resumed).get("plans", [])
-        if _lasting(job.plan) != _lasting(record.read_plan(resumed)):
-            state.micro_batch_tokens = job.plan.micro_batch_tokens
-            state.gradient_checkpointing = job.plan.gradient_checkpointing
-            write_yaml(resumed / "plan.yaml", job.plan, _PLAN)
-            plans.append({"from_step": state.step + 1} | job.plan.model_dump())
-        record.update_run(resumed, status="training", plans=plans)
-        return job, state
+    Raises UserError where that one was quicker and the folder was named by hand; else another name is taken.
+    """
     while True:
         try:
             job.run.mkdir(parents=True, exist_ok=bool(job.options.output))
             break
-        except FileExistsError:  # another run took the name while this one prepared
+        except FileExistsError:
             job = replace(job, run=free_name(job.run))
+    lock.enter_context(held(job.run))
+    check_unused(job.run)
+    return job
+
+
+def _begin(job: Job) -> State:
+    """A new run's files, in its folder that is held."""
     write_yaml(job.run / "recipe.yaml", job.recipe, f"recipe {job.recipe.hash()}")
     write_yaml(job.run / "plan.yaml", job.plan, _PLAN)
     if job.served.template is not None:
@@ -257,6 +262,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         deterministic=record.deterministic(job.recipe, job.plan, job.config),
         stop_ids=job.served.stops,
         sample_prompt=job.sample,
+        sample_tokens=job.sample_tokens,
         data={
             "train_rows": len(job.train),
             "valid_rows": len(job.valid),
@@ -265,7 +271,7 @@ def _open_run(job: Job, resumed: Path | None) -> tuple[Job, State]:
         },
         options=_anchored(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
-    return job, _fresh(job.plan)
+    return _fresh(job.plan)
 
 
 def _lasting(plan: Plan) -> Plan:

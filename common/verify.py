@@ -1,6 +1,7 @@
 """`verify RUN`: whether what llama.cpp runs is what was trained, link by link from the adapter to each GGUF."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,11 +23,12 @@ from common.fuse import differing
 from common.gguf import convert
 from common.gguf_logits import GgufLogits
 from common.llamacpp import find, own
-from common.loading import base_of, loaded, named_llama, runnable
+from common.loading import base_of, loaded, runnable
 from common.lora import layer_count
 from common.probes import collect, data_of
 from common.progress import Display
 from common.proof import Check, State, Subject, by_server
+from common.run_lock import held
 from common.seam import Adapter, Backend, LoraWeight, Progress
 
 # KL below this is the rounding of bf16 weights, activations and of llama.cpp's float16 cache, not a fault.
@@ -38,13 +40,23 @@ _LADDER = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "BF16")  # each
 
 
 def verify_run(
+    run: Path, make_backend: Callable[[str], Backend], display: Display, llama_cpp: str | None = None
+) -> list[Check]:
+    """`verify RUN`. Raises UserError as `verify_held`, and where another process is at work on the run."""
+    known = record.read_complete(run)
+    with held(run):
+        record.say_llama(known, llama_cpp, display)
+        return verify_held(run, make_backend, display, None, llama_cpp)
+
+
+def verify_held(
     run: Path,
     make_backend: Callable[[str], Backend],
     display: Display,
-    whole: Path | None = None,
-    llama_cpp: str | None = None,
+    whole: Path | None,
+    llama_cpp: str | None,
 ) -> list[Check]:
-    """`verify RUN`, and the last thing that an export does. `whole`: the bf16 GGUF, where it is still there.
+    """The last thing that an export does; the caller holds the run. `whole`: the bf16 GGUF, where it is still there.
 
     Raises UserError where something that is needed is missing: base, data, fused folder, GGUF, a backend.
     """
@@ -60,7 +72,7 @@ def verify_run(
     probes = collect(run, base, data_of(run, options, recipe))
     if not probes.rows:
         raise UserError(f"{options.data}: no row is left to verify with.", "Go without: --no-verify.")
-    llama = find(named_llama(known, llama_cpp))
+    llama = find(llama_cpp)
     with display.stage("find or build llama.cpp") as progress:
         ours = own(progress)
     final = adapters.read_trained(run, layer_count(models.linear_shapes(base, ["all-linear"])))
@@ -222,12 +234,18 @@ def _whole_weights(subject: Subject) -> Check:
     return Check("fused weights", "broken" if wrong else "ok", text)
 
 
+def _finite(link: Divergence) -> bool:
+    """False for NaN or infinity, to which every comparison answers no."""
+    return all(map(math.isfinite, (link.mean_kl, link.p99_kl, link.perplexity)))
+
+
 def _judge_fused(links: dict[str, Divergence]) -> Iterator[Check]:
     tune = links["base"].mean_kl
     for name, what, against in (("fused", "fused", "adapter on base"), ("BF16", "bf16 GGUF", "fused")):
         if name in links:
             link = links[name]
-            wrong = link.mean_kl > _FAR or (link.mean_kl > _ROUNDING and link.mean_kl > _LOST * tune)
+            near = link.mean_kl <= _ROUNDING or link.mean_kl <= min(_FAR, _LOST * tune)
+            wrong = not (near and _finite(link) and math.isfinite(tune))
             far = f", logits at most {link.max_logit:.2g} apart" if name == "fused" else ""
             text = f"KL {link.mean_kl:.2g} from {against}{far}; the tune itself is {tune:.2g}"
             # too small a tune cannot be told from its absence by its effect
@@ -241,6 +259,9 @@ def _judge_quants(names: list[str], links: dict[str, Divergence]) -> Iterator[Ch
     for name in names:
         if name in links and name != "BF16":
             lost = links[name].mean_kl / max(tune, 1e-12)
+            if not (_finite(links[name]) and math.isfinite(lost)):
+                yield Check(name, "broken", "its logits, or those it is compared with, are not finite: NaN or infinite")
+                continue
             gone = lost > _GONE and tune > _TUNED
             text = f"KL {links[name].mean_kl:.2g} from the bf16 GGUF, "
             text += f"{lost:.1%} of the tune's own {tune:.2g}" if lost < 10 else f"the tune's own is only {tune:.2g}"

@@ -14,7 +14,7 @@ from common.config import Recipe
 from common.errors import UserError
 from common.example import base_gguf
 from common.llamacpp import LlamaCpp, build, find
-from common.loading import TEMPLATE, base_of, loaded, named_llama, runnable
+from common.loading import TEMPLATE, base_of, loaded, runnable
 from common.lora import initial_adapter, layer_count, validate
 from common.mlx_quantized import source
 from common.progress import Display
@@ -111,8 +111,9 @@ def opened(
 
 
 def llama_of(target: Target, llama_cpp: str | None, display: Display) -> LlamaCpp:
-    """The llama.cpp to use: named, or the run's own where that is still there; found or built."""
-    if (llama := find(named_llama(target.known, llama_cpp))) is not None:
+    """The llama.cpp to use: named now, found or built; never one that the run's record names."""
+    record.say_llama(target.known, llama_cpp, display)
+    if (llama := find(llama_cpp)) is not None:
         return llama
     with display.stage("build llama.cpp, once") as progress:
         return build(progress)

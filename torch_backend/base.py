@@ -48,6 +48,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
             attn_implementation=register(),
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
             **names,
             **how,

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from common.card import base_form, card, parts_of
-from common.terms import KNOWN, Terms, copy_terms, find_terms, read_front_matter, terms_files
+from common.terms import KNOWN, Terms, copy_terms, find_terms, license_files, read_front_matter
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]
@@ -187,7 +187,7 @@ def test_licence_and_safety_files_are_copied(tmp_path: Path) -> None:
     for name in [*names, "README.md", "config.json"]:
         (base / name).write_text(name)
     assert copy_terms(base, out, KNOWN["gemma"]) == sorted(names)
-    assert terms_files(out) == sorted(names) == sorted(path.name for path in out.iterdir())
+    assert license_files(out) == sorted(names) == sorted(path.name for path in out.iterdir())
     assert (out / "NOTICE").read_text() == "NOTICE"  # the base's own stays
 
 

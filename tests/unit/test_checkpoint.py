@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from common import checkpoint
-from common.checkpoint import State, latest, save
+from common.checkpoint import State, add_evaluation, discard, latest, save
+from common.errors import UserError
 from common.seam import Adapter, LoraWeight, OptimizerState
 
 LAYER = "model.layers.0.self_attn.q_proj"
+RECIPE = "5b9469e38a2c" * 5
 
 
 def adapter(seed: int) -> Adapter:
@@ -30,7 +32,7 @@ def optimizer(seed: int, step: int) -> OptimizerState:
 
 
 def put(run: Path, step: int) -> Path:
-    return save(run, State(step=step, tokens=10 * step), adapter(step), optimizer(step, step))
+    return save(run, State(step=step, tokens=10 * step), adapter(step), optimizer(step, step), RECIPE)
 
 
 def same(one: Adapter, other: Adapter) -> bool:
@@ -60,7 +62,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
         best_step=20,
         best=adapter(1),
     )
-    assert save(tmp_path, state, adapter(2), optimizer(3, 39)) == tmp_path / "checkpoints" / "step-000040"
+    assert save(tmp_path, state, adapter(2), optimizer(3, 39), RECIPE) == tmp_path / "checkpoints" / "step-000040"
     found = latest(tmp_path)
     assert found is not None
     again, current, moments = found
@@ -86,6 +88,7 @@ def test_every_field_of_the_state_is_written(tmp_path: Path) -> None:
     assert json.loads((folder / "state.json").read_text()).keys() == (asdict(State()).keys() - {"best"}) | {
         "optimizer_step",
         "layers",
+        "recipe_hash",
     }
 
 
@@ -122,7 +125,7 @@ def test_only_two_are_kept(tmp_path: Path) -> None:
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     put(tmp_path, 5)
-    save(tmp_path, State(step=5, tokens=99), adapter(7), optimizer(7, 5))
+    save(tmp_path, State(step=5, tokens=99), adapter(7), optimizer(7, 5), RECIPE)
     found = latest(tmp_path)
     assert found is not None
     assert found[0].tokens == 99
@@ -154,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, name: str, harm: Callable[[Path], None]
 ) -> None:
     put(tmp_path, 1)
-    folder = save(tmp_path, State(step=2, best=adapter(9)), adapter(2), optimizer(2, 2))
+    folder = save(tmp_path, State(step=2, best=adapter(9)), adapter(2), optimizer(2, 2), RECIPE)
     harm(folder / name)
     found = latest(tmp_path)
     assert found is not None
@@ -197,3 +200,76 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     assert found[0].step == 1
     put(tmp_path, 2)  # the rest of the failed one is not in the way
     assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+# --- the validation after a step, and whose checkpoint it is
+
+
+def evaluated(run: Path, step: int, best: int) -> None:
+    add_evaluation(run, State(step=step, evaluated=step, best_valid_loss=0.5, best_step=best))
+
+
+def test_a_validation_after_the_save_is_added_to_the_checkpoint(tmp_path: Path) -> None:
+    save(
+        tmp_path, State(step=8, best_valid_loss=0.7, best_step=4, best=adapter(4)), adapter(8), optimizer(8, 8), RECIPE
+    )
+    before = latest(tmp_path)
+    assert before is not None
+    assert (before[0].evaluated, before[0].best_step) == (0, 4)
+    evaluated(tmp_path, 8, best=8)
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found[0].evaluated, found[0].best_valid_loss, found[0].best_step) == (8, 0.5, 8)
+    assert found[0].best is not None
+    assert same(found[0].best, adapter(8))  # the checkpoint's own: it was not written twice
+    assert found[0].best.weights[LAYER].A is not found[1].weights[LAYER].A
+
+
+def test_a_validation_that_was_not_the_best_leaves_the_best_as_it_was(tmp_path: Path) -> None:
+    save(
+        tmp_path, State(step=8, best_valid_loss=0.5, best_step=4, best=adapter(4)), adapter(8), optimizer(8, 8), RECIPE
+    )
+    evaluated(tmp_path, 8, best=4)
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].evaluated == 8
+    assert found[0].best is not None
+    assert same(found[0].best, adapter(4))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"evaluated": 8}'])
+def test_an_evaluation_that_cannot_be_read_is_one_that_was_not_done(tmp_path: Path, text: str) -> None:
+    folder = put(tmp_path, 8)
+    (folder / "evaluation.json").write_text(text)
+    found = latest(tmp_path)
+    assert found is not None
+    assert (found[0].step, found[0].evaluated) == (8, 0)
+
+
+def test_a_discarded_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    put(tmp_path, 2)
+    discard(tmp_path, 2)
+    discard(tmp_path, 3)
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    assert latest(tmp_path, RECIPE) is not None
+    with pytest.raises(UserError) as caught:
+        latest(tmp_path, "7bd55ee9" * 8)
+    assert caught.value.what == (f"{folder} was made by another recipe (5b9469e38a2c) than the run's (7bd55ee97bd5).")
+    assert str(folder) in caught.value.fix
+
+
+def test_a_checkpoint_of_an_older_version_knows_no_recipe_and_is_taken(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    state = json.loads((folder / "state.json").read_text())
+    del state["recipe_hash"], state["evaluated"]
+    (folder / "state.json").write_text(json.dumps(state))
+    hashes = json.loads((folder / "COMPLETE").read_text()) | {"state.json": checkpoint._digest(folder / "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes))
+    found = latest(tmp_path, RECIPE)
+    assert found is not None
+    assert (found[0].step, found[0].evaluated) == (1, 0)

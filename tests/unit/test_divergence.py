@@ -1,5 +1,7 @@
 """How far one model lies from another, against float64 by hand; what is looked at, and what is kept of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -123,3 +125,29 @@ def test_the_next_better_type() -> None:
         "BF16",
         "BF16",
     ]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("broken", [link(NAN), link(INF), replace(link(1e-4), perplexity=NAN)])
+def test_what_is_not_finite_is_broken(broken: Divergence) -> None:
+    links = {"base": link(0.5), "fused": broken, "BF16": broken, "Q4_K_M": broken}
+    checks = [*_judge_fused(links), *_judge_quants(["Q4_K_M"], links)]
+    assert [(check.name, check.state) for check in checks] == [
+        ("fused", "broken"),
+        ("bf16 GGUF", "broken"),
+        ("Q4_K_M", "broken"),
+    ]
+    assert verdict(checks) == "broken"
+
+
+def test_a_tune_that_is_not_finite_breaks_all_that_is_measured_by_it() -> None:
+    links = {"base": link(NAN), "fused": link(1e-5), "BF16": link(1e-5), "Q4_K_M": link(1e-5)}
+    assert {check.state for check in [*_judge_fused(links), *_judge_quants(["Q4_K_M"], links)]} == {"broken"}
+
+
+def test_a_model_whose_logits_are_nan_is_seen_to_be_broken() -> None:
+    reference = Reference(ROWS, lambda ids, at: np.ones((len(at), VOCABULARY), np.float32))
+    found = reference.divergence(lambda ids, at: np.full((len(at), VOCABULARY), np.nan, np.float32))
+    assert {check.state for check in _judge_fused({"base": link(0.5), "fused": found})} == {"broken"}

@@ -122,7 +122,7 @@ def test_a_failure_leaves_the_old_folder_whole(tmp_path: Path) -> None:
     out = fused(base, [], tmp_path / "fused")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (base / "config.json").write_text("{")
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         fused(base, [], out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "fused"]

@@ -372,13 +372,17 @@ def test_a_stop_finishes_the_step_and_saves(tmp_path: Path) -> None:
     assert (found[0].step, found[2].step) == (3, 3)
 
 
-def test_a_stop_in_the_last_step_is_heeded_and_resuming_has_nothing_left_to_do(tmp_path: Path) -> None:
+def test_a_stop_in_the_last_step_is_heeded_and_resuming_has_only_its_validation_left_to_do(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path, watch=Watch(stop_after=8))
     lines = metrics(tmp_path)
-    state, _ = run(tmp_path, resume=True)
+    state, backend = run(tmp_path, resume=True)
     assert state.step == 8
-    assert metrics(tmp_path) == lines
+    assert metrics(tmp_path)[:-1] == lines
+    assert metrics(tmp_path)[-1].keys() == {"step", "valid_loss"}
+    assert not [call for call in backend.calls if len(call) > 1]  # no step: those have several micro-batches
+    again, backend = run(tmp_path, resume=True)
+    assert (backend.calls, again.best_step) == ([], state.best_step)
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
@@ -444,3 +448,105 @@ def test_the_backend_is_never_shown_a_labelled_pad(tmp_path: Path) -> None:
         beyond = np.arange(batch.labels.shape[1]) >= batch.lengths[:, None]
         assert (batch.labels[beyond] == -100).all()
     assert make_batch(TRAIN[:2]).tokens == sum(len(r.ids) - 1 for r in TRAIN[:2])
+
+
+# --- a stop, a kill or a fault within a validation
+
+
+ONE_ROW = plan(micro_batch_tokens=1)  # so that a validation has a micro-batch a row
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_stop_within_a_validation_is_heard_saved_and_the_validation_done_at_resume(
+    tmp_path: Path, saves: bool
+) -> None:
+    every = ONE_ROW.model_copy(update={"save_every": 4 if saves else 100})
+    _, whole = run(tmp_path / "whole", the_plan=every)
+
+    class Stopping(Bigram):
+        evaluated = 0
+
+        def eval_step(self, batch: Batch) -> StepResult:
+            Stopping.evaluated += 1
+            return super().eval_step(batch)
+
+    class Asking(Watch):
+        def stop_requested(self) -> bool:
+            return Stopping.evaluated == 2
+
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", Stopping(), Asking(), the_plan=every)
+    assert Stopping.evaluated == 2 < len(VALID)
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+    found = checkpoint.latest(tmp_path / "cut")
+    assert found is not None
+    assert (found[0].step, found[0].evaluated) == (4, 0)
+    state, resumed = run(tmp_path / "cut", the_plan=every, resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert same(resumed.get_adapter(), whole.get_adapter())
+    assert state.evaluated == 8
+
+
+def test_a_kill_within_a_validation_loses_no_step(tmp_path: Path) -> None:
+    class Killed(Bigram):
+        def eval_step(self, batch: Batch) -> StepResult:
+            raise KeyboardInterrupt  # as kill -9
+
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", Killed())
+    found = checkpoint.latest(tmp_path / "cut")
+    assert found is not None
+    assert found[0].step == 4
+    run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+def test_a_kill_between_a_validations_line_and_its_checkpoint_leaves_no_double_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+
+    def killed(run: Path, state: State) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "add_evaluation", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 4]
+    monkeypatch.undo()
+    run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_from(tmp_path: Path) -> None:
+    class Once(Bigram):
+        def eval_step(self, batch: Batch) -> StepResult:
+            found = super().eval_step(batch)
+            return StepResult(math.nan, 0.0, found.label_tokens, found.tokens, 1) if self.optimizer.step == 8 else found
+
+    run(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"validation loss is not finite at step 8.*The checkpoint of step 4 is kept"):
+        run(tmp_path / "cut", Once())
+    run(tmp_path / "cut", resume=True)
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+
+
+def test_a_stop_after_the_last_step_leaves_the_export_for_later(tmp_path: Path) -> None:
+    class Late(Watch):
+        def stop_requested(self) -> bool:
+            return len(self.evaluations) == 2  # of the last step
+
+    with pytest.raises(Interrupted):
+        run(tmp_path, watch=Late())
+    _, backend = run(tmp_path, resume=True)
+    assert backend.calls == []
+
+
+def test_checkpoints_come_by_time_too(tmp_path: Path) -> None:
+    seldom = {"save_every": 100, "save_minutes": 1e-9}
+    run(tmp_path / "a", the_plan=plan(**seldom))
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == ["step-000007", "step-000008"]
+    run(tmp_path / "b", the_plan=plan(**(seldom | {"save_minutes": 0.0})))
+    assert [path.name for path in (tmp_path / "b" / "checkpoints").iterdir()] == ["step-000008"]
+    assert metrics(tmp_path / "a", "seconds") == metrics(tmp_path / "b", "seconds")

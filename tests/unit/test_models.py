@@ -313,7 +313,9 @@ class Hub:
         self.answers = {True: cached, False: online}
         self.asked: list[bool] = []
 
-    def __call__(self, name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def __call__(
+        self, name: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool = False
+    ) -> str:
         self.asked.append(local_files_only)
         answer = self.answers[local_files_only]
         if isinstance(answer, Exception):

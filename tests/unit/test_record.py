@@ -180,3 +180,21 @@ def test_the_environment_names_versions_and_no_person_or_place(tmp_path: Path) -
     assert content.keys() == {"python", "system", "machine", "processor", "cores", "memory_bytes", "packages"}
     assert content["packages"]["numpy"]
     assert content["memory_bytes"] > 0
+
+
+def test_a_records_program_is_never_among_its_options(tmp_path: Path) -> None:
+    options = {"model": "x/y", "llama_cpp": "runs/theirs/llama"}
+    run = write_run(tmp_path / "run", options=options)
+    known = read_run(run, "options")
+    assert known["options"] == {"model": "x/y"}
+    assert known["named_llama_cpp"] == "runs/theirs/llama"
+    update_run(run, steps=1)
+    assert json.loads((run / "run.json").read_text())["options"] == options  # how it was made stays on record
+
+
+def test_numbers_that_are_not_finite_are_null_on_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", verify={"kl": float("nan"), "all": [1.0, float("inf"), (2, -float("inf"))]})
+    strict = json.loads((run / "run.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert strict["verify"] == {"kl": None, "all": [1.0, None, [2, None]]}
+    Display("json").event("x", kl=float("nan"))
+    assert capsys.readouterr().out == '{"event": "x", "kl": null}\n'

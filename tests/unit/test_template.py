@@ -240,6 +240,9 @@ def test_a_tokenizer_without_a_template(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
     for path in tokenizer_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes()[:50])
+    with pytest.raises(UserError, match=r"tokenizer_config\.json is not JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import record
 from common import train as module
 from common.adapter import read_mlx, read_peft
 from common.checkpoint import latest
 from common.config import Options
 from common.errors import UserError
+from common.finish import fuse_run
 from common.loop import Interrupted
 from common.prepare import Job, prepare
 from common.progress import Display
 from common.push import push
+from common.run_lock import held
 from common.train import run_training
-from tests.tiny import write_rows
+from common.verify import verify_run
+from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
 
@@ -177,15 +182,15 @@ def test_the_plan_is_not_in_the_recipes_hash(given: dict[str, Any], changes: dic
 def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     folder, backend = run(given)
     assert {path.name for path in folder.iterdir()} == {
-        *("adapter", "adapter-mlx", "checkpoints", "environment.json"),
+        *(".lock", "adapter", "adapter-mlx", "checkpoints", "environment.json"),
         *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
     }
-    record = json.loads((folder / "run.json").read_text())
-    assert (record["status"], record["steps"], record["backend"]) == ("complete", 6, "torch")
-    assert record["export"].keys() == {"sample"}  # from the backend itself: there is no GGUF to ask
-    assert record["export"]["sample"]["prompt"] == record["sample_prompt"]
-    assert record["export"]["sample"]["answer"]
-    assert record.keys() >= {
+    known = json.loads((folder / "run.json").read_text())
+    assert (known["status"], known["steps"], known["backend"]) == ("complete", 6, "torch")
+    assert known["export"].keys() == {"sample"}  # from the backend itself: there is no GGUF to ask
+    assert known["export"]["sample"]["prompt"] == known["sample_prompt"]
+    assert known["export"]["sample"]["answer"]
+    assert known.keys() >= {
         *("recipe_hash", "device", "tokens", "label_tokens", "train_seconds", "tokens_per_second"),
         *("label_tokens_per_second", "padding_fraction", "peak_memory_bytes", "peak_rss_bytes"),
         *("swap_growth_bytes", "final_train_loss", "best_valid_loss", "best_step"),
@@ -195,12 +200,12 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
 
 def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, Any]) -> None:
     folder, _ = run(given)
-    record = json.loads((folder / "run.json").read_text())
+    known = json.loads((folder / "run.json").read_text())
     found = latest(folder)
     assert found is not None
     best = found[0].best
     assert best is not None
-    assert (record["exported_adapter"], record["exported_step"]) == ("best", record["best_step"])
+    assert (known["exported_adapter"], known["exported_step"]) == ("best", known["best_step"])
     for again in (read_peft(folder / "adapter"), read_mlx(folder / "adapter-mlx")):
         assert len(again.weights) == 14
         assert all(np.array_equal(again.weights[name].B, weight.B) for name, weight in best.weights.items())
@@ -208,10 +213,22 @@ def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, A
 
 def test_without_validation_the_last_adapter_is_exported(given: dict[str, Any]) -> None:
     folder, backend = run(given | {"valid_share": 0.0})
-    record = json.loads((folder / "run.json").read_text())
-    assert (record["exported_adapter"], record["exported_step"]) == ("last", 6)
+    known = json.loads((folder / "run.json").read_text())
+    assert (known["exported_adapter"], known["exported_step"]) == ("last", 6)
     written = read_peft(folder / "adapter").weights[backend.layer]
     assert np.array_equal(written.B, backend.get_adapter().weights[backend.layer].B)
+
+
+def sent(numbers: list[int]) -> type[Bigram]:
+    """A backend while whose third step the signals come."""
+
+    class Signalled(Bigram):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+            for number in numbers if step == 3 else ():
+                signal.raise_signal(number)
+            return super().train_step(micro_batches, learning_rate, step)
+
+    return Signalled
 
 
 class Stops(Bigram):
@@ -219,8 +236,6 @@ class Stops(Bigram):
 
     def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
         if step == 3:
-            import signal
-
             signal.raise_signal(signal.SIGINT)
         return super().train_step(micro_batches, learning_rate, step)
 
@@ -232,7 +247,7 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dic
         run(given | {"output": str(cut)}, Stops())
     assert str(caught.value) == str(cut)
     assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
-    assert [line["step"] for line in metrics(cut)] == [1, 2, 3, 3]
+    assert [line["step"] for line in metrics(cut)] == [1, 2, 3]  # the validation that was due is left for later
     run({"resume": str(cut)})
     assert metrics(cut) == metrics(whole)
     one, other = (read_peft(folder / "adapter").weights for folder in (whole, cut))
@@ -240,6 +255,186 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dic
     records = [json.loads((folder / "run.json").read_text()) for folder in (whole, cut)]
     for name in ("recipe_hash", "steps", "tokens", "label_tokens", "final_train_loss", "best_valid_loss", "best_step"):
         assert records[0][name] == records[1][name], name
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGHUP], [signal.SIGTERM], [signal.SIGHUP, signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]],
+    ids=["HUP", "TERM", "HUP then TERM", "TERM then INT"],
+)
+def test_every_way_to_stop_saves_first(
+    given: dict[str, Any], numbers: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interrupted):
+        run(given | {"save_every": 100}, sent(numbers)())
+    found = latest(Path(given["output"]))
+    assert found is not None
+    assert found[0].step == 3
+    told = "stopping: the step is finished and saved first; a second Ctrl-C stops at once\n"
+    assert capfd.readouterr().err == told  # once, however many signals came
+
+
+def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(given, sent([signal.SIGINT, signal.SIGINT])())
+    known = json.loads((Path(given["output"]) / "run.json").read_text())
+    assert (known["status"], known["steps"]) == ("interrupted", 2)
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(given: dict[str, Any]) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        folder, _ = run(given, sent([signal.SIGHUP])())
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+
+
+def test_a_sample_that_fails_costs_nothing(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    class Mute(Bigram):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            folder = Path(given["output"])
+            assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+            assert (folder / "adapter" / "adapter_model.safetensors").exists()
+            raise RuntimeError("out of luck")
+
+    folder, backend = run(given | {"export": "fused"}, Mute())
+    assert "warning: no sample: RuntimeError: out of luck" in capsys.readouterr().out
+    assert (folder / "fused" / "model.safetensors").exists()
+    assert backend.closed
+
+
+def test_the_sample_is_of_a_row_that_was_kept(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(given["data"], folder / "train.jsonl")
+    rows = [chat("a long question " * 40, "No."), chat("Short?", "Yes."), chat("Another?", "Yes.")]
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dropped = ready(given, data=str(folder), max_length=150)
+    assert dropped.sample == [{"role": "user", "content": "Short?"}]
+    assert dropped.sample_tokens == len(dropped.valid[0].ids) < 150
+    kept = ready(given, data=str(folder), max_length=2000)
+    assert kept.sample[0]["content"] == rows[0]["messages"][0]["content"]
+    assert kept.sample_tokens == len(kept.valid[0].ids) > 600
+
+
+# --- one process at a time
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+class Meanwhile(Bigram):
+    """Tries something else with the run's folder while step 3 is computed."""
+
+    def __init__(self, folder: Path, attempt: Callable[[], Any]) -> None:
+        super().__init__()
+        self.folder, self.attempt, self.refused = folder, attempt, ""
+
+    def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+        if step == 3:
+            before = files_of(self.folder)
+            with pytest.raises(UserError) as caught:
+                self.attempt()
+            self.refused = caught.value.what
+            assert files_of(self.folder) == before
+        return super().train_step(micro_batches, learning_rate, step)
+
+
+def test_a_resume_that_is_refused_has_changed_nothing(given: dict[str, Any]) -> None:
+    folder = given["output"]
+    backend = Meanwhile(Path(folder), lambda: run({"resume": folder, "micro_batch_tokens": 7, "save_every": 3}))
+    run(given, backend)
+    assert backend.refused == f"{folder} is being trained, exported or verified by another process."
+
+
+@pytest.mark.parametrize("attempt", ["fuse", "verify", "push"])
+def test_a_run_that_is_held_is_not_worked_on(given: dict[str, Any], attempt: str) -> None:
+    folder, _ = run(given)
+    attempts: dict[str, Callable[[], Any]] = {
+        "fuse": lambda: fuse_run(folder, {}, lambda name: Bigram(), Display("quiet")),
+        "verify": lambda: verify_run(folder, lambda name: Bigram(), Display("quiet")),
+        "push": lambda: push(folder, "me/pip", None, True, True, Display("quiet")),
+    }
+    before = files_of(folder)
+    with held(folder), pytest.raises(UserError, match="is being trained, exported or verified by another process"):
+        attempts[attempt]()
+    assert files_of(folder) == before
+
+
+def test_two_that_want_the_same_output_do_not_mix(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second has prepared, as the first has, and both found the folder free."""
+    real = module.prepare
+
+    def overtaken(*args: Any) -> Job:
+        job = real(*args)
+        monkeypatch.setattr(module, "prepare", real)
+        run(given | {"rank": 4})
+        return job
+
+    monkeypatch.setattr(module, "prepare", overtaken)
+    with pytest.raises(UserError, match="holds another run"):
+        run(given)
+    recipe = record.read_recipe(Path(given["output"]))
+    assert recipe.rank == 4
+    assert record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
+
+
+def test_the_lock_stays_and_a_link_in_its_place_is_not_followed(given: dict[str, Any], tmp_path: Path) -> None:
+    folder, _ = run(given)
+    assert (folder / ".lock").exists()
+    (folder / ".lock").unlink()
+    (tmp_path / "victim").write_text("precious")
+    (folder / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="is a link"):
+        run({"resume": str(folder)})
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
+def test_an_output_folder_with_nothing_but_a_lock_is_taken(given: dict[str, Any]) -> None:
+    folder = Path(given["output"])
+    folder.mkdir()
+    (folder / ".lock").touch()  # of a process that was killed before it had written anything
+    assert run(given)[0] == folder
+
+
+def test_a_checkpoint_of_another_recipe_is_not_gone_on_from(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(given, Stops())
+    other = tmp_path / "other"
+    with pytest.raises(Interrupted):
+        run(given | {"output": str(other), "learning_rate": 0.5}, Stops())
+    shutil.rmtree(other / "checkpoints")
+    shutil.copytree(Path(given["output"]) / "checkpoints", other / "checkpoints")
+    with pytest.raises(UserError, match=r"checkpoints/step-000003 was made by another recipe"):
+        run({"resume": str(other)})
+
+
+# --- a stranger's run
+
+
+def test_resuming_takes_no_program_from_the_record(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Interrupted):
+        run(given, Stops())
+    folder = Path(given["output"])
+    known = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(known | {"options": known["options"] | {"llama_cpp": "evil/dir"}}))
+    taken: list[Options] = []
+    real = module.prepare
+
+    def watched(options: Options, *rest: Any) -> Job:
+        taken.append(options)
+        return real(options, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "prepare", watched)
+        options = Options.model_validate({"resume": str(folder)})
+        run_training(options, lambda name: Bigram(), Display("plain"))
+    assert [options.llama_cpp for options in taken] == [None]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in said
 
 
 def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
@@ -257,8 +452,8 @@ def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
 def test_nan_loss_leaves_an_interrupted_run_that_can_go_on(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"not finite at step 5, on the rows rows\.jsonl:"):
         run(given, Bigram(nan_step=5))
-    record = json.loads((Path(given["output"]) / "run.json").read_text())
-    assert (record["status"], record["steps"]) == ("interrupted", 4)
+    known = json.loads((Path(given["output"]) / "run.json").read_text())
+    assert (known["status"], known["steps"]) == ("interrupted", 4)
     run({"resume": given["output"]})
     assert json.loads((Path(given["output"]) / "run.json").read_text())["steps"] == 6
 
@@ -299,9 +494,9 @@ def test_the_result_is_uploaded_at_the_end(given: dict[str, Any], hub: Hub) -> N
     assert TOKEN.encode() not in everything
     for place in (str(folder.parent), given["model"], str(Path.home())):
         assert place.encode() not in everything, place
-    record = json.loads((folder / "run.json").read_text())
-    assert record["pushed"]["repo"] == "me/pip"
-    assert TOKEN not in json.dumps(record)
+    known = json.loads((folder / "run.json").read_text())
+    assert known["pushed"]["repo"] == "me/pip"
+    assert TOKEN not in json.dumps(known)
 
 
 def test_a_failed_upload_loses_nothing(given: dict[str, Any], hub: Hub) -> None:

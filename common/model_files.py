@@ -1,0 +1,124 @@
+"""Which files of a model folder are read; a copy of the folder that holds nothing else, for tokenizers and converters.
+
+A model folder may be a stranger's. llama.cpp's converter loads some tokenizer classes with `trust_remote_code=True`,
+whatever the user wants, so it must never see a folder that holds code or names code that lies elsewhere.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.fuse import shard_files
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_INDEX = "model.safetensors.index.json"
+COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, as they are
+# The files in which `auto_map` names code.
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", *_PROCESSOR_FILES)
+
+# License and safety files of a model's repository; they go wherever its weights go.
+LICENSE_PATTERNS = tuple(f"{word}*" for word in ("LICENSE", "LICENCE", "NOTICE", "Notice", "COPYING", "USE_POLICY"))
+LICENSE_PATTERNS += ("SAFETY*", "*ACCEPTABLE_USE*", "*PROHIBITED_USE*", "*RESPONSIBLE_USE*")
+_LICENSE_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf")
+
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md", *LICENSE_PATTERNS]
+HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns alone would take LICENSE.py along
+
+
+def license_files(folder: Path) -> list[str]:
+    """Names of the folder's license and safety files, sorted: plain texts and PDFs alone."""
+    found = {path for pattern in LICENSE_PATTERNS for path in folder.glob(pattern)}
+    return sorted(path.name for path in found if path.suffix.lower() in _LICENSE_SUFFIXES and path.is_file())
+
+
+def known_files(folder: Path) -> list[Path]:
+    """Everything but the weights that is read of a model folder, as far as it is there."""
+    names = dict.fromkeys((*_CONFIGS, *COPIED, "README.md", *license_files(folder)))
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def stray_links(folder: Path) -> list[Path]:
+    """The files read of the folder, weights included, that are links to a place outside of it.
+
+    The hub's cache is a folder of links: those to its blobs, and to the blobs that repositories share, stay inside.
+    """
+    return [path for path in [*known_files(folder), *shard_files(folder)] if _leads_out(path)]
+
+
+def _leads_out(path: Path) -> bool:
+    folder, target = path.parent.resolve(), path.resolve()
+    inside = [folder]
+    if folder.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/REVISION
+        inside += [folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
+    return not any(target.is_relative_to(place) for place in inside)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder as a dict, without the keys that name code. Raises UserError where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path} is not JSON: {error}", "Fetch the model's files again.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a JSON object.", "Fetch the model's files again.")
+    return dict(_without_code(content))
+
+
+def _without_code(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_code(part) for key, part in value.items() if key != "auto_map"}
+    return [_without_code(part) for part in value] if isinstance(value, list) else value
+
+
+def copy_file(source: Path, out: Path) -> None:
+    """Copy a file of a model folder, a config without the keys that name code. Raises UserError for a stray link."""
+    if _leads_out(source):
+        raise UserError(f"{source} is a link that leads out of its folder, to {source.resolve()}.", LINK_REMEDY)
+    if source.name in _CONFIGS:
+        out.write_text(json.dumps(read_config(source), indent=2) + "\n", encoding="utf-8")
+    else:
+        shutil.copyfile(source, out)
+
+
+LINK_REMEDY = "Where you trust it, put the file itself in the link's place."
+
+
+@contextmanager
+def scrubbed(folder: Path, weights: bool = False) -> Iterator[Path]:
+    """A temporary folder of the same name with the configs and tokenizer files of `folder`, and nothing that is code.
+
+    weights: link the weights too. Raises UserError for a stray link, or a config that is not JSON.
+    """
+    with tempfile.TemporaryDirectory(prefix="twintune-") as temporary:
+        clean = Path(temporary) / (folder.resolve().name or "model")
+        clean.mkdir()
+        for name in dict.fromkeys((*_CONFIGS, *COPIED)):
+            if (folder / name).is_file():
+                copy_file(folder / name, clean / name)
+        for shard in shard_files(folder) if weights else ():
+            (clean / shard.name).symlink_to(shard.resolve())
+        yield clean
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of the folder; no code of the folder is run. Raises what transformers raises."""
+    from transformers import AutoTokenizer
+
+    with scrubbed(folder) as clean:
+        return AutoTokenizer.from_pretrained(clean, local_files_only=True, trust_remote_code=False)

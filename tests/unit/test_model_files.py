@@ -1,0 +1,190 @@
+"""What of a stranger's model folder reaches tokenizers, converters, and whoever the result is given to."""
+
+import ast
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub.utils import filter_repo_objects
+
+from common.config import ROOT
+from common.errors import UserError
+from common.export import Served, write_fused
+from common.gguf import convert
+from common.llamacpp import LlamaCpp
+from common.model_files import HUB_FILES, HUB_IGNORED, license_files, open_tokenizer, scrubbed
+from common.models import resolve
+from common.process import offline_environment
+from common.seam import Adapter
+from tests.tiny import write_model
+from tests.traps import trap_model
+
+NOTHING = Adapter("", 2, 0.0, {})
+
+
+def quiet(share: float, text: str) -> None: ...
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(str(folder), print)
+    return caught.value.what
+
+
+def everything(folder: Path) -> str:
+    return "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+
+
+def test_neither_code_nor_its_names_come_into_a_scrubbed_folder(tmp_path: Path) -> None:
+    folder = trap_model(tmp_path / "model", tmp_path / "marker")
+    with scrubbed(folder, weights=True) as clean:
+        assert clean.name == "model"
+        names = {path.name for path in clean.iterdir()}
+        assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+        assert not [name for name in names if name.endswith(".py") or name in ("notes.md", "LICENSE")]
+        configs = [json.loads((clean / name).read_text()) for name in names if name.endswith("config.json")]
+        assert not [config for config in configs if "auto_map" in json.dumps(config)]
+        assert (clean / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
+        place = clean
+    assert not place.exists()
+
+
+def test_a_word_of_the_vocabulary_is_not_taken_for_a_name_of_code(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    vocabulary = {"auto_map": 7, "a": 8}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    with scrubbed(folder) as clean:
+        assert json.loads((clean / "vocab.json").read_text()) == vocabulary
+
+
+def test_opening_a_tokenizer_runs_nothing_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks whether to run the code"))
+    folder = trap_model(tmp_path / "model", tmp_path / "marker")
+    assert open_tokenizer(folder)("a")["input_ids"] == open_tokenizer(write_model(tmp_path / "plain"))("a")["input_ids"]
+    assert not (tmp_path / "marker").exists()
+
+
+def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
+    folder = trap_model(tmp_path / "model", tmp_path / "marker")
+    write_fused(folder, NOTHING, tmp_path / "fused", Served([2]), quiet)
+    names = [path.name for path in (tmp_path / "fused").iterdir()]
+    assert "LICENSE" in names
+    assert not [name for name in names if name.endswith(".py")]
+    assert "auto_map" not in everything(tmp_path / "fused")
+
+
+def test_the_converter_sees_a_scrubbed_folder_and_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter that does what llama.cpp's may: looks at every file, and at its environment."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    folder, seen = trap_model(tmp_path / "model", tmp_path / "marker"), tmp_path / "seen.json"
+    converter = tmp_path / "convert.py"
+    converter.write_text(
+        "import json, os, sys\nfolder, out = sys.argv[1], sys.argv[sys.argv.index('--outfile') + 1]\n"
+        "config = open(folder + '/config.json').read()\n"
+        "seen = {'files': os.listdir(folder), 'env': dict(os.environ), 'config': config}\n"
+        f"open({str(seen)!r}, 'w').write(json.dumps(seen))\nopen(out, 'w').write('x')\n"
+    )
+    llama = LlamaCpp(converter, tmp_path, tmp_path, "test", "1")
+    convert(folder, tmp_path / "m.gguf", "m", llama, quiet)
+    found = json.loads(seen.read_text())
+    assert not [name for name in found["files"] if name.endswith(".py")]
+    assert "auto_map" not in found["config"]
+    assert "hf_secret" not in str(found["env"])
+
+
+def test_the_tools_environment_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    env = offline_environment()
+    assert "hf_secret" not in env.values()
+    assert env["PATH"] == os.environ["PATH"]
+
+
+def test_only_texts_are_license_files(tmp_path: Path) -> None:
+    names = ("LICENSE", "LICENSE.txt", "NOTICE.md", "USE_POLICY.md", "LICENSE.PDF")
+    for name in (*names, "LICENSE.py", "NOTICE.so", "SAFETY_tok.py", "LICENSE.pyc"):
+        (tmp_path / name).write_text("")
+    assert license_files(tmp_path) == sorted(names)
+
+
+def test_no_code_is_fetched_from_the_hub() -> None:
+    offered = [
+        "config.json",
+        "LICENSE",
+        "LICENSE-MIT",
+        "NOTICE.txt",
+        "LICENSE.py",
+        "SAFETY_tok.py",
+        "NOTICE.pyc",
+        "x.py",
+    ]
+    found = filter_repo_objects(offered, allow_patterns=HUB_FILES, ignore_patterns=HUB_IGNORED)
+    assert list(found) == ["config.json", "LICENSE", "LICENSE-MIT", "NOTICE.txt"]
+
+
+# --- links
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "merges.txt", "tokenizer.json", "model.safetensors", "README.md"])
+def test_a_link_that_leads_out_of_a_model_folder_is_refused(tmp_path: Path, name: str) -> None:
+    folder, secret = write_model(tmp_path / "model"), tmp_path / "id_rsa"
+    if (folder / name).exists():
+        (folder / name).rename(secret)
+    else:
+        secret.write_text("-----BEGIN OPENSSH PRIVATE KEY-----")
+    (folder / name).symlink_to(secret)
+    assert refused(folder) == f"--model {folder}: links in it lead out of the folder: {name} to {secret}."
+
+
+def test_a_scrubbed_folder_follows_no_such_link_either(tmp_path: Path) -> None:
+    """A run's fused folder is never resolved, and may be a stranger's too."""
+    folder, secret = write_model(tmp_path / "model"), tmp_path / "secret"
+    secret.write_text("{}")
+    (folder / "vocab.json").symlink_to(secret)
+    with pytest.raises(UserError, match=r"vocab\.json is a link that leads out of its folder"), scrubbed(folder):
+        pass
+
+
+def test_links_within_the_folder_and_into_the_hubs_blobs_are_fine(tmp_path: Path) -> None:
+    made, cache = write_model(tmp_path / "made"), tmp_path / "hub"
+    snapshot = cache / "models--me--tiny" / "snapshots" / "abc"
+    blobs, shared = cache / "models--me--tiny" / "blobs", cache / "blobs" / "ab"
+    for folder in (snapshot, blobs, shared):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(sorted(made.iterdir())):
+        if number % 2:
+            path.rename(shared / str(number))  # huggingface_hub 2.4: a blob may be a link to one that all share
+            (blobs / str(number)).symlink_to(shared / str(number))
+        else:
+            path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    (snapshot / "LICENSE").write_text("MIT License")
+    (snapshot / "LICENSE.txt").symlink_to("LICENSE")
+    assert resolve(str(snapshot), print) == snapshot
+    with scrubbed(snapshot, weights=True) as clean:
+        assert (clean / "model.safetensors").is_file()
+
+
+# --- so that it cannot come back
+
+
+def _calls(folder: str) -> list[tuple[str, ast.Call]]:
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
+                found.append((f"{path.name}:{node.lineno}", node))
+    return found
+
+
+def _trusts(call: ast.Call) -> bool:
+    values: list[Any] = [word.value for word in call.keywords if word.arg == "trust_remote_code"]
+    return not (len(values) == 1 and isinstance(values[0], ast.Constant) and values[0].value is False)
+
+
+def test_every_from_pretrained_says_that_no_remote_code_is_trusted() -> None:
+    calls = [call for folder in ("common", "torch_backend", "mlx_backend") for call in _calls(folder)]
+    assert len(calls) >= 4
+    assert [place for place, call in calls if _trusts(call)] == []
