@@ -94,7 +94,7 @@ def try_gguf(
         tokens = known.get("sample_tokens", record.read_recipe(run).max_length)
         with display.optional("no sample"), Server(llama, gguf, context=tokens + SAMPLE_TOKENS + _SPARE) as server:
             sample = {"prompt": prompt, "answer": server.chat(prompt, SAMPLE_TOKENS)}
-            display.say(f"llama.cpp, from {gguf.name}: {prompt[-1]['content']!r} -> {sample['answer']!r}")
+            display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), sample["answer"])
     with display.optional("no Modelfile"):
         _write_modelfile(run, gguf, served, prompt, display)
     return sample

@@ -24,6 +24,7 @@ from common.seam import Memory, Progress
 Mode = Literal["rich", "plain", "json", "quiet"]
 _FIGURE = re.compile(r"[-\d.,]+( ?[a-zA-Z%]+)?(  \(.*\))?")  # a number, its unit, a ratio behind it
 _PLAIN_SECONDS = 10.0  # between plain lines of one stage
+_SHOWN_PROMPT = 300  # characters
 
 
 def gigabytes(size: float) -> str:
@@ -97,6 +98,11 @@ class Display:
         self.event("warning", text=text)
         if self.mode != "json":
             self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def sample(self, by: str, prompt: str, answer: str) -> None:
+        """What the tuned model, run by `by`, answers to a prompt of the user's rows, of which the head is shown."""
+        shown = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
+        self.say(f"{by}: {shown!r} -> {answer!r}")
 
     @contextmanager
     def optional(self, what: str) -> Iterator[None]:

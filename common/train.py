@@ -122,7 +122,7 @@ def _sample(job: Job, backend: Backend, final: Adapter, display: Display) -> Non
         pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
         record.update_run(job.run, export={"sample": {"prompt": job.sample, "answer": answer}})
-        display.say(f"{job.plan.backend}: {job.sample[-1]['content']!r} -> {answer!r}")
+        display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
 
 
 class _Watch:

@@ -1,9 +1,11 @@
-"""Model and run folders of a stranger: whatever runs code of theirs leaves a marker file."""
+"""Model folders and programs of a stranger: whatever runs code of theirs leaves a marker file."""
 
 import json
+import sys
 from pathlib import Path
 
-from tests.tiny import write_family
+from common.llamacpp import CONVERTER, OURS, TARGETS
+from tests.tiny import CHATML, write_family
 
 # The one class that llama.cpp's converter for Llama and Mistral loads with trust_remote_code=True.
 DNA = "HybridDNATokenizer"
@@ -14,9 +16,15 @@ def _code(marker: Path) -> str:
     return text + f"class {DNA}:\n    from_pretrained = classmethod(lambda cls, *a, **k: cls())\n    vocab_size = 0\n"
 
 
-def trap_model(folder: Path, marker: Path, tokenizer_class: str | None = None) -> Path:
-    """A tiny Mistral that names its own code wherever transformers looks for it, and brings it as a license file."""
-    write_family(folder, "mistral")
+def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, tokenizer_class: str | None = None) -> Path:
+    """A tiny Mistral that names its own code wherever transformers looks for it, and brings it as a license file.
+
+    vocabulary: one of llama.cpp's, with which it can become a GGUF; without it the tests' own byte-level one.
+    """
+    if vocabulary is None:
+        write_family(folder, "mistral")
+    else:
+        _mistral(folder, vocabulary)
     for name in ("LICENSE.py", "evil.py", "NOTICE.py"):
         (folder / name).write_text(_code(marker))
     (folder / "LICENSE").write_text("MIT License")
@@ -29,4 +37,40 @@ def trap_model(folder: Path, marker: Path, tokenizer_class: str | None = None) -
         if tokenizer_class and name == "tokenizer_config.json":
             content["tokenizer_class"] = tokenizer_class
         path.write_text(json.dumps(content | {"auto_map": names}))
+    return folder
+
+
+def _mistral(folder: Path, vocabulary: Path) -> None:
+    import torch
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def trap_llama_cpp(folder: Path, marker: Path) -> Path:
+    """A folder with a script in place of each program of llama.cpp."""
+    folder.mkdir()
+    for name in (CONVERTER, *TARGETS, *OURS):
+        (folder / name).write_text(f"#!{sys.executable}\nopen({str(marker)!r}, 'a').write(__file__)\n")
+        (folder / name).chmod(0o755)
     return folder
