@@ -413,6 +413,13 @@ def _terminated(number: int, frame: object) -> None:
     raise KeyboardInterrupt  # so that servers and temporary files are cleaned up
 
 
+def _complain(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # the terminal is gone; the exit status still says what happened
+
+
 def main() -> None:
     argv = sys.argv[1:]
     signal.signal(signal.SIGTERM, _terminated)
@@ -430,17 +437,17 @@ def main() -> None:
         else:
             app.cli(args=argv, prog="twintune", description=_ABOUT, config=(tyro.conf.FlagCreatePairsOff,))
     except UserError as error:
-        print(f"error: {error.what}\nfix:   {error.fix}", file=sys.stderr)
+        _complain(f"error: {error.what}\nfix:   {error.fix}")
         if os.environ.get("TWINTUNE_TRACEBACK"):
             raise
         sys.exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        print(f"error: {error.strerror or error}: {error.filename or ''}\nfix:   Look at that path.", file=sys.stderr)
+        _complain(f"error: {error.strerror or error}: {error.filename or ''}\nfix:   Look at that path.")
         if os.environ.get("TWINTUNE_TRACEBACK"):
             raise
         sys.exit(1)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _complain("stopped")
         sys.exit(130)
 
 

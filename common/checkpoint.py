@@ -114,6 +114,7 @@ def latest(run: Path, recipe_hash: str | None = None) -> tuple[State, Adapter, O
             f"{folder} was made by another recipe ({str(own)[:12]}) than the run's ({str(recipe_hash)[:12]}).",
             f"Remove {folder} to go on from the checkpoint before it; or start a new run.",
         )
+    plain.setdefault("evaluated", plain["step"])  # an older version saved only after the validation
     plain |= _evaluation(folder)
     of_this_step = plain.get("best_step") == plain["step"]
     best = folder if of_this_step else folder / "best"

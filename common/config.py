@@ -384,6 +384,8 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
     merged: dict[str, Any] = {}
     if isinstance(config, str):
         _anchor(written, Path(config))
+        if written.pop("llama_cpp", None) is not None:  # the file may be a stranger's
+            faults.append(f"{config}: llama_cpp names programs: give it by --llama-cpp or LLAMA_CPP_DIR, not in a file")
     for family in FAMILIES:  # their parts mean something only together: one in YAML, another among the flags
         if any(key in flags for key in family if key != "batch_size"):
             flags = {key: written.pop(key) for key in family if key in written} | flags
@@ -415,7 +417,7 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
 def _anchor(written: dict[str, Any], config: Path) -> None:
     """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
     folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
-    paths = ("data", "model", "llama_cpp", "adapter", "chat_template")
+    paths = ("data", "model", "adapter", "chat_template")
     for key in [*paths, *(other for other, name in SAME.items() if name in paths)]:
         value = written.get(key)
         if isinstance(value, str) and (ours or not Path(value).exists()) and (folder / value).exists():

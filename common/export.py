@@ -80,7 +80,8 @@ def _write_served(out: Path, served: Served) -> None:
         (out / "chat_template.json").unlink(missing_ok=True)
         if config is not None:
             config.pop("chat_template", None)
-    tokens = _read_json(out / "tokenizer.json") or {}
+    path = out / "tokenizer.json"
+    tokens = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
     if config is not None:
         decoder = config.get("added_tokens_decoder") or {}

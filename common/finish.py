@@ -117,7 +117,7 @@ def finish(
         record.update_run(run, verify=None)  # of what was there before
         keep(fused="fused", fuse_into=options.fuse_into)
     if "convert" in through and llama is not None:
-        keep(**write_ggufs(run, folder, options, llama, ledger, display))
+        write_ggufs(run, folder, options, llama, ledger, display, keep)
         with timed(seconds, "try"):
             keep(sample=try_gguf(run, export["gguf"][0], served, llama, display))
     if "lora" in through and llama is not None:

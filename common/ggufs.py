@@ -1,6 +1,8 @@
 """The GGUFs of a run: converted, weighed, quantised, shown, tried; and the adapter alone as one."""
 
+import json
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from common.gguf_lora import write_gguf_lora
 from common.imatrix import calibration_text, make_imatrix
 from common.llamacpp import LlamaCpp
 from common.loading import TEMPLATE
+from common.model_files import names_code
 from common.modelfile import write_modelfile
 from common.prepare import source_name
 from common.probes import data_of, encoder_of
@@ -35,17 +38,24 @@ def write_ggufs(
     llama: LlamaCpp,
     ledger: Ledger,
     display: Display,
-) -> dict[str, Any]:
-    """The GGUFs of the fused folder, shown; what goes on record. WHOLE is left beside them.
+    keep: Callable[..., None],
+) -> None:
+    """Make the GGUFs of the fused folder and show them. WHOLE is left beside them.
 
-    folder: the base model's.
+    folder: the base model's. keep: puts what is made on record, each file as soon as it is there.
     """
     text = _calibration(run, folder, options) if options.imatrix else None
+    earlier = [r for r in record.read_run(run).get("export", {}).get("gguf", []) if (run / r["file"]).is_file()]
+    reports: list[dict[str, Any]] = []
+
+    def made(report: dict[str, Any]) -> None:
+        reports.append(report)
+        names = {report["name"] for report in reports}
+        keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
+
     with display.stage("gguf") as progress:
         name = source_name(options.model)
-        reports = convert_and_quantize(
-            run / "fused", run / "gguf", name, options.quant, llama, progress, ledger, calibration=text
-        )
+        convert_and_quantize(run / "fused", run / "gguf", name, options.quant, llama, progress, ledger, text, made)
     display.table(
         "GGUF",
         ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
@@ -68,16 +78,9 @@ def write_ggufs(
         known = [QuantReport(**{k: report[k] for k in QuantReport.__dataclass_fields__}) for report in reports]
         if better := advice(run / "gguf" / WHOLE, known, llama):
             display.say(better)
-    first, tower = run / reports[0]["file"], run / "gguf" / MMPROJ
-    export = record.read_run(run).get("export", {})
-    if export.get("fuse_into") == options.fuse_into:
-        names = {report["name"] for report in reports}
-        reports += [r for r in export.get("gguf", []) if r.get("name") not in names and (run / r["file"]).is_file()]
-    found: dict[str, Any] = {"gguf": reports}
-    if tower.is_file():
-        found["mmproj"] = str(tower.relative_to(run))
-        display.say(f"its vision tower, for images: llama-server -m {first} --mmproj {tower}")
-    return found
+    if (tower := run / "gguf" / MMPROJ).is_file():
+        keep(mmproj=str(tower.relative_to(run)))
+        display.say(f"its vision tower, for images: llama-server -m {run / reports[0]['file']} --mmproj {tower}")
 
 
 def try_gguf(
@@ -90,8 +93,8 @@ def try_gguf(
     known = record.read_run(run)
     gguf, prompt, sample = run / report["file"], known["sample_prompt"], None
     if prompt:
-        # a run of an older version does not know its prompt's length, and may have kept no row so long
-        tokens = known.get("sample_tokens", record.read_recipe(run).max_length)
+        # a run of an older version does not know its prompt's length; a token has at least a byte
+        tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
         with display.optional("no sample"), Server(llama, gguf, context=tokens + SAMPLE_TOKENS + _SPARE) as server:
             sample = {"prompt": prompt, "answer": server.chat(prompt, SAMPLE_TOKENS)}
             display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), sample["answer"])
@@ -123,7 +126,9 @@ def write_lora(
     if served.template is not None:  # the base's own may prompt otherwise than training did
         command += ["--jinja", "--chat-template-file", run / TEMPLATE]
     display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
-    if base == "BASE.gguf":
+    if base == "BASE.gguf" and names_code(folder):
+        display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: see to that first")
+    elif base == "BASE.gguf":
         command = ["python", llama.converter, folder, "--outfile", base]
         display.say(f"which is made by: {shlex.join(map(str, command))}")
     return str(out.relative_to(run))
@@ -151,8 +156,9 @@ def convert_and_quantize(
     progress: Progress,
     ledger: Ledger,
     calibration: tuple[str, int] | None = None,
-) -> list[dict[str, Any]]:
-    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; a report of each.
+    made: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> None:
+    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; `made` gets a report of each at once.
 
     The vision tower of a multimodal model, where it can be converted, goes to MMPROJ. calibration: text and its tokens
     for an importance matrix. The bf16 one, WHOLE, stays.
@@ -160,15 +166,10 @@ def convert_and_quantize(
     whole = out / WHOLE
     with ledger.stage("convert", whole):
         convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
-    if has_vision(fused) and not vision_fault(fused):
-        tower = out / MMPROJ
-        with ledger.stage("convert", tower):
-            write_mmproj(fused, tower, name, llama, lambda share, text: progress(0.5, text))
     matrix = out / "imatrix.gguf" if calibration else None
     if calibration and matrix:
         with ledger.stage("imatrix", matrix):
             make_imatrix(whole, *calibration, matrix, llama, progress)
-    reports = []
     for number, quant in enumerate(quants):
         guided = matrix if quant not in UNGUIDED else None
         target = out / f"model-{quant}{'-imatrix' if guided else ''}.gguf"
@@ -181,9 +182,12 @@ def convert_and_quantize(
         else:
             with ledger.stage("quantise", target):
                 report = quantize(whole, target, quant, llama, part, guided)
-        reports.append(
+        made(
             {"name": target.stem.removeprefix("model-"), "file": str(target.relative_to(out.parent)), **asdict(report)}
         )
     if matrix:
         matrix.unlink()
-    return reports
+    if has_vision(fused) and not vision_fault(fused):
+        tower = out / MMPROJ
+        with ledger.stage("convert", tower):
+            write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))

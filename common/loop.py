@@ -57,7 +57,7 @@ def train(
     """From `state` to the recipe's last step; evaluates, saves and logs on the way.
 
     A step is saved before it is validated, so that a stop or a kill within a long validation loses nothing; a
-    validation that was broken off is done again when the run goes on. `seconds` is told what training, validation and
+    validation that was broken off is done again when the run goes on. `seconds` gets what training, validation and
     saving took, each by itself. Raises Interrupted after a requested stop, UserError for a loss that is not finite or
     memory that no cut saves.
     """
@@ -149,8 +149,6 @@ def train(
                 raise Interrupted(run)
             if evaluates:
                 validate(saves)
-    if observer.stop_requested():  # after the last step: the export is left for later too
-        raise Interrupted(run)
     return state
 
 
@@ -320,7 +318,9 @@ def _open_metrics(path: Path, step: int, owed: bool):
     """Open for appending, without the lines of what a resumed run will do again: steps after `step`, and where it is
     `owed` the validation after `step`."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step - (owed and "valid_loss" in line)]
+    kept = [line for line in lines if _step_of(line) <= step]
+    if owed:
+        kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)

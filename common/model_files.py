@@ -5,6 +5,7 @@ whatever the user wants, so it must never see a folder that holds code or names 
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", *_
 # License and safety files of a model's repository; they go wherever its weights go.
 LICENSE_PATTERNS = tuple(f"{word}*" for word in ("LICENSE", "LICENCE", "NOTICE", "Notice", "COPYING", "USE_POLICY"))
 LICENSE_PATTERNS += ("SAFETY*", "*ACCEPTABLE_USE*", "*PROHIBITED_USE*", "*RESPONSIBLE_USE*")
-_LICENSE_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf")
+_LICENSE_SUFFIX = re.compile(r"|\.(txt|md|rst|pdf|html)|\.\d+", re.IGNORECASE)  # the last: LICENSE-APACHE-2.0
 
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md", *LICENSE_PATTERNS]
 HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns alone would take LICENSE.py along
@@ -44,7 +45,7 @@ HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns alone would take LICENSE
 def license_files(folder: Path) -> list[str]:
     """Names of the folder's license and safety files, sorted: plain texts and PDFs alone."""
     found = {path for pattern in LICENSE_PATTERNS for path in folder.glob(pattern)}
-    return sorted(path.name for path in found if path.suffix.lower() in _LICENSE_SUFFIXES and path.is_file())
+    return sorted(path.name for path in found if _LICENSE_SUFFIX.fullmatch(path.suffix) and path.is_file())
 
 
 def known_files(folder: Path) -> list[Path]:
@@ -56,28 +57,47 @@ def known_files(folder: Path) -> list[Path]:
 def stray_links(folder: Path) -> list[Path]:
     """The files read of the folder, weights included, that are links to a place outside of it.
 
-    The hub's cache is a folder of links: those to its blobs, and to the blobs that repositories share, stay inside.
+    The hub's cache is made of links to its own blobs: those are fine, from within it and from elsewhere.
     """
     return [path for path in [*known_files(folder), *shard_files(folder)] if _leads_out(path)]
 
 
 def _leads_out(path: Path) -> bool:
     folder, target = path.parent.resolve(), path.resolve()
-    inside = [folder]
-    if folder.parent.name == "snapshots":  # CACHE/models--OWNER--NAME/snapshots/REVISION
-        inside += [folder.parents[1] / "blobs", folder.parents[2] / "blobs"]
-    return not any(target.is_relative_to(place) for place in inside)
+    if target.is_relative_to(folder):
+        return False
+    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):  # a cache somewhere else
+        return not target.is_relative_to(folder.parents[1] / "blobs") and not _in_hub_cache(target)
+    return not _in_hub_cache(target)
+
+
+def _in_hub_cache(path: Path) -> bool:
+    """Whether it is one of the blobs of the user's hub cache, of one repository or shared by all."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE).resolve()
+    return path.is_relative_to(cache) and "blobs" in path.relative_to(cache).parts[:2]
+
+
+def names_code(folder: Path) -> bool:
+    """Whether the folder holds Python, or a config in it names code."""
+    configs = [folder / name for name in _CONFIGS if (folder / name).is_file()]
+    return any(folder.glob("*.py")) or any(_read_json(path) != read_config(path) for path in configs)
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder as a dict, without the keys that name code. Raises UserError where it is none."""
+    return dict(_without_code(_read_json(path)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"{path} is not JSON: {error}", "Fetch the model's files again.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object.", "Fetch the model's files again.")
-    return dict(_without_code(content))
+    return content
 
 
 def _without_code(value: Any) -> Any:
@@ -88,12 +108,16 @@ def _without_code(value: Any) -> Any:
 
 def copy_file(source: Path, out: Path) -> None:
     """Copy a file of a model folder, a config without the keys that name code. Raises UserError for a stray link."""
-    if _leads_out(source):
-        raise UserError(f"{source} is a link that leads out of its folder, to {source.resolve()}.", LINK_REMEDY)
-    if source.name in _CONFIGS:
-        out.write_text(json.dumps(read_config(source), indent=2) + "\n", encoding="utf-8")
+    _check_link(source)
+    if source.name in _CONFIGS and (content := read_config(source)) != _read_json(source):
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(source, out)
+
+
+def _check_link(path: Path) -> None:
+    if _leads_out(path):
+        raise UserError(f"{path} is a link that leads out of its folder, to {path.resolve()}.", LINK_REMEDY)
 
 
 LINK_REMEDY = "Where you trust it, put the file itself in the link's place."
@@ -112,6 +136,7 @@ def scrubbed(folder: Path, weights: bool = False) -> Iterator[Path]:
             if (folder / name).is_file():
                 copy_file(folder / name, clean / name)
         for shard in shard_files(folder) if weights else ():
+            _check_link(shard)
             (clean / shard.name).symlink_to(shard.resolve())
         yield clean
 

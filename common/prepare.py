@@ -193,15 +193,12 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
 
 
 def _sample_prompt(*parts: tuple[list[Example], Fitted]) -> tuple[list[dict[str, Any]], int]:
-    """`(the prompt of the first chat row that is trained or validated on, the tokens of that row)`; `([], 0)` without.
-
-    A row that is complete comes before one that was cut.
-    """
+    """`(the prompt of the first chat row that was kept complete, the tokens of that row)`; `([], 0)` without one."""
     for examples, fitted in parts:
         by_source = {example.source: example for example in examples}
         cut = {row.source for row in fitted.truncated}
-        for row in (*(row for row in fitted.rows if row.source not in cut), *fitted.truncated):
-            if by_source[row.source].text is None:
+        for row in fitted.rows:
+            if row.source not in cut and by_source[row.source].text is None:
                 return prompt_of(by_source[row.source]), len(row.ids)
     return [], 0
 

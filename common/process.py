@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 
-def capture(command: list[str], seconds: float, lines: int = 15) -> tuple[int, str]:
+def capture(command: list[str], seconds: float, lines: int = 15, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a command for at most `seconds`; its exit status and the last `lines` it printed."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=env
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, str(error)
     return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-lines:])

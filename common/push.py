@@ -12,7 +12,7 @@ from typing import Any
 from common import record
 from common.card import PARTS, card, parts_of
 from common.errors import UserError
-from common.model_files import COPIED, license_files
+from common.model_files import COPIED, license_files, read_config
 from common.progress import Display, gigabytes
 from common.run_lock import held
 from common.terms import Terms, is_hub_name
@@ -40,18 +40,11 @@ def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: b
     if known["status"] != "complete":
         raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
     with held(run):
-        _push_held(run, known, repo, what, private, dry_run, display)
+        _push_held(run, repo, what, private, dry_run, display)
 
 
-def _push_held(
-    run: Path,
-    known: dict[str, Any],
-    repo: str,
-    what: list[str] | None,
-    private: bool,
-    dry_run: bool,
-    display: Display,
-) -> None:
+def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
+    known = record.read_run(run)
     if "base" not in known:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
     files = files_of(run, what or [])
@@ -113,9 +106,9 @@ def _public(path: Path) -> Path | bytes:
     """The file, or its contents without a path of this machine where a config names its base by one."""
     if path.suffix != ".json" or "config" not in path.name:
         return path
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_config(path)  # without the keys that name code: an older version left them in
     private = [key for key in _PATH_KEYS if content.get(key) and not is_hub_name(str(content[key]))]
-    if not private:
+    if not private and content == json.loads(path.read_text(encoding="utf-8")):
         return path
     return (json.dumps(content | {key: Path(content[key]).name for key in private}, indent=2) + "\n").encode()
 

@@ -29,7 +29,7 @@ def read_run(run: Path, *needed: str) -> dict[str, Any]:
     """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`.
 
     A run may be a stranger's, so the one option that names a program, `llama_cpp`, is never among its `options`; it
-    stands under `named_llama_cpp`, to be told of.
+    stands under `named_llama_cpp`, for say_llama.
     """
     try:
         content = json.loads((run / "run.json").read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def read_run(run: Path, *needed: str) -> dict[str, Any]:
 
 
 def say_llama(known: dict[str, Any], given: str | None, display: Display) -> None:
-    """Tell the user where a run was made with a llama.cpp of its own, and none is given now. `known`: read_run's."""
+    """Say so where a run was made with a llama.cpp of its own and none is given now. `known`: read_run's."""
     if (named := known.get("named_llama_cpp")) and given is None:
         display.say(
             f"The run was made with --llama-cpp {named!r}. A program is never taken from a run's record: to use that "

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.llamacpp import LlamaCpp
 from common.process import capture
 from common.progress import Display
-from common.server import Server, free_port
+from common.server import Server, free_port, server_environment
 from common.voices import choose, llama_of
 
 # Nobody reads others' prompts, and no web page is given an answer together with the browser's credentials.
@@ -44,7 +44,10 @@ def serve(
     with Server(llama, target.path, context, slots, host=host, port=port, flags=_flags(llama, display), key=key) as up:
         url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
-        head = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $LLAMA_API_KEY"' if key else "")
+        head = "-H 'Content-Type: application/json'"
+        if key:
+            shown = "$LLAMA_API_KEY" if key == os.environ.get("LLAMA_API_KEY") else "KEY"
+            head += f' -H "Authorization: Bearer {shown}"'
         display.say(f"{target.path.name} at {url}/v1 (OpenAI-compatible); Ctrl-C stops it. Try:")
         display.say(f"curl {url}/v1/chat/completions {head} -d {shlex.quote(body)}")
         try:
@@ -75,7 +78,7 @@ def is_loopback(host: str) -> bool:
 
 def _flags(llama: LlamaCpp, display: Display) -> list[str]:
     """_SAFER as far as this llama-server knows them: an older one would not start."""
-    known = capture([str(llama.server), "--help"], 60, lines=10_000)[1]
+    known = capture([str(llama.server), "--help"], 60, lines=10_000, env=server_environment())[1]
     if missing := [flag for flag in _SAFER if flag not in known]:
         display.warn(f"{llama.server} knows no {' or '.join(missing)}: it is served without")
     return [flag for flag in _SAFER if flag not in missing]

@@ -27,7 +27,7 @@ class Server:
 
     context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
     llama.cpp's own choice where None. lora: a LoRA GGUF to add to the model. template: a chat template file in place of
-    the GGUF's. port: 0 takes a free one. flags: further ones of llama-server; RAW leaves thoughts in the answer.
+    the GGUF's. port: 0 takes a free one. flags: further ones of llama-server; RAW leaves reasoning in the answer.
     key: what every request must bring; this class's own methods bring none. Raises UserError where the port is taken,
     or the server does not come up within `timeout` seconds or dies; its last lines are in the message.
     """
@@ -64,8 +64,7 @@ class Server:
             command += ["--lora", str(self.lora)]
         if self.threads:
             command += ["-t", str(self.threads)]
-        # llama-server reads LLAMA_ARG_* and LLAMA_API_KEY: the user's own would change what is being verified.
-        env = {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
+        env = server_environment()
         if self.key:
             env["LLAMA_API_KEY"] = self.key  # not a flag: `ps` shows those to everybody
         handle, name = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
@@ -214,6 +213,11 @@ class Server:
     def _dead(self, what: str) -> UserError:
         lines = self._log.read_text(errors="replace").splitlines()[-15:] if self._log.is_file() else []
         return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _SERVER_REMEDY)
+
+
+def server_environment() -> dict[str, str]:
+    """Without LLAMA_ARG_* and LLAMA_API_KEY, which llama-server reads: they would change what is being verified."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
 
 
 def read_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:

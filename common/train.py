@@ -106,6 +106,8 @@ def _train(
                 peak_rss_bytes=max(resident.process_peak(), before.get("peak_rss_bytes", 0)),
                 swap_growth_bytes=max(swap_used() - swap, before.get("swap_growth_bytes", 0)),
             )
+    if heard:  # after the last step: the export is left for later too
+        raise Interrupted(job.run)
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     record.update_run(job.run, exported_adapter=exported, exported_step=step)
@@ -121,7 +123,8 @@ def _sample(job: Job, backend: Backend, final: Adapter, display: Display) -> Non
         voice = trained_voice(backend, job.folder, served.template, served.stops, think, "", True, context)
         pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
-        record.update_run(job.run, export={"sample": {"prompt": job.sample, "answer": answer}})
+        earlier = record.read_run(job.run).get("export", {})
+        record.update_run(job.run, export=earlier | {"sample": {"prompt": job.sample, "answer": answer}})
         display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
 
 
@@ -149,7 +152,7 @@ def _stop_signals(tell: Callable[[], None]) -> Iterator[list[int]]:
     """Ctrl-C, SIGTERM and a terminal that hangs up are noted, so that the step ends and is saved; yields those heard.
 
     `tell` is called at the first. A second Ctrl-C acts at once; a system that sends SIGHUP and then SIGTERM means one
-    stop. Whom nohup told to ignore SIGHUP ignores it.
+    stop. Under nohup, which ignores SIGHUP, it stays ignored.
     """
     heard: list[int] = []
 

@@ -56,7 +56,7 @@ def verify_held(
     whole: Path | None,
     llama_cpp: str | None,
 ) -> list[Check]:
-    """The last thing that an export does; the caller holds the run. `whole`: the bf16 GGUF, where it is still there.
+    """Every check that was made, kept in run.json too. The caller holds the run. `whole`: the bf16 GGUF, or None.
 
     Raises UserError where something that is needed is missing: base, data, fused folder, GGUF, a backend.
     """

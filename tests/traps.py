@@ -16,13 +16,14 @@ def _code(marker: Path) -> str:
     return text + f"class {DNA}:\n    from_pretrained = classmethod(lambda cls, *a, **k: cls())\n    vocab_size = 0\n"
 
 
-def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, tokenizer_class: str | None = None) -> Path:
-    """A tiny Mistral that names its own code wherever transformers looks for it, and brings it as a license file.
+def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, tokenizer_class: str = "") -> Path:
+    """A tiny model that names its own code wherever transformers looks for it, and brings it as a license file.
 
-    vocabulary: one of llama.cpp's, with which it can become a GGUF; without it the tests' own byte-level one.
+    vocabulary: one of llama.cpp's, with which a Mistral can become a GGUF. Without one it is a Llama, of which
+    transformers asks whether to run the code, and tokenizer_config.json names no class, or `tokenizer_class`.
     """
     if vocabulary is None:
-        write_family(folder, "mistral")
+        write_family(folder, "llama")
     else:
         _mistral(folder, vocabulary)
     for name in ("LICENSE.py", "evil.py", "NOTICE.py"):
@@ -34,8 +35,9 @@ def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, token
     for name in ("config.json", "tokenizer_config.json", "processor_config.json"):
         path = folder / name
         content = json.loads(path.read_text()) if path.exists() else {}
-        if tokenizer_class and name == "tokenizer_config.json":
-            content["tokenizer_class"] = tokenizer_class
+        if name == "tokenizer_config.json" and (tokenizer_class or vocabulary is None):
+            content.pop("tokenizer_class", None)
+            content |= {"tokenizer_class": tokenizer_class} if tokenizer_class else {}
         path.write_text(json.dumps(content | {"auto_map": names}))
     return folder
 

@@ -94,7 +94,10 @@ def test_a_converter_that_trusts_code_finds_none(place: Path, llama: LlamaCpp) -
 
 
 def test_rows_are_checked_without_running_the_model(place: Path, run: Path) -> None:
-    twintune(place, "check-data", "data", "--model", "model", input="y\n" * 20)
+    trap_model(place / "llama-model", place / "marker")  # of which transformers would ask whether to run its code
+    for model in ("model", "llama-model"):
+        out = twintune(place, "check-data", "data", "--model", model, input="y\n" * 20)
+        assert "custom code" not in out
     assert nothing_ran(place)
 
 
@@ -111,6 +114,22 @@ def theirs(place: Path, run: Path) -> Path:
     )
     (run / "fused" / "evil.py").write_text((place / "model" / "evil.py").read_text())
     return run
+
+
+def test_a_link_in_their_run_is_not_written_through(place: Path, theirs: Path) -> None:
+    victim, link = place / "bashrc", theirs / "run.json.tmp"
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    for words in (
+        ("verify", "run"),
+        ("fuse", "run"),
+        ("train", "--resume", "run"),
+        ("push", "run", "me/x", "--dry-run"),
+    ):
+        out = said(twintune(place, *words, code=1))
+        assert f"links in it lead out of the folder: run.json.tmp to {victim}" in out
+    link.unlink()
+    assert victim.read_text() == "precious"
 
 
 NAMED = "The run was made with --llama-cpp 'llama'. A program is never taken from a run's record"

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from common.card import base_form, card, parts_of
-from common.terms import KNOWN, Terms, copy_terms, find_terms, license_files, read_front_matter
+from common.model_files import license_files
+from common.terms import KNOWN, Terms, copy_terms, find_terms, read_front_matter
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]

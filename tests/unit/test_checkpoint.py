@@ -272,4 +272,4 @@ def test_a_checkpoint_of_an_older_version_knows_no_recipe_and_is_taken(tmp_path:
     (folder / "COMPLETE").write_text(json.dumps(hashes))
     found = latest(tmp_path, RECIPE)
     assert found is not None
-    assert (found[0].step, found[0].evaluated) == (1, 0)
+    assert (found[0].step, found[0].evaluated) == (1, 1)  # that version had validated before it saved

@@ -255,3 +255,12 @@ def test_every_recipe_in_configs_is_valid_and_short() -> None:
         load_options({"config": str(path)})
         assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
         assert read_yaml(path), path
+
+
+def test_a_file_names_no_program(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.yaml"
+    path.write_text("model: x/y\nllama-cpp: llama\n")
+    with pytest.raises(UserError, match=r"theirs\.yaml: llama_cpp names programs: give it by --llama-cpp"):
+        load_options({"config": str(path)})
+    path.write_text("model: x/y\n")
+    assert load_options({"config": str(path), "llama_cpp": "mine"})[0].llama_cpp == "mine"

@@ -532,17 +532,6 @@ def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_
     assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
 
 
-def test_a_stop_after_the_last_step_leaves_the_export_for_later(tmp_path: Path) -> None:
-    class Late(Watch):
-        def stop_requested(self) -> bool:
-            return len(self.evaluations) == 2  # of the last step
-
-    with pytest.raises(Interrupted):
-        run(tmp_path, watch=Late())
-    _, backend = run(tmp_path, resume=True)
-    assert backend.calls == []
-
-
 def test_checkpoints_come_by_time_too(tmp_path: Path) -> None:
     seldom = {"save_every": 100, "save_minutes": 1e-9}
     run(tmp_path / "a", the_plan=plan(**seldom))

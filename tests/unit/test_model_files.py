@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common.errors import UserError
 from common.export import Served, write_fused
 from common.gguf import convert
 from common.llamacpp import LlamaCpp
-from common.model_files import HUB_FILES, HUB_IGNORED, license_files, open_tokenizer, scrubbed
+from common.model_files import HUB_FILES, HUB_IGNORED, license_files, names_code, open_tokenizer, scrubbed
 from common.models import resolve
 from common.process import offline_environment
 from common.seam import Adapter
@@ -60,10 +61,18 @@ def test_a_word_of_the_vocabulary_is_not_taken_for_a_name_of_code(tmp_path: Path
 
 
 def test_opening_a_tokenizer_runs_nothing_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks whether to run the code"))
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *args: asked.append("asked") or "y")
     folder = trap_model(tmp_path / "model", tmp_path / "marker")
     assert open_tokenizer(folder)("a")["input_ids"] == open_tokenizer(write_model(tmp_path / "plain"))("a")["input_ids"]
+    assert asked == []
     assert not (tmp_path / "marker").exists()
+    from transformers import AutoTokenizer
+
+    with suppress(AttributeError):  # the code is a stub, and no tokenizer
+        AutoTokenizer.from_pretrained(folder)
+    assert asked  # so the trap is one: without these precautions it asks, and on a yes it snaps
+    assert (tmp_path / "marker").exists()
 
 
 def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
@@ -103,7 +112,7 @@ def test_the_tools_environment_has_no_token(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_only_texts_are_license_files(tmp_path: Path) -> None:
-    names = ("LICENSE", "LICENSE.txt", "NOTICE.md", "USE_POLICY.md", "LICENSE.PDF")
+    names = ("LICENSE", "LICENSE.txt", "NOTICE.md", "USE_POLICY.md", "LICENSE.PDF", "LICENSE-APACHE-2.0")
     for name in (*names, "LICENSE.py", "NOTICE.so", "SAFETY_tok.py", "LICENSE.pyc"):
         (tmp_path / name).write_text("")
     assert license_files(tmp_path) == sorted(names)
@@ -147,14 +156,19 @@ def test_a_scrubbed_folder_follows_no_such_link_either(tmp_path: Path) -> None:
         pass
 
 
-def test_links_within_the_folder_and_into_the_hubs_blobs_are_fine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ours", [True, False], ids=["the user's cache", "a cache somewhere else"])
+def test_links_within_the_folder_and_into_the_hubs_blobs_are_fine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
     made, cache = write_model(tmp_path / "made"), tmp_path / "hub"
+    if ours:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     snapshot = cache / "models--me--tiny" / "snapshots" / "abc"
     blobs, shared = cache / "models--me--tiny" / "blobs", cache / "blobs" / "ab"
     for folder in (snapshot, blobs, shared):
         folder.mkdir(parents=True)
     for number, path in enumerate(sorted(made.iterdir())):
-        if number % 2:
+        if ours and number % 2:
             path.rename(shared / str(number))  # huggingface_hub 2.4: a blob may be a link to one that all share
             (blobs / str(number)).symlink_to(shared / str(number))
         else:
@@ -165,6 +179,39 @@ def test_links_within_the_folder_and_into_the_hubs_blobs_are_fine(tmp_path: Path
     assert resolve(str(snapshot), print) == snapshot
     with scrubbed(snapshot, weights=True) as clean:
         assert (clean / "model.safetensors").is_file()
+    if ours:  # as `hf download --local-dir` once made them
+        (tmp_path / "local").mkdir()
+        for path in (path for path in snapshot.iterdir() if not path.name.startswith("LICENSE")):
+            (tmp_path / "local" / path.name).symlink_to(path.resolve())
+        assert resolve(str(tmp_path / "local"), print) == tmp_path / "local"
+
+
+def test_a_folder_that_only_looks_like_the_hubs_cache_gets_nothing_from_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "theirs" / "snapshots" / "abc")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").write_text("x")
+    (folder / "LICENSE").symlink_to(tmp_path / "blobs" / "secret")
+    assert "LICENSE to " in refused(folder)
+
+
+def test_a_fused_folders_weights_may_be_no_stray_link_either(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(UserError, match="leads out of its folder"), scrubbed(folder, weights=True):
+        pass
+
+
+def test_a_folder_with_code_is_known_as_such(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    assert not names_code(folder)
+    (folder / "evil.py").write_text("")
+    assert names_code(folder)
+    (folder / "evil.py").unlink()
+    (folder / "config.json").write_text('{"\\u0061uto_map": {}}')
+    assert names_code(folder)
+    with scrubbed(folder) as clean:
+        assert json.loads((clean / "config.json").read_text()) == {}
 
 
 # --- so that it cannot come back

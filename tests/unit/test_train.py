@@ -274,6 +274,38 @@ def test_every_way_to_stop_saves_first(
     assert capfd.readouterr().err == told  # once, however many signals came
 
 
+def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str, Any]) -> None:
+    class Late(Bigram):
+        """The signal comes when the loop has looked for the last time: nothing but the peak is still asked for."""
+
+        validated = False
+
+        def eval_step(self, batch: Any) -> Any:
+            self.validated = self.optimizer.step == 6
+            return super().eval_step(batch)
+
+        def memory(self) -> Any:
+            if self.validated:
+                signal.raise_signal(signal.SIGTERM)
+            return super().memory()
+
+    with pytest.raises(Interrupted):
+        run(given | {"export": "fused"}, Late())
+    folder = Path(given["output"])
+    assert not (folder / "fused").exists()
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    _, backend = run({"resume": str(folder)})
+    assert (backend.calls, (folder / "fused").exists()) == ([], True)
+
+
+def test_another_export_at_a_resume_leaves_the_ggufs_on_record(given: dict[str, Any]) -> None:
+    folder, _ = run(given)
+    reports = [{"name": "Q4_K_M", "quant": "Q4_K_M", "file": "gguf/model-Q4_K_M.gguf"}]
+    record.update_run(folder, export={"gguf": reports})
+    run({"resume": str(folder), "export": "fused"})
+    assert record.read_run(folder)["export"]["gguf"] == reports
+
+
 def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(given, sent([signal.SIGINT, signal.SIGINT])())
@@ -314,6 +346,15 @@ def test_the_sample_is_of_a_row_that_was_kept(given: dict[str, Any], tmp_path: P
     dropped = ready(given, data=str(folder), max_length=150)
     assert dropped.sample == [{"role": "user", "content": "Short?"}]
     assert dropped.sample_tokens == len(dropped.valid[0].ids) < 150
+    assert ready(given, data=str(folder), max_length=150, overflow="truncate").sample == dropped.sample
+    (folder / "valid.jsonl").write_text(json.dumps(chat("Q", "a long answer " * 80)) + "\n")
+    first = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
+    cut = ready(
+        given, data=str(folder), max_length=150, overflow="truncate"
+    )  # a row that is complete, though trained on
+    assert cut.sample == first["messages"][:-1]
+    assert cut.sample_tokens <= 150
+    (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = ready(given, data=str(folder), max_length=2000)
     assert kept.sample[0]["content"] == rows[0]["messages"][0]["content"]
     assert kept.sample_tokens == len(kept.valid[0].ids) > 600
@@ -382,15 +423,21 @@ def test_two_that_want_the_same_output_do_not_mix(given: dict[str, Any], monkeyp
     assert record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
 
 
-def test_the_lock_stays_and_a_link_in_its_place_is_not_followed(given: dict[str, Any], tmp_path: Path) -> None:
+def test_the_lock_stays_and_no_link_that_leads_out_of_a_run_is_written_through(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
     folder, _ = run(given)
     assert (folder / ".lock").exists()
-    (folder / ".lock").unlink()
     (tmp_path / "victim").write_text("precious")
-    (folder / ".lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(UserError, match="is a link"):
-        run({"resume": str(folder)})
+    for name in (".lock", "run.json.tmp", "checkpoints/step-000006/x"):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "victim")
+        with pytest.raises(UserError, match=f"links in it lead out of the folder: {name} to {tmp_path / 'victim'}"):
+            run({"resume": str(folder)})
+        (folder / name).unlink()
     assert (tmp_path / "victim").read_text() == "precious"
+    (folder / "link").symlink_to("recipe.yaml")
+    run({"resume": str(folder)})
 
 
 def test_an_output_folder_with_nothing_but_a_lock_is_taken(given: dict[str, Any]) -> None:
