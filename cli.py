@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common.config import Options, load_options, read_flags
 from common.errors import UserError
+from common.options import Options, load_options, read_flags
 from common.sampling import Sampling
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and walk away with a Q4 GGUF."
@@ -26,9 +26,9 @@ def _make_backend(name: str):  # type: ignore[no-untyped-def]
 
 
 def _train(argv: list[str]) -> None:
-    from common.loop import Interrupted
-    from common.progress import Display
-    from common.train import run_training
+    from common.commands.train import run_training
+    from common.display import Display
+    from common.training.loop import Interrupted
 
     options, notes = load_options(read_flags(argv))
     display = Display("json" if options.json_output else "quiet" if options.quiet else None)
@@ -64,8 +64,8 @@ def plan(
 
 
 def _plan(argv: list[str]) -> None:
-    from common.foretell import foretell
-    from common.progress import Display
+    from common.commands.plan import foretell
+    from common.display import Display
 
     probe = "--no-probe" not in argv
     argv = [word for word in argv if word not in ("--no-probe", "--probe")]
@@ -107,8 +107,8 @@ def check_data(
         chat_template: chatml, gemma, llama3 or a file, as in train.
         explain: show only this training row, counted from 1, token by token, and why each is a label or not.
     """
-    from common.check_data import check_data
-    from common.progress import Display
+    from common.commands.check_data import check_data
+    from common.display import Display
 
     given = locals() | {"field": [pair for group in field for pair in group]}
     names = ("data", "model", "max_length", "overflow", "valid_share", "seed", "field", "train_on", "thinking")
@@ -141,8 +141,8 @@ def fuse(
         push: hub repository (owner/name) to upload the result to.
         push_public: a repository that is made is for everyone to see.
     """
-    from common.finish import fuse_run
-    from common.progress import Display
+    from common.commands.fuse import fuse_run
+    from common.display import Display
 
     given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into, "push": push}
     flags = {"imatrix": imatrix, "no_verify": no_verify}
@@ -169,8 +169,8 @@ def push(
         private: for nobody but you and whom you let in; so it is unless --public is given.
         dry_run: list every file with its size and its place, ask the hub nothing and upload nothing.
     """
-    from common.progress import Display
-    from common.push import push as upload
+    from common.display import Display
+    from common.export.upload import push as upload
 
     if public and private:
         raise UserError("--public and --private are both given.", "Leave one out.")
@@ -185,8 +185,8 @@ def verify(run: tyro.conf.Positional[Path], llama_cpp: str | None = None) -> Non
         run: run folder with a fused folder and a GGUF.
         llama_cpp: folder of a llama.cpp build to ask; else found or built once.
     """
-    from common.progress import Display
-    from common.verify import verdict, verify_run
+    from common.display import Display
+    from common.verify.verify import verdict, verify_run
 
     if verdict(verify_run(run, _make_backend, Display(), llama_cpp)) == "broken":
         sys.exit(1)
@@ -199,8 +199,8 @@ def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metav
     Args:
         runs: two or more run folders.
     """
-    from common.progress import Display
-    from common.record import compare
+    from common.commands.compare import compare
+    from common.display import Display
 
     if len(runs) < 2:
         raise UserError("compare needs two or more runs.", "python cli.py compare RUN RUN")
@@ -214,14 +214,14 @@ def doctor(parity: str | None = None) -> None:
     Args:
         parity: train this model a few steps on both backends and compare: a model, or a family such as llama.
     """
-    from common.progress import Display
+    from common.display import Display
 
     if parity is None:
-        from common.doctor import doctor
+        from common.commands.doctor import doctor
 
         doctor(Display())
         return
-    from common.parity_check import parity as check
+    from common.verify.parity import parity as check
 
     if not check(parity, _make_backend, Display()):
         sys.exit(1)
@@ -252,8 +252,8 @@ def chat(
         context: tokens that the talk may have, answers included.
         llama_cpp: folder of a llama.cpp build to use.
     """
-    from common.progress import Display
-    from common.talk import chat
+    from common.commands.chat import chat
+    from common.display import Display
 
     chat(run, with_, quant, system, system_file, context, llama_cpp, sampling, _make_backend, Display())
 
@@ -286,8 +286,8 @@ def generate(
         slots: answers that llama.cpp writes at once.
         llama_cpp: folder of a llama.cpp build to use.
     """
-    from common.answers import generate
-    from common.progress import Display
+    from common.commands.generate import generate
+    from common.display import Display
 
     ours = (context, slots, llama_cpp, sampling, _make_backend, Display())
     generate(run, prompts, out, with_, quant, system, system_file, *ours)
@@ -318,8 +318,8 @@ def serve(
         api_key: key that every request must bring; LLAMA_API_KEY in the environment does the same, unseen by `ps`.
         no_auth: serve without a key, on any host.
     """
-    from common.progress import Display
-    from common.serve import serve
+    from common.commands.serve import serve
+    from common.display import Display
 
     serve(run, quant, host, port, context, slots, llama_cpp, api_key, no_auth, Display())
 
@@ -336,8 +336,8 @@ def inspect_adapter(path: tyro.conf.Positional[Path], model: str | None = None, 
         model: base model to check it against; needed for a GGUF.
         llama_cpp: folder of a llama.cpp build to read a GGUF with.
     """
-    from common.adapter_tools import inspect_adapter
-    from common.progress import Display
+    from common.commands.adapter import inspect_adapter
+    from common.display import Display
 
     inspect_adapter(path, model, llama_cpp, Display())
 
@@ -359,8 +359,8 @@ def convert_adapter(
         model: base model to check it against; needed for a GGUF.
         llama_cpp: folder of a llama.cpp build to use for a GGUF.
     """
-    from common.adapter_tools import convert_adapter
-    from common.progress import Display
+    from common.commands.adapter import convert_adapter
+    from common.display import Display
 
     convert_adapter(path, out, to, model, llama_cpp, Display())
 
@@ -376,8 +376,8 @@ llama_app = tyro.extras.SubcommandApp()
 @llama_app.command(name="build")
 def build_llama() -> None:
     """Build the pinned llama.cpp now, once: the export would do it by itself. Goes on where it was stopped."""
-    from common.llama_tools import build_llama
-    from common.progress import Display
+    from common.commands.llama import build_llama
+    from common.display import Display
 
     build_llama(Display())
 
@@ -389,8 +389,8 @@ def where_llama(llama_cpp: str | None = None) -> None:
     Args:
         llama_cpp: folder of a llama.cpp build to look at.
     """
-    from common.llama_tools import where_llama
-    from common.progress import Display
+    from common.commands.llama import where_llama
+    from common.display import Display
 
     where_llama(llama_cpp, Display())
 
@@ -398,8 +398,8 @@ def where_llama(llama_cpp: str | None = None) -> None:
 @llama_app.command(name="clean")
 def clean_llama() -> None:
     """Remove what `llama build` made, of every version."""
-    from common.llama_tools import clean_llama
-    from common.progress import Display
+    from common.commands.llama import clean_llama
+    from common.display import Display
 
     clean_llama(Display())
 

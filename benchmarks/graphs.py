@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks.one_step import job_of
 from benchmarks.random_model import CONFIGS
-from common.seam import IGNORE, Batch
-from torch_backend.trainer import TorchBackend
+from common.backend import IGNORE, Batch
+from torch_backend.backend import TorchBackend
 
 
 def batches(rows: int, tokens: tuple[int, int], vocabulary: int) -> list[Batch]:

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.random_model import random_model
-from common import models
-from common.config import Plan, Recipe
-from common.families import text_config
-from common.lora import initial_adapter, layer_count
-from common.plan import loss_chunk
-from common.predict import Shape, predict
-from common.seam import IGNORE, Adapter, Backend, Batch
+from common.backend import IGNORE, Adapter, Backend, Batch
+from common.models.families import text_config
+from common.models.lora_init import initial_adapter, layer_count
+from common.models.shapes import linear_shapes
+from common.recipe import Plan, Recipe
+from common.training.memory_estimate import Shape, loss_chunk, predict
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
@@ -67,7 +66,7 @@ def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str,
     )
     if plan.device == "cuda":
         plan = plan.model_copy(update={"loss_chunk": loss_chunk(config, plan)})
-    shapes = models.linear_shapes(folder, ["all-linear"])
+    shapes = linear_shapes(folder, ["all-linear"])
     return folder, recipe, plan, initial_adapter(shapes, layer_count(shapes), recipe), config
 
 

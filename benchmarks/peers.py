@@ -27,16 +27,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common import models
-from common.adapter import read_any
-from common.cache import cache_folder
-from common.dispatch import choose_precision, nvidia_gpu
-from common.loop import evaluate
-from common.lora import layer_count
-from common.overflow import encode_all
-from common.record import chip
-from common.sources import read_rows
-from common.template import Encoded, Encoder, Style, load_tokenizer
+from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.load import read_rows
+from common.data.truncation import encode_all
+from common.models.adapter_files import read_any
+from common.models.lora_init import layer_count
+from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
+from common.system.cache import cache_folder
+from common.system.environment import chip
+from common.system.hardware import choose_precision, nvidia_gpu
+from common.training.loop import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
@@ -235,9 +236,9 @@ def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, devi
     import importlib
 
     from benchmarks.one_step import recipe_of
-    from common.config import Plan
+    from common.recipe import Plan
 
-    found = read_any(adapter, layer_count(models.linear_shapes(folder, ["all-linear"])))
+    found = read_any(adapter, layer_count(linear_shapes(folder, ["all-linear"])))
     backend = importlib.import_module("torch_backend").create()
     plan = Plan(backend="torch", device=device, micro_batch_tokens=1024, save_every=1)
     backend.load(recipe_of({"rows": 4, "width": 8, "precision": "fp32", "rank": rank}), plan, folder, found)
@@ -287,7 +288,7 @@ def main() -> None:
     arguments.precision = arguments.precision or choose_precision("auto", "torch", arguments.device).value
     for name in {PEERS[peer] for peer in arguments.peers} - {None}:
         environment(str(name))
-    folder = models.resolve(arguments.model, lambda text: print(text, file=sys.stderr))
+    folder = resolve(arguments.model, lambda text: print(text, file=sys.stderr))
     results: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

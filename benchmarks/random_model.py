@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from common.cache import cache_folder
-from common.parity import tensor_shapes
+from common.models.shapes import tensor_shapes
+from common.system.cache import cache_folder
 
 _GEMMA3 = {
     "architectures": ["Gemma3ForCausalLM"],

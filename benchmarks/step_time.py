@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.one_step import recipe_of
-from common import models
-from common.batches import micro_batches, step_rows
-from common.config import Plan
-from common.families import text_config
-from common.lora import initial_adapter, layer_count
-from common.overflow import encode_all
-from common.predict import Sizes
-from common.sources import read_rows
-from common.template import Encoder, Style, load_tokenizer
-from torch_backend.trainer import TorchBackend
+from common.data.batching import micro_batches, step_rows
+from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.load import read_rows
+from common.data.truncation import encode_all
+from common.models.families import text_config
+from common.models.lora_init import initial_adapter, layer_count
+from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
+from common.recipe import Plan
+from common.training.memory_estimate import Sizes
+from torch_backend.backend import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
-    folder = models.resolve(arguments.model, print)
+    folder = resolve(arguments.model, print)
     recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
     rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(folder, None), Style()))
-    shapes = models.linear_shapes(folder, ["all-linear"])
+    shapes = linear_shapes(folder, ["all-linear"])
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
     backend.load(recipe, plan, folder, initial_adapter(shapes, layer_count(shapes), recipe))

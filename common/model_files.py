@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.fuse import shard_files
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, in name order."""
+    return sorted(folder.glob("model*.safetensors"))
+
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -5,8 +5,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from common.families import text_name
-from common.seam import Adapter
+from common.backend import Adapter
+from common.models.families import text_name
 from mlx_backend.weights import PARTS, to_mlx
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from common.rope import split_batch
-from common.seam import IGNORE, Batch
-from mlx_backend.base import finish, head_weight, hidden_states, project
+from common.backend import IGNORE, Batch
+from common.data.batching import split_batch
 from mlx_backend.layers import Rows
+from mlx_backend.model import finish, head_weight, hidden_states, project
 
 _BLOCK = 256
 

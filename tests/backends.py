@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common import checkpoint, models
-from common.batches import micro_batches, step_rows
-from common.checkpoint import State
-from common.config import Plan, Recipe
-from common.fuse import fuse, read_header
-from common.loop import Interrupted, train
-from common.lora import choose_layers, initial_adapter, layer_count
-from common.overflow import encode_all
-from common.seam import Adapter, Backend, OutOfMemory
-from common.sources import read_rows
-from common.template import Encoded, Encoder, Style, load_tokenizer
+from common.backend import Adapter, Backend, OutOfMemory
+from common.data.batching import micro_batches, step_rows
+from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.load import read_rows
+from common.data.truncation import encode_all
+from common.models.fuse import fuse
+from common.models.lora_init import choose_layers, initial_adapter, layer_count
+from common.models.safetensors_files import read_header
+from common.models.shapes import linear_shapes
+from common.recipe import Plan, Recipe
+from common.training import checkpoint
+from common.training.checkpoint import State
+from common.training.loop import Interrupted, train
 
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")  # cuda: for tests/torch on a machine with an NVIDIA GPU
 TARGETS = ["all-linear"]
@@ -74,7 +76,7 @@ def create(name: str) -> Backend:
 def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
     if recipe.method == "full":
         return None
-    shapes = models.linear_shapes(folder, recipe.targets)
+    shapes = linear_shapes(folder, recipe.targets)
     return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
 
 
@@ -282,7 +284,7 @@ def check_bf16_base_has_float32_adapter(name: str, folder: Path, rows: list[Enco
 
 def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], monkeypatch) -> None:
     """An injected out-of-memory in a step and in validation is the seam's own, and leaves the step repeatable."""
-    trainer = importlib.import_module(f"{name}_backend.trainer")
+    trainer = importlib.import_module(f"{name}_backend.backend")
     recipe = make_recipe(folder)
     clean = load(name, folder, recipe)
     expected = run_steps(clean, recipe, rows, 2)
@@ -320,7 +322,7 @@ def check_quantized_base(name: str, folder: Path, rows: list[Encoded], scheme: s
     losses = run_steps(backend, recipe, rows, 6)
     assert losses[-1] < losses[0]
     tuned, adapter, replaced = backend.logits(rows[0].ids), backend.get_adapter(), backend.dequantized()
-    assert set(replaced) == {f"{module}.weight" for module in models.linear_shapes(folder, TARGETS)}
+    assert set(replaced) == {f"{module}.weight" for module in linear_shapes(folder, TARGETS)}
     out.mkdir()
     copy_all_but_weights(folder, out)
     fuse(folder, adapter, out, lambda share, text: None, replaced)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.families import DEFAULTS
-from common.parity import TINY, tiny_config, write_tiny
+from common.models.families import DEFAULTS
+from common.verify.tiny_models import TINY, tiny_config, write_tiny
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

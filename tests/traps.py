@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from common.llamacpp import CONVERTER, OURS, TARGETS
+from common.llama_cpp.install import CONVERTER, OURS, TARGETS
 from tests.tiny import CHATML, write_family
 
 # The one class that llama.cpp's converter for Llama and Mistral loads with trust_remote_code=True.

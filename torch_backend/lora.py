@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from common.families import text_name
-from common.seam import Adapter
+from common.backend import Adapter
+from common.models.families import text_name
 
 
 def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parameter]]:

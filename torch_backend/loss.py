@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.rope import split_batch
-from common.seam import IGNORE, Batch
+from common.backend import IGNORE, Batch
+from common.data.batching import split_batch
 from torch_backend.attention import Rows, bounds, to_device
-from torch_backend.products import back, upright
+from torch_backend.matmul import back, upright
 
 
 def _after_head(model: Any) -> tuple[float, float | None]:

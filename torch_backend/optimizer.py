@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.config import Recipe
-from common.seam import OptimizerState
+from common.backend import OptimizerState
+from common.recipe import Recipe
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.memory import give_back
+from common.system.memory import give_back
 
 
 def quantization_config(scheme: str) -> Any:

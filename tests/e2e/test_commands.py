@@ -12,14 +12,16 @@ import time
 import numpy as np
 import pytest
 
-from common import adapter as adapters
-from common import checkpoint, from_gguf, models
-from common.config import ROOT
-from common.go_template import execute
-from common.llamacpp import ensure
-from common.server import Server
-from common.sources import read_rows
-from common.template import encode, load_tokenizer
+from common.data.encode import encode, load_tokenizer
+from common.data.load import read_rows
+from common.export.go_template import execute
+from common.llama_cpp.install import ensure
+from common.llama_cpp.server import Server
+from common.models import adapter_files as adapters
+from common.models import gguf_import
+from common.models.resolve import resolve
+from common.options import ROOT
+from common.training import checkpoint
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
 
@@ -53,7 +55,7 @@ def trained(request, tmp_path_factory):
 
 
 def example_ids():
-    folder = models.resolve(SMOLLM2, print)
+    folder = resolve(SMOLLM2, print)
     return folder, encode(read_rows(EXAMPLE / "valid.jsonl")[0], load_tokenizer(folder)).ids
 
 
@@ -321,12 +323,12 @@ def test_doctor_names_the_steps_and_never_the_token():
 
 
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
-    gguf = from_gguf.mirror_gguf(from_gguf.MIRRORS[SMOLLM2])
-    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path)
-    folder = models.resolve(str(gguf), print)
+    gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2])
+    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
+    folder = resolve(str(gguf), print)
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0
-    assert models.resolve(str(gguf), print) == folder
+    assert resolve(str(gguf), print) == folder
     tokenizer = load_tokenizer(folder)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("½5", add_special_tokens=False)][-1] == "5"
     name = "train", "--model", folder, "--data", EXAMPLE / "valid.jsonl", "--output", tmp_path / "run"

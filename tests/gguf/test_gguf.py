@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from common.data.encode import load_tokenizer
 from common.errors import UserError
-from common.gguf import QuantReport, convert, quantize, report, verify_tokens
-from common.llamacpp import LlamaCpp, ensure
-from common.server import Server
-from common.template import load_tokenizer
+from common.llama_cpp.convert import QuantReport, convert, quantize, report
+from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.server import Server
+from common.verify.server_checks import verify_tokens
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
 LAYERS = 2

@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
-from common import models
-from common.adapter import read_any, write_peft
-from common.adapter_tools import convert_adapter
+from common.backend import LoraWeight
+from common.commands.adapter import convert_adapter
+from common.display import Display
 from common.errors import UserError
-from common.export import Served, write_fused
-from common.gguf import convert
-from common.llamacpp import ensure
-from common.lora import initial_adapter
-from common.progress import Display
-from common.seam import LoraWeight
-from common.server import Server
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import ensure
+from common.llama_cpp.server import Server
+from common.models.adapter_files import read_any, write_peft
+from common.models.lora_init import initial_adapter
+from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
 from tests import backends
 from tests.tiny import write_family
 
@@ -62,9 +63,7 @@ def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llam
 
 
 def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
-    adapter = initial_adapter(
-        models.linear_shapes(tiny_llama, ["q_proj"]), 2, backends.make_recipe(tiny_llama, method="dora")
-    )
+    adapter = initial_adapter(linear_shapes(tiny_llama, ["q_proj"]), 2, backends.make_recipe(tiny_llama, method="dora"))
     for name, weight in adapter.weights.items():
         adapter.weights[name] = LoraWeight(weight.A, weight.B, 8.0, False, np.ones(len(weight.B), np.float32))
     write_peft(tmp_path / "dora", adapter)
@@ -75,7 +74,7 @@ def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
 
 def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama):
     """SmolLM2 with rsLoRA and patterns at once: the scales that a LoRA GGUF has no place for."""
-    smollm2 = models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    smollm2 = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
     changes = CHANGES["patterns"] | {"rslora": True, "alpha": 2.0}
     adapter = write_adapter(smollm2, tmp_path / "peft", size=0.1, **changes)
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), None, Display("quiet"))

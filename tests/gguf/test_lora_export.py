@@ -5,16 +5,16 @@ import importlib
 import numpy as np
 import pytest
 
-from common import models
-from common.adapter import read_trained
-from common.config import load_options, read_flags
+from common.commands.fuse import fuse_run
+from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
-from common.finish import fuse_run
-from common.gguf_lora import read_gguf_lora
-from common.llamacpp import ensure
-from common.progress import Display
-from common.record import read_run
-from common.train import run_training
+from common.llama_cpp.install import ensure
+from common.llama_cpp.lora import read_gguf_lora
+from common.models.adapter_files import read_trained
+from common.models.shapes import linear_shapes
+from common.options import load_options, read_flags
+from common.run_record import read_run
 from tests.tiny import write_rows
 
 BASE = ["--backend", "torch", "--device", "cpu", "--precision", "fp32", "--steps", "2", "--rank", "4", "--rslora"]
@@ -33,7 +33,7 @@ def train(model, folder, *more):
 
 
 def check(run, model):
-    shapes = models.linear_shapes(model, ["all-linear"])
+    shapes = linear_shapes(model, ["all-linear"])
     found = read_gguf_lora(run / "gguf" / "adapter.gguf", model, shapes, ensure(None, silent))
     wanted = read_trained(run)
     assert found.weights.keys() == wanted.weights.keys()

@@ -5,14 +5,14 @@ import shutil
 
 import pytest
 
-from common import models
-from common.data import Example
-from common.gguf import convert
-from common.go_template import execute
-from common.llamacpp import ensure
-from common.modelfile import modelfile
-from common.server import Server
-from common.template import encode, load_tokenizer
+from common.data.dataset import Example
+from common.data.encode import encode, load_tokenizer
+from common.export.go_template import execute
+from common.export.modelfile import modelfile
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import ensure
+from common.llama_cpp.server import Server
+from common.models.resolve import resolve
 from tests.unit.modelfile_parser import read_modelfile
 
 SAID = [
@@ -48,7 +48,7 @@ def with_bos(folder, adds: bool, writes: bool) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
 
 
 @pytest.fixture(scope="module")

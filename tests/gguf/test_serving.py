@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from common import models
-from common.export import Served, write_fused
-from common.gguf import convert
-from common.llamacpp import ensure
-from common.overflow import encode_all
-from common.server import Server
-from common.sources import read_rows
-from common.template import Encoder, Style, exported_template, load_tokenizer, stop_ids
+from common.data.encode import Encoder, Style, exported_template, load_tokenizer, stop_ids
+from common.data.load import read_rows
+from common.data.truncation import encode_all
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import ensure
+from common.llama_cpp.server import Server
+from common.models.resolve import resolve
 from tests import backends
 from tests.tiny import CHATML, chat
 
@@ -32,7 +32,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return models.resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
 
 
 def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, llama, tmp_path):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common.config import ROOT
-from common.llamacpp import LlamaCpp, own
+from common.llama_cpp.install import LlamaCpp, own
+from common.options import ROOT
 from tests.tiny import chat
 from tests.traps import DNA, trap_llama_cpp, trap_model
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from common.config import ROOT
+from common.data.load import read_rows
 from common.errors import UserError
-from common.gguf import convert, quantize
-from common.llamacpp import LlamaCpp, ensure
+from common.llama_cpp.convert import convert, quantize
+from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.server import Server, free_port
+from common.options import ROOT
 from common.sampling import Sampling
-from common.server import Server, free_port
-from common.sources import read_rows
 from tests.gguf.test_gguf import TEMPLATE, model  # noqa: F401  # the fixture
 
 ASK = [{"role": "user", "content": "Once upon a time"}]

@@ -6,15 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import models
-from common.export import Served, write_fused
-from common.gguf import convert, verify_tokens
-from common.llamacpp import LlamaCpp, ensure
-from common.parity import write_tiny
-from common.seam import Adapter, LoraWeight
-from common.sentencepiece_model import PROBE as HARD
-from common.server import Server
-from common.template import load_tokenizer
+from common.backend import Adapter, LoraWeight
+from common.data.encode import load_tokenizer
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.server import Server
+from common.models.resolve import resolve
+from common.models.sentencepiece import PROBE as HARD
+from common.models.shapes import linear_shapes
+from common.verify.server_checks import verify_tokens
+from common.verify.tiny_models import write_tiny
 from tests.tiny_sentencepiece import write_llama_like
 
 CHAT = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
@@ -35,7 +37,7 @@ def llama() -> LlamaCpp:
 def served(llama: LlamaCpp, tmp_path: Path):
     def serve(base: Path, template: str | None = None) -> tuple[Path, Server]:
         """`base` with an adapter that changes nothing, fused, converted; its folder and a server yet to be entered."""
-        [(name, (rows, columns)), *_] = models.linear_shapes(base, ["o_proj"]).items()
+        [(name, (rows, columns)), *_] = linear_shapes(base, ["o_proj"]).items()
         weight = LoraWeight(np.ones((1, columns), np.float32), np.zeros((rows, 1), np.float32), 1.0)
         fused = tmp_path / "fused"
         write_fused(base, Adapter("x", 1, 0.0, {name: weight}), fused, Served([1], template), silent)
@@ -55,7 +57,7 @@ def write_vocabulary(folder: Path, llama: LlamaCpp, name: str) -> Path:
 
 
 def test_gemma_3_270m(served) -> None:
-    base = models.resolve("google/gemma-3-270m", print)
+    base = resolve("google/gemma-3-270m", print)
     assert not (base / "tokenizer.model").exists(), (
         "the mirror's folder has none; the hub's has, and tests nothing here"
     )

@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import record
-from common.adapter import read_trained
-from common.config import Options
+from common import run_record
+from common.backend import Adapter
+from common.commands.fuse import fuse_run
+from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
-from common.export import Served, write_fused
-from common.finish import fuse_run
-from common.gguf import convert, quantize
-from common.llamacpp import LlamaCpp, own
-from common.progress import Display
-from common.proof import Check
-from common.seam import Adapter
-from common.train import run_training
-from common.verify import verdict, verify_run
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import convert, quantize
+from common.llama_cpp.install import LlamaCpp, own
+from common.models.adapter_files import read_trained
+from common.options import Options
+from common.verify.server_checks import Check
+from common.verify.verify import verdict, verify_run
 from tests.backends import create
 
 END = "<|done|>"  # a name that llama.cpp does not take for an end by itself
@@ -115,7 +115,7 @@ def run(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 def found(run: Path) -> dict[str, Check]:
     checks = {check.name: check for check in verify_run(run, create, Display("quiet"))}
-    kept = record.read_run(run)["verify"]
+    kept = run_record.read_run(run)["verify"]
     assert kept["verdict"] == verdict(list(checks.values()))
     assert {check["name"] for check in kept["checks"]} == set(checks)
     return checks
@@ -127,7 +127,7 @@ def broken(run: Path) -> set[str]:
 
 def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs anew, out of another adapter."""
-    known = record.read_run(run)
+    known = run_record.read_run(run)
     template = (run / "chat_template.jinja").read_text(encoding="utf-8")
     write_fused(base, adapter, run / "fused", Served(known["stop_ids"], template), quiet)
     whole = run / "gguf" / "model-BF16.gguf"
@@ -153,7 +153,7 @@ def test_a_sound_export_is_called_sound(run: Path) -> None:
     assert [
         checks[name].state for name in ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0")
     ] == ["ok"] * 7
-    links = record.read_run(run)["verify"]["divergence"]
+    links = run_record.read_run(run)["verify"]["divergence"]
     assert links["base"]["mean_kl"] > 1
     assert links["fused"]["mean_kl"] < links["Q8_0"]["mean_kl"] < links["Q4_K_M"]["mean_kl"]
     assert links["BF16"]["same_top"] > 0.98
@@ -203,14 +203,14 @@ def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None
     convert(fused, whole, "half", llama, quiet)  # stays beside, so that it is what is looked at
     shutil.rmtree(fused)
     (run / "kept").rename(fused)
-    known = record.read_run(run)["export"]
+    known = run_record.read_run(run)["export"]
     known["gguf"].append({"name": "BF16", "quant": "BF16", "file": "gguf/model-BF16.gguf"})
-    record.update_run(run, export=known)
+    run_record.update_run(run, export=known)
     assert "bf16 GGUF" in broken(run)
 
 
 def test_data_that_changed_is_refused(run: Path) -> None:
-    data = Path(record.read_run(run)["options"]["data"])
+    data = Path(run_record.read_run(run)["options"]["data"])
     kept = data.read_text(encoding="utf-8")
     try:
         data.write_text(kept.replace("red", "blue"), encoding="utf-8")
@@ -226,7 +226,7 @@ def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> 
     options = {"quant": ["Q4_K_M", "Q8_0"], "imatrix": True, "no_verify": True, "push_public": False}
     fuse_run(run, options, create, Display("quiet"))
     guided = run / "gguf" / "model-Q4_K_M-imatrix.gguf"
-    reports = record.read_run(run)["export"]["gguf"]
+    reports = run_record.read_run(run)["export"]["gguf"]
     assert [report["name"] for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]
     assert before == plain.read_bytes() != guided.read_bytes()
     assert reports[0]["tensors"] == reports[2]["tensors"]

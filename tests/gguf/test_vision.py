@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.ggufs import convert_and_quantize
-from common.llamacpp import ensure
-from common.stages import Ledger, foretell
-from common.vision import has_vision, vision_fault
+from common.export.budget import Ledger, foretell
+from common.export.gguf import convert_and_quantize
+from common.llama_cpp.install import ensure
+from common.llama_cpp.mmproj import has_vision, vision_fault
 from tests.tiny import write_family, write_model
 
 SETTINGS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "image_seq_length": 4}

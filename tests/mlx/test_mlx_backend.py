@@ -3,7 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from common.batches import make_batch
+from common.data.batching import make_batch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
@@ -85,7 +85,7 @@ def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tm
     """The gradient is that of the loss that was computed: by differences along it, in float32."""
     from mlx.utils import tree_flatten, tree_map
 
-    from common.batches import make_batch
+    from common.data.batching import make_batch
 
     recipe = backends.make_recipe(tiny_llama, dropout=0.4)
     backend = backends.load("mlx", tiny_llama, recipe, gradient_checkpointing=True)

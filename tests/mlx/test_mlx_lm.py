@@ -9,8 +9,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from mlx_lm.utils import load_model
 
-from common.adapter import read_any, write_both
 from common.errors import UserError
+from common.models.adapter_files import read_any, write_both
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_rows
@@ -30,7 +30,7 @@ def _on_the_cpu():
 
 
 def base(folder):
-    from common.models import normalise_config
+    from common.models.families import normalise_config
 
     config = normalise_config(json.loads((folder / "config.json").read_text()))
     return load_model(folder, model_config=config)[0]

@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 
-from common import models
 from common.errors import UserError
-from common.families import normalise_config
-from common.fuse import fuse
-from common.mlx_quantized import scheme, source, unpack, write_16bit
+from common.models.families import normalise_config
+from common.models.fuse import fuse
+from common.models.mlx_quantized import scheme, source, unpack, write_16bit
+from common.models.resolve import resolve
 from tests import backends
 from tests.tiny import write_rows
 
@@ -87,7 +87,7 @@ def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkey
     """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_quantized(tiny_llama, tmp_path / "4bit", 4)
-    view = models.resolve(str(tmp_path / "4bit"), print)
+    view = resolve(str(tmp_path / "4bit"), print)
     assert source(view) == (tmp_path / "4bit", "mlx-4bit-64")
     recipe = backends.make_recipe(view, quantization="mlx-4bit-64")
     rows = backends.encode_rows(view, write_rows(tmp_path / "rows.jsonl"))
@@ -112,4 +112,4 @@ def test_other_quantised_repos_are_refused_by_name(tiny_llama, tmp_path):
     path = tmp_path / "3bit" / "config.json"
     path.write_text(path.read_text().replace('"bits": 4', '"bits": 3'))
     with pytest.raises(UserError, match="quantised by MLX to 3 bits"):
-        models.resolve(str(tmp_path / "3bit"), print)
+        resolve(str(tmp_path / "3bit"), print)

@@ -1,6 +1,6 @@
-"""python -m tests.parity.record: write common/parity_numbers.json anew, after a change that is meant to change them."""
+"""python -m tests.parity.record: write common/verify/parity_reference.json again, after a change that is meant to."""
 
-from common.parity_check import RECORD, record
+from common.verify.parity import RECORD, record
 from tests.backends import create
 
 if __name__ == "__main__":

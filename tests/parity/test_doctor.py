@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from common import parity_check
+from common.display import Display
 from common.errors import UserError
-from common.parity import TINY
-from common.progress import Display
+from common.verify import parity
+from common.verify.tiny_models import TINY
 from tests.backends import create
 
 
@@ -17,7 +17,7 @@ def found(capsys):
 
 
 def test_two_backends_side_by_side(capsys):
-    assert parity_check.parity("llama", create, Display("plain"))
+    assert parity.parity("llama", create, Display("plain"))
     table = found(capsys)
     assert table.keys() == {"logits", "step losses", "adapters"}
     assert [row[2] for row in table.values()] == ["yes"] * 3
@@ -27,24 +27,24 @@ def test_two_backends_side_by_side(capsys):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_each_backend_alone_meets_the_record(backend, family, capsys, monkeypatch):
-    monkeypatch.setattr(parity_check, "_installed", lambda name: name == backend)
-    assert parity_check.parity(family, create, Display("plain"))
+    monkeypatch.setattr(parity, "_installed", lambda name: name == backend)
+    assert parity.parity(family, create, Display("plain"))
     table = found(capsys)
     assert table.keys() == {"logits", "step losses"}
     assert [row[2] for row in table.values()] == ["yes"] * 2
 
 
 def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
-    monkeypatch.setattr(parity_check, "_installed", lambda name: name == "torch")
-    right = parity_check.recorded("llama")
-    wrong = parity_check.Result(right.logits, right.losses * (1 + 2e-4 * np.arange(len(right.losses))), {})
-    monkeypatch.setattr(parity_check, "recorded", lambda family: wrong)
-    assert not parity_check.parity("llama", create, Display("plain"))
+    monkeypatch.setattr(parity, "_installed", lambda name: name == "torch")
+    right = parity.recorded("llama")
+    wrong = parity.Result(right.logits, right.losses * (1 + 2e-4 * np.arange(len(right.losses))), {})
+    monkeypatch.setattr(parity, "recorded", lambda family: wrong)
+    assert not parity.parity("llama", create, Display("plain"))
     table = found(capsys)
     assert (table["logits"][2], table["step losses"][2]) == ("yes", "NO")
 
 
 def test_without_a_backend_nothing_is_checked(monkeypatch):
-    monkeypatch.setattr(parity_check, "_installed", lambda name: False)
+    monkeypatch.setattr(parity, "_installed", lambda name: False)
     with pytest.raises(UserError, match="Neither backend"):
-        parity_check.parity("llama", create, Display("plain"))
+        parity.parity("llama", create, Display("plain"))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common import models
-from common.adapter import read_mlx, read_peft, write_both
-from common.export import Served, write_fused
-from common.families import facts, normalise_config, text_config
-from common.parity import TINY, write_tiny
+from common.export.fused_folder import Served, write_fused
+from common.models.adapter_files import read_mlx, read_peft, write_both
+from common.models.families import facts, normalise_config, text_config
+from common.models.resolve import check_folder
+from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_rows
 
@@ -46,7 +46,7 @@ def rows(folders, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_backends_agree(family, layout, plan, folders, rows):
     folder = folders(family, layout)
-    models.check_folder(folder, family)
+    check_folder(folder, family)
     recipe = backends.make_recipe(folder, learning_rate=2e-3)
     results = []
     for name in ("torch", "mlx"):
@@ -127,7 +127,7 @@ def test_a_bf16_base_rounds_alike(family, folders, rows):
 
 @pytest.mark.parametrize("name", ["torch", "mlx"])
 def test_a_longrope_rows_loss_is_its_own_whatever_rows_lie_beside_it(name, folders, rows):
-    from common.batches import make_batch
+    from common.data.batching import make_batch
 
     folder = folders("phi3")
     backend = backends.load(name, folder, backends.make_recipe(folder))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from common.fuse import fuse
+from common.models.fuse import fuse
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_rows
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import record
-from common.adapter import read_trained
-from common.config import Options, load_options, read_flags
-from common.progress import Display
-from common.train import run_training
+from common import run_record
+from common.commands.train import run_training
+from common.display import Display
+from common.models.adapter_files import read_trained
+from common.options import Options, load_options, read_flags
 from tests.tiny import CHATML
 
 BASE = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--export", "none", "--learning-rate", "5e-3"]
@@ -141,7 +141,7 @@ def test_an_option_changes_the_result(option, plain, tiny_llama, files, tmp_path
         run = go(backend, tiny_llama, files, tmp_path / "beside", others)
     other = go(backend, tiny_llama, files, tmp_path / "run", flags)
     assert not same(result(run), result(other), 1e-4)
-    assert record.read_recipe(run).hash() != record.read_recipe(other).hash()
+    assert run_record.read_recipe(run).hash() != run_record.read_recipe(other).hash()
 
 
 @pytest.mark.parametrize("option", NOT_THE_RESULT)
@@ -155,8 +155,8 @@ def test_an_option_of_the_plan_changes_the_plan_and_no_more(option, plain, tiny_
         assert [x["loss"] for x in final if "loss" in x] == [x["loss"] for x in again if "loss" in x]
         return
     assert same(result(run), result(other), 1e-3)
-    assert record.read_plan(run) != record.read_plan(other)
-    assert record.read_recipe(run).hash() == record.read_recipe(other).hash()
+    assert run_record.read_plan(run) != run_record.read_plan(other)
+    assert run_record.read_recipe(run).hash() == run_record.read_recipe(other).hash()
     if option in ("save_every", "save_minutes"):
         assert len(list((other / "checkpoints").iterdir())) == 2
         assert len(list((run / "checkpoints").iterdir())) == 1

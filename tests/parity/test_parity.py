@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from common import models
-from common.config import ROOT
-from common.overflow import encode_all
-from common.sources import read_rows
-from common.template import Encoder, Style
+from common.data.encode import Encoder, Style
+from common.data.load import read_rows
+from common.data.truncation import encode_all
+from common.models.resolve import resolve
+from common.options import ROOT
 from tests import backends
 from tests.tiny import write_model, write_rows
 
@@ -52,7 +52,7 @@ def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(tmp_path):
 
 @pytest.mark.parametrize("name", [SMOLLM2, GEMMA])
 def test_twenty_steps_of_a_real_model_agree(name):
-    folder = models.resolve(name, print)
+    folder = resolve(name, print)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
     rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, Style()))

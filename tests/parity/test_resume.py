@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from common import checkpoint
-from common.checkpoint import State
-from common.loop import Interrupted, train
+from common.training import checkpoint
+from common.training.checkpoint import State
+from common.training.loop import Interrupted, train
 from tests import backends
 from tests.tiny import write_rows
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.data import Example
+from common.data.dataset import Example
 
 
 def _row(name: str, *turns: tuple[str, str], **fields: Any) -> Example:

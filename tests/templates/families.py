@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from common import models
-from common.template import load_tokenizer
+from common.data.encode import load_tokenizer
+from common.models.resolve import resolve
 from tests.templates.vocabularies import models_folder, tokenizer
 from tests.tiny import CHATML
 
@@ -134,7 +134,7 @@ def families() -> tuple[Family, ...]:
 def build(family: Family) -> Any:
     """The family's tokenizer, its chat template in it."""
     if family.vocabulary == SMOLLM2:
-        return load_tokenizer(models.resolve(SMOLLM2, lambda text: None))
+        return load_tokenizer(resolve(SMOLLM2, lambda text: None))
     text = family.template if family.template != MISTRAL else ""
     ends = [token for token in (family.bos, family.eos) if token]
     special = [*ends, *_SPECIAL.findall(text), *family.more]

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.go_template import execute
-from common.modelfile import Inexpressible, go_template
-from common.template import Encoder, Style, exported_template
+from common.data.encode import Encoder, Style, exported_template
+from common.export.go_template import execute
+from common.export.modelfile import Inexpressible, go_template
 from tests.templates.conversations import CONVERSATIONS
 from tests.templates.families import Family, build, families
 from tests.templates.report import _DATE, _TODAY, _day

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from common.data import Example
+from common.data.dataset import Example
+from common.data.encode import Encoded, Style, encode, exported_template
 from common.errors import UserError
-from common.template import Encoded, Style, encode, exported_template
 from tests.templates.conversations import CONVERSATIONS, EXACT, THOUGHTS
 from tests.templates.families import Family, build, families, standing_in
 

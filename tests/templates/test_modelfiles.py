@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.modelfile import difference
+from common.export.modelfile import difference
 from tests.templates.families import families
 from tests.templates.modelfiles import cases, derived, wrong
 

@@ -6,12 +6,12 @@ import json
 import pytest
 
 import cli
-from common import record
-from common.config import load_options, read_flags
+from common import run_record
+from common.commands.plan import foretell
+from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
-from common.foretell import foretell
-from common.progress import Display
-from common.train import run_training
+from common.options import load_options, read_flags
 from tests.tiny import write_rows
 
 FLAGS = [
@@ -50,10 +50,12 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path
     assert event["largest_row_tokens"] == 512  # the model's own limit
     options = load_options(read_flags([*flags, "--export", "none", "--output", str(tmp_path / "run")]))[0]
     run = run_training(options, make_backend, Display("quiet"))
-    plan = record.read_plan(run).model_dump()
+    plan = run_record.read_plan(run).model_dump()
     assert {**plan, "memory_budget": 0} == {**event["plan"], "memory_budget": 0}
-    assert record.read_run(run)["predicted_peak_bytes"] == event["predicted_peak_bytes"]
-    assert {"prepare", "tokenise", "load", "train", "evaluate", "save"} <= record.read_run(run)["stage_seconds"].keys()
+    assert run_record.read_run(run)["predicted_peak_bytes"] == event["predicted_peak_bytes"]
+    assert {"prepare", "tokenise", "load", "train", "evaluate", "save"} <= run_record.read_run(run)[
+        "stage_seconds"
+    ].keys()
 
 
 def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, monkeypatch):

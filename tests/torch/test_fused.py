@@ -10,13 +10,14 @@ import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.batches import make_batch
+from common.data.batching import make_batch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import FAMILIES, write_family, write_model, write_rows
-from torch_backend import fused, products, trainer
+from torch_backend import autograd, matmul
+from torch_backend import backend as backend_module
 from torch_backend.attention import Rows, attend, bounds
-from torch_backend.fused import FrozenLinear, Gated, GatedDown, LoraLinear
+from torch_backend.autograd import FrozenLinear, Gated, GatedDown, LoraLinear
 from torch_backend.layers import RMSNorm, Rope
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,8 +72,8 @@ def test_gated(dtype, gelu):
 @pytest.mark.parametrize("widened", [False, pytest.param(True, marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_lora_linear(dtype, widened, bias, monkeypatch):
-    monkeypatch.setattr(products, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
-    monkeypatch.setattr(products, "_BLOCK", 50)  # several blocks
+    monkeypatch.setattr(matmul, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
+    monkeypatch.setattr(matmul, "_BLOCK", 50)  # several blocks
     base = torch.nn.Linear(12, 20, bias=bias).to(dtype).requires_grad_(False)
     A, B = torch.randn(4, 12), torch.randn(20, 4)
 
@@ -92,7 +93,7 @@ def test_gated_down(dtype, gelu, again):
 
     def ours(gate, up, A, B):
         result = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False)
-        with fused.again():
+        with autograd.again():
             second = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, True)
             assert torch.equal(GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False), result)  # a norm follows it
         assert not second.any()  # its product was left out, all that the way back needs was not
@@ -109,8 +110,8 @@ def test_gated_down(dtype, gelu, again):
 
 @pytest.mark.cpu
 def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
-    monkeypatch.setattr(products, "widened", lambda weight, _: True)
-    monkeypatch.setattr(products, "_BLOCK", 50)
+    monkeypatch.setattr(matmul, "widened", lambda weight, _: True)
+    monkeypatch.setattr(matmul, "_BLOCK", 50)
     weight, bias = torch.randn(20, 12).bfloat16(), torch.randn(20).bfloat16()
 
     def plain(x):
@@ -169,15 +170,15 @@ def rows(model, tmp_path_factory):
 )
 def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, changes):
     recipe, losses, calls = backends.make_recipe(model, **changes), [], []
-    called = fused.LoraLinear.forward
+    called = autograd.LoraLinear.forward
     monkeypatch.setattr(LoraLinear, "forward", lambda *a: calls.append(1) or called(*a))
-    for install in (fused.install, lambda model, adapter: None):
-        monkeypatch.setattr(trainer, "install", install)
+    for install in (autograd.install, lambda model, adapter: None):
+        monkeypatch.setattr(backend_module, "install", install)
         calls.clear()
         backend = backends.load("torch", model, recipe)
         losses.append(backends.run_steps(backend, recipe, rows, 6))
         backend.close()
-        assert bool(calls) == (install is fused.install)
+        assert bool(calls) == (install is autograd.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
 
@@ -189,8 +190,8 @@ def test_every_family_rotates_as_it_does_without(family, tmp_path, monkeypatch):
     losses, calls = [], []
     ours = Rope.forward
     monkeypatch.setattr(Rope, "forward", lambda *a: calls.append(1) or ours(*a))
-    for calling in (fused.calling_rope, unwrap):
-        monkeypatch.setattr(fused, "calling_rope", calling)
+    for calling in (autograd.calling_rope, unwrap):
+        monkeypatch.setattr(autograd, "calling_rope", calling)
         calls.clear()
         recipe = backends.make_recipe(folder)
         backend = backends.load("torch", folder, recipe)
@@ -252,10 +253,10 @@ def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
 @pytest.mark.cpu
 def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(model, rows, monkeypatch):
     given = []
-    monkeypatch.setattr(trainer, "give_back_gaps", lambda: given.append(1))
+    monkeypatch.setattr(backend_module, "give_back_gaps", lambda: given.append(1))
     backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=True)
     batch = make_batch(rows[:2])
-    with_gaps = len(backend.model.model.layers[:: trainer.GAPS_EVERY])
+    with_gaps = len(backend.model.model.layers[:: backend_module.GAPS_EVERY])
     backend.train_step([batch], 1e-3, 1)
     assert len(given) == 2 * with_gaps  # forth, and again on the way back
     backend.eval_step(batch)

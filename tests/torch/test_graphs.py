@@ -5,12 +5,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.batches import make_batch, micro_batches, step_rows
-from common.seam import IGNORE, Batch, OutOfMemory
+from common.backend import IGNORE, Batch, OutOfMemory
+from common.data.batching import make_batch, micro_batches, step_rows
 from tests import backends
 from tests.tiny import write_family, write_rows
-from torch_backend import attention, graphs, trainer
-from torch_backend.graphs import filled, laid, sizes
+from torch_backend import attention, cuda_graphs
+from torch_backend import backend as backend_module
+from torch_backend.cuda_graphs import filled, laid, sizes
 from torch_backend.loss import loss_of, loss_sum
 
 
@@ -65,7 +66,7 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
     backend.close()
 
 
-class Unrecorded(graphs.Graphs):
+class Unrecorded(cuda_graphs.Graphs):
     """With a stand-in for a graph: what it holds is the shape's first number."""
 
     def _record(self, shape, length):
@@ -107,7 +108,7 @@ def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypat
     run(300, 20, 500)
     assert unrecorded.replayed == 300
     assert len(unrecorded.recorded) < 30
-    monkeypatch.setattr(graphs, "_KEPT", 3)
+    monkeypatch.setattr(cuda_graphs, "_KEPT", 3)
     unrecorded.graphs.clear()
     run(60, 20, 500)
     assert len(unrecorded.graphs) == 3
@@ -120,10 +121,10 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
     backend = backends.load("torch", model, backends.make_recipe(model))
     batch = make_batch(rows[:2])
     expected = float(backend.eval_step(batch).loss_sum)
-    backend.graphs = graphs.Graphs(lambda laid: None, backend.device)
+    backend.graphs = cuda_graphs.Graphs(lambda laid: None, backend.device)
     if held:
         backend.graphs.graphs[1, 1, 1, 1] = (torch.zeros(1), None)
-    real, calls = trainer.loss_sum, []
+    real, calls = backend_module.loss_sum, []
 
     def fails_once(*arguments):
         calls.append(1)
@@ -131,7 +132,7 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
             raise RuntimeError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "loss_sum", fails_once)
+    monkeypatch.setattr(backend_module, "loss_sum", fails_once)
     if held:
         assert float(backend.eval_step(batch).loss_sum) == expected
     else:
@@ -147,8 +148,8 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
 def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quantization, monkeypatch):
     recipe = backends.make_recipe(model, precision="bf16", quantization=quantization)
     found, recorded = [], []
-    real = graphs.Graphs._record
-    monkeypatch.setattr(graphs.Graphs, "_record", lambda *a: recorded.append(1) or real(*a))
+    real = cuda_graphs.Graphs._record
+    monkeypatch.setattr(cuda_graphs.Graphs, "_record", lambda *a: recorded.append(1) or real(*a))
     for graphed in (True, True, False):
         backend = backends.load("torch", model, recipe, gradient_checkpointing=checkpointing)
         assert backend.graphed

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.seam import IGNORE
+from common.backend import IGNORE
 from tests.backends import DEVICE, plain_loss
-from torch_backend import products
+from torch_backend import matmul
 from torch_backend.loss import LinearCrossEntropy
 
 N, H, V = 23, 16, 301
@@ -49,7 +49,7 @@ def test_bf16_products_are_added_up_in_float32():
 
 @pytest.mark.cpu
 def test_a_16_bit_head_is_widened_block_by_block(monkeypatch):
-    monkeypatch.setattr(products, "_BLOCK", 50)  # three rows of the weight
+    monkeypatch.setattr(matmul, "_BLOCK", 50)  # three rows of the weight
     hidden, weight, labels = inputs()
     held = torch.tensor(weight).bfloat16()
     loss, by_hidden, _ = plain_loss(hidden, held.float().numpy(), labels, 1.0, 5.0)

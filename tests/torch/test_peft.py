@@ -5,8 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from common.adapter import read_any, write_both
 from common.errors import UserError
+from common.models.adapter_files import read_any, write_both
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_rows

@@ -7,7 +7,7 @@ import torch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
-from torch_backend import trainer
+from torch_backend import backend as backend_module
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_gemma_stored_in_bf16_is_scaled_in_float32(tmp_path):
     from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    from common.parity import write_tiny
+    from common.verify.tiny_models import write_tiny
 
     folder = write_tiny(tmp_path / "model", "gemma3_text", {"hidden_size": 40, "intermediate_size": 64})
     tensors = load_file(folder / "model.safetensors")
@@ -107,7 +107,7 @@ def test_one_thread_a_physical_core_unless_the_user_says_otherwise(model, monkey
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(trainer.psutil, "cpu_count", lambda logical: 8 if logical else 1)
+    monkeypatch.setattr(backend_module.psutil, "cpu_count", lambda logical: 8 if logical else 1)
     torch.set_num_threads(2)
     try:
         backends.load("torch", model, backends.make_recipe(model)).close()

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import Plan, Recipe
+from common.backend import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.data.encode import Encoded
+from common.recipe import Plan, Recipe
 from common.sampling import Pick, grow
-from common.seam import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
-from common.template import Encoded
 
 RECIPE = Recipe(
     model="some/model",

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from common import record
-from common.config import Recipe, write_yaml
-from common.terms import Terms
+from common import run_record
+from common.models.license import Terms
+from common.options import write_yaml
+from common.recipe import Recipe
 from tests.backends import make_plan, make_recipe
 
 TOKEN = "hf_TheTokenThatNobodyMayKeep"
@@ -159,7 +160,7 @@ def finished_run(folder: Path, terms: Terms | None = None, model: str = "some/ba
     write_yaml(folder / "recipe.yaml", recipe, "recipe")
     write_yaml(folder / "plan.yaml", make_plan("torch"), "plan")
     report = {"file": "gguf/model-Q4_K_M.gguf", "bytes": 4_000_000, "bits_per_weight": 4.9, "fallbacks": 3}
-    record.update_run(
+    run_record.update_run(
         folder,
         status="complete",
         base={"terms": vars(terms or Terms("apache-2.0")), "form": ""},

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.adapter import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
+from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.lora import initial_adapter, validate
-from common.seam import Adapter, LoraWeight
+from common.models.adapter_files import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
+from common.models.lora_init import initial_adapter, validate
 from tests.unit.bigram import recipe
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"

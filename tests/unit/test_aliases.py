@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from common.aliases import EXPLAINED, SAME, translate
-from common.config import Options, load_options
 from common.errors import UserError
+from common.option_aliases import EXPLAINED, SAME, translate
+from common.options import Options, load_options
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 
-from common import answers
-from common.answers import generate, read_prompts
+from common.commands import generate as answers
+from common.commands.generate import generate
+from common.data.load import read_rows
+from common.display import Display
 from common.errors import UserError
-from common.progress import Display
+from common.inference.backend_chat import Voice
+from common.inference.chat_models import Voices
+from common.inference.prompts import read_prompts
 from common.sampling import Sampling
-from common.sources import read_rows
-from common.trained_voice import Voice
-from common.voices import Voices
 
 
 def asked(path: Path, system: str | None = None) -> list[list[str]]:

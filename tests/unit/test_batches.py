@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from common.batches import make_batch, micro_batches, rounded, step_rows, steps_per_epoch
-from common.seam import IGNORE
-from common.template import Encoded
+from common.backend import IGNORE
+from common.data.batching import make_batch, micro_batches, rounded, step_rows, steps_per_epoch
+from common.data.encode import Encoded
 from tests.unit.bigram import row
 
 # --- order

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.card import base_form, card, parts_of
+from common.export.model_card import base_form, card, parts_of
 from common.model_files import license_files
-from common.terms import KNOWN, Terms, copy_terms, find_terms, read_front_matter
+from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]
@@ -69,10 +69,10 @@ def test_a_local_base_is_no_base_model_of_the_hub(tmp_path: Path) -> None:
     [("owner/rows:config@main#train", ["owner/rows"]), ("owner/rows", ["owner/rows"]), ("/a/b", None)],
 )
 def test_a_data_set_of_the_hub_is_named(tmp_path: Path, data: str, names: list[str] | None) -> None:
-    from common import record
+    from common import run_record
 
     run = finished_run(tmp_path / "run")
-    record.update_run(run, options={"model": "some/base", "data": data})
+    run_record.update_run(run, options={"model": "some/base", "data": data})
     assert front(card(run, ALL)).get("datasets") == names
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from common.check_data import check_data, coloured
-from common.config import Options
-from common.data import Example
+from common.commands.check_data import check_data, coloured
+from common.data.dataset import Example
+from common.data.encode import encode, load_tokenizer
+from common.display import Display
 from common.errors import UserError
-from common.progress import Display
-from common.template import encode, load_tokenizer
+from common.options import Options
 from tests.tiny import chat
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import checkpoint
-from common.checkpoint import State, add_evaluation, discard, latest, save
+from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
-from common.seam import Adapter, LoraWeight, OptimizerState
+from common.training import checkpoint
+from common.training.checkpoint import State, add_evaluation, discard, latest, save
 
 LAYER = "model.layers.0.self_attn.q_proj"
 RECIPE = "5b9469e38a2c" * 5

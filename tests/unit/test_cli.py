@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from common.config import ROOT
+from common.options import ROOT
 from tests.tiny import write_rows
 
 

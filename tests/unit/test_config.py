@@ -6,8 +6,9 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from common.config import QUICKSTART, Options, Recipe, load_options, read_flags, read_yaml, write_yaml
 from common.errors import UserError
+from common.options import QUICKSTART, Options, load_options, read_flags, read_yaml, write_yaml
+from common.recipe import Recipe
 from tests.unit.bigram import RECIPE
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.data import Data, Example, data_hash
+from common.data.dataset import Data, Example, data_hash
+from common.data.load import load_data, read_rows
 from common.errors import UserError
-from common.sources import load_data, read_rows
 from tests.tiny import chat
 
 GOOD = json.dumps(chat("Hi", "Yo"))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common import dispatch
-from common.dispatch import Choice, Gpu, choose_backend, choose_device, choose_precision
 from common.errors import UserError
+from common.system import hardware
+from common.system.hardware import Choice, Gpu, choose_backend, choose_device, choose_precision
 
 AMPERE = Gpu("NVIDIA A100", (8, 0), 1 << 36)
 TURING = Gpu("Tesla T4", (7, 5), 1 << 34)
@@ -22,20 +22,20 @@ class Machine:
         self.apple(False).gpu(None).have("torch", "mlx", "mlx_lm").cpu("")
 
     def apple(self, yes: bool = True) -> "Machine":
-        self._patch.setattr(dispatch, "apple_silicon", lambda: yes)
+        self._patch.setattr(hardware, "apple_silicon", lambda: yes)
         return self
 
     def gpu(self, gpu: Gpu | None, torch_sees_it: bool = True) -> "Machine":
-        self._patch.setattr(dispatch, "nvidia_gpu", lambda: gpu)
-        self._patch.setattr(dispatch, "torch_sees_cuda", lambda: gpu is not None and torch_sees_it)
+        self._patch.setattr(hardware, "nvidia_gpu", lambda: gpu)
+        self._patch.setattr(hardware, "torch_sees_cuda", lambda: gpu is not None and torch_sees_it)
         return self
 
     def have(self, *modules: str) -> "Machine":
-        self._patch.setattr(dispatch, "installed", lambda module: module in modules)
+        self._patch.setattr(hardware, "installed", lambda module: module in modules)
         return self
 
     def cpu(self, flag: str) -> "Machine":
-        self._patch.setattr(dispatch, "cpu_bf16", lambda: flag)
+        self._patch.setattr(hardware, "cpu_bf16", lambda: flag)
         return self
 
     def mlx_gpu(self, yes: bool) -> "Machine":
@@ -46,7 +46,7 @@ class Machine:
         package.core = core  # type: ignore[attr-defined]
         self._patch.setitem(sys.modules, "mlx", package)
         self._patch.setitem(sys.modules, "mlx.core", core)
-        self._patch.setattr(dispatch, "preload", lambda: "libopenblas.so.0")
+        self._patch.setattr(hardware, "preload", lambda: "libopenblas.so.0")
         return self
 
     def mps(self, yes: bool) -> "Machine":
@@ -252,8 +252,8 @@ def test_a_precision_that_is_asked_for(machine: Machine, wanted: str) -> None:
 def test_what_the_cpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, flag: str) -> None:
     (tmp_path / "cpuinfo").write_text(text)
     real = open
-    monkeypatch.setattr(dispatch, "open", lambda path, **how: real(tmp_path / "cpuinfo", **how), raising=False)
-    assert dispatch.cpu_bf16() == flag
+    monkeypatch.setattr(hardware, "open", lambda path, **how: real(tmp_path / "cpuinfo", **how), raising=False)
+    assert hardware.cpu_bf16() == flag
 
 
 def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +263,7 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", none)
-    assert dispatch.nvidia_gpu.__wrapped__() is None
+    assert hardware.nvidia_gpu.__wrapped__() is None
 
 
 @pytest.mark.parametrize(
@@ -272,4 +272,4 @@ def test_without_a_driver_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 def test_apple_silicon_is_an_arm_mac(monkeypatch: pytest.MonkeyPatch, system: str, machine: str, yes: bool) -> None:
     monkeypatch.setattr(sys, "platform", system)
     monkeypatch.setattr("platform.machine", lambda: machine)
-    assert dispatch.apple_silicon() is yes
+    assert hardware.apple_silicon() is yes

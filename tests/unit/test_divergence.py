@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.divergence import KEPT_BYTES, Divergence, Reference, Rows, choose_rows
-from common.template import Encoded
-from common.verify import _better, _judge_fused, _judge_quants, verdict
+from common.data.encode import Encoded
+from common.verify.divergence import KEPT_BYTES, Divergence, Reference, Rows, choose_rows
+from common.verify.verify import _better, _judge_fused, _judge_quants, verdict
 
 VOCABULARY = 500
 

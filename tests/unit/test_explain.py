@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from common.data import Example
+from common.commands.check_data import explain, explain_row
+from common.data.dataset import Example
+from common.data.encode import Encoder, Style, load_tokenizer
+from common.display import Display
 from common.errors import UserError
-from common.explain import explain, explain_row
-from common.progress import Display
-from common.template import Encoder, Style, load_tokenizer
 
 PROMPT, ROW = "prompt", "turn 2: the assistant's"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.export import Served, write_fused
-from common.seam import Adapter, LoraWeight
+from common.export.fused_folder import Served, write_fused
 from tests.unit.base_folder import CONFIG, Q, write_base
 
 

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.families import (
+from common.backend import IGNORE, Batch
+from common.data.batching import split_batch
+from common.models.families import (
     ARCHITECTURES,
     DEFAULTS,
     SUPPORTED,
@@ -18,9 +20,8 @@ from common.families import (
     text_config,
     text_name,
 )
-from common.parity import TINY, tiny_config
-from common.rope import rope, split_batch
-from common.seam import IGNORE, Batch
+from common.verify.tiny_models import TINY, tiny_config
+from mlx_backend.rope import rope
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 6, "vocab_size": 259}
 

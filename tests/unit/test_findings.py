@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.config import ROOT
-from common.data import Data, Example
-from common.findings import doubtful
-from common.sources import load_data
+from common.data.dataset import Data, Example
+from common.data.load import load_data
+from common.data.quality import doubtful
+from common.options import ROOT
 
 
 def row(user: str, answer: str, source: str = "a:1") -> Example:

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from common.formats import read_row
-from common.turns import Empty, Fault
+from common.data.formats import read_row
+from common.data.messages import Empty, Fault
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Tokyo"}}}
 

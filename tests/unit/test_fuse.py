@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from common import fuse as module
+from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.fuse import differing, fuse, read_header, shard_files
-from common.seam import Adapter, LoraWeight
+from common.model_files import shard_files
+from common.models import fuse as module
+from common.models import safetensors_files
+from common.models.fuse import differing, fuse
+from common.models.safetensors_files import read_header
 from tests.unit.base_folder import DOWN, DTYPES, Q, tensors, write_base
 
 INTEGERS = {"BF16": np.int16, "F16": np.int16, "F32": np.int32}
@@ -204,7 +207,7 @@ def test_a_head_that_is_stored_beside_tied_embeddings_is_trained_with_them(tmp_p
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """A layer eight times as tall, and a shard of eight such: the same few blocks."""
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1 << 14)
-    monkeypatch.setattr(module, "_COPY_BYTES", 1 << 16)
+    monkeypatch.setattr(safetensors_files, "_COPY_BYTES", 1 << 16)
     peaks = []
     for count, rows in ((1, 512), (8, 4096)):
         names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(count)]

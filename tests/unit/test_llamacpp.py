@@ -11,14 +11,14 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from common import llamacpp
 from common.errors import UserError
-from common.gguf import QUANT_TYPES, check_quants, read_tensors
-from common.llamacpp import CONVERTER, LlamaCpp, extract, find, missing_build_tools
-from common.process import fraction, run_logged
-from common.server import Server
+from common.llama_cpp import install
+from common.llama_cpp.convert import QUANT_TYPES, check_quants, read_tensors
+from common.llama_cpp.install import CONVERTER, LlamaCpp, extract, find, missing_build_tools
+from common.llama_cpp.server import Server
+from common.system.process import fraction, run_logged
 
-PREFIX = f"llama_cpp_python-{llamacpp.VERSION}/vendor/llama.cpp"
+PREFIX = f"llama_cpp_python-{install.VERSION}/vendor/llama.cpp"
 
 
 def quiet(done: float, text: str) -> None:
@@ -36,7 +36,7 @@ def fake(folder: Path, bins: str, converter: str = "") -> Path:
     """A llama.cpp of tiny programs."""
     script(folder / bins / "llama-quantize", "")
     script(folder / bins / "llama-server", "print('version: 9.9 (fake)')")
-    for name in llamacpp.OURS if folder == llamacpp.cache_root() else ():
+    for name in install.OURS if folder == install.cache_root() else ():
         script(folder / bins / name, "")
     script(folder / converter / CONVERTER, "")
     return folder
@@ -67,11 +67,11 @@ def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> N
 
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(None) is None
-    root = fake(llamacpp.cache_root(), "build/bin", "source")
+    root = fake(install.cache_root(), "build/bin", "source")
     assert find(None) is None, "a build without its marker is not complete"
     (root / "complete").write_text("llama-quantize and llama-server")
     assert find(None) is None, "an older Twintune's build lacks tools"
-    (root / "complete").write_text(llamacpp._complete())
+    (root / "complete").write_text(install._complete())
     found = find(None)
     assert found is not None
     assert (found.where, found.logits) == (f"built by Twintune, in {root}", root / "build/bin/twintune-logits")
@@ -112,8 +112,8 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "which", lambda name: None)
-    monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (1, "not there"))
+    monkeypatch.setattr(install, "which", lambda name: None)
+    monkeypatch.setattr(install, "capture", lambda command, seconds: (1, "not there"))
     monkeypatch.delenv("CXX", raising=False)
 
 
@@ -135,8 +135,8 @@ def test_missing_tools_are_named_with_their_remedy(
 
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(llamacpp, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(llamacpp, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
+    monkeypatch.setattr(install, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(install, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
         "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
     ]
@@ -145,25 +145,25 @@ def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_tools")
 def test_build_stops_before_it_downloads_where_tools_are_missing() -> None:
     with pytest.raises(UserError, match=r"has to be built once, and this is missing: CMake") as caught:
-        llamacpp.build(quiet)
+        install.build(quiet)
     assert "--llama-cpp DIR" in caught.value.fix
 
 
 def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cmake = script(tmp_path / "cmake", "print('CMake Error: no compiler for you'); raise SystemExit(1)")
-    monkeypatch.setattr(llamacpp, "which", lambda name: str(cmake) if name == "cmake" else None)
-    monkeypatch.setattr(llamacpp, "missing_build_tools", list)
-    root = llamacpp.cache_root()
+    monkeypatch.setattr(install, "which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(install, "missing_build_tools", list)
+    root = install.cache_root()
     (root / "source").mkdir(parents=True)
     with pytest.raises(UserError, match=r"build\.log, ends with:\nCMake Error: no compiler for you"):
-        llamacpp.build(quiet)
+        install.build(quiet)
     assert not (root / "complete").exists()
     assert "-DLLAMA_OPENSSL=OFF" in (root / "build.log").read_text()
 
 
 def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "missing_build_tools", list)
-    root, started, waiting, builds = llamacpp.cache_root(), threading.Event(), threading.Event(), []
+    monkeypatch.setattr(install, "missing_build_tools", list)
+    root, started, waiting, builds = install.cache_root(), threading.Event(), threading.Event(), []
 
     def compile_(folder: Path, progress: object) -> None:
         builds.append(folder)
@@ -172,12 +172,12 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fake(folder, "build/bin", "source")
 
     (root / "source").mkdir(parents=True)
-    monkeypatch.setattr(llamacpp, "_compile", compile_)
+    monkeypatch.setattr(install, "_compile", compile_)
     results: list[LlamaCpp] = []
-    first = threading.Thread(target=lambda: results.append(llamacpp.build(quiet)))
+    first = threading.Thread(target=lambda: results.append(install.build(quiet)))
     first.start()
     assert started.wait(30)
-    second = llamacpp.build(lambda done, text: waiting.set())  # its only call says that it waits
+    second = install.build(lambda done, text: waiting.set())  # its only call says that it waits
     first.join(30)
     assert (builds, results) == ([root], [second])
 

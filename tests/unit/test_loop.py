@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import checkpoint
-from common.batches import make_batch
-from common.checkpoint import State
-from common.config import Plan, Recipe
+from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult
+from common.data.batching import make_batch
+from common.data.encode import Encoded
 from common.errors import UserError
-from common.loop import Interrupted, evaluate, learning_rate, train
-from common.lora import initial_adapter
-from common.seam import Adapter, Batch, Memory, OutOfMemory, StepResult
-from common.template import Encoded
+from common.models.lora_init import initial_adapter
+from common.recipe import Plan, Recipe
+from common.training import checkpoint
+from common.training.checkpoint import State
+from common.training.loop import Interrupted, evaluate, learning_rate, train
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
 
 TRAIN, VALID = rows(14, seed=1), rows(5, seed=2)
@@ -335,7 +335,7 @@ def test_nan_loss_names_the_step_the_rows_and_the_kept_checkpoint(tmp_path: Path
     said = caught.value.what
     assert said.startswith("The loss or its gradient is not finite at step 6, on the rows train.jsonl:")
     assert said.endswith("The checkpoint of step 4 is kept.")
-    from common.batches import step_rows
+    from common.data.batching import step_rows
 
     chosen = [TRAIN[i].source for i in step_rows(len(TRAIN), 4, 3, 6)]
     assert ", ".join(chosen) in said

@@ -2,9 +2,9 @@
 
 import pytest
 
-from common.config import load_options, read_flags
 from common.errors import UserError
-from common.lora import choose_layers, initial_adapter, ranks_and_alphas
+from common.models.lora_init import choose_layers, initial_adapter, ranks_and_alphas
+from common.options import load_options, read_flags
 from tests.unit.bigram import recipe
 
 SHAPES = {

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from common.config import ROOT
+from common.backend import Adapter
 from common.errors import UserError
-from common.export import Served, write_fused
-from common.gguf import convert
-from common.llamacpp import LlamaCpp
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import LlamaCpp
 from common.model_files import HUB_FILES, HUB_IGNORED, license_files, names_code, open_tokenizer, scrubbed
-from common.models import resolve
-from common.process import offline_environment
-from common.seam import Adapter
+from common.models.resolve import resolve
+from common.options import ROOT
+from common.system.process import offline_environment
 from tests.tiny import write_model
 from tests.traps import trap_model
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from common.go_template import execute
-from common.modelfile import modelfile, write_modelfile
-from common.template import load_tokenizer
+from common.data.encode import load_tokenizer
+from common.export.go_template import execute
+from common.export.modelfile import modelfile, write_modelfile
 from tests.tiny import CHATML, write_tokenizer
 from tests.unit.modelfile_parser import read_modelfile
 

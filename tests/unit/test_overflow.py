@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from common.data.encode import Encoded, stop_ids
+from common.data.truncation import fit
 from common.errors import UserError
-from common.overflow import fit
-from common.template import Encoded, stop_ids
 
 
 def row(length: int, labels: int, source: str = "a:1") -> Encoded:

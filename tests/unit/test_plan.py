@@ -4,14 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from common import plan as planning
-from common.config import Options, Plan, read_size
 from common.errors import UserError
-from common.families import text_config
-from common.lora import initial_adapter
-from common.parity import tensor_shapes, tiny_config
-from common.plan import Work, choose, largest
-from common.predict import Shape, Sizes, predict, weight_bytes
+from common.models.families import text_config
+from common.models.lora_init import initial_adapter
+from common.models.shapes import tensor_shapes
+from common.options import Options, read_size
+from common.recipe import Plan
+from common.training import planner as planning
+from common.training.memory_estimate import Shape, Sizes, predict, weight_bytes
+from common.training.planner import Work, choose, largest
+from common.verify.tiny_models import tiny_config
 from tests.backends import make_recipe
 from tests.unit.bigram import row
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import cli
-from common.config import ROOT, Options
-from common.push import files_of
-from common.terms import KNOWN
+from common.export.upload import files_of
+from common.models.license import KNOWN
+from common.options import ROOT, Options
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
 
 FUSED = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
-from common.checkpoint import State
-from common.config import Recipe, write_yaml
+from common.commands.compare import compare
+from common.display import Display
 from common.errors import UserError
-from common.progress import Display
-from common.record import compare, figures, read_plan, read_recipe, read_run, update_run, write_environment
+from common.options import write_yaml
+from common.recipe import Recipe
+from common.run_record import read_plan, read_recipe, read_run, update_run
+from common.system.environment import write_environment
+from common.training.checkpoint import State
+from common.training.metrics import figures
 from tests.unit.bigram import PLAN, RECIPE, recipe
 
 FIGURES = {

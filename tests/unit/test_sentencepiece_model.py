@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.export import Served, write_fused
-from common.gguf import check_convertible
-from common.parity import write_tiny
-from common.seam import Adapter, LoraWeight
-from common.sentencepiece_model import prove, read_state, rebuild, rebuild_proven, settle_prefix, write
+from common.export.fused_folder import Served, write_fused
+from common.llama_cpp.convert import check_convertible
+from common.models.sentencepiece import prove, read_state, rebuild, rebuild_proven, settle_prefix, write
+from common.verify.tiny_models import write_tiny
 from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
 
 SHAPES = {

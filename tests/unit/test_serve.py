@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from common import serve as module
+from common.commands import serve as module
+from common.commands.serve import is_loopback, key_of, serve
+from common.display import Display
 from common.errors import UserError
-from common.llamacpp import LlamaCpp
-from common.progress import Display
-from common.serve import is_loopback, key_of, serve
+from common.llama_cpp.install import LlamaCpp
 
 SERVER = """
 import json, os, sys

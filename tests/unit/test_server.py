@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from common.llamacpp import LlamaCpp
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, free_port, read_events
 from common.sampling import Sampling
-from common.server import Server, free_port, read_events
 
 STREAMING = """
 import json, os, sys, time

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from common.config import load_options, read_flags
+from common.data.load import check_fields, load_data, read_rows
 from common.errors import UserError
-from common.sources import check_fields, load_data, read_rows
+from common.options import load_options, read_flags
 from tests.tiny import chat
 
 ROWS = [{"instruction": f'港 {i}, "x"\nand', "output": f"00{i}"} for i in range(3)] + [

@@ -13,11 +13,11 @@ import psutil
 import pytest
 
 import cli
-from common.config import Options
+from common.display import Display
 from common.errors import UserError
-from common.memory import Extra
-from common.progress import Display
-from common.stages import THROUGH, Ledger, Stage, check_disk, foretell, needs_llama, warn_of_memory
+from common.export.budget import THROUGH, Ledger, Stage, check_disk, foretell, needs_llama, warn_of_memory
+from common.options import Options
+from common.system.memory import Extra
 from tests.unit.base_folder import write_base
 
 PARAMETERS = 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8

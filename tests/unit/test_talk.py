@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from common.commands.chat import Talk, converse
+from common.data.load import read_rows
+from common.display import Display
 from common.errors import UserError
-from common.progress import Display
+from common.inference.backend_chat import Voice
+from common.inference.chat_models import Voices
+from common.inference.prompts import system_text
 from common.sampling import Sampling
-from common.sources import read_rows
-from common.talk import Talk, converse, system_text
-from common.trained_voice import Voice
-from common.voices import Voices
 
 
 class Said:

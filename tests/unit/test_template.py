@@ -7,18 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data import Example
+from common.data.chat_template import Renderer
+from common.data.dataset import Example
+from common.data.encode import Encoded, Style, encode, load_tokenizer, own_templates, stop_ids, template_hash
 from common.errors import UserError
-from common.renderer import Renderer
-from common.template import (
-    Encoded,
-    Style,
-    encode,
-    load_tokenizer,
-    own_templates,
-    stop_ids,
-    template_hash,
-)
 from tests.tiny import CHATML, SPECIAL
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -490,7 +482,7 @@ def test_our_own_templates_label_what_they_should(tokenizer: Any, name: str) -> 
     special = ["<bos>", "<start_of_turn>", "<end_of_turn>", "<|begin_of_text|>", "<|start_header_id|>"]
     special += ["<|end_header_id|>", "<|eot_id|>"]
     tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.chat_template = (Path("common/chat_templates") / f"{name}.jinja").read_text()
+    tokenizer.chat_template = (Path("common/data/chat_templates") / f"{name}.jinja").read_text()
     row = example(("system", "Be"), ("user", "Hi"), ("assistant", "Yo"), ("user", "So"), ("assistant", "No"))
     end = {"chatml": END, "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}[name]
     encoded = encode(row, tokenizer)

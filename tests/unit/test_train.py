@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import record
-from common import train as module
-from common.adapter import read_mlx, read_peft
-from common.checkpoint import latest
-from common.config import Options
+from common import run_record
+from common.commands import train as module
+from common.commands.fuse import fuse_run
+from common.commands.prepare import Job, prepare
+from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
-from common.finish import fuse_run
-from common.loop import Interrupted
-from common.prepare import Job, prepare
-from common.progress import Display
-from common.push import push
-from common.run_lock import held
-from common.train import run_training
-from common.verify import verify_run
+from common.export.upload import push
+from common.models.adapter_files import read_mlx, read_peft
+from common.options import Options
+from common.run_record import held
+from common.training.checkpoint import latest
+from common.training.loop import Interrupted
+from common.verify.verify import verify_run
 from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
@@ -301,9 +301,9 @@ def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str,
 def test_another_export_at_a_resume_leaves_the_ggufs_on_record(given: dict[str, Any]) -> None:
     folder, _ = run(given)
     reports = [{"name": "Q4_K_M", "quant": "Q4_K_M", "file": "gguf/model-Q4_K_M.gguf"}]
-    record.update_run(folder, export={"gguf": reports})
+    run_record.update_run(folder, export={"gguf": reports})
     run({"resume": str(folder), "export": "fused"})
-    assert record.read_run(folder)["export"]["gguf"] == reports
+    assert run_record.read_run(folder)["export"]["gguf"] == reports
 
 
 def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
@@ -418,9 +418,9 @@ def test_two_that_want_the_same_output_do_not_mix(given: dict[str, Any], monkeyp
     monkeypatch.setattr(module, "prepare", overtaken)
     with pytest.raises(UserError, match="holds another run"):
         run(given)
-    recipe = record.read_recipe(Path(given["output"]))
+    recipe = run_record.read_recipe(Path(given["output"]))
     assert recipe.rank == 4
-    assert record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
+    assert run_record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
 
 
 def test_the_lock_stays_and_no_link_that_leads_out_of_a_run_is_written_through(

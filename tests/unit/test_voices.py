@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.inference.backend_chat import fitted, trained_voice
+from common.inference.chat_models import choose
 from common.sampling import Sampling
-from common.trained_voice import fitted, trained_voice
-from common.voices import choose
 from tests.tiny import CHATML
 
 
@@ -110,7 +110,7 @@ class Speaker:
 
 @pytest.fixture
 def speaker(tokenizer_folder: Path) -> Speaker:
-    from common.template import load_tokenizer
+    from common.data.encode import load_tokenizer
 
     tokenizer, found = load_tokenizer(tokenizer_folder), Speaker("港よ")
     found.vocabulary, found.text_pieces = tokenizer.get_vocab(), tokenizer.tokenize("港よ")

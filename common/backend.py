@@ -1,0 +1,214 @@
+"""What crosses the line between the shared code and a backend: plain numpy, under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from common.recipe import Plan, Recipe
+    from common.sampling import Pick
+
+IGNORE = -100  # the label of a position that carries no loss
+Progress = Callable[[float, str], None]  # a fraction in 0..1 and a short text
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right; causal attention makes a padding mask needless.
+
+    `labels` are already shifted: `labels[b, t]` is the token that must follow `input_ids[b, t]`, or IGNORE.
+    A row's last token predicts nothing, so it is not among the inputs.
+    """
+
+    input_ids: np.ndarray  # [B, T] int32
+    labels: np.ndarray  # [B, T] int32
+    lengths: np.ndarray  # [B] int32, real tokens in each row
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def label_tokens(self) -> int:
+        return int((self.labels != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss_sum` is summed over label tokens. Scalars may be lazy: float() waits for them."""
+
+    loss_sum: SupportsFloat
+    grad_norm: SupportsFloat  # the global norm before clipping; 0 in evaluation
+    label_tokens: int
+    tokens: int
+    positions: int  # that attention computes: the tokens, and what fills rows or shapes up
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `used` and `peak` are the allocator's where it has one, else resident set growth since before loading."""
+
+    used: int
+    peak: int
+    total: int
+    kind: Literal["unified", "cuda", "rss"]
+    swap: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    device: str
+    dtype: str
+    layers: int
+    trainable: int  # parameters
+    total: int  # parameters, the adapter's included
+    architecture: str
+
+
+@dataclass(frozen=True)
+class LoraWeight:
+    """One adapted linear layer: `W' = W + scale * B @ A`, with DoRA its rows brought to the length `magnitude`.
+
+    DoRA (Liu et al. 2024): row i of W' becomes `magnitude[i] * W'[i] / |W'[i]|`.
+    """
+
+    A: np.ndarray  # [r, in] float32
+    B: np.ndarray  # [out, r] float32
+    alpha: float
+    rslora: bool = False  # rank-stabilised, Kalajdzievski 2023
+    magnitude: np.ndarray | None = None  # [out] float32, DoRA's
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def parts(self) -> dict[str, np.ndarray]:
+        """What is trained, by the names that optimizer state uses."""
+        found = {"lora_A": self.A, "lora_B": self.B}
+        return found if self.magnitude is None else found | {"magnitude": self.magnitude}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What training made: LoRA weights by module (`model.layers.0.self_attn.q_proj`), or whole tensors by their names.
+
+    `full` holds every trained tensor in float32 where all weights were trained; `weights` is empty then.
+    """
+
+    base_model: str
+    layers: int  # of the base model, 0 where not known: mlx-lm counts adapted layers from the last
+    dropout: float
+    weights: dict[str, LoraWeight] = field(repr=False)
+    full: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    dora: bool = False  # also where the magnitudes are still to be taken from the base
+
+    @property
+    def method(self) -> str:
+        """As --method names it: lora, dora or full."""
+        return "full" if self.full else "dora" if self.dora else "lora"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything that is trained: `<module>.lora_A` and so on, or whole tensors; the names of optimizer state."""
+        parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
+        return parts | self.full
+
+    def with_arrays(self, arrays: dict[str, np.ndarray]) -> Adapter:
+        """The same adapter with what training made of its matrices."""
+        weights = {
+            name: replace(
+                weight,
+                A=arrays[f"{name}.lora_A"],
+                B=arrays[f"{name}.lora_B"],
+                magnitude=arrays.get(f"{name}.magnitude"),
+            )
+            for name, weight in self.weights.items()
+        }
+        return replace(self, weights=weights)
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's state, portable between backends.
+
+    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or the names of whole tensors.
+    """
+
+    step: int
+    exp_avg: dict[str, np.ndarray] = field(repr=False)
+    exp_avg_sq: dict[str, np.ndarray] = field(repr=False)
+
+
+class OutOfMemory(Exception):
+    """Raised by a backend instead of its framework's own error; the loop cuts the micro-batch finer and repeats."""
+
+
+class Backend(Protocol):
+    """One framework. Nothing but numpy and plain Python crosses these calls."""
+
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
+        """Load the base from `folder` and put `adapter` on it; None: every weight is trained, from the base's values.
+
+        A DoRA weight without a magnitude starts from the length of the base's rows, as quantised.
+        """
+        ...
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        """One optimizer step; the loss is the sum over label tokens divided by their count over all micro-batches.
+
+        `step` (from 1) seeds the dropout masks, so that a resumed run draws the same ones.
+        Raises OutOfMemory with weights and optimizer state as they were before the call.
+        """
+        ...
+
+    def eval_step(self, batch: Batch) -> StepResult: ...
+
+    def get_adapter(self) -> Adapter: ...
+
+    def set_adapter(self, adapter: Adapter) -> None: ...
+
+    def get_optimizer(self) -> OptimizerState: ...
+
+    def set_optimizer(self, state: OptimizerState) -> None: ...
+
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        """The quantised layers' weights as this backend computes with them, float32, by tensor name; made when called.
+
+        Empty where the base is not quantised.
+        """
+        ...
+
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
+        """Logits [T, vocabulary] float32 of one row of token ids [T], or [P, vocabulary] at `positions` [P] alone.
+
+        Spends no randomness.
+        """
+        ...
+
+    def generate(
+        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+    ) -> Iterator[int]:
+        """Yield the ids that follow `token_ids` [T], as `pick` chooses each; keys and values are cached.
+
+        It ends before one of `stop_ids`, or after `max_new_tokens`; two of them may run in turns. Spends no randomness.
+        Raises OutOfMemory.
+        """
+        ...
+
+    def memory(self) -> Memory: ...
+
+    def apply_plan(self, plan: Plan) -> None:
+        """Go on by another plan of the same backend and device: checkpointing and the loss's chunk may change."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; the backend is not used again."""
+        ...

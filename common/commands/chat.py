@@ -1,0 +1,261 @@
+"""`chat RUN`: a talk in the terminal, whose good turns become training rows."""
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from common.backend import Backend
+from common.data.chat_template import Message
+from common.data.load import read_rows
+from common.display import Display
+from common.errors import UserError
+from common.inference.backend_chat import Voice
+from common.inference.chat_models import Kind, Voices, choose, opened
+from common.inference.prompts import system_text
+from common.sampling import Sampling
+from common.system.cache import cache_folder
+
+HELP = """/system TEXT or @FILE   another system prompt (/system none: without)
+/compare [TEXT]         the base's answer beside the tuned one's, to TEXT or the last question
+/save FILE.jsonl        add this talk to FILE as a training row; answers that were cut off carry no loss
+/load FILE.jsonl [N]    go on with row N of FILE, or its last
+/reset                  forget the turns, keep the system prompt
+/quit, or Ctrl-D        end
+Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops an answer"""
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # an answer must not steer the terminal
+
+
+def shown(text: str) -> str:
+    return _CONTROL.sub("", text)
+
+
+@dataclass
+class Talk:
+    """The turns so far; every command is a method that takes the rest of its line. A UserError changes nothing."""
+
+    voices: Voices
+    sampling: Sampling
+    display: Display
+    system: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def said(self) -> list[Message]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def handle(self, line: str) -> bool:
+        """One line of the user's. False: the talk is over."""
+        line = line.strip()
+        name, _, rest = line.partition(" ")
+        if not line.startswith("/"):
+            if line:
+                self.ask(line)
+        elif name in ("/quit", "/exit"):
+            return False
+        elif name in (commands := self._commands()):
+            commands[name](rest.strip())
+        else:
+            raise UserError(f"{name} is no command.", f"Known: {', '.join(commands)}, /quit")
+        return True
+
+    def _commands(self) -> dict[str, Callable[[str], None]]:
+        return {
+            "/system": self.set_system,
+            "/reset": self.reset,
+            "/save": self.save,
+            "/load": self.load,
+            "/compare": self.compare,
+            "/help": lambda rest: self.display.say(HELP),
+        }
+
+    def ask(self, question: str) -> None:
+        """Stream the answer, and keep both. Ctrl-C ends it: what was said by then stays, but carries no loss."""
+        asked = {"role": "user", "content": question}
+        text, finish = "", None
+        try:
+            with closing(self.voices.tuned.answer([*self.said(), asked], self.sampling, ())) as pieces:
+                for piece, end in pieces:
+                    text, finish = text + piece, end
+                    self.display.console.out(shown(piece), end="", highlight=False)
+                    self.display.console.file.flush()
+        except KeyboardInterrupt:
+            finish = "interrupted"
+        finally:
+            self.display.console.out("")
+        if note := {"length": "cut at --max-tokens or --context", "interrupted": "stopped"}.get(finish or ""):
+            self.display.say(f"({note})")
+        self._keep(asked, text, finish)
+
+    def _keep(self, asked: Message, text: str, finish: str | None) -> None:
+        if text.strip():
+            broken_off = {} if finish == "stop" else {"train": False}
+            self.turns += [asked, {"role": "assistant", "content": text, **broken_off}]
+
+    def set_system(self, rest: str) -> None:
+        if rest:
+            self.system = None if rest == "none" else system_text(rest)
+        self.display.say(f"system: {self.system}" if self.system else "no system prompt")
+
+    def reset(self, rest: str) -> None:
+        self.turns = []
+        self.display.say("the turns are forgotten")
+
+    def row(self) -> dict[str, Any]:
+        """The talk up to its last answer, as training reads it. Raises UserError where no answer is whole."""
+        if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in self.turns):
+            raise UserError("There is no whole answer yet that could be learned from.", "Ask something first.")
+        return {"messages": self.said()}
+
+    def save(self, rest: str) -> None:
+        path = Path(rest).expanduser()
+        if path.suffix.lower() not in (".jsonl", ".ndjson"):
+            raise UserError(f"/save {rest}: talks are kept as JSONL.", "/save FILE.jsonl")
+        row = self.row()
+        if path.exists():
+            read_rows(path)  # before anything is written: a file with faults is named, and stays as it is
+        add_row(path, row)
+        self.display.say(f"saved to {path}, row {len(read_rows(path))}: python cli.py check-data {path}")
+
+    def load(self, rest: str) -> None:
+        name, number = match.groups() if (match := re.fullmatch(r"(.+?)(?:\s+(\d+))?", rest)) else ("", None)
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"/load {rest}: no such file.", "/load FILE.jsonl")
+        rows = read_rows(path)
+        if number is not None and not 1 <= int(number) <= len(rows):
+            raise UserError(f"/load {rest}: {name} has {len(rows)} rows.", f"/load {name} {len(rows)}")
+        row = rows[int(number) - 1 if number else -1]
+        if row.text is not None:
+            raise UserError(f"/load {rest}: that row is plain text.", "Choose a row with turns.")
+        turns = [dict(message) for message in row.messages]
+        self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
+        self.turns = turns
+        for turn in self.said():
+            self.display.say(f"{turn['role']}: {shown(turn['content'])}")
+
+    def compare(self, rest: str) -> None:
+        """Both answers, one after the other, in two columns; only a new question enters the talk."""
+        questions = [number for number, turn in enumerate(self.turns) if turn["role"] == "user"]
+        if not rest and not questions:
+            raise UserError("/compare: nothing was asked yet.", "/compare TEXT")
+        asked = {"role": "user", "content": rest} if rest else self.turns[questions[-1]]
+        before = self.turns if rest else self.turns[: questions[-1]]
+        messages = [*self.said()[: len(self.said()) - len(self.turns)], *before, asked]
+        columns: list[tuple[Voice, str]] = [(self.voices.base(), ""), (self.voices.tuned, "")]
+        finish = None
+        with self._side_by_side(columns) as update:
+            try:
+                for number, (voice, _) in enumerate(columns):
+                    with closing(voice.answer(messages, self.sampling, ())) as pieces:
+                        for piece, end in pieces:
+                            columns[number], finish = (voice, columns[number][1] + piece), end
+                            update()
+            except KeyboardInterrupt:
+                finish = "interrupted"
+        if rest:
+            self._keep(asked, columns[1][1], finish)
+
+    @contextmanager
+    def _side_by_side(self, columns: list[tuple[Voice, str]]) -> Iterator[Callable[[], None]]:
+        def table() -> Table:
+            made = Table(expand=True)
+            for voice, _ in columns:
+                made.add_column(voice.name, ratio=1, overflow="fold")
+            made.add_row(*(Text(shown(text)) for _, text in columns))
+            return made
+
+        if self.display.mode == "rich":
+            with Live(console=self.display.console, auto_refresh=False, vertical_overflow="visible") as live:
+                yield lambda: live.update(table(), refresh=True)
+        else:
+            yield lambda: None
+            self.display.console.print(table())
+
+
+def add_row(path: Path, row: dict[str, Any]) -> None:
+    """The file with one more row; whole, or as it was."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    line = json.dumps(row, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + line, encoding="utf-8")
+    temporary.replace(path)
+
+
+def chat(
+    run: Path,
+    kind: Kind | None,
+    quant: str | None,
+    system: str | None,
+    system_file: Path | None,
+    context: int,
+    llama_cpp: str | None,
+    sampling: Sampling,
+    make_backend: Callable[[str], Backend],
+    display: Display,
+) -> None:
+    """Talk until Ctrl-D. Raises UserError before anything is loaded where something is missing."""
+    sampling.check()
+    target, text = choose(run, kind, quant), system_text(system, system_file)
+    with _ended_by_signal(), opened(target, context, llama_cpp, make_backend, display) as voices:
+        talk = Talk(voices, sampling, display, text)
+        display.say(f"{voices.tuned.name}; /help lists the commands, Ctrl-D ends")
+        converse(talk, _reader())
+
+
+def converse(talk: Talk, read: Callable[[], str]) -> None:
+    """Line after line; a fault is told and the talk goes on."""
+    while True:
+        try:
+            if not talk.handle(read()):
+                return
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            talk.display.say("(Ctrl-D or /quit ends the talk)")
+        except UserError as error:
+            talk.display.warn(f"{error.what}\n  {error.fix}")
+        except OSError as error:
+            talk.display.warn(f"{error.strerror or error}: {error.filename or ''}")
+
+
+def _reader() -> Callable[[], str]:
+    """Lines with editing and a history on a terminal, plain ones elsewhere."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return input
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings
+
+    keys = KeyBindings()
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    history = cache_folder() / "chat-history"
+    history.parent.mkdir(parents=True, exist_ok=True)
+    history.touch(mode=0o600)
+    session: Any = PromptSession(history=FileHistory(str(history)), multiline=True, key_bindings=keys)
+    return lambda: session.prompt("> ", prompt_continuation="  ")
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the program, servers and all; only Ctrl-C is a KeyboardInterrupt here."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

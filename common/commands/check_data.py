@@ -1,0 +1,130 @@
+"""`check-data`: what training will see of data, before it is trained on."""
+
+from typing import Any
+
+import numpy as np
+from rich.text import Text
+
+from common.data.dataset import Example
+from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.load import check_fields, load_data
+from common.data.quality import doubtful
+from common.data.truncation import encode_all, fit
+from common.display import Display
+from common.errors import UserError
+from common.models.resolve import resolve
+from common.options import Options
+
+_PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
+_SHOWN_ROWS = 3
+
+
+def check_data(options: Options, explain: int | None, display: Display) -> None:
+    """Print shapes, counts, length percentiles, doubtful and long rows, and three rows with labels coloured.
+
+    `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
+    """
+    check_fields(options.field)
+    source, max_length = options.data or "", options.max_length
+    data = load_data(source, options.valid_share, options.seed, options.field)
+    tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)
+    encoder = Encoder(tokenizer, Style(options.train_on, options.thinking))
+    if explain is not None:
+        explain_row(data.train, explain, encoder, display)
+        return
+    display.say(f"{source} read as: {data.described()}")
+    rows, lengths, long, shown = [], [], [], []
+    for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        if not examples:
+            continue
+        every = encode_all(examples, encoder)
+        fitted = fit(every, max_length, "truncate" if options.overflow == "truncate" else "drop")
+        sizes = [len(row.ids) for row in every]
+        long += [[row.source, str(len(row.ids)), "dropped"] for row in fitted.dropped]
+        long += [[row.source, str(len(row.ids)), "truncated"] for row in fitted.truncated]
+        rows.append([name, str(len(every)), f"{sum(sizes):,}", f"{sum(row.label_tokens for row in every):,}"])
+        rows[-1].append(str(len(fitted.dropped) + len(fitted.truncated)))
+        lengths.append([name, *(f"{np.percentile(sizes, p):.0f}" for p in _PERCENTILES)])
+        if name == "train":
+            shown = fitted.rows[:_SHOWN_ROWS]
+            notes = [note for row in every for note in row.notes]
+    columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {max_length}"]
+    display.table(f"{source} by {options.model}", columns, rows)
+    display.table(
+        "Tokens a row, percentiles",
+        ["", *("shortest" if p == 0 else "longest" if p == 100 else f"{p} %" for p in _PERCENTILES)],
+        lengths,
+    )
+    for note in dict.fromkeys(notes):
+        display.say(f"{notes.count(note)} training rows: {note}")
+    for finding in doubtful(data):
+        display.warn(str(finding))
+    if long:
+        if options.overflow == "error":
+            long = [[place, tokens, "not accepted: --overflow error"] for place, tokens, _ in long]
+        display.table(f"Rows longer than {max_length} tokens", ["row", "tokens", "in training"], long)
+    for row in shown:
+        display.console.print(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
+        display.console.print(coloured(row, tokenizer))
+    display.console.print(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
+
+
+def coloured(row: Encoded, tokenizer: Any) -> Text:
+    """The rendered row, its labelled tokens on green (in brackets where there is no colour)."""
+    text = Text()
+    edges = np.flatnonzero(np.diff(row.mask.astype(np.int8))) + 1
+    for part in np.split(np.arange(len(row.ids)), edges):
+        label = bool(row.mask[part[0]])
+        piece = tokenizer.decode(row.ids[part].tolist())
+        text.append(f"[{piece}]" if label else piece, "black on green" if label else "dim")
+    return text
+
+
+def explain_row(examples: list[Example], number: int, encoder: Encoder, display: Display) -> None:
+    """Print row `number` (from 1) as a table of its tokens. Raises UserError where there is no such row."""
+    if not 1 <= number <= len(examples):
+        raise UserError(f"--explain {number}: there are {len(examples)} rows.", "Count from 1.")
+    example = examples[number - 1]
+    row = encoder(example)
+    reasons = explain(example, encoder)
+    pieces = encoder.tokenizer.convert_ids_to_tokens(row.ids.tolist())
+    lines: list[list[str | Text]] = []
+    for at, (token, piece, reason) in enumerate(zip(row.ids.tolist(), pieces, reasons, strict=True)):
+        said = encoder.tokenizer.decode([token])
+        shown = repr(said)[1:-1] if "\ufffd" not in said else piece  # part of a letter: as the vocabulary writes it
+        style = "black on green" if row.mask[at] else ""
+        lines.append([str(at), str(token), Text(shown, style), "label" if row.mask[at] else "", reason])
+    display.table(
+        f"{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels",
+        ["", "id", "text", "", "why"],
+        lines,
+    )
+    for note in row.notes:
+        display.say(note)
+
+
+def explain(example: Example, encoder: Encoder) -> list[str]:
+    """Why each token of the row is a label or not, in the order of `encoder(example).ids`."""
+    row = encoder(example)
+    if example.text is not None:
+        reasons = ["plain text: every token is learned"] * len(row.ids)
+        reasons[-1] = "the end of the text, appended"
+        return ["BOS: nothing predicts it", *reasons[1:]] if not row.mask[0] else reasons
+    conversation, example = encoder.placed(example)
+    encoding = encoder.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
+    trained = encoder.trained(example, conversation)
+    reasons = [encoder.unlabelled_reason] * len(starts)
+    for turn in conversation.turns:
+        name = f"turn {turn.message + 1}"
+        for at in np.flatnonzero((starts >= turn.start) & (starts < turn.end)):
+            ends = starts[at] >= turn.stop
+            if turn.message in trained:
+                reasons[at] = f"{name}: its end, where the model must stop" if ends else f"{name}: the assistant's"
+            elif example.messages[turn.message].get("train", True):
+                reasons[at] = f"{name}: not the last assistant turn (--train-on last)"
+            else:
+                reasons[at] = f"{name}: the row says train: false (or weight: 0)"
+    if len(row.ids) > len(reasons):
+        reasons = ["BOS, which the tokenizer adds and the template does not write", *reasons]
+    return reasons

@@ -1,0 +1,82 @@
+"""`compare RUN RUN`: runs side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from common.display import Display, gigabytes
+from common.errors import UserError
+from common.recipe import Recipe
+from common.run_record import read_recipe, read_run
+
+
+def compare(runs: list[Path], display: Display) -> None:
+    """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
+    records = [read_run(run, "recipe_hash", "backend", "device") for run in runs]
+    for run, record in zip(runs, records, strict=True):
+        if record.get("status") != "complete":
+            raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    recipes = [read_recipe(run) for run in runs]
+    rows = [["recipe", *[record["recipe_hash"][:12] for record in records]]]
+    rows.append(["agrees", "-", *["yes" if r.hash() == recipes[0].hash() else "NO" for r in recipes[1:]]])
+    for name in ("backend", "device"):
+        rows.append([name, *[str(record[name]) for record in records]])
+    rows.append(["precision", *[recipe.precision for recipe in recipes]])
+    for label, key, show in (
+        ("tokens/s", "tokens_per_second", "{:.1f}"),
+        ("label tokens/s", "label_tokens_per_second", "{:.1f}"),
+        ("train time, s", "train_seconds", "{:.1f}"),
+        ("foretold peak memory", "predicted_peak_bytes", "GB"),
+        ("peak memory", "peak_memory_bytes", "GB"),
+        ("peak RSS", "peak_rss_bytes", "GB"),
+        ("padding (in attention only)", "padding_fraction", "{:.2%}"),
+        ("final train loss", "final_train_loss", "{:.4f}"),
+        ("best valid loss", "best_valid_loss", "{:.4f}"),
+        ("best step", "best_step", "{}"),
+    ):
+        rows.append([label, *_with_ratios([record.get(key) for record in records], show)])
+    shares = [stage_shares(record) for record in records]
+    for stage in dict.fromkeys(name for share in shares for name in share):
+        rows.append([f"time: {stage}", *[f"{share[stage]:.1%}" if stage in share else "-" for share in shares]])
+    display.table("Compared with the first run", ["", *[run.name for run in runs]], rows)
+    for run, recipe in zip(runs[1:], recipes[1:], strict=True):
+        display.say(_agreement(runs[0], recipes[0], run, recipe))
+    for run, record in zip(runs, records, strict=True):
+        if len(plans := record.get("plans", [])) > 1:
+            moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in plans)
+            display.say(f"{run.name} changed its plan on the way ({moves}): its speed and memory are a mixture.")
+    kinds = {record.get("memory_kind") for record in records}
+    if len(kinds) > 1:
+        display.say(
+            f"peak memory is counted in different ways here ({', '.join(sorted(map(str, kinds)))}): "
+            "compare peak RSS, the process's peak in every run."
+        )
+
+
+def stage_shares(record: dict[str, Any]) -> dict[str, float]:
+    """Each stage's share of a run's time, in the order in which they came."""
+    seconds = record.get("stage_seconds", {})
+    whole = sum(seconds.values())
+    return {name: value / whole for name, value in seconds.items()} if whole else {}
+
+
+def _with_ratios(values: list[float | None], show: str) -> list[str]:
+    cells = []
+    for value in values:
+        if value is None:
+            cells.append("-")
+            continue
+        text = gigabytes(value) if show == "GB" else show.format(value)
+        first = values[0]
+        cells.append(f"{text}  ({value / first:.2f}x)" if cells and first and show != "{}" else text)
+    return cells
+
+
+def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str:
+    if recipe.hash() == first.hash():
+        text = f"{run.name}: the same recipe as {first_run.name}: the same curve up to rounding, so speeds compare."
+        if recipe.dropout:
+            text += " Dropout masks differ between frameworks, so the curves agree only statistically."
+        return text
+    one, other = first.model_dump(), recipe.model_dump()
+    differing = [f"{k} {one[k]} / {other[k]}" for k in one if one[k] != other[k] and k not in ("model", "data")]
+    return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"

@@ -1,0 +1,247 @@
+"""After training: fuse, export, try the GGUF, count the example; and `fuse RUN`, the same again."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common import run_record
+from common.backend import Adapter, Backend
+from common.commands.example_score import score
+from common.data.load import data_of
+from common.display import Display, gigabytes
+from common.errors import UserError
+from common.export.budget import THROUGH, Ledger, Stage, check_disk, foretell, warn_of_memory
+from common.export.fused_folder import Served, trained_bytes, write_fused
+from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
+from common.export.mlx import write_mlx
+from common.export.model_card import base_form, parts_of, write_card
+from common.export.preflight import reloaded, tools_for
+from common.export.upload import check_push, push
+from common.llama_cpp.convert import check_quants
+from common.llama_cpp.install import LlamaCpp
+from common.models import adapter_files as adapters
+from common.models.families import text_config
+from common.models.license import copy_terms, find_terms
+from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
+from common.models.lora_init import layer_count, validate
+from common.models.mlx_quantized import source
+from common.models.shapes import linear_shapes
+from common.options import Options, is_example
+from common.run_record import held
+from common.system.hardware import choose_backend, choose_device
+from common.training.metrics import timed
+from common.verify.verify import verdict, verify_held
+
+
+def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
+    """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
+    run_record.read_complete(run)
+    with held(run):
+        merged = _fuse_held(run, options, make_backend, display)
+    if merged.push:
+        push(run, merged.push, None, not merged.push_public, False, display)
+
+
+def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> Options:
+    known = run_record.read_complete(run, "options", "model_hash", "stop_ids", "sample_prompt")
+    say_llama(known, options.get("llama_cpp"), display)
+    if options.get("fuse_into") and known["options"].get("quantization", "none") == "none":
+        raise UserError(
+            f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
+            "Leave --fuse-into out.",
+        )
+    if (options.get("quant") or options.get("imatrix")) and "export" not in options:
+        options = options | {"export": "gguf"}  # what those are for
+    # what is proven and weighed is said each time, not as the run was started
+    merged = Options.model_validate({**known["options"], "imatrix": False, "no_verify": False, **options})
+    if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
+        merged = merged.model_copy(update={"export": "gguf"})
+    merged = merged.model_copy(update={"push": options.get("push"), "push_public": options.get("push_public", False)})
+    check_quants(merged.quant)
+    if merged.push:
+        check_push(merged.push, not merged.push_public, display)
+    folder = base_of(run, known, display)
+    shapes = linear_shapes(folder, run_record.read_recipe(run).targets)
+    final = adapters.read_trained(run, layer_count(shapes))
+    validate(final, shapes, run / "adapter")
+    recipe = run_record.read_recipe(run)
+    if "convert" in THROUGH[merged.export] and (merged.imatrix or not merged.no_verify):
+        data_of(run, merged, recipe)
+    if "convert" in THROUGH[merged.export] and not merged.no_verify:
+        runnable(run_record.read_plan(run), recipe)
+    after = _foretold(run, folder, final, merged)
+    check_disk(run, after)
+    warn_of_memory(after, display)
+    llama = tools_for(merged, final.method, folder, display)
+    template = run / TEMPLATE
+    served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
+    finish(run, folder, final, merged, llama, served, {}, display, make_backend)
+    return merged
+
+
+def finish(
+    run: Path,
+    folder: Path,
+    final: Adapter,
+    options: Options,
+    llama: LlamaCpp | None,
+    served: Served,
+    seconds: dict[str, float],
+    display: Display,
+    make_backend: Callable[[str], Backend],
+) -> None:
+    """Make what --export asks for and, for the built-in example, count; recorded in run.json."""
+    export: dict[str, Any] = {}
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    model = options.model or ""
+    terms = find_terms(folder, model, kind)
+    run_record.update_run(run, base={"terms": asdict(terms), "form": base_form(folder, model)})
+    earlier = run_record.read_run(run).get("export", {})
+    through, ledger = THROUGH[options.export], Ledger(_foretold(run, folder, final, options), seconds)
+
+    def keep(**made: Any) -> None:
+        """On record as soon as it is made: whatever fails after it, it is there and known."""
+        export.update(made)
+        run_record.update_run(run, export=earlier | export)
+
+    if "fuse" in through:
+        replacing = _replaced(run, folder, final, options, make_backend, display)
+        with ledger.stage("fuse", run / "fused"), replacing as replaced, display.stage("fuse") as progress:
+            write_fused(folder, final, run / "fused", served, progress, replaced)
+        if earlier.get("fuse_into") != options.fuse_into:
+            earlier = earlier | {"gguf": []}  # those of the other form
+        run_record.update_run(run, verify=None)  # of what was there before
+        keep(fused="fused", fuse_into=options.fuse_into)
+    if "convert" in through and llama is not None:
+        write_ggufs(run, folder, options, llama, ledger, display, keep)
+        with timed(seconds, "try"):
+            keep(sample=try_gguf(run, export["gguf"][0], served, llama, display))
+    if "lora" in through and llama is not None:
+        keep(lora_gguf=write_lora(run, folder, final, options, llama, served, ledger, display))
+    if "mlx" in through:
+        with ledger.stage("mlx", run / "mlx"), display.stage("mlx") as progress:
+            keep(mlx=write_mlx(run / "fused", run / "mlx", progress))
+        display.say(
+            f"mlx-lm, {export['mlx']['bits']} bits, {gigabytes(export['mlx']['bytes'])}: "
+            f"python -m mlx_lm generate --model {run / 'mlx'} --prompt ..."
+        )
+    parts = parts_of(run)
+    for part in {*parts, "gguf", "mlx"}:
+        if (run / part).is_dir():
+            copy_terms(folder, run / part, terms)
+    if "fused" in parts:
+        write_card(run, run / "fused" / "README.md", parts)
+    broken = "convert" in through and not _proven(run, options, ledger, make_backend, display)
+    if through:
+        keep(stages=earlier.get("stages", {}) | ledger.record())
+    if "convert" in through and llama is not None and is_example(options.data):
+        with timed(seconds, "example"):
+            counts = score(run, folder, export["gguf"][0], llama, display)
+        run_record.update_run(run, example=counts)
+    record_seconds(run, seconds)
+    ledger.show(display)
+    display.event("done", run=str(run), stage_seconds=seconds)
+    if display.mode in ("rich", "plain"):
+        _closing(run_record.read_run(run), seconds, display)
+        display.say(f"The run is in {run}")
+    if broken:
+        raise UserError(
+            f"{run}: the GGUF does not hold what was trained; the checks above and run.json say where.",
+            "The adapter is whole. Mend what they name, then: python cli.py fuse RUN",
+        )
+
+
+def _proven(
+    run: Path, options: Options, ledger: Ledger, make_backend: Callable[[str], Backend], display: Display
+) -> bool:
+    """Verify the GGUFs unless told not to, and take the bf16 one away where it was not asked for."""
+    whole = run / "gguf" / WHOLE
+    try:
+        if options.no_verify:
+            return True
+        with ledger.stage("verify", run / "gguf" / "none"):
+            return verdict(verify_held(run, make_backend, display, whole, options.llama_cpp)) != "broken"
+    finally:
+        reports = run_record.read_run(run)["export"]["gguf"]
+        if str(whole.relative_to(run)) not in [report["file"] for report in reports]:
+            whole.unlink(missing_ok=True)
+
+
+def _foretold(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
+    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    held = reloaded(options, run_record.read_recipe(run), config, folder)
+    return foretell(
+        options.export,
+        options.quant,
+        folder,
+        trained_bytes(final, folder),
+        held,
+        options.imatrix,
+        not options.no_verify,
+    )
+
+
+def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -> None:
+    """What it took, beside what was foretold."""
+    whole = sum(seconds.values()) or 1.0
+    figures = {"time": ", ".join(f"{name} {value:.1f} s ({value / whole:.0%})" for name, value in seconds.items())}
+    if "train" in seconds:
+        if run["tokens_per_second"]:  # of one step there is none
+            speeds = run["tokens_per_second"], run["label_tokens_per_second"]
+            figures["speed"] = f"{speeds[0]:.0f} tokens/s, {speeds[1]:.0f} of them labels"
+        figures["memory"] = (
+            f"peak {gigabytes(run['peak_memory_bytes'])}, foretold {gigabytes(run['predicted_peak_bytes'])} "
+            f"({run['predicted_peak_bytes'] / max(1, run['peak_memory_bytes']) - 1:+.0%}); "
+            f"the whole process {gigabytes(run['peak_rss_bytes'])}"
+        )
+        figures["padding"] = f"none in the layers' products, {run['padding_fraction']:.1%} of attention's positions"
+    display.panel("Done", figures)
+
+
+@contextmanager
+def _replaced(
+    run: Path,
+    folder: Path,
+    final: Adapter,
+    options: Options,
+    make_backend: Callable[[str], Backend],
+    display: Display,
+) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
+    """What stands in for the 16-bit base's weights: nothing, or with --fuse-into dequantized those trained over."""
+    recipe = run_record.read_recipe(run)
+    if recipe.quantization == "none":
+        yield {}
+    elif source(folder) is not None:
+        display.say(f"The adapter goes into the model's dequantised {recipe.quantization} weights: it has no others.")
+        yield {}
+    elif options.fuse_into != "dequantized":
+        display.say(
+            f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
+            "over, but not the same; --fuse-into dequantized gives what training saw."
+        )
+        yield {}
+    else:
+        display.say(f"The adapter goes into the dequantised {recipe.quantization} weights that it was trained over.")
+        plan = run_record.read_plan(run)
+        if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
+            raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
+        choose_backend(plan.backend)  # a run may have come from another machine
+        device = choose_device("auto", plan.backend).value
+        backend, _ = loaded(make_backend, recipe, plan.model_copy(update={"device": device}), folder, final)
+        try:
+            yield backend.dequantized()
+        finally:
+            backend.close()
+
+
+def record_seconds(run: Path, seconds: dict[str, float]) -> None:
+    """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
+    earlier = run_record.read_run(run).get("stage_seconds", {})
+    for stage in {"train", "evaluate", "save"} & seconds.keys():
+        seconds[stage] += earlier.get(stage, 0.0)
+    run_record.update_run(run, stage_seconds=earlier | seconds)

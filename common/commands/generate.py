@@ -1,0 +1,142 @@
+"""`generate RUN`: an answer to every prompt of a file, as rows in the training format."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from common.backend import Backend, Progress
+from common.data.dataset import Example
+from common.display import Display
+from common.errors import UserError
+from common.inference.backend_chat import Voice
+from common.inference.chat_models import Kind, Target, choose, opened
+from common.inference.prompts import read_prompts, system_text
+from common.sampling import Sampling
+
+
+def generate(
+    run: Path,
+    prompts: Path,
+    out: Path,
+    kind: Kind | None,
+    quant: str | None,
+    system: str | None,
+    system_file: Path | None,
+    context: int,
+    slots: int,
+    llama_cpp: str | None,
+    sampling: Sampling,
+    make_backend: Callable[[str], Backend],
+    display: Display,
+) -> None:
+    """Write `out`, whole or not at all. A stopped job goes on from `out`.part when the same is asked again.
+
+    slots: answers that llama.cpp writes at once. Raises UserError before anything is loaded where something is missing.
+    """
+    sampling.check()
+    if slots < 1:
+        raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
+    target, rows = choose(run, kind, quant), read_prompts(prompts, system_text(system, system_file))
+    if out.exists():
+        raise UserError(f"--out {out} is there already.", "Give another name, or take it away.")
+    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+        raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
+    if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise UserError(f"--out {out}: its folder is not there, or may not be written.", "Make the folder first.")
+    if target.kind != "gguf":
+        slots = 1
+    part = out.with_name(f"{out.name}.part")
+    done = _begun(part, _asked_for(target, rows, sampling, context))
+    if len(done) > 1:
+        display.say(f"{part}: {len(done) - 1} of {len(rows)} answers are there already")
+    left = [number for number in range(len(rows)) if number not in done]
+    if left:
+        with (
+            opened(target, context, llama_cpp, make_backend, display, slots, _FLAGS) as voices,
+            display.stage("answers") as progress,
+            part.open("a", encoding="utf-8") as file,
+        ):
+
+            def keep(number: int, row: dict[str, Any]) -> None:
+                done[number] = row
+                file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
+                file.flush()
+
+            _ask_all(voices.tuned, rows, left, sampling, slots, keep, progress)
+    lines = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in range(len(rows))]
+    temporary = out.with_name(f"{out.name}.tmp")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(out)
+    part.unlink()
+    cut = sum(done[number]["finish"] == "length" for number in range(len(rows)))
+    display.say(f"{len(rows)} answers in {out}" + (f"; {cut} were cut at --max-tokens or --context" if cut else ""))
+
+
+_FLAGS = ("--reasoning-format", "none", "--skip-chat-parsing")  # a tool call is kept as the model wrote it
+
+
+def _ask_all(
+    voice: Voice,
+    rows: list[Example],
+    left: list[int],
+    sampling: Sampling,
+    slots: int,
+    keep: Callable[[int, dict[str, Any]], None],
+    progress: Progress,
+) -> None:
+    finished = len(rows) - len(left)
+
+    def ask(number: int) -> dict[str, Any]:
+        row, text, finish = rows[number], "", None
+        with closing(voice.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
+            for piece, end in pieces:
+                text, finish = text + piece, end
+        whole = {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish}
+        return whole | ({"tools": list(row.tools)} if row.tools else {})
+
+    if slots == 1:  # in this thread: a backend's framework wants no other
+        for count, number in enumerate(left, finished + 1):
+            keep(number, ask(number))
+            progress(count / len(rows), f"{count} of {len(rows)}")
+        return
+    pool = ThreadPoolExecutor(slots)
+    try:
+        jobs = {pool.submit(ask, number): number for number in left}
+        for count, job in enumerate(as_completed(jobs), finished + 1):
+            keep(jobs[job], job.result())
+            progress(count / len(rows), f"{count} of {len(rows)}")
+    finally:  # the server ends next, and with it the answers that are under way
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _asked_for(target: Target, rows: list[Example], sampling: Sampling, context: int) -> str:
+    """A hash of all that makes the answers: a part of other ones is no beginning of these."""
+    file = target.path if target.kind == "gguf" else target.run / "run.json"
+    model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    asked = [model, asdict(sampling), context, [[row.messages, row.tools] for row in rows]]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+
+
+def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
+    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is made or mended.
+
+    Raises UserError where it was asked for something else.
+    """
+    lines = part.read_text(encoding="utf-8").split("\n") if part.exists() else []
+    whole = lines[:-1]  # the last one has no end
+    if whole and json.loads(whole[0]).get("asked") != asked:
+        raise UserError(
+            f"{part} holds answers to other prompts, or other settings.", "Take it away, or give another --out."
+        )
+    head = {"asked": asked}
+    found = {line["number"]: line["row"] for line in map(json.loads, whole[1:])}
+    temporary = part.with_name(f"{part.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in (whole or [json.dumps(head)])), encoding="utf-8")
+    temporary.replace(part)
+    return {-1: head, **found}

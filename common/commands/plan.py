@@ -1,0 +1,78 @@
+"""`plan`: what `train` would take of memory and time, before anything is trained."""
+
+import time
+from collections.abc import Callable
+
+from common.backend import Backend, OutOfMemory
+from common.commands.prepare import Job, prepare
+from common.data.batching import micro_batches, step_rows
+from common.display import Display, gigabytes
+from common.models.load import loaded
+from common.options import Options
+from common.training.planner import described, largest
+
+
+def foretell(options: Options, probe: bool, make_backend: Callable[[str], Backend], display: Display) -> None:
+    """Print prediction, its parts, the plan, what would fit at the most and, after a probe, the time."""
+    job = prepare(options.model_copy(update={"export": "none", "push": None}), None, display)
+    chosen, recipe, plan = job.chosen, job.recipe, job.plan
+    rows = [[name, gigabytes(size)] for name, size in chosen.prediction.parts.items()]
+    rows.append(["predicted peak", gigabytes(chosen.prediction.peak)])
+    rows.append(["budget", f"{gigabytes(chosen.budget)} ({chosen.why})"])
+    known = "" if chosen.prediction.measured else f", {plan.backend} on {plan.device}: coefficients not yet measured"
+    display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
+    display.say(f"plan: {plan.backend} on {plan.device}, {recipe.precision}, {described(plan)}")
+    longest = max(len(row.ids) - 1 for row in job.train)
+    batch, length = largest(recipe, plan, job.config, job.start, longest, chosen.budget)
+    display.say(
+        f"at the most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
+        f"micro-batch, or one row of {length} tokens. --batch-size may be larger: a step is cut into micro-batches"
+    )
+    event = {
+        "parts": chosen.prediction.parts,
+        "predicted_peak_bytes": chosen.prediction.peak,
+        "plan": plan.model_dump(),
+    }
+    if probe:
+        event |= _probe(job, make_backend, display)
+    display.event("plan", **event, largest_micro_batch_rows=batch, largest_row_tokens=length)
+
+
+def _probe(job: Job, make_backend: Callable[[str], Backend], display: Display) -> dict[str, float]:
+    """Two steps of the real rows; the second, which finds everything warm, is the measure. Nothing is kept."""
+    recipe, plan = job.recipe, job.plan
+    started = time.perf_counter()
+    with display.stage("load the model"):
+        backend, _ = loaded(make_backend, recipe, plan, job.trained_over, job.start)
+    seconds, tokens = time.perf_counter() - started, 0
+    try:
+        with display.stage("probe: two steps") as progress:
+            for step in (1, 2):
+                chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, step)]
+                started = time.perf_counter()
+                batches = micro_batches(chosen, plan.micro_batch_tokens, plan.device)
+                result = backend.train_step(batches, recipe.learning_rate, step)
+                float(result.loss_sum)
+                second, tokens = time.perf_counter() - started, result.tokens
+                progress(step / 2, f"step {step}")
+        peak = backend.memory().peak
+    except OutOfMemory as error:
+        display.warn(f"the probe ran out of memory ({error}): train would cut finer and go on")
+        return {}
+    finally:
+        backend.close()
+    epoch = sum(len(row.ids) - 1 for row in job.train)
+    whole = epoch * recipe.steps * recipe.batch_size / len(job.train)
+    evaluations = recipe.steps / recipe.eval_every * sum(len(row.ids) - 1 for row in job.valid) / 3
+    speed = tokens / second
+    foreseen = seconds + (whole + evaluations) / speed
+    display.say(
+        f"probe: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take about "
+        f"{_duration(foreseen)}, export not counted"
+    )
+    return {"tokens_per_second": speed, "expected_seconds": foreseen, "probe_peak_bytes": peak}
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

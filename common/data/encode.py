@@ -1,0 +1,236 @@
+"""Example -> Encoded: rendered by the model's chat template, with an exact mask of the tokens that carry loss."""
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.data.assistant_spans import Conversation, Unlabelled, place
+from common.data.chat_template import Renderer
+from common.data.dataset import Example
+from common.errors import UserError
+from common.model_files import open_tokenizer
+
+TEMPLATES = Path(__file__).with_name("chat_templates")
+
+
+@dataclass(frozen=True)
+class Style:
+    """train_on: every assistant turn, the last alone, or every token. thinking: off or keep."""
+
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    thinking: Literal["off", "keep"] = "off"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    ids: np.ndarray  # [T] int32
+    mask: np.ndarray  # [T] bool: True where the token is a label
+    source: str
+    ends: tuple[int, ...] = ()  # the ids that end its trained turns
+    notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
+
+    @property
+    def label_tokens(self) -> int:
+        return int(self.mask[1:].sum())  # nothing predicts the first token
+
+
+def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
+    """The folder's tokenizer, with another chat template where one is named: our own by name, or a file.
+
+    Raises UserError where there is none, or where the vocabulary lacks a token that the named template writes.
+    """
+    try:
+        tokenizer = open_tokenizer(folder)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files anew.") from None
+    if isinstance(tokenizer.chat_template, dict):  # several, by name
+        named = tokenizer.chat_template
+        tokenizer.chat_template = named.get("default") or next(iter(named.values()))
+    if chat_template is not None:
+        tokenizer.chat_template = _named_template(chat_template)
+        known, template = tokenizer.get_vocab(), tokenizer.chat_template
+        written = sorted(set(re.findall(r"<\|[\w▁]+\|>|<(?:start|end)_of_turn>", template)))
+        if missing := [token for token in written if token not in known]:
+            raise UserError(
+                f"--chat-template {chat_template}: it writes {', '.join(missing)}, which the model's vocabulary lacks.",
+                f"Choose one that fits: {', '.join(_fitting(known)) or 'none of our own does; give a file'}.",
+            )
+    return tokenizer
+
+
+def own_templates() -> list[str]:
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def _named_template(name: str) -> str:
+    path = TEMPLATES / f"{name}.jinja" if name in own_templates() else Path(name).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat-template {name}: neither a name of ours nor a file that can be read ({error}).",
+            f"Our own: {', '.join(own_templates())}.",
+        ) from None
+
+
+def _fitting(vocabulary: dict[str, int]) -> list[str]:
+    texts = {name: _named_template(name) for name in own_templates()}
+    tokens = {name: re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", text) for name, text in texts.items()}
+    return [name for name, written in tokens.items() if all(token in vocabulary for token in written)]
+
+
+def template_hash(tokenizer: Any) -> str:
+    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def exported_template(tokenizer: Any, style: Style) -> str | None:
+    """The chat template that serves the model as it was trained; None where it has none."""
+    return Renderer(tokenizer, style.thinking).exported_template() if tokenizer.chat_template else None
+
+
+class Encoder:
+    """Encodes rows by one tokenizer and style; the template's quirks are looked for once."""
+
+    def __init__(self, tokenizer: Any, style: Style) -> None:
+        self.tokenizer, self.style = tokenizer, style
+        self.renderer = Renderer(tokenizer, style.thinking) if tokenizer.chat_template else None
+        self.unlabelled_reason = "prompt" if style.train_on != "all" else "--train-on all: every token is learned"
+        self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+
+    def place(self, example: Example) -> Conversation:
+        """The row as text with its turns. Raises UserError where it cannot be placed exactly."""
+        if self.renderer is None:
+            raise UserError(
+                f"{example.source}: the model has no chat template, so chat rows cannot be rendered.",
+                f"Use its instruction-tuned (-it, -Instruct) version, or --chat-template NAME or FILE "
+                f"(ours that fit: {', '.join(_fitting(self.tokenizer.get_vocab())) or 'none'}).",
+            )
+        return place(example, self.renderer)
+
+    def __call__(self, example: Example) -> Encoded:
+        """Token ids and label mask. Raises UserError naming the row where it cannot be labelled exactly."""
+        if example.text is not None:
+            return self._text(example)
+        return self._chosen(example)[0]
+
+    def placed(self, example: Example) -> tuple[Conversation, Example]:
+        """A chat row's conversation, and the row as it was rendered: spaces around answers may be taken off."""
+        _, conversation, example = self._chosen(example)
+        return conversation, example
+
+    def _chosen(self, example: Example) -> tuple[Encoded, Conversation, Example]:
+        conversation = self.place(example)
+        try:
+            return self._chat(example, conversation), conversation, example
+        except Unlabelled as why:
+            stripped = replace(example, messages=tuple({**m, "content": _stripped(m)} for m in example.messages))
+            if stripped != example:  # a leading line break may melt into the prompt's last token
+                row, conversation, stripped = self._chosen(stripped)
+                return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
+            raise UserError(
+                f"{example.source}: this row cannot be labelled exactly: {why}.",
+                "Take the row out, or use another template (--chat-template).",
+            ) from None
+
+    def _chat(self, example: Example, conversation: Conversation) -> Encoded:
+        text = conversation.text
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoding["input_ids"], np.int32)
+        starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
+        mask, stops = np.zeros(len(ids), bool), []
+        trained = self.trained(example, conversation)
+        for turn in conversation.turns:
+            inside = (starts >= turn.start) & (starts < turn.end) & (ends > starts)
+            across = [(starts < edge) & (ends > edge) for edge in (turn.start, turn.stop)]
+            # an end token may take the spaces after it along (Phi-3's do); text may not
+            across.append((starts < turn.stop) & (ends > turn.end))
+            if any(map(np.any, across)):
+                raise Unlabelled("a token lies across the edge of an assistant turn")
+            first = int(np.argmax(inside))
+            prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
+            if prompt != ids[:first].tolist():
+                raise Unlabelled("the prompt's tokens are not a prefix of the conversation's")
+            if turn.message in trained:
+                mask |= inside
+                if turn.end > turn.stop:
+                    stops.append(int(ids[inside][-1]))
+                    said = ids[(starts >= turn.start) & (starts < turn.stop)]
+                    if stops[-1] in said and not example.messages[turn.message].get("tool_calls"):
+                        where = f"turn {turn.message + 1}"
+                        raise Unlabelled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
+        mask = self._by_marks(conversation, mask, starts)
+        if self.style.train_on == "all":
+            mask[:] = True
+            for turn in conversation.turns:
+                if turn.message not in trained:
+                    mask[(starts >= turn.start) & (starts < turn.end)] = False
+        return self._with_bos(Encoded(ids, mask, example.source, tuple(stops), conversation.notes))
+
+    def trained(self, example: Example, conversation: Conversation) -> set[int]:
+        """The messages, by their number in the row, whose turns carry loss."""
+        turns = [turn.message for turn in conversation.turns]
+        chosen = turns[-1:] if self.style.train_on == "last" else turns
+        return {number for number in chosen if example.messages[number].get("train", True)}
+
+    def _by_marks(self, conversation: Conversation, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Where the template marks what is generated, only that is a label, and the end of each turn."""
+        if not conversation.marks:
+            return mask
+        allowed = np.zeros(len(mask), bool)
+        for start, end in [*conversation.marks, *((turn.stop, turn.end) for turn in conversation.turns)]:
+            allowed |= (starts >= start) & (starts < end)
+        return mask & allowed
+
+    def _text(self, example: Example) -> Encoded:
+        """Plain text: everything is a label, and the text's end; BOS where the tokenizer writes it."""
+        ids = self.tokenizer(example.text, add_special_tokens=False)["input_ids"]
+        stop = self.tokenizer.eos_token_id
+        if stop is None:
+            raise UserError(f"{example.source}: the tokenizer has no end of text.", "Use chat rows.")
+        ids = np.asarray([*ids, stop], np.int32)
+        try:
+            return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
+        except Unlabelled as why:
+            raise UserError(f"{example.source}: {why}.", "Take one of them away.") from None
+
+    def _with_bos(self, row: Encoded) -> Encoded:
+        """One BOS, never two, and none missing: llama.cpp adds it as the tokenizer does where a prompt lacks it."""
+        bos = self.tokenizer.bos_token_id
+        ids, mask = row.ids, row.mask.copy()
+        if bos is None:
+            return row
+        if self.bos is not None and ids[0] != bos:
+            ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, False)
+        if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self.tokenizer.eos_token_id:
+            raise Unlabelled("it starts with two BOS tokens")
+        if ids[0] == bos:
+            mask[0] = False
+        return replace(row, ids=ids, mask=mask)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+
+
+def _stripped(message: dict[str, Any]) -> str:
+    return message["content"].strip() if message["role"] == "assistant" else message["content"]
+
+
+def encode(example: Example, tokenizer: Any, style: Style = Style()) -> Encoded:  # frozen
+    """One row by itself; see Encoder."""
+    return Encoder(tokenizer, style)(example)
+
+
+def stop_ids(rows: list[Encoded]) -> list[int]:
+    """The ids that end an assistant turn, most frequent first: what the model must stop on when it is served."""
+    ends: dict[int, int] = {}
+    for row in rows:
+        for token in row.ends:
+            ends[token] = ends.get(token, 0) + 1
+    return sorted(ends, key=lambda token: -ends[token])

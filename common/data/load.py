@@ -1,0 +1,206 @@
+"""Where rows come from: files, a folder of them, or a data set of the hub."""
+
+import logging
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.data.dataset import Data, Example, data_hash, prompt_key
+from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.formats import KNOWN, PARTS, clashing, read_row
+from common.data.messages import Empty, Fault
+from common.data.readers import SUFFIXES, Places, read_places, without_none
+from common.errors import UserError
+from common.options import Options
+from common.recipe import Recipe
+
+
+def data_of(run: Path, options: Options, recipe: Recipe) -> Data:
+    """The run's data, read again. Raises UserError where it has changed since, or is gone."""
+    without = "or do without it: --no-verify, no --imatrix."
+    try:
+        data = load_data(options.data or "", options.valid_share, options.seed, options.field)
+    except UserError as error:
+        raise UserError(error.what, f"Bring the data of {run} back, {without}") from None
+    if data_hash(data) != recipe.data_hash:
+        raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Bring that back, {without}")
+    return data
+
+
+def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
+    """As in training. `base` is the model's folder: its tokenizer is the one that training used."""
+    return Encoder(load_tokenizer(base, options.chat_template), Style(recipe.train_on, recipe.thinking))
+
+
+SHOWN_FAULTS = 10
+FORM = 'each line: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+_PARTS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@#]+))?(@(?P<revision>[^#]+))?(#(?P<split>.+))?")
+_HUB_FORM = "OWNER/NAME, OWNER/NAME:CONFIG@REVISION#SPLIT"
+
+
+@dataclass
+class _Seen:
+    """What reading found beside the rows, over all files of a source."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    empty: list[str] = field(default_factory=list)  # rows without an answer, left out
+
+    def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Data:
+        return Data(train, valid, test, dict(self.shapes), self.empty)
+
+
+def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Data:
+    """Read a file (holding out `valid_share` of its rows), a folder with train and maybe valid and test files, or a
+    data set of the hub (`owner/name`, `owner/name:config@revision#split`). A path that exists comes first.
+
+    `fields`: {part of a shape: the column it is called here}. The hold-out is drawn by seed, also of a hub data set
+    without a validation split; rows with the same prompt stay on one side. Rows without an answer are left out and
+    listed in `Data.empty`. Raises UserError naming every faulty row.
+    """
+    path, fields, seen = Path(source).expanduser(), fields or {}, _Seen()
+    if path.is_dir():
+        found = {part: _file_of(path, names) for part, names in _PARTS.items()}
+        if found["train"] is None:
+            raise UserError(
+                f"--data {path}: there is no train file in this folder (train{', train'.join(SUFFIXES)}).",
+                "Name the training file train.jsonl (valid.jsonl and test.jsonl beside it are optional), "
+                "or give one file.",
+            )
+        parts = {part: _rows_of(file, fields, seen) if file else [] for part, file in found.items()}
+        return seen.data(parts["train"], parts["valid"], parts["test"])
+    if not path.exists() and (hub := _HUB_NAME.fullmatch(source)) and path.suffix not in SUFFIXES:
+        parts = {
+            part: _examples(_hub_rows(rows, part), f"{source} ({part})", "row(s)", fields, seen)
+            for part, rows in _from_hub(source, **hub.groupdict()).items()
+        }
+        train, valid = parts["train"], parts.get("valid", [])
+        if not valid:
+            train, valid = _hold_out(train, valid_share, seed)
+        return seen.data(train, valid, parts.get("test", []))
+    return seen.data(*_hold_out(_rows_of(path, fields, seen), valid_share, seed), [])
+
+
+def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
+    found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
+    found = [path for path in found if path.exists()]
+    if len(found) > 1:
+        raise UserError(
+            f"--data {folder}: both {found[0].name} and {found[1].name} are there.", "Take one of them away."
+        )
+    return found[0] if found else None
+
+
+def _hold_out(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(train, valid)`. Rows of one prompt go together: a prompt seen in training would flatter the validation."""
+    count = min(len(rows) - 1, max(1, round(len(rows) * share))) if share else 0
+    groups: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        groups.setdefault(prompt_key(row), []).append(number)
+    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
+    chosen: set[int] = set()
+    for number in order:
+        group = groups[prompt_key(rows[number])]
+        if number not in chosen and len(chosen) + len(group) <= count:
+            chosen.update(group)
+    if count and not chosen and len(groups) > 1:  # every prompt has more rows than were asked for
+        shuffled = [groups[prompt_key(rows[number])] for number in order]
+        smallest = min(shuffled, key=len)
+        chosen.update(smallest)
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+
+def read_rows(path: Path) -> list[Example]:
+    """Every row of a file, by its ending. Raises UserError naming the file and up to ten faulty lines or rows."""
+    return _rows_of(path, {}, _Seen())
+
+
+def _rows_of(path: Path, fields: dict[str, str], seen: _Seen) -> list[Example]:
+    unit = "row(s)" if path.suffix.lower() in (".parquet", ".json") else "line(s)"
+    return _examples(read_places(path), str(path), unit, fields, seen)
+
+
+def _examples(places: Places, where: str, unit: str, fields: dict[str, str], seen: _Seen) -> list[Example]:
+    rows, faults, empty, columns = [], [], [], dict[str, None]()
+    for place, source, row in places:
+        if isinstance(row, dict):
+            columns |= dict.fromkeys(map(str, row))
+        try:
+            if isinstance(row, Fault):
+                raise row
+            shape, example = read_row(row, source, fields)
+        except Empty:
+            empty.append(source)
+            continue
+        except Fault as fault:
+            faults.append(f"{place}: {fault}")
+            continue
+        seen.shapes[shape] += 1
+        rows.append(example)
+    if missing := [f"{part}={column}" for part, column in fields.items() if column not in columns and columns]:
+        raise UserError(
+            f"--field {' '.join(missing)}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
+        )
+    if faults:
+        more = len(faults) - SHOWN_FAULTS
+        shown = faults[:SHOWN_FAULTS] + ([f"... and {more} more"] if more > 0 else [])
+        raise UserError(
+            f"{where} has {len(faults)} bad {unit}:\n" + "\n".join(shown),
+            f"Correct them; {FORM}\n       Also read: {KNOWN}. Columns called otherwise: --field PART=COLUMN.",
+        )
+    if not rows and empty:
+        raise UserError(f"{where}: none of its {len(empty)} rows has an answer.", "Give rows with something to learn.")
+    if not rows:
+        raise UserError(f"{where} is empty: it holds no rows.", f"Put rows in it; {FORM}")
+    seen.empty += empty
+    return rows
+
+
+def check_fields(fields: dict[str, str]) -> None:
+    """Raises UserError where --field names no part, one part twice, or parts of two shapes."""
+    fault = clashing(fields)
+    if unknown := [part for part in fields if part not in PARTS]:
+        fault = f"{unknown[0]!r} is no part of a row; known: {', '.join(PARTS)}"
+    if fault:
+        raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
+
+
+def _from_hub(source: str, name: str, config: str | None, revision: str | None, split: str | None) -> dict[str, Any]:
+    """The data set's train, valid and test splits, as far as it has them. No code of the data set is ever run: the
+    library has read data files alone since its version 4."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each try; the last one's error is told
+    try:
+        found = datasets.load_dataset(name, config, revision=revision, split=split)
+    except Exception as error:  # the library lets through its own errors, the hub's and the HTTP client's
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"--data {source}: no such file or folder, and the hub's data set cannot be loaded: {first}",
+            f"Check spelling and network; for a private one `hf auth login`. The form is {_HUB_FORM}.",
+        ) from None
+    if split:
+        return {"train": found}
+    splits = {part: found[name] for part, names in _PARTS.items() for name in names if name in found}
+    if "train" not in splits:
+        if len(found) != 1:
+            raise UserError(
+                f"--data {source}: it has no train split, only {', '.join(found)}.",
+                f"Choose one: {source}#{next(iter(found))}",
+            )
+        splits = {"train": next(iter(found.values()))}
+    return splits
+
+
+def _hub_rows(rows: Any, part: str) -> Places:
+    """Through Arrow, so that columns nobody reads, pictures say, are not decoded."""
+    number = 0
+    for table in rows.with_format("arrow").iter(batch_size=1000):
+        for row in table.to_pylist():
+            number += 1
+            yield f"{part} row {number}", f"{part}:{number}", without_none(row)

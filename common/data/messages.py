@@ -1,0 +1,147 @@
+"""A turn as any data set writes it -> a message as `Example` has it, or words for what is wrong with it."""
+
+import json
+from typing import Any
+
+from common.data.dataset import Example
+
+Row = dict[str, Any]
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+
+
+class Fault(Exception):
+    """What is wrong with a row, in words that go after its place."""
+
+
+class Empty(Fault):
+    """The row is sound and answers nothing: it can be left out."""
+
+
+def parsed(value: Any, name: str, kind: type) -> Any:
+    """CSV and Parquet keep lists as JSON texts."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise Fault(f"`{name}` is a text that is not JSON") from None
+    if value is not None and value != "" and not isinstance(value, kind):
+        raise Fault(f"`{name}` is not a {'list' if kind is list else 'object'}")
+    return value or None
+
+
+def read_turns(value: Any, name: str) -> list[Row]:
+    turns = parsed(value, name, list)
+    if not turns:
+        raise Fault(f"`{name}` is not a list of turns")
+    return [_turn(turn, number) for number, turn in enumerate(turns, 1)]
+
+
+def _turn(turn: Any, number: int) -> Row:
+    if not isinstance(turn, dict):
+        raise Fault(f"turn {number} is no object")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Fault(f"turn {number} has the role {role!r}; known: {', '.join(_ROLES)}")
+    calls = parsed(turn.get("tool_calls"), "tool_calls", list)
+    if role == "function_call":
+        calls, content = parsed(f"[{content}]" if not str(content).startswith("[") else content, "value", list), ""
+    message = message_of(_ROLES[role], "" if content is None and calls else content, number)
+    if calls:
+        message["tool_calls"] = [_call(call, number) for call in calls]
+    for key in ("reasoning_content", "reasoning", "thinking"):
+        if isinstance(said := turn.get(key), str) and said.strip():
+            whole_letters(said, f"turn {number}")
+            message["reasoning_content"] = said
+            break
+    message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
+    if turn.get("weight", 1) not in (0, 1) or turn.get("train", True) not in (True, False):
+        raise Fault(f"turn {number}: `weight` can be 0 or 1, `train` true or false")
+    if not (turn.get("weight", 1) and turn.get("train", True)):
+        message["train"] = False
+    return message
+
+
+def message_of(role: str, content: Any, number: int) -> Row:
+    if isinstance(content, list):
+        content = "".join(_part(part, number) for part in content)
+    if not isinstance(content, str):
+        raise Fault(f"turn {number} has no text in `content`")
+    whole_letters(content, f"turn {number}")
+    return {"role": role, "content": content}
+
+
+def _part(part: Any, number: int) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise Fault(f"turn {number} holds {kind!r}, and only text is trained")
+
+
+def whole_letters(text: str, where: str) -> None:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise Fault(f"{where} holds half a character (a lone surrogate such as \\ud83d)")
+
+
+def _call(call: Any, number: int) -> Row:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Fault(f"turn {number} has a tool call without a function's name")
+    arguments = function.get("arguments", {})
+    found = {"type": "function", "function": {"name": function["name"], "arguments": _arguments(arguments, number)}}
+    return found | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+
+
+def _arguments(value: Any, number: int) -> Row:
+    try:
+        found = parsed(value, "arguments", dict) or {}
+        _plain(found, "`arguments`")
+        return found
+    except Fault as fault:
+        raise Fault(f"turn {number}: {fault}") from None
+
+
+def read_tool(tool: Any) -> Row:
+    """A tool's schema; a bare function, as LLaMA-Factory writes it, gets the wrapping that templates expect."""
+    if not isinstance(tool, dict):
+        raise Fault("`tools` holds something that is no object")
+    _plain(tool, "`tools`")
+    return {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+
+
+def _plain(value: Any, where: str) -> None:
+    """What a template will write as JSON must be JSON: Parquet may hold dates and bytes there."""
+    try:
+        whole_letters(json.dumps(value, ensure_ascii=False), where)
+    except (TypeError, ValueError):
+        raise Fault(f"{where} holds a value that JSON cannot") from None
+
+
+def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Row, ...]) -> Example:
+    messages = [*head, *turns]
+    for number, message in enumerate(messages, 1 - len(head)):
+        if message["role"] == "system" and message is not messages[0]:
+            raise Fault(f"turn {number} is a system turn; it can only be the first")
+        silent = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+        if silent and message.get("train", True):
+            raise Empty(f"turn {number}: the assistant's turn is empty, so there is nothing to learn")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise Fault("has no assistant turn, so there is nothing to learn")
+    if not any(message.get("train", True) for message in answers):
+        raise Fault("has no assistant turn that is trained: all say train: false or weight: 0")
+    return Example(tuple(messages), source, tools)

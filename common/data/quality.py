@@ -1,0 +1,105 @@
+"""What is doubtful about rows that can be trained on: placeholders, duplicates, leakage, answers that break off."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from common.data.dataset import Data, Example, content_key, prompt_key
+
+# What stands in for something in single brackets; double ones are a template's whatever is in them.
+_WORD = (
+    r"(?:(?:your|user|first|last|full|company|product)[_ ])?name|username|author|company|email|phone[_ ]number|"
+    r"date|city|country|topic|url|placeholder"
+)
+_PLACEHOLDERS = tuple(
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"(?<![\\$^_{}A-Za-z0-9])\{\{\s*[^\W\d][\w .-]{1,40}\}\}(?!\})",  # {{name}}; not LaTeX's {{a}}, not ${{ x }}
+        # {name}, on a line that neither calls nor assigns nor marks up: there it is code
+        rf"^(?!.*(?:\w\(|=|<\w|\bf[\"'])).*(?<![\\$^_{{A-Za-z0-9])\{{(?:{_WORD})\}}(?!\}})",
+        rf"(?<![A-Za-z0-9_\])\\$])\[(?-i:{_WORD.upper()})\](?![\[(:])",  # [NAME]; [name] may be an index or a link
+        rf"<({_WORD})>(?![\s\S]*</\1>)",  # <name>, never closed
+        r"(?i:[\[<](?:your|insert|enter)[_ ][\w ]{1,30}[\]>])",
+        r"^\s*(?:TODO|TBD)(?=:|\s*$)",
+        r"(?i:\blorem ipsum\b)",
+    )
+)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
+# A comma, a colon, an opening bracket that is no sad smiley, or a word that no sentence ends in.
+_BREAKS_OFF = re.compile(r"(?:[,、，:：]|(?<![:;=])(?<![:;=]-)[(（「『【\[{]|\S (?:and|or|the|an|because))\Z")
+_FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    sources: list[str]
+
+    def __str__(self) -> str:
+        more = f" and {len(self.sources) - 5} more" if len(self.sources) > 5 else ""
+        return f"{len(self.sources)} {self.what}: {', '.join(self.sources[:5])}{more}"
+
+
+def doubtful(data: Data) -> list[Finding]:
+    """Everything doubtful, the gravest first. Rows without an answer are left out; no other row is touched."""
+    every = [*data.train, *data.valid, *data.test]
+    found = [
+        Finding("validation or test rows that stand in training too", _shared(data, content_key)),
+        Finding("validation or test rows whose prompt is in training, with another answer", _shared_prompts(data)),
+        Finding("rows without an answer, left out", data.empty),
+        Finding("training rows that repeat another", _again(data.train)),
+        Finding("training rows with the same prompt and different answers", _contradicting(data.train)),
+        Finding("rows with a placeholder left in", [row.source for row in every if placeholder(_all_text(row))]),
+        Finding("rows whose answer seems to break off", [row.source for row in every if _breaks_off(row)]),
+    ]
+    return [finding for finding in found if finding.sources]
+
+
+def placeholder(text: str) -> str | None:
+    """The first placeholder outside of code, if any."""
+    prose = _CODE.sub("``", text)
+    return next((found[0] for pattern in _PLACEHOLDERS if (found := pattern.search(prose))), None)
+
+
+def _all_text(row: Example) -> str:
+    return row.text if row.text is not None else "\n".join(message["content"] for message in row.messages)
+
+
+def _breaks_off(row: Example) -> bool:
+    """By its last letters, or a code fence that stays open. Plain text may have been cut anywhere on purpose."""
+    if row.text is not None or row.messages[-1]["role"] != "assistant" or row.messages[-1].get("tool_calls"):
+        return False
+    answer = row.messages[-1]["content"].rstrip()
+    return bool(_BREAKS_OFF.search(answer)) or (len(_FENCE.findall(answer)) % 2 == 1 == answer.count("```") % 2)
+
+
+def _shared(data: Data, key: Callable[[Example], str]) -> list[str]:
+    seen = {key(row) for row in data.train}
+    return [row.source for row in [*data.valid, *data.test] if key(row) in seen]
+
+
+def _shared_prompts(data: Data) -> list[str]:
+    """Plain text has no prompt apart from itself."""
+    prompts = {prompt_key(row) for row in data.train if row.text is None}
+    rows = {content_key(row) for row in data.train}
+    others = [row for row in [*data.valid, *data.test] if content_key(row) not in rows]
+    return [row.source for row in others if prompt_key(row) in prompts]
+
+
+def _again(rows: list[Example]) -> list[str]:
+    seen: set[str] = set()
+    found = []
+    for row in rows:
+        if (content := content_key(row)) in seen:
+            found.append(row.source)
+        seen.add(content)
+    return found
+
+
+def _contradicting(rows: list[Example]) -> list[str]:
+    answers: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        if row.text is None:
+            answers[prompt_key(row)].setdefault(content_key(row), row.source)
+    return [source for group in answers.values() if len(group) > 1 for source in group.values()]

@@ -1,0 +1,60 @@
+"""Rows longer than --max-length: dropped, cut, or a reason to stop; a cut never looks like the end of a turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from common.backend import Progress
+from common.data.dataset import Example
+from common.data.encode import Encoded
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Fitted:
+    rows: list[Encoded]
+    dropped: list[Encoded]  # whole, as they were
+    truncated: list[Encoded]  # whole, as they were
+    unlabelled: list[Encoded]  # left out: nothing in them is trained
+
+
+def encode_all(
+    examples: list[Example], encode: Callable[[Example], Encoded], progress: Progress = lambda share, text: None
+) -> list[Encoded]:
+    rows = []
+    for number, example in enumerate(examples):
+        rows.append(encode(example))
+        progress(number / len(examples), example.source)
+    return rows
+
+
+def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]) -> Fitted:
+    """Every row within `max_length` tokens. Raises UserError with overflow `error`, naming the rows that are longer.
+
+    A truncated row keeps its first tokens, and no token is put in place of the rest: its last answer simply goes on. A
+    row that keeps no label is dropped.
+    """
+    kept: list[Encoded] = []
+    dropped: list[Encoded] = []
+    truncated: list[Encoded] = []
+    unlabelled = [row for row in rows if not row.label_tokens]
+    for row in rows:
+        if not row.label_tokens:
+            continue
+        if len(row.ids) <= max_length:
+            kept.append(row)
+            continue
+        cut = replace(row, ids=row.ids[:max_length], mask=row.mask[:max_length])
+        if overflow == "truncate" and cut.label_tokens:
+            kept.append(cut)
+            truncated.append(row)
+        else:
+            dropped.append(row)
+    if overflow == "error" and dropped:
+        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
+        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+        raise UserError(
+            f"--overflow error: {len(dropped)} rows have more than --max-length {max_length} tokens: {shown}{more}.",
+            "Raise --max-length, shorten the rows, or choose --overflow drop or truncate.",
+        )
+    return Fitted(kept, dropped, truncated, unlabelled)

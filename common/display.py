@@ -1,0 +1,235 @@
+"""What the user sees: rich on a terminal, plain lines elsewhere, JSON events, or next to nothing."""
+
+import errno
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TextIO, cast
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from common import strict_json
+from common.backend import Memory, Progress
+from common.errors import UserError
+
+Mode = Literal["rich", "plain", "json", "quiet"]
+_FIGURE = re.compile(r"[-\d.,]+( ?[a-zA-Z%]+)?(  \(.*\))?")  # a number, its unit, a ratio behind it
+_PLAIN_SECONDS = 10.0  # between plain lines of one stage
+_SHOWN_PROMPT = 300  # characters
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+class _Lasting:
+    """Standard output that outlives its terminal or reader: once that is gone, what is written goes nowhere.
+
+    A job that trains for hours must not end because nobody looks any more.
+    """
+
+    @property
+    def _stream(self) -> TextIO:
+        return cast(TextIO, getattr(sys.stdout, "rich_proxied_file", sys.stdout))  # not rich's own, which writes to us
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._let_go(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        """Point the stream's descriptor at nothing, so that what it has buffered can be written at exit."""
+        if error.errno not in (errno.EIO, errno.EPIPE):
+            raise error
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Display:
+    """One place for every word the user reads. `mode` None: rich on a terminal, else plain lines."""
+
+    def __init__(self, mode: Mode | None = None) -> None:
+        self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
+        self._out = _Lasting()
+        self.console = Console(file=cast(TextIO, self._out), highlight=False, soft_wrap=self.mode == "plain")
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+        self._memory = Text(style="dim")
+        self._tokens = 0
+        self._seconds = 0.0
+        self._steps = 0
+        self._valid = "-"
+        self._figures = ""
+        self._stopping = ""
+        self._said = 0.0
+
+    def event(self, kind: str, **facts: Any) -> None:
+        if self.mode == "json":
+            self._out.write(strict_json.dumps({"event": kind, **facts}) + "\n")
+            self._out.flush()
+
+    def say(self, text: str) -> None:
+        self.event("note", text=text)
+        if self.mode in ("rich", "plain"):
+            self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.event("warning", text=text)
+        if self.mode != "json":
+            self.console.print(f"warning: {text}", style="yellow", markup=False)
+
+    def sample(self, by: str, prompt: str, answer: str) -> None:
+        """What the tuned model, run by `by`, answers to a prompt of the user's rows, of which the head is shown."""
+        shown = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
+        self.say(f"{by}: {shown!r} -> {answer!r}")
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Around a part that nothing else needs: where it fails, a warning says `what` and why, and that is all."""
+        try:
+            yield
+        except Exception as error:  # whatever it is: what was made before it is complete
+            self.warn(f"{what}: {error.what if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}")
+
+    def stopping(self) -> None:
+        """Say that a stop was heard. Called by a signal handler, so it may wait for no lock and use no buffer."""
+        text = "stopping: the step is finished and saved first; a second Ctrl-C stops at once"
+        if self._bars is not None:
+            self._stopping = f"\n{text}"
+            self._memory.plain += self._stopping
+            return
+        try:
+            os.write(2, f"{text}\n".encode())
+        except OSError:
+            pass  # the terminal is gone
+
+    def panel(self, title: str, facts: dict[str, str]) -> None:
+        self.event("header", **facts)
+        if self.mode == "rich":
+            grid = Table.grid(padding=(0, 2))
+            for name, value in facts.items():
+                grid.add_row(Text(name, "bold"), Text(value))
+            self.console.print(Panel(grid, title=title, title_align="left", expand=False))
+        elif self.mode == "plain":
+            for name, value in facts.items():
+                self.console.print(f"{name:<10} {value}", markup=False)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+        """A result: shown even with --quiet."""
+        self.event("table", title=title, columns=list(columns), rows=[list(map(str, row)) for row in rows])
+        if self.mode == "json":
+            return
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for number, column in enumerate(columns):
+            figures = all(_FIGURE.fullmatch(str(row[number])) for row in rows)
+            table.add_column(column, justify="right" if figures else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+        self.console.print(table)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """Yields what the stage reports its progress to."""
+        started = time.perf_counter()
+        self.event("stage", name=name)
+        if self.mode == "rich":
+            with Bars(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                console=self.console,
+            ) as bars:
+                task = bars.add_task(name, total=1.0)
+
+                def update(share: float, text: str) -> None:
+                    bars.update(task, completed=share, description=f"{name}: {text}"[:60])
+
+                yield update
+                bars.update(task, completed=1.0, description=name)
+        else:
+            last = [started]
+
+            def line(share: float, text: str) -> None:
+                if self.mode == "plain" and time.perf_counter() - last[0] > _PLAIN_SECONDS:
+                    last[0] = time.perf_counter()
+                    self.console.print(f"{name} {share:4.0%}  {text}", markup=False)
+
+            yield line
+        seconds = time.perf_counter() - started
+        self.event("stage_done", name=name, seconds=seconds)
+        if self.mode == "plain":
+            self.console.print(f"{name} done in {seconds:.1f} s", markup=False)
+
+    @contextmanager
+    def training(self, steps: int, done: int) -> Iterator[None]:
+        """Around the loop; `step` and `evaluation` move the bar."""
+        self._total = steps
+        if self.mode != "rich":
+            yield
+            return
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._bars = Bars(*columns, console=self.console)
+        self._task = self._bars.add_task("train", total=steps, completed=done, figures="")
+        try:
+            with Live(Group(self._bars, self._memory), console=self.console, refresh_per_second=4):
+                yield
+        finally:
+            self._bars = self._task = None
+
+    def step(self, line: dict, memory: Memory) -> None:
+        self._steps += 1
+        if self._steps > 1:  # the first step warms up
+            self._tokens += line["tokens"]
+            self._seconds += line["seconds"]
+        speed = f"{self._tokens / self._seconds:.0f} tokens/s" if self._seconds else "- tokens/s"
+        used = f"{memory.kind} {gigabytes(memory.used)}, peak {gigabytes(memory.peak)} of {gigabytes(memory.total)}"
+        held = f"{used}, swap {gigabytes(memory.swap)}"
+        self.event("step", **line)
+        if self._bars is not None and self._task is not None:
+            self._figures = f"loss {line['loss']:.4f}  valid {{}}  {speed}"
+            self._bars.update(self._task, completed=line["step"], figures=self._figures.format(self._valid))
+            self._memory.plain = f"memory: {held}{self._stopping}"
+        elif self.mode == "plain":
+            now = time.perf_counter()
+            if now - self._said > _PLAIN_SECONDS or line["step"] == self._total:
+                self._said = now
+                left = (self._total - line["step"]) * (self._seconds / max(1, self._steps - 1))
+                self.console.print(
+                    f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  valid {self._valid}  {speed}  "
+                    f"{left:.0f} s left  {held}",
+                    markup=False,
+                )
+
+    def evaluation(self, line: dict) -> None:
+        self._valid = f"{line['valid_loss']:.4f}"
+        self.event("evaluation", **line)
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, figures=self._figures.format(self._valid))
+        if self.mode in ("plain", "rich"):
+            self.console.print(f"step {line['step']}: validation loss {self._valid}", markup=False)

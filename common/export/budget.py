@@ -1,0 +1,157 @@
+"""What each export goes through, and what every stage takes of memory and disk: foretold, then measured."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.display import Display, gigabytes
+from common.errors import UserError
+from common.model_files import shard_files
+from common.models.safetensors_files import DTYPES, read_header
+from common.system.memory import Extra
+from common.training.metrics import timed
+
+# The one place that says it: what `--export` does after training, in order.
+THROUGH: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fused": ("fuse",),
+    "gguf": ("fuse", "convert", "quantise"),
+    "lora-gguf": ("lora",),
+    "mlx": ("fuse", "mlx"),
+}
+_LLAMA = {"convert", "lora"}  # stages that run llama.cpp's converters
+_MB = 10**6
+
+
+@dataclass(frozen=True)
+class Stage:
+    """memory: bytes beyond what this process held before, its tools' own included; disk: bytes written."""
+
+    name: str
+    memory: int
+    disk: int
+
+
+def needs_llama(export: str) -> bool:
+    return bool(_LLAMA & set(THROUGH[export]))
+
+
+def foretell(
+    export: str,
+    quants: list[str],
+    base: Path,
+    adapter_bytes: int,
+    held: int = 0,
+    imatrix: bool = False,
+    verify: bool = False,
+) -> list[Stage]:
+    """Every stage that `export` of `base` goes through.
+
+    adapter_bytes: of what was trained, in float32. held: bytes of a quantised base that is loaded again to be fused
+    into. The figures were measured (CONTRIBUTING.md): blocks of 16 MB fuse; llama.cpp's converter holds the largest
+    tensor in float32 twice, its quantiser once and quantised; mlx-lm holds all it will write, and the largest tensor.
+    """
+    entries = [entry for shard in shard_files(base) for entry in read_header(shard)[0].values()]
+    sizes = {id(entry): math.prod(entry["shape"]) for entry in entries if entry["dtype"] in DTYPES}
+    largest, whole = max(sizes.values()), 2 * sum(sizes.values())
+    quantised = sum(_in_4_bits(entry) for entry in entries if id(entry) in sizes)
+    weights = sum(shard.stat().st_size for shard in shard_files(base))
+    tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*"))
+    kept = [quant for quant in quants if quant != "BF16"]  # that one is what conversion writes
+    each = 6.0 if "F16" in kept else 5.1
+    known = {
+        "fuse": Stage("fuse", 120 * _MB + held + (4 * largest if held else 0), weights + tokenizer),
+        "convert": Stage("convert", 400 * _MB + 8 * largest, whole),
+        "quantise": Stage(
+            "quantise",
+            110 * _MB + round(each * largest) if kept else 0,
+            sum(whole if quant == "F16" else whole * 5 // 8 for quant in kept),
+        ),
+        "imatrix": Stage("imatrix", 500 * _MB + 2 * largest, 0),
+        "verify": Stage("verify", 1100 * _MB + 2 * whole, 0),  # in float32, beside the reference's distributions
+        "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, 2 * adapter_bytes),
+        "mlx": Stage("mlx", 200 * _MB + quantised + round(2.6 * largest), quantised + tokenizer),
+    }
+    through = list(THROUGH[export])
+    if "quantise" in through:
+        at = through.index("quantise")
+        through[at:at] = ["imatrix"] * imatrix
+        through += ["verify"] * verify
+    return [known[name] for name in through]
+
+
+def _in_4_bits(entry: dict[str, Any]) -> int:
+    """Bytes of a tensor after mlx-lm's default quantisation: rows of 64 values share a scale and a bias."""
+    size, each = math.prod(entry["shape"]), DTYPES[entry["dtype"]].itemsize
+    if len(entry["shape"]) == 2 and entry["shape"][1] % 64 == 0:
+        return size // 2 + 2 * each * size // 64
+    return size * each
+
+
+def check_disk(folder: Path, stages: list[Stage]) -> None:
+    """Raises UserError where the disk that will hold `folder` has less free than the stages will write."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    free, needed = shutil.disk_usage(existing).free, sum(stage.disk for stage in stages)
+    if free < needed:
+        parts = ", ".join(f"{stage.name} {stage.disk / 1e9:.1f}" for stage in stages)
+        raise UserError(
+            f"{existing} has {free / 1e9:.1f} GB free, and this run will write up to {needed / 1e9:.1f} GB ({parts}).",
+            "Free some space, give --output on another disk, or stop earlier with --export fused or none.",
+        )
+
+
+def warn_of_memory(stages: list[Stage], display: Display) -> None:
+    """Say before training which stage after it the free memory will hardly hold."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    for stage in stages:
+        if stage.memory > free:
+            display.warn(
+                f"stage {stage.name!r} after training needs about {gigabytes(stage.memory)}, {gigabytes(free)} are "
+                "free now: it may swap, or fail. What was trained is kept: close other programs, or train with "
+                "--export none and run `fuse` on the folder where there is more"
+            )
+
+
+class Ledger:
+    """What the stages of one export take, beside what was foretold. `seconds` is told the time of each."""
+
+    def __init__(self, foretold: list[Stage], seconds: dict[str, float]) -> None:
+        self._foretold = {stage.name: stage for stage in foretold}
+        self._seconds = seconds
+        self.measured: dict[str, Stage] = {}
+
+    @contextmanager
+    def stage(self, name: str, wrote: Path) -> Iterator[None]:
+        """Around a stage, or a part of it; `wrote` is the file or folder that it leaves."""
+        with timed(self._seconds, name), Extra() as extra:
+            yield
+        files = [wrote] if wrote.is_file() else wrote.rglob("*")
+        disk = sum(file.stat().st_size for file in files if file.is_file())
+        before = self.measured.get(name, Stage(name, 0, 0))
+        self.measured[name] = Stage(name, max(before.memory, extra.peak), before.disk + disk)
+
+    def record(self) -> dict[str, dict[str, int]]:
+        """By stage, in bytes."""
+        return {
+            name: {
+                "memory": found.memory,
+                "predicted_memory": self._foretold[name].memory,
+                "disk": found.disk,
+                "predicted_disk": self._foretold[name].disk,
+            }
+            for name, found in self.measured.items()
+        }
+
+    def show(self, display: Display) -> None:
+        rows = [
+            [name, f"{self._seconds[name]:.1f} s", *map(gigabytes, figures.values())]
+            for name, figures in self.record().items()
+        ]
+        if rows:
+            display.table("Export", ["stage", "time", "memory", "foretold", "disk", "foretold"], rows)

@@ -1,0 +1,117 @@
+"""A complete Hugging Face folder of the fused model, and its GGUFs."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from common.backend import Adapter, Progress
+from common.errors import UserError
+from common.model_files import COPIED, copy_file, license_files, read_config
+from common.models import sentencepiece
+from common.models.families import normalise_config
+from common.models.fuse import fuse
+from common.models.shapes import parameter_count
+
+
+@dataclass(frozen=True)
+class Served:
+    """How the exported model is to be served, so that it matches training.
+
+    stops: the ids that end the trained turns, most frequent first; they join the generation config's `eos_token_id`.
+    template: the chat template, where training had one.
+    """
+
+    stops: list[int]
+    template: str | None = None
+
+
+def write_fused(
+    base: Path,
+    adapter: Adapter,
+    out: Path,
+    served: Served,
+    progress: Progress,
+    replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
+) -> None:
+    """Fuse into `out`: weights, config, generation config, tokenizer and template. Whole, or not there at all.
+
+    `replaced` stands in for weights of the base, as in fuse. Where the base has no `tokenizer.model` and its kind needs
+    one, it is rebuilt.
+    """
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fuse(base, adapter, temporary, progress, replaced)
+        for name in (*COPIED, *license_files(base)):
+            if (base / name).is_file():
+                copy_file(base / name, temporary / name)
+        config = normalise_config(read_config(base / "config.json"))
+        _write_json(temporary / "config.json", config)
+        generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
+        known = generation.get("eos_token_id", config.get("eos_token_id"))
+        ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
+        generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        _write_json(temporary / "generation_config.json", generation)
+        _write_served(temporary, served)
+        if served.template is not None:
+            sentencepiece.settle_prefix(temporary)
+        if not (temporary / sentencepiece.NAME).exists():
+            # Where none can be made, the folder is whole all the same; who wants a GGUF was told before training.
+            with contextlib.suppress(UserError):
+                sentencepiece.write(temporary)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_served(out: Path, served: Served) -> None:
+    """The template as a file of its own, and the end of a turn as the tokenizer's: llama.cpp stops on that one."""
+    config = _read_json(out / "tokenizer_config.json")
+    if served.template is not None:
+        (out / "chat_template.jinja").write_text(served.template, encoding="utf-8")
+        (out / "chat_template.json").unlink(missing_ok=True)
+        if config is not None:
+            config.pop("chat_template", None)
+    path = out / "tokenizer.json"
+    tokens = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
+    if config is not None:
+        decoder = config.get("added_tokens_decoder") or {}
+        added |= {int(number): token["content"] for number, token in decoder.items()}
+        ends = [added[stop] for stop in served.stops if stop in added]
+        known = config.get("eos_token")
+        if ends and (known.get("content") if isinstance(known, dict) else known) not in ends:
+            config["eos_token"] = ends[0]
+            if (special := _read_json(out / "special_tokens_map.json")) is not None:
+                _write_json(out / "special_tokens_map.json", special | {"eos_token": ends[0]})
+        _write_json(out / "tokenizer_config.json", config)
+
+
+def trained_bytes(adapter: Adapter | None, base: Path) -> int:
+    """Of what is trained, in float32."""
+    if adapter is None:
+        return 4 * parameter_count(base)
+    return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
+
+
+def checkpoints_disk(adapter_bytes: int) -> int:
+    """Bytes that training writes at the most."""
+    # three checkpoints while one is written, each with both layouts, the best and two moments; both layouts at the end
+    return (3 * 5 + 2) * adapter_bytes
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return read_config(path) if path.exists() else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

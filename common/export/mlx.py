@@ -1,0 +1,115 @@
+"""The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantiser, in a process of its own."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from common.backend import Progress
+from common.display import Display
+from common.errors import UserError
+from common.model_files import TOKENIZER_FILES, copy_file, license_files
+from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
+from common.options import ROOT
+from common.system.hardware import MLX_INSTALL, installed
+from common.system.process import offline_environment, run_logged
+
+
+def check_installed() -> None:
+    """UserError where mlx-lm is not here."""
+    if missing := [name.replace("_", "-") for name in ("mlx", "mlx_lm") if not installed(name)]:
+        raise UserError(
+            f"--export mlx: {' and '.join(missing)} not installed.",
+            f"{MLX_INSTALL.get(sys.platform, 'MLX has no build for this system')}; or train with --export fused, and "
+            "run `fuse RUN --export mlx` where mlx-lm is.",
+        )
+
+
+def check_model(base: Path, display: Display) -> None:
+    """UserError where mlx-lm 0.32 computes another model than was trained; a warning where it does beyond a length."""
+    text = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
+    kind, found = text["model_type"], facts(text)
+    for rope in filter(None, found.ropes):
+        # it turns every Phi-3 row by longrope's long factors, and knows no scaling for Gemma 2
+        if kind in ("phi3", "gemma2") and (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1):
+            raise UserError(
+                f"--export mlx: mlx-lm does not turn positions as {kind} with RoPE {rope['rope_type']!r} was trained.",
+                "Use --export gguf or fused.",
+            )
+    windows = {window for window in found.windows if window is not None}
+    if windows and kind != "gemma3_text":
+        display.warn(
+            f"mlx-lm knows no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, it "
+            "computes otherwise than training did"
+        )
+
+
+def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
+    """`fused` in 4 bits as mlx-lm loads it, with the same tokenizer, template, ends and licence; a report.
+
+    Of a multimodal model it is the language model: mlx-lm has no other part. Raises UserError where mlx-lm fails.
+    """
+    temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
+    shutil.rmtree(temporary, ignore_errors=True)
+    progress(0.0, "quantising to 4 bits")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = offline_environment() | {"PYTHONPATH": path}
+    try:
+        command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]
+        code, tail = run_logged(command, log, lambda line: None, env)
+        if code or not (temporary / "config.json").is_file():
+            raise UserError(
+                f"mlx-lm could not convert {fused} (exit status {code}). Its log, {log}, ends with:\n{tail}",
+                f"{fused} is whole. Look at the free disk space and memory, then export again.",
+            )
+        kept = [*TOKENIZER_FILES, "generation_config.json"]
+        for file in [fused / name for name in (*kept, *license_files(fused))]:
+            if file.is_file():
+                copy_file(file, temporary / file.name)
+        shutil.rmtree(out, ignore_errors=True)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    log.unlink(missing_ok=True)
+    progress(1.0, "quantising to 4 bits")
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    return {"folder": out.name, "bytes": size, **{key: config["quantization"][key] for key in ("bits", "group_size")}}
+
+
+def quantise(fused: Path, out: Path) -> None:
+    """What the process of its own does: load lazily, quantise, save. What mlx_lm.convert does to the weights.
+
+    mlx_lm.convert itself reads no multimodal model in transformers 4.52's layout, and writes the tokenizer anew.
+    """
+    from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments = _get_classes(config)
+        nested = "text_config" in config
+
+        def named(weights: dict[str, Any]) -> dict[str, Any]:
+            kept = {n: w for n, w in weights.items() if language_tensor(text_name(n), config["tie_word_embeddings"])}
+            if not nested:
+                return kept
+            head = {"lm_head.weight": "language_model.lm_head.weight"}
+            return {head.get(hf_name(name), mlx_name(hf_name(name))): weight for name, weight in kept.items()}
+
+        def make(args: Any) -> Any:
+            model = model_class(args)
+            sanitize = getattr(model, "sanitize", dict)
+            model.sanitize = lambda weights: sanitize(named(weights))
+            return model
+
+        return make, arguments
+
+    model, config = load_model(fused, lazy=True, get_model_classes=classes)
+    model, config = quantize_model(model, config, group_size=64, bits=4)
+    save_model(out, model, donate_model=True)
+    save_config(config, out / "config.json")
+
+
+if __name__ == "__main__":
+    quantise(Path(sys.argv[1]), Path(sys.argv[2]))

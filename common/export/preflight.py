@@ -1,0 +1,74 @@
+"""What an export needs, looked at before training begins."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.display import Display
+from common.errors import UserError
+from common.export.budget import THROUGH, needs_llama
+from common.export.mlx import check_installed, check_model
+from common.llama_cpp.convert import check_convertible
+from common.llama_cpp.imatrix import imatrix_tool
+from common.llama_cpp.install import LlamaCpp, ensure, find, missing_build_tools, own
+from common.llama_cpp.lora import check_lora, lora_script
+from common.llama_cpp.mmproj import has_vision, vision_fault
+from common.models.mlx_quantized import source
+from common.options import Options
+from common.recipe import Recipe
+from common.training.memory_estimate import Sizes, weight_bytes
+
+
+def reloaded(options: Options, recipe: Recipe, config: dict[str, Any], folder: Path) -> int:
+    """Bytes of the quantised base that --fuse-into dequantized loads again. `config`: the normalised text config."""
+    if options.fuse_into != "dequantized" or recipe.quantization == "none" or source(folder) is not None:
+        return 0
+    return weight_bytes(Sizes.of(config), recipe)
+
+
+def tools_for(
+    options: Options,
+    method: str,
+    folder: Path,
+    display: Display,
+    tokenizer: Any | None = None,
+    texts: Sequence[str] = (),
+) -> LlamaCpp | None:
+    """What the export needs, looked at now: not after hours of training. llama.cpp is found or built; None without.
+
+    tokenizer, texts: as check_convertible takes them.
+    """
+    through = THROUGH[options.export]
+    if "mlx" in through:
+        check_installed()
+        check_model(folder, display)
+    if "lora" in through:
+        check_lora(method)
+    if "convert" in through:
+        with display.stage("check the tokenizer"):
+            check_convertible(folder, tokenizer, texts)
+        if has_vision(folder) and (fault := vision_fault(folder)):
+            display.warn(
+                f"{folder} has a vision tower, but {fault}: the GGUF will take texts alone. For images, copy that file "
+                "from the base model into the folder"
+            )
+    if not needs_llama(options.export):
+        return None
+    llama = find(options.llama_cpp)
+    if llama is None:
+        if missing := missing_build_tools():
+            raise UserError(
+                "llama.cpp makes the GGUF; none was found, and it cannot be built here:\n" + "\n".join(missing),
+                "Install that, name a build with --llama-cpp DIR, or stop earlier with --export fused.",
+            )
+        with display.stage("build llama.cpp, once") as progress:
+            llama = ensure(options.llama_cpp, progress)
+    if "lora" in through:
+        lora_script(llama)
+    if "convert" in through and options.imatrix:
+        imatrix_tool(llama)
+    if "convert" in through and not options.no_verify and llama.logits is None:
+        with display.stage("build llama.cpp, once, to verify with") as progress:
+            own(progress)
+    display.say(f"llama.cpp: {llama.where}")
+    return llama

@@ -1,0 +1,176 @@
+"""A run's results to the hub: the fused model at the root, `adapter/`, `gguf/`, the card and the base's licence files.
+
+One commit holds them all: a repository never shows half a run. The token goes where huggingface_hub sends it, into the
+header of its requests, and nowhere else.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import run_record
+from common.display import Display, gigabytes
+from common.errors import UserError
+from common.export.model_card import PARTS, card, parts_of
+from common.model_files import COPIED, license_files, read_config
+from common.models.license import Terms, is_hub_name
+from common.run_record import held
+
+_FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
+_ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+_LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
+
+
+@dataclass(frozen=True)
+class File:
+    target: str  # in the repository
+    source: Path | bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
+
+
+def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
+    """Upload what of a finished run `what` names (PARTS; all there are when empty). Raises UserError: the run is whole
+    whatever happens, and the same command tries again."""
+    known = run_record.read_run(run, "status")
+    if known["status"] != "complete":
+        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    with held(run):
+        _push_held(run, repo, what, private, dry_run, display)
+
+
+def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
+    known = run_record.read_run(run)
+    if "base" not in known:
+        raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
+    files = files_of(run, what or [])
+    if dry_run:
+        check_name(repo)
+    else:
+        repo = check_push(repo, private, display)
+    begins = Terms(**known["base"]["terms"]).begins
+    if begins and not repo.rpartition("/")[2].lower().startswith(begins.lower().replace(" ", "-")):
+        display.warn(
+            f"the base's licence wants the name of a derived model to begin with {begins!r}; {repo}'s does not"
+        )
+    total = gigabytes(sum(file.size for file in files))
+    rows = [[file.target, f"{file.size:,}"] for file in files]
+    kind = "private" if private else "public"
+    display.table(f"{len(files)} files, {total}, for the model repository {repo}", ["file", "bytes"], rows)
+    if dry_run:
+        display.say(f"dry run: nothing was asked or uploaded. {repo} would be made, {kind}, where it is not there yet.")
+        return
+    again = f"The run in {run} is whole. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
+    with display.stage(f"upload {total} to {repo}"):
+        url = _upload(files, repo, private, again)
+    run_record.update_run(run, pushed={"repo": repo, "files": [file.target for file in files]})
+    display.say(f"uploaded: {url}")
+
+
+def files_of(run: Path, what: list[str]) -> list[File]:
+    """The run's files that are for others, by name: never checkpoints, metrics, run.json or what else lies there."""
+    present = parts_of(run)
+    parts = [part for part in PARTS if part in what] if what else present
+    if missing := [part for part in parts if part not in present]:
+        raise UserError(f"{run} has no {', '.join(missing)}.", f"Make it: python cli.py fuse {run} --export gguf")
+    if not parts:
+        raise UserError(f"{run} holds nothing to upload.", f"Make it: python cli.py fuse {run} --export gguf")
+    found: list[File] = []
+    for part in parts:
+        if part == "gguf":
+            export = run_record.read_run(run).get("export", {})
+            files = [
+                *(report["file"] for report in export.get("gguf", [])),
+                export.get("mmproj"),
+                export.get("lora_gguf"),
+            ]
+            names = [*(Path(file).name for file in files if file), "Modelfile"]
+        else:
+            names = list(_FUSED if part == "fused" else _ADAPTER)
+        paths = {path for name in names for path in (run / part).glob(name)}
+        if not any(path.suffix in (".safetensors", ".gguf") for path in paths):
+            raise UserError(f"{run / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
+        head = "" if part == "fused" else f"{part}/"
+        found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
+        found += [File(f"{head}{name}", run / part / name) for name in license_files(run / part)]
+    if "fused" not in parts:  # the licence is to be seen at the root in any case
+        found += [File(name, run / parts[0] / name) for name in license_files(run / parts[0])]
+    return [File("README.md", card(run, parts).encode()), *found]
+
+
+def _public(path: Path) -> Path | bytes:
+    """The file, or its contents without a path of this machine where a config names its base by one."""
+    if path.suffix != ".json" or "config" not in path.name:
+        return path
+    content = read_config(path)  # without the keys that name code: an older version left them in
+    private = [key for key in _PATH_KEYS if content.get(key) and not is_hub_name(str(content[key]))]
+    if not private and content == json.loads(path.read_text(encoding="utf-8")):
+        return path
+    return (json.dumps(content | {key: Path(content[key]).name for key in private}, indent=2) + "\n").encode()
+
+
+def check_name(repo: str) -> None:
+    """Raises UserError where the hub would not take the name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"push to {repo!r}: {error}", "Give owner/name, as in --push me/my-model.") from None
+
+
+def check_push(repo: str, private: bool, display: Display) -> str:
+    """`owner/name`, after a look at the name, the token, and whether its owner may write there. Raises UserError.
+
+    Asked before training: what would fail at the end fails now.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    check_name(repo)
+    if get_token() is None:
+        raise UserError(f"push to {repo}: no token of the hub is here.", _LOGIN)
+    try:
+        who = HfApi().whoami()
+    except Exception as error:  # the hub's library lets its HTTP client's errors through
+        raise UserError(
+            f"push to {repo}: the hub does not answer to your token: {_said(error)}",
+            f"{_LOGIN} Or leave the upload for later: python cli.py push RUN {repo}",
+        ) from None
+    owner, _, name = repo.rpartition("/")
+    owner = owner or who["name"]
+    owners = [who["name"], *(group["name"] for group in who.get("orgs", []))]
+    if owner not in owners:
+        raise UserError(f"push to {repo}: your token is for {', '.join(owners)}.", "Give one of these as the owner.")
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"push to {repo}: your token may only read.", _LOGIN)
+    display.say(f"the result goes to {owner}/{name} on the hub, {'private' if private else 'public'} if it is new")
+    return f"{owner}/{name}"
+
+
+def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # our own display says how far it is
+    api = HfApi()
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True)
+        additions = [CommitOperationAdd(file.target, file.source) for file in files]
+        api.create_commit(repo, additions, commit_message="Fine-tuned by Twintune")
+    except Exception as error:  # as above
+        raise UserError(f"the upload to {repo} failed: {_said(error)}", again) from None
+    return str(made)
+
+
+def _said(error: Exception) -> str:
+    """The error's first line, without the token should it ever stand there."""
+    from huggingface_hub import get_token
+
+    text = (str(error).strip() or type(error).__name__).split("\n")[0]
+    token: Any = get_token()
+    return text.replace(token, "***") if token else text

@@ -1,0 +1,1 @@
+"""Models that answer messages, in llama.cpp or in a backend."""

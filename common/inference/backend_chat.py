@@ -1,0 +1,107 @@
+"""A model that answers from its backend, prompted as it was trained."""
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from common.backend import Backend, OutOfMemory
+from common.data.assistant_spans import fold_system
+from common.data.chat_template import OPEN_BLOCK, Message, Renderer
+from common.data.encode import Encoder, Style, load_tokenizer
+from common.errors import UserError
+from common.sampling import Sampling, picker
+
+Pieces = Generator[
+    tuple[str, str | None], None, None
+]  # (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """`answer(messages, sampling, tools)` streams; closing the iterator stops it. It raises UserError."""
+
+    name: str
+    answer: Callable[[Sequence[Message], Sampling, Sequence[Any]], Pieces]
+
+
+def fitted(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
+    """The messages as training rendered them: a system turn that the template refuses or drops goes into the user's."""
+    other = fold_system(messages) if messages else None
+    if other is None:
+        return messages
+    try:
+        kept = messages[0]["content"].strip() in render(messages)
+    except Exception:  # a template may raise anything
+        kept = False
+    return messages if kept else other
+
+
+def trained_voice(
+    backend: Backend,
+    folder: Path,
+    template: str | None,
+    trained_stops: list[int],
+    think: bool,
+    name: str,
+    adapter: bool,
+    context: int,
+) -> Voice:
+    """`backend`'s model by the tokenizer of `folder` and, where given, the exported `template`.
+
+    think: whether it was trained with thoughts. context: tokens of prompt and answer together. Raises UserError where
+    there is no chat template.
+    """
+    tokenizer = load_tokenizer(folder)
+    if template is not None:
+        tokenizer.chat_template = template
+    if not tokenizer.chat_template:
+        raise UserError(f"{folder} has no chat template, and was trained without.", "Talk to its GGUF in llama.cpp.")
+    thinking: Literal["off", "keep"] = "keep" if think else "off"
+    renderer, bos = Renderer(tokenizer, thinking), Encoder(tokenizer, Style(thinking=thinking)).bos
+    stops = stop_ids(folder, tokenizer, trained_stops)
+
+    def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
+        try:
+            text = renderer.prompt(fitted(list(messages), lambda m: renderer.prompt(m, tools, think)), tools, think)
+        except Exception as error:  # a template may raise anything
+            raise UserError(f"The chat template refuses these turns: {error}", "Start anew: /reset") from None
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        room = context - len(ids)
+        if room < 1:
+            raise UserError(f"These turns have {len(ids)} tokens, and --context is {context}.", "/reset, or --context")
+        limit = min(sampling.max_tokens, room)
+        made = backend.generate(np.array(ids, np.int32), limit, stops, picker(sampling), adapter)
+        try:
+            yield from _told(made, tokenizer, limit, OPEN_BLOCK.search(text))
+        except OutOfMemory as error:
+            raise UserError(f"The answer does not fit into memory: {error}", "/reset, or a lower --context") from None
+
+    return Voice(name, answer)
+
+
+def _told(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) -> Pieces:
+    """Ids as text, letters whole; a thinking block that the prompt opened is part of what is said."""
+    from tokenizers.decoders import DecodeStream
+
+    if opened_block:
+        yield f"{opened_block[1]}\n", None
+    stream, count = DecodeStream(skip_special_tokens=True), 0
+    for token in made:
+        count += 1
+        if piece := stream.step(tokenizer.backend_tokenizer, token):
+            yield piece, None
+    yield "", "length" if count == limit else "stop"
+
+
+def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
+    """All that ends an answer: what training ended turns with, and what the model ended them with before."""
+    path = folder / "generation_config.json"
+    known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    ends = [known] if isinstance(known, int) else known or []
+    return sorted({*trained, *ends, tokenizer.eos_token_id} - {None})

@@ -1,0 +1,204 @@
+"""What answers: a run's GGUF in llama.cpp, or the model itself in the backend that trained it; the base beside it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from common import run_record
+from common.backend import Adapter, Backend
+from common.data.chat_template import Message
+from common.display import Display
+from common.errors import UserError
+from common.inference.backend_chat import Pieces, Voice, fitted, trained_voice
+from common.llama_cpp.convert import base_gguf
+from common.llama_cpp.install import LlamaCpp, build, find
+from common.llama_cpp.server import RAW, Server, for_llama_cpp
+from common.models import adapter_files as adapters
+from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
+from common.models.lora_init import initial_adapter, layer_count, validate
+from common.models.mlx_quantized import source
+from common.models.shapes import linear_shapes
+from common.recipe import Recipe
+from common.sampling import Sampling
+
+Kind = Literal["gguf", "adapter", "fused", "base"]
+
+
+@dataclass(frozen=True)
+class Voices:
+    tuned: Voice
+    base: Callable[[], Voice]  # loaded when it is first asked for. Raises UserError where none is known
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is talked to; checked, nothing loaded. `known`: run.json, empty for a bare GGUF."""
+
+    kind: Kind
+    run: Path
+    path: Path  # the GGUF, or the run folder
+    quant: str  # the GGUF's, where it is a run's
+    known: dict[str, Any]
+
+    @property
+    def template(self) -> Path | None:
+        """The chat template as the run serves it."""
+        return path if self.known and (path := self.run / TEMPLATE).exists() else None
+
+
+def choose(run: Path, kind: Kind | None, quant: str | None) -> Target:
+    """Of a run folder, its fused folder, or a GGUF file. Raises UserError where that is not there to be talked to."""
+    if run.suffix == ".gguf":
+        if kind not in (None, "gguf") or quant:
+            raise UserError(
+                f"{run} is a GGUF file, and can only be talked to as it is.", "Leave --with and --quant out."
+            )
+        if not run.is_file():
+            raise UserError(f"{run}: no such file.", "Check the path.")
+        return Target("gguf", run, run, "", {})
+    if run.name == "fused" and (run / "config.json").exists() and (run.parent / "run.json").exists():
+        run, kind = run.parent, kind or "fused"
+    kind = kind or "gguf"
+    known = run_record.read_complete(run, "options", "model_hash", "stop_ids")
+    if quant and kind != "gguf":
+        raise UserError(f"--quant {quant}: --with {kind} takes no GGUF.", "Leave one of them out.")
+    export = known.get("export", {})
+    if kind == "gguf":
+        return _gguf_of(run, known, quant)
+    if kind == "fused" and not (export.get("fused") and (run / export["fused"] / "config.json").exists()):
+        raise UserError(f"{run} has no fused folder.", f"Make it: python cli.py fuse {run} --export fused")
+    if kind == "adapter" and known["options"].get("method") == "full":
+        raise UserError(f"{run} was trained whole: it has no adapter.", "Use --with fused, or leave --with out.")
+    return Target(kind, run, run, "", known)
+
+
+def _gguf_of(run: Path, known: dict[str, Any], quant: str | None) -> Target:
+    reports = [r for r in known.get("export", {}).get("gguf", []) if (run / r["file"]).is_file()]
+    if not reports:
+        raise UserError(
+            f"{run} has no GGUF.",
+            f"Make one: python cli.py fuse {run} --export gguf  (or talk to it without: --with adapter)",
+        )
+    found = [r for r in reports if quant in (None, r.get("name", r["quant"]))]
+    if not found:
+        has = [r.get("name", r["quant"]) for r in reports]
+        raise UserError(
+            f"--quant {quant}: {run} has {', '.join(has)}.",
+            f"Choose one of those, or make it: python cli.py fuse {run} --export gguf --quant {quant}",
+        )
+    return Target("gguf", run, run / found[0]["file"], found[0]["quant"], known)
+
+
+@contextmanager
+def opened(
+    target: Target,
+    context: int,
+    llama_cpp: str | None,
+    make_backend: Callable[[str], Backend],
+    display: Display,
+    slots: int = 1,
+    flags: Sequence[str] = RAW,
+) -> Iterator[Voices]:
+    """Load what `target` names, and free it at the end. context: tokens of prompt and answer together."""
+    with ExitStack() as stack:
+        if target.kind == "gguf":
+            yield _in_llama_cpp(target, context, llama_cpp, display, slots, flags, stack)
+        else:
+            yield _in_backend(target, context, make_backend, display, stack)
+
+
+def llama_of(target: Target, llama_cpp: str | None, display: Display) -> LlamaCpp:
+    """The llama.cpp to use: named now, found or built; never one that the run's record names."""
+    say_llama(target.known, llama_cpp, display)
+    if (llama := find(llama_cpp)) is not None:
+        return llama
+    with display.stage("build llama.cpp, once") as progress:
+        return build(progress)
+
+
+def _in_llama_cpp(
+    target: Target,
+    context: int,
+    llama_cpp: str | None,
+    display: Display,
+    slots: int,
+    flags: Sequence[str],
+    stack: ExitStack,
+) -> Voices:
+    llama = llama_of(target, llama_cpp, display)
+    start = partial(Server, llama, context=context, slots=slots, flags=flags)
+    with display.stage("start llama.cpp"):
+        tuned = stack.enter_context(start(target.path))
+
+    @cache
+    def base() -> Voice:
+        if not target.known:
+            raise UserError(f"{target.run} is a bare GGUF: its base is not known.", "Give the run folder.")
+        folder = base_of(target.run, target.known, display)
+        gguf = base_gguf(folder, target.known["model_hash"], target.quant, llama, display)
+        with display.stage("start llama.cpp with the base"):
+            return _served(stack.enter_context(start(gguf, template=target.template)), "base")
+
+    return Voices(_served(tuned, f"{target.path.name} in llama.cpp"), base)
+
+
+def _served(server: Server, name: str) -> Voice:
+    def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
+        said = [for_llama_cpp(message) for message in messages]
+        yield from server.stream(fitted(said, lambda form: server.prompt(form, tools)), sampling, tools)
+
+    return Voice(name, answer)
+
+
+def _in_backend(
+    target: Target, context: int, make_backend: Callable[[str], Backend], display: Display, stack: ExitStack
+) -> Voices:
+    run, recipe = target.run, run_record.read_recipe(target.run)
+    base_folder = base_of(run, target.known, display)
+
+    def load(folder: Path, recipe: Recipe, adapter: Adapter | None) -> Backend:
+        plan = runnable(run_record.read_plan(run), recipe)
+        if adapter is None:  # whole weights would be taken as trained, moments and all
+            first = dict(list(linear_shapes(folder, ["all-linear"]).items())[:1])
+            plain = {
+                "method": "lora",
+                "rank": 1,
+                "dropout": 0.0,
+                "lora_plus": 1.0,
+                "rank_pattern": {},
+                "alpha_pattern": {},
+            }
+            recipe = recipe.model_copy(update=plain)
+            adapter = initial_adapter(first, layer_count(first), recipe)
+        with display.stage("load the model"):
+            backend, _ = loaded(make_backend, recipe, plan, folder, adapter)
+        stack.callback(backend.close)
+        return backend
+
+    def voice(backend: Backend, name: str, adapter: bool) -> Voice:
+        think, stops = recipe.thinking == "keep", target.known["stop_ids"]
+        return trained_voice(backend, base_folder, template, stops, think, name, adapter, context)
+
+    template = None if target.template is None else target.template.read_text(encoding="utf-8")
+    if target.kind == "fused":
+        plain = recipe.model_copy(update={"quantization": "none"})
+        fused = load(run / target.known["export"]["fused"], plain, None)
+        base = cache(lambda: voice(load(base_folder, plain, None), "base", False))
+        return Voices(voice(fused, "fused", False), base)
+    whole = target.known["options"].get("method") == "full"
+    final = None
+    if not whole:
+        shapes = linear_shapes(base_folder, recipe.targets)
+        final = adapters.read_trained(run, layer_count(shapes))
+        validate(final, shapes, run / "adapter")
+    ready = source(base_folder) if recipe.quantization.startswith("mlx") else None
+    both = load(ready[0] if ready else base_folder, recipe, final)
+    tuned = voice(both, f"{target.kind} in {run_record.read_plan(run).backend}", target.kind == "adapter")
+
+    def without() -> Voice:
+        return voice(both, "base", False)
+
+    return Voices(tuned, without)

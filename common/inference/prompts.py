@@ -1,0 +1,92 @@
+"""What a model is asked: a system text, and rows of prompts."""
+
+from pathlib import Path
+from typing import Any
+
+from common.data.dataset import Example
+from common.data.formats import NAMES, read_row
+from common.data.load import SHOWN_FAULTS
+from common.data.messages import Empty, Fault
+from common.data.readers import SUFFIXES, read_places
+from common.errors import UserError
+
+
+def read_prompts(path: Path, system: str | None = None) -> list[Example]:
+    """A prompt a row: its turns up to the last user's (or tool's); of a .txt file, a prompt a line.
+
+    Rows may come in every shape that training reads, with their answers or without. `system` goes before those
+    that have no system turn. Raises UserError naming the file and its faulty rows.
+    """
+    if not path.is_file():
+        raise UserError(f"--prompts {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
+    if path.suffix.lower() == ".txt":
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts {path} is not UTF-8 text (byte {error.start}).", "Convert it.") from None
+        found = [
+            Example(({"role": "user", "content": line},), f"{path.name}:{number}")
+            for number, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    else:
+        found, faults = [], []
+        for place, source, row in read_places(path):
+            try:
+                if isinstance(row, Fault):
+                    raise row
+                found.append(_prompt(row, source))
+            except Fault as fault:
+                faults.append(f"{place}: {fault}")
+        if faults:
+            more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+            raise UserError(
+                f"--prompts {path} has {len(faults)} bad rows:\n" + "\n".join([*faults[:SHOWN_FAULTS], *more]),
+                'Correct them; a row: {"messages": [{"role": "user", "content": "..."}]} or {"prompt": "..."}',
+            )
+    if not found:
+        raise UserError(f"--prompts {path} is empty: it holds no prompts.", "Put a prompt on each line.")
+    head = ({"role": "system", "content": system},) if system else ()
+    return [
+        Example((head if row.messages[0]["role"] != "system" else ()) + row.messages, row.source, row.tools)
+        for row in found
+    ]
+
+
+def _prompt(row: Any, source: str) -> Example:
+    """Raises Fault where nothing is asked."""
+    try:
+        example = read_row(row, source, {})[1]
+    except Fault as fault:
+        try:  # a prompt alone: a row is read with an answer
+            example = read_row(_answered(row), source, {})[1]
+        except Fault:
+            raise (Fault("asks nothing") if isinstance(fault, Empty) else fault) from None
+    messages = list(example.messages) or [{"role": "user", "content": str(example.text)}]
+    while messages and messages[-1]["role"] not in ("user", "tool"):
+        messages.pop()
+    if not messages:
+        raise Fault("has no user turn")
+    return Example(tuple(messages), source, example.tools)
+
+
+def _answered(row: Any) -> Any:
+    if not isinstance(row, dict):
+        return row
+    for name in (*NAMES["messages"], *NAMES["conversations"]):
+        if isinstance(row.get(name), list):
+            return row | {name: [*row[name], {"role": "assistant", "content": "?"}]}
+    return row | {"completion": "?"} if any(row.get(name) for name in NAMES["prompt"]) else row
+
+
+def system_text(system: str | None, file: Path | None = None) -> str | None:
+    """Of --system TEXT or @FILE and --system-file FILE. Raises UserError where both are given, or not readable."""
+    if system and file:
+        raise UserError("--system and --system-file are both given.", "Leave one of them out.")
+    path = file or (Path(system[1:]).expanduser() if system and system.startswith("@") else None)
+    if path is None:
+        return system or None
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The system prompt's file {path} cannot be read: {error}", "Give a UTF-8 text file.") from None

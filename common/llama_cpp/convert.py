@@ -1,0 +1,258 @@
+"""The GGUF of a fused model: convert with llama.cpp's own converter, quantise, and verify the tokenizer.
+
+Both writers work on a temporary name and rename at the end: a file under its final name is whole.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.backend import Progress
+from common.display import Display
+from common.errors import UserError
+from common.llama_cpp.install import LlamaCpp
+from common.model_files import scrubbed
+from common.models import sentencepiece
+from common.system.cache import cache_folder, cache_lock
+from common.system.process import capture, fraction, offline_environment, run_logged
+
+
+def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
+    """The untuned model as the same kind of GGUF, made once for each model and cached."""
+    folder = cache_folder() / "base-gguf" / model_hash[:16]
+    target = folder / f"{quant}.gguf"
+    with cache_lock():
+        if target.exists():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with display.stage("base GGUF") as progress:
+            whole = folder / "BF16.gguf"
+            convert(base, whole, "base", llama, progress)
+            quantize(whole, target, quant, llama, progress)
+            if quant != "BF16":
+                whole.unlink()
+    return target
+
+
+QUANT_TYPES: tuple[str, ...] = (
+    "Q4_K_M",
+    "Q4_K_S",
+    "Q5_K_M",
+    "Q5_K_S",
+    "Q6_K",
+    "Q8_0",
+    "Q3_K_L",
+    "Q3_K_M",
+    "Q3_K_S",
+    "Q2_K",
+)
+QUANT_TYPES += ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16")
+
+# Their converters fall back to, or fail over, `tokenizer.json` where `tokenizer.model` is not there.
+_NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
+
+
+@dataclass(frozen=True)
+class QuantReport:
+    """What a GGUF holds. bits_per_weight: of the tensors alone; tensors: {GGUF type: how many}.
+
+    fallbacks: tensors that could not take their K-quant type, because such a type packs 256 values of a row together
+    and the row is no multiple of that; llama.cpp gives them a larger, simpler type instead. (llama-quantize's own count
+    can be one less: it leaves out an embedding that serves as output too.)
+    """
+
+    quant: str
+    bytes: int
+    bits_per_weight: float
+    tensors: dict[str, int]
+    fallbacks: int
+
+
+def check_quants(quants: Sequence[str]) -> None:
+    """UserError, with the nearest name, where one is not in QUANT_TYPES."""
+    for quant in quants:
+        if quant not in QUANT_TYPES:
+            near = difflib.get_close_matches(quant.upper(), QUANT_TYPES, 1, 0.5)
+            raise UserError(
+                f"--quant {quant}: no such GGUF type" + (f"; did you mean {near[0]}?" if near else "."),
+                f"Choose from: {', '.join(QUANT_TYPES)}.",
+            )
+
+
+def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> None:
+    """UserError where the converter needs a `tokenizer.model`, and the folder has none and none can be made from it.
+
+    Asked before training: the remedy may take a download. What would be made is proven on `texts` too. tokenizer: the
+    folder's, where it is loaded already.
+    """
+    if (folder / sentencepiece.NAME).is_file():
+        return
+    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if sentencepiece.rebuild_proven(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
+        raise UserError(
+            f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
+            sentencepiece.REMEDY,
+        )
+
+
+def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:
+    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF that calls itself `name`.
+
+    With `mmproj` it is the folder's vision tower, without a tokenizer. Raises UserError where the converter fails (its
+    last lines; its log is kept beside `out`), and beforehand where check_convertible does: it would take another
+    model's tokenizer for it and say nothing.
+    """
+    with scrubbed(folder, weights=True) as clean:
+        if not mmproj and not (clean / sentencepiece.NAME).is_file():
+            if sentencepiece.read_state(clean) is None:
+                check_convertible(folder)
+            else:
+                sentencepiece.write(clean)
+        command = [sys.executable, str(llama.converter), str(clean), "--model-name", name, "--outtype", "bf16"]
+        command += ["--mmproj", "--outfile"] if mmproj else ["--outfile"]
+        remedy = (
+            f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
+        )
+        _write(command, [], out, "converting to GGUF", remedy, progress, offline_environment())
+
+
+def quantize(
+    source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress, imatrix: Path | None = None
+) -> QuantReport:
+    """Quantise the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
+    check_quants([quant])
+    if quant == "BF16":  # what the source is already
+        if source.resolve() != out.resolve():
+            partial = _partial(out)
+            shutil.copyfile(source, partial)
+            partial.replace(out)
+    else:
+        remedy = f"Look at the free disk space and memory; {source} is whole and can be quantised again."
+        # from its own folder, because its path goes into the file
+        command = [str(llama.quantize), *(["--imatrix", imatrix.name] if imatrix else []), str(source.absolute())]
+        cwd = imatrix.parent if imatrix else None
+        _write(command, [quant], out, f"quantising to {quant}", remedy, progress, None, cwd)
+    return report(out, quant)
+
+
+def foreseen_bits(source: Path, quant: str, llama: LlamaCpp) -> float | None:
+    """Bits a weight that `quant` would come to, by llama-quantize's dry run; None where this one has none."""
+    code, tail = capture([str(llama.quantize), "--dry-run", str(source), quant], 120)
+    match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
+    return float(match[1]) if code == 0 and match else None
+
+
+def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str | None:
+    """Where fallbacks make a type about as large as a better one: which; None where nothing is to be said."""
+    for found in reports:
+        steps = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+        for better in steps[steps.index(found.quant) + 1 :] if found.fallbacks and found.quant in steps else ():
+            bits = foreseen_bits(source, better, llama)
+            if bits is not None and bits <= 1.12 * found.bits_per_weight:
+                return (
+                    f"{found.quant} takes {found.bits_per_weight:.2f} bits a weight of this model, {better} would take "
+                    f"{bits:.2f}: a finer type for {bits / found.bits_per_weight - 1:+.0%} of size, --quant {better}"
+                )
+    return None
+
+
+def report(gguf: Path, quant: str) -> QuantReport:
+    """Read a GGUF's tensor list; `quant` is the type that was asked for."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    types: Counter[str] = Counter()
+    stored, weights, fallbacks = 0, 0, 0
+    for shape, code in read_tensors(gguf):
+        kind = GGMLQuantizationType(code)
+        types[kind.name] += 1
+        values_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
+        weights += math.prod(shape)
+        stored += math.prod(shape) // values_per_block * bytes_per_block
+        # shape[0] is a row's length; norms and biases stay F32 by design
+        fallbacks += "_K" in quant and kind.name != "F32" and shape[0] % 256 != 0
+    return QuantReport(quant, gguf.stat().st_size, 8 * stored / max(weights, 1), dict(types), fallbacks)
+
+
+# Bytes of a metadata value by its type code; 8 is a string, 9 an array.
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
+    """Shape (row length first) and type code of each tensor, in the file's order.
+
+    Source: ggml/docs/gguf.md, versions 2 and 3. gguf-py's reader needs 25 s for a vocabulary of 262,144 pieces, because
+    it makes an object of each; here they are passed over.
+    """
+    with gguf.open("rb") as file:
+
+        def number(form: str) -> int:
+            return int(struct.unpack("<" + form, file.read(struct.calcsize(form)))[0])
+
+        def skip(kind: int, count: int) -> None:
+            if kind == 8:
+                for _ in range(count):
+                    file.seek(number("Q"), os.SEEK_CUR)
+            elif kind == 9:
+                for _ in range(count):
+                    skip(number("I"), number("Q"))
+            else:
+                file.seek(_SIZES[kind] * count, os.SEEK_CUR)
+
+        if file.read(4) != b"GGUF" or number("I") not in (2, 3):
+            raise UserError(f"{gguf} is not a GGUF file.", "Delete it and export again.")
+        tensors, pairs = number("Q"), number("Q")
+        for _ in range(pairs):
+            skip(8, 1)
+            skip(number("I"), 1)
+        found = []
+        for _ in range(tensors):
+            skip(8, 1)
+            shape = tuple(number("Q") for _ in range(number("I")))
+            found.append((shape, number("I")))
+            number("Q")  # where its bytes lie
+        return found
+
+
+def _write(
+    before: list[str],
+    after: list[str],
+    out: Path,
+    name: str,
+    remedy: str,
+    progress: Progress,
+    env: dict[str, str] | None,
+    cwd: Path | None = None,
+) -> None:
+    """Run `before`, a temporary file, `after`; give that file its name only when the tool has ended well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, log = _partial(out).absolute(), out.with_name(out.name + ".log")
+    progress(0.0, name)
+
+    def advance(line: str) -> None:
+        done = fraction(line)
+        if done is not None:
+            progress(done, name)
+
+    try:
+        code, tail = run_logged([*before, str(partial), *after], log, advance, env, cwd)
+        if code != 0 or not partial.is_file():
+            raise UserError(f"{name} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    log.unlink(missing_ok=True)
+    progress(1.0, name)
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".partial-{out.name}")  # the ending stays: the tools go by it

@@ -1,0 +1,126 @@
+"""LoRA as a GGUF of its own, which llama.cpp adds to a base GGUF with `--lora`: written and read by its converter."""
+
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.backend import Adapter, LoraWeight
+from common.errors import UserError
+from common.llama_cpp.install import LlamaCpp
+from common.model_files import scrubbed
+from common.models.adapter_files import write_peft
+from common.models.lora_init import Shapes
+from common.system.process import offline_environment, run_logged
+
+_SCRIPT = "convert_lora_to_gguf.py"
+
+
+def check_lora(method: str) -> None:
+    """UserError for DoRA and full fine-tuning: a GGUF LoRA holds A, B and one alpha."""
+    if method != "lora":
+        kind = "DoRA's row lengths" if method == "dora" else "the weights of full fine-tuning"
+        raise UserError(
+            f"A GGUF LoRA cannot hold {kind}.", "Fuse them into the model (--export gguf), or train with --method lora."
+        )
+
+
+def lora_script(llama: LlamaCpp) -> Path:
+    """llama.cpp's converter of adapters. UserError where it is not there."""
+    script = llama.converter.with_name(_SCRIPT)
+    if not script.is_file():
+        raise UserError(f"{llama.where} has no {_SCRIPT}.", "Name a whole llama.cpp with --llama-cpp DIR.")
+    return script
+
+
+def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
+    """`adapter` as a float32 LoRA GGUF for the base model in `base`.
+
+    The file has one alpha, and llama.cpp takes `alpha / rank` of each matrix as its scale: what rsLoRA and patterns
+    make of it goes into B. Raises UserError for DoRA and full fine-tuning, which such a file cannot hold.
+    """
+    check_lora(adapter.method)
+    alpha = next(iter(adapter.weights.values())).alpha
+    weights = {}
+    for name, weight in adapter.weights.items():
+        factor = np.float32(weight.scale / (alpha / weight.rank))
+        weights[name] = LoraWeight(weight.A, weight.B if factor == 1 else weight.B * factor, alpha)
+    _convert(replace(adapter, weights=weights), base, out, llama)
+
+
+def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> Adapter:
+    """The LoRA GGUF under the base model's Hugging Face names, its rows in their order.
+
+    How the converter names and turns each module is seen from an adapter that counts: its B holds row numbers and its
+    A the module's number. `shapes` are all linear modules of the base. Raises UserError where they do not fit.
+    """
+    modules = sorted(shapes)
+    probe = {}
+    for number, name in enumerate(modules):
+        out_features, in_features = shapes[name]
+        A = np.full((1, in_features), number, np.float32)
+        probe[name] = LoraWeight(A, np.arange(out_features, dtype=np.float32)[:, None], 1.0)
+    with tempfile.TemporaryDirectory() as folder:
+        _convert(Adapter("", 0, 0.0, probe), base, Path(folder) / "probe.gguf", llama)
+        known, _ = _tensors(Path(folder) / "probe.gguf")
+    tensors, alpha = _tensors(path)
+    weights = {}
+    for key in sorted(tensors):
+        if not key.endswith(".lora_a"):
+            continue
+        stem = key.removesuffix(".lora_a")
+        B = tensors.get(f"{stem}.lora_b")
+        if B is None or f"{stem}.lora_a" not in known:
+            raise UserError(
+                f"{path}: the model in {base} has no layer for {stem}.", "Give the adapter's own base model."
+            )
+        order = known[f"{stem}.lora_b"][:, 0].astype(int)
+        if len(order) != len(B):
+            raise UserError(
+                f"{path}: {stem} has {len(B)} rows, the model in {base} has {len(order)}.", "Give its own base model."
+            )
+        turned = np.empty_like(B)
+        turned[order] = B
+        weights[modules[int(known[key][0, 0])]] = LoraWeight(tensors[key], turned, alpha or float(B.shape[1]))
+    if not weights:
+        raise UserError(f"{path} holds no LoRA matrices.", "Give a LoRA GGUF.")
+    return Adapter("", 0, 0.0, weights)
+
+
+def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
+    script = lora_script(llama)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f"{out.name}.tmp")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, log = Path(temporary) / "adapter", Path(temporary) / "log"
+        write_peft(folder, adapter)
+        with scrubbed(base, weights=True) as clean:
+            command = [sys.executable, str(script), str(folder), "--base", str(clean), "--outtype", "f32"]
+            command += ["--outfile", str(partial)]
+            code, tail = run_logged(command, log, lambda line: None, offline_environment())
+    if code:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"llama.cpp cannot convert this adapter:\n{tail}",
+            "Adapt other layers (--targets), or fuse the adapter and convert the whole model.",
+        )
+    partial.replace(out)
+
+
+def _tensors(path: Path) -> tuple[dict[str, np.ndarray], float]:
+    """Float32 tensors by name, and the file's alpha."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    try:
+        reader: Any = GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF: {error}", "Give a LoRA GGUF.") from None
+    field = reader.fields.get("adapter.lora.alpha")
+    if field is None:
+        raise UserError(f"{path} is a GGUF, but no LoRA adapter.", "Give a LoRA GGUF, made by convert_lora_to_gguf.py.")
+    found = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+    return found, float(field.contents())

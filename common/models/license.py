@@ -1,0 +1,122 @@
+"""The base model's licence: what it is, what whoever passes the model on must do, and its files."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.model_files import copy_file, license_files
+from common.models.gguf_import import MIRRORS
+
+_LLAMA = (
+    "It is a derivative of {name} and stands under the {name} Community License ({link}): its recipients get a copy of "
+    "the licence, and its use must keep to the Acceptable Use Policy ({policy}).{more}\n\n"
+)
+_BUILT = " Whoever passes it on shows “Built with {mark}” prominently, and its name begins with “{begins}”."
+
+
+@dataclass(frozen=True)
+class Terms:
+    """license, name, link: as the hub's card metadata has them (`license: other` needs a name).
+
+    words: what the card says of them. notice: what a Notice file beside the weights must say. begins: how the name of
+    a derived model must begin.
+    """
+
+    license: str
+    name: str = ""
+    link: str = ""
+    words: str = ""
+    notice: str = ""
+    begins: str = ""
+
+
+def _llama(version: str) -> Terms:
+    name = f"Llama {version}" if version != "3" else "Meta Llama 3"
+    link = f"https://www.llama.com/llama{version.replace('.', '_')}/license/"
+    mark, begins = ("Meta Llama 3", "Llama 3") if version == "3" else ("Llama", "Llama")
+    more = "" if version == "2" else _BUILT.format(mark=mark, begins=begins)
+    policy = link.replace("license/", "use-policy")
+    capitals = "LLAMA 2" if version == "2" else name
+    notice = (
+        f"{name} is licensed under the {capitals} Community License, "
+        "Copyright © Meta Platforms, Inc. All Rights Reserved."
+    )
+    words = _LLAMA.format(name=name, link=link, policy=policy, more=more) + notice
+    words = words if version == "2" else f"**Built with {mark}.** {words}"
+    return Terms(f"llama{version}", words=words, link=link, notice=notice, begins="" if version == "2" else begins)
+
+
+_GEMMA = Terms(
+    "gemma",
+    link="https://ai.google.dev/gemma/terms",
+    notice="Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+    words="It is a Model Derivative of Gemma: Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms). Whoever passes it on gives a copy of those "
+    "terms along, binds recipients to their section 3.2 and to the "
+    "[Prohibited Use Policy](https://ai.google.dev/gemma/prohibited_use_policy), says that the files were modified "
+    "(the weights were, by fine-tuning), and keeps the Notice file.",
+)
+KNOWN = {f"llama{version}": _llama(version) for version in ("2", "3", "3.1", "3.2", "3.3")} | {"gemma": _GEMMA}
+_TITLES = {
+    "apache-2.0": r"apache license\s+version 2\.0",
+    "mit": r"\bmit license\b",
+    "gemma": r"gemma terms of use",
+    **{f"llama{v}": rf"llama {re.escape(v)} community license" for v in ("2", "3", "3.1", "3.2", "3.3")},
+}
+_GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
+
+
+def find_terms(folder: Path, model: str, model_type: str) -> Terms:
+    """By the base's own card, else by its licence file, else by what is known of it; else `other`, and no word more."""
+    card = read_front_matter(folder / "README.md")
+    named = str(card.get("license") or "")
+    if named in KNOWN:
+        return KNOWN[named]
+    if named:
+        name, link = (str(card.get(key) or "") for key in ("license_name", "license_link"))
+        if link and "://" not in link:  # a file of the base's repository
+            link = f"https://huggingface.co/{model}/blob/main/{link}" if is_hub_name(model) else ""
+        return Terms(named, name or ("see-base-model" if named == "other" else ""), link)
+    for name in (name for name in license_files(folder) if name.startswith(("LICENSE", "LICENCE"))):
+        head = (folder / name).read_text(encoding="utf-8", errors="replace")[:3000].lower()
+        if found := next((name for name, title in _TITLES.items() if re.search(title, head)), None):
+            return KNOWN.get(found, Terms(found))
+    if model in MIRRORS:
+        return KNOWN.get(MIRRORS[model].license, Terms(MIRRORS[model].license))
+    if model_type in _GEMMA_TYPES:
+        return _GEMMA
+    return Terms("other", "see-base-model", f"https://huggingface.co/{model}" if is_hub_name(model) else "")
+
+
+def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
+    """Copy the base's licence and safety files to `out`, and write the Notice that the terms ask for where none is.
+
+    Returns their names.
+    """
+    names = license_files(base)
+    for name in names:
+        copy_file(base / name, out / name)
+    if terms.notice and not any(name.lower().startswith("notice") for name in names):
+        (out / "NOTICE").write_text(terms.notice + "\n", encoding="utf-8")
+        names.append("NOTICE")
+    return names
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether a model or data set is named as the hub names them, and is no path of this machine."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
+
+
+def read_front_matter(path: Path) -> dict[str, Any]:
+    """The YAML at the head of a card; nothing where there is none or it cannot be read."""
+    if not path.is_file():
+        return {}
+    found = re.match(r"---\s*\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        content = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,56 @@
+"""A run's model: its base folder, checked, and a backend with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
+from common.display import Display
+from common.errors import UserError
+from common.models.resolve import content_hash, resolve
+from common.recipe import Plan, Recipe
+from common.system.hardware import choose_backend, choose_device, installed
+
+TEMPLATE = "chat_template.jinja"  # in a run folder: how the model is served
+
+
+def base_of(run: Path, known: dict[str, Any], display: Display) -> Path:
+    """The folder of the model that a run started from. Raises UserError where it is not there, or another one now."""
+    model = known["options"]["model"] or ""
+    folder = resolve(model, display.say)
+    if content_hash(folder) != known["model_hash"]:
+        raise UserError(f"{model} is not the model that {run} was trained on.", "Bring that model back.")
+    return folder
+
+
+def runnable(plan: Plan, recipe: Recipe) -> Plan:
+    """The run's plan on this machine: another backend where its own is not here and its base is not quantised.
+
+    Raises UserError where none can compute it.
+    """
+    movable = recipe.quantization == "none" and not installed("torch" if plan.backend == "torch" else "mlx_lm")
+    name = choose_backend("auto" if movable else plan.backend).value
+    changes = {"backend": name, "device": choose_device("auto", name).value, "memory_budget": 0}
+    return plan.model_copy(update=changes)
+
+
+def loaded(
+    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
+) -> tuple[Backend, ModelInfo]:
+    backend = make_backend(plan.backend)
+    try:
+        return backend, backend.load(recipe, plan, folder, adapter)
+    except OutOfMemory as error:
+        raise UserError(
+            f"{recipe.model} does not fit into memory on {plan.device}: {error}",
+            "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
+        ) from None
+
+
+def say_llama(known: dict[str, Any], given: str | None, display: Display) -> None:
+    """Say so where a run was made with a llama.cpp of its own and none is given now. `known`: read_run's."""
+    if (named := known.get("named_llama_cpp")) and given is None:
+        display.say(
+            f"The run was made with --llama-cpp {named!r}. A program is never taken from a run's record: to use that "
+            "one again, give the option again."
+        )

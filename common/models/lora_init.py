@@ -1,0 +1,117 @@
+"""Which layers get which rank and alpha, and the adapter that both backends start from; drawn by numpy."""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.backend import Adapter, LoraWeight
+from common.errors import UserError
+from common.recipe import Recipe
+
+Shapes = dict[str, tuple[int, int]]  # (out, in) by module name
+
+
+def layer_number(module: str) -> int:
+    """Of `model.layers.17.mlp.up_proj`: 17."""
+    return int(module.split(".layers.", 1)[1].split(".", 1)[0])
+
+
+def layer_count(shapes: Shapes) -> int:
+    return 1 + max(layer_number(module) for module in shapes)
+
+
+def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
+    """The modules in `last:N`, or in `A-B`, a list of layer numbers from 0 and ranges with both ends in it.
+
+    Raises UserError for a layer that the model has not.
+    """
+    count = layer_count(shapes)
+    if layers is None:
+        return shapes
+    chosen: set[int] = set()
+    if layers.startswith("last:"):
+        last = int(layers.removeprefix("last:"))
+        if last > count:
+            raise UserError(f"--layers {layers}: the model has {count} layers.", f"Give last:{count} or less.")
+        chosen = set(range(count - last, count))
+    else:
+        for part in layers.split(","):
+            first, _, end = part.partition("-")
+            chosen |= set(range(int(first), int(end or first) + 1))
+        if max(chosen) >= count:
+            raise UserError(
+                f"--layers {layers}: the model has no layer {max(chosen)}; its layers are 0 to {count - 1}.",
+                "Count from 0, both ends of a range included.",
+            )
+    return {module: shape for module, shape in shapes.items() if layer_number(module) in chosen}
+
+
+def ranks_and_alphas(recipe: Recipe, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """(rank, alpha) of each module, the patterns applied; the first pattern that matches counts, as in PEFT.
+
+    A pattern is a module's name or the end of it from a dot on, `*` standing for anything. Raises UserError for a
+    pattern that matches nothing.
+    """
+    unused = {("rank", key) for key in recipe.rank_pattern} | {("alpha", key) for key in recipe.alpha_pattern}
+    found = {}
+    for module in modules:
+        values: dict[str, float] = {"rank": recipe.rank, "alpha": recipe.alpha}
+        for name, patterns in (("rank", recipe.rank_pattern), ("alpha", recipe.alpha_pattern)):
+            for key, value in patterns.items():
+                if fnmatch.fnmatchcase(module, key) or fnmatch.fnmatchcase(module, f"*.{key}"):
+                    values[name] = value
+                    unused.discard((name, key))
+                    break
+        found[module] = (int(values["rank"]), float(values["alpha"]))
+    if unused:
+        shown = ", ".join(f"--{name}-pattern {key}" for name, key in sorted(unused))
+        raise UserError(
+            f"{shown}: matches no adapted layer that an earlier pattern had not taken.",
+            f"Names look like {modules[0]}; give the end of one, such as {modules[0].rsplit('.', 1)[-1]}.",
+        )
+    return found
+
+
+def initial_adapter(shapes: Shapes, layers: int, recipe: Recipe) -> Adapter:
+    """The start both backends are handed: A uniform in +-1/sqrt(in) as in Hu et al. 2021 and PEFT, B zero.
+
+    `shapes` gives the modules to adapt, `layers` counts the base model's.
+    """
+    random = np.random.default_rng([recipe.seed, 0])
+    weights = {}
+    for name, (rank, alpha) in ranks_and_alphas(recipe, sorted(shapes)).items():
+        out_features, in_features = shapes[name]
+        bound = 1 / math.sqrt(in_features)
+        A = random.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
+        weights[name] = LoraWeight(A, np.zeros((out_features, rank), np.float32), alpha, recipe.rslora)
+    return Adapter(recipe.model, layers, recipe.dropout, weights, dora=recipe.method == "dora")
+
+
+def validate(adapter: Adapter, shapes: Shapes, where: Path) -> None:
+    """Every matrix fits the base model. Raises UserError listing all that do not."""
+    faults = []
+    for name, weight in adapter.weights.items():
+        if name not in shapes:
+            faults.append(f"{name}: the base model has no such linear layer")
+            continue
+        out_features, in_features = shapes[name]
+        wanted = {"lora_A": (weight.rank, in_features), "lora_B": (out_features, weight.rank)}
+        wanted["magnitude"] = (out_features,)  # type: ignore[assignment]  # a vector
+        for part, array in weight.parts().items():
+            if array.shape != wanted[part]:
+                faults.append(f"{name}.{part}: shape {array.shape}, the base model wants {wanted[part]}")
+            elif not np.isfinite(array).all():
+                faults.append(f"{name}.{part}: holds values that are not finite")
+    broken = [name for name, tensor in adapter.full.items() if not np.isfinite(tensor).all()]
+    faults += [f"{name}: holds values that are not finite" for name in broken]
+    if not adapter.weights and not adapter.full:
+        faults.append("it holds no LoRA weights")
+    if faults:
+        more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
+        raise UserError(
+            f"The adapter in {where} does not fit its base model:\n" + "\n".join(faults[:10] + more),
+            "Give the adapter's own base model, or train it anew.",
+        )

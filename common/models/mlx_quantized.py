@@ -1,0 +1,125 @@
+"""A ready-made MLX 4 or 8 bit repository, and its 16-bit view, which everything but MLX's training reads."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.errors import UserError
+from common.model_files import copy_file, known_files, shard_files
+from common.system.cache import cache_folder, cache_lock
+
+_MODES = ("affine",)
+_BITS = (4, 8)
+
+
+_SOURCE = "quantized_source.json"  # in a view: where the quantised weights are
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether MLX quantised the folder's weights."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    settings = config.get("quantization") if isinstance(config, dict) else None
+    return isinstance(settings, dict) and "bits" in settings and "group_size" in settings
+
+
+def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
+    """The folder's 16-bit view, made once and cached by its contents. Raises UserError for bits that are not read."""
+    try:
+        known = scheme(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except UserError as error:
+        raise UserError(f"--model {name}: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
+    with cache_lock():
+        if not out.is_dir():
+            write_16bit(folder, out, say)
+        where = json.dumps({"path": str(folder.resolve()), "scheme": known})
+        (out / _SOURCE).write_text(where, encoding="utf-8")
+    return out
+
+
+def source(folder: Path) -> tuple[Path, str] | None:
+    """Of a view: the folder with the quantised weights, and their scheme. None for any other folder."""
+    if not (folder / _SOURCE).is_file():
+        return None
+    known = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
+    return Path(known["path"]), known["scheme"]
+
+
+def scheme(config: dict[str, Any]) -> str | None:
+    """`mlx-4bit-64` for a config with MLX's `quantization`; None without. Raises UserError for what is not read."""
+    settings = config.get("quantization")
+    if settings is None:
+        return None
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part in parts:
+        bits, mode = part.get("bits", settings.get("bits")), part.get("mode", settings.get("mode", "affine"))
+        if bits not in _BITS or mode not in _MODES:
+            raise UserError(
+                f"Its weights are quantised by MLX to {bits} bits ({mode}); 4 and 8 bits (affine) are read.",
+                "Give the 4-bit, 8-bit or 16-bit version of the model.",
+            )
+    mixed = "-mixed" if len(parts) > 1 else ""
+    return f"mlx-{settings['bits']}bit-{settings['group_size']}{mixed}"
+
+
+def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
+    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value lies in the lowest bits (mlx.core.quantize)."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).astype(np.uint8).reshape(len(packed), -1)
+
+
+def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
+    """The folder with its weights dequantised to bf16 under the same names: whole, or not there at all."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    say(f"{folder.name}: making the 16-bit view of its {scheme(config)} weights, once ...")
+    settings = config.pop("quantization")
+    config.pop("quantization_config", None)
+    temporary = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        index: dict[str, str] = {}
+        for shard in shard_files(folder):
+            tensors = _shard(load_file(shard), settings)
+            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
+            index |= dict.fromkeys(tensors, shard.name)
+        if len(set(index.values())) > 1:
+            content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
+            (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        for file in known_files(folder):
+            if not file.name.endswith(".index.json"):
+                copy_file(file, temporary / file.name)
+        (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.rsplit(".", 1)[0]
+        if f"{module}.scales" not in tensors:
+            found[name] = tensor
+        elif name.endswith(".weight"):
+            own = settings.get(module)
+            bits = (own if isinstance(own, dict) else settings)["bits"]
+            scales, biases = (tensors[f"{module}.{part}"].astype(np.float32) for part in ("scales", "biases"))
+            values = unpack(tensor, bits).astype(np.float32).reshape(*scales.shape, -1)
+            found[name] = (values * scales[..., None] + biases[..., None]).reshape(len(tensor), -1)
+            found[name] = found[name].astype(ml_dtypes.bfloat16)
+    return found

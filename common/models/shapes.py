@@ -1,0 +1,82 @@
+"""Shapes of a model's tensors and layers, from its config or from its files' headers; nothing is loaded."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.model_files import shard_files
+from common.models.families import hf_name, text_config
+from common.models.safetensors_files import DTYPES, read_header
+from common.recipe import TARGET_GROUPS
+
+# Of a multimodal model the language model alone: a vision tower has layers and q_proj too.
+_LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
+
+
+def linear_shapes(folder: Path, targets: list[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
+
+    A target is a layer's last name, or a group of them: its members that the model has. Raises UserError when a
+    target matches nothing.
+    """
+    groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
+    wanted = {name for group in groups.values() for name in group}
+    shapes: dict[str, tuple[int, int]] = {}
+    for shard in shard_files(folder):
+        for name, entry in read_header(shard)[0].items():
+            module = hf_name(name.removesuffix(".weight"))
+            if name.endswith(".weight") and _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted:
+                out_features, in_features = entry["shape"]
+                shapes[module] = (out_features, in_features)
+    found = target_names(shapes)
+    if missing := [target for target, group in groups.items() if not set(group) & set(found)]:
+        raise UserError(f"--targets {' '.join(missing)}: the model has no such layer.", "Use --targets all-linear.")
+    return shapes
+
+
+def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
+    """The last names of the layers in `shapes`, in the order in which a layer holds them."""
+    found = {module.rsplit(".", 1)[-1] for module in shapes}
+    return [name for name in TARGET_GROUPS["all-linear"] if name in found]
+
+
+def parameter_count(folder: Path) -> int:
+    headers = [read_header(shard)[0] for shard in shard_files(folder)]
+    return sum(math.prod(e["shape"]) for header in headers for e in header.values() if e["dtype"] in DTYPES)
+
+
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors, from its config, as transformers saves them."""
+    text = text_config(config)
+    kind, hidden, inner = text["model_type"], text["hidden_size"], text["intermediate_size"]
+    queries = text["num_attention_heads"] * text["head_dim"]
+    keys = text["num_key_value_heads"] * text["head_dim"]
+    gemma = kind.startswith("gemma")
+    linear: dict[str, tuple[int, int]] = {"self_attn.o_proj": (hidden, queries), "mlp.down_proj": (hidden, inner)}
+    if kind == "phi3":
+        linear |= {"self_attn.qkv_proj": (queries + 2 * keys, hidden), "mlp.gate_up_proj": (2 * inner, hidden)}
+    else:
+        linear |= {
+            f"self_attn.{name}_proj": (size, hidden) for name, size in zip("qkv", (queries, keys, keys), strict=True)
+        }
+        linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    biased = ["mlp"] if text.get("mlp_bias") else []
+    biased += ["self_attn"] if text.get("attention_bias") else []
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if gemma else []
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (text["vocab_size"], hidden)}
+    for layer in range(text["num_hidden_layers"]):
+        at = f"model.layers.{layer}"
+        for name, shape in linear.items():
+            shapes[f"{at}.{name}.weight"] = shape
+            if name.split(".")[0] in biased or (kind == "qwen2" and name[-6] in "qkv"):
+                shapes[f"{at}.{name}.bias"] = shape[:1]
+        shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
+        if kind in ("qwen3", "gemma3_text"):
+            shapes |= {f"{at}.self_attn.{name}_norm.weight": (text["head_dim"],) for name in "qk"}
+    shapes["model.norm.weight"] = (hidden,)
+    if not text["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (text["vocab_size"], hidden)
+    return shapes

@@ -1,0 +1,76 @@
+"""Recipe and Plan: what changes the result, and what changes only speed and memory."""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+# A group means those of its names that the model has: Phi-3 keeps q, k and v in one matrix, gate and up in another.
+TARGET_GROUPS = {
+    "attention": ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
+}
+TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
+
+
+class Recipe(BaseModel):
+    """Everything that changes the result, with every `auto` resolved. Names are kept but do not enter the hash."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str  # not hashed
+    data: str  # not hashed
+    model_hash: str  # contents of weights, config and tokenizer
+    data_hash: str  # contents of training and validation rows
+    template_hash: str
+    precision: Literal["bf16", "fp32"]
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+    method: Literal["lora", "dora", "full"] = "lora"
+    rslora: bool = False
+    layers: str | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
+    lora_plus: float = 1.0
+    adapter_hash: str = ""  # contents of the adapter that training went on from
+    quantization: str = "none"  # the scheme: mlx-4bit-64, nf4, ...
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    thinking: Literal["off", "keep"] = "off"
+    batch_size: int
+    max_length: int
+    overflow: Literal["drop", "truncate", "error"] = "drop"
+    learning_rate: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    epsilon: float
+    max_grad_norm: float
+    schedule: Literal["cosine", "linear", "constant"]
+    steps: int
+    warmup_steps: int
+    eval_every: int
+    seed: int
+
+    def hash(self) -> str:
+        """SHA-256 over the canonical JSON of every field but the names; 64 hex digits."""
+        content = self.model_dump(exclude={"model", "data"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class Plan(BaseModel):
+    """Everything that changes only speed and memory."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backend: Literal["mlx", "torch"]
+    device: Literal["cpu", "gpu", "cuda", "mps"]
+    micro_batch_tokens: int
+    gradient_checkpointing: bool = False
+    loss_chunk: int = 128  # label positions whose logits are held at once
+    memory_budget: int = 0  # bytes that training may take; 0: not known
+    on_swap: Literal["warn", "replan"] = "warn"
+    save_every: int
+    save_minutes: float = 10.0

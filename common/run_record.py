@@ -1,0 +1,108 @@
+"""The run folder: its record, recipe and plan, and who may write into it."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common import strict_json
+from common.errors import UserError
+from common.recipe import Plan, Recipe
+
+
+def read_run(run: Path, *needed: str) -> dict[str, Any]:
+    """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`.
+
+    A run may be a stranger's, so the one option that names a program, `llama_cpp`, is never among its `options`; it
+    stands under `named_llama_cpp`, for say_llama.
+    """
+    try:
+        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run} holds no run (no run.json).", "Give a folder that `train` made.") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{run / 'run.json'} is damaged: {error}", "Give another run.") from None
+    if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
+        lacks = f": it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else ""
+        raise UserError(f"{run / 'run.json'} is no run's record{lacks}.", "Give a folder that `train` made.")
+    if isinstance(options := content.get("options"), dict):
+        content["named_llama_cpp"] = options.pop("llama_cpp", None)
+    return content
+
+
+def read_complete(run: Path, *needed: str) -> dict[str, Any]:
+    """run.json of a run that is trained to its end. Raises UserError where it is not, and as `read_run`."""
+    known = read_run(run, "status", *needed)
+    if known["status"] != "complete":
+        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    return known
+
+
+def update_run(run: Path, **facts: Any) -> dict[str, Any]:
+    """Merge `facts` into run.json, atomically."""
+    path = run / "run.json"
+    content = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
+    temporary = run / "run.json.tmp"
+    temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return content
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no whole run: it has no {path.name}.", "Give the whole folder.") from None
+
+
+def read_plan(run: Path) -> Plan:
+    return Plan.model_validate(_yaml(run / "plan.yaml"))
+
+
+def read_recipe(run: Path) -> Recipe:
+    return Recipe.model_validate(_yaml(run / "recipe.yaml"))
+
+
+LOCK = ".lock"  # it stays in the folder: whoever removed it would let a third process lock another file of that name
+
+
+def refuse_links(run: Path) -> None:
+    """Raises UserError where something in the run folder is a link that leads out of it.
+
+    A run may be a stranger's: what is written there, under a name that is known beforehand, must not land elsewhere.
+    """
+    inside = run.resolve()
+    strays = [
+        path for path in sorted(run.rglob("*")) if path.is_symlink() and not path.resolve().is_relative_to(inside)
+    ]
+    if strays:
+        shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
+        raise UserError(
+            f"{run}: links in it lead out of the folder: {shown}.",
+            "Remove them; where you trust one, put the file itself in its place.",
+        )
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold the run folder. Raises UserError where another process holds it, and as refuse_links.
+
+    The system lets go when the process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    refuse_links(run)
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,1 @@
+"""The machine: devices, memory, processes, the user's cache. Knows no model."""

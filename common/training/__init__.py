@@ -1,0 +1,1 @@
+"""The one loop, its checkpoints, and how micro-batches are chosen to fit into memory."""

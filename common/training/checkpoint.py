@@ -1,0 +1,171 @@
+"""Checkpoints: complete or not there at all, and a damaged one is passed over for the one before.
+
+step-000040/
+  adapter/ adapter-mlx/ optimizer.safetensors state.json   where the run stood after the step
+  best/             the adapter with the best validation loss until then, of an earlier step
+  COMPLETE          written last: the hashes of all these
+  evaluation.json   written later, where the validation after this step was done: its outcome
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from common.backend import Adapter, OptimizerState
+from common.errors import UserError
+from common.models.adapter_files import read_trained, write_both, write_trained
+
+KEPT = 2  # the newest checkpoints that stay on disk
+_MARKER = "COMPLETE"
+_EVALUATION = "evaluation.json"
+_FINDINGS = ("evaluated", "best_valid_loss", "best_step")  # what a validation changes of the state
+
+
+@dataclass
+class State:
+    """Where a run stands. Order of rows, schedule and dropout follow from `step` and the recipe alone."""
+
+    step: int = 0
+    tokens: int = 0
+    label_tokens: int = 0
+    padded_tokens: int = 0
+    train_seconds: float = 0.0
+    timed_seconds: float = 0.0  # without each process's first step
+    timed_tokens: int = 0
+    timed_label_tokens: int = 0
+    micro_batch_tokens: int = 0  # the plan's, or less after an out-of-memory
+    gradient_checkpointing: bool = False  # the plan's, or switched on after an out-of-memory
+    train_loss: float | None = None  # of the last step
+    evaluated: int = 0  # the last step after which validation was done
+    best_valid_loss: float | None = None
+    best_step: int | None = None
+    best: Adapter | None = field(default=None, repr=False)
+
+
+def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str) -> Path:
+    """`checkpoints/step-000040`: a temporary folder, synced, its marker last, renamed. Older ones are then removed."""
+    folder = _folder(run, state.step)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    for left in folder.parent.glob("*.tmp"):  # of a process that was killed
+        shutil.rmtree(left)
+    temporary.mkdir(parents=True)
+    write_both(temporary, adapter)
+    if state.best is not None:
+        write_trained(temporary / "best", state.best)
+    moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
+    moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
+    save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
+    plain = {name: value for name, value in asdict(State(**{**vars(state), "best": None})).items() if name != "best"}
+    plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
+    (temporary / "state.json").write_text(json.dumps(plain, indent=2))
+    hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
+    for path in _files(temporary):
+        _sync(path)
+    (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
+    _sync(temporary / _MARKER)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    _sync(folder.parent)
+    for old in _folders(run)[KEPT:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def add_evaluation(run: Path, state: State) -> None:
+    """Put the outcome of the validation after `state.step` into that step's checkpoint, in one rename.
+
+    The best adapter need not be written: where this validation found it, it is the checkpoint's own.
+    """
+    path = _folder(run, state.step) / _EVALUATION
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({name: getattr(state, name) for name in _FINDINGS}))
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def discard(run: Path, step: int) -> None:
+    """Remove the checkpoint of `step`, where there is one."""
+    shutil.rmtree(_folder(run, step), ignore_errors=True)
+
+
+def latest(run: Path, recipe_hash: str | None = None) -> tuple[State, Adapter, OptimizerState] | None:
+    """The newest checkpoint that is complete; None where there is none.
+
+    Raises UserError where it was made by another recipe than that of `recipe_hash`. A checkpoint of an older version
+    does not know its recipe, and is taken.
+    """
+    for folder in _folders(run):
+        if _complete(folder):
+            break
+    else:
+        return None
+    plain = json.loads((folder / "state.json").read_text())
+    optimizer_step, layers, own = plain.pop("optimizer_step"), plain.pop("layers"), plain.pop("recipe_hash", None)
+    if None not in (own, recipe_hash) and own != recipe_hash:
+        raise UserError(
+            f"{folder} was made by another recipe ({str(own)[:12]}) than the run's ({str(recipe_hash)[:12]}).",
+            f"Remove {folder} to go on from the checkpoint before it; or start a new run.",
+        )
+    plain.setdefault("evaluated", plain["step"])  # an older version saved only after the validation
+    plain |= _evaluation(folder)
+    of_this_step = plain.get("best_step") == plain["step"]
+    best = folder if of_this_step else folder / "best"
+    moments = load_file(folder / "optimizer.safetensors")
+
+    def part(prefix: str) -> dict[str, np.ndarray]:
+        return {name.removeprefix(prefix): array for name, array in moments.items() if name.startswith(prefix)}
+
+    optimizer = OptimizerState(optimizer_step, part("exp_avg."), part("exp_avg_sq."))
+    state = State(**plain, best=read_trained(best, layers) if best.is_dir() else None)
+    return state, read_trained(folder, layers), optimizer
+
+
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """What was found by the validation after the checkpoint's step; nothing where it was not done, or is unreadable."""
+    try:
+        found = json.loads((folder / _EVALUATION).read_text())
+        return {name: found[name] for name in _FINDINGS}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def _folders(run: Path) -> list[Path]:
+    """Newest first, unfinished ones left out."""
+    return sorted((run / "checkpoints").glob("step-??????"), reverse=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        hashes = json.loads((folder / _MARKER).read_text())
+        return bool(hashes) and all(_digest(folder / name) == digest for name, digest in hashes.items())
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""The figures that a training leaves on record, and how its time is counted."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from common.models.families import end_to_end
+from common.recipe import Plan, Recipe
+from common.training.checkpoint import State
+
+
+def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+    """The part of run.json that comes out of training. Speeds leave out first steps and evaluation."""
+    timed = state.timed_seconds or None
+    return {
+        "recipe_hash": recipe.hash(),
+        "backend": plan.backend,
+        "device": plan.device,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "label_tokens": state.label_tokens,
+        "train_seconds": state.train_seconds,
+        "tokens_per_second": state.timed_tokens / timed if timed else None,
+        "label_tokens_per_second": state.timed_label_tokens / timed if timed else None,
+        # of the positions that attention computes; the layers' products see no padding but a graph's
+        "padding_fraction": 1 - state.tokens / state.padded_tokens if state.padded_tokens else 0.0,
+        "final_train_loss": state.train_loss,
+        "best_valid_loss": state.best_valid_loss,
+        "best_step": state.best_step,
+    }
+
+
+def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[str, str]:
+    """What of a run comes out the same again, and how nearly."""
+    same = "the same bits on the same machine with the same plan and packages"
+    exact = plan.device == "cpu" or end_to_end(config, plan.device, recipe.precision)
+    return {
+        "row order, adapter start, hold-out": "drawn by numpy from the seed: the same everywhere",
+        "training": same if exact else "up to the rounding of the GPU's kernels",
+        "another plan or backend": "the same mathematics, other rounding"
+        + ("; dropout masks differ between backends" if recipe.dropout else ""),
+        "fused weights": "the same bytes on any machine, from the same adapter and base"
+        + ("" if recipe.quantization == "none" else "; into dequantised weights as its own backend makes them"),
+    }
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add what happens within to `seconds[name]`."""
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started

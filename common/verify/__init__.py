@@ -1,0 +1,1 @@
+"""Compare what runs with what was trained: tokens, prompts, stops, distributions."""

@@ -1,0 +1,130 @@
+"""A tiny random model of every family, drawn by numpy: what the two backends are held against each other with."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from common.models.families import ARCHITECTURES
+from common.models.shapes import tensor_shapes
+
+_SHAPE = {
+    "vocab_size": 259,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 3.0, 6.0],
+    "original_max_position_embeddings": 48,
+}
+# What tells each family from the others, every constant away from its default so that one that is lost shows.
+# Rows in tests are longer than the windows and than the original contexts here.
+TINY: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 24,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 3.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "head_dim": 16,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 24,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+        },
+    },
+    "granite": {
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 1.7,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "llama": {"tie_word_embeddings": False, "mlp_bias": True, "rope_parameters": _LLAMA3},
+    "mistral": {
+        "head_dim": 24,
+        "sliding_window": 24,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "phi3": {"sliding_window": 56, "original_max_position_embeddings": 48, "rope_parameters": _LONGROPE},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 24,
+        "max_window_layers": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "qwen3": {
+        "head_dim": 24,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    },
+    "smollm3": {
+        "num_hidden_layers": 4,
+        "no_rope_layer_interval": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+}
+
+
+def tiny_config(family: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The config of a tiny model of `family`, a model type, as transformers 5 writes it."""
+    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == family and "Conditional" not in name)
+    return {
+        "architectures": [architecture],
+        "model_type": family,
+        **_SHAPE,
+        **deepcopy(TINY[family]),
+        **(changes or {}),
+    }
+
+
+def write_tiny(folder: Path, family: str, changes: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """A float32 model without a tokenizer, under 1 MB: config.json and model.safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(family, changes)
+    random, gemma = np.random.default_rng([seed, 7]), family.startswith("gemma")
+    tensors = {}
+    for name, shape in sorted(tensor_shapes(config).items()):
+        # larger than a usual start, so that differences show
+        drawn = random.normal(0, 0.15 if len(shape) == 2 else 0.3, shape)
+        if name.endswith("norm.weight") and not gemma:
+            drawn += 1  # Gemma's norms add the one themselves
+        tensors[name] = drawn.astype(np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,137 @@
+"""The frozen base model: mlx-lm's layers, with all that mlx-lm computes otherwise than transformers put right.
+
+mlx-lm 0.32 knows no sliding windows for Mistral, Qwen, Phi-3 and Gemma 2, turns every Phi-3 row by the long factors,
+rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkpoint may not have. So the layers are
+taken from it, and what stands around them is done here from the normalised config.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from common.errors import UserError
+from common.models.families import Facts, facts, language_tensor, text_config, text_name
+from mlx_backend.layers import Rows, take_over
+from mlx_backend.rope import Rope, rope
+
+
+class _Rope(nn.Module):
+    """Turns x [B, heads, T, head_dim] by positions from `offset` on; see `mlx_backend.rope`."""
+
+    def __init__(self, found: Rope) -> None:
+        super().__init__()
+        self._split, self._factor = found.split, found.factor
+        self._width = 2 * len(found.inverse)
+        self._short, self._long = (
+            mx.array((1 / inverse).astype("float32")) for inverse in (found.inverse, found.inverse_long)
+        )
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        longer = self._split is not None and x.shape[-2] + offset > self._split
+        if self._factor != 1.0:
+            x = x.at[..., : self._width].multiply(self._factor)
+        freqs = self._long if longer else self._short
+        return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+
+def load_base(folder: Path, dtype: mx.Dtype) -> Any:
+    """The language model alone, in `dtype`, lazily loaded, with `facts` (models.families.Facts) beside its layers.
+
+    Raises UserError where checkpoint and model do not have the same weights.
+    """
+    from mlx_lm.utils import _get_classes, load_model
+
+    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    found = facts(config)
+
+    def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        model_class, arguments = _get_classes(config)
+
+        def make(args: Any) -> Any:
+            model = model_class(args)
+            sanitize = getattr(model, "sanitize", dict)
+            model.sanitize = lambda weights: sanitize(_language_model(weights, tied=config["tie_word_embeddings"]))
+            return model
+
+        return make, arguments
+
+    # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
+    plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
+    try:
+        model = load_model(folder, lazy=True, model_config=plain, get_model_classes=classes)[0]
+    except ValueError as error:
+        first = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model anew.") from None
+    model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+    for layer, turned in zip(model.layers, found.ropes, strict=True):
+        if turned is not None:
+            layer.self_attn.rope = _Rope(rope(turned, config["head_dim"], config["max_position_embeddings"]))
+    take_over(model, config["model_type"].startswith("gemma"))
+    model.facts = found
+    return model
+
+
+def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.array]:
+    """A checkpoint's tensors under the names of the language model alone."""
+    named = {text_name(name): weight for name, weight in weights.items()}
+    return {name: weight for name, weight in named.items() if language_tensor(name, tied)}
+
+
+def hidden_states(model: Any, input_ids: mx.array, rows: Rows, caches: list[Any] | None = None) -> mx.array:
+    """The last hidden states [tokens, hidden] of input ids [tokens], rows end to end.
+
+    What mlx-lm's models do, and what they leave out. With `caches`, a KVCache for each layer, the ids go on with the
+    one row whose keys and values they hold, and are added to them.
+    """
+    known: Facts = model.facts
+    h = model.model.embed_tokens(input_ids)
+    if known.embedding_scale != 1.0:
+        h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers
+    written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
+    before = caches[0].offset if caches else 0
+    masks = {window: _mask(rows.width, window, written_out, before) for window in set(known.windows)}
+    for number, (layer, window) in enumerate(zip(model.layers, known.windows, strict=True)):
+        h = layer(h, masks[window], replace(rows, cache=caches[number]) if caches else rows)
+    return model.model.norm(h)
+
+
+def _mask(length: int, window: int | None, written_out: bool, before: int) -> mx.array | str:
+    """[length, before + length]: whether a query may see a key, for queries that follow `before` keys."""
+    if not written_out and (window is None or window >= before + length):
+        return "causal"
+    places = mx.arange(before + length)
+    behind = places[before:, None] - places[None]
+    return (behind >= 0) & (behind < window) if window else behind >= 0
+
+
+def head(model: Any, hidden: mx.array) -> mx.array:
+    """Hidden states to float32 logits, embeddings tied or not."""
+    return finish(model, project(model, hidden))
+
+
+def project(model: Any, hidden: mx.array, weight: mx.array | None = None) -> mx.array:
+    """Hidden states times the head's own [vocabulary, H], or `weight` in its place; in the model's type."""
+    if weight is not None:
+        return hidden @ weight.T
+    return model.lm_head(hidden) if "lm_head" in model else model.model.embed_tokens.as_linear(hidden)
+
+
+def finish(model: Any, raw: mx.array) -> mx.array:
+    """What a family does after its head, in float32."""
+    logits = raw.astype(mx.float32)
+    if model.facts.logit_divisor != 1.0:
+        logits = logits / model.facts.logit_divisor
+    if cap := model.facts.logit_softcap:
+        logits = mx.tanh(logits / cap) * cap
+    return logits
+
+
+def head_weight(model: Any) -> mx.array | None:
+    """What `project` multiplies by, where that is trained; None where it is frozen."""
+    layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
+    return layer.trainable_parameters().get("weight")

@@ -1,0 +1,250 @@
+"""Who may import whom, and that the front door stays light and complete."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import cli
+from common.option_aliases import EXPLAINED, SAME
+from common.options import ROOT, Options
+
+FOLDERS = ("common", "mlx_backend", "torch_backend")
+LIGHT = {"numpy", "ml_dtypes", "safetensors", "pydantic", "yaml", "rich"}  # beside the standard library
+FRAMEWORKS = ("torch", "mlx", "mlx_lm", "transformers", "peft", "tokenizers", "datasets", "huggingface_hub", "gguf")
+FLAGS = (
+    *("config", "model", "data", "output", "backend", "device", "precision"),
+    *("steps", "epochs", "batch-size", "learning-rate", "warmup", "schedule", "max-length"),
+    *("rank", "alpha", "dropout", "targets", "seed", "eval-every", "save-every"),
+    *("resume", "export", "quant", "weight-decay", "quiet", "json", "llama-cpp"),
+)
+
+
+def modules(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def place(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Full names that an import statement asks for."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "relative imports hide what is asked for"
+        return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+        return [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+    return []
+
+
+def everywhere(path: Path) -> set[str]:
+    return {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in imported(node)}
+
+
+def at_import(path: Path) -> set[str]:
+    """What runs when the module is imported: functions' bodies and TYPE_CHECKING blocks left out."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        yield from imported(node)
+        for child in ast.iter_child_nodes(node):
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test)
+            if not typing_only and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child)
+
+    return set(walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", modules("common"), ids=place)
+def test_common_never_imports_a_backend(path: Path) -> None:
+    assert not roots(everywhere(path)) & {"mlx_backend", "torch_backend", "cli"}
+
+
+@pytest.mark.parametrize("path", modules("common"), ids=place)
+def test_common_needs_only_light_packages_at_import(path: Path) -> None:
+    own = {"common", "examples"}
+    assert roots(at_import(path)) <= set(sys.stdlib_module_names) | LIGHT | own
+
+
+@pytest.mark.parametrize(
+    "path", modules("mlx_backend", "torch_backend"), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_a_backend_imports_neither_the_other_nor_the_display(path: Path) -> None:
+    other = {"mlx_backend": "torch_backend", "torch_backend": "mlx_backend"}[path.parent.name]
+    names = everywhere(path)
+    assert other not in roots(names)
+    assert not any(name.startswith("common.display") for name in names)
+    assert "cli" not in roots(names)
+
+
+@pytest.mark.parametrize("path", modules("mlx_backend"), ids=lambda path: path.name)
+def test_the_mlx_backend_computes_without_torch(path: Path) -> None:
+    assert not roots(everywhere(path)) & {"torch", "peft"}
+
+
+@pytest.mark.parametrize("path", modules("torch_backend"), ids=lambda path: path.name)
+def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
+    assert not roots(everywhere(path)) & {"mlx", "mlx_lm"}
+
+
+# Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
+LAYERS = (
+    {"errors", "recipe", "option_aliases", "strict_json"},
+    {"sampling", "options", "run_record", "model_files"},
+    {"backend"},
+    {"display", "system"},
+    {"context"},
+    {"data", "models"},
+    {"training", "llama_cpp"},
+    {"inference", "verify", "export"},
+    {"evaluation", "report"},
+    {"commands"},
+)
+LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
+BACKENDS_MAY = {
+    *("errors", "backend", "recipe", "sampling", "system", "data.batching"),
+    *(f"models.{name}" for name in ("families", "resolve", "mlx_quantized", "shapes")),
+}
+SHARED_STEPS = {"prepare", "fuse", "example_score"}  # commands that are a step of others too
+
+
+def parts_of_common(path: Path) -> set[tuple[str, ...]]:
+    """What of common a module imports: `("data", "batching")`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "common":
+            parts = tuple((node.module or "").split(".")[1:])
+            inner = (ROOT / "common" / Path(*parts)).is_dir()
+            found |= {(*parts, alias.name) for alias in node.names} if inner else {parts}
+    return found
+
+
+@pytest.mark.parametrize("path", modules("common"), ids=place)
+def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
+    own = path.relative_to(ROOT / "common").with_suffix("").parts[0]
+    for other in parts_of_common(path):
+        assert other[0] == own or LAYER[other[0]] < LAYER[own], other
+        if own == other[0] == "commands" and path.stem != "__init__":
+            assert other[1] in SHARED_STEPS, other
+
+
+@pytest.mark.parametrize("path", modules("mlx_backend", "torch_backend"), ids=place)
+def test_a_backend_imports_the_contract_and_little_else(path: Path) -> None:
+    for other in parts_of_common(path):
+        assert other[0] in BACKENDS_MAY or ".".join(other[:2]) in BACKENDS_MAY, other
+
+
+def test_every_package_says_what_it_is_for() -> None:
+    for path in modules(*FOLDERS):
+        if path.stem == "__init__":
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+
+
+def test_nobody_imports_the_examples_but_what_scores_them() -> None:
+    users = {place(path) for path in modules(*FOLDERS) if "examples" in roots(everywhere(path))}
+    assert users <= {"common/commands/example_score.py"}
+
+
+def test_the_front_door_reaches_backends_only_by_importlib() -> None:
+    assert not roots(everywhere(ROOT / "cli.py")) & {"mlx_backend", "torch_backend"}
+
+
+def test_the_scan_sees_what_it_should(tmp_path: Path) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(
+        "import numpy as np\nif TYPE_CHECKING:\n    import peft\ntry:\n    from mlx import core\nexcept E:\n    pass\n"
+        "class A:\n    import rich.text\n    def f(self):\n        import torch\n"
+    )
+    assert roots(at_import(path)) == {"numpy", "mlx", "rich"}
+    assert roots(everywhere(path)) == {"numpy", "mlx", "rich", "torch", "peft"}
+
+
+def test_importing_everything_of_common_loads_no_framework() -> None:
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("common")]
+    names = [name.removesuffix(".__init__") for name in names]
+    code = (
+        f"import sys, importlib; [importlib.import_module(name) for name in {['cli', *names]!r}]; "
+        f"print(*sorted({{name.split('.')[0] for name in sys.modules}} & set({FRAMEWORKS!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+# --- help
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["twintune", *argv])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+TALKING = ("chat", "generate", "serve")
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(monkeypatch, capsys, "--help")
+    assert all(f"• {name} " in text for name in ("train", "plan", "check-data", "fuse", "compare", "doctor", *TALKING))
+
+
+def test_trains_help_names_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(monkeypatch, capsys, "train", "--help")
+    missing = [flag for flag in FLAGS if f"--{flag} " not in text and f"--{flag}," not in text]
+    assert missing == []
+
+
+def test_trains_help_names_no_option_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = {(field.alias or name).replace("_", "-") for name, field in Options.model_fields.items()}
+    words = {
+        word.strip(",")
+        for word in shown(monkeypatch, capsys, "train", "--help").split()
+        if re.fullmatch("--[a-z].*", word)
+    }
+    flags = {word[2:] for word in words if not word.startswith("--no-")}
+    # words of the descriptions, such as "in place of --epochs", are options too
+    assert flags - {"help"} <= known
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("check-data", ["STR", "--model", "--max-length", "--overflow", "--field", "--thinking", "--explain"]),
+        ("fuse", ["PATH", "--export", "--quant", "--llama-cpp"]),
+        ("compare", ["RUN RUN [RUN ...]"]),
+        ("doctor", ["--help"]),
+        ("chat", ["--with", "--system-file", "--temperature", "--top-k", "--min-p", "--repeat-penalty", "--seed"]),
+        ("generate", ["--prompts", "--out", "--max-tokens", "--slots"]),
+        ("serve", ["--port", "--host", "--context"]),
+    ],
+)
+def test_every_commands_help_names_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, options: list[str]
+) -> None:
+    text = shown(monkeypatch, capsys, command, "--help")
+    assert all(option in text for option in options)
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_every_flag_is_an_option_under_its_own_name(flag: str) -> None:
+    name = flag.replace("-", "_")
+    assert name in {field.alias or key for key, field in Options.model_fields.items()}
+    assert name not in SAME
+    assert name not in EXPLAINED
+
+
+def test_every_option_is_described() -> None:
+    assert [name for name, field in Options.model_fields.items() if not field.description] == []

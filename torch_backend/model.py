@@ -1,0 +1,103 @@
+"""The frozen base model: transformers' own, loaded so that nothing is left to chance."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.models.families import text_config
+from common.models.resolve import stored_type
+from common.system.memory import give_back
+from torch_backend.attention import register
+
+# A multimodal checkpoint's names within its language model, of the older layout and of today's.
+_TEXT_NAMES = {
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+    r"^model\.language_model\.": "model.",
+}
+
+
+def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
+    """The language model alone, in evaluation mode on the CPU, its weights as they are stored: `convert` makes `dtype`.
+
+    `how` goes on to `from_pretrained`, which then makes `dtype` itself.
+
+    Of a multimodal model the other parts stay on the disk: its text rows never reach them, and the fused folder takes
+    them over as they are. Raises UserError where the checkpoint lacks a weight, which transformers would draw by lot.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = text_config(written)
+    config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NO_OPTIONS})
+    # as stored, the weights stay in the file until they are used; another type is made of them one by one
+    stored = getattr(torch, stored_type(folder))
+    names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would list the vision tower's tensors; what is lacking is told below
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype if how else stored,
+            attn_implementation=register(),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **names,
+            **how,
+        )
+    finally:
+        logging.set_verbosity(level)
+    lacking = sorted({*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
+    if lacking:
+        raise UserError(
+            f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
+            "Fetch the model anew.",
+        )
+    return model
+
+
+@torch.no_grad()
+def convert(model: Any, dtype: torch.dtype, hold: bool) -> None:
+    """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back.
+
+    `hold`: matrices that the file has in 16 bits stay so, mapped from it, and products widen them (`products`).
+    """
+    held = set()
+    if hold:
+        linear = [m for m in model.modules() if type(m) is torch.nn.Linear or m is model.get_input_embeddings()]
+        held = {m.weight for m in linear if m.weight.dtype in (torch.bfloat16, torch.float16)}
+    for parameter in model.parameters():
+        stored = parameter.data
+        if parameter in held or stored.dtype == dtype or not stored.is_floating_point():
+            continue
+        wide = torch.empty_like(stored, dtype=dtype)
+        rows = max(1, _BLOCK // max(1, stored[0].numel()))
+        for start in range(0, len(stored), rows):
+            wide[start : start + rows] = stored[start : start + rows]
+            give_back(stored[start : start + rows])
+        parameter.data = wide
+    model.config.dtype = dtype
+    embed = model.get_input_embeddings()
+    if hasattr(embed, "embed_scale"):  # Gemma's, made in the stored type: 25.25 in place of 25.298
+        embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
+    if embed.weight in held:
+        embed.forward = partial(_embed, embed, dtype)
+
+
+def _embed(module: Any, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    found = torch.nn.functional.embedding(ids, module.weight).to(dtype)
+    return found * module.embed_scale if hasattr(module, "embed_scale") else found
+
+
+_BLOCK = 2**23  # weights converted at a time
+
+
+_NO_OPTIONS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
