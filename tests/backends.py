@@ -22,7 +22,7 @@ from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, train
+from common.training.loop import Interrupted, TrainingLoop
 
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")  # cuda: for tests/torch on a machine with an NVIDIA GPU
 TARGETS = ["all-linear"]
@@ -231,7 +231,8 @@ def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], 
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])
         try:
-            return train(backend, recipe, make_plan(name), rows[4:], rows[:4], where, state, Quiet(stop_at))
+            loop = TrainingLoop(backend, recipe, make_plan(name), rows[4:], rows[:4], where, state, Quiet(stop_at))
+            return loop.train()
         finally:
             backend.close()
 

@@ -29,7 +29,7 @@ from common.system.environment import write_environment
 from common.system.memory import ResidentSet, swap_used
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, train
+from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import deterministic, figures, timed
 from common.training.planner import described
 
@@ -94,7 +94,7 @@ def _train(
     with _stop_signals(display.stopping) as heard, display.training(recipe.steps, state.step):
         watch = _Watch(display, heard)
         try:
-            train(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch, seconds)
+            TrainingLoop(backend, recipe, job.plan, job.train, job.valid, job.run, state, watch, seconds).train()
         finally:
             memory, before = (
                 backend.memory(),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.backend import Adapter, OptimizerState
+from common.backend import Adapter, OptimizerState, StepResult
 from common.errors import UserError
 from common.models.adapter_files import read_trained, write_both, write_trained
 
@@ -47,6 +47,18 @@ class State:
     best_valid_loss: float | None = None
     best_step: int | None = None
     best: Adapter | None = field(default=None, repr=False)
+
+    def count(self, step: int, result: StepResult, loss: float, seconds: float, timed: bool) -> None:
+        """Add a finished step. timed: whether it enters the speed; a process's first step warms up."""
+        self.step, self.train_loss = step, loss
+        self.tokens += result.tokens
+        self.label_tokens += result.label_tokens
+        self.padded_tokens += result.positions
+        self.train_seconds += seconds
+        if timed:
+            self.timed_seconds += seconds
+            self.timed_tokens += result.tokens
+            self.timed_label_tokens += result.label_tokens
 
 
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str) -> Path:

@@ -1,12 +1,11 @@
 """THE training loop: one for both backends."""
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from common.backend import Backend, Batch, Memory, OutOfMemory, StepResult
 from common.data.batching import micro_batches, step_rows
@@ -15,11 +14,11 @@ from common.errors import UserError
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.metrics import timed
+from common.training.metrics import open_metrics, timed, write_line
 
 
 class Observer(Protocol):
-    """What the loop tells, and the one thing it asks: whether the user wants it to stop."""
+    """What the loop reports, and the one thing it asks: whether the user wants it to stop."""
 
     def step(self, line: dict, memory: Memory) -> None: ...
 
@@ -43,121 +42,8 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     return recipe.learning_rate * factor[recipe.schedule]
 
 
-def train(
-    backend: Backend,
-    recipe: Recipe,
-    plan: Plan,
-    rows: list[Encoded],
-    valid: list[Encoded],
-    run: Path,
-    state: State,
-    observer: Observer,
-    seconds: dict[str, float] | None = None,
-) -> State:
-    """From `state` to the recipe's last step; evaluates, saves and logs on the way.
-
-    A step is saved before it is validated, so that a stop or a kill within a long validation loses nothing; a
-    validation that was broken off is done again when the run goes on. `seconds` gets what training, validation and
-    saving took, each by itself. Raises Interrupted after a requested stop, UserError for a loss that is not finite or
-    memory that no cut saves.
-    """
-    seconds = {} if seconds is None else seconds
-    seconds.setdefault("train", 0.0)
-    first, queued, swap, saved_at = True, None, _Swap(backend, plan), time.monotonic()
-    if state.gradient_checkpointing != plan.gradient_checkpointing:
-        backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": state.gradient_checkpointing}))
-    owed = bool(valid) and state.step > state.evaluated and _evaluates(recipe, state.step)
-    with _open_metrics(run / "metrics.jsonl", state.step, owed) as metrics:
-
-        def settle(step: _Queued, ended: float) -> None:
-            """Wait for the step, look at its figures, tell them."""
-            nonlocal first
-            loss, norm = _read(step)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise _not_finite(run, step.number, step.rows)
-            lasted = ended - step.started
-            _count(state, step, loss, lasted, timed=not first)
-            seconds["train"] += lasted
-            first = False
-            memory = backend.memory()
-            line = {
-                "step": step.number,
-                "loss": loss,
-                "label_tokens": step.result.label_tokens,
-                "tokens": step.result.tokens,
-                "learning_rate": step.rate,
-                "grad_norm": norm,
-                "seconds": lasted,
-                "memory": memory.used,
-            }
-            _write(metrics, line)
-            observer.step(line, memory)
-            swap.look(memory, step.batches, state, observer)
-
-        def save() -> None:
-            nonlocal saved_at
-            with timed(seconds, "save"):
-                checkpoint.save(run, state, backend.get_adapter(), backend.get_optimizer(), recipe.hash())
-            saved_at = time.monotonic()
-
-        def validate(saved: bool) -> None:
-            with timed(seconds, "evaluate"):
-                done = _evaluate(backend, plan, valid, run, state, observer, metrics)
-            if done and saved:
-                checkpoint.add_evaluation(run, state)
-            if not done:
-                if not saved:
-                    save()
-                raise Interrupted(run)
-
-        def cut(number: int) -> tuple[list[Encoded], list[Batch]]:
-            chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, number)]
-            return chosen, micro_batches(chosen, state.micro_batch_tokens, plan.device)
-
-        if owed:
-            validate(saved=True)
-        ready = cut(state.step + 1)
-        for number in range(state.step + 1, recipe.steps + 1):
-            started, rate = time.perf_counter(), learning_rate(recipe, number)
-            chosen, batches = ready
-            try:
-                result, batches = _step(backend, plan, chosen, batches, rate, number, state, observer)
-            except UserError:
-                if queued is not None:  # that one is done
-                    settle(queued, started)
-                raise
-            before, queued = queued, _Queued(number, rate, chosen, batches, result, started)
-            last = number == recipe.steps
-            size = state.micro_batch_tokens
-            if not last:
-                ready = cut(number + 1)  # while the device computes
-            if before is not None:
-                settle(before, started)
-                if not last and state.micro_batch_tokens != size:
-                    ready = cut(number + 1)
-            stop = observer.stop_requested()
-            evaluates = bool(valid) and _evaluates(recipe, number)
-            late = plan.save_minutes and time.monotonic() - saved_at >= 60 * plan.save_minutes
-            saves = bool(last or stop or late or number % plan.save_every == 0)
-            if evaluates or saves or first:  # the first step's time is its own: it warms up
-                _read(queued)
-                settle(queued, time.perf_counter())
-                queued = None
-            if saves:
-                save()
-            if stop:
-                raise Interrupted(run)
-            if evaluates:
-                validate(saves)
-    return state
-
-
-def _evaluates(recipe: Recipe, step: int) -> bool:
-    return step == recipe.steps or step % recipe.eval_every == 0
-
-
 @dataclass(frozen=True)
-class _Queued:
+class _Pending:
     """A step that the device may still be computing: its figures are read a step later, so that it never idles."""
 
     number: int
@@ -168,7 +54,222 @@ class _Queued:
     started: float
 
 
-def _read(step: _Queued) -> tuple[float, float]:
+@dataclass
+class TrainingLoop:
+    """A run's training, from `state` on: steps, validations, checkpoints and metrics.
+
+    A step is saved before it is validated, so that a stop or a kill within a long validation loses nothing; a
+    validation that was broken off is done again when the run goes on.
+
+    valid: rows to validate on; none, and nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
+    seconds: gets what training, validation and saving took, each by itself.
+    """
+
+    backend: Backend
+    recipe: Recipe
+    plan: Plan
+    rows: list[Encoded]
+    valid: list[Encoded]
+    run: Path
+    state: State
+    observer: Observer
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def train(self) -> State:
+        """The state after the recipe's last step.
+
+        Raises Interrupted after a requested stop, UserError for a loss that is not finite or memory that no smaller
+        micro-batch saves.
+        """
+        self.seconds.setdefault("train", 0.0)
+        self._pending: _Pending | None = None
+        self._warm = False  # whether a step of this process has been settled
+        self._saved_at, self._swap = time.monotonic(), self.backend.memory().swap
+        if self.state.gradient_checkpointing != self.plan.gradient_checkpointing:
+            self._checkpoint_gradients(self.state.gradient_checkpointing)
+        owed = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
+        with open_metrics(self.run / "metrics.jsonl", self.state.step, owed) as self._metrics:
+            if owed:
+                self._validate(saved=True)
+            ready = self._cut(self.state.step + 1)
+            for number in range(self.state.step + 1, self.recipe.steps + 1):
+                ready = self._launch(number, *ready)
+                stop, evaluates = self.observer.stop_requested(), self._evaluates(number)
+                saves = stop or self._saves(number)
+                if evaluates or saves or not self._warm:  # the first step's time is its own: it warms up
+                    self._settle_pending()
+                if saves:
+                    self._save()
+                if stop:
+                    raise Interrupted(self.run)
+                if evaluates:
+                    self._validate(saves)
+        return self.state
+
+    def _evaluates(self, step: int) -> bool:
+        return bool(self.valid) and (step == self.recipe.steps or step % self.recipe.eval_every == 0)
+
+    def _saves(self, step: int) -> bool:
+        limit = 60 * self.plan.save_minutes
+        late = limit > 0 and time.monotonic() - self._saved_at >= limit
+        return late or step == self.recipe.steps or step % self.plan.save_every == 0
+
+    def _cut(self, step: int) -> tuple[list[Encoded], list[Batch]]:
+        """The step's rows, and the same as micro-batches; none beyond the last step."""
+        if step > self.recipe.steps:
+            return [], []
+        chosen = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
+        rows = [self.rows[i] for i in chosen]
+        return rows, self._micro_batches(rows)
+
+    def _micro_batches(self, rows: list[Encoded]) -> list[Batch]:
+        return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device)
+
+    def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
+        """Start the step, and settle the one before it while the device computes. Returns the next step's rows."""
+        started, rate = time.perf_counter(), learning_rate(self.recipe, step)
+        try:
+            result, batches = self._step(step, rate, rows, batches)
+        except UserError:
+            if self._pending is not None:  # that one is done
+                self._settle(self._pending, started)
+            raise
+        before, self._pending = self._pending, _Pending(step, rate, rows, batches, result, started)
+        size, ready = self.state.micro_batch_tokens, self._cut(step + 1)
+        if before is not None:
+            self._settle(before, started)
+            if self.state.micro_batch_tokens != size:
+                ready = self._cut(step + 1)
+        return ready
+
+    def _step(
+        self, step: int, rate: float, rows: list[Encoded], batches: list[Batch]
+    ) -> tuple[StepResult, list[Batch]]:
+        """The step, repeated in smaller micro-batches while memory does not suffice: the mathematics stays the same."""
+        while True:
+            try:
+                return self.backend.train_step(batches, rate, step), batches
+            except OutOfMemory:
+                self._cut_finer(batches, f"step {step} ran out of memory")
+                batches = self._micro_batches(rows)
+
+    def _settle_pending(self) -> None:
+        if self._pending is not None:
+            _read(self._pending)
+            self._settle(self._pending, time.perf_counter())
+            self._pending = None
+
+    def _settle(self, step: _Pending, ended: float) -> None:
+        """Wait for the step, look at its figures, report them."""
+        loss, norm = _read(step)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise _not_finite(self.run, step.number, step.rows)
+        lasted = ended - step.started
+        self.state.count(step.number, step.result, loss, lasted, timed=self._warm)
+        self.seconds["train"] += lasted
+        self._warm = True
+        memory = self.backend.memory()
+        line = {
+            "step": step.number,
+            "loss": loss,
+            "label_tokens": step.result.label_tokens,
+            "tokens": step.result.tokens,
+            "learning_rate": step.rate,
+            "grad_norm": norm,
+            "seconds": lasted,
+            "memory": memory.used,
+        }
+        write_line(self._metrics, line)
+        self.observer.step(line, memory)
+        self._watch_swap(memory, step.batches)
+
+    def _save(self) -> None:
+        with timed(self.seconds, "save"):
+            adapter, optimizer = self.backend.get_adapter(), self.backend.get_optimizer()
+            checkpoint.save(self.run, self.state, adapter, optimizer, self.recipe.hash())
+        self._saved_at = time.monotonic()
+
+    def _validate(self, saved: bool) -> None:
+        """Validate, and complete the checkpoint where the step was `saved`. Raises Interrupted for a stop."""
+        with timed(self.seconds, "evaluate"):
+            done = self._evaluate()
+        if done and saved:
+            checkpoint.add_evaluation(self.run, self.state)
+        if not done:
+            if not saved:
+                self._save()
+            raise Interrupted(self.run)
+
+    def _evaluate(self) -> bool:
+        """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for."""
+        state, size = self.state, self.state.micro_batch_tokens
+        while True:
+            try:
+                loss = evaluate(self.backend, self.valid, size, self.plan.device, self.observer.stop_requested)
+                break
+            except OutOfMemory:
+                what = f"the validation after step {state.step} ran out of memory"
+                self._cut_finer(self._micro_batches(self.valid), what)
+                size = state.micro_batch_tokens
+        if loss is None:
+            return False
+        if not math.isfinite(loss):
+            checkpoint.discard(self.run, state.step)  # what such weights are saved in is nothing to go on from
+            raise _not_finite(self.run, state.step, self.valid, "validation loss")
+        state.evaluated = state.step
+        if state.best_valid_loss is None or loss < state.best_valid_loss:
+            state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter()
+        line = {"step": state.step, "valid_loss": loss}
+        write_line(self._metrics, line)
+        self.observer.evaluation(line)
+        return True
+
+    def _cut_finer(self, batches: list[Batch], what: str) -> None:
+        """Halve the widest micro-batch that can be cut; where each is one row, checkpoint gradients.
+
+        The mathematics stays the same. Raises UserError where both are done already, so it ends.
+        """
+        cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
+        if cuttable:
+            self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(cuttable)) // 2
+            self.observer.warn(f"{what}; micro-batches are now cut to {self.state.micro_batch_tokens} tokens")
+        elif not self.state.gradient_checkpointing:
+            self.state.gradient_checkpointing = True
+            self._checkpoint_gradients(True)
+            self.observer.warn(f"{what}; each layer's work is now done twice to hold less (gradient checkpointing)")
+        else:
+            longest = max(batch.input_ids.size for batch in batches)
+            raise UserError(
+                f"{what.capitalize()} with one row at a time; its longest row has {longest} tokens.",
+                "Lower --max-length or --rank, or train a smaller model.",
+            ) from None
+
+    def _checkpoint_gradients(self, on: bool) -> None:
+        self.backend.apply_plan(self.plan.model_copy(update={"gradient_checkpointing": on}))
+
+    def _watch_swap(self, memory: Memory, batches: list[Batch]) -> None:
+        """Warn where swap has grown; with --on-swap replan cut finer from the next step on.
+
+        A step that waits for the disk takes minutes.
+        """
+        growth = memory.swap - self._swap
+        if growth < _SWAP_GROWTH:
+            return
+        self._swap = memory.swap
+        what = f"swap has grown by {growth / 1e6:.0f} MB at step {self.state.step}: the machine is short of memory"
+        if self.plan.on_swap == "warn":
+            self.observer.warn(f"{what}. Close programs; or Ctrl-C, then --resume RUN --memory-limit SIZE")
+            return
+        try:
+            self._cut_finer(batches, what)
+        except UserError:
+            self.observer.warn(f"{what}, and nothing is left to be cut; close other programs")
+
+
+_SWAP_GROWTH = 256 * 10**6  # bytes; less comes and goes by itself
+
+
+def _read(step: _Pending) -> tuple[float, float]:
     """`(mean loss, gradient norm)`, waited for. Raises UserError for what a device reports only now."""
     try:
         return float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
@@ -197,111 +298,6 @@ def evaluate(
     return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
 
 
-def _step(
-    backend: Backend,
-    plan: Plan,
-    rows: list[Encoded],
-    batches: list[Batch],
-    rate: float,
-    step: int,
-    state: State,
-    observer: Observer,
-) -> tuple[StepResult, list[Batch]]:
-    """The step, cut finer and done again while memory does not suffice; the mathematics stays the same."""
-    while True:
-        try:
-            return backend.train_step(batches, rate, step), batches
-        except OutOfMemory:
-            _cut_finer(batches, f"step {step} ran out of memory", backend, plan, state, observer)
-            batches = micro_batches(rows, state.micro_batch_tokens, plan.device)
-
-
-def _cut_finer(batches: list[Batch], what: str, backend: Backend, plan: Plan, state: State, observer: Observer) -> None:
-    """Halve the widest micro-batch that can be cut; where each is one row, checkpoint gradients.
-
-    The mathematics stays the same. Raises UserError where both are done already, so it ends.
-    """
-    cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
-    if cuttable:
-        state.micro_batch_tokens = min(state.micro_batch_tokens, max(cuttable)) // 2
-        observer.warn(f"{what}; micro-batches are now cut to {state.micro_batch_tokens} tokens")
-    elif not state.gradient_checkpointing:
-        state.gradient_checkpointing = True
-        backend.apply_plan(plan.model_copy(update={"gradient_checkpointing": True}))
-        observer.warn(f"{what}; each layer's work is now done twice to hold less (gradient checkpointing)")
-    else:
-        longest = max(batch.input_ids.size for batch in batches)
-        raise UserError(
-            f"{what.capitalize()} with one row at a time; its longest row has {longest} tokens.",
-            "Lower --max-length or --rank, or train a smaller model.",
-        ) from None
-
-
-class _Swap:
-    """Watches the machine's swap while training: a step that waits for the disk takes minutes."""
-
-    def __init__(self, backend: Backend, plan: Plan) -> None:
-        self._backend, self._plan = backend, plan
-        self._before = backend.memory().swap
-
-    def look(self, memory: Memory, batches: list[Batch], state: State, observer: Observer) -> None:
-        """Warn where swap has grown; with --on-swap replan do something about it from the next step on."""
-        grown = memory.swap - self._before
-        if grown < _SWAP_GROWTH:
-            return
-        self._before = memory.swap
-        what = f"swap has grown by {grown / 1e6:.0f} MB at step {state.step}: the machine is short of memory"
-        if self._plan.on_swap == "warn":
-            observer.warn(f"{what}. Close programs; or Ctrl-C, then --resume RUN --memory-limit SIZE")
-            return
-        try:
-            _cut_finer(batches, what, self._backend, self._plan, state, observer)
-        except UserError:
-            observer.warn(f"{what}, and nothing is left to be cut; close other programs")
-
-
-_SWAP_GROWTH = 256 * 10**6  # bytes; less comes and goes by itself
-
-
-def _count(state: State, step: _Queued, loss: float, seconds: float, timed: bool) -> None:
-    result = step.result
-    state.step, state.train_loss = step.number, loss
-    state.tokens += result.tokens
-    state.label_tokens += result.label_tokens
-    state.padded_tokens += result.positions
-    state.train_seconds += seconds
-    if timed:
-        state.timed_seconds += seconds
-        state.timed_tokens += result.tokens
-        state.timed_label_tokens += result.label_tokens
-
-
-def _evaluate(
-    backend: Backend, plan: Plan, valid: list[Encoded], run: Path, state: State, observer: Observer, metrics: TextIO
-) -> bool:
-    """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for meanwhile."""
-    while True:
-        try:
-            loss = evaluate(backend, valid, state.micro_batch_tokens, plan.device, observer.stop_requested)
-            break
-        except OutOfMemory:
-            batches = micro_batches(valid, state.micro_batch_tokens, plan.device)
-            what = f"the validation after step {state.step} ran out of memory"
-            _cut_finer(batches, what, backend, plan, state, observer)
-    if loss is None:
-        return False
-    if not math.isfinite(loss):
-        checkpoint.discard(run, state.step)  # what such weights are saved in is nothing to go on from
-        raise _not_finite(run, state.step, valid, "validation loss")
-    state.evaluated = state.step
-    if state.best_valid_loss is None or loss < state.best_valid_loss:
-        state.best_valid_loss, state.best_step, state.best = loss, state.step, backend.get_adapter()
-    line = {"step": state.step, "valid_loss": loss}
-    _write(metrics, line)
-    observer.evaluation(line)
-    return True
-
-
 def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
     found = checkpoint.latest(run)
     kept = f"The checkpoint of step {found[0].step} is kept" if found else "No checkpoint had been written yet"
@@ -312,28 +308,3 @@ def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or 
         "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
         "--memory-limit (Metal has been seen to go on with wrong numbers where memory ran out).",
     )
-
-
-def _open_metrics(path: Path, step: int, owed: bool):
-    """Open for appending, without the lines of what a resumed run will do again: steps after `step`, and where it is
-    `owed` the validation after `step`."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    if owed:
-        kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
-    return path.open("a", encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # the last line of a killed run may be cut
-
-
-def _write(metrics, line: dict) -> None:
-    metrics.write(json.dumps(line) + "\n")
-    metrics.flush()

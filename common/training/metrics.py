@@ -1,9 +1,12 @@
-"""The figures that a training leaves on record, and how its time is counted."""
+"""The figures that a training leaves on record, its metrics.jsonl, and how its time is counted."""
 
+import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from common.models.families import end_to_end
 from common.recipe import Plan, Recipe
@@ -53,3 +56,30 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+
+def open_metrics(path: Path, step: int, owed: bool) -> TextIO:
+    """metrics.jsonl, open for appending, without the lines of what a resumed run will do again.
+
+    Those are the steps after `step` and, where it is `owed`, the validation after `step`.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) <= step]
+    if owed:
+        kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the last line of a killed run may be cut
+
+
+def write_line(metrics: TextIO, line: dict[str, Any]) -> None:
+    metrics.write(json.dumps(line) + "\n")
+    metrics.flush()

@@ -7,7 +7,7 @@ import pytest
 
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, train
+from common.training.loop import Interrupted, TrainingLoop
 from tests import backends
 from tests.tiny import write_rows
 
@@ -29,7 +29,8 @@ def go(name, folder, recipe, rows, run, stop_at=0):
         backend.set_optimizer(found[2])
     state = found[0] if found else State(micro_batch_tokens=300)
     try:
-        train(backend, recipe, backends.make_plan(name), rows[4:], rows[:4], run, state, backends.Quiet(stop_at))
+        watch = backends.Quiet(stop_at)
+        TrainingLoop(backend, recipe, backends.make_plan(name), rows[4:], rows[:4], run, state, watch).train()
     except Interrupted:
         pass
     backend.close()

@@ -16,7 +16,7 @@ from common.models.lora_init import initial_adapter
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, evaluate, learning_rate, train
+from common.training.loop import Interrupted, TrainingLoop, evaluate, learning_rate
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
 
 TRAIN, VALID = rows(14, seed=1), rows(5, seed=2)
@@ -64,7 +64,8 @@ def run(
         backend.set_optimizer(optimizer)
     else:
         state = State(micro_batch_tokens=the_plan.micro_batch_tokens)
-    train(backend, chosen, the_plan, TRAIN, VALID if valid is None else valid, folder, state, watch or Watch())
+    held_out = VALID if valid is None else valid
+    TrainingLoop(backend, chosen, the_plan, TRAIN, held_out, folder, state, watch or Watch()).train()
     return state, backend
 
 
