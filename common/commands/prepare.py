@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter
+from common.backend import Adapter, Progress
 from common.data.batching import steps_per_epoch
-from common.data.dataset import Example, data_hash, prompt_of, said
+from common.data.dataset import Data, Example, data_hash, prompt_of, said
 from common.data.encode import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
 from common.data.load import check_fields, load_data
 from common.data.quality import doubtful
@@ -47,17 +47,50 @@ from common.training.planner import Chosen, choose
 
 
 @dataclass(frozen=True)
+class Hardware:
+    """What computes, each with the reason for it. scheme: of a quantized base, such as mlx-4bit-64, or none."""
+
+    backend: Choice
+    device: Choice
+    precision: Choice
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model, looked at but not loaded."""
+
+    folder: Path  # in 16 or 32 bits
+    trained_over: Path  # what the backend loads: the same, or a ready-made quantized one
+    scheme: str
+    shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
+    given: Adapter | None  # --adapter
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """The rows as ids and label masks, within --max-length. stops: the ids that end trained turns."""
+
+    data: Data
+    train: Fitted
+    valid: Fitted
+    stops: list[int]
+    template: str | None  # that serves the model as it is trained; of plain text there is none
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that is known before the first step."""
 
     options: Options
     run: Path
     folder: Path  # the base model in 16 or 32 bits
-    trained_over: Path  # what the backend loads: the same, or a ready-made quantised one
+    trained_over: Path  # what the backend loads: the same, or a ready-made quantized one
     recipe: Recipe
     chosen: Chosen
-    config: dict[str, Any]  # the language model's, normalised
-    choices: dict[str, Choice]
+    config: dict[str, Any]  # the language model's, normalized
+    hardware: Hardware
     train: list[Encoded]
     valid: list[Encoded]
     start: Adapter | None  # None: every weight is trained
@@ -72,8 +105,55 @@ class Job:
 
 
 def prepare(options: Options, resumed: Path | None, display: Display, seconds: dict[str, float] | None = None) -> Job:
-    """Everything that could go wrong later is looked at here, cheapest first. `seconds`: of tokenising is told."""
+    """Everything that could go wrong later is looked at here, cheapest first. `seconds` gets what tokenizing took."""
     seconds = {} if seconds is None else seconds
+    _check_request(options, display)
+    hardware = choose_hardware(options, display)
+    run = resumed or _output(options, hardware.backend.value)
+    data = _read_data(options, display)
+    base = _look_at_base(options, hardware, display)
+    with timed(seconds, "tokenise"), display.stage("read the data") as progress:
+        rows = _tokenize(options, data, base.tokenizer, progress)
+    _report_rows(options, rows, display)
+    with display.stage("hash the model") as progress:
+        recipe = _recipe(options, hardware, base, rows, content_hash(base.folder, progress))
+    start = _start(recipe, base)
+    config = text_config(json.loads((base.folder / "config.json").read_text(encoding="utf-8")))
+    config["dtype"] = stored_type(base.folder)
+    chosen = choose(options, recipe, _plan(options, hardware, recipe, rows), config, start, rows.train.rows)
+    if chosen.prediction.peak > chosen.budget:
+        display.warn(
+            f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
+            f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
+        )
+    adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, recipe, config, base.folder)
+    proves = not options.no_verify
+    after = foretell(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, proves)
+    check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
+    warn_of_memory(after, display)
+    llama = tools_for(options, recipe.method, base.folder, display, base.tokenizer, said(data.train, 200_000))
+    sample, sample_tokens = _sample_prompt((data.valid, rows.valid), (data.train, rows.train))
+    return Job(
+        options=options,
+        run=run,
+        folder=base.folder,
+        trained_over=base.trained_over,
+        recipe=recipe,
+        chosen=chosen,
+        config=config,
+        hardware=hardware,
+        train=rows.train.rows,
+        valid=rows.valid.rows,
+        start=start,
+        llama=llama,
+        served=Served(rows.stops, rows.template),
+        sample=sample,
+        sample_tokens=sample_tokens,
+    )
+
+
+def _check_request(options: Options, display: Display) -> None:
+    """What can be said of the options alone. Raises UserError."""
     check_quants(options.quant)
     if options.push:
         check_push(options.push, not options.push_public, display)
@@ -85,60 +165,78 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
         check_lora(options.method)
     if "mlx" in THROUGH[options.export]:
         check_installed()
-    choices = {"backend": choose_backend(options.backend)}
-    backend = choices["backend"].value
-    choices["device"] = choose_device(options.device, backend)
-    if backend == "mlx" and choices["device"].value == "cpu" and not preload():
+
+
+def choose_hardware(options: Options, display: Display) -> Hardware:
+    """Backend, device and precision for the options. Raises UserError for what is not here, or cannot be combined."""
+    backend = choose_backend(options.backend)
+    device = choose_device(options.device, backend.value)
+    if backend.value == "mlx" and device.value == "cpu" and not preload():
         display.warn(f"MLX will be about 15 times slower than need be: no OpenBLAS was found. {INSTALL}")
-    choices["precision"] = choose_precision(options.precision, backend, choices["device"].value)
+    precision = choose_precision(options.precision, backend.value, device.value)
     if options.method == "full" and options.precision == "auto":
-        choices["precision"] = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
-    scheme = quantization_scheme(options.quantization, backend)
+        precision = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
+    scheme = quantization_scheme(options.quantization, backend.value)
     if options.method == "dora" and scheme == "int8":
         raise UserError(
             "--method dora over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
             "Use --quantization 4bit, or --method lora.",
         )
-    run = resumed or _output(options, backend)
+    return Hardware(backend, device, precision, scheme)
+
+
+def _read_data(options: Options, display: Display) -> Data:
     check_fields(options.field)
-    data = load_data(options.data, options.valid_share, options.seed, options.field)
-    display.say(f"{options.data} read as: {data.described()}")
+    source = options.data or ""
+    data = load_data(source, options.valid_share, options.seed, options.field)
+    display.say(f"{source} read as: {data.described()}")
     for finding in doubtful(data):
         display.warn(str(finding))
-    if options.valid_share and not data.valid and not Path(options.data).expanduser().is_dir():
+    if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")
-    folder = resolve(options.model, display.say)
-    trained_over, scheme = _ready_made(options, folder, backend, scheme, display)
+    return data
+
+
+def _look_at_base(options: Options, hardware: Hardware, display: Display) -> Base:
+    folder = resolve(options.model or "", display.say)
+    trained_over, scheme = _ready_made(options, folder, hardware.backend.value, hardware.scheme, display)
     shapes = linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
-    tokenizer = load_tokenizer(folder, options.chat_template)
+    return Base(folder, trained_over, scheme, shapes, given, load_tokenizer(folder, options.chat_template))
+
+
+def _tokenize(options: Options, data: Data, tokenizer: Any, progress: Progress) -> Tokenized:
     style = Style(options.train_on, options.thinking)
-    with timed(seconds, "tokenise"), display.stage("read the data") as progress:
-        encoder = Encoder(tokenizer, style)
-        every, valid_every = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
-    for note, count in Counter(note for row in [*every, *valid_every] for note in row.notes).items():
+    encoder = Encoder(tokenizer, style)
+    train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
+    fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (train, valid))
+    chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
+    template = exported_template(tokenizer, style) if chats else None
+    return Tokenized(data, fitted, valid_fitted, stop_ids(train), template)
+
+
+def _report_rows(options: Options, rows: Tokenized, display: Display) -> None:
+    """What became of the rows. Raises UserError where nothing is left to train on."""
+    parts = rows.train, rows.valid
+    for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
         display.say(f"{count} rows: {note}")
-    fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (every, valid_every))
-    rows, valid = fitted.rows, valid_fitted.rows
-    if unlabelled := fitted.unlabelled + valid_fitted.unlabelled:
+    if unlabelled := rows.train.unlabelled + rows.valid.unlabelled:
         display.warn(f"{len(unlabelled)} rows are left out, nothing in them is trained: {unlabelled[0].source} ...")
-    if len(fitted.unlabelled) == len(every):
+    if not rows.train.rows and not rows.train.dropped:
         raise UserError(
             f"--train-on {options.train_on}: nothing in {options.data} is trained.",
             "Look at it with check-data --explain 1; train: false and weight: 0 take turns out.",
         )
-    if data.valid and not valid:
-        display.warn("no validation row is left, so the last adapter is exported, not the best")
-    if not rows:
+    if not rows.train.rows:
         raise UserError(
             f"--max-length {options.max_length}: every row of {options.data} is longer "
-            f"(the shortest has {min(len(row.ids) for row in every)} tokens).",
+            f"(the shortest has {min(len(row.ids) for row in rows.train.every())} tokens).",
             "Raise --max-length.",
         )
-    for what, long in (
-        ("dropped", fitted.dropped + valid_fitted.dropped),
-        ("truncated", fitted.truncated + valid_fitted.truncated),
-    ):
+    if rows.data.valid and not rows.valid.rows:
+        display.warn("no validation row is left, so the last adapter is exported, not the best")
+    for what in ("dropped", "truncated"):
+        long = [row for part in parts for row in getattr(part, what)]
         if long:
             shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
             more = f" and {len(long) - 5} more" if len(long) > 5 else ""
@@ -146,55 +244,38 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
                 f"{len(long)} rows longer than --max-length {options.max_length} are {what}: {shown}{more} "
                 "(check-data lists them all)"
             )
-    with display.stage("hash the model") as progress:
-        model_hash = content_hash(folder, progress)
-    per_epoch = steps_per_epoch(len(rows), options.batch_size)
+
+
+def _recipe(options: Options, hardware: Hardware, base: Base, rows: Tokenized, model_hash: str) -> Recipe:
+    per_epoch = steps_per_epoch(len(rows.train.rows), options.batch_size)
     steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
-    warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
     same = set(Recipe.model_fields) & set(Options.model_fields) - _RESOLVED
-    recipe = Recipe(
-        **{name: getattr(options, name) for name in same} | _shape_of(given),
-        model=options.model,
-        data=options.data,
+    return Recipe(
+        **{name: getattr(options, name) for name in same} | _shape_of(base.given),
+        model=options.model or "",
+        data=options.data or "",
         model_hash=model_hash,
-        data_hash=data_hash(data),
-        template_hash=template_hash(tokenizer),
-        precision=choices["precision"].value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=target_names(shapes if given is None else dict.fromkeys(given.weights, (0, 0))),
-        adapter_hash=adapter_hash(given) if given else "",
-        quantization=scheme,
+        data_hash=data_hash(rows.data),
+        template_hash=template_hash(base.tokenizer),
+        precision=hardware.precision.value,  # type: ignore[arg-type]  # pydantic checks it
+        targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
+        adapter_hash=adapter_hash(base.given) if base.given else "",
+        quantization=base.scheme,
         steps=steps,
-        warmup_steps=warmup,
+        warmup_steps=round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps),
         eval_every=options.eval_every or per_epoch,
     )
-    plan = Plan(
-        backend=backend,  # type: ignore[arg-type]  # pydantic checks it
-        device=choices["device"].value,  # type: ignore[arg-type]
-        micro_batch_tokens=1,  # chosen below
+
+
+def _plan(options: Options, hardware: Hardware, recipe: Recipe, rows: Tokenized) -> Plan:
+    """A plan whose micro-batches are still to be chosen."""
+    return Plan(
+        backend=hardware.backend.value,  # type: ignore[arg-type]  # pydantic checks it
+        device=hardware.device.value,  # type: ignore[arg-type]
+        micro_batch_tokens=1,
         on_swap=options.on_swap,
-        save_every=options.save_every or per_epoch,
+        save_every=options.save_every or steps_per_epoch(len(rows.train.rows), recipe.batch_size),
         save_minutes=options.save_minutes,
-    )
-    start = _start(recipe, shapes, given)
-    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    config["dtype"] = stored_type(folder)
-    chosen = choose(options, recipe, plan, config, start, rows)
-    if chosen.prediction.peak > chosen.budget:
-        display.warn(
-            f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
-            f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
-        )
-    adapter_bytes = trained_bytes(start, folder)
-    held = reloaded(options, recipe, config, folder)
-    after = foretell(options.export, options.quant, folder, adapter_bytes, held, options.imatrix, not options.no_verify)
-    check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
-    warn_of_memory(after, display)
-    llama = tools_for(options, recipe.method, folder, display, tokenizer, said(data.train, 200_000))
-    sample = _sample_prompt((data.valid, valid_fitted), (data.train, fitted))
-    chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
-    served = Served(stop_ids(every), exported_template(tokenizer, style) if chats else None)
-    return Job(
-        options, run, folder, trained_over, recipe, chosen, config, choices, rows, valid, start, llama, served, *sample
     )
 
 
@@ -230,12 +311,13 @@ def _ready_made(options: Options, folder: Path, backend: str, scheme: str, displ
     return ready, known
 
 
-def _start(recipe: Recipe, shapes: dict[str, tuple[int, int]], given: Adapter | None) -> Adapter | None:
+def _start(recipe: Recipe, base: Base) -> Adapter | None:
+    """The adapter that training begins with; None where every weight is trained."""
     if recipe.method == "full":
         return None
-    if given is not None:
-        return replace(given, base_model=recipe.model, dropout=recipe.dropout)
-    return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
+    if base.given is not None:
+        return replace(base.given, base_model=recipe.model, dropout=recipe.dropout)
+    return initial_adapter(choose_layers(base.shapes, recipe.layers), layer_count(base.shapes), recipe)
 
 
 def _given_adapter(options: Options, folder: Path) -> Adapter:

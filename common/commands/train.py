@@ -180,15 +180,15 @@ def _stop_signals(tell: Callable[[], None]) -> Iterator[list[int]]:
 
 def _header(job: Job, info: ModelInfo, display: Display) -> None:
     recipe, plan = job.recipe, job.plan
-    choice = job.choices
+    hardware = job.hardware
     epochs = recipe.steps / steps_per_epoch(len(job.train), recipe.batch_size)
     display.panel(
         "Twintune",
         {
             "model": f"{recipe.model} ({info.architecture}, {info.layers} layers)",
-            "backend": f"{plan.backend}: {choice['backend'].why}",
-            "device": f"{plan.device}: {choice['device'].why}",
-            "precision": f"{recipe.precision}: {choice['precision'].why}",
+            "backend": f"{plan.backend}: {hardware.backend.why}",
+            "device": f"{plan.device}: {hardware.device.why}",
+            "precision": f"{recipe.precision}: {hardware.precision.why}",
             "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
             f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps",

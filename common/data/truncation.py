@@ -17,6 +17,11 @@ class Fitted:
     truncated: list[Encoded]  # whole, as they were
     unlabelled: list[Encoded]  # left out: nothing in them is trained
 
+    def every(self) -> list[Encoded]:
+        """All rows that were read, long ones at their full length."""
+        cut = {row.source for row in self.truncated}
+        return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabelled]
+
 
 def encode_all(
     examples: list[Example], encode: Callable[[Example], Encoded], progress: Progress = lambda share, text: None
