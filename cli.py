@@ -441,6 +441,8 @@ def main() -> None:
         if os.environ.get("TWINTUNE_TRACEBACK"):
             raise
         sys.exit(1)
+    except BrokenPipeError:  # the reader has seen enough: `train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that may not be written
         _complain(f"error: {error.strerror or error}: {error.filename or ''}\nfix:   Look at that path.")
         if os.environ.get("TWINTUNE_TRACEBACK"):
@@ -449,6 +451,13 @@ def main() -> None:
     except KeyboardInterrupt:
         _complain("stopped")
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("TWINTUNE_TRACEBACK"):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        what = f"this is a bug: {type(error).__name__}: {first}"
+        _complain(f"error: {what}\nfix:   Report it. TWINTUNE_TRACEBACK=1 shows where.")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,15 +18,15 @@ from common.errors import UserError
 from common.export.budget import THROUGH, Ledger, Stage, check_disk, foretell, warn_of_memory
 from common.export.fused_folder import Served, trained_bytes, write_fused
 from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
+from common.export.job import ExportJob
 from common.export.mlx import write_mlx
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push, push
 from common.llama_cpp.convert import check_quants
-from common.llama_cpp.install import LlamaCpp
 from common.models import adapter_files as adapters
 from common.models.families import text_config
-from common.models.license import copy_terms, find_terms
+from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count, validate
 from common.models.mlx_quantized import source
@@ -80,110 +80,108 @@ def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str],
     llama = tools_for(merged, final.method, folder, display)
     template = run / TEMPLATE
     served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
-    finish(run, folder, final, merged, llama, served, {}, display, make_backend)
+    finish(ExportJob(run, folder, final, merged, served, llama, {}, display), make_backend)
     return merged
 
 
-def finish(
-    run: Path,
-    folder: Path,
-    final: Adapter,
-    options: Options,
-    llama: LlamaCpp | None,
-    served: Served,
-    seconds: dict[str, float],
-    display: Display,
-    make_backend: Callable[[str], Backend],
-) -> None:
+def finish(job: ExportJob, make_backend: Callable[[str], Backend]) -> None:
     """Make what --export asks for and, for the built-in example, count; recorded in run.json."""
-    export: dict[str, Any] = {}
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    model = options.model or ""
-    terms = find_terms(folder, model, kind)
-    run_record.update_run(run, base={"terms": asdict(terms), "form": base_form(folder, model)})
-    earlier = run_record.read_run(run).get("export", {})
-    through, ledger = THROUGH[options.export], Ledger(_foretold(run, folder, final, options), seconds)
-
-    def keep(**made: Any) -> None:
-        """On record as soon as it is made: whatever fails after it, it is there and known."""
-        export.update(made)
-        run_record.update_run(run, export=earlier | export)
-
+    run, options, display = job.run, job.options, job.display
+    through, ledger = THROUGH[options.export], Ledger(_foretold(run, job.folder, job.final, options), job.seconds)
+    terms = _record_base(job)
     if "fuse" in through:
-        replacing = _replaced(run, folder, final, options, make_backend, display)
-        with ledger.stage("fuse", run / "fused"), replacing as replaced, display.stage("fuse") as progress:
-            write_fused(folder, final, run / "fused", served, progress, replaced)
-        if earlier.get("fuse_into") != options.fuse_into:
-            earlier = earlier | {"gguf": []}  # those of the other form
-        run_record.update_run(run, verify=None)  # of what was there before
-        keep(fused="fused", fuse_into=options.fuse_into)
-    if "convert" in through and llama is not None:
-        write_ggufs(run, folder, options, llama, ledger, display, keep)
-        with timed(seconds, "try"):
-            keep(sample=try_gguf(run, export["gguf"][0], served, llama, display))
-    if "lora" in through and llama is not None:
-        keep(lora_gguf=write_lora(run, folder, final, options, llama, served, ledger, display))
+        _write_fused(job, ledger, make_backend)
+    if "convert" in through and job.llama is not None:
+        write_ggufs(job, job.llama, ledger)
+        with timed(job.seconds, "try"):
+            try_gguf(job, job.llama)
+    if "lora" in through and job.llama is not None:
+        write_lora(job, job.llama, ledger)
     if "mlx" in through:
-        with ledger.stage("mlx", run / "mlx"), display.stage("mlx") as progress:
-            keep(mlx=write_mlx(run / "fused", run / "mlx", progress))
-        display.say(
-            f"mlx-lm, {export['mlx']['bits']} bits, {gigabytes(export['mlx']['bytes'])}: "
-            f"python -m mlx_lm generate --model {run / 'mlx'} --prompt ..."
-        )
-    parts = parts_of(run)
-    for part in {*parts, "gguf", "mlx"}:
-        if (run / part).is_dir():
-            copy_terms(folder, run / part, terms)
-    if "fused" in parts:
-        write_card(run, run / "fused" / "README.md", parts)
-    broken = "convert" in through and not _proven(run, options, ledger, make_backend, display)
+        _write_mlx(job, ledger)
+    _write_documents(job, terms)
+    broken = "convert" in through and not _proven(job, ledger, make_backend)
     if through:
-        keep(stages=earlier.get("stages", {}) | ledger.record())
-    if "convert" in through and llama is not None and is_example(options.data):
-        with timed(seconds, "example"):
-            counts = score(run, folder, export["gguf"][0], llama, display)
+        job.keep(stages=job.kept().get("stages", {}) | ledger.record())
+    if "convert" in through and job.llama is not None and is_example(options.data):
+        with timed(job.seconds, "example"):
+            counts = score(run, job.folder, job.kept()["gguf"][0], job.llama, display)
         run_record.update_run(run, example=counts)
-    record_seconds(run, seconds)
+    record_seconds(run, job.seconds)
     ledger.show(display)
-    display.event("done", run=str(run), stage_seconds=seconds)
+    display.event("done", run=str(run), stage_seconds=job.seconds)
     if display.mode in ("rich", "plain"):
-        _closing(run_record.read_run(run), seconds, display)
+        _closing(run_record.read_run(run), job.seconds, display)
         display.say(f"The run is in {run}")
     if broken:
         raise UserError(
             f"{run}: the GGUF does not hold what was trained; the checks above and run.json say where.",
-            "The adapter is whole. Mend what they name, then: python cli.py fuse RUN",
+            f"The adapter is complete. Fix what they name, then: python cli.py fuse {run}",
         )
 
 
-def _proven(
-    run: Path, options: Options, ledger: Ledger, make_backend: Callable[[str], Backend], display: Display
-) -> bool:
-    """Verify the GGUFs unless told not to, and take the bf16 one away where it was not asked for."""
-    whole = run / "gguf" / WHOLE
+def _record_base(job: ExportJob) -> Terms:
+    """The base's license, on record with the form that its weights come in."""
+    kind = json.loads((job.folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    model = job.options.model or ""
+    terms = find_terms(job.folder, model, kind)
+    run_record.update_run(job.run, base={"terms": asdict(terms), "form": base_form(job.folder, model)})
+    return terms
+
+
+def _write_fused(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], Backend]) -> None:
+    out = job.run / "fused"
+    with (
+        ledger.stage("fuse", out),
+        _replaced(job, make_backend) as replaced,
+        job.display.stage("fuse") as progress,
+    ):
+        write_fused(job.folder, job.final, out, job.served, progress, replaced)
+    run_record.update_run(job.run, verify=None)  # of what was there before
+    if job.kept().get("fuse_into") != job.options.fuse_into:
+        job.keep(gguf=[])  # those of the other form
+    job.keep(fused=out.name, fuse_into=job.options.fuse_into)
+
+
+def _write_mlx(job: ExportJob, ledger: Ledger) -> None:
+    out = job.run / "mlx"
+    with ledger.stage("mlx", out), job.display.stage("mlx") as progress:
+        made = write_mlx(job.run / "fused", out, progress)
+    job.keep(mlx=made)
+    job.display.say(
+        f"mlx-lm, {made['bits']} bits, {gigabytes(made['bytes'])}: python -m mlx_lm generate --model {out} --prompt ..."
+    )
+
+
+def _write_documents(job: ExportJob, terms: Terms) -> None:
+    """License files beside all weights, and the fused folder's card."""
+    parts = parts_of(job.run)
+    for part in {*parts, "gguf", "mlx"}:
+        if (job.run / part).is_dir():
+            copy_terms(job.folder, job.run / part, terms)
+    if "fused" in parts:
+        write_card(job.run, job.run / "fused" / "README.md", parts)
+
+
+def _proven(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], Backend]) -> bool:
+    """Verify the GGUFs unless the user said no, and remove the bf16 one where it was not asked for."""
+    whole = job.run / "gguf" / WHOLE
     try:
-        if options.no_verify:
+        if job.options.no_verify:
             return True
-        with ledger.stage("verify", run / "gguf" / "none"):
-            return verdict(verify_held(run, make_backend, display, whole, options.llama_cpp)) != "broken"
+        with ledger.stage("verify", job.run / "gguf" / "none"):
+            checks = verify_held(job.run, make_backend, job.display, whole, job.options.llama_cpp)
+        return verdict(checks) != "broken"
     finally:
-        reports = run_record.read_run(run)["export"]["gguf"]
-        if str(whole.relative_to(run)) not in [report["file"] for report in reports]:
+        if str(whole.relative_to(job.run)) not in [report["file"] for report in job.kept()["gguf"]]:
             whole.unlink(missing_ok=True)
 
 
 def _foretold(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
     config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     held = reloaded(options, run_record.read_recipe(run), config, folder)
-    return foretell(
-        options.export,
-        options.quant,
-        folder,
-        trained_bytes(final, folder),
-        held,
-        options.imatrix,
-        not options.no_verify,
-    )
+    size, verifies = trained_bytes(final, folder), not options.no_verify
+    return foretell(options.export, options.quant, folder, size, held, options.imatrix, verifies)
 
 
 def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -> None:
@@ -204,22 +202,16 @@ def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -
 
 
 @contextmanager
-def _replaced(
-    run: Path,
-    folder: Path,
-    final: Adapter,
-    options: Options,
-    make_backend: Callable[[str], Backend],
-    display: Display,
-) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
+def _replaced(job: ExportJob, make_backend: Callable[[str], Backend]) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     """What stands in for the 16-bit base's weights: nothing, or with --fuse-into dequantized those trained over."""
+    run, folder, display = job.run, job.folder, job.display
     recipe = run_record.read_recipe(run)
     if recipe.quantization == "none":
         yield {}
     elif source(folder) is not None:
         display.say(f"The adapter goes into the model's dequantised {recipe.quantization} weights: it has no others.")
         yield {}
-    elif options.fuse_into != "dequantized":
+    elif job.options.fuse_into != "dequantized":
         display.say(
             f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
             "over, but not the same; --fuse-into dequantized gives what training saw."
@@ -232,7 +224,7 @@ def _replaced(
             raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
         choose_backend(plan.backend)  # a run may have come from another machine
         device = choose_device("auto", plan.backend).value
-        backend, _ = loaded(make_backend, recipe, plan.model_copy(update={"device": device}), folder, final)
+        backend, _ = loaded(make_backend, recipe, plan.model_copy(update={"device": device}), folder, job.final)
         try:
             yield backend.dequantized()
         finally:

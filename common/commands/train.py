@@ -15,6 +15,7 @@ from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.gguf import SAMPLE_TOKENS
+from common.export.job import ExportJob
 from common.export.upload import push
 from common.inference.backend_chat import trained_voice
 from common.models import adapter_files as adapters
@@ -70,7 +71,8 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
                 with timed(seconds, "try"):
                     _sample(job, backend, final, display)
             backend.close()
-            finish(job.run, job.folder, final, job.options, job.llama, job.served, seconds, display, make_backend)
+            export = ExportJob(job.run, job.folder, final, job.options, job.served, job.llama, seconds, display)
+            finish(export, make_backend)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
             raise

@@ -2,17 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from common import run_record
-from common.backend import Adapter, Progress
+from common.backend import Progress
 from common.data.load import data_of, encoder_of
-from common.display import Display
 from common.export.budget import Ledger
-from common.export.fused_folder import Served
+from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
 from common.llama_cpp.convert import report as read_report
@@ -30,31 +29,22 @@ WHOLE = "model-BF16.gguf"  # what the others are quantised from, and proven agai
 MMPROJ = "mmproj-BF16.gguf"
 
 
-def write_ggufs(
-    run: Path,
-    folder: Path,
-    options: Options,
-    llama: LlamaCpp,
-    ledger: Ledger,
-    display: Display,
-    keep: Callable[..., None],
-) -> None:
-    """Make the GGUFs of the fused folder and show them. WHOLE is left beside them.
-
-    folder: the base model's. keep: puts what is made on record, each file as soon as it is there.
-    """
-    text = _calibration(run, folder, options) if options.imatrix else None
-    earlier = [r for r in run_record.read_run(run).get("export", {}).get("gguf", []) if (run / r["file"]).is_file()]
+def write_ggufs(job: ExportJob, llama: LlamaCpp, ledger: Ledger) -> None:
+    """Make the GGUFs of the fused folder, each on record as soon as it is there, and show them; WHOLE stays too."""
+    run, options, display = job.run, job.options, job.display
+    recipe = run_record.read_recipe(run)
+    calibration = None
+    if options.imatrix:
+        rows = data_of(run, options, recipe).train
+        calibration = calibration_text(rows, encoder_of(job.folder, options, recipe))
+    earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
     reports: list[dict[str, Any]] = []
-
-    def made(report: dict[str, Any]) -> None:
-        reports.append(report)
-        names = {report["name"] for report in reports}
-        keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
-
     with display.stage("gguf") as progress:
-        name = source_name(options.model)
-        convert_and_quantize(run / "fused", run / "gguf", name, options.quant, llama, progress, ledger, text, made)
+        making = convert_and_quantize(run / "fused", run / "gguf", options, llama, progress, ledger, calibration)
+        for report in making:
+            reports.append(report)
+            names = {report["name"] for report in reports}
+            job.keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
     display.table(
         "GGUF",
         ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
@@ -78,91 +68,75 @@ def write_ggufs(
         if better := advice(run / "gguf" / WHOLE, known, llama):
             display.say(better)
     if (tower := run / "gguf" / MMPROJ).is_file():
-        keep(mmproj=str(tower.relative_to(run)))
+        job.keep(mmproj=str(tower.relative_to(run)))
         display.say(f"its vision tower, for images: llama-server -m {run / reports[0]['file']} --mmproj {tower}")
 
 
-def try_gguf(
-    run: Path, report: dict[str, Any], served: Served, llama: LlamaCpp, display: Display
-) -> dict[str, Any] | None:
-    """What the GGUF of `report` answers to the run's sample prompt, shown, and its Modelfile; None without an answer.
+def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
+    """Ask the first GGUF the run's sample prompt, show and keep its answer, and write its Modelfile.
 
     Neither can fail an export: a warning says what is missing.
     """
-    known = run_record.read_run(run)
-    gguf, prompt, sample = run / report["file"], known["sample_prompt"], None
+    known = run_record.read_run(job.run)
+    gguf, prompt = job.run / job.kept()["gguf"][0]["file"], known["sample_prompt"]
     if prompt:
         # a run of an older version does not know its prompt's length; a token has at least a byte
         tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
-        with display.optional("no sample"), Server(llama, gguf, context=tokens + SAMPLE_TOKENS + _SPARE) as server:
-            sample = {"prompt": prompt, "answer": server.chat(prompt, SAMPLE_TOKENS)}
-            display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), sample["answer"])
-    with display.optional("no Modelfile"):
-        _write_modelfile(run, gguf, served, prompt, display)
-    return sample
+        context = tokens + SAMPLE_TOKENS + _SPARE
+        with job.display.optional("no sample"), Server(llama, gguf, context=context) as server:
+            answer = server.chat(prompt, SAMPLE_TOKENS)
+            job.keep(sample={"prompt": prompt, "answer": answer})
+            job.display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), answer)
+    with job.display.optional("no Modelfile"):
+        _write_modelfile(job, gguf, prompt)
 
 
 _SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, such as a second BOS
 
 
-def write_lora(
-    run: Path,
-    folder: Path,
-    final: Adapter,
-    options: Options,
-    llama: LlamaCpp,
-    served: Served,
-    ledger: Ledger,
-    display: Display,
-) -> str:
-    """The adapter alone as a GGUF, and how to run it; its place in the run folder."""
-    out = run / "gguf" / "adapter.gguf"
+def write_lora(job: ExportJob, llama: LlamaCpp, ledger: Ledger) -> None:
+    """Make a GGUF of the adapter alone, put it on record, and say how to run it."""
+    out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder, job.display
     with ledger.stage("lora", out), display.stage("lora-gguf"):
-        write_gguf_lora(final, folder, out, llama)
-    model = options.model or ""
+        write_gguf_lora(job.final, folder, out, llama)
+    job.keep(lora_gguf=str(out.relative_to(job.run)))
+    model = job.options.model or ""
     base = model if model.endswith(".gguf") else "BASE.gguf"
     command = [llama.server, "-m", base, "--lora", out]
-    if served.template is not None:  # the base's own may prompt otherwise than training did
-        command += ["--jinja", "--chat-template-file", run / TEMPLATE]
+    if job.served.template is not None:  # the base's own may prompt otherwise than training did
+        command += ["--jinja", "--chat-template-file", job.run / TEMPLATE]
     display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
         display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: see to that first")
     elif base == "BASE.gguf":
         command = ["python", llama.converter, folder, "--outfile", base]
         display.say(f"which is made by: {shlex.join(map(str, command))}")
-    return str(out.relative_to(run))
 
 
-def _calibration(run: Path, folder: Path, options: Options) -> tuple[str, int]:
-    recipe = run_record.read_recipe(run)
-    return calibration_text(data_of(run, options, recipe).train, encoder_of(folder, options, recipe))
-
-
-def _write_modelfile(run: Path, gguf: Path, served: Served, prompt: list[dict[str, Any]], display: Display) -> None:
-    made = write_modelfile(run / "fused", gguf, served.stops, run_record.read_recipe(run).thinking, prompt)
+def _write_modelfile(job: ExportJob, gguf: Path, prompt: list[dict[str, Any]]) -> None:
+    thinking = run_record.read_recipe(job.run).thinking
+    made = write_modelfile(job.run / "fused", gguf, job.served.stops, thinking, prompt)
     if made.missing:
-        display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
+        job.display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
     for note in made.notes:
-        display.say(f"Modelfile for Ollama: {note}")
+        job.display.say(f"Modelfile for Ollama: {note}")
 
 
 def convert_and_quantize(
     fused: Path,
     out: Path,
-    name: str,
-    quants: list[str],
+    options: Options,
     llama: LlamaCpp,
     progress: Progress,
     ledger: Ledger,
     calibration: tuple[str, int] | None = None,
-    made: Callable[[dict[str, Any]], None] = lambda report: None,
-) -> None:
-    """One bf16 conversion, then every type of `quants` as `model-<type>.gguf`; `made` gets a report of each at once.
+) -> Iterator[dict[str, Any]]:
+    """One bf16 conversion, then every type of --quant as `model-<type>.gguf`; yields a report of each as it is made.
 
-    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ. calibration: text and its tokens
-    for an importance matrix. The bf16 one, WHOLE, stays.
+    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: text and
+    its tokens for an importance matrix. The bf16 one, WHOLE, stays.
     """
-    whole = out / WHOLE
+    whole, name, quants = out / WHOLE, source_name(options.model), options.quant
     with ledger.stage("convert", whole):
         convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
     matrix = out / "imatrix.gguf" if calibration else None
@@ -181,9 +155,8 @@ def convert_and_quantize(
         else:
             with ledger.stage("quantise", target):
                 report = quantize(whole, target, quant, llama, part, guided)
-        made(
-            {"name": target.stem.removeprefix("model-"), "file": str(target.relative_to(out.parent)), **asdict(report)}
-        )
+        file = str(target.relative_to(out.parent))
+        yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
     if matrix:
         matrix.unlink()
     if has_vision(fused) and not vision_fault(fused):

@@ -10,6 +10,7 @@ from common.export.budget import Ledger, foretell
 from common.export.gguf import convert_and_quantize
 from common.llama_cpp.install import ensure
 from common.llama_cpp.mmproj import has_vision, vision_fault
+from common.options import Options
 from tests.tiny import write_family, write_model
 
 SETTINGS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "image_seq_length": 4}
@@ -53,7 +54,8 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     assert vision_fault(folder) == ""
     write_sentencepiece(folder / "tokenizer.model")
     ledger = Ledger(foretell("gguf", ["BF16"], folder, 0), {})
-    convert_and_quantize(folder, tmp_path / "gguf", "tiny", ["BF16"], ensure(None, silent), silent, ledger)
+    options = Options(model="tiny", quant=["BF16"])
+    list(convert_and_quantize(folder, tmp_path / "gguf", options, ensure(None, silent), silent, ledger))
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["mmproj-BF16.gguf", "model-BF16.gguf"]
 
     text, tower = (tensors(tmp_path / "gguf" / f"{name}-BF16.gguf") for name in ("model", "mmproj"))

@@ -117,3 +117,28 @@ def test_a_translation_is_told_as_json_too(
     code, out, _ = main(monkeypatch, capsys, *argv)
     assert code == 1
     assert json.loads(out) == {"event": "note", "text": "flags: lora_r -> rank 4"}
+
+
+def test_what_nobody_expected_is_one_fault_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("by zero\nand more")
+
+    monkeypatch.setattr("common.commands.doctor.doctor", broken)
+    code, out, err = main(monkeypatch, capsys, "doctor")
+    assert (code, out) == (1, "")
+    what, fix = err.splitlines()
+    assert what == "error: this is a bug: ZeroDivisionError: by zero"
+    assert fix == "fix:   Report it. TWINTUNE_TRACEBACK=1 shows where."
+    monkeypatch.setenv("TWINTUNE_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "doctor"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
+    command = f"{sys.executable} {ROOT / 'cli.py'} train --help | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1

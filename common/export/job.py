@@ -1,0 +1,35 @@
+"""An export under way: what it is made from, and what it has put on record."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import run_record
+from common.backend import Adapter
+from common.display import Display
+from common.export.fused_folder import Served
+from common.llama_cpp.install import LlamaCpp
+from common.options import Options
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A finished run, and what --export asks of it. seconds: gets the time of each stage."""
+
+    run: Path
+    folder: Path  # the base model's
+    final: Adapter
+    options: Options
+    served: Served
+    llama: LlamaCpp | None
+    seconds: dict[str, float]
+    display: Display
+
+    def kept(self) -> dict[str, Any]:
+        """What is on record of this export and earlier ones."""
+        found: dict[str, Any] = run_record.read_run(self.run).get("export", {})
+        return found
+
+    def keep(self, **made: Any) -> None:
+        """Put on record what is made, as soon as it is: whatever fails after it, it is there and known."""
+        run_record.update_run(self.run, export=self.kept() | made)
