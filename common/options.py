@@ -335,6 +335,7 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
             given = names.get(key, key)
             sources[key] = f"{source}: {given}" if source else f"--{given.replace('_', '-')}"
     options = _validate(merged, sources, faults)
+    faults += _idle(flags, options) if options else []
     if options is None or faults:
         raise UserError("\n".join(faults), "`python cli.py train --help` lists every option and its values.")
     if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
@@ -343,6 +344,21 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
             "Leave those out, or start a new run without --resume.",
         )
     return options, notes
+
+
+def _idle(flags: dict[str, Any], options: Options) -> list[str]:
+    """What is wrong with flags that can do nothing in this run; a YAML file may be used with several sets of flags."""
+    exported, faults = options.export, []
+    if exported != "gguf":
+        idle = [f"--{name.replace('_', '-')}" for name in ("quant", "no_verify") if name in flags]
+        faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
+    if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
+        faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
+    if "push_public" in flags and options.push is None:
+        faults.append("--push-public is for what --push uploads, and there is no --push")
+    if "valid_share" in flags and options.data is not None and Path(options.data).expanduser().is_dir():
+        faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
+    return faults
 
 
 def _anchor(written: dict[str, Any], config: Path) -> None:

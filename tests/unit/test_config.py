@@ -209,8 +209,8 @@ def test_resume_with_other_options_is_refused(tmp_path: Path, flags: list[str]) 
 
 
 def test_resume_may_be_told_how_far_to_export() -> None:
-    options = load("--resume", "runs/a", "--export", "none", "--quant", "Q8_0", "--json")
-    assert (options.resume, options.export, options.json_output) == ("runs/a", "none", True)
+    options = load("--resume", "runs/a", "--export", "gguf", "--quant", "Q8_0", "--json")
+    assert (options.resume, options.export, options.json_output) == ("runs/a", "gguf", True)
 
 
 def test_resume_under_its_trl_name() -> None:
@@ -265,3 +265,24 @@ def test_a_file_names_no_program(tmp_path: Path) -> None:
         load_options({"config": str(path)})
     path.write_text("model: x/y\n")
     assert load_options({"config": str(path), "llama_cpp": "mine"})[0].llama_cpp == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--export", "mlx", "--quant", "Q8_0"], "--quant is for a GGUF, and --export is mlx"),
+        (["--export", "none", "--no-verify"], "--no-verify is for a GGUF, and --export is none"),
+        (["--export", "fused", "--llama-cpp", "x"], "--llama-cpp is for a GGUF, and --export is fused"),
+        (["--push-public"], "--push-public is for what --push uploads, and there is no --push"),
+        (["--valid-share", "0.2"], "--valid-share is for one file, and --data"),
+    ],
+)
+def test_a_flag_that_could_do_nothing_is_refused(flags: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load("--model", "x/y", "--data", str(tmp_path), *flags)
+    assert said in caught.value.what
+
+
+def test_a_flag_that_does_something_is_not_refused(tmp_path: Path) -> None:
+    flags = ["--export", "lora-gguf", "--llama-cpp", "x", "--push", "me/x", "--push-public", "--valid-share", "0.2"]
+    assert load("--model", "x/y", "--data", str(tmp_path / "rows.jsonl"), *flags).push_public
