@@ -52,7 +52,7 @@ def plan(
     data: str | None = None,
     probe: bool = True,
 ) -> None:
-    """Foretell memory and time of `train` with the same options, and show the plan it would choose. Trains nothing.
+    """Estimate memory and time of `train` with the same options, and show the plan it would choose. Trains nothing.
 
     Every option of train may follow: plan MODEL --data FILE --rank 32 --memory-limit 8GB.
 
@@ -64,7 +64,7 @@ def plan(
 
 
 def _plan(argv: list[str]) -> None:
-    from common.commands.plan import foretell
+    from common.commands.plan import estimate_run
     from common.display import Display
 
     probe = "--no-probe" not in argv
@@ -75,7 +75,7 @@ def _plan(argv: list[str]) -> None:
     display = Display("json" if options.json_output else "quiet" if options.quiet else None)
     for note in notes:
         display.say(note)
-    foretell(options, probe, _make_backend, display)
+    estimate_run(options, probe, _make_backend, display)
 
 
 @app.command(name="check-data")
@@ -92,15 +92,15 @@ def check_data(
     chat_template: str | None = None,
     explain: int | None = None,
 ) -> None:
-    """Count rows, tokens and label tokens, list what is doubtful, show three rows with the labelled tokens coloured.
+    """Count rows, tokens and label tokens, list suspicious rows, show three rows with the labelled tokens coloured.
 
     Args:
         data: JSONL, JSON, CSV, Parquet or text file, a folder with a train file, or a hub data set.
         model: whose tokenizer and chat template to use.
         max_length: rows with more tokens are listed.
         overflow: what becomes of those, as in train.
-        valid_share: look at a hold-out of one file too, as train makes it (train's is 0.1).
-        seed: of that hold-out.
+        valid_share: split off validation rows of one file too, as train makes it (train's is 0.1).
+        seed: seed of that split.
         field: what a part of a row is called here, as in train: instruction=question output=answer.
         train_on: where there is loss, as in train.
         thinking: whether thoughts in the rows are kept, as in train.
@@ -128,7 +128,7 @@ def fuse(
     push: str | None = None,
     push_public: bool = False,
 ) -> None:
-    """Fuse a finished run's adapter and export it anew.
+    """Fuse a finished run's adapter and export it again.
 
     Args:
         run: run folder.
@@ -179,7 +179,9 @@ def push(
 
 @app.command
 def verify(run: tyro.conf.Positional[Path], llama_cpp: str | None = None) -> None:
-    """Prove that what llama.cpp runs is what was trained: tokens, prompts, stops, distributions; ends with 1 if not.
+    """Check that what llama.cpp runs is what was trained: tokens, prompts, stops, distributions.
+
+    Exits with status 1 if it is not.
 
     Args:
         run: run folder with a fused folder and a GGUF.

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=10)
     arguments = parser.parse_args()
     print(f"{arguments.model}, {arguments.layers} layers, float32, torch on the CPU; the second of two steps\n")
-    print("| tokens a row | peak memory above the weights, MB | MB a token | ms a token | foretold peak |")
+    print("| tokens a row | peak memory above the weights, MB | MB a token | ms a token | estimated peak |")
     print("| --- | --- | --- | --- | --- |")
     for width in WIDTHS:
         case = {"backend": "torch", "model": arguments.model, "layers": arguments.layers, "precision": "fp32"}

@@ -6,8 +6,8 @@
 Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
 the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
 first; peak: the resident set of the whole process, as the system counts it for everyone. The validation loss after
-equal data is computed by Twintune for every adapter alike; ends with 1 where Twintune's is worse than a peer's by more
-than 0.01. `twintune-lean` is the torch backend with gradient checkpointing.
+equal data is computed by Twintune for every adapter alike; exits with status 1 where Twintune's is worse than a peer's
+by more than 0.01. `twintune-lean` is the torch backend with gradient checkpointing.
 
     python -m benchmarks.peers --device cuda --peers twintune-torch trl trl-best unsloth
 
@@ -101,7 +101,7 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": [line["seconds"] for line in lines if "seconds" in line],
         "peak": record["peak_memory_bytes"] if job["device"] == "cuda" else peak,
         "adapter": str(output / "adapter"),
-        "foretold": record["predicted_peak_bytes"],
+        "estimated": record["predicted_peak_bytes"],
         "counted": record["peak_memory_bytes"],
     }
 

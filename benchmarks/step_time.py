@@ -69,7 +69,7 @@ def main() -> None:
     events = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     whole = sum(events.values())
     products = sum(events.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
-    # forward and the way back to the input: four operations a weight; the head's at labels only
+    # forward, and the gradient of the input: four operations a weight; the head's at labels only
     work = 4 * sizes.linear * tokens + 4 * sizes.vocabulary * sizes.hidden * labels
     print(f"{tokens / seconds:.1f} tokens/s, {labels / seconds:.1f} label tokens/s")
     print(f"the base's products: {work / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s ({work / seconds / rate:.0%})")

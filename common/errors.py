@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     `what` says what is wrong and where (the file, the line or the option); `fix` says what to do about it.
     `cli.py` prints both and exits with 1.

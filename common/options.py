@@ -86,7 +86,7 @@ class Options(BaseModel):
     overflow: Literal["drop", "truncate", "error"] = Field(
         "drop", description="rows longer than max_length are left out and counted, cut off, or not accepted"
     )
-    seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, row order, hold-out and dropout")
+    seed: int = Field(0, ge=0, lt=2**31, description="of the adapter's start, row order, validation split and dropout")
 
     rank: int = Field(16, ge=1, description="of the LoRA matrices")
     alpha: float = Field(32.0, gt=0, description="the adapter is scaled by alpha / rank")
@@ -226,7 +226,7 @@ class Options(BaseModel):
         return self
 
 
-# What a resumed run may be told anew; all else is its own recipe and plan.
+# What a resumed run may be given again; all else is its own recipe and plan.
 RESUME_OPTIONS = {"resume", "export", "quant", "llama_cpp", "fuse_into", "quiet", "json", "push", "push_public"}
 RESUME_OPTIONS |= {"imatrix", "no_verify"}
 RESUME_OPTIONS |= {"backend", "device", "micro_batch_tokens", "gradient_checkpointing", "save_every"}

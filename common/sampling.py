@@ -139,9 +139,9 @@ def grow(
 ) -> Iterator[int]:
     """Yield ids until one of `stop_ids`, which is not yielded, or `max_new_tokens` of them.
 
-    `forward(ids, anew)` gives the logits after the last of `ids`, which follow those of earlier calls; `anew`: they are
-    the row's first, and its cache is empty. split: longrope turns all tokens of longer rows by other frequencies, so
-    there the row is computed anew.
+    `forward(ids, again)` gives the logits after the last of `ids`, which follow those of earlier calls; `again`: they
+    are the row's first, and its cache is empty. split: longrope turns all tokens of longer rows by other
+    frequencies, so there the row is computed again.
     """
     ids, known = [int(token) for token in token_ids], 0
     for _ in range(max_new_tokens):

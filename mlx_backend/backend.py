@@ -186,9 +186,9 @@ class MlxBackend:
 
         caches: list[Any] = []
 
-        def forward(ids: list[int], anew: bool) -> np.ndarray:
+        def forward(ids: list[int], again: bool) -> np.ndarray:
             nonlocal caches
-            if anew:
+            if again:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
             self.model.eval()  # at every token: training may go on in between
             with _memory_errors(), self._adapter(adapter):

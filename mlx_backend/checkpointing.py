@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer keeps its input only, and computes the rest again on the way back."""
+"""Gradient checkpointing: a layer keeps its input only, and computes the rest again in the backward pass."""
 
 from typing import Any
 

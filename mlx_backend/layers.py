@@ -1,4 +1,4 @@
-"""mlx-lm's layers, with attention over rows of unequal length that lie end to end, and a leaner way back.
+"""mlx-lm's layers, with attention over rows of unequal length that lie end to end, and a leaner backward pass.
 
 Padding exists inside attention only, nowhere else.
 """
@@ -67,7 +67,7 @@ def attend(self: Any, x: mx.array, mask: Any, rows: Rows) -> mx.array:
 
 @mx.custom_function
 def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
-    """`silu(gate) * up`; kept for the way back: these two only."""
+    """`silu(gate) * up`; kept for the backward pass: these two only."""
     return gate * mx.sigmoid(gate) * up
 
 
@@ -86,7 +86,7 @@ def _silu_back(gate: mx.array, up: mx.array, grown: mx.array) -> tuple[mx.array,
 
 @mx.custom_function
 def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
-    """`gelu(gate) * up`, tanh's GELU; kept for the way back: these two only."""
+    """`gelu(gate) * up`, tanh's GELU; kept for the backward pass: these two only."""
     return nn.gelu_approx(gate) * up
 
 

@@ -35,7 +35,7 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
     """`sum(-log softmax(head(hidden))[label])`, float32, of hidden [N, H] and labels [N], `chunk` logits at a time.
 
     In training each chunk's gradient is formed with its loss, so that its logits can be forgotten: what is kept for the
-    way back has the shape of `hidden` (and of the head's weight, where that is trained).
+    backward pass has the shape of `hidden` (and of the head's weight, where that is trained).
     """
 
     pieces = [(start, min(start + chunk, len(hidden))) for start in range(0, len(hidden), chunk)]

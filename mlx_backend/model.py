@@ -66,7 +66,7 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
         model = load_model(folder, lazy=True, model_config=plain, get_model_classes=classes)[0]
     except ValueError as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model anew.") from None
+        raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
     for layer, turned in zip(model.layers, found.ropes, strict=True):
         if turned is not None:

@@ -1,4 +1,4 @@
-"""MLX's own quantisation of the frozen base's linear layers, and the way back."""
+"""MLX's own quantisation of the frozen base's linear layers, and back."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,7 +29,7 @@ def quantize(model: Any, scheme: str) -> None:
 
 
 def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
-    """See the seam. `names`: a tensor's name within the language model -> in the whole one."""
+    """See `common.backend.Backend`. `names`: a tensor's name within the language model -> in the whole one."""
     return {
         names[f"{name.removesuffix('.linear')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()

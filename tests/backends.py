@@ -188,7 +188,7 @@ def check_adapter_off_is_the_base(name: str, folder: Path, rows: list[Encoded]) 
 
 
 def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) -> None:
-    """Greedy tokens and their logits equal those computed anew for every prefix, over windows and longrope's split.
+    """Greedy tokens and their logits equal those computed again for every prefix, over windows and longrope's split.
 
     With the adapter and without, both at once in turns.
     """
@@ -210,9 +210,9 @@ def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) ->
     for adapter, made in ((True, tuned), (False, base)):
         assert [ids for ids, _ in seen[adapter]] == [[*prompt, *made[:n]] for n in range(40)]
         for (ids, logits), token in zip(seen[adapter], made, strict=True):
-            anew = backend.logits(np.array(ids), adapter)[-1]
-            np.testing.assert_allclose(logits, anew, atol=2e-5)
-            assert token == anew.argmax()
+            fresh = backend.logits(np.array(ids), adapter)[-1]
+            np.testing.assert_allclose(logits, fresh, atol=2e-5)
+            assert token == fresh.argmax()
     stop = tuned[7]
     first = tuned.index(stop)
     assert list(backend.generate(prompt, 40, [stop], lambda logits, ids: int(logits.argmax()))) == tuned[:first]

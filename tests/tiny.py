@@ -110,7 +110,7 @@ def _age(folder: Path, family: str) -> None:
     if kind == "phi3":  # it stands in the config itself
         del rope["original_max_position_embeddings"]
     scaling = rope.pop("rope_type")
-    key = "type" if scaling in ("longrope", "yarn") else "rope_type"  # named anew in 4.43
+    key = "type" if scaling in ("longrope", "yarn") else "rope_type"  # renamed in 4.43
     text["rope_scaling"] = None if scaling == "default" else {key: scaling, **rope}
     config["torch_dtype"] = config.pop("dtype")
     text.pop("dtype", None)

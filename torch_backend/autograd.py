@@ -1,4 +1,4 @@
-"""Frozen layers and their LoRA with a way back written by hand: fewer passes over memory, and less kept for it.
+"""Frozen layers and their LoRA with a backward pass written by hand: fewer passes over memory, and less kept for it.
 
 transformers and PEFT are right but general: they keep what a frozen model never needs again. Installed where every
 weight of the base is frozen; `tests/torch/test_fused.py` holds each to what it stands in for.
@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 class LoraLinear(torch.autograd.Function):
     """`x @ W.T + bias + scale * (x @ A.T) @ B.T` for the frozen W of `base`; A [r, in] and B [out, r] float32.
 
-    Kept for the way back: x in its own type, and `x @ A.T`; a W in 4 bits is written out once for each way.
+    kept for the backward pass: x in its own type, and `x @ A.T`; a W in 4 bits is written out once for each way.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class Gated(torch.autograd.Function):
 
 
 class GatedDown(torch.autograd.Function):
-    """`LoraLinear` of `act(gate) * up`; that product is made again on the way back: kept are gate, up and `x @ A.T`."""
+    """`LoraLinear` of `act(gate) * up`; the backward pass makes that product again: kept are gate, up and `x @ A.T`."""
 
     @staticmethod
     def forward(

@@ -218,9 +218,9 @@ class TorchBackend:
         cache: Any = None
 
         @torch.no_grad()
-        def forward(ids: list[int], anew: bool) -> np.ndarray:
+        def forward(ids: list[int], again: bool) -> np.ndarray:
             nonlocal cache
-            if anew:
+            if again:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may go on in between
             inputs = torch.tensor([ids], device=self.device)

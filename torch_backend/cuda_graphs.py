@@ -1,4 +1,4 @@
-"""A micro-batch's way forth and back as one CUDA graph, recorded once for every rounded shape.
+"""A micro-batch's forward and backward pass as one CUDA graph, recorded once for every rounded shape.
 
 On a small model a GPU waits for the program that starts its kernels: some 200 a layer. A graph starts them all at
 once. Its shapes and addresses are fixed, so a micro-batch is laid into memory that stays, its sizes rounded up: the
@@ -22,7 +22,7 @@ _KEPT = 64  # graphs at the most; the one used longest ago goes
 def sizes(batch: Batch, width: int = 0) -> tuple[int, int, int, int]:
     """Of the graph for `batch`: `(tokens, labels, rows, tokens of the longest row)`, the last no less than `width`.
 
-    Few on varied rows. Rows that are not there cost attention's way back some of the processors, a width nothing.
+    Few on varied rows. Rows that are not there cost attention's backward pass some of the processors, a width nothing.
     """
     tokens = rounded(batch.tokens, *TOKEN_STEPS)
     widest = max(int(batch.lengths.max()), tokens - batch.tokens, width)

@@ -1,4 +1,4 @@
-"""Norms and rotary positions with a way back written by hand; `fused.install` puts them in transformers' place."""
+"""Norms and rotary positions with a hand-written backward pass; `autograd.install` puts them in transformers' place."""
 
 from functools import cache
 from inspect import unwrap

@@ -22,9 +22,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     """`sum(-log softmax(cap(hidden @ weight.T / divisor))[label])`, float32, the logits of `chunk` rows at a time.
 
     hidden [N, H], weight [V, H], labels [N] int64, of which IGNORE adds nothing; cap(x): x, or `cap * tanh(x / cap)`.
-    Each chunk's gradient is formed with its loss, so that its logits can be forgotten: what is kept for the way back
-    has the shape of `hidden` (and of `weight`, where that is trained). Products in the weight's type, in float32 where
-    it is widened, as is all between.
+    Each chunk's gradient is formed with its loss, so that its logits can be forgotten: what is kept for the backward
+    pass has the shape of `hidden` (and of `weight`, where that is trained). Products in the weight's type, in
+    float32 where it is widened, as is all between.
 
     After Wijmans et al. 2024 (Cut Your Losses) and liger-kernel's fused linear cross-entropy. Their own kernels are not
     used: on an H200, 1,024 labels of 262,144, this took 5.8 ms with gradients 0.2 % off, cut-cross-entropy 25.1.1

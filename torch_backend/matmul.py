@@ -30,7 +30,7 @@ def multiple(device: torch.device, dtype: torch.dtype) -> int:
     return 16 if device.type == "cpu" and dtype == torch.bfloat16 and _cpu_computes_bf16() else 1
 
 
-_scratch = threading.local()  # memory of a block: anew for each product it cost page faults
+_scratch = threading.local()  # memory of a block: a new one for each product cost page faults
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -59,7 +59,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     if lacking:
         raise UserError(
             f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
-            "Fetch the model anew.",
+            "Fetch the model again.",
         )
     return model
 

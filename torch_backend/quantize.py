@@ -1,4 +1,4 @@
-"""bitsandbytes' nf4 and int8 for the frozen base's linear layers, and the way back."""
+"""bitsandbytes' nf4 and int8 for the frozen base's linear layers, and back."""
 
 from collections.abc import Callable
 from functools import partial
@@ -39,7 +39,7 @@ def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
-    """See the seam. `names`: a tensor's name within the language model -> in the whole one."""
+    """See `common.backend.Backend`. `names`: a tensor's name within the language model -> in the whole one."""
     return {
         names[f"{name.removesuffix('.base_layer')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()

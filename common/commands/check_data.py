@@ -8,7 +8,7 @@ from rich.text import Text
 from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder, Style, load_tokenizer
 from common.data.load import check_fields, load_data
-from common.data.quality import doubtful
+from common.data.quality import suspicious
 from common.data.truncation import encode_all, fit
 from common.display import Display
 from common.errors import UserError
@@ -20,7 +20,7 @@ _SHOWN_ROWS = 3
 
 
 def check_data(options: Options, explain: int | None, display: Display) -> None:
-    """Print shapes, counts, length percentiles, doubtful and long rows, and three rows with labels coloured.
+    """Print shapes, counts, length percentiles, suspicious and long rows, and three rows with labels coloured.
 
     `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
@@ -57,7 +57,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     )
     for note in dict.fromkeys(notes):
         display.say(f"{notes.count(note)} training rows: {note}")
-    for finding in doubtful(data):
+    for finding in suspicious(data):
         display.warn(str(finding))
     if long:
         if options.overflow == "error":

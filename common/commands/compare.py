@@ -25,7 +25,7 @@ def compare(runs: list[Path], display: Display) -> None:
         ("tokens/s", "tokens_per_second", "{:.1f}"),
         ("label tokens/s", "label_tokens_per_second", "{:.1f}"),
         ("train time, s", "train_seconds", "{:.1f}"),
-        ("foretold peak memory", "predicted_peak_bytes", "GB"),
+        ("estimated peak memory", "predicted_peak_bytes", "GB"),
         ("peak memory", "peak_memory_bytes", "GB"),
         ("peak RSS", "peak_rss_bytes", "GB"),
         ("padding (in attention only)", "padding_fraction", "{:.2%}"),

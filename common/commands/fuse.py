@@ -15,7 +15,7 @@ from common.commands.example_score import score
 from common.data.load import data_of
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import THROUGH, Ledger, Stage, check_disk, foretell, warn_of_memory
+from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
 from common.export.fused_folder import Served, trained_bytes, write_fused
 from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
@@ -70,11 +70,11 @@ def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str],
     final = adapters.read_trained(run, layer_count(shapes))
     validate(final, shapes, run / "adapter")
     recipe = run_record.read_recipe(run)
-    if "convert" in THROUGH[merged.export] and (merged.imatrix or not merged.no_verify):
+    if "convert" in EXPORT_STEPS[merged.export] and (merged.imatrix or not merged.no_verify):
         data_of(run, merged, recipe)
-    if "convert" in THROUGH[merged.export] and not merged.no_verify:
+    if "convert" in EXPORT_STEPS[merged.export] and not merged.no_verify:
         runnable(run_record.read_plan(run), recipe)
-    after = _foretold(run, folder, final, merged)
+    after = _estimated(run, folder, final, merged)
     check_disk(run, after)
     warn_of_memory(after, display)
     llama = tools_for(merged, final.method, folder, display)
@@ -87,28 +87,31 @@ def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str],
 def finish(job: ExportJob, make_backend: Callable[[str], Backend]) -> None:
     """Make what --export asks for and, for the built-in example, count; recorded in run.json."""
     run, options, display = job.run, job.options, job.display
-    through, ledger = THROUGH[options.export], Ledger(_foretold(run, job.folder, job.final, options), job.seconds)
+    through, meter = (
+        EXPORT_STEPS[options.export],
+        StageMeter(_estimated(run, job.folder, job.final, options), job.seconds),
+    )
     terms = _record_base(job)
     if "fuse" in through:
-        _write_fused(job, ledger, make_backend)
+        _write_fused(job, meter, make_backend)
     if "convert" in through and job.llama is not None:
-        write_ggufs(job, job.llama, ledger)
+        write_ggufs(job, job.llama, meter)
         with timed(job.seconds, "try"):
             try_gguf(job, job.llama)
     if "lora" in through and job.llama is not None:
-        write_lora(job, job.llama, ledger)
+        write_lora(job, job.llama, meter)
     if "mlx" in through:
-        _write_mlx(job, ledger)
+        _write_mlx(job, meter)
     _write_documents(job, terms)
-    broken = "convert" in through and not _proven(job, ledger, make_backend)
+    broken = "convert" in through and not _proven(job, meter, make_backend)
     if through:
-        job.keep(stages=job.kept().get("stages", {}) | ledger.record())
+        job.keep(stages=job.kept().get("stages", {}) | meter.record())
     if "convert" in through and job.llama is not None and is_example(options.data):
         with timed(job.seconds, "example"):
             counts = score(run, job.folder, job.kept()["gguf"][0], job.llama, display)
         run_record.update_run(run, example=counts)
     record_seconds(run, job.seconds)
-    ledger.show(display)
+    meter.show(display)
     display.event("done", run=str(run), stage_seconds=job.seconds)
     if display.mode in ("rich", "plain"):
         _closing(run_record.read_run(run), job.seconds, display)
@@ -129,10 +132,10 @@ def _record_base(job: ExportJob) -> Terms:
     return terms
 
 
-def _write_fused(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], Backend]) -> None:
+def _write_fused(job: ExportJob, meter: StageMeter, make_backend: Callable[[str], Backend]) -> None:
     out = job.run / "fused"
     with (
-        ledger.stage("fuse", out),
+        meter.stage("fuse", out),
         _replaced(job, make_backend) as replaced,
         job.display.stage("fuse") as progress,
     ):
@@ -143,9 +146,9 @@ def _write_fused(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], B
     job.keep(fused=out.name, fuse_into=job.options.fuse_into)
 
 
-def _write_mlx(job: ExportJob, ledger: Ledger) -> None:
+def _write_mlx(job: ExportJob, meter: StageMeter) -> None:
     out = job.run / "mlx"
-    with ledger.stage("mlx", out), job.display.stage("mlx") as progress:
+    with meter.stage("mlx", out), job.display.stage("mlx") as progress:
         made = write_mlx(job.run / "fused", out, progress)
     job.keep(mlx=made)
     job.display.say(
@@ -163,13 +166,13 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
         write_card(job.run, job.run / "fused" / "README.md", parts)
 
 
-def _proven(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], Backend]) -> bool:
+def _proven(job: ExportJob, meter: StageMeter, make_backend: Callable[[str], Backend]) -> bool:
     """Verify the GGUFs unless the user said no, and remove the bf16 one where it was not asked for."""
     whole = job.run / "gguf" / WHOLE
     try:
         if job.options.no_verify:
             return True
-        with ledger.stage("verify", job.run / "gguf" / "none"):
+        with meter.stage("verify", job.run / "gguf" / "none"):
             checks = verify_held(job.run, make_backend, job.display, whole, job.options.llama_cpp)
         return verdict(checks) != "broken"
     finally:
@@ -177,15 +180,15 @@ def _proven(job: ExportJob, ledger: Ledger, make_backend: Callable[[str], Backen
             whole.unlink(missing_ok=True)
 
 
-def _foretold(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
+def _estimated(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
     config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     held = reloaded(options, run_record.read_recipe(run), config, folder)
     size, verifies = trained_bytes(final, folder), not options.no_verify
-    return foretell(options.export, options.quant, folder, size, held, options.imatrix, verifies)
+    return estimate_stages(options.export, options.quant, folder, size, held, options.imatrix, verifies)
 
 
 def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -> None:
-    """What it took, beside what was foretold."""
+    """What it took, beside the estimate."""
     whole = sum(seconds.values()) or 1.0
     figures = {"time": ", ".join(f"{name} {value:.1f} s ({value / whole:.0%})" for name, value in seconds.items())}
     if "train" in seconds:
@@ -193,7 +196,7 @@ def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -
             speeds = run["tokens_per_second"], run["label_tokens_per_second"]
             figures["speed"] = f"{speeds[0]:.0f} tokens/s, {speeds[1]:.0f} of them labels"
         figures["memory"] = (
-            f"peak {gigabytes(run['peak_memory_bytes'])}, foretold {gigabytes(run['predicted_peak_bytes'])} "
+            f"peak {gigabytes(run['peak_memory_bytes'])}, estimated {gigabytes(run['predicted_peak_bytes'])} "
             f"({run['predicted_peak_bytes'] / max(1, run['peak_memory_bytes']) - 1:+.0%}); "
             f"the whole process {gigabytes(run['peak_rss_bytes'])}"
         )

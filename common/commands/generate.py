@@ -124,7 +124,7 @@ def _asked_for(target: Target, rows: list[Example], sampling: Sampling, context:
 
 
 def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
-    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is made or mended.
+    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is made, or repaired.
 
     Raises UserError where it was asked for something else.
     """

@@ -12,7 +12,7 @@ from common.options import Options
 from common.training.planner import described, largest
 
 
-def foretell(options: Options, probe: bool, make_backend: Callable[[str], Backend], display: Display) -> None:
+def estimate_run(options: Options, probe: bool, make_backend: Callable[[str], Backend], display: Display) -> None:
     """Print prediction, its parts, the plan, what would fit at the most and, after a probe, the time."""
     job = prepare(options.model_copy(update={"export": "none", "push": None}), None, display)
     chosen, recipe, plan = job.chosen, job.recipe, job.plan

@@ -12,11 +12,11 @@ from common.data.batching import steps_per_epoch
 from common.data.dataset import Data, Example, data_hash, prompt_of, said
 from common.data.encode import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
 from common.data.load import check_fields, load_data
-from common.data.quality import doubtful
+from common.data.quality import suspicious
 from common.data.truncation import Fitted, encode_all, fit
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import THROUGH, Stage, check_disk, foretell, warn_of_memory
+from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
 from common.export.fused_folder import Served, checkpoints_disk, trained_bytes
 from common.export.mlx import check_installed
 from common.export.preflight import reloaded, tools_for
@@ -128,7 +128,7 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
         )
     adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, recipe, config, base.folder)
     proves = not options.no_verify
-    after = foretell(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, proves)
+    after = estimate_stages(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, proves)
     check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
     warn_of_memory(after, display)
     llama = tools_for(options, recipe.method, base.folder, display, base.tokenizer, said(data.train, 200_000))
@@ -161,9 +161,9 @@ def _check_request(options: Options, display: Display) -> None:
         raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
     if not options.data:
         raise UserError("No data is given.", "Add --data FILE.jsonl (or a folder with train.jsonl).")
-    if "lora" in THROUGH[options.export]:
+    if "lora" in EXPORT_STEPS[options.export]:
         check_lora(options.method)
-    if "mlx" in THROUGH[options.export]:
+    if "mlx" in EXPORT_STEPS[options.export]:
         check_installed()
 
 
@@ -190,7 +190,7 @@ def _read_data(options: Options, display: Display) -> Data:
     source = options.data or ""
     data = load_data(source, options.valid_share, options.seed, options.field)
     display.say(f"{source} read as: {data.described()}")
-    for finding in doubtful(data):
+    for finding in suspicious(data):
         display.warn(str(finding))
     if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")

@@ -47,7 +47,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         tokenizer = open_tokenizer(folder)
     except (OSError, ValueError, TypeError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files anew.") from None
+        raise UserError(
+            f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files again."
+        ) from None
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         named = tokenizer.chat_template
         tokenizer.chat_template = named.get("default") or next(iter(named.values()))

@@ -58,7 +58,7 @@ def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str]
     """Read a file (holding out `valid_share` of its rows), a folder with train and maybe valid and test files, or a
     data set of the hub (`owner/name`, `owner/name:config@revision#split`). A path that exists comes first.
 
-    `fields`: {part of a shape: the column it is called here}. The hold-out is drawn by seed, also of a hub data set
+    `fields`: {part of a shape: the column it is called here}. Validation rows are drawn by seed, also of a hub data set
     without a validation split; rows with the same prompt stay on one side. Rows without an answer are left out and
     listed in `Data.empty`. Raises UserError naming every faulty row.
     """

@@ -1,4 +1,4 @@
-"""What is doubtful about rows that can be trained on: placeholders, duplicates, leakage, answers that break off."""
+"""What is suspicious about rows that can be trained on: placeholders, duplicates, leakage, answers that break off."""
 
 import re
 from collections import defaultdict
@@ -41,8 +41,8 @@ class Finding:
         return f"{len(self.sources)} {self.what}: {', '.join(self.sources[:5])}{more}"
 
 
-def doubtful(data: Data) -> list[Finding]:
-    """Everything doubtful, the gravest first. Rows without an answer are left out; no other row is touched."""
+def suspicious(data: Data) -> list[Finding]:
+    """Everything suspicious, the gravest first. Rows without an answer are left out; no other row is touched."""
     every = [*data.train, *data.valid, *data.test]
     found = [
         Finding("validation or test rows that stand in training too", _shared(data, content_key)),

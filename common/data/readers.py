@@ -110,7 +110,7 @@ def _parquet(path: Path) -> Places:
     except FileNotFoundError:
         raise UserError(f"--data {path}: no such file.", "Check the path.") from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}", "Fetch or write the file anew.") from None
+        raise UserError(f"{path} cannot be read as Parquet: {error}", "Fetch or write the file again.") from None
     for number, row in enumerate(rows, 1):
         yield f"{path.name} row {number}", f"{path.name}:{number}", without_none(row)
 

@@ -1,4 +1,4 @@
-"""What each export goes through, and what every stage takes of memory and disk: foretold, then measured."""
+"""What each export goes through, and what every stage takes of memory and disk: estimated, then measured."""
 
 import math
 import shutil
@@ -16,7 +16,7 @@ from common.system.memory import Extra
 from common.training.metrics import timed
 
 # The one place that says it: what `--export` does after training, in order.
-THROUGH: dict[str, tuple[str, ...]] = {
+EXPORT_STEPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "fused": ("fuse",),
     "gguf": ("fuse", "convert", "quantise"),
@@ -37,10 +37,10 @@ class Stage:
 
 
 def needs_llama(export: str) -> bool:
-    return bool(_LLAMA & set(THROUGH[export]))
+    return bool(_LLAMA & set(EXPORT_STEPS[export]))
 
 
-def foretell(
+def estimate_stages(
     export: str,
     quants: list[str],
     base: Path,
@@ -76,7 +76,7 @@ def foretell(
         "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, 2 * adapter_bytes),
         "mlx": Stage("mlx", 200 * _MB + quantised + round(2.6 * largest), quantised + tokenizer),
     }
-    through = list(THROUGH[export])
+    through = list(EXPORT_STEPS[export])
     if "quantise" in through:
         at = through.index("quantise")
         through[at:at] = ["imatrix"] * imatrix
@@ -118,11 +118,11 @@ def warn_of_memory(stages: list[Stage], display: Display) -> None:
             )
 
 
-class Ledger:
-    """What the stages of one export take, beside what was foretold. `seconds` is told the time of each."""
+class StageMeter:
+    """What the stages of one export take, beside the estimate. `seconds` is told the time of each."""
 
-    def __init__(self, foretold: list[Stage], seconds: dict[str, float]) -> None:
-        self._foretold = {stage.name: stage for stage in foretold}
+    def __init__(self, estimated: list[Stage], seconds: dict[str, float]) -> None:
+        self._estimated = {stage.name: stage for stage in estimated}
         self._seconds = seconds
         self.measured: dict[str, Stage] = {}
 
@@ -141,9 +141,9 @@ class Ledger:
         return {
             name: {
                 "memory": found.memory,
-                "predicted_memory": self._foretold[name].memory,
+                "predicted_memory": self._estimated[name].memory,
                 "disk": found.disk,
-                "predicted_disk": self._foretold[name].disk,
+                "predicted_disk": self._estimated[name].disk,
             }
             for name, found in self.measured.items()
         }
@@ -154,4 +154,4 @@ class Ledger:
             for name, figures in self.record().items()
         ]
         if rows:
-            display.table("Export", ["stage", "time", "memory", "foretold", "disk", "foretold"], rows)
+            display.table("Export", ["stage", "time", "memory", "estimated", "disk", "estimated"], rows)

@@ -10,7 +10,7 @@ from typing import Any
 from common import run_record
 from common.backend import Progress
 from common.data.load import data_of, encoder_of
-from common.export.budget import Ledger
+from common.export.budget import StageMeter
 from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
@@ -29,7 +29,7 @@ WHOLE = "model-BF16.gguf"  # what the others are quantised from, and proven agai
 MMPROJ = "mmproj-BF16.gguf"
 
 
-def write_ggufs(job: ExportJob, llama: LlamaCpp, ledger: Ledger) -> None:
+def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make the GGUFs of the fused folder, each on record as soon as it is there, and show them; WHOLE stays too."""
     run, options, display = job.run, job.options, job.display
     recipe = run_record.read_recipe(run)
@@ -40,7 +40,7 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, ledger: Ledger) -> None:
     earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
     reports: list[dict[str, Any]] = []
     with display.stage("gguf") as progress:
-        making = convert_and_quantize(run / "fused", run / "gguf", options, llama, progress, ledger, calibration)
+        making = convert_and_quantize(run / "fused", run / "gguf", options, llama, progress, meter, calibration)
         for report in making:
             reports.append(report)
             names = {report["name"] for report in reports}
@@ -94,10 +94,10 @@ def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
 _SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, such as a second BOS
 
 
-def write_lora(job: ExportJob, llama: LlamaCpp, ledger: Ledger) -> None:
+def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make a GGUF of the adapter alone, put it on record, and say how to run it."""
     out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder, job.display
-    with ledger.stage("lora", out), display.stage("lora-gguf"):
+    with meter.stage("lora", out), display.stage("lora-gguf"):
         write_gguf_lora(job.final, folder, out, llama)
     job.keep(lora_gguf=str(out.relative_to(job.run)))
     model = job.options.model or ""
@@ -128,7 +128,7 @@ def convert_and_quantize(
     options: Options,
     llama: LlamaCpp,
     progress: Progress,
-    ledger: Ledger,
+    meter: StageMeter,
     calibration: tuple[str, int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """One bf16 conversion, then every type of --quant as `model-<type>.gguf`; yields a report of each as it is made.
@@ -137,11 +137,11 @@ def convert_and_quantize(
     its tokens for an importance matrix. The bf16 one, WHOLE, stays.
     """
     whole, name, quants = out / WHOLE, source_name(options.model), options.quant
-    with ledger.stage("convert", whole):
+    with meter.stage("convert", whole):
         convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
     matrix = out / "imatrix.gguf" if calibration else None
     if calibration and matrix:
-        with ledger.stage("imatrix", matrix):
+        with meter.stage("imatrix", matrix):
             make_imatrix(whole, *calibration, matrix, llama, progress)
     for number, quant in enumerate(quants):
         guided = matrix if quant not in UNGUIDED else None
@@ -153,7 +153,7 @@ def convert_and_quantize(
         if target == whole:
             report = read_report(whole, quant)
         else:
-            with ledger.stage("quantise", target):
+            with meter.stage("quantise", target):
                 report = quantize(whole, target, quant, llama, part, guided)
         file = str(target.relative_to(out.parent))
         yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
@@ -161,5 +161,5 @@ def convert_and_quantize(
         matrix.unlink()
     if has_vision(fused) and not vision_fault(fused):
         tower = out / MMPROJ
-        with ledger.stage("convert", tower):
+        with meter.stage("convert", tower):
             write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))

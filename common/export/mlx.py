@@ -82,7 +82,7 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
 def quantise(fused: Path, out: Path) -> None:
     """What the process of its own does: load lazily, quantise, save. What mlx_lm.convert does to the weights.
 
-    mlx_lm.convert itself reads no multimodal model in transformers 4.52's layout, and writes the tokenizer anew.
+    mlx_lm.convert itself reads no multimodal model in transformers 4.52's layout, and writes the tokenizer again.
     """
     from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from common.display import Display
 from common.errors import UserError
-from common.export.budget import THROUGH, needs_llama
+from common.export.budget import EXPORT_STEPS, needs_llama
 from common.export.mlx import check_installed, check_model
 from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import imatrix_tool
@@ -38,7 +38,7 @@ def tools_for(
 
     tokenizer, texts: as check_convertible takes them.
     """
-    through = THROUGH[options.export]
+    through = EXPORT_STEPS[options.export]
     if "mlx" in through:
         check_installed()
         check_model(folder, display)

@@ -68,7 +68,7 @@ def trained_voice(
         try:
             text = renderer.prompt(fitted(list(messages), lambda m: renderer.prompt(m, tools, think)), tools, think)
         except Exception as error:  # a template may raise anything
-            raise UserError(f"The chat template refuses these turns: {error}", "Start anew: /reset") from None
+            raise UserError(f"The chat template refuses these turns: {error}", "Start again: /reset") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]

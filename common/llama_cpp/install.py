@@ -334,7 +334,7 @@ def _compile(root: Path, progress: Progress) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     raise UserError(
         f"llama.cpp could not be built. Its log, {log}, ends with:\n{last[1]}",
-        f"Mend what it names, delete {folder} and try again; or name a built llama.cpp with --llama-cpp DIR.",
+        f"Fix what it names, delete {folder} and try again; or name a built llama.cpp with --llama-cpp DIR.",
     )
 
 

@@ -259,7 +259,7 @@ def _refusal(path: str, answer: bytes) -> UserError:
         text = str(error.get("error", error).get("message"))
     except (ValueError, AttributeError):
         text = answer.decode(errors="replace")
-    fix = "Start anew (/reset), or give it more room: --context." if "context size" in text else _SERVER_REMEDY
+    fix = "Start again (/reset), or give it more room: --context." if "context size" in text else _SERVER_REMEDY
     return UserError(f"llama-server refused {path}: {text[:500]}", fix)
 
 

@@ -188,7 +188,7 @@ def _whole(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     wanted = ["lora_A", "lora_B", *(["magnitude"] if dora else [])]
     if absent := [part for part in wanted if part not in parts]:
-        raise UserError(f"{where}: {name} has no {absent[0]}.", "Fetch or train the adapter anew.")
+        raise UserError(f"{where}: {name} has no {absent[0]}.", "Fetch or train the adapter again.")
     if parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2 or not parts["lora_A"].shape[0]:
         shapes = " and ".join(str(parts[part].shape) for part in ("lora_A", "lora_B"))
         raise _refused(where, f"{name} holds no matrices of a linear layer: {shapes}")
@@ -196,7 +196,7 @@ def _whole(
         raise UserError(
             f"{where}: {name} has a lora_A of rank {parts['lora_A'].shape[0]} and a lora_B of rank "
             f"{parts['lora_B'].shape[1]}.",
-            "Fetch or train the adapter anew.",
+            "Fetch or train the adapter again.",
         )
     return parts["lora_A"], parts["lora_B"], parts.get("magnitude")
 

@@ -285,7 +285,7 @@ def mlx_name(name: str) -> str:
 
 
 def end_to_end(config: dict[str, Any], device: str, precision: str) -> bool:
-    """Whether attention too reads rows end to end, without padding and with a way back that is the same every time.
+    """Whether attention too reads rows end to end, without padding, and with a backward pass that repeats exactly.
 
     torch's FlashAttention does: in bf16 on an NVIDIA GPU from Ampere on, for heads that it takes; it caps no scores.
     """

@@ -113,5 +113,5 @@ def validate(adapter: Adapter, shapes: Shapes, where: Path) -> None:
         more = [f"... and {len(faults) - 10} more"] if len(faults) > 10 else []
         raise UserError(
             f"The adapter in {where} does not fit its base model:\n" + "\n".join(faults[:10] + more),
-            "Give the adapter's own base model, or train it anew.",
+            "Give the adapter's own base model, or train it again.",
         )

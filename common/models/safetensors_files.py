@@ -25,7 +25,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
     Format: 8 bytes little-endian header length, JSON, then the data (huggingface/safetensors).
     """
     whole = path.stat().st_size
-    broken = UserError(f"{path} is no whole safetensors file.", "Fetch it anew.")
+    broken = UserError(f"{path} is no whole safetensors file.", "Fetch it again.")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if 8 + size > whole:

@@ -246,7 +246,7 @@ def prove(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
     """ValueError, with the first difference, unless `model` encodes PROBE and `texts` as transformers' tokenizer does.
 
     Texts are taken apart at control tokens, which sentencepiece does not read out of a text by design; and where a
-    space is put before a text at every added token, because transformers then begins anew. Parts with a ▁ of their own
+    space is put before a text at every added token, because transformers then begins again. Parts with a ▁ of their own
     are passed over: to sentencepiece it is a space.
     """
     from sentencepiece import SentencePieceProcessor

@@ -81,7 +81,7 @@ def give_back(tensor: Any) -> None:
 
 
 def _reset_peak() -> None:
-    """Let Linux count the peak anew (proc(5), clear_refs); elsewhere the process's whole life counts."""
+    """Let Linux count the peak from here on (proc(5), clear_refs); elsewhere the process's whole life counts."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
 """How much memory a plan will take, part by part, from the model's config and the recipe: nothing is loaded.
 
-The terms are counted from what each backend keeps for the way back (`torch_backend/autograd.py`, MLX's graph); the few
-numbers that cannot be counted stand in `_MEASURED` and `_GAPS`. `python -m benchmarks.memory` holds the sum against
+The terms are counted from what each backend keeps for the backward pass (`torch_backend/autograd.py`, MLX's graph); the
+few numbers that cannot be counted stand in `_MEASURED` and `_GAPS`. `python -m benchmarks.memory` holds the sum against
 measured peaks.
 """
 
@@ -176,7 +176,7 @@ def predict(
 
 
 def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[str, int]:
-    """What one micro-batch adds at its dearest moment: in the loss, or on the way back through a layer."""
+    """What one micro-batch adds at its dearest moment: in the loss, or in a layer's backward pass."""
     torch, wide = plan.backend == "torch", recipe.precision == "fp32"
     each = 4 if wide else 2
     cuda = torch and plan.device == "cuda"
@@ -222,7 +222,7 @@ def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[
     if plan.device == "cpu" and torch:
         saved += _GAPS[recipe.precision] * gaps * small * each  # between blocks that glibc keeps
     saved, once = saved * tokens + masks, working * tokens
-    if flash and not plan.gradient_checkpointing:  # its way back, repeatable: a sum for each share of the processors
+    if flash and not plan.gradient_checkpointing:  # its backward pass repeats exactly: a sum a share of the processors
         shares = math.ceil(_PROCESSORS / (shape.rows * sizes.heads))
         once += shares * (tokens + 128 * shape.rows) * sizes.queries * 4
     if once > loss:

@@ -39,7 +39,7 @@ def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[st
     same = "the same bits on the same machine with the same plan and packages"
     exact = plan.device == "cpu" or end_to_end(config, plan.device, recipe.precision)
     return {
-        "row order, adapter start, hold-out": "drawn by numpy from the seed: the same everywhere",
+        "row order, adapter start, validation split": "drawn by numpy from the seed: the same everywhere",
         "training": same if exact else "up to the rounding of the GPU's kernels",
         "another plan or backend": "the same mathematics, other rounding"
         + ("; dropout masks differ between backends" if recipe.dropout else ""),

@@ -126,7 +126,7 @@ def broken(run: Path) -> set[str]:
 
 
 def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
-    """The run's fused folder and GGUFs anew, out of another adapter."""
+    """The run's fused folder and GGUFs made again, out of another adapter."""
     known = run_record.read_run(run)
     template = (run / "chat_template.jinja").read_text(encoding="utf-8")
     write_fused(base, adapter, run / "fused", Served(known["stop_ids"], template), quiet)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.export.budget import Ledger, foretell
+from common.export.budget import StageMeter, estimate_stages
 from common.export.gguf import convert_and_quantize
 from common.llama_cpp.install import ensure
 from common.llama_cpp.mmproj import has_vision, vision_fault
@@ -53,9 +53,9 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     assert vision_fault(folder) == ""
     write_sentencepiece(folder / "tokenizer.model")
-    ledger = Ledger(foretell("gguf", ["BF16"], folder, 0), {})
+    meter = StageMeter(estimate_stages("gguf", ["BF16"], folder, 0), {})
     options = Options(model="tiny", quant=["BF16"])
-    list(convert_and_quantize(folder, tmp_path / "gguf", options, ensure(None, silent), silent, ledger))
+    list(convert_and_quantize(folder, tmp_path / "gguf", options, ensure(None, silent), silent, meter))
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["mmproj-BF16.gguf", "model-BF16.gguf"]
 
     text, tower = (tensors(tmp_path / "gguf" / f"{name}-BF16.gguf") for name in ("model", "mmproj"))

@@ -122,7 +122,7 @@ def agreement(name: str) -> tuple[int, int]:
 
 
 def _dress(backend: Any, source: Vocabulary) -> None:
-    """What stands before and after the model: the cut into words, the alphabet, and the way back."""
+    """What stands before and after the model: the cut into words, the alphabet, and back."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     if source.kind == "gpt2":

@@ -7,7 +7,7 @@ import pytest
 
 import cli
 from common import run_record
-from common.commands.plan import foretell
+from common.commands.plan import estimate_run
 from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
@@ -41,7 +41,7 @@ def flags(tiny_llama, tmp_path):
 
 
 def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path, capsys):
-    foretell(load_options(read_flags(flags))[0], True, make_backend, Display("json"))
+    estimate_run(load_options(read_flags(flags))[0], True, make_backend, Display("json"))
     event = next(e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["event"] == "plan")
     assert event["predicted_peak_bytes"] == sum(event["parts"].values())
     assert event["tokens_per_second"] > 0
@@ -70,4 +70,4 @@ def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, mon
 def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):
     options = load_options(read_flags([*flags, "--memory-limit", "3MB"]))[0]
     with pytest.raises(UserError, match=r"--memory-limit 3MB: training needs about .* at least"):
-        foretell(options, True, make_backend, Display("quiet"))
+        estimate_run(options, True, make_backend, Display("quiet"))

@@ -96,7 +96,7 @@ def test_gated_down(dtype, gelu, again):
         with autograd.again():
             second = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, True)
             assert torch.equal(GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False), result)  # a norm follows it
-        assert not second.any()  # its product was left out, all that the way back needs was not
+        assert not second.any()  # its product was left out, all that the backward pass needs was not
         return result.detach() + second if again else result
 
     def plain(gate, up, A, B):
@@ -258,7 +258,7 @@ def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(mode
     batch = make_batch(rows[:2])
     with_gaps = len(backend.model.model.layers[:: backend_module.GAPS_EVERY])
     backend.train_step([batch], 1e-3, 1)
-    assert len(given) == 2 * with_gaps  # forth, and again on the way back
+    assert len(given) == 2 * with_gaps  # forward, and again in the backward pass
     backend.eval_step(batch)
     backend.apply_plan(backends.make_plan("torch", gradient_checkpointing=False))
     backend.train_step([batch], 1e-3, 2)

@@ -141,7 +141,7 @@ class Bigram:
     def generate(
         self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
     ) -> Iterator[int]:
-        def forward(ids: list[int], anew: bool) -> np.ndarray:
+        def forward(ids: list[int], again: bool) -> np.ndarray:
             return self.logits(np.array(ids), adapter)[-1]
 
         return grow(forward, token_ids, max_new_tokens, stop_ids, pick, None)

@@ -180,6 +180,22 @@ def test_importing_everything_of_common_loads_no_framework() -> None:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
+# --- words
+
+# Never right in what is written here: the field has a standard term for each.
+NEVER = re.compile(
+    r"\b(foret(?:ell|old|ells)|mend(?:s|ed)?|anew|doubtful|way back|way forth|hold-out|ends with 1)\b", re.IGNORECASE
+)
+
+
+@pytest.mark.parametrize(
+    "path", [*modules(*FOLDERS), ROOT / "cli.py", ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=place
+)
+def test_the_fields_own_words_are_used(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [f"{number}: {found[0]}" for number, line in enumerate(lines, 1) if (found := NEVER.search(line))] == []
+
+
 # --- help
 
 

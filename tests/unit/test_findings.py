@@ -1,10 +1,10 @@
-"""What is doubtful about rows, and what is not."""
+"""What is suspicious about rows, and what is not."""
 
 import pytest
 
 from common.data.dataset import Data, Example
 from common.data.load import load_data
-from common.data.quality import doubtful
+from common.data.quality import suspicious
 from common.options import ROOT
 
 
@@ -13,7 +13,7 @@ def row(user: str, answer: str, source: str = "a:1") -> Example:
 
 
 def found(train: list[Example], valid: list[Example] | None = None) -> dict[str, list[str]]:
-    return {finding.what: finding.sources for finding in doubtful(Data(train, valid or [], []))}
+    return {finding.what: finding.sources for finding in suspicious(Data(train, valid or [], []))}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_duplicates_contradictions_and_leakage() -> None:
 
 
 def test_good_rows_raise_no_alarm() -> None:
-    assert doubtful(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
+    assert suspicious(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
 
 
 def test_calls_and_tools_are_part_of_a_row() -> None:
@@ -120,7 +120,7 @@ def test_calls_and_tools_are_part_of_a_row() -> None:
 
 
 def test_rows_without_an_answer_are_named() -> None:
-    (finding,) = doubtful(Data([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
+    (finding,) = suspicious(Data([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
     assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
 
 

@@ -1,4 +1,4 @@
-"""What is foretold of memory, and the plan chosen by it."""
+"""What is estimated of memory, and the plan chosen by it."""
 
 from pathlib import Path
 

@@ -99,8 +99,8 @@ def test_llama_cpp_is_told_all_of_it() -> None:
 def test_a_row_grows_by_what_its_cache_lacks_and_stops() -> None:
     calls: list[tuple[list[int], bool]] = []
 
-    def forward(ids: list[int], anew: bool) -> np.ndarray:
-        calls.append((ids, anew))
+    def forward(ids: list[int], again: bool) -> np.ndarray:
+        calls.append((ids, again))
         return np.eye(10)[(ids[-1] + 1) % 10]
 
     def first(logits: np.ndarray, ids: object) -> int:

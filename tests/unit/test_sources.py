@@ -172,7 +172,7 @@ def test_a_column_that_is_not_there_and_a_part_that_is_none(tmp_path: Path) -> N
     assert caught.value.fix == "Its columns: instruction, output."
 
 
-# --- the hold-out
+# --- the validation split
 
 
 def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:

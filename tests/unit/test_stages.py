@@ -1,4 +1,4 @@
-"""What each export goes through, what its stages are foretold to take, and how that is measured."""
+"""What each export goes through, what its stages are estimated to take, and how that is measured."""
 
 import inspect
 import shutil
@@ -15,7 +15,15 @@ import pytest
 import cli
 from common.display import Display
 from common.errors import UserError
-from common.export.budget import THROUGH, Ledger, Stage, check_disk, foretell, needs_llama, warn_of_memory
+from common.export.budget import (
+    EXPORT_STEPS,
+    Stage,
+    StageMeter,
+    check_disk,
+    estimate_stages,
+    needs_llama,
+    warn_of_memory,
+)
 from common.options import Options
 from common.system.memory import Extra
 from tests.unit.base_folder import write_base
@@ -25,20 +33,20 @@ LARGEST = 8 * 12
 
 
 def by_name(base: Path, export: str, quants: list[str], adapter_bytes: int = 0, held: int = 0) -> dict[str, Stage]:
-    return {stage.name: stage for stage in foretell(export, quants, base, adapter_bytes, held)}
+    return {stage.name: stage for stage in estimate_stages(export, quants, base, adapter_bytes, held)}
 
 
 def test_every_export_has_its_way_and_is_offered() -> None:
-    assert set(get_args(Options.model_fields["export"].annotation)) == set(THROUGH)
+    assert set(get_args(Options.model_fields["export"].annotation)) == set(EXPORT_STEPS)
     offered = inspect.signature(cli.fuse).parameters["export"].annotation
-    assert {name for part in get_args(offered) for name in get_args(part)} == set(THROUGH) - {"none"}
-    assert [name for name in THROUGH if needs_llama(name)] == ["gguf", "lora-gguf"]
+    assert {name for part in get_args(offered) for name in get_args(part)} == set(EXPORT_STEPS) - {"none"}
+    assert [name for name in EXPORT_STEPS if needs_llama(name)] == ["gguf", "lora-gguf"]
 
 
 def test_what_each_stage_writes(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     weights = (base / "model.safetensors").stat().st_size
-    assert foretell("none", ["Q4_K_M"], base, 100) == []
+    assert estimate_stages("none", ["Q4_K_M"], base, 100) == []
     assert by_name(base, "fused", [])["fuse"].disk == weights + (base / "tokenizer.json").stat().st_size
     gguf = by_name(base, "gguf", ["Q4_K_M"])
     assert list(gguf) == ["fuse", "convert", "quantise"]
@@ -126,16 +134,16 @@ def test_memory_of_this_process_and_of_its_children_counts_whatever_was_held_bef
 
 def test_a_ledger_keeps_the_highest_memory_and_all_that_was_written(tmp_path: Path) -> None:
     seconds: dict[str, float] = {}
-    ledger = Ledger([Stage("quantise", 5, 70)], seconds)
+    meter = StageMeter([Stage("quantise", 5, 70)], seconds)
     for size in (30, 40):
-        with ledger.stage("quantise", tmp_path / str(size)):
+        with meter.stage("quantise", tmp_path / str(size)):
             (tmp_path / str(size)).write_bytes(b"0" * size)
-    found = ledger.record()["quantise"]
+    found = meter.record()["quantise"]
     assert (found["disk"], found["predicted_disk"], found["predicted_memory"]) == (70, 70, 5)
     assert seconds["quantise"] > 0
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_bytes(b"0" * 9)
-    again = Ledger([Stage("fuse", 0, 0)], seconds)
+    again = StageMeter([Stage("fuse", 0, 0)], seconds)
     with again.stage("fuse", tmp_path / "folder"):
         pass
     assert again.record()["fuse"]["disk"] == 9

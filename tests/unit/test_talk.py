@@ -192,14 +192,14 @@ def test_compare_asks_both_the_same(talk: Talk, tuned: Said, base: Said, capsys:
 
 def test_a_fault_is_told_and_nothing_is_kept(talk: Talk, tuned: Said, capsys: pytest.CaptureFixture[str]) -> None:
     def broken(messages, sampling, tools):
-        raise UserError("llama-server refused: too long", "Start anew.")
+        raise UserError("llama-server refused: too long", "Start again.")
         yield
 
     talk.voices = Voices(Voice("broken", broken), talk.voices.base)
     lines = iter(["long"])
     converse(talk, lambda: next(lines, "/quit"))
     assert talk.turns == []
-    assert "warning: llama-server refused: too long\n  Start anew." in capsys.readouterr().out
+    assert "warning: llama-server refused: too long\n  Start again." in capsys.readouterr().out
 
 
 def test_an_answer_cannot_steer_the_terminal(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,7 +78,7 @@ def test_every_row_longer_than_max_length(given: dict[str, Any]) -> None:
     assert error.fix == "Raise --max-length."
 
 
-def test_doubtful_rows_are_warned_of_and_shapes_are_said(
+def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "rows.csv"
