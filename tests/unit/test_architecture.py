@@ -189,7 +189,9 @@ NEVER = re.compile(
 
 
 @pytest.mark.parametrize(
-    "path", [*modules(*FOLDERS), ROOT / "cli.py", ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=place
+    "path",
+    [*modules(*FOLDERS), ROOT / "cli.py", ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
+    ids=place,
 )
 def test_the_fields_own_words_are_used(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
