@@ -9,7 +9,8 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
 
 test: check  ## everything, with real models and the real llama.cpp
-	$(PYTHON) -m pytest tests/templates tests/parity tests/gguf tests/e2e
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
+	$(PYTHON) -m pytest tests/parity/test_parity.py tests/e2e
 
 check: setup  ## lint, format, types and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .

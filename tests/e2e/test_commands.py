@@ -37,6 +37,11 @@ def twintune(*words, code=0, **settings):
     return done.stdout + done.stderr
 
 
+def both_cores():
+    """The environment without conftest's limit of one thread, which is for tiny models."""
+    return {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+
+
 @pytest.fixture(scope="module", params=["torch", "mlx"])
 def trained(request, tmp_path_factory):
     """A short real run of each backend: the folder, and what it printed."""
@@ -49,7 +54,7 @@ def trained(request, tmp_path_factory):
     out = twintune(
         "train", "--config", ROOT / "configs" / "quickstart.yaml", "--data", data, "--output", run,
         "--backend", request.param, "--precision", "fp32", "--steps", 45, "--eval-every", 15,
-        "--quant", "Q4_K_M", "Q8_0",
+        "--quant", "Q4_K_M", "Q8_0", env=both_cores(),
     )  # fmt: skip
     return request.param, run, out
 
