@@ -58,8 +58,9 @@ def both_cores():
 
     import torch
 
-    blas, threads = ctypes.CDLL(preload()), torch.get_num_threads()
-    blas_threads = getattr(blas, "openblas_set_num_threads", lambda count: None)
+    preload()  # into the process, whose symbols CDLL(None) finds
+    threads = torch.get_num_threads()
+    blas_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda count: None)
     torch.set_num_threads(2)
     blas_threads(2)
     yield
