@@ -356,7 +356,12 @@ def _idle(flags: dict[str, Any], options: Options) -> list[str]:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
     if "push_public" in flags and options.push is None:
         faults.append("--push-public is for what --push uploads, and there is no --push")
-    if "valid_share" in flags and options.data is not None and Path(options.data).expanduser().is_dir():
+    if (
+        "valid_share" in flags
+        and options.valid_share > 0
+        and options.data is not None
+        and Path(options.data).expanduser().is_dir()
+    ):
         faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
     return faults
 

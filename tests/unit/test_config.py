@@ -284,5 +284,6 @@ def test_a_flag_that_could_do_nothing_is_refused(flags: list[str], said: str, tm
 
 
 def test_a_flag_that_does_something_is_not_refused(tmp_path: Path) -> None:
+    assert load_options({"data": str(tmp_path), "valid_share": 0.0})[0].valid_share == 0  # as check-data asks
     flags = ["--export", "lora-gguf", "--llama-cpp", "x", "--push", "me/x", "--push-public", "--valid-share", "0.2"]
     assert load("--model", "x/y", "--data", str(tmp_path / "rows.jsonl"), *flags).push_public
