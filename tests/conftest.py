@@ -1,6 +1,7 @@
 """Folders that take seconds to make, made once a session."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before MLX loads OpenBLAS: with two threads on tiny matrices it took six times as long here, waiting for itself.
@@ -9,6 +10,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 
 from tests.tiny import write_model, write_tokenizer
+
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: here and in what is started, hang-ups are tested
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
