@@ -48,7 +48,7 @@ HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns alone would take LICENSE
 
 
 def license_files(folder: Path) -> list[str]:
-    """Names of the folder's license and safety files, sorted: plain texts and PDFs alone."""
+    """Names of the folder's license and safety files, sorted: texts, web pages and PDFs, never code."""
     found = {path for pattern in LICENSE_PATTERNS for path in folder.glob(pattern)}
     return sorted(path.name for path in found if _LICENSE_SUFFIX.fullmatch(path.suffix) and path.is_file())
 
@@ -71,8 +71,9 @@ def _leads_out(path: Path) -> bool:
     folder, target = path.parent.resolve(), path.resolve()
     if target.is_relative_to(folder):
         return False
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):  # a cache somewhere else
-        return not target.is_relative_to(folder.parents[1] / "blobs") and not _in_hub_cache(target)
+    snapshot = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    if snapshot and target.is_relative_to(folder.parents[1] / "blobs"):  # of a hub cache somewhere else
+        return False
     return not _in_hub_cache(target)
 
 

@@ -66,12 +66,12 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         validate(final, linear_shapes(job.folder, job.recipe.targets), job.run)
         adapters.write_both(job.run, final)
         run_record.update_run(job.run, status="complete")
+        export = ExportJob(job.run, job.folder, final, job.options, job.served, job.llama, seconds, display)
         try:
             if job.options.export != "gguf" and job.sample:
                 with timed(seconds, "try"):
-                    _sample(job, backend, final, display)
+                    _sample(job, backend, export)
             backend.close()
-            export = ExportJob(job.run, job.folder, final, job.options, job.served, job.llama, seconds, display)
             finish(export, make_backend)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
@@ -121,17 +121,16 @@ def _train(
     return backend, state.best or backend.get_adapter()
 
 
-def _sample(job: Job, backend: Backend, final: Adapter, display: Display) -> None:
+def _sample(job: Job, backend: Backend, export: ExportJob) -> None:
     """What the tuned model says: no GGUF will be there to be asked. A failure here costs nobody a training."""
     served, think, context = job.served, job.recipe.thinking == "keep", job.sample_tokens + SAMPLE_TOKENS
-    with display.optional("no sample"):
-        backend.set_adapter(final)
+    with export.display.optional("no sample"):
+        backend.set_adapter(export.final)
         voice = trained_voice(backend, job.folder, served.template, served.stops, think, "", True, context)
         pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
-        earlier = run_record.read_run(job.run).get("export", {})
-        run_record.update_run(job.run, export=earlier | {"sample": {"prompt": job.sample, "answer": answer}})
-        display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
+        export.keep(sample={"prompt": job.sample, "answer": answer})
+        export.display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
 
 
 class _Watch:
