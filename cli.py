@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from common.context import Context
+from common.display import Display
 from common.errors import UserError
 from common.options import Options, load_options, read_flags
 from common.sampling import Sampling
@@ -21,13 +23,12 @@ _SAMPLING = Sampling()
 Options.__annotations__["json_output"] = Annotated[bool, tyro.conf.arg(name="json")]
 
 
-def _make_backend(name: str):  # type: ignore[no-untyped-def]
-    return importlib.import_module(f"{name}_backend").create()
+def _context(display: Display, llama_cpp: str | None = None) -> Context:
+    return Context(lambda name: importlib.import_module(f"{name}_backend"), display, llama_cpp)
 
 
 def _train(argv: list[str]) -> None:
     from common.commands.train import run_training
-    from common.display import Display
     from common.training.loop import Interrupted
 
     options, notes = load_options(read_flags(argv))
@@ -35,7 +36,7 @@ def _train(argv: list[str]) -> None:
     for note in notes:
         display.say(note)
     try:
-        run_training(options, _make_backend, display)
+        run_training(options, _context(display, options.llama_cpp))
     except Interrupted as stop:
         display.warn(f"stopped after a finished step, saved. Go on with: python cli.py train --resume {stop}")
         sys.exit(130)
@@ -65,7 +66,6 @@ def plan(
 
 def _plan(argv: list[str]) -> None:
     from common.commands.plan import estimate_run
-    from common.display import Display
 
     probe = "--no-probe" not in argv
     argv = [word for word in argv if word not in ("--no-probe", "--probe")]
@@ -75,7 +75,7 @@ def _plan(argv: list[str]) -> None:
     display = Display("json" if options.json_output else "quiet" if options.quiet else None)
     for note in notes:
         display.say(note)
-    estimate_run(options, probe, _make_backend, display)
+    estimate_run(options, probe, _context(display, options.llama_cpp))
 
 
 @app.command(name="check-data")
@@ -92,7 +92,7 @@ def check_data(
     chat_template: str | None = None,
     explain: int | None = None,
 ) -> None:
-    """Count rows, tokens and label tokens, list suspicious rows, show three rows with the labelled tokens coloured.
+    """Count rows, tokens and label tokens, list suspicious rows, show three rows with the labeled tokens colored.
 
     Args:
         data: JSONL, JSON, CSV, Parquet or text file, a folder with a train file, or a hub data set.
@@ -108,7 +108,6 @@ def check_data(
         explain: show only this training row, counted from 1, token by token, and why each is a label or not.
     """
     from common.commands.check_data import check_data
-    from common.display import Display
 
     given = locals() | {"field": [pair for group in field for pair in group]}
     names = ("data", "model", "max_length", "overflow", "valid_share", "seed", "field", "train_on", "thinking")
@@ -137,17 +136,16 @@ def fuse(
         imatrix: weigh what to keep exact by an importance matrix of the training rows.
         no_verify: do not prove that the GGUF is what was trained.
         llama_cpp: folder of a llama.cpp build to use.
-        fuse_into: with a quantised base: the 16-bit base, or the weights trained over; as the run was started.
+        fuse_into: with a quantized base: the 16-bit base, or the weights trained over; as the run was started.
         push: hub repository (owner/name) to upload the result to.
         push_public: a repository that is made is for everyone to see.
     """
     from common.commands.fuse import fuse_run
-    from common.display import Display
 
     given = {"export": export, "quant": list(quant), "llama_cpp": llama_cpp, "fuse_into": fuse_into, "push": push}
     flags = {"imatrix": imatrix, "no_verify": no_verify}
     options = {name: value for name, value in (given | flags).items() if value} | {"push_public": push_public}
-    fuse_run(run, options, _make_backend, Display())
+    fuse_run(run, options, _context(Display(), llama_cpp))
 
 
 @app.command
@@ -169,7 +167,6 @@ def push(
         private: for nobody but you and whom you let in; so it is unless --public is given.
         dry_run: list every file with its size and its place, ask the hub nothing and upload nothing.
     """
-    from common.display import Display
     from common.export.upload import push as upload
 
     if public and private:
@@ -187,10 +184,9 @@ def verify(run: tyro.conf.Positional[Path], llama_cpp: str | None = None) -> Non
         run: run folder with a fused folder and a GGUF.
         llama_cpp: folder of a llama.cpp build to ask; else found or built once.
     """
-    from common.display import Display
     from common.verify.verify import verdict, verify_run
 
-    if verdict(verify_run(run, _make_backend, Display(), llama_cpp)) == "broken":
+    if verdict(verify_run(run, _context(Display(), llama_cpp))) == "broken":
         sys.exit(1)
 
 
@@ -202,7 +198,6 @@ def compare(runs: tyro.conf.Positional[Annotated[list[Path], tyro.conf.arg(metav
         runs: two or more run folders.
     """
     from common.commands.compare import compare
-    from common.display import Display
 
     if len(runs) < 2:
         raise UserError("compare needs two or more runs.", "python cli.py compare RUN RUN")
@@ -216,7 +211,6 @@ def doctor(parity: str | None = None) -> None:
     Args:
         parity: train this model a few steps on both backends and compare: a model, or a family such as llama.
     """
-    from common.display import Display
 
     if parity is None:
         from common.commands.doctor import doctor
@@ -225,7 +219,7 @@ def doctor(parity: str | None = None) -> None:
         return
     from common.verify.parity import parity as check
 
-    if not check(parity, _make_backend, Display()):
+    if not check(parity, _context(Display())):
         sys.exit(1)
 
 
@@ -243,7 +237,7 @@ def chat(
     llama_cpp: str | None = None,
     sampling: tyro.conf.OmitArgPrefixes[Sampling] = _SAMPLING,
 ) -> None:
-    """Talk to a run's model; /help there lists the commands (compare with the base, save as training rows ...).
+    """Chat with a run's model; /help there lists the commands (compare with the base, save as training rows ...).
 
     Args:
         run: run folder, its fused folder, or a GGUF file.
@@ -255,9 +249,8 @@ def chat(
         llama_cpp: folder of a llama.cpp build to use.
     """
     from common.commands.chat import chat
-    from common.display import Display
 
-    chat(run, with_, quant, system, system_file, context, llama_cpp, sampling, _make_backend, Display())
+    chat(run, with_, quant, system, system_file, context, sampling, _context(Display(), llama_cpp))
 
 
 @app.command
@@ -289,9 +282,8 @@ def generate(
         llama_cpp: folder of a llama.cpp build to use.
     """
     from common.commands.generate import generate
-    from common.display import Display
 
-    ours = (context, slots, llama_cpp, sampling, _make_backend, Display())
+    ours = (context, slots, sampling, _context(Display(), llama_cpp))
     generate(run, prompts, out, with_, quant, system, system_file, *ours)
 
 
@@ -321,9 +313,8 @@ def serve(
         no_auth: serve without a key, on any host.
     """
     from common.commands.serve import serve
-    from common.display import Display
 
-    serve(run, quant, host, port, context, slots, llama_cpp, api_key, no_auth, Display())
+    serve(run, quant, host, port, context, slots, api_key, no_auth, _context(Display(), llama_cpp))
 
 
 adapter_app = tyro.extras.SubcommandApp()
@@ -339,7 +330,6 @@ def inspect_adapter(path: tyro.conf.Positional[Path], model: str | None = None, 
         llama_cpp: folder of a llama.cpp build to read a GGUF with.
     """
     from common.commands.adapter import inspect_adapter
-    from common.display import Display
 
     inspect_adapter(path, model, llama_cpp, Display())
 
@@ -362,7 +352,6 @@ def convert_adapter(
         llama_cpp: folder of a llama.cpp build to use for a GGUF.
     """
     from common.commands.adapter import convert_adapter
-    from common.display import Display
 
     convert_adapter(path, out, to, model, llama_cpp, Display())
 
@@ -379,7 +368,6 @@ llama_app = tyro.extras.SubcommandApp()
 def build_llama() -> None:
     """Build the pinned llama.cpp now, once: the export would do it by itself. Goes on where it was stopped."""
     from common.commands.llama import build_llama
-    from common.display import Display
 
     build_llama(Display())
 
@@ -392,7 +380,6 @@ def where_llama(llama_cpp: str | None = None) -> None:
         llama_cpp: folder of a llama.cpp build to look at.
     """
     from common.commands.llama import where_llama
-    from common.display import Display
 
     where_llama(llama_cpp, Display())
 
@@ -401,7 +388,6 @@ def where_llama(llama_cpp: str | None = None) -> None:
 def clean_llama() -> None:
     """Remove what `llama build` made, of every version."""
     from common.commands.llama import clean_llama
-    from common.display import Display
 
     clean_llama(Display())
 

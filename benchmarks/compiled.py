@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     arguments = parser.parse_args()
-    case = {"backend": "torch", "rows": 3, "width": max(WIDTHS), "rank": 8, "labelled": 1} | vars(arguments)
+    case = {"backend": "torch", "rows": 3, "width": max(WIDTHS), "rank": 8, "labeled": 1} | vars(arguments)
     backend, config = backend_of(case)
     print("| | first step, s | median of the others, s |\n| --- | --- | --- |")
     for name in ("as it is", "compiled"):

@@ -84,7 +84,7 @@ REAL: list[dict[str, Any]] = [
     {"backend": "torch", "model": "gemma-3-4b", "precision": "bf16", "quantization": "nf4", "limit": 6.5, "most": 1},
     # too slow here at full depth: measured at two depths, the line through them; of less than four layers MLX queues
     # all at once, and the line would be too steep
-    {"backend": "mlx", "model": _ONE, "precision": "bf16", "limit": 3.5, "most": 1, "depths": [4, 8], "labelled": 0.07},
+    {"backend": "mlx", "model": _ONE, "precision": "bf16", "limit": 3.5, "most": 1, "depths": [4, 8], "labeled": 0.07},
     {
         "backend": "mlx",
         "model": "gemma-3-4b",
@@ -93,7 +93,7 @@ REAL: list[dict[str, Any]] = [
         "limit": 6.5,
         "most": 1,
         "depths": [4, 6],
-        "labelled": 0.07,
+        "labeled": 0.07,
     },
 ]
 

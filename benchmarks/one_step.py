@@ -18,7 +18,7 @@ from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
-from common.training.memory_estimate import Shape, loss_chunk, predict
+from common.training.memory_estimate import MicroBatchShape, loss_chunk, predict
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
@@ -44,11 +44,11 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
-    """Rows of equal length; the share `labelled` of each, at its end, carries loss."""
+    """Rows of equal length; the share `labeled` of each, at its end, carries loss."""
     shape = (case["rows"], case["width"])
     ids = np.random.default_rng(0).integers(3, vocabulary, (2, *shape)).astype(np.int32)
     labels = ids[1]
-    labels[:, : round(case["width"] * (1 - case.get("labelled", 0.5)))] = IGNORE
+    labels[:, : round(case["width"] * (1 - case.get("labeled", 0.5)))] = IGNORE
     return Batch(ids[0], labels, np.full(case["rows"], case["width"], np.int32))
 
 
@@ -82,7 +82,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     _, recipe, plan, adapter, config = job_of(case)
     batch = batch_of(case, config["vocab_size"])
     if case.get("predict_only"):
-        return {"predicted": predict(config, recipe, plan, adapter, [Shape.of(batch)]).peak}
+        return {"predicted": predict(config, recipe, plan, adapter, [MicroBatchShape.of(batch)]).peak}
     backend, _ = backend_of(case)
     loaded = backend.memory().peak
     for step in range(1, case.get("steps", 1) + 1):
@@ -92,7 +92,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     memory = backend.memory()
     seconds = time.perf_counter() - started
     backend.close()
-    found = predict(config, recipe, plan, adapter, [Shape.of(batch)])
+    found = predict(config, recipe, plan, adapter, [MicroBatchShape.of(batch)])
     extra = {}
     if case.get("device") == "cuda":
         import torch

@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.adapter_files import read_any
@@ -259,7 +259,7 @@ def prepare(arguments: argparse.Namespace, folder: Path, work: Path) -> tuple[li
         row if "text" in row else {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows
     ]
     (work / "split.jsonl").write_text("\n".join(map(json.dumps, split)) + "\n", encoding="utf-8")
-    encoder = Encoder(load_tokenizer(folder, None), Style())
+    encoder = Encoder(load_tokenizer(folder, None), MaskingOptions())
     read = [encode_all(read_rows(work / name), encoder) for name in ("rows.jsonl", "held.jsonl")]
     return read[0], read[1]
 

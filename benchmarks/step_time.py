@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.one_step import recipe_of
 from common.data.batching import micro_batches, step_rows
-from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.families import text_config
@@ -20,7 +20,7 @@ from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
-from common.training.memory_estimate import Sizes
+from common.training.memory_estimate import ModelDims
 from torch_backend.backend import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,12 +46,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = resolve(arguments.model, print)
     recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
-    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(folder, None), Style()))
+    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(folder, None), MaskingOptions()))
     shapes = linear_shapes(folder, ["all-linear"])
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
     backend.load(recipe, plan, folder, initial_adapter(shapes, layer_count(shapes), recipe))
-    sizes = Sizes.of(text_config(json.loads((folder / "config.json").read_text())))
+    sizes = ModelDims.of(text_config(json.loads((folder / "config.json").read_text())))
     rate = peak_rate(800, sizes.hidden, sizes.inner)
 
     def step(number: int) -> tuple[int, int]:

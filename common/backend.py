@@ -80,7 +80,7 @@ class LoraWeight:
     A: np.ndarray  # [r, in] float32
     B: np.ndarray  # [out, r] float32
     alpha: float
-    rslora: bool = False  # rank-stabilised, Kalajdzievski 2023
+    rslora: bool = False  # rank-stabilized, Kalajdzievski 2023
     magnitude: np.ndarray | None = None  # [out] float32, DoRA's
 
     @property
@@ -157,7 +157,7 @@ class Backend(Protocol):
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         """Load the base from `folder` and put `adapter` on it; None: every weight is trained, from the base's values.
 
-        A DoRA weight without a magnitude starts from the length of the base's rows, as quantised.
+        A DoRA weight without a magnitude starts from the length of the base's rows, as quantized.
         """
         ...
 
@@ -180,9 +180,9 @@ class Backend(Protocol):
     def set_optimizer(self, state: OptimizerState) -> None: ...
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        """The quantised layers' weights as this backend computes with them, float32, by tensor name; made when called.
+        """The quantized layers' weights as this backend computes with them, float32, by tensor name; made when called.
 
-        Empty where the base is not quantised.
+        Empty where the base is not quantized.
         """
         ...
 
@@ -212,3 +212,13 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model; the backend is not used again."""
         ...
+
+
+class BackendPackage(Protocol):
+    """What `torch_backend` and `mlx_backend` answer without importing their framework at module level."""
+
+    def create(self) -> Backend:
+        """A backend with nothing loaded yet; its framework is imported only now."""
+
+
+Backends = Callable[[str], BackendPackage]  # by name: torch, mlx

@@ -110,7 +110,7 @@ class Options(BaseModel):
         "none", description="of the frozen base in memory: MLX's own, or bitsandbytes' nf4 and int8"
     )
     fuse_into: Literal["base", "dequantized"] | None = Field(
-        None, description="with a quantised base: fuse into the 16-bit base (default) or into the weights trained over"
+        None, description="with a quantized base: fuse into the 16-bit base (default) or into the weights trained over"
     )
 
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, decoupled")
@@ -207,7 +207,7 @@ class Options(BaseModel):
         if self.method == "full":
             faults += [f"{n} means nothing with method full: there is no adapter" for n in SHAPE if n in changed]
             if self.quantization != "none":
-                faults.append("quantization cannot be combined with method full: quantised weights cannot be trained")
+                faults.append("quantization cannot be combined with method full: quantized weights cannot be trained")
             if self.precision == "bf16":
                 faults.append(
                     "method full keeps its weights in float32: in bf16 small updates are lost (precision fp32)"
@@ -220,7 +220,7 @@ class Options(BaseModel):
         if self.imatrix and all(quant in UNGUIDED for quant in self.quant):
             faults.append(f"imatrix means nothing for {', '.join(self.quant)}")
         if self.fuse_into and self.quantization == "none":
-            faults.append("fuse_into is for a quantised base; there is none (quantization none)")
+            faults.append("fuse_into is for a quantized base; there is none (quantization none)")
         if faults:
             raise ValueError("; ".join(faults))
         return self

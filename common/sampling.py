@@ -74,7 +74,7 @@ class Sampling:
         }
 
 
-def picker(sampling: Sampling) -> Pick:
+def sampler(sampling: Sampling) -> Pick:
     """A pick that draws by `sampling`; greedy ones draw nothing. It holds the random state of one answer."""
     import numpy as np
 

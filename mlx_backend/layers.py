@@ -72,16 +72,16 @@ def gated_silu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @gated_silu.vjp
-def _gated_silu_back(primals: Any, grown: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+def _gated_silu_back(primals: Any, grad_output: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = primals
-    return _silu_back(gate, up, grown)
+    return _silu_back(gate, up, grad_output)
 
 
 @partial(mx.compile, shapeless=True)
-def _silu_back(gate: mx.array, up: mx.array, grown: mx.array) -> tuple[mx.array, mx.array]:
+def _silu_back(gate: mx.array, up: mx.array, grad_output: mx.array) -> tuple[mx.array, mx.array]:
     sigmoid = mx.sigmoid(gate)
-    by_up = grown * gate * sigmoid
-    return grown * up * sigmoid * (1 + gate * (1 - sigmoid)), by_up
+    by_up = grad_output * gate * sigmoid
+    return grad_output * up * sigmoid * (1 + gate * (1 - sigmoid)), by_up
 
 
 @mx.custom_function
@@ -91,19 +91,19 @@ def gated_gelu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @gated_gelu.vjp
-def _gated_gelu_back(primals: Any, grown: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+def _gated_gelu_back(primals: Any, grad_output: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = primals
-    return _gelu_back(gate, up, grown)
+    return _gelu_back(gate, up, grad_output)
 
 
 @partial(mx.compile, shapeless=True)
-def _gelu_back(gate: mx.array, up: mx.array, grown: mx.array) -> tuple[mx.array, mx.array]:
-    slope, cube = math.sqrt(2 / math.pi), 0.044715
+def _gelu_back(gate: mx.array, up: mx.array, grad_output: mx.array) -> tuple[mx.array, mx.array]:
+    derivative, cube = math.sqrt(2 / math.pi), 0.044715
     square = mx.square(gate)
-    tanh = mx.tanh(slope * gate * (1 + cube * square))
-    by_up = grown * (0.5 * gate * (1 + tanh))
-    by_gate = 0.5 * (1 + tanh) + 0.5 * gate * (1 - mx.square(tanh)) * (slope * (1 + 3 * cube * square))
-    return grown * up * by_gate, by_up
+    tanh = mx.tanh(derivative * gate * (1 + cube * square))
+    by_up = grad_output * (0.5 * gate * (1 + tanh))
+    by_gate = 0.5 * (1 + tanh) + 0.5 * gate * (1 - mx.square(tanh)) * (derivative * (1 + 3 * cube * square))
+    return grad_output * up * by_gate, by_up
 
 
 def feed_forward(self: Any, x: mx.array) -> mx.array:

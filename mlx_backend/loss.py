@@ -57,13 +57,13 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
             part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], weight_gradient])[0]
             arguments, right = [part, *inputs[1:]], labels[start:end]
             raw = project(model, *arguments)
-            logits, sums, slope = _logits(model, raw)
+            logits, sums, derivative = _logits(model, raw)
             total = total + _loss(logits, sums, right)
             error = mx.exp(logits - sums[:, None])
             at_right = mx.take_along_axis(error, right[:, None], axis=-1)
             error = mx.put_along_axis(error, right[:, None], at_right - 1, axis=-1)
-            if slope is not None:
-                error = error * slope
+            if derivative is not None:
+                error = error * derivative
             gradients: Any = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])[1]
             parts.append(gradients[0])
             if inputs[1:]:
@@ -72,20 +72,22 @@ def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: 
 
     @with_gradients.vjp
     def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        return [(grown * cotangents[0]).astype(i.dtype) for grown, i in zip(outputs[1:], inputs, strict=False)]
+        return [
+            (grad_output * cotangents[0]).astype(i.dtype) for grad_output, i in zip(outputs[1:], inputs, strict=False)
+        ]
 
     outputs: Any = with_gradients(*inputs)
     return outputs[0]
 
 
 def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
-    """`(logits, the log of their exponentials' sum, their slope by raw or None where that is 1)`."""
+    """`(logits, the log of their exponentials' sum, their derivative by raw or None where that is 1)`."""
     logits = finish(model, raw)
     divisor, cap = model.facts.logit_divisor, model.facts.logit_softcap
-    slope = None
+    derivative = None
     if cap or divisor != 1.0:
-        slope = (1 - mx.square(logits / cap) if cap else mx.array(1.0)) / divisor
-    return logits, log_sum_exp(logits), slope
+        derivative = (1 - mx.square(logits / cap) if cap else mx.array(1.0)) / divisor
+    return logits, log_sum_exp(logits), derivative
 
 
 def _loss(logits: mx.array, sums: mx.array, right: mx.array) -> mx.array:

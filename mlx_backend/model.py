@@ -2,7 +2,7 @@
 
 mlx-lm 0.32 knows no sliding windows for Mistral, Qwen, Phi-3 and Gemma 2, turns every Phi-3 row by the long factors,
 rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkpoint may not have. So the layers are
-taken from it, and what stands around them is done here from the normalised config.
+taken from it, and what stands around them is done here from the normalized config.
 """
 
 import json
@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from common.errors import UserError
-from common.models.families import Facts, facts, language_tensor, text_config, text_name
+from common.models.families import ForwardConfig, facts, language_tensor, text_config, text_name
 from mlx_backend.layers import Rows, take_over
 from mlx_backend.rope import Rope, rope
 
@@ -40,7 +40,7 @@ class _Rope(nn.Module):
 
 
 def load_base(folder: Path, dtype: mx.Dtype) -> Any:
-    """The language model alone, in `dtype`, lazily loaded, with `facts` (models.families.Facts) beside its layers.
+    """The language model alone, in `dtype`, lazily loaded, with `facts` (a ForwardConfig) beside its layers.
 
     Raises UserError where checkpoint and model do not have the same weights.
     """
@@ -88,7 +88,7 @@ def hidden_states(model: Any, input_ids: mx.array, rows: Rows, caches: list[Any]
     What mlx-lm's models do, and what they leave out. With `caches`, a KVCache for each layer, the ids go on with the
     one row whose keys and values they hold, and are added to them.
     """
-    known: Facts = model.facts
+    known: ForwardConfig = model.facts
     h = model.model.embed_tokens(input_ids)
     if known.embedding_scale != 1.0:
         h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers

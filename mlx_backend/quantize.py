@@ -1,4 +1,4 @@
-"""MLX's own quantisation of the frozen base's linear layers, and back."""
+"""MLX's own quantization of the frozen base's linear layers, and back."""
 
 from collections.abc import Callable
 from functools import partial

@@ -18,7 +18,7 @@ class Rope:
 
 
 def rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
-    """Of one layer's normalised `rope_parameters` (huggingface/transformers, modeling_rope_utils.py)."""
+    """Of one layer's normalized `rope_parameters` (huggingface/transformers, modeling_rope_utils.py)."""
     kind, base = parameters["rope_type"], float(parameters["rope_theta"])
     width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     plain = 1.0 / base ** (np.arange(0, width, 2) / width)

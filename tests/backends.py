@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from common.backend import Adapter, Backend, OutOfMemory
 from common.data.batching import micro_batches, step_rows
-from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.fuse import fuse
@@ -87,7 +87,7 @@ def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
 
 
 def encode_rows(folder: Path, rows: Path) -> list[Encoded]:
-    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), Style()))
+    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), MaskingOptions()))
 
 
 def run_steps(
@@ -108,15 +108,15 @@ def plain_loss(
     """The loss with all its logits in float64, and its gradients by hidden [N, H] and weight [V, H]."""
     hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
     logits = hidden @ weight.T / divisor
-    slope = np.ones_like(logits)
+    derivative = np.ones_like(logits)
     if cap:
-        slope = 1 - np.tanh(logits / cap) ** 2
+        derivative = 1 - np.tanh(logits / cap) ** 2
         logits = np.tanh(logits / cap) * cap
     top = logits.max(1, keepdims=True)
     sums = np.log(np.exp(logits - top).sum(1, keepdims=True)) + top
     error = np.exp(logits - sums)
     error[np.arange(len(labels)), labels] -= 1
-    error *= slope / divisor
+    error *= derivative / divisor
     loss = (sums[:, 0] - logits[np.arange(len(labels)), labels]).sum()
     return loss, error @ weight, error.T @ hidden
 
@@ -312,14 +312,14 @@ def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], m
 
 
 def check_quantized_base(name: str, folder: Path, rows: list[Encoded], scheme: str, out: Path) -> None:
-    """A quantised base trains; its dequantised weights fused with the adapter compute what training computed."""
+    """A quantized base trains; its dequantized weights fused with the adapter compute what training computed."""
     recipe = make_recipe(folder, quantization=scheme)
     plain = load(name, folder, make_recipe(folder))
     untouched = plain.logits(rows[0].ids)
     plain.close()
     backend = load(name, folder, recipe)
     error = np.abs(backend.logits(rows[0].ids, adapter=False) - untouched).max()
-    assert error > 1e-3, "the base is not quantised"
+    assert error > 1e-3, "the base is not quantized"
     losses = run_steps(backend, recipe, rows, 6)
     assert losses[-1] < losses[0]
     tuned, adapter, replaced = backend.logits(rows[0].ids), backend.get_adapter(), backend.dequantized()

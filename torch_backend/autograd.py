@@ -45,12 +45,12 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         flat, low, A, B = ctx.saved_tensors
-        by_low, by_A, by_B = _lora_back(outputs[0], flat, low, B, ctx.scale)
-        by_x = None
+        grad_low, grad_A, grad_B = _lora_back(outputs[0], flat, low, B, ctx.scale)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            by_x = _base_back(outputs[0], by_low, ctx.base, A, flat.dtype)
-            by_x = by_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
-        return by_x, None, by_A, by_B, None
+            grad_x = _base_back(outputs[0], grad_low, ctx.base, A, flat.dtype)
+            grad_x = grad_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
+        return grad_x, None, grad_A, grad_B, None
 
 
 def _kind(x: torch.Tensor) -> torch.dtype:
@@ -73,12 +73,12 @@ def _adapted(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, 
 
 
 def _lora_back(
-    grown: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
+    grad_output: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(gradient by low, by A, by B)`; the latter two float32."""
-    exact = grown.reshape(-1, grown.shape[-1]).to(low.dtype)
-    by_low = (B.T.to(low.dtype) @ exact.T).mul_(scale).T
-    return by_low, _summed(by_low.T, flat.to(low.dtype)), _summed(low.T, exact).mul_(scale).T
+    exact = grad_output.reshape(-1, grad_output.shape[-1]).to(low.dtype)
+    grad_low = (B.T.to(low.dtype) @ exact.T).mul_(scale).T
+    return grad_low, _summed(grad_low.T, flat.to(low.dtype)), _summed(low.T, exact).mul_(scale).T
 
 
 def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -87,11 +87,11 @@ def _summed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _base_back(
-    grown: torch.Tensor, by_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
+    grad_output: torch.Tensor, grad_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """The gradient by x [N, in]."""
-    by_x = back(grown.reshape(-1, grown.shape[-1]), frozen_weight(base), dtype).to(by_low.dtype)
-    return by_x.addmm_(by_low, A.to(by_low.dtype))
+    grad_x = back(grad_output.reshape(-1, grad_output.shape[-1]), frozen_weight(base), dtype).to(grad_low.dtype)
+    return grad_x.addmm_(grad_low, A.to(grad_low.dtype))
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -106,8 +106,8 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
         (weight,) = ctx.saved_tensors
-        by_x = back(outputs[0].flatten(0, -2), weight, outputs[0].dtype).view(*outputs[0].shape[:-1], -1)
-        return by_x.to(outputs[0].dtype), None, None
+        grad_x = back(outputs[0].flatten(0, -2), weight, outputs[0].dtype).view(*outputs[0].shape[:-1], -1)
+        return grad_x.to(outputs[0].dtype), None, None
 
 
 def frozen_weight(base: Any) -> torch.Tensor:
@@ -163,14 +163,14 @@ class GatedDown(torch.autograd.Function):
         gate, up, low, A, B = ctx.saved_tensors
         activation = _activation(gate, ctx.gelu)
         inner = (activation * up).flatten(0, -2)
-        by_low, by_A, by_B = _lora_back(outputs[0], inner, low, B, ctx.scale)
+        grad_low, grad_A, grad_B = _lora_back(outputs[0], inner, low, B, ctx.scale)
         del inner
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return None, None, None, None, by_A, by_B, None, None
-        by_inner = _base_back(outputs[0], by_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
+            return None, None, None, None, grad_A, grad_B, None, None
+        by_inner = _base_back(outputs[0], grad_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
         by_up = activation.mul_(by_inner)
         by_gate = _gate_back(by_inner.mul_(up), gate, ctx.gelu)
-        return by_gate, by_up, None, None, by_A, by_B, None, None
+        return by_gate, by_up, None, None, grad_A, grad_B, None, None
 
 
 def _gate_back(by_activation: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from common.backend import IGNORE, Batch
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
 from torch_backend.attention import Rows
-from torch_backend.loss import Laid
+from torch_backend.loss import PackedBatch
 
 _KEPT = 64  # graphs at the most; the one used longest ago goes
 
@@ -54,17 +54,17 @@ def filled(batch: Batch, shape: tuple[int, int, int, int]) -> np.ndarray:
     ).astype(np.int64)
 
 
-def laid(memory: torch.Tensor, shape: tuple[int, int, int, int]) -> Laid:
+def laid(memory: torch.Tensor, shape: tuple[int, int, int, int]) -> PackedBatch:
     """`filled`'s array as what the model reads."""
     tokens, labels, rows, width = shape
     ids, positions, chosen, right, bounds = memory.split([tokens, tokens, labels, labels, rows + 2])
-    return Laid(ids, positions, chosen, right, Rows(rows + 1, width, None, bounds.to(torch.int32)))
+    return PackedBatch(ids, positions, chosen, right, Rows(rows + 1, width, None, bounds.to(torch.int32)))
 
 
 class Graphs:
     """`run(batch)`: what `step(laid)` does, which may allocate but must not wait for the device."""
 
-    def __init__(self, step: Callable[[Laid], None], device: torch.device) -> None:
+    def __init__(self, step: Callable[[PackedBatch], None], device: torch.device) -> None:
         self.step, self.device = step, device
         self.graphs: dict[tuple[int, int, int, int], tuple[torch.Tensor, Any]] = {}
         self.pool: Any = None

@@ -38,10 +38,10 @@ class RMSNorm(torch.autograd.Function):
         if x.is_cuda:
             given = (outputs[0].to(weight.dtype), x.to(weight.dtype), weight.shape, factor, weight)
             return _aten._fused_rms_norm_backward(*given, [True, False])[0].to(x.dtype), None, None, None
-        grown = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
+        grad_output = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
         straight = x.float() * factor
-        along = torch.linalg.vecdot(grown, straight).unsqueeze(-1).div_(x.shape[-1])
-        return grown.sub_(straight.mul_(along)).mul_(factor).to(x.dtype), None, None, None
+        along = torch.linalg.vecdot(grad_output, straight).unsqueeze(-1).div_(x.shape[-1])
+        return grad_output.sub_(straight.mul_(along)).mul_(factor).to(x.dtype), None, None, None
 
 
 class Rope(torch.autograd.Function):

@@ -53,10 +53,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = upright(part, weight, memory)  # [V, n]
             if divisor != 1.0:
                 logits /= divisor
-            slope = None
+            derivative = None
             if cap:
                 logits = logits.div_(cap).tanh_()
-                slope = logits.square().neg_().add_(1) if wanted else None
+                derivative = logits.square().neg_().add_(1) if wanted else None
                 logits *= cap
             logits -= logits.amax(0)
             total -= (logits.gather(0, right) * kept).sum()
@@ -66,30 +66,30 @@ class LinearCrossEntropy(torch.autograd.Function):
                 continue
             logits *= kept / sums
             logits[right[0], torch.arange(len(part), device=right.device)] -= kept[0]
-            if slope is not None:
-                logits *= slope
+            if derivative is not None:
+                logits *= derivative
             if divisor != 1.0:
                 logits /= divisor
             gradient[start : start + chunk] = back(logits.T, weight, hidden.dtype)  # type: ignore[index]
             if trained:
                 weight_gradient += (logits.to(weight.dtype) @ part).float()  # type: ignore[operator]
-            del slope  # or the next chunk's would stand beside it
+            del derivative  # or the next chunk's would stand beside it
         ctx.save_for_backward(gradient, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (grown,) = outputs
+        (grad_output,) = outputs
         gradient, weight_gradient = ctx.saved_tensors
         return (
-            None if gradient is None else (gradient.float() * grown).to(gradient.dtype),
-            None if weight_gradient is None else (weight_gradient * grown).to(gradient.dtype),
+            None if gradient is None else (gradient.float() * grad_output).to(gradient.dtype),
+            None if weight_gradient is None else (weight_gradient * grad_output).to(gradient.dtype),
             *(None,) * 4,
         )
 
 
 @dataclass(frozen=True)
-class Laid:
+class PackedBatch:
     """A micro-batch with its rows end to end, as int64 tensors on the device; graphs round all its sizes up."""
 
     ids: torch.Tensor  # [tokens]
@@ -99,25 +99,25 @@ class Laid:
     rows: Rows
 
 
-def lay(batch: Batch, device: torch.device, flash: bool, multiple: int = 1) -> Laid:
+def lay(batch: Batch, device: torch.device, flash: bool, multiple: int = 1) -> PackedBatch:
     """multiple: of which tokens, labels and the width are made multiples, by what adds nothing to the loss."""
     real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
     labels = batch.labels[real]
-    labelled = (labels != IGNORE).nonzero()[0]
+    labeled = (labels != IGNORE).nonzero()[0]
     row, column = real.nonzero()
     more = np.arange(-len(row) % multiple)  # the last row goes on: nothing before them sees these
-    left = np.arange(-len(labelled) % multiple)
+    left = np.arange(-len(labeled) % multiple)
     row, column = np.append(row, np.full_like(more, row[-1])), np.append(column, batch.lengths[-1] + more)
     ids = to_device(np.append(batch.input_ids[real], np.zeros_like(more)), device)
     positions = to_device(column, device)
-    chosen = to_device(np.append(labelled, np.zeros_like(left)), device)
-    right = to_device(np.append(labels[labelled], np.full_like(left, IGNORE)), device)
+    chosen = to_device(np.append(labeled, np.zeros_like(left)), device)
+    right = to_device(np.append(labels[labeled], np.full_like(left, IGNORE)), device)
     count, width = len(batch.lengths), -(-int(column.max() + 1) // multiple) * multiple
     if flash:
-        return Laid(ids, positions, chosen, right, Rows(count, width, None, bounds(batch.lengths, device)))
+        return PackedBatch(ids, positions, chosen, right, Rows(count, width, None, bounds(batch.lengths, device)))
     places = row * width + column
     rows = Rows(count, width, None if len(places) == count * width else to_device(places, device))
-    return Laid(ids, positions, chosen, right, rows)
+    return PackedBatch(ids, positions, chosen, right, rows)
 
 
 def loss_sum(
@@ -134,7 +134,7 @@ def loss_sum(
     return torch.stack(parts).sum()
 
 
-def loss_of(model: Any, laid: Laid, chunk: int) -> torch.Tensor:
+def loss_of(model: Any, laid: PackedBatch, chunk: int) -> torch.Tensor:
     found = model.model(
         input_ids=laid.ids[None], position_ids=laid.positions[None], use_cache=False, rows=laid.rows
     ).last_hidden_state[0]

@@ -79,15 +79,15 @@ def upright(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.T
     return result
 
 
-def back(grown: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`grown @ weight` for grown [N, out]; float32 where the weight is widened, else in the weight's type.
+def back(grad_output: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`grad_output @ weight` for grad_output [N, out]; float32 where the weight is widened, else in the weight's type.
 
     dtype: of the activations.
     """
     if not widened(weight, dtype):
-        return grown.to(weight.dtype) @ weight
-    grown = grown.float()
-    result = grown.new_zeros(len(grown), weight.shape[1])
+        return grad_output.to(weight.dtype) @ weight
+    grad_output = grad_output.float()
+    result = grad_output.new_zeros(len(grad_output), weight.shape[1])
     for block, wide in _blocks(weight):
-        result.addmm_(grown[:, block], wide)
+        result.addmm_(grad_output[:, block], wide)
     return result

@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from common.models.families import text_config
 from common.models.resolve import stored_type
-from common.system.memory import give_back
+from common.system.memory import release_pages
 from torch_backend.attention import register
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
@@ -82,7 +82,7 @@ def convert(model: Any, dtype: torch.dtype, hold: bool) -> None:
         rows = max(1, _BLOCK // max(1, stored[0].numel()))
         for start in range(0, len(stored), rows):
             wide[start : start + rows] = stored[start : start + rows]
-            give_back(stored[start : start + rows])
+            release_pages(stored[start : start + rows])
         parameter.data = wide
     model.config.dtype = dtype
     embed = model.get_input_embeddings()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.system.memory import give_back
+from common.system.memory import release_pages
 
 
 def quantization_config(scheme: str) -> Any:
@@ -32,7 +32,7 @@ def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         made = Linear4bit(module.in_features, module.out_features, False, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(stored.to(dtype), requires_grad=False, quant_type="nf4").to(device)
         made.bias = module.bias
-        give_back(stored)
+        release_pages(stored)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
     model.is_loaded_in_4bit = True  # what PEFT looks for

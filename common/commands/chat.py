@@ -14,13 +14,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from common.backend import Backend
+from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
 from common.errors import UserError
-from common.inference.backend_chat import Voice
-from common.inference.chat_models import Kind, Voices, choose, opened
+from common.inference.backend_chat import ChatModel
+from common.inference.chat_models import ChatModels, Kind, choose, opened
 from common.inference.prompts import system_text
 from common.sampling import Sampling
 from common.system.cache import cache_folder
@@ -40,10 +40,10 @@ def shown(text: str) -> str:
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """The turns so far; every command is a method that takes the rest of its line. A UserError changes nothing."""
 
-    voices: Voices
+    models: ChatModels
     sampling: Sampling
     display: Display
     system: str | None = None
@@ -82,7 +82,7 @@ class Talk:
         asked = {"role": "user", "content": question}
         text, finish = "", None
         try:
-            with closing(self.voices.tuned.answer([*self.said(), asked], self.sampling, ())) as pieces:
+            with closing(self.models.tuned.answer([*self.said(), asked], self.sampling, ())) as pieces:
                 for piece, end in pieces:
                     text, finish = text + piece, end
                     self.display.console.out(shown(piece), end="", highlight=False)
@@ -150,14 +150,14 @@ class Talk:
         asked = {"role": "user", "content": rest} if rest else self.turns[questions[-1]]
         before = self.turns if rest else self.turns[: questions[-1]]
         messages = [*self.said()[: len(self.said()) - len(self.turns)], *before, asked]
-        columns: list[tuple[Voice, str]] = [(self.voices.base(), ""), (self.voices.tuned, "")]
+        columns: list[tuple[ChatModel, str]] = [(self.models.base(), ""), (self.models.tuned, "")]
         finish = None
         with self._side_by_side(columns) as update:
             try:
-                for number, (voice, _) in enumerate(columns):
-                    with closing(voice.answer(messages, self.sampling, ())) as pieces:
+                for number, (model, _) in enumerate(columns):
+                    with closing(model.answer(messages, self.sampling, ())) as pieces:
                         for piece, end in pieces:
-                            columns[number], finish = (voice, columns[number][1] + piece), end
+                            columns[number], finish = (model, columns[number][1] + piece), end
                             update()
             except KeyboardInterrupt:
                 finish = "interrupted"
@@ -165,11 +165,11 @@ class Talk:
             self._keep(asked, columns[1][1], finish)
 
     @contextmanager
-    def _side_by_side(self, columns: list[tuple[Voice, str]]) -> Iterator[Callable[[], None]]:
+    def _side_by_side(self, columns: list[tuple[ChatModel, str]]) -> Iterator[Callable[[], None]]:
         def table() -> Table:
             made = Table(expand=True)
-            for voice, _ in columns:
-                made.add_column(voice.name, ratio=1, overflow="fold")
+            for model, _ in columns:
+                made.add_column(model.name, ratio=1, overflow="fold")
             made.add_row(*(Text(shown(text)) for _, text in columns))
             return made
 
@@ -196,22 +196,20 @@ def chat(
     quant: str | None,
     system: str | None,
     system_file: Path | None,
-    context: int,
-    llama_cpp: str | None,
+    length: int,
     sampling: Sampling,
-    make_backend: Callable[[str], Backend],
-    display: Display,
+    context: Context,
 ) -> None:
-    """Talk until Ctrl-D. Raises UserError before anything is loaded where something is missing."""
+    """A chat session until Ctrl-D. Raises UserError before anything is loaded where something is missing."""
     sampling.check()
     target, text = choose(run, kind, quant), system_text(system, system_file)
-    with _ended_by_signal(), opened(target, context, llama_cpp, make_backend, display) as voices:
-        talk = Talk(voices, sampling, display, text)
-        display.say(f"{voices.tuned.name}; /help lists the commands, Ctrl-D ends")
+    with _ended_by_signal(), opened(target, context, length) as models:
+        talk = ChatSession(models, sampling, context.display, text)
+        context.display.say(f"{models.tuned.name}; /help lists the commands, Ctrl-D ends")
         converse(talk, _reader())
 
 
-def converse(talk: Talk, read: Callable[[], str]) -> None:
+def converse(talk: ChatSession, read: Callable[[], str]) -> None:
     """Line after line; a fault is told and the talk goes on."""
     while True:
         try:

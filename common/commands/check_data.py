@@ -6,7 +6,7 @@ import numpy as np
 from rich.text import Text
 
 from common.data.dataset import Example
-from common.data.encode import Encoded, Encoder, Style, load_tokenizer
+from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import check_fields, load_data
 from common.data.quality import suspicious
 from common.data.truncation import encode_all, fit
@@ -20,7 +20,7 @@ _SHOWN_ROWS = 3
 
 
 def check_data(options: Options, explain: int | None, display: Display) -> None:
-    """Print shapes, counts, length percentiles, suspicious and long rows, and three rows with labels coloured.
+    """Print shapes, counts, length percentiles, suspicious and long rows, and three rows with labels colored.
 
     `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
@@ -28,7 +28,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     source, max_length = options.data or "", options.max_length
     data = load_data(source, options.valid_share, options.seed, options.field)
     tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)
-    encoder = Encoder(tokenizer, Style(options.train_on, options.thinking))
+    encoder = Encoder(tokenizer, MaskingOptions(options.train_on, options.thinking))
     if explain is not None:
         explain_row(data.train, explain, encoder, display)
         return
@@ -65,12 +65,12 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         display.table(f"Rows longer than {max_length} tokens", ["row", "tokens", "in training"], long)
     for row in shown:
         display.console.print(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
-        display.console.print(coloured(row, tokenizer))
+        display.console.print(colored(row, tokenizer))
     display.console.print(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
 
 
-def coloured(row: Encoded, tokenizer: Any) -> Text:
-    """The rendered row, its labelled tokens on green (in brackets where there is no colour)."""
+def colored(row: Encoded, tokenizer: Any) -> Text:
+    """The rendered row, its labeled tokens on green (in brackets where there is no color)."""
     text = Text()
     edges = np.flatnonzero(np.diff(row.mask.astype(np.int8))) + 1
     for part in np.split(np.arange(len(row.ids)), edges):
@@ -114,7 +114,7 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
     encoding = encoder.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
     starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
     trained = encoder.trained(example, conversation)
-    reasons = [encoder.unlabelled_reason] * len(starts)
+    reasons = [encoder.unlabeled_reason] * len(starts)
     for turn in conversation.turns:
         name = f"turn {turn.message + 1}"
         for at in np.flatnonzero((starts >= turn.start) & (starts < turn.end)):

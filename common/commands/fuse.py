@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from common import run_record
-from common.backend import Adapter, Backend
+from common.backend import Adapter
 from common.commands.example_score import score
+from common.context import Context
 from common.data.load import data_of
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
-from common.export.fused_folder import Served, trained_bytes, write_fused
+from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
 from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
 from common.export.mlx import write_mlx
@@ -38,18 +39,19 @@ from common.training.metrics import timed
 from common.verify.verify import verdict, verify_held
 
 
-def fuse_run(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> None:
+def fuse_run(run: Path, options: dict[str, Any], context: Context) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter."""
     run_record.read_complete(run)
     with held(run):
-        merged = _fuse_held(run, options, make_backend, display)
+        merged = _fuse_held(run, options, context)
     if merged.push:
-        push(run, merged.push, None, not merged.push_public, False, display)
+        push(run, merged.push, None, not merged.push_public, False, context.display)
 
 
-def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str], Backend], display: Display) -> Options:
+def _fuse_held(run: Path, options: dict[str, Any], context: Context) -> Options:
+    display = context.display
     known = run_record.read_complete(run, "options", "model_hash", "stop_ids", "sample_prompt")
-    say_llama(known, options.get("llama_cpp"), display)
+    say_llama(known, context.llama_cpp, display)
     if options.get("fuse_into") and known["options"].get("quantization", "none") == "none":
         raise UserError(
             f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
@@ -79,12 +81,12 @@ def _fuse_held(run: Path, options: dict[str, Any], make_backend: Callable[[str],
     warn_of_memory(after, display)
     llama = tools_for(merged, final.method, folder, display)
     template = run / TEMPLATE
-    served = Served(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
-    finish(ExportJob(run, folder, final, merged, served, llama, {}, display), make_backend)
+    served = ServingConfig(known["stop_ids"], template.read_text(encoding="utf-8") if template.exists() else None)
+    finish(ExportJob(run, folder, final, merged, served, llama, {}, context))
     return merged
 
 
-def finish(job: ExportJob, make_backend: Callable[[str], Backend]) -> None:
+def finish(job: ExportJob) -> None:
     """Make what --export asks for and, for the built-in example, count; recorded in run.json."""
     run, options, display = job.run, job.options, job.display
     through, meter = (
@@ -93,7 +95,7 @@ def finish(job: ExportJob, make_backend: Callable[[str], Backend]) -> None:
     )
     terms = _record_base(job)
     if "fuse" in through:
-        _write_fused(job, meter, make_backend)
+        _write_fused(job, meter)
     if "convert" in through and job.llama is not None:
         write_ggufs(job, job.llama, meter)
         with timed(job.seconds, "try"):
@@ -103,7 +105,7 @@ def finish(job: ExportJob, make_backend: Callable[[str], Backend]) -> None:
     if "mlx" in through:
         _write_mlx(job, meter)
     _write_documents(job, terms)
-    broken = "convert" in through and not _proven(job, meter, make_backend)
+    broken = "convert" in through and not _proven(job, meter)
     if through:
         job.keep(stages=job.kept().get("stages", {}) | meter.record())
     if "convert" in through and job.llama is not None and is_example(options.data):
@@ -132,11 +134,11 @@ def _record_base(job: ExportJob) -> Terms:
     return terms
 
 
-def _write_fused(job: ExportJob, meter: StageMeter, make_backend: Callable[[str], Backend]) -> None:
+def _write_fused(job: ExportJob, meter: StageMeter) -> None:
     out = job.run / "fused"
     with (
         meter.stage("fuse", out),
-        _replaced(job, make_backend) as replaced,
+        _replaced(job) as replaced,
         job.display.stage("fuse") as progress,
     ):
         write_fused(job.folder, job.final, out, job.served, progress, replaced)
@@ -166,14 +168,14 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
         write_card(job.run, job.run / "fused" / "README.md", parts)
 
 
-def _proven(job: ExportJob, meter: StageMeter, make_backend: Callable[[str], Backend]) -> bool:
+def _proven(job: ExportJob, meter: StageMeter) -> bool:
     """Verify the GGUFs unless the user said no, and remove the bf16 one where it was not asked for."""
     whole = job.run / "gguf" / WHOLE
     try:
         if job.options.no_verify:
             return True
         with meter.stage("verify", job.run / "gguf" / "none"):
-            checks = verify_held(job.run, make_backend, job.display, whole, job.options.llama_cpp)
+            checks = verify_held(job.run, job.context, whole)
         return verdict(checks) != "broken"
     finally:
         if str(whole.relative_to(job.run)) not in [report["file"] for report in job.kept()["gguf"]]:
@@ -205,14 +207,14 @@ def _closing(run: dict[str, Any], seconds: dict[str, float], display: Display) -
 
 
 @contextmanager
-def _replaced(job: ExportJob, make_backend: Callable[[str], Backend]) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
+def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     """What stands in for the 16-bit base's weights: nothing, or with --fuse-into dequantized those trained over."""
     run, folder, display = job.run, job.folder, job.display
     recipe = run_record.read_recipe(run)
     if recipe.quantization == "none":
         yield {}
     elif source(folder) is not None:
-        display.say(f"The adapter goes into the model's dequantised {recipe.quantization} weights: it has no others.")
+        display.say(f"The adapter goes into the model's dequantized {recipe.quantization} weights: it has no others.")
         yield {}
     elif job.options.fuse_into != "dequantized":
         display.say(
@@ -221,13 +223,13 @@ def _replaced(job: ExportJob, make_backend: Callable[[str], Backend]) -> Iterato
         )
         yield {}
     else:
-        display.say(f"The adapter goes into the dequantised {recipe.quantization} weights that it was trained over.")
+        display.say(f"The adapter goes into the dequantized {recipe.quantization} weights that it was trained over.")
         plan = run_record.read_plan(run)
         if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
             raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
         choose_backend(plan.backend)  # a run may have come from another machine
         device = choose_device("auto", plan.backend).value
-        backend, _ = loaded(make_backend, recipe, plan.model_copy(update={"device": device}), folder, job.final)
+        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), folder, job.final)
         try:
             yield backend.dequantized()
         finally:

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common.backend import Backend, Progress
+from common.backend import Progress
+from common.context import Context
 from common.data.dataset import Example
-from common.display import Display
 from common.errors import UserError
-from common.inference.backend_chat import Voice
+from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Kind, Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
 from common.sampling import Sampling
@@ -28,18 +28,17 @@ def generate(
     quant: str | None,
     system: str | None,
     system_file: Path | None,
-    context: int,
+    length: int,
     slots: int,
-    llama_cpp: str | None,
     sampling: Sampling,
-    make_backend: Callable[[str], Backend],
-    display: Display,
+    context: Context,
 ) -> None:
     """Write `out`, whole or not at all. A stopped job goes on from `out`.part when the same is asked again.
 
     slots: answers that llama.cpp writes at once. Raises UserError before anything is loaded where something is missing.
     """
     sampling.check()
+    display = context.display
     if slots < 1:
         raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
     target, rows = choose(run, kind, quant), read_prompts(prompts, system_text(system, system_file))
@@ -52,13 +51,13 @@ def generate(
     if target.kind != "gguf":
         slots = 1
     part = out.with_name(f"{out.name}.part")
-    done = _begun(part, _asked_for(target, rows, sampling, context))
+    done = _begun(part, _asked_for(target, rows, sampling, length))
     if len(done) > 1:
         display.say(f"{part}: {len(done) - 1} of {len(rows)} answers are there already")
     left = [number for number in range(len(rows)) if number not in done]
     if left:
         with (
-            opened(target, context, llama_cpp, make_backend, display, slots, _FLAGS) as voices,
+            opened(target, context, length, slots, _FLAGS) as models,
             display.stage("answers") as progress,
             part.open("a", encoding="utf-8") as file,
         ):
@@ -68,7 +67,7 @@ def generate(
                 file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
                 file.flush()
 
-            _ask_all(voices.tuned, rows, left, sampling, slots, keep, progress)
+            _ask_all(models.tuned, rows, left, sampling, slots, keep, progress)
     lines = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in range(len(rows))]
     temporary = out.with_name(f"{out.name}.tmp")
     temporary.write_text("".join(lines), encoding="utf-8")
@@ -82,7 +81,7 @@ _FLAGS = ("--reasoning-format", "none", "--skip-chat-parsing")  # a tool call is
 
 
 def _ask_all(
-    voice: Voice,
+    model: ChatModel,
     rows: list[Example],
     left: list[int],
     sampling: Sampling,
@@ -94,7 +93,7 @@ def _ask_all(
 
     def ask(number: int) -> dict[str, Any]:
         row, text, finish = rows[number], "", None
-        with closing(voice.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
+        with closing(model.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
             for piece, end in pieces:
                 text, finish = text + piece, end
         whole = {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish}
@@ -115,11 +114,11 @@ def _ask_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _asked_for(target: Target, rows: list[Example], sampling: Sampling, context: int) -> str:
+def _asked_for(target: Target, rows: list[Example], sampling: Sampling, length: int) -> str:
     """A hash of all that makes the answers: a part of other ones is no beginning of these."""
     file = target.path if target.kind == "gguf" else target.run / "run.json"
     model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    asked = [model, asdict(sampling), context, [[row.messages, row.tools] for row in rows]]
+    asked = [model, asdict(sampling), length, [[row.messages, row.tools] for row in rows]]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -1,20 +1,21 @@
 """`plan`: what `train` would take of memory and time, before anything is trained."""
 
 import time
-from collections.abc import Callable
 
-from common.backend import Backend, OutOfMemory
+from common.backend import OutOfMemory
 from common.commands.prepare import Job, prepare
+from common.context import Context
 from common.data.batching import micro_batches, step_rows
-from common.display import Display, gigabytes
+from common.display import gigabytes
 from common.models.load import loaded
 from common.options import Options
 from common.training.planner import described, largest
 
 
-def estimate_run(options: Options, probe: bool, make_backend: Callable[[str], Backend], display: Display) -> None:
+def estimate_run(options: Options, probe: bool, context: Context) -> None:
     """Print prediction, its parts, the plan, what would fit at the most and, after a probe, the time."""
-    job = prepare(options.model_copy(update={"export": "none", "push": None}), None, display)
+    display = context.display
+    job = prepare(options.model_copy(update={"export": "none", "push": None}), None, context)
     chosen, recipe, plan = job.chosen, job.recipe, job.plan
     rows = [[name, gigabytes(size)] for name, size in chosen.prediction.parts.items()]
     rows.append(["predicted peak", gigabytes(chosen.prediction.peak)])
@@ -34,16 +35,16 @@ def estimate_run(options: Options, probe: bool, make_backend: Callable[[str], Ba
         "plan": plan.model_dump(),
     }
     if probe:
-        event |= _probe(job, make_backend, display)
+        event |= _probe(job, context)
     display.event("plan", **event, largest_micro_batch_rows=batch, largest_row_tokens=length)
 
 
-def _probe(job: Job, make_backend: Callable[[str], Backend], display: Display) -> dict[str, float]:
+def _probe(job: Job, context: Context) -> dict[str, float]:
     """Two steps of the real rows; the second, which finds everything warm, is the measure. Nothing is kept."""
-    recipe, plan = job.recipe, job.plan
+    recipe, plan, display = job.recipe, job.plan, context.display
     started = time.perf_counter()
     with display.stage("load the model"):
-        backend, _ = loaded(make_backend, recipe, plan, job.trained_over, job.start)
+        backend, _ = loaded(context, recipe, plan, job.training_base, job.start)
     seconds, tokens = time.perf_counter() - started, 0
     try:
         with display.stage("probe: two steps") as progress:

@@ -8,16 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from common.backend import Adapter, Progress
+from common.context import Context
 from common.data.batching import steps_per_epoch
-from common.data.dataset import Data, Example, data_hash, prompt_of, said
-from common.data.encode import Encoded, Encoder, Style, exported_template, load_tokenizer, stop_ids, template_hash
+from common.data.dataset import Dataset, Example, data_hash, prompt_of, said
+from common.data.encode import (
+    Encoded,
+    Encoder,
+    MaskingOptions,
+    exported_template,
+    load_tokenizer,
+    stop_ids,
+    template_hash,
+)
 from common.data.load import check_fields, load_data
 from common.data.quality import suspicious
-from common.data.truncation import Fitted, encode_all, fit
+from common.data.truncation import FittedRows, encode_all, fit
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
-from common.export.fused_folder import Served, checkpoints_disk, trained_bytes
+from common.export.fused_folder import ServingConfig, checkpoints_disk, trained_bytes
 from common.export.mlx import check_installed
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push
@@ -43,7 +52,7 @@ from common.system.hardware import (
     quantization_scheme,
 )
 from common.training.metrics import timed
-from common.training.planner import Chosen, choose
+from common.training.planner import ChosenPlan, choose
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Base:
     """The base model, looked at but not loaded."""
 
     folder: Path  # in 16 or 32 bits
-    trained_over: Path  # what the backend loads: the same, or a ready-made quantized one
+    training_base: Path  # what the backend loads: the same, or a ready-made quantized one
     scheme: str
     shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
     given: Adapter | None  # --adapter
@@ -72,9 +81,9 @@ class Base:
 class Tokenized:
     """The rows as ids and label masks, within --max-length. stops: the ids that end trained turns."""
 
-    data: Data
-    train: Fitted
-    valid: Fitted
+    data: Dataset
+    train: FittedRows
+    valid: FittedRows
     stops: list[int]
     template: str | None  # that serves the model as it is trained; of plain text there is none
 
@@ -86,16 +95,16 @@ class Job:
     options: Options
     run: Path
     folder: Path  # the base model in 16 or 32 bits
-    trained_over: Path  # what the backend loads: the same, or a ready-made quantized one
+    training_base: Path  # what the backend loads: the same, or a ready-made quantized one
     recipe: Recipe
-    chosen: Chosen
+    chosen: ChosenPlan
     config: dict[str, Any]  # the language model's, normalized
     hardware: Hardware
     train: list[Encoded]
     valid: list[Encoded]
     start: Adapter | None  # None: every weight is trained
     llama: LlamaCpp | None
-    served: Served
+    served: ServingConfig
     sample: list[dict[str, Any]]  # a prompt to try the result with; of plain text there is none
     sample_tokens: int  # of the row that the prompt is from
 
@@ -104,15 +113,16 @@ class Job:
         return self.chosen.plan
 
 
-def prepare(options: Options, resumed: Path | None, display: Display, seconds: dict[str, float] | None = None) -> Job:
+def prepare(options: Options, resumed: Path | None, context: Context, seconds: dict[str, float] | None = None) -> Job:
     """Everything that could go wrong later is looked at here, cheapest first. `seconds` gets what tokenizing took."""
     seconds = {} if seconds is None else seconds
+    display = context.display
     _check_request(options, display)
     hardware = choose_hardware(options, display)
     run = resumed or _output(options, hardware.backend.value)
     data = _read_data(options, display)
     base = _look_at_base(options, hardware, display)
-    with timed(seconds, "tokenise"), display.stage("read the data") as progress:
+    with timed(seconds, "tokenize"), display.stage("read the data") as progress:
         rows = _tokenize(options, data, base.tokenizer, progress)
     _report_rows(options, rows, display)
     with display.stage("hash the model") as progress:
@@ -137,7 +147,7 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
         options=options,
         run=run,
         folder=base.folder,
-        trained_over=base.trained_over,
+        training_base=base.training_base,
         recipe=recipe,
         chosen=chosen,
         config=config,
@@ -146,7 +156,7 @@ def prepare(options: Options, resumed: Path | None, display: Display, seconds: d
         valid=rows.valid.rows,
         start=start,
         llama=llama,
-        served=Served(rows.stops, rows.template),
+        served=ServingConfig(rows.stops, rows.template),
         sample=sample,
         sample_tokens=sample_tokens,
     )
@@ -185,7 +195,7 @@ def choose_hardware(options: Options, display: Display) -> Hardware:
     return Hardware(backend, device, precision, scheme)
 
 
-def _read_data(options: Options, display: Display) -> Data:
+def _read_data(options: Options, display: Display) -> Dataset:
     check_fields(options.field)
     source = options.data or ""
     data = load_data(source, options.valid_share, options.seed, options.field)
@@ -199,14 +209,14 @@ def _read_data(options: Options, display: Display) -> Data:
 
 def _look_at_base(options: Options, hardware: Hardware, display: Display) -> Base:
     folder = resolve(options.model or "", display.say)
-    trained_over, scheme = _ready_made(options, folder, hardware.backend.value, hardware.scheme, display)
+    training_base, scheme = _ready_made(options, folder, hardware.backend.value, hardware.scheme, display)
     shapes = linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
-    return Base(folder, trained_over, scheme, shapes, given, load_tokenizer(folder, options.chat_template))
+    return Base(folder, training_base, scheme, shapes, given, load_tokenizer(folder, options.chat_template))
 
 
-def _tokenize(options: Options, data: Data, tokenizer: Any, progress: Progress) -> Tokenized:
-    style = Style(options.train_on, options.thinking)
+def _tokenize(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> Tokenized:
+    style = MaskingOptions(options.train_on, options.thinking)
     encoder = Encoder(tokenizer, style)
     train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
     fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (train, valid))
@@ -220,8 +230,8 @@ def _report_rows(options: Options, rows: Tokenized, display: Display) -> None:
     parts = rows.train, rows.valid
     for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
         display.say(f"{count} rows: {note}")
-    if unlabelled := rows.train.unlabelled + rows.valid.unlabelled:
-        display.warn(f"{len(unlabelled)} rows are left out, nothing in them is trained: {unlabelled[0].source} ...")
+    if unlabeled := rows.train.unlabeled + rows.valid.unlabeled:
+        display.warn(f"{len(unlabeled)} rows are left out, nothing in them is trained: {unlabeled[0].source} ...")
     if not rows.train.rows and not rows.train.dropped:
         raise UserError(
             f"--train-on {options.train_on}: nothing in {options.data} is trained.",
@@ -279,7 +289,7 @@ def _plan(options: Options, hardware: Hardware, recipe: Recipe, rows: Tokenized)
     )
 
 
-def _sample_prompt(*parts: tuple[list[Example], Fitted]) -> tuple[list[dict[str, Any]], int]:
+def _sample_prompt(*parts: tuple[list[Example], FittedRows]) -> tuple[list[dict[str, Any]], int]:
     """`(the prompt of the first chat row that was kept complete, the tokens of that row)`; `([], 0)` without one."""
     for examples, fitted in parts:
         by_source = {example.source: example for example in examples}
@@ -295,16 +305,16 @@ _RESOLVED = {"model", "data", "targets", "precision", "quantization", "steps", "
 
 
 def _ready_made(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
-    """`(what the backend loads, the scheme)`: MLX's own quantised weights where the model has come in them."""
+    """`(what the backend loads, the scheme)`: MLX's own quantized weights where the model has come in them."""
     if (found := source(folder)) is None:
         return folder, scheme
     ready, known = found
     if options.method == "full":
-        raise UserError(f"--method full: {options.model} is quantised ({known}).", "Give the 16-bit model.")
+        raise UserError(f"--method full: {options.model} is quantized ({known}).", "Give the 16-bit model.")
     if options.fuse_into == "base":
         raise UserError(f"--fuse-into base: {options.model} has no 16-bit weights.", "Leave --fuse-into out.")
     if backend != "mlx":
-        display.warn(f"{options.model} is quantised by MLX ({known}); torch trains over its weights in 16 bits")
+        display.warn(f"{options.model} is quantized by MLX ({known}); torch trains over its weights in 16 bits")
         return folder, scheme
     if options.quantization not in ("none", known.split("-")[1]):
         raise UserError(f"--quantization {options.quantization}: the model is {known} already.", "Leave it out.")

@@ -6,6 +6,7 @@ import os
 import shlex
 from pathlib import Path
 
+from common.context import Context
 from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import choose, llama_of
@@ -22,26 +23,25 @@ def serve(
     quant: str | None,
     host: str,
     port: int,
-    context: int,
+    length: int,
     slots: int,
-    llama_cpp: str | None,
     api_key: str | None,
     no_auth: bool,
-    display: Display,
+    context: Context,
 ) -> None:
     """Until Ctrl-C. Raises UserError where the run has no GGUF, the port is taken, or the server dies; and where others
     than this machine could reach it without a key, unless `no_auth`."""
-    target = choose(run, None, quant)
+    display, target = context.display, choose(run, None, quant)
     if target.kind != "gguf":
         raise UserError(f"{run} is no GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file.")
-    if context < 1 or slots < 1:
+    if length < 1 or slots < 1:
         raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
     key = key_of(host, api_key, no_auth)
     free_port(host, port)
-    llama = llama_of(target, llama_cpp, display)
+    llama = llama_of(target, context)
     if not is_loopback(host) and key is None:
         display.warn(f"--host {host} --no-auth: whoever reaches this machine over the network can use the model")
-    with Server(llama, target.path, context, slots, host=host, port=port, flags=_flags(llama, display), key=key) as up:
+    with Server(llama, target.path, length, slots, host=host, port=port, flags=_flags(llama, display), key=key) as up:
         url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
         head = "-H 'Content-Type: application/json'"

@@ -11,13 +11,14 @@ from common import run_record
 from common.backend import Adapter, Backend, Memory, ModelInfo
 from common.commands.fuse import finish, record_seconds
 from common.commands.prepare import Job, check_unused, free_name, prepare
+from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import push
-from common.inference.backend_chat import trained_voice
+from common.inference.backend_chat import backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import TEMPLATE, loaded, say_llama
 from common.models.lora_init import validate
@@ -37,26 +38,27 @@ from common.training.planner import described
 _PLAN = "what changes only speed and memory"
 
 
-def run_training(options: Options, make_backend: Callable[[str], Backend], display: Display) -> Path:
+def run_training(options: Options, context: Context) -> Path:
     """The whole of `train`. Raises UserError, or Interrupted after a saved stop. Returns the run folder."""
     seconds: dict[str, float] = {}
+    display = context.display
     with ExitStack() as lock:
         resumed = Path(options.resume) if options.resume else None
         if resumed:
             known = run_record.read_run(resumed, "options", "recipe_hash")
             lock.enter_context(held(resumed))
-            say_llama(known, options.llama_cpp, display)
+            say_llama(known, context.llama_cpp, display)
             options = _resumed_options(options, resumed)
         with timed(seconds, "prepare"):
-            job = prepare(options, resumed, display, seconds)
-        seconds["prepare"] -= seconds["tokenise"]
+            job = prepare(options, resumed, context, seconds)
+        seconds["prepare"] -= seconds["tokenize"]
         if resumed:
             state = _go_on(job)
         else:
             job = _claimed(job, lock)
             state = _begin(job)
         try:
-            backend, final = _train(job, state, make_backend, seconds, display)
+            backend, final = _train(job, state, context, seconds)
         except BaseException as error:
             run_record.update_run(job.run, status="interrupted")
             record_seconds(job.run, seconds)
@@ -66,13 +68,13 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
         validate(final, linear_shapes(job.folder, job.recipe.targets), job.run)
         adapters.write_both(job.run, final)
         run_record.update_run(job.run, status="complete")
-        export = ExportJob(job.run, job.folder, final, job.options, job.served, job.llama, seconds, display)
+        export = ExportJob(job.run, job.folder, final, job.options, job.served, job.llama, seconds, context)
         try:
             if job.options.export != "gguf" and job.sample:
                 with timed(seconds, "try"):
                     _sample(job, backend, export)
             backend.close()
-            finish(export, make_backend)
+            finish(export)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
             raise
@@ -81,14 +83,12 @@ def run_training(options: Options, make_backend: Callable[[str], Backend], displ
     return job.run
 
 
-def _train(
-    job: Job, state: State, make_backend: Callable[[str], Backend], seconds: dict[str, float], display: Display
-) -> tuple[Backend, Adapter]:
+def _train(job: Job, state: State, context: Context, seconds: dict[str, float]) -> tuple[Backend, Adapter]:
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
-    recipe, resident, swap = job.recipe, ResidentSet(), swap_used()
+    recipe, display, resident, swap = job.recipe, context.display, ResidentSet(), swap_used()
     found = checkpoint.latest(job.run, recipe.hash()) if state.step else None
     with timed(seconds, "load"), display.stage("load the model"):
-        backend, info = loaded(make_backend, recipe, job.plan, job.trained_over, job.start)
+        backend, info = loaded(context, recipe, job.plan, job.training_base, job.start)
         if found:
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])
@@ -126,8 +126,8 @@ def _sample(job: Job, backend: Backend, export: ExportJob) -> None:
     served, think, context = job.served, job.recipe.thinking == "keep", job.sample_tokens + SAMPLE_TOKENS
     with export.display.optional("no sample"):
         backend.set_adapter(export.final)
-        voice = trained_voice(backend, job.folder, served.template, served.stops, think, "", True, context)
-        pieces = voice.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
+        model = backend_chat_model(backend, job.folder, served.template, served.stops, think, "", True, context)
+        pieces = model.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
         export.keep(sample={"prompt": job.sample, "answer": answer})
         export.display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
@@ -311,7 +311,7 @@ def _resumed_options(options: Options, run: Path) -> Options:
     if given.get("backend", plan.backend) != plan.backend:
         if recipe.quantization != "none":
             raise UserError(
-                f"--backend {given['backend']}: {run} has a base quantised by {plan.backend} ({recipe.quantization}), "
+                f"--backend {given['backend']}: {run} has a base quantized by {plan.backend} ({recipe.quantization}), "
                 "which another backend cannot compute.",
                 "Go on with the backend it was started with.",
             )

@@ -45,7 +45,7 @@ class Conversation:
     messages: tuple[Message, ...] = ()  # the row's, in the form that the template was given
 
 
-class Unlabelled(Exception):
+class Unlabeled(Exception):
     """Why a row's turns cannot be placed exactly."""
 
 
@@ -81,9 +81,9 @@ def place(example: Example, renderer: Renderer) -> Conversation:
             turns = [replace(turn, message=turn.message + shift) for turn in placed.turns]
             notes += ["system text put into the first user turn"] * into_user
             return replace(placed, turns=turns, notes=tuple(notes), messages=tuple(chosen))
-    if isinstance(refusal, Unlabelled):
+    if isinstance(refusal, Unlabeled):
         raise UserError(
-            f"{example.source}: this row cannot be labelled exactly: {refusal}.",
+            f"{example.source}: this row cannot be labeled exactly: {refusal}.",
             "Take the row out, or use another template (--chat-template).",
         )
     raise UserError(
@@ -130,21 +130,21 @@ def _check_said(messages: list[Message], tools: Any, text: str, turns: list[Turn
     """A template that knows no system turn, or no tools, may leave them out without a word."""
     for number, message in enumerate(messages, 1):
         if message["role"] in ("system", "user") and message["content"].strip() not in text:
-            raise Unlabelled(f"the template leaves out or changes the text of turn {number} ({message['role']})")
+            raise Unlabeled(f"the template leaves out or changes the text of turn {number} ({message['role']})")
         said = message["content"].strip() if message["role"] == "tool" else ""
         if (
             said not in text
             and json.dumps(said, ensure_ascii=False)[1:-1] not in text
             and (json.dumps(said)[1:-1] not in text)
         ):
-            raise Unlabelled(f"the template leaves out the tool's answer of turn {number}")
+            raise Unlabeled(f"the template leaves out the tool's answer of turn {number}")
     for tool in tools:
         if str(tool.get("function", tool).get("name", "")) not in text[: turns[0].start if turns else None]:
-            raise Unlabelled("the template leaves out the row's tools (take them out of the row to train without)")
+            raise Unlabeled("the template leaves out the row's tools (take them out of the row to train without)")
     for turn in turns:
         for call in messages[turn.message].get("tool_calls") or []:
             if call["function"]["name"] not in text[turn.start : turn.stop]:
-                raise Unlabelled(f"the template leaves out the tool call of turn {turn.message + 1}")
+                raise Unlabeled(f"the template leaves out the tool call of turn {turn.message + 1}")
 
 
 def _place(messages: list[Message], example: Example, renderer: Renderer) -> Conversation:
@@ -152,42 +152,42 @@ def _place(messages: list[Message], example: Example, renderer: Renderer) -> Con
     marked, answers = _with_marks(messages)
     if think and (inline := _inlined(messages, marked, tools, renderer)):
         messages, marked = inline
-    shadow = renderer.render(marked, tools, False, think)
+    placeholder = renderer.render(marked, tools, False, think)
     for number, message in enumerate(marked):
-        if message["role"] == "assistant" and message["content"] and message["content"] not in shadow:
-            raise Unlabelled(f"the template leaves out or changes the answer of turn {number + 1}")
+        if message["role"] == "assistant" and message["content"] and message["content"] not in placeholder:
+            raise Unlabeled(f"the template leaves out or changes the answer of turn {number + 1}")
     rendered = renderer.render(messages, tools, False, think)
-    contents = _contents(shadow, rendered, answers)
+    contents = _contents(placeholder, rendered, answers)
     places: list[tuple[int, ...]] = []
     for number, message in enumerate(marked):
         if message["role"] != "assistant":
             continue
         before, last = renderer.prompt(marked[:number], tools, think), number == len(marked) - 1
-        at, start, block = _start(shadow, before, number)
+        at, start, block = _start(placeholder, before, number)
         if block and last:  # the served prompt has a block that the rendering leaves out
             thought = message.get("reasoning_content")
             if think and thought:
                 opened = OPEN_BLOCK.search(block)
                 block += f"{thought}{closed(opened[1] if opened else '<think>')}"
                 contents[thought] = answers[thought]
-            shadow = shadow[:at] + block + shadow[start:]
+            placeholder = placeholder[:at] + block + placeholder[start:]
             start = len(before)
-        stop, end, lacking = _end(shadow, start, number, marked, tools, think, renderer)
-        shadow += lacking
+        stop, end, lacking = _end(placeholder, start, number, marked, tools, think, renderer)
+        placeholder += lacking
         places.append((number, start, stop, end))
-    if think and not any(mark in shadow for mark in answers if mark.endswith(f"q{len(marked) - 1}qr")):
-        raise Unlabelled("the template leaves out the reasoning of the last turn (--thinking off trains without it)")
+    if think and not any(mark in placeholder for mark in answers if mark.endswith(f"q{len(marked) - 1}qr")):
+        raise Unlabeled("the template leaves out the reasoning of the last turn (--thinking off trains without it)")
 
-    longer = [(shadow.find(mark) + len(mark), len(said) - len(mark)) for mark, said in contents.items()]
+    longer = [(placeholder.find(mark) + len(mark), len(said) - len(mark)) for mark, said in contents.items()]
     turns = [
         Turn(number, *(at + sum(more for end, more in longer if end <= at) for at in edges))
         for number, *edges in places
     ]
     for mark, said in contents.items():
-        shadow = shadow.replace(mark, said)
-    _check_said(messages, tools, shadow, turns)
-    marks = renderer.marks(messages, tools, think, rendered) if shadow == rendered else None
-    return Conversation(shadow, turns, marks=marks)
+        placeholder = placeholder.replace(mark, said)
+    _check_said(messages, tools, placeholder, turns)
+    marks = renderer.marks(messages, tools, think, rendered) if placeholder == rendered else None
+    return Conversation(placeholder, turns, marks=marks)
 
 
 def _with_marks(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
@@ -223,35 +223,35 @@ def _inlined(
     return (both[0], both[1]) if mark in renderer.render(both[1], tools, False, True) else None
 
 
-def _contents(shadow: str, text: str, answers: dict[str, str]) -> dict[str, str]:
-    """What stands in `text` for each mark in `shadow`: an answer, or what the template strips it to."""
-    pieces = re.split("(" + "|".join(map(re.escape, answers)) + ")", shadow) if answers else [shadow]
+def _contents(placeholder: str, text: str, answers: dict[str, str]) -> dict[str, str]:
+    """What stands in `text` for each mark in `placeholder`: an answer, or what the template strips it to."""
+    pieces = re.split("(" + "|".join(map(re.escape, answers)) + ")", placeholder) if answers else [placeholder]
     if not text.startswith(pieces[0]):
-        raise Unlabelled("the template renders the row differently for other answers")
+        raise Unlabeled("the template renders the row differently for other answers")
     found: dict[str, str] = {}
     at = len(pieces[0])
     for mark, literal in zip(pieces[1::2], pieces[2::2], strict=True):
         said = next((v for f in _VARIANTS if text.startswith((v := f(answers[mark])) + literal, at)), None)
         if said is None:
-            raise Unlabelled("the template changes the assistant's text")
+            raise Unlabeled("the template changes the assistant's text")
         if mark in found:
-            raise Unlabelled("the template writes an answer twice")
+            raise Unlabeled("the template writes an answer twice")
         found[mark] = said
         at += len(said) + len(literal)
     if at != len(text):
-        raise Unlabelled("the template renders the row differently for other answers")
+        raise Unlabeled("the template renders the row differently for other answers")
     return found
 
 
-def _start(shadow: str, before: str, number: int) -> tuple[int, int, str]:
-    """Where the prompt `before` ends in `shadow`, where the turn starts, and what the prompt has besides: a block."""
-    if shadow.startswith(before):
-        return len(before), _after_block(shadow, len(before)), ""
-    same = len(common_prefix(shadow, before))
+def _start(placeholder: str, before: str, number: int) -> tuple[int, int, str]:
+    """Where the prompt `before` ends, where the turn starts, and the block that the prompt has besides."""
+    if placeholder.startswith(before):
+        return len(before), _after_block(placeholder, len(before)), ""
+    same = len(common_prefix(placeholder, before))
     for at in range(same, max(same - len("</think>\n"), -1), -1):  # "<" may begin the block and the answer
         if before[at:].strip() and THINKING_REST.fullmatch(before[at:]):
-            return at, _after_block(shadow, at), before[at:]
-    raise Unlabelled(f"turn {number + 1} renders differently with and without what follows it")
+            return at, _after_block(placeholder, at), before[at:]
+    raise Unlabeled(f"turn {number + 1} renders differently with and without what follows it")
 
 
 def _after_block(text: str, at: int) -> int:
@@ -267,9 +267,9 @@ def common_prefix(one: str, other: str) -> str:
 
 
 def _end(
-    shadow: str, start: int, number: int, marked: list[Message], tools: Any, think: bool, renderer: Renderer
+    placeholder: str, start: int, number: int, marked: list[Message], tools: Any, think: bool, renderer: Renderer
 ) -> tuple[int, int, str]:
-    """Where the turn's end token starts and ends in `shadow`, the same place twice where it has none to learn.
+    """Where the turn's end token starts and ends in `placeholder`, the same place twice where it has none to learn.
 
     And what the last turn lacks of its end: some templates write it only when another turn follows.
     """
@@ -280,10 +280,10 @@ def _end(
         return text[text.find(mark) + len(mark) if mark and mark in text else _after_block(text, start) :]
 
     through = renderer.render(marked[: number + 1], tools, False, think)
-    if not (mark and mark in through) and through[:start] != shadow[:start]:
-        raise Unlabelled(f"turn {number + 1} renders differently with and without what follows it")
-    ends, here = after(through), after(shadow)
-    offset = len(shadow) - len(here)
+    if not (mark and mark in through) and through[:start] != placeholder[:start]:
+        raise Unlabeled(f"turn {number + 1} renders differently with and without what follows it")
+    ends, here = after(through), after(placeholder)
+    offset = len(placeholder) - len(here)
     following = here
     if last:  # what would follow shows what belongs to the turn
         call = calls[0] if calls else {}
@@ -303,13 +303,13 @@ def _end(
     elif alone := renderer.special.search(ends):
         if not last:  # the end that a finished conversation has is another (gpt-oss): that one is learned, this is not
             if calls:
-                raise Unlabelled(f"the tool call of turn {number + 1} has no end of its own")
+                raise Unlabeled(f"the tool call of turn {number + 1} has no end of its own")
             return offset, offset, ""
         token = alone
     else:
         tokens = list(renderer.special.finditer(head))
         if not tokens:
-            raise Unlabelled("the template ends a turn with no special token, so the model would never stop")
+            raise Unlabeled("the template ends a turn with no special token, so the model would never stop")
         token = tokens[-1]
         if last:
             return offset + token.start(), offset + token.end(), head[len(here) : token.end()]

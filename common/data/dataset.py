@@ -22,7 +22,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Data:
+class Dataset:
     train: list[Example]
     valid: list[Example]
     test: list[Example]
@@ -66,7 +66,7 @@ def prompt_key(row: Example) -> str:
     return json.dumps([asked, row.tools], sort_keys=True, ensure_ascii=False)
 
 
-def data_hash(data: Data) -> str:
+def data_hash(data: Dataset) -> str:
     """SHA-256 over the contents of training and validation rows in order; names and formatting do not enter."""
     digest = hashlib.sha256()
     for part in (data.train, data.valid):

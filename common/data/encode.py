@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.data.assistant_spans import Conversation, Unlabelled, place
+from common.data.assistant_spans import Conversation, Unlabeled, place
 from common.data.chat_template import Renderer
 from common.data.dataset import Example
 from common.errors import UserError
@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).with_name("chat_templates")
 
 
 @dataclass(frozen=True)
-class Style:
+class MaskingOptions:
     """train_on: every assistant turn, the last alone, or every token. thinking: off or keep."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -90,7 +90,7 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def exported_template(tokenizer: Any, style: Style) -> str | None:
+def exported_template(tokenizer: Any, style: MaskingOptions) -> str | None:
     """The chat template that serves the model as it was trained; None where it has none."""
     return Renderer(tokenizer, style.thinking).exported_template() if tokenizer.chat_template else None
 
@@ -98,10 +98,10 @@ def exported_template(tokenizer: Any, style: Style) -> str | None:
 class Encoder:
     """Encodes rows by one tokenizer and style; the template's quirks are looked for once."""
 
-    def __init__(self, tokenizer: Any, style: Style) -> None:
+    def __init__(self, tokenizer: Any, style: MaskingOptions) -> None:
         self.tokenizer, self.style = tokenizer, style
         self.renderer = Renderer(tokenizer, style.thinking) if tokenizer.chat_template else None
-        self.unlabelled_reason = "prompt" if style.train_on != "all" else "--train-on all: every token is learned"
+        self.unlabeled_reason = "prompt" if style.train_on != "all" else "--train-on all: every token is learned"
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
 
     def place(self, example: Example) -> Conversation:
@@ -115,7 +115,7 @@ class Encoder:
         return place(example, self.renderer)
 
     def __call__(self, example: Example) -> Encoded:
-        """Token ids and label mask. Raises UserError naming the row where it cannot be labelled exactly."""
+        """Token ids and label mask. Raises UserError naming the row where it cannot be labeled exactly."""
         if example.text is not None:
             return self._text(example)
         return self._chosen(example)[0]
@@ -129,13 +129,13 @@ class Encoder:
         conversation = self.place(example)
         try:
             return self._chat(example, conversation), conversation, example
-        except Unlabelled as why:
+        except Unlabeled as why:
             stripped = replace(example, messages=tuple({**m, "content": _stripped(m)} for m in example.messages))
             if stripped != example:  # a leading line break may melt into the prompt's last token
                 row, conversation, stripped = self._chosen(stripped)
                 return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
             raise UserError(
-                f"{example.source}: this row cannot be labelled exactly: {why}.",
+                f"{example.source}: this row cannot be labeled exactly: {why}.",
                 "Take the row out, or use another template (--chat-template).",
             ) from None
 
@@ -152,11 +152,11 @@ class Encoder:
             # an end token may take the spaces after it along (Phi-3's do); text may not
             across.append((starts < turn.stop) & (ends > turn.end))
             if any(map(np.any, across)):
-                raise Unlabelled("a token lies across the edge of an assistant turn")
+                raise Unlabeled("a token lies across the edge of an assistant turn")
             first = int(np.argmax(inside))
             prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
             if prompt != ids[:first].tolist():
-                raise Unlabelled("the prompt's tokens are not a prefix of the conversation's")
+                raise Unlabeled("the prompt's tokens are not a prefix of the conversation's")
             if turn.message in trained:
                 mask |= inside
                 if turn.end > turn.stop:
@@ -164,7 +164,7 @@ class Encoder:
                     said = ids[(starts >= turn.start) & (starts < turn.stop)]
                     if stops[-1] in said and not example.messages[turn.message].get("tool_calls"):
                         where = f"turn {turn.message + 1}"
-                        raise Unlabelled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
+                        raise Unlabeled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
         mask = self._by_marks(conversation, mask, starts)
         if self.style.train_on == "all":
             mask[:] = True
@@ -197,7 +197,7 @@ class Encoder:
         ids = np.asarray([*ids, stop], np.int32)
         try:
             return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
-        except Unlabelled as why:
+        except Unlabeled as why:
             raise UserError(f"{example.source}: {why}.", "Take one of them away.") from None
 
     def _with_bos(self, row: Encoded) -> Encoded:
@@ -209,7 +209,7 @@ class Encoder:
         if self.bos is not None and ids[0] != bos:
             ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, False)
         if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self.tokenizer.eos_token_id:
-            raise Unlabelled("it starts with two BOS tokens")
+            raise Unlabeled("it starts with two BOS tokens")
         if ids[0] == bos:
             mask[0] = False
         return replace(row, ids=ids, mask=mask)
@@ -224,7 +224,7 @@ def _stripped(message: dict[str, Any]) -> str:
     return message["content"].strip() if message["role"] == "assistant" else message["content"]
 
 
-def encode(example: Example, tokenizer: Any, style: Style = Style()) -> Encoded:  # frozen
+def encode(example: Example, tokenizer: Any, style: MaskingOptions = MaskingOptions()) -> Encoded:  # frozen
     """One row by itself; see Encoder."""
     return Encoder(tokenizer, style)(example)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from common.data.dataset import Data, Example, data_hash, prompt_key
-from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.dataset import Dataset, Example, data_hash, prompt_key
+from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.formats import KNOWN, PARTS, clashing, read_row
 from common.data.messages import Empty, Fault
 from common.data.readers import SUFFIXES, Places, read_places, without_none
@@ -19,7 +19,7 @@ from common.options import Options
 from common.recipe import Recipe
 
 
-def data_of(run: Path, options: Options, recipe: Recipe) -> Data:
+def data_of(run: Path, options: Options, recipe: Recipe) -> Dataset:
     """The run's data, read again. Raises UserError where it has changed since, or is gone."""
     without = "or do without it: --no-verify, no --imatrix."
     try:
@@ -33,7 +33,7 @@ def data_of(run: Path, options: Options, recipe: Recipe) -> Data:
 
 def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
     """As in training. `base` is the model's folder: its tokenizer is the one that training used."""
-    return Encoder(load_tokenizer(base, options.chat_template), Style(recipe.train_on, recipe.thinking))
+    return Encoder(load_tokenizer(base, options.chat_template), MaskingOptions(recipe.train_on, recipe.thinking))
 
 
 SHOWN_FAULTS = 10
@@ -50,17 +50,17 @@ class _Seen:
     shapes: Counter[str] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)  # rows without an answer, left out
 
-    def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Data:
-        return Data(train, valid, test, dict(self.shapes), self.empty)
+    def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Dataset:
+        return Dataset(train, valid, test, dict(self.shapes), self.empty)
 
 
-def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Data:
+def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Dataset:
     """Read a file (holding out `valid_share` of its rows), a folder with train and maybe valid and test files, or a
     data set of the hub (`owner/name`, `owner/name:config@revision#split`). A path that exists comes first.
 
     `fields`: {part of a shape: the column it is called here}. Validation rows are drawn by seed, also of a hub data set
     without a validation split; rows with the same prompt stay on one side. Rows without an answer are left out and
-    listed in `Data.empty`. Raises UserError naming every faulty row.
+    listed in `Dataset.empty`. Raises UserError naming every faulty row.
     """
     path, fields, seen = Path(source).expanduser(), fields or {}, _Seen()
     if path.is_dir():

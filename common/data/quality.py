@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from common.data.dataset import Data, Example, content_key, prompt_key
+from common.data.dataset import Dataset, Example, content_key, prompt_key
 
 # What stands in for something in single brackets; double ones are a template's whatever is in them.
 _WORD = (
@@ -41,7 +41,7 @@ class Finding:
         return f"{len(self.sources)} {self.what}: {', '.join(self.sources[:5])}{more}"
 
 
-def suspicious(data: Data) -> list[Finding]:
+def suspicious(data: Dataset) -> list[Finding]:
     """Everything suspicious, the gravest first. Rows without an answer are left out; no other row is touched."""
     every = [*data.train, *data.valid, *data.test]
     found = [
@@ -74,12 +74,12 @@ def _breaks_off(row: Example) -> bool:
     return bool(_BREAKS_OFF.search(answer)) or (len(_FENCE.findall(answer)) % 2 == 1 == answer.count("```") % 2)
 
 
-def _shared(data: Data, key: Callable[[Example], str]) -> list[str]:
+def _shared(data: Dataset, key: Callable[[Example], str]) -> list[str]:
     seen = {key(row) for row in data.train}
     return [row.source for row in [*data.valid, *data.test] if key(row) in seen]
 
 
-def _shared_prompts(data: Data) -> list[str]:
+def _shared_prompts(data: Dataset) -> list[str]:
     """Plain text has no prompt apart from itself."""
     prompts = {prompt_key(row) for row in data.train if row.text is None}
     rows = {content_key(row) for row in data.train}

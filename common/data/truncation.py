@@ -11,16 +11,16 @@ from common.errors import UserError
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedRows:
     rows: list[Encoded]
     dropped: list[Encoded]  # whole, as they were
     truncated: list[Encoded]  # whole, as they were
-    unlabelled: list[Encoded]  # left out: nothing in them is trained
+    unlabeled: list[Encoded]  # left out: nothing in them is trained
 
     def every(self) -> list[Encoded]:
         """All rows that were read, long ones at their full length."""
         cut = {row.source for row in self.truncated}
-        return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabelled]
+        return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabeled]
 
 
 def encode_all(
@@ -33,7 +33,7 @@ def encode_all(
     return rows
 
 
-def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]) -> Fitted:
+def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]) -> FittedRows:
     """Every row within `max_length` tokens. Raises UserError with overflow `error`, naming the rows that are longer.
 
     A truncated row keeps its first tokens, and no token is put in place of the rest: its last answer simply goes on. A
@@ -42,7 +42,7 @@ def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncat
     kept: list[Encoded] = []
     dropped: list[Encoded] = []
     truncated: list[Encoded] = []
-    unlabelled = [row for row in rows if not row.label_tokens]
+    unlabeled = [row for row in rows if not row.label_tokens]
     for row in rows:
         if not row.label_tokens:
             continue
@@ -62,4 +62,4 @@ def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncat
             f"--overflow error: {len(dropped)} rows have more than --max-length {max_length} tokens: {shown}{more}.",
             "Raise --max-length, shorten the rows, or choose --overflow drop or truncate.",
         )
-    return Fitted(kept, dropped, truncated, unlabelled)
+    return FittedRows(kept, dropped, truncated, unlabeled)

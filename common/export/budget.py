@@ -19,7 +19,7 @@ from common.training.metrics import timed
 EXPORT_STEPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "fused": ("fuse",),
-    "gguf": ("fuse", "convert", "quantise"),
+    "gguf": ("fuse", "convert", "quantize"),
     "lora-gguf": ("lora",),
     "mlx": ("fuse", "mlx"),
 }
@@ -51,14 +51,14 @@ def estimate_stages(
 ) -> list[Stage]:
     """Every stage that `export` of `base` goes through.
 
-    adapter_bytes: of what was trained, in float32. held: bytes of a quantised base that is loaded again to be fused
+    adapter_bytes: of what was trained, in float32. held: bytes of a quantized base that is loaded again to be fused
     into. The figures were measured (CONTRIBUTING.md): blocks of 16 MB fuse; llama.cpp's converter holds the largest
-    tensor in float32 twice, its quantiser once and quantised; mlx-lm holds all it will write, and the largest tensor.
+    tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will write, and the largest tensor.
     """
     entries = [entry for shard in shard_files(base) for entry in read_header(shard)[0].values()]
     sizes = {id(entry): math.prod(entry["shape"]) for entry in entries if entry["dtype"] in DTYPES}
     largest, whole = max(sizes.values()), 2 * sum(sizes.values())
-    quantised = sum(_in_4_bits(entry) for entry in entries if id(entry) in sizes)
+    quantized = sum(_in_4_bits(entry) for entry in entries if id(entry) in sizes)
     weights = sum(shard.stat().st_size for shard in shard_files(base))
     tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*"))
     kept = [quant for quant in quants if quant != "BF16"]  # that one is what conversion writes
@@ -66,26 +66,26 @@ def estimate_stages(
     known = {
         "fuse": Stage("fuse", 120 * _MB + held + (4 * largest if held else 0), weights + tokenizer),
         "convert": Stage("convert", 400 * _MB + 8 * largest, whole),
-        "quantise": Stage(
-            "quantise",
+        "quantize": Stage(
+            "quantize",
             110 * _MB + round(each * largest) if kept else 0,
             sum(whole if quant == "F16" else whole * 5 // 8 for quant in kept),
         ),
         "imatrix": Stage("imatrix", 500 * _MB + 2 * largest, 0),
         "verify": Stage("verify", 1100 * _MB + 2 * whole, 0),  # in float32, beside the reference's distributions
         "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, 2 * adapter_bytes),
-        "mlx": Stage("mlx", 200 * _MB + quantised + round(2.6 * largest), quantised + tokenizer),
+        "mlx": Stage("mlx", 200 * _MB + quantized + round(2.6 * largest), quantized + tokenizer),
     }
     through = list(EXPORT_STEPS[export])
-    if "quantise" in through:
-        at = through.index("quantise")
+    if "quantize" in through:
+        at = through.index("quantize")
         through[at:at] = ["imatrix"] * imatrix
         through += ["verify"] * verify
     return [known[name] for name in through]
 
 
 def _in_4_bits(entry: dict[str, Any]) -> int:
-    """Bytes of a tensor after mlx-lm's default quantisation: rows of 64 values share a scale and a bias."""
+    """Bytes of a tensor after mlx-lm's default quantization: rows of 64 values share a scale and a bias."""
     size, each = math.prod(entry["shape"]), DTYPES[entry["dtype"]].itemsize
     if len(entry["shape"]) == 2 and entry["shape"][1] % 64 == 0:
         return size // 2 + 2 * each * size // 64

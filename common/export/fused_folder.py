@@ -15,13 +15,13 @@ from common.backend import Adapter, Progress
 from common.errors import UserError
 from common.model_files import COPIED, copy_file, license_files, read_config
 from common.models import sentencepiece
-from common.models.families import normalise_config
+from common.models.families import normalize_config
 from common.models.fuse import fuse
 from common.models.shapes import parameter_count
 
 
 @dataclass(frozen=True)
-class Served:
+class ServingConfig:
     """How the exported model is to be served, so that it matches training.
 
     stops: the ids that end the trained turns, most frequent first; they join the generation config's `eos_token_id`.
@@ -36,7 +36,7 @@ def write_fused(
     base: Path,
     adapter: Adapter,
     out: Path,
-    served: Served,
+    served: ServingConfig,
     progress: Progress,
     replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
 ) -> None:
@@ -53,7 +53,7 @@ def write_fused(
         for name in (*COPIED, *license_files(base)):
             if (base / name).is_file():
                 copy_file(base / name, temporary / name)
-        config = normalise_config(read_config(base / "config.json"))
+        config = normalize_config(read_config(base / "config.json"))
         _write_json(temporary / "config.json", config)
         generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -73,7 +73,7 @@ def write_fused(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_served(out: Path, served: Served) -> None:
+def _write_served(out: Path, served: ServingConfig) -> None:
     """The template as a file of its own, and the end of a turn as the tokenizer's: llama.cpp stops on that one."""
     config = _read_json(out / "tokenizer_config.json")
     if served.template is not None:

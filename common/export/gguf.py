@@ -1,4 +1,4 @@
-"""The GGUFs of a run: converted, weighed, quantised, shown, tried; and the adapter alone as one."""
+"""The GGUFs of a run: converted, weighed, quantized, shown, tried; and the adapter alone as one."""
 
 import json
 import shlex
@@ -25,7 +25,7 @@ from common.models.load import TEMPLATE
 from common.options import UNGUIDED, Options, source_name
 
 SAMPLE_TOKENS = 100
-WHOLE = "model-BF16.gguf"  # what the others are quantised from, and proven against
+WHOLE = "model-BF16.gguf"  # what the others are quantized from, and proven against
 MMPROJ = "mmproj-BF16.gguf"
 
 
@@ -153,7 +153,7 @@ def convert_and_quantize(
         if target == whole:
             report = read_report(whole, quant)
         else:
-            with meter.stage("quantise", target):
+            with meter.stage("quantize", target):
                 report = quantize(whole, target, quant, llama, part, guided)
         file = str(target.relative_to(out.parent))
         yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}

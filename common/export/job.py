@@ -6,8 +6,9 @@ from typing import Any
 
 from common import run_record
 from common.backend import Adapter
+from common.context import Context
 from common.display import Display
-from common.export.fused_folder import Served
+from common.export.fused_folder import ServingConfig
 from common.llama_cpp.install import LlamaCpp
 from common.options import Options
 
@@ -20,10 +21,14 @@ class ExportJob:
     folder: Path  # the base model's
     final: Adapter
     options: Options
-    served: Served
+    served: ServingConfig
     llama: LlamaCpp | None
     seconds: dict[str, float]
-    display: Display
+    context: Context
+
+    @property
+    def display(self) -> Display:
+        return self.context.display
 
     def kept(self) -> dict[str, Any]:
         """What is on record of this export and earlier ones."""

@@ -1,4 +1,4 @@
-"""The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantiser, in a process of its own."""
+"""The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantizer, in a process of its own."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """
     temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
     shutil.rmtree(temporary, ignore_errors=True)
-    progress(0.0, "quantising to 4 bits")
+    progress(0.0, "quantizing to 4 bits")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}
     try:
@@ -73,14 +73,14 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     log.unlink(missing_ok=True)
-    progress(1.0, "quantising to 4 bits")
+    progress(1.0, "quantizing to 4 bits")
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     return {"folder": out.name, "bytes": size, **{key: config["quantization"][key] for key in ("bits", "group_size")}}
 
 
-def quantise(fused: Path, out: Path) -> None:
-    """What the process of its own does: load lazily, quantise, save. What mlx_lm.convert does to the weights.
+def quantize(fused: Path, out: Path) -> None:
+    """What the process of its own does: load lazily, quantize, save. What mlx_lm.convert does to the weights.
 
     mlx_lm.convert itself reads no multimodal model in transformers 4.52's layout, and writes the tokenizer again.
     """
@@ -112,4 +112,4 @@ def quantise(fused: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    quantise(Path(sys.argv[1]), Path(sys.argv[2]))
+    quantize(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -25,11 +25,11 @@ _LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "adapt
 def base_form(folder: Path, model: str) -> str:
     """In what form the base's weights came, where that was not their makers' 16 bits."""
     if found := source(folder):
-        return f"Its weights had been quantised by MLX ({found[1]}): what they lost then is not here either."
+        return f"Its weights had been quantized by MLX ({found[1]}): what they lost then is not here either."
     if (mirror := MIRRORS.get(model)) and folder.name.startswith(Path(mirror.file).stem):
-        return f"Its weights came out of a GGUF file and had gone through 4 bits ({mirror.quantisation})."
+        return f"Its weights came out of a GGUF file and had gone through 4 bits ({mirror.quantization})."
     if model.endswith(".gguf"):
-        return "Its weights came out of a GGUF file: what that file's quantisation lost is not here either."
+        return "Its weights came out of a GGUF file: what that file's quantization lost is not here either."
     return ""
 
 
@@ -96,7 +96,7 @@ def _about(facts: dict[str, Any], recipe: Recipe, base: str) -> str:
         into = facts.get("export", {}).get("fuse_into") or "base"
         lines.append(
             f"In training the base was held in {recipe.quantization}; the adapter is fused into "
-            + ("those dequantised weights." if into == "dequantized" else "the weights it was made from.")
+            + ("those dequantized weights." if into == "dequantized" else "the weights it was made from.")
         )
     return " ".join(filter(None, lines))
 

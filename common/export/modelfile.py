@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from common.data.assistant_spans import common_prefix, fold_system, split_thinking
 from common.data.chat_template import MARK, Message, Renderer
-from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.export.go_template import execute
 
 Prompt = Callable[[list[Message]], str]
@@ -61,7 +61,7 @@ def write_modelfile(fused: Path, gguf: Path, stops: list[int], thinking: Thinkin
 
 def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:
     """The file's text for `gguf`, a file name; see write_modelfile."""
-    encoder = Encoder(load_tokenizer(fused), Style(thinking=thinking))
+    encoder = Encoder(load_tokenizer(fused), MaskingOptions(thinking=thinking))
     tokenizer = encoder.tokenizer
     config, generation = (_read(fused / name) for name in ("config.json", "generation_config.json"))
     ends = generation.get("eos_token_id")

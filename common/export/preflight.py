@@ -16,14 +16,14 @@ from common.llama_cpp.mmproj import has_vision, vision_fault
 from common.models.mlx_quantized import source
 from common.options import Options
 from common.recipe import Recipe
-from common.training.memory_estimate import Sizes, weight_bytes
+from common.training.memory_estimate import ModelDims, weight_bytes
 
 
 def reloaded(options: Options, recipe: Recipe, config: dict[str, Any], folder: Path) -> int:
-    """Bytes of the quantised base that --fuse-into dequantized loads again. `config`: the normalised text config."""
+    """Bytes of the quantized base that --fuse-into dequantized loads again. `config`: the normalized text config."""
     if options.fuse_into != "dequantized" or recipe.quantization == "none" or source(folder) is not None:
         return 0
-    return weight_bytes(Sizes.of(config), recipe)
+    return weight_bytes(ModelDims.of(config), recipe)
 
 
 def tools_for(

@@ -11,9 +11,9 @@ import numpy as np
 from common.backend import Backend, OutOfMemory
 from common.data.assistant_spans import fold_system
 from common.data.chat_template import OPEN_BLOCK, Message, Renderer
-from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.errors import UserError
-from common.sampling import Sampling, picker
+from common.sampling import Sampling, sampler
 
 Pieces = Generator[
     tuple[str, str | None], None, None
@@ -21,7 +21,7 @@ Pieces = Generator[
 
 
 @dataclass(frozen=True)
-class Voice:
+class ChatModel:
     """`answer(messages, sampling, tools)` streams; closing the iterator stops it. It raises UserError."""
 
     name: str
@@ -40,7 +40,7 @@ def fitted(messages: list[Message], render: Callable[[list[Message]], str]) -> l
     return messages if kept else other
 
 
-def trained_voice(
+def backend_chat_model(
     backend: Backend,
     folder: Path,
     template: str | None,
@@ -49,7 +49,7 @@ def trained_voice(
     name: str,
     adapter: bool,
     context: int,
-) -> Voice:
+) -> ChatModel:
     """`backend`'s model by the tokenizer of `folder` and, where given, the exported `template`.
 
     think: whether it was trained with thoughts. context: tokens of prompt and answer together. Raises UserError where
@@ -59,9 +59,9 @@ def trained_voice(
     if template is not None:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
-        raise UserError(f"{folder} has no chat template, and was trained without.", "Talk to its GGUF in llama.cpp.")
+        raise UserError(f"{folder} has no chat template, and was trained without.", "Chat with its GGUF in llama.cpp.")
     thinking: Literal["off", "keep"] = "keep" if think else "off"
-    renderer, bos = Renderer(tokenizer, thinking), Encoder(tokenizer, Style(thinking=thinking)).bos
+    renderer, bos = Renderer(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
     stops = stop_ids(folder, tokenizer, trained_stops)
 
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
@@ -76,13 +76,13 @@ def trained_voice(
         if room < 1:
             raise UserError(f"These turns have {len(ids)} tokens, and --context is {context}.", "/reset, or --context")
         limit = min(sampling.max_tokens, room)
-        made = backend.generate(np.array(ids, np.int32), limit, stops, picker(sampling), adapter)
+        made = backend.generate(np.array(ids, np.int32), limit, stops, sampler(sampling), adapter)
         try:
             yield from _told(made, tokenizer, limit, OPEN_BLOCK.search(text))
         except OutOfMemory as error:
             raise UserError(f"The answer does not fit into memory: {error}", "/reset, or a lower --context") from None
 
-    return Voice(name, answer)
+    return ChatModel(name, answer)
 
 
 def _told(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) -> Pieces:

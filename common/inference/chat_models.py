@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from common import run_record
 from common.backend import Adapter, Backend
+from common.context import Context
 from common.data.chat_template import Message
-from common.display import Display
 from common.errors import UserError
-from common.inference.backend_chat import Pieces, Voice, fitted, trained_voice
+from common.inference.backend_chat import ChatModel, Pieces, backend_chat_model, fitted
 from common.llama_cpp.convert import base_gguf
 from common.llama_cpp.install import LlamaCpp, build, find
 from common.llama_cpp.server import RAW, Server, for_llama_cpp
@@ -28,9 +28,9 @@ Kind = Literal["gguf", "adapter", "fused", "base"]
 
 
 @dataclass(frozen=True)
-class Voices:
-    tuned: Voice
-    base: Callable[[], Voice]  # loaded when it is first asked for. Raises UserError where none is known
+class ChatModels:
+    tuned: ChatModel
+    base: Callable[[], ChatModel]  # loaded when it is first asked for. Raises UserError where none is known
 
 
 @dataclass(frozen=True)
@@ -95,46 +95,36 @@ def _gguf_of(run: Path, known: dict[str, Any], quant: str | None) -> Target:
 @contextmanager
 def opened(
     target: Target,
-    context: int,
-    llama_cpp: str | None,
-    make_backend: Callable[[str], Backend],
-    display: Display,
+    context: Context,
+    length: int,
     slots: int = 1,
     flags: Sequence[str] = RAW,
-) -> Iterator[Voices]:
-    """Load what `target` names, and free it at the end. context: tokens of prompt and answer together."""
+) -> Iterator[ChatModels]:
+    """Load what `target` names, and free it at the end. length: tokens of prompt and answer together."""
     with ExitStack() as stack:
         if target.kind == "gguf":
-            yield _in_llama_cpp(target, context, llama_cpp, display, slots, flags, stack)
+            yield _in_llama_cpp(target, context, partial(Server, context=length, slots=slots, flags=flags), stack)
         else:
-            yield _in_backend(target, context, make_backend, display, stack)
+            yield _in_backend(target, context, length, stack)
 
 
-def llama_of(target: Target, llama_cpp: str | None, display: Display) -> LlamaCpp:
+def llama_of(target: Target, context: Context) -> LlamaCpp:
     """The llama.cpp to use: named now, found or built; never one that the run's record names."""
-    say_llama(target.known, llama_cpp, display)
-    if (llama := find(llama_cpp)) is not None:
+    say_llama(target.known, context.llama_cpp, context.display)
+    if (llama := find(context.llama_cpp)) is not None:
         return llama
-    with display.stage("build llama.cpp, once") as progress:
+    with context.display.stage("build llama.cpp, once") as progress:
         return build(progress)
 
 
-def _in_llama_cpp(
-    target: Target,
-    context: int,
-    llama_cpp: str | None,
-    display: Display,
-    slots: int,
-    flags: Sequence[str],
-    stack: ExitStack,
-) -> Voices:
-    llama = llama_of(target, llama_cpp, display)
-    start = partial(Server, llama, context=context, slots=slots, flags=flags)
+def _in_llama_cpp(target: Target, context: Context, server: partial[Server], stack: ExitStack) -> ChatModels:
+    display, llama = context.display, llama_of(target, context)
+    start = partial(server, llama)
     with display.stage("start llama.cpp"):
         tuned = stack.enter_context(start(target.path))
 
     @cache
-    def base() -> Voice:
+    def base() -> ChatModel:
         if not target.known:
             raise UserError(f"{target.run} is a bare GGUF: its base is not known.", "Give the run folder.")
         folder = base_of(target.run, target.known, display)
@@ -142,22 +132,20 @@ def _in_llama_cpp(
         with display.stage("start llama.cpp with the base"):
             return _served(stack.enter_context(start(gguf, template=target.template)), "base")
 
-    return Voices(_served(tuned, f"{target.path.name} in llama.cpp"), base)
+    return ChatModels(_served(tuned, f"{target.path.name} in llama.cpp"), base)
 
 
-def _served(server: Server, name: str) -> Voice:
+def _served(server: Server, name: str) -> ChatModel:
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
         said = [for_llama_cpp(message) for message in messages]
         yield from server.stream(fitted(said, lambda form: server.prompt(form, tools)), sampling, tools)
 
-    return Voice(name, answer)
+    return ChatModel(name, answer)
 
 
-def _in_backend(
-    target: Target, context: int, make_backend: Callable[[str], Backend], display: Display, stack: ExitStack
-) -> Voices:
+def _in_backend(target: Target, context: Context, length: int, stack: ExitStack) -> ChatModels:
     run, recipe = target.run, run_record.read_recipe(target.run)
-    base_folder = base_of(run, target.known, display)
+    base_folder = base_of(run, target.known, context.display)
 
     def load(folder: Path, recipe: Recipe, adapter: Adapter | None) -> Backend:
         plan = runnable(run_record.read_plan(run), recipe)
@@ -173,21 +161,21 @@ def _in_backend(
             }
             recipe = recipe.model_copy(update=plain)
             adapter = initial_adapter(first, layer_count(first), recipe)
-        with display.stage("load the model"):
-            backend, _ = loaded(make_backend, recipe, plan, folder, adapter)
+        with context.display.stage("load the model"):
+            backend, _ = loaded(context, recipe, plan, folder, adapter)
         stack.callback(backend.close)
         return backend
 
-    def voice(backend: Backend, name: str, adapter: bool) -> Voice:
+    def model(backend: Backend, name: str, adapter: bool) -> ChatModel:
         think, stops = recipe.thinking == "keep", target.known["stop_ids"]
-        return trained_voice(backend, base_folder, template, stops, think, name, adapter, context)
+        return backend_chat_model(backend, base_folder, template, stops, think, name, adapter, length)
 
     template = None if target.template is None else target.template.read_text(encoding="utf-8")
     if target.kind == "fused":
         plain = recipe.model_copy(update={"quantization": "none"})
         fused = load(run / target.known["export"]["fused"], plain, None)
-        base = cache(lambda: voice(load(base_folder, plain, None), "base", False))
-        return Voices(voice(fused, "fused", False), base)
+        base = cache(lambda: model(load(base_folder, plain, None), "base", False))
+        return ChatModels(model(fused, "fused", False), base)
     whole = target.known["options"].get("method") == "full"
     final = None
     if not whole:
@@ -196,9 +184,9 @@ def _in_backend(
         validate(final, shapes, run / "adapter")
     ready = source(base_folder) if recipe.quantization.startswith("mlx") else None
     both = load(ready[0] if ready else base_folder, recipe, final)
-    tuned = voice(both, f"{target.kind} in {run_record.read_plan(run).backend}", target.kind == "adapter")
+    tuned = model(both, f"{target.kind} in {run_record.read_plan(run).backend}", target.kind == "adapter")
 
-    def without() -> Voice:
-        return voice(both, "base", False)
+    def without() -> ChatModel:
+        return model(both, "base", False)
 
-    return Voices(tuned, without)
+    return ChatModels(tuned, without)

@@ -1,4 +1,4 @@
-"""The GGUF of a fused model: convert with llama.cpp's own converter, quantise, and verify the tokenizer.
+"""The GGUF of a fused model: convert with llama.cpp's own converter, quantize, and verify the tokenizer.
 
 Both writers work on a temporary name and rename at the end: a file under its final name is whole.
 """
@@ -129,7 +129,7 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
 def quantize(
     source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress, imatrix: Path | None = None
 ) -> QuantReport:
-    """Quantise the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
+    """Quantize the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
     check_quants([quant])
     if quant == "BF16":  # what the source is already
         if source.resolve() != out.resolve():
@@ -137,15 +137,15 @@ def quantize(
             shutil.copyfile(source, partial)
             partial.replace(out)
     else:
-        remedy = f"Look at the free disk space and memory; {source} is whole and can be quantised again."
+        remedy = f"Look at the free disk space and memory; {source} is whole and can be quantized again."
         # from its own folder, because its path goes into the file
         command = [str(llama.quantize), *(["--imatrix", imatrix.name] if imatrix else []), str(source.absolute())]
         cwd = imatrix.parent if imatrix else None
-        _write(command, [quant], out, f"quantising to {quant}", remedy, progress, None, cwd)
+        _write(command, [quant], out, f"quantizing to {quant}", remedy, progress, None, cwd)
     return report(out, quant)
 
 
-def foreseen_bits(source: Path, quant: str, llama: LlamaCpp) -> float | None:
+def estimated_bpw(source: Path, quant: str, llama: LlamaCpp) -> float | None:
     """Bits a weight that `quant` would come to, by llama-quantize's dry run; None where this one has none."""
     code, tail = capture([str(llama.quantize), "--dry-run", str(source), quant], 120)
     match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
@@ -157,7 +157,7 @@ def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str
     for found in reports:
         steps = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
         for better in steps[steps.index(found.quant) + 1 :] if found.fallbacks and found.quant in steps else ():
-            bits = foreseen_bits(source, better, llama)
+            bits = estimated_bpw(source, better, llama)
             if bits is not None and bits <= 1.12 * found.bits_per_weight:
                 return (
                     f"{found.quant} takes {found.bits_per_weight:.2f} bits a weight of this model, {better} would take "

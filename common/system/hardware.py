@@ -135,7 +135,7 @@ def free_memory(backend: str, device: str) -> tuple[int, str]:
 
 
 def quantization_scheme(wanted: str, backend: str) -> str:
-    """The recipe's name of how the frozen base is quantised. Raises UserError where that cannot be computed here."""
+    """The recipe's name of how the frozen base is quantized. Raises UserError where that cannot be computed here."""
     if wanted == "none":
         return "none"
     if backend == "mlx":

@@ -59,7 +59,7 @@ def give_back_blocks() -> None:
         ctypes.CDLL(None).mallopt(-3, KEPT_BLOCKS)
 
 
-def give_back_gaps() -> None:
+def malloc_trim() -> None:
     """Let glibc return the whole pages of its gaps, the free blocks between kept ones, to Linux; some 10 ms.
 
     2.36 does not fill a gap with an aligned block of the very size that was freed there: every short-lived tensor of a
@@ -69,7 +69,7 @@ def give_back_gaps() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def give_back(tensor: Any) -> None:
+def release_pages(tensor: Any) -> None:
     """Tell Linux that the whole pages of `tensor`, a torch tensor that nobody reads again, are not needed."""
     if sys.platform != "linux":
         return

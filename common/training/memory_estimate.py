@@ -35,7 +35,7 @@ _GAPS = {"fp32": 0.25, "bf16": 0.55}  # of what lies in blocks of less than twic
 
 
 @dataclass(frozen=True)
-class Shape:
+class MicroBatchShape:
     """What memory depends on of a micro-batch."""
 
     rows: int
@@ -44,12 +44,12 @@ class Shape:
     labels: int
 
     @staticmethod
-    def of(batch: Batch) -> "Shape":
-        return Shape(len(batch.lengths), batch.input_ids.shape[1], batch.tokens, batch.label_tokens)
+    def of(batch: Batch) -> "MicroBatchShape":
+        return MicroBatchShape(len(batch.lengths), batch.input_ids.shape[1], batch.tokens, batch.label_tokens)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTerms:
     """What cannot be counted. `overhead`: libraries' own buffers; `slack`: what the allocator holds beyond its use."""
 
     overhead: int
@@ -58,16 +58,16 @@ class Measured:
 
 
 _MEASURED = {
-    ("torch", "cpu"): Measured(40 * MEGA, 0.0, True),
-    ("mlx", "cpu"): Measured(0, 0.0, True),
-    ("torch", "cuda"): Measured(180 * MEGA, 0.0, True),  # an H200: cuBLAS's memory, of graphs and without
-    ("torch", "mps"): Measured(500 * MEGA, 0.1, False),
-    ("mlx", "gpu"): Measured(100 * MEGA, 0.1, False),
+    ("torch", "cpu"): MeasuredTerms(40 * MEGA, 0.0, True),
+    ("mlx", "cpu"): MeasuredTerms(0, 0.0, True),
+    ("torch", "cuda"): MeasuredTerms(180 * MEGA, 0.0, True),  # an H200: cuBLAS's memory, of graphs and without
+    ("torch", "mps"): MeasuredTerms(500 * MEGA, 0.1, False),
+    ("mlx", "gpu"): MeasuredTerms(100 * MEGA, 0.1, False),
 }
 
 
 @dataclass(frozen=True)
-class Prediction:
+class MemoryEstimate:
     """Bytes by part, of the moment when most is needed."""
 
     parts: dict[str, int]
@@ -79,8 +79,8 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of a model, from its normalised text config."""
+class ModelDims:
+    """Of a model, from its normalized text config."""
 
     hidden: int
     inner: int
@@ -89,7 +89,7 @@ class Sizes:
     heads: int
     layers: int
     vocabulary: int
-    linear: int  # weights in layers that are quantised and adapted
+    linear: int  # weights in layers that are quantized and adapted
     other: int  # embeddings, norms, an untied head
     gemma: bool
     capped: bool  # attention scores
@@ -100,10 +100,10 @@ class Sizes:
     stored: int  # bytes of a weight in the checkpoint
 
     @staticmethod
-    def of(config: dict[str, Any]) -> "Sizes":
+    def of(config: dict[str, Any]) -> "ModelDims":
         shapes = tensor_shapes(config)
         linear = sum(math.prod(s) for name, s in shapes.items() if name.endswith("_proj.weight"))
-        return Sizes(
+        return ModelDims(
             hidden=config["hidden_size"],
             inner=config["intermediate_size"],
             queries=config["num_attention_heads"] * config["head_dim"],
@@ -123,14 +123,14 @@ class Sizes:
         )
 
 
-def weight_bytes(sizes: Sizes, recipe: Recipe, as_stored: bool = False) -> int:
+def weight_bytes(sizes: ModelDims, recipe: Recipe, as_stored: bool = False) -> int:
     """Of the base as it is held. as_stored: what a frozen one does on torch's CPU, where products widen it."""
     plain = 2 if recipe.precision == "bf16" else 4
     scheme = recipe.quantization
     if scheme.startswith("mlx-"):
         _, bits, group = scheme.split("-")
         each = int(bits.removesuffix("bit")) / 8 + 2 * plain / int(group)  # a scale and a bias a group
-        return round((sizes.linear + sizes.other) * each)  # MLX quantises embeddings too
+        return round((sizes.linear + sizes.other) * each)  # MLX quantizes embeddings too
     if scheme == "nf4":
         return round(sizes.linear * (0.5 + 4 / 64) + sizes.other * (min(plain, sizes.stored) if as_stored else plain))
     if scheme == "int8":
@@ -138,7 +138,7 @@ def weight_bytes(sizes: Sizes, recipe: Recipe, as_stored: bool = False) -> int:
     return (sizes.linear + sizes.other) * (min(plain, sizes.stored) if as_stored else plain)
 
 
-def trained_bytes(adapter: Adapter | None, sizes: Sizes) -> tuple[int, int]:
+def trained_bytes(adapter: Adapter | None, sizes: ModelDims) -> tuple[int, int]:
     """`(weights beside the base, gradients and AdamW's two moments)`; all float32."""
     if adapter is None:
         return 0, 12 * (sizes.linear + sizes.other)
@@ -147,10 +147,10 @@ def trained_bytes(adapter: Adapter | None, sizes: Sizes) -> tuple[int, int]:
 
 
 def predict(
-    config: dict[str, Any], recipe: Recipe, plan: Plan, adapter: Adapter | None, shapes: Sequence[Shape]
-) -> Prediction:
-    """The peak over micro-batches of `shapes`. `config`: the normalised text config; `adapter` None: all is trained."""
-    sizes = Sizes.of(config)
+    config: dict[str, Any], recipe: Recipe, plan: Plan, adapter: Adapter | None, shapes: Sequence[MicroBatchShape]
+) -> MemoryEstimate:
+    """The peak over micro-batches of `shapes`. `config`: the normalized text config; `adapter` None: all is trained."""
+    sizes = ModelDims.of(config)
     known = _MEASURED[plan.backend, plan.device]
     beside, moments = trained_bytes(adapter, sizes)
     if plan.backend == "torch" and plan.device == "cpu":
@@ -172,10 +172,10 @@ def predict(
     parts["slack"] = known.overhead + round(known.slack * sum(parts.values()))
     if (plan.backend, plan.device, recipe.precision) == ("torch", "cpu", "bf16"):
         parts["slack"] += _COMPILED
-    return Prediction(parts, known.known)
+    return MemoryEstimate(parts, known.known)
 
 
-def activations(sizes: Sizes, recipe: Recipe, plan: Plan, shape: Shape) -> dict[str, int]:
+def activations(sizes: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> dict[str, int]:
     """What one micro-batch adds at its dearest moment: in the loss, or in a layer's backward pass."""
     torch, wide = plan.backend == "torch", recipe.precision == "fp32"
     each = 4 if wide else 2

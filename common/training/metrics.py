@@ -44,7 +44,7 @@ def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[st
         "another plan or backend": "the same mathematics, other rounding"
         + ("; dropout masks differ between backends" if recipe.dropout else ""),
         "fused weights": "the same bytes on any machine, from the same adapter and base"
-        + ("" if recipe.quantization == "none" else "; into dequantised weights as its own backend makes them"),
+        + ("" if recipe.quantization == "none" else "; into dequantized weights as its own backend makes them"),
     }
 
 

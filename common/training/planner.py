@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.options import Options, read_size
 from common.recipe import Plan, Recipe
 from common.system.hardware import free_memory
-from common.training.memory_estimate import Prediction, Shape, loss_chunk, predict
+from common.training.memory_estimate import MemoryEstimate, MicroBatchShape, loss_chunk, predict
 
 _SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
 _RECOMPUTE = 1.4  # the time of a step with gradient checkpointing; measured 1.35 to 1.45 on a CPU, 1.32 on an H200
@@ -21,9 +21,9 @@ _ROWS = 4000  # whose steps are looked at
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenPlan:
     plan: Plan
-    prediction: Prediction
+    prediction: MemoryEstimate
     budget: int
     why: str
 
@@ -43,15 +43,15 @@ class Work:
         worst = sorted(sizes)[-recipe.batch_size :] if recipe.steps > looked_at else []
         return Work([sorted(sizes[i] for i in step) for step in chosen], worst)
 
-    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[Shape], int, int]:
+    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[MicroBatchShape], int, int]:
         """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
-        shapes: set[Shape] = set()
+        shapes: set[MicroBatchShape] = set()
         tokens, count = 0, 0
         for step in [*self.steps, self.worst]:
             cuts = cut([length for length, _ in step], micro_batch_tokens, device)
             for start, end in cuts:
                 part = step[start:end]
-                shapes.add(Shape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
+                shapes.add(MicroBatchShape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
             if step is not self.worst:
                 tokens, count = tokens + sum(length for length, _ in step), count + len(cuts)
         return list(shapes), tokens, count
@@ -64,7 +64,7 @@ def choose(
     config: dict[str, Any],
     adapter: Adapter | None,
     rows: Sequence[Encoded],
-) -> Chosen:
+) -> ChosenPlan:
     """The plan that `base` becomes: what the user typed stays. Raises UserError where --memory-limit cannot be kept."""
     budget, why = _budget(options, base)
     work = Work.of(rows, recipe)
@@ -88,13 +88,13 @@ def choose(
                 ("Leave out --micro-batch-tokens and --gradient-checkpointing. " if typed else "")
                 + "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
             )
-        return Chosen(plan, prediction, budget, why)
+        return ChosenPlan(plan, prediction, budget, why)
     fastest = min(cost for _, _, cost in fitting)
     plan, prediction, _ = min(
         (candidate for candidate in fitting if candidate[2] <= fastest * _WORTH),
         key=lambda c: (c[1].peak, c[0].micro_batch_tokens),  # a smaller cut spares the validation memory too
     )
-    return Chosen(plan, prediction, budget, why)
+    return ChosenPlan(plan, prediction, budget, why)
 
 
 def described(plan: Plan) -> str:
@@ -119,7 +119,10 @@ def largest(
     lean = plan.model_copy(update={"gradient_checkpointing": True})
 
     def fits(rows: int, width: int) -> bool:
-        return predict(config, recipe, lean, adapter, [Shape(rows, width, rows * width, rows * width)]).peak <= budget
+        return (
+            predict(config, recipe, lean, adapter, [MicroBatchShape(rows, width, rows * width, rows * width)]).peak
+            <= budget
+        )
 
     def most(test: Any, limit: int) -> int:
         """By steps down and then halves: memory does not always rise with the tokens (`predict`'s gaps)."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from common import run_record
-from common.data.dataset import Data, Example, said
+from common.data.dataset import Dataset, Example, said
 from common.data.encode import Encoded, Encoder, load_tokenizer
 from common.data.load import encoder_of
 from common.data.truncation import fit
@@ -42,7 +42,7 @@ class Probes:
     tokenizer: Any
 
 
-def collect(run: Path, base: Path, data: Data, limit: int = 32) -> Probes:
+def collect(run: Path, base: Path, data: Dataset, limit: int = 32) -> Probes:
     """Up to `limit` held-out rows, of the training rows where nothing was held out. `base` is the model's folder."""
     options, recipe = (
         Options.model_validate(run_record.read_run(run, "options")["options"]),

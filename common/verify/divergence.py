@@ -60,7 +60,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Reference:
-    """A model's distributions at the rows' positions, kept as log-probabilities in float16 and normalised again on use.
+    """A model's distributions at the rows' positions, kept as log-probabilities in float16 and normalized again on use.
 
     Rounding so moves a KL by less than it moves a probability: by about 1e-6, as tests/unit/test_divergence.py holds.
     """

@@ -2,18 +2,17 @@
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.backend import Backend
+from common.backend import Backends
+from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.data.load import load_data
-from common.display import Display
 from common.errors import UserError
 from common.model_files import open_tokenizer
 from common.models.families import text_config
@@ -40,13 +39,13 @@ class Result:
     adapter: dict[str, np.ndarray]  # every A and B after training
 
 
-def parity(name: str, make_backend: Callable[[str], Backend], display: Display) -> bool:
+def parity(name: str, context: Context) -> bool:
     """Check `name`, a family's model type or what --model takes, and print the table. True where all is within bounds.
 
     With one backend only the family's tiny model is trained, and compared with common/verify/parity_reference.json.
     Raises UserError where no backend is installed or the model is not supported.
     """
-    here = [backend for backend in ("torch", "mlx") if _installed(backend)]
+    display, here = context.display, [backend for backend in ("torch", "mlx") if _installed(backend)]
     if not here:
         raise UserError("Neither backend is installed.", "python cli.py doctor says how to install one.")
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,14 +54,14 @@ def parity(name: str, make_backend: Callable[[str], Backend], display: Display) 
             family = name if folder is None else _family(folder)
             display.say(f"Only {here[0]} is here: the tiny {family} is compared with recorded numbers")
             folder, steps, rows, bounds = write_tiny(Path(scratch), family), TINY_STEPS, tiny_rows(), BOUNDS
-            found = _compare(run(here[0], make_backend, folder, rows, steps), recorded(family))
+            found = _compare(run(here[0], context.backends, folder, rows, steps), recorded(family))
             title = f"{family}: {here[0]} and the record"
         else:
             tiny = folder is None
             folder = folder or write_tiny(Path(scratch), name)
             rows = tiny_rows() if tiny else _text_rows(folder)
             steps, bounds = (TINY_STEPS, BOUNDS) if tiny else (REAL_STEPS, REAL_BOUNDS)
-            torch, mlx = (run(backend, make_backend, folder, rows, steps) for backend in here)
+            torch, mlx = (run(backend, context.backends, folder, rows, steps) for backend in here)
             found = _compare(torch, mlx)
             title = f"{name}: torch and mlx"
             if not tiny:
@@ -77,12 +76,12 @@ def parity(name: str, make_backend: Callable[[str], Backend], display: Display) 
     return all(value < bounds[what] for what, value in found.items())
 
 
-def run(name: str, make_backend: Callable[[str], Backend], folder: Path, rows: list[Encoded], steps: int) -> Result:
+def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps: int) -> Result:
     """Train `steps` steps of four rows on one backend, in float32, from the seeded start."""
     shapes = linear_shapes(folder, ["all-linear"])
     recipe = _recipe(folder, steps, target_names(shapes))
     plan: dict[str, Any] = {"backend": name, "device": choose_device("auto", name).value}
-    backend = make_backend(name)
+    backend = backends(name).create()
     start = initial_adapter(shapes, layer_count(shapes), recipe)
     backend.load(recipe, Plan(**plan, micro_batch_tokens=1024, save_every=steps), folder, start)
     logits, losses = backend.logits(rows[0].ids), []
@@ -104,12 +103,12 @@ def tiny_rows() -> list[Encoded]:
     return rows[::-1]  # the longest first: its logits are looked at
 
 
-def record(make_backend: Callable[[str], Backend], path: Path = RECORD) -> None:
+def record(backends: Backends, path: Path = RECORD) -> None:
     """Write what torch computes on this machine for every family's tiny model."""
     numbers = {}
     for family in TINY:
         with tempfile.TemporaryDirectory() as scratch:
-            result = run("torch", make_backend, write_tiny(Path(scratch), family), tiny_rows(), TINY_STEPS)
+            result = run("torch", backends, write_tiny(Path(scratch), family), tiny_rows(), TINY_STEPS)
         numbers[family] = {
             "logits": [round(float(value), 6) for value in result.logits[-1, :_SAMPLE]],
             "losses": [round(float(value), 6) for value in result.losses],

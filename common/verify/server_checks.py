@@ -53,7 +53,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Subject:
+class VerifyInput:
     """What is to be proven. ggufs: `(name, file)` of each quant; whole: the bf16 GGUF that they were made from."""
 
     run: Path
@@ -62,7 +62,7 @@ class Subject:
     recipe: Recipe
     plan: Plan
     stops: list[int]
-    over_quantized: bool  # whether the adapter was fused into the dequantised base that it was trained over
+    over_quantized: bool  # whether the adapter was fused into the dequantized base that it was trained over
     whole: Path
     ggufs: list[tuple[str, Path]]
     llama: LlamaCpp
@@ -70,7 +70,7 @@ class Subject:
     probes: Probes
 
 
-def by_server(subject: Subject, progress: Progress) -> Iterator[Check]:
+def by_server(subject: VerifyInput, progress: Progress) -> Iterator[Check]:
     """The first GGUF asked everything; of the others, which may be older, what is broken in a few rows."""
     probes = subject.probes
     few = replace(probes, rows=probes.rows[:4], texts=probes.texts[-40:], prompts=probes.prompts[:4])
@@ -98,7 +98,7 @@ def _tokens(probes: Probes, server: Server) -> Check:
     wrong += [TokenDifference(text, ids, got) for text, ids in trained if (got := server.tokenize(text)) != ids]
     count = len(probes.texts) + len(trained)
     shown = f"; {wrong[0].text[:60]!r}: {_apart(wrong[0])}" if wrong else ""
-    text = f"{count - len(wrong)} of {count} texts and rows tokenised as in training{shown}"
+    text = f"{count - len(wrong)} of {count} texts and rows tokenized as in training{shown}"
     return Check("token ids", "broken" if wrong else "ok", text)
 
 
@@ -127,7 +127,7 @@ def _prompts(probes: Probes, server: Server) -> Check:
     return Check("prompt", "ok", f"{len(probes.prompts)} held-out prompts rendered by llama.cpp as they were trained")
 
 
-def _stops(subject: Subject, probes: Probes, gguf: Path, server: Server) -> Check:
+def _stops(subject: VerifyInput, probes: Probes, gguf: Path, server: Server) -> Check:
     """After a whole answer, where the model's first choice is its end: does llama.cpp stop there?"""
     lasts = [(row, int(np.flatnonzero(row.mask)[-1])) for row in probes.rows]
     ends = [row.ids[:last].tolist() for row, last in lasts if int(row.ids[last]) in subject.stops]

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from common import run_record
 from common.backend import Adapter, Backend, LoraWeight, Progress
+from common.context import Context
 from common.data.load import data_of
 from common.display import Display
 from common.errors import UserError
@@ -32,37 +33,30 @@ from common.run_record import held
 from common.system.hardware import free_memory
 from common.verify.cases import collect
 from common.verify.divergence import Divergence, LogitsAt, Reference, Rows, choose_rows
-from common.verify.server_checks import Check, State, Subject, by_server
+from common.verify.server_checks import Check, State, VerifyInput, by_server
 
 # KL below this is the rounding of bf16 weights, activations and of llama.cpp's float16 cache, not a fault.
 _ROUNDING = 2e-3
 _FAR = 0.02  # and this is never only rounding
-_LOST, _GONE = 0.1, 0.5  # of the tune's own KL: a quantisation that takes more is flagged, or called broken
+_LOST, _GONE = 0.1, 0.5  # of the tune's own KL: a quantization that takes more is flagged, or called broken
 _TUNED = 0.5  # a tune of less is so small that any 4 bits drown it
 _LADDER = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0", "BF16")  # each with clearly more bits than the last
 
 
-def verify_run(
-    run: Path, make_backend: Callable[[str], Backend], display: Display, llama_cpp: str | None = None
-) -> list[Check]:
+def verify_run(run: Path, context: Context) -> list[Check]:
     """`verify RUN`. Raises UserError as `verify_held`, and where another process is at work on the run."""
     known = run_record.read_complete(run)
     with held(run):
-        say_llama(known, llama_cpp, display)
-        return verify_held(run, make_backend, display, None, llama_cpp)
+        say_llama(known, context.llama_cpp, context.display)
+        return verify_held(run, context, None)
 
 
-def verify_held(
-    run: Path,
-    make_backend: Callable[[str], Backend],
-    display: Display,
-    whole: Path | None,
-    llama_cpp: str | None,
-) -> list[Check]:
+def verify_held(run: Path, context: Context, whole: Path | None) -> list[Check]:
     """Every check that was made, kept in run.json too. The caller holds the run. `whole`: the bf16 GGUF, or None.
 
     Raises UserError where something that is needed is missing: base, data, fused folder, GGUF, a backend.
     """
+    display = context.display
     known = run_record.read_complete(run, "options", "model_hash", "stop_ids", "export")
     options, recipe = Options.model_validate(known["options"]), run_record.read_recipe(run)
     ggufs = [(report.get("name", report["quant"]), run / report["file"]) for report in known["export"].get("gguf", [])]
@@ -75,7 +69,7 @@ def verify_held(
     probes = collect(run, base, data_of(run, options, recipe))
     if not probes.rows:
         raise UserError(f"{options.data}: no row is left to verify with.", "Go without: --no-verify.")
-    llama = find(llama_cpp)
+    llama = find(context.llama_cpp)
     with display.stage("find or build llama.cpp") as progress:
         ours = own(progress)
     final = adapters.read_trained(run, layer_count(linear_shapes(base, ["all-linear"])))
@@ -86,7 +80,7 @@ def verify_held(
             whole = folder / "model-BF16.gguf"
             with display.stage("the bf16 GGUF again, to compare with") as progress:
                 convert(run / "fused", whole, "verify", llama or ours, progress)
-        subject = Subject(
+        subject = VerifyInput(
             run=run,
             base=base,
             final=final,
@@ -100,12 +94,13 @@ def verify_held(
             tool=cast(Path, ours.logits),
             probes=probes,
         )
-        return verify(subject, make_backend, display)
+        return verify(subject, context)
 
 
-def verify(subject: Subject, make_backend: Callable[[str], Backend], display: Display) -> list[Check]:
+def verify(subject: VerifyInput, context: Context) -> list[Check]:
     """Every check, cheapest first, printed and kept in run.json under `verify`; what fails altogether is one too."""
     checks: list[Check] = []
+    display = context.display
     with display.stage("verify: tokens, prompts, stops") as progress:
         try:
             for check in by_server(subject, progress):
@@ -116,7 +111,7 @@ def verify(subject: Subject, make_backend: Callable[[str], Backend], display: Di
     links: dict[str, Divergence] = {}
     with display.stage("verify: distributions") as progress:
         try:
-            _trained(subject, rows, make_backend, links, progress)
+            _trained(subject, rows, context, links, progress)
             _ggufs(subject, rows, links, progress)
         except UserError as error:
             checks.append(Check("distributions", "broken", error.what))
@@ -149,9 +144,9 @@ def verdict(checks: list[Check]) -> str:
 
 
 def _trained(
-    subject: Subject,
+    subject: VerifyInput,
     rows: Rows,
-    make_backend: Callable[[str], Backend],
+    context: Context,
     links: dict[str, Divergence],
     progress: Progress,
 ) -> None:
@@ -161,16 +156,16 @@ def _trained(
     tuned = None
     if not subject.final.full:
         progress(0.0, "adapter on base")
-        with _loaded(make_backend, recipe, plan, subject.base, subject.final) as backend:
+        with _loaded(context, recipe, plan, subject.base, subject.final) as backend:
             tuned = Reference(rows, _of(backend, True))
             links["base"] = tuned.divergence(_of(backend, False))
     progress(0.25, "fused")
-    with _loaded(make_backend, plain, plan, subject.run / "fused", nothing) as backend:
+    with _loaded(context, plain, plan, subject.run / "fused", nothing) as backend:
         if tuned is not None:
             links["fused"] = tuned.divergence(_of(backend, False))
         fused = Reference(rows, _of(backend, False))
     if tuned is None:  # every weight was trained: what is fused is what was trained
-        with _loaded(make_backend, plain, plan, subject.base, nothing) as backend:
+        with _loaded(context, plain, plan, subject.base, nothing) as backend:
             links["base"] = fused.divergence(_of(backend, False))
     del tuned
     progress(0.5, "bf16 GGUF")
@@ -178,7 +173,7 @@ def _trained(
         links["BF16"] = fused.divergence(model)
 
 
-def _ggufs(subject: Subject, rows: Rows, links: dict[str, Divergence], progress: Progress) -> None:
+def _ggufs(subject: VerifyInput, rows: Rows, links: dict[str, Divergence], progress: Progress) -> None:
     context, quants = max(map(len, rows.ids)), [(n, path) for n, path in subject.ggufs if path != subject.whole]
     if not quants:
         return
@@ -190,8 +185,8 @@ def _ggufs(subject: Subject, rows: Rows, links: dict[str, Divergence], progress:
             links[name] = whole.divergence(model)
 
 
-def _exact(subject: Subject) -> tuple[Recipe, Plan]:
-    """float32 where it fits into memory, else as trained; over the quantised base where the adapter was fused there."""
+def _exact(subject: VerifyInput) -> tuple[Recipe, Plan]:
+    """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
     plan = subject.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
     fits = 4.4 * parameter_count(subject.base) < free_memory(plan.backend, plan.device)[0]
     recipe = subject.recipe.model_copy(
@@ -205,7 +200,7 @@ def _exact(subject: Subject) -> tuple[Recipe, Plan]:
     return recipe, plan
 
 
-def _nothing(subject: Subject) -> Adapter:
+def _nothing(subject: VerifyInput) -> Adapter:
     """An adapter that changes nothing, so that a model is loaded to be looked at and not to be trained."""
     shapes = linear_shapes(subject.base, ["all-linear"])
     name, (out_features, in_features) = next(iter(shapes.items()))
@@ -214,11 +209,9 @@ def _nothing(subject: Subject) -> Adapter:
 
 
 @contextmanager
-def _loaded(
-    make_backend: Callable[[str], Backend], recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter
-) -> Iterator[Backend]:
+def _loaded(context: Context, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter) -> Iterator[Backend]:
     recipe = recipe.model_copy(update={"method": "dora" if adapter.dora else "lora"})
-    backend, _ = loaded(make_backend, recipe, plan, folder, adapter)
+    backend, _ = loaded(context, recipe, plan, folder, adapter)
     try:
         yield backend
     finally:
@@ -229,7 +222,7 @@ def _of(backend: Backend, adapter: bool) -> LogitsAt:
     return lambda ids, positions: backend.logits(ids, adapter, positions)
 
 
-def _whole_weights(subject: Subject) -> Check:
+def _whole_weights(subject: VerifyInput) -> Check:
     """After full fine-tuning there is no adapter to compare with: the fused folder must hold what was trained."""
     wrong, count = differing(subject.run / "fused", subject.final.full), len(subject.final.full)
     shown = f", not {wrong[0]}" if wrong else ""
@@ -279,7 +272,7 @@ def _better(quant: str) -> str:
     return "BF16" if quant in ("BF16", "F16") else next(q for q in _LADDER if q == "BF16" or q[1] > quant[1])
 
 
-def _show(subject: Subject, checks: list[Check], links: dict[str, Divergence], display: Display) -> None:
+def _show(subject: VerifyInput, checks: list[Check], links: dict[str, Divergence], display: Display) -> None:
     names = {"base": "base, untuned", "fused": "fused", "BF16": "BF16 GGUF"}
     against = {"base": "tuned", "fused": "tuned", "BF16": "fused"}
     if links:
@@ -301,7 +294,7 @@ def _show(subject: Subject, checks: list[Check], links: dict[str, Divergence], d
         )
     if form := run_record.read_run(subject.run).get("base", {}).get("form"):
         display.say(
-            f"About the base: {form} Quantised again on the same grid such weights lose nothing, which flatters the "
+            f"About the base: {form} Quantized again on the same grid such weights lose nothing, which flatters the "
             "figures; but what the tune moves by less than half a step of that grid is rounded away, which does not."
         )
     mark = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "broken": Text("BROKEN", "bold red")}

@@ -386,7 +386,7 @@ def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
     assert "goes into the 16-bit base" in twintune(*words)
     before = (tmp_path / "run" / "fused" / "model.safetensors").read_bytes()
     out = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized")
-    assert "goes into the dequantised mlx-4bit-64 weights" in out
+    assert "goes into the dequantized mlx-4bit-64 weights" in out
     assert (tmp_path / "run" / "fused" / "model.safetensors").read_bytes() != before
 
 

@@ -7,7 +7,7 @@ from common.backend import LoraWeight
 from common.commands.adapter import convert_adapter
 from common.display import Display
 from common.errors import UserError
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server
@@ -78,7 +78,7 @@ def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama
     changes = CHANGES["patterns"] | {"rslora": True, "alpha": 2.0}
     adapter = write_adapter(smollm2, tmp_path / "peft", size=0.1, **changes)
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), None, Display("quiet"))
-    write_fused(smollm2, adapter, tmp_path / "fused", Served([2]), silent)
+    write_fused(smollm2, adapter, tmp_path / "fused", ServingConfig([2]), silent)
     for name, folder in (("base", smollm2), ("fused", tmp_path / "fused")):
         convert(folder, tmp_path / f"{name}.gguf", name, llama, silent)
     prompt = [{"role": "user", "content": "What is the capital of France?"}]

@@ -1,13 +1,10 @@
 """--export lora-gguf, the whole way: no fused folder, the adapter that was trained, refused where it cannot be held."""
 
-import importlib
-
 import numpy as np
 import pytest
 
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
-from common.display import Display
 from common.errors import UserError
 from common.llama_cpp.install import ensure
 from common.llama_cpp.lora import read_gguf_lora
@@ -15,6 +12,7 @@ from common.models.adapter_files import read_trained
 from common.models.shapes import linear_shapes
 from common.options import load_options, read_flags
 from common.run_record import read_run
+from tests.contexts import context
 from tests.tiny import write_rows
 
 BASE = ["--backend", "torch", "--device", "cpu", "--precision", "fp32", "--steps", "2", "--rank", "4", "--rslora"]
@@ -23,13 +21,9 @@ BASE = ["--backend", "torch", "--device", "cpu", "--precision", "fp32", "--steps
 def silent(share, text) -> None: ...
 
 
-def backend(name):
-    return importlib.import_module(f"{name}_backend").create()
-
-
 def train(model, folder, *more):
     argv = ["--model", str(model), "--data", str(write_rows(folder / "rows.jsonl")), "--output", str(folder / "run")]
-    return run_training(load_options(read_flags([*argv, *BASE, *more]))[0], backend, Display("plain"))
+    return run_training(load_options(read_flags([*argv, *BASE, *more]))[0], context("plain"))
 
 
 def check(run, model):
@@ -55,7 +49,7 @@ def test_the_adapter_alone_and_how_to_run_it(tiny_llama, tmp_path, capsys):
     assert f"-m BASE.gguf --lora {run}/gguf/adapter.gguf --jinja --chat-template-file {run}/chat_template.jinja" in said
     assert f"{tiny_llama} --outfile BASE.gguf" in said
     (run / "gguf" / "adapter.gguf").unlink()
-    fuse_run(run, {"export": "lora-gguf"}, backend, Display("quiet"))
+    fuse_run(run, {"export": "lora-gguf"}, context())
     check(run, tiny_llama)
 
 
@@ -68,16 +62,16 @@ def test_what_it_cannot_hold_is_refused_before_anything_is_done(tiny_llama, tmp_
     argv = ["--model", str(tiny_llama), "--data", str(write_rows(tmp_path / "rows.jsonl")), *flags]
     argv += ["--output", str(tmp_path / "run"), "--method", *method, "--export", "lora-gguf"]
     with pytest.raises(UserError, match=f"A GGUF LoRA cannot hold {kind}"):
-        run_training(load_options(read_flags(argv))[0], backend, Display("quiet"))
+        run_training(load_options(read_flags(argv))[0], context())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dora_run_and_a_given_dora_adapter_are_refused_too(tiny_llama, tmp_path):
     run = train(tiny_llama, tmp_path, "--method", "dora", "--export", "none")
     with pytest.raises(UserError, match="cannot hold DoRA's row lengths"):
-        fuse_run(run, {"export": "lora-gguf"}, backend, Display("quiet"))
+        fuse_run(run, {"export": "lora-gguf"}, context())
     argv = ["--model", str(tiny_llama), "--data", str(tmp_path / "rows.jsonl"), "--adapter", str(run), *BASE[:-3]]
     argv += ["--output", str(tmp_path / "next"), "--export", "lora-gguf"]
     with pytest.raises(UserError, match="cannot hold DoRA's row lengths"):
-        run_training(load_options(read_flags(argv))[0], backend, Display("quiet"))
+        run_training(load_options(read_flags(argv))[0], context())
     assert not (tmp_path / "next").exists()

@@ -1,4 +1,4 @@
-"""The Modelfile's prompts, tokenised by llama.cpp as Ollama has it do: the ids that training had, BOS once."""
+"""The Modelfile's prompts, tokenized by llama.cpp as Ollama has it do: the ids that training had, BOS once."""
 
 import json
 import shutil

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from common.data.encode import Encoder, Style, exported_template, load_tokenizer, stop_ids
+from common.data.encode import Encoder, MaskingOptions, exported_template, load_tokenizer, stop_ids
 from common.data.load import read_rows
 from common.data.truncation import encode_all
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server
@@ -41,7 +41,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     tokenizer = load_tokenizer(smollm2, str(template))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(chat(said, "Aye, captain.")) + "\n" for said in ("Hi", "Yo", "Go", "So")))
-    rows = encode_all(read_rows(data), Encoder(tokenizer, Style()))
+    rows = encode_all(read_rows(data), Encoder(tokenizer, MaskingOptions()))
     assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
     recipe = backends.make_recipe(smollm2, rank=8, alpha=32.0, learning_rate=3e-3)
     backend = backends.load("torch", smollm2, recipe)
@@ -49,7 +49,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     adapter = backend.get_adapter()
     backend.close()
     assert losses[-1] < 0.1, losses
-    served = Served(stop_ids(rows), exported_template(tokenizer, Style()))
+    served = ServingConfig(stop_ids(rows), exported_template(tokenizer, MaskingOptions()))
     write_fused(smollm2, adapter, tmp_path / "fused", served, silent)
     convert(tmp_path / "fused", tmp_path / "model.gguf", "model", llama, silent)
     with Server(llama, tmp_path / "model.gguf", context=512) as server:
@@ -65,14 +65,14 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
     adapter = backends.start_adapter(smollm2, backends.make_recipe(smollm2, targets=["q_proj"], rank=1))
     prompts = {}
     for thinking in ("off", "keep"):
-        style = Style(thinking=thinking)
-        served = Served([2], exported_template(tokenizer, style))
+        style = MaskingOptions(thinking=thinking)
+        served = ServingConfig([2], exported_template(tokenizer, style))
         write_fused(smollm2, adapter, tmp_path / thinking, served, silent)
         convert(tmp_path / thinking, tmp_path / f"{thinking}.gguf", "model", llama, silent)
         with Server(llama, tmp_path / f"{thinking}.gguf", context=512) as server:
             answer = server._request("POST", "/apply-template", {"messages": PROMPT})
             prompts[thinking] = answer["prompt"]
-    encoder = Encoder(tokenizer, Style())
+    encoder = Encoder(tokenizer, MaskingOptions())
     assert encoder.renderer is not None
     bos = tokenizer.bos_token  # llama.cpp leaves it to the tokenizer
     assert prompts["off"].removeprefix(bos) == encoder.renderer.prompt(PROMPT, (), False).removeprefix(bos)

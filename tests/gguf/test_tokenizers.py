@@ -8,7 +8,7 @@ import pytest
 
 from common.backend import Adapter, LoraWeight
 from common.data.encode import load_tokenizer
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp, ensure
 from common.llama_cpp.server import Server
@@ -40,7 +40,7 @@ def served(llama: LlamaCpp, tmp_path: Path):
         [(name, (rows, columns)), *_] = linear_shapes(base, ["o_proj"]).items()
         weight = LoraWeight(np.ones((1, columns), np.float32), np.zeros((rows, 1), np.float32), 1.0)
         fused = tmp_path / "fused"
-        write_fused(base, Adapter("x", 1, 0.0, {name: weight}), fused, Served([1], template), silent)
+        write_fused(base, Adapter("x", 1, 0.0, {name: weight}), fused, ServingConfig([1], template), silent)
         convert(fused, tmp_path / "model.gguf", "model", llama, silent)
         return fused, Server(llama, tmp_path / "model.gguf", context=256, threads=1)
 

@@ -15,23 +15,22 @@ from common import run_record
 from common.backend import Adapter
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
-from common.display import Display
 from common.errors import UserError
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert, quantize
 from common.llama_cpp.install import LlamaCpp, own
 from common.models.adapter_files import read_trained
 from common.options import Options
 from common.verify.server_checks import Check
 from common.verify.verify import verdict, verify_run
-from tests.backends import create
+from tests.contexts import context
 
 END = "<|done|>"  # a name that llama.cpp does not take for an end by itself
 TEMPLATE = (
     "{% for m in messages %}{{ m.role + ':\n' + m.content + '" + END + "' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
-COLOURS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
+COLORS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
 QUANTS = ("Q4_K_M", "Q8_0")
 
 
@@ -80,7 +79,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "messages": [
                 {"role": "user", "content": f"Paint {count} {thing}s."},
-                {"role": "assistant", "content": f"I paint {count} {thing}s {COLOURS[number % 8]}."},
+                {"role": "assistant", "content": f"I paint {count} {thing}s {COLORS[number % 8]}."},
             ]
         }
         for number, thing in enumerate(("house", "boat", "gate", "wall", "door", "roof", "chair", "table"))
@@ -101,7 +100,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         no_verify=True,
         quiet=True,
     )
-    return run_training(options, create, Display("quiet"))
+    return run_training(options, context())
 
 
 @pytest.fixture
@@ -114,7 +113,7 @@ def run(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def found(run: Path) -> dict[str, Check]:
-    checks = {check.name: check for check in verify_run(run, create, Display("quiet"))}
+    checks = {check.name: check for check in verify_run(run, context())}
     kept = run_record.read_run(run)["verify"]
     assert kept["verdict"] == verdict(list(checks.values()))
     assert {check["name"] for check in kept["checks"]} == set(checks)
@@ -129,7 +128,7 @@ def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs made again, out of another adapter."""
     known = run_record.read_run(run)
     template = (run / "chat_template.jinja").read_text(encoding="utf-8")
-    write_fused(base, adapter, run / "fused", Served(known["stop_ids"], template), quiet)
+    write_fused(base, adapter, run / "fused", ServingConfig(known["stop_ids"], template), quiet)
     whole = run / "gguf" / "model-BF16.gguf"
     convert(run / "fused", whole, "remade", llama, quiet)
     for quant in QUANTS:
@@ -215,7 +214,7 @@ def test_data_that_changed_is_refused(run: Path) -> None:
     try:
         data.write_text(kept.replace("red", "blue"), encoding="utf-8")
         with pytest.raises(UserError, match="not the data"):
-            verify_run(run, create, Display("quiet"))
+            verify_run(run, context())
     finally:
         data.write_text(kept, encoding="utf-8")
 
@@ -224,7 +223,7 @@ def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> 
     plain = run / "gguf" / "model-Q4_K_M.gguf"
     before = plain.read_bytes()
     options = {"quant": ["Q4_K_M", "Q8_0"], "imatrix": True, "no_verify": True, "push_public": False}
-    fuse_run(run, options, create, Display("quiet"))
+    fuse_run(run, options, context())
     guided = run / "gguf" / "model-Q4_K_M-imatrix.gguf"
     reports = run_record.read_run(run)["export"]["gguf"]
     assert [report["name"] for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]

@@ -75,7 +75,7 @@ def weight_of(gradients):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantised_head_has_the_loss_of_its_dequantised_weights(tied, bits):
+def test_a_quantized_head_has_the_loss_of_its_dequantized_weights(tied, bits):
     model, (hidden, labels) = Model(tied), inputs()
     nn.quantize(model, 64, bits)
     model.freeze()

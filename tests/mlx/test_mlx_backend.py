@@ -103,6 +103,6 @@ def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tm
     direction = backend.gradient(batch)[1]
     length = sum(float(mx.square(g).sum()) for _, g in tree_flatten(direction)) ** 0.5
     step = 0.02 / length
-    slope = (loss(step) - loss(-step)) / (2 * step)
-    assert abs(slope / length**2 - 1) < 0.02
+    derivative = (loss(step) - loss(-step)) / (2 * step)
+    assert abs(derivative / length**2 - 1) < 0.02
     backend.close()

@@ -30,9 +30,9 @@ def _on_the_cpu():
 
 
 def base(folder):
-    from common.models.families import normalise_config
+    from common.models.families import normalize_config
 
-    config = normalise_config(json.loads((folder / "config.json").read_text()))
+    config = normalize_config(json.loads((folder / "config.json").read_text()))
     return load_model(folder, model_config=config)[0]
 
 

@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 
 from common.errors import UserError
-from common.models.families import normalise_config
+from common.models.families import normalize_config
 from common.models.fuse import fuse
 from common.models.mlx_quantized import scheme, source, unpack, write_16bit
 from common.models.resolve import resolve
@@ -22,7 +22,7 @@ from tests.tiny import write_rows
 def write_quantized(base, out, bits, group=64, **own):
     """What mlx_lm.convert -q writes, embeddings included; `own`: other bits for modules with that last name."""
     mx.set_default_device(mx.cpu)
-    config = normalise_config(json.loads((base / "config.json").read_text()))
+    config = normalize_config(json.loads((base / "config.json").read_text()))
     model = load_model(base, model_config=config)[0]
     settings = {"group_size": group, "bits": bits}
 
@@ -107,9 +107,9 @@ def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkey
     assert error < 0.02 * np.abs(tuned).max()  # the view's weights are rounded to bf16
 
 
-def test_other_quantised_repos_are_refused_by_name(tiny_llama, tmp_path):
+def test_other_quantized_repos_are_refused_by_name(tiny_llama, tmp_path):
     write_quantized(tiny_llama, tmp_path / "3bit", 4)
     path = tmp_path / "3bit" / "config.json"
     path.write_text(path.read_text().replace('"bits": 4', '"bits": 3'))
-    with pytest.raises(UserError, match="quantised by MLX to 3 bits"):
+    with pytest.raises(UserError, match="quantized by MLX to 3 bits"):
         resolve(str(tmp_path / "3bit"), print)

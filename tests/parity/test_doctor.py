@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from common.display import Display
 from common.errors import UserError
 from common.verify import parity
 from common.verify.tiny_models import TINY
-from tests.backends import create
+from tests.contexts import context
 
 
 def found(capsys):
@@ -17,7 +16,7 @@ def found(capsys):
 
 
 def test_two_backends_side_by_side(capsys):
-    assert parity.parity("llama", create, Display("plain"))
+    assert parity.parity("llama", context("plain"))
     table = found(capsys)
     assert table.keys() == {"logits", "step losses", "adapters"}
     assert [row[2] for row in table.values()] == ["yes"] * 3
@@ -28,7 +27,7 @@ def test_two_backends_side_by_side(capsys):
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_each_backend_alone_meets_the_record(backend, family, capsys, monkeypatch):
     monkeypatch.setattr(parity, "_installed", lambda name: name == backend)
-    assert parity.parity(family, create, Display("plain"))
+    assert parity.parity(family, context("plain"))
     table = found(capsys)
     assert table.keys() == {"logits", "step losses"}
     assert [row[2] for row in table.values()] == ["yes"] * 2
@@ -39,7 +38,7 @@ def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
     right = parity.recorded("llama")
     wrong = parity.Result(right.logits, right.losses * (1 + 2e-4 * np.arange(len(right.losses))), {})
     monkeypatch.setattr(parity, "recorded", lambda family: wrong)
-    assert not parity.parity("llama", create, Display("plain"))
+    assert not parity.parity("llama", context("plain"))
     table = found(capsys)
     assert (table["logits"][2], table["step losses"][2]) == ("yes", "NO")
 
@@ -47,4 +46,4 @@ def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
 def test_without_a_backend_nothing_is_checked(monkeypatch):
     monkeypatch.setattr(parity, "_installed", lambda name: False)
     with pytest.raises(UserError, match="Neither backend"):
-        parity.parity("llama", create, Display("plain"))
+        parity.parity("llama", context("plain"))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.models.adapter_files import read_mlx, read_peft, write_both
-from common.models.families import facts, normalise_config, text_config
+from common.models.families import facts, normalize_config, text_config
 from common.models.resolve import check_folder
 from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
@@ -94,7 +94,7 @@ def test_transformers_saves_a_tiny_model_as_it_is_written_here(family, tmp_path)
     }
 
 
-def test_without_our_normalised_config_mlx_lm_is_silently_wrong(folders, rows, tmp_path):
+def test_without_our_normalized_config_mlx_lm_is_silently_wrong(folders, rows, tmp_path):
     import torch
     from mlx_lm.utils import load_model
     from transformers import AutoModelForCausalLM
@@ -178,7 +178,7 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     np.testing.assert_allclose(whole(PeftModel.from_pretrained(model, tmp_path / "adapter")), tuned["mlx"], atol=1e-4)
 
     fused = tmp_path / "fused"
-    write_fused(folder, adapter, fused, Served([2]), lambda share, text: None)
+    write_fused(folder, adapter, fused, ServingConfig([2]), lambda share, text: None)
     for name in ("processor_config.json", "preprocessor_config.json"):
         assert (fused / name).read_bytes() == (folder / name).read_bytes()
     before, after = load_file(folder / "model.safetensors"), load_file(fused / "model.safetensors")
@@ -188,7 +188,7 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     again = whole(Gemma3ForConditionalGeneration.from_pretrained(fused, dtype=torch.float32))
     np.testing.assert_allclose(again, tuned["mlx"], atol=2e-4)
     if layout == "today":  # mlx-lm reads no other
-        config = normalise_config(json.loads((folder / "config.json").read_text()))
+        config = normalize_config(json.loads((folder / "config.json").read_text()))
         model = load_adapters(load_model(folder, model_config=config)[0], str(tmp_path / "adapter-mlx"))
         found = model.language_model.model.layers[0].mlp.down_proj.lora_b
         np.testing.assert_array_equal(np.array(found).T, adapter.weights[min(adapter.weights)].B)

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file, save_file
 from common.display import Display
 from common.errors import UserError
 from common.export import mlx
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.export.mlx import check_installed, check_model, write_mlx
-from common.models.families import normalise_config, text_name
+from common.models.families import normalize_config, text_name
 from common.verify.tiny_models import write_tiny
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_tokenizer
@@ -47,7 +47,7 @@ def write_base(folder, family, layout):
 
 
 def rounded(fused, model, out):
-    """The fused folder with every weight that was quantised as mlx-lm sees it, in float32."""
+    """The fused folder with every weight that was quantized as mlx-lm sees it, in float32."""
     backends.copy_all_but_weights(fused, out)
     stored = load_file(fused / "model.safetensors")
     names = {text_name(name): name for name in stored}
@@ -69,7 +69,7 @@ def test_mlx_lm_computes_the_fused_model(tmp_path, family, layout):
     random = np.random.default_rng(1)
     for weight in adapter.weights.values():
         weight.B[:] = random.normal(0, 0.1, weight.B.shape)
-    write_fused(base, adapter, tmp_path / "fused", Served([2, 0], TEMPLATE), silent)
+    write_fused(base, adapter, tmp_path / "fused", ServingConfig([2, 0], TEMPLATE), silent)
     report = write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
     assert (report["bits"], report["folder"]) == (4, "mlx")
     assert not (tmp_path / "mlx.log").exists()
@@ -96,7 +96,9 @@ def test_mlx_lm_computes_the_fused_model(tmp_path, family, layout):
 
 def test_the_weights_are_those_of_mlx_lms_own_converter(tmp_path):
     base = write_base(tmp_path / "base", "llama", "today")
-    write_fused(base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", Served([2]), silent)
+    write_fused(
+        base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", ServingConfig([2]), silent
+    )
     write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
     convert(str(tmp_path / "fused"), str(tmp_path / "theirs"), quantize=True)
     ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("mlx", "theirs"))
@@ -104,10 +106,12 @@ def test_the_weights_are_those_of_mlx_lms_own_converter(tmp_path):
     assert all(ours[name].tobytes() == theirs[name].tobytes() for name in ours)
 
 
-def test_without_a_normalised_config_the_check_above_would_fail(tmp_path):
+def test_without_a_normalized_config_the_check_above_would_fail(tmp_path):
     """Trap: mlx-lm's llama reads a top-level rope_theta alone, and silently falls back to another."""
     base = write_base(tmp_path / "base", "llama", "today")
-    write_fused(base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", Served([2]), silent)
+    write_fused(
+        base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", ServingConfig([2]), silent
+    )
     ids, found = mx.arange(3, 23)[None], []
     for rope in (True, False):
         path = tmp_path / "fused" / "config.json"
@@ -122,7 +126,7 @@ def test_without_a_normalised_config_the_check_above_would_fail(tmp_path):
 
 def test_a_failure_leaves_the_old_folder_and_names_the_log(tmp_path):
     base = write_base(tmp_path / "base", "llama", "today")
-    config = normalise_config(json.loads((base / "config.json").read_text()))
+    config = normalize_config(json.loads((base / "config.json").read_text()))
     (base / "config.json").write_text(json.dumps(config))
     write_mlx(base, tmp_path / "mlx", silent)
     before = (tmp_path / "mlx" / "model.safetensors").read_bytes()

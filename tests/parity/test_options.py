@@ -1,6 +1,5 @@
 """Every option does something, on both backends: none is read and forgotten."""
 
-import importlib
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +9,9 @@ import pytest
 
 from common import run_record
 from common.commands.train import run_training
-from common.display import Display
 from common.models.adapter_files import read_trained
 from common.options import Options, load_options, read_flags
+from tests.contexts import context
 from tests.tiny import CHATML
 
 BASE = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--export", "none", "--learning-rate", "5e-3"]
@@ -102,7 +101,7 @@ def go(backend: str, model: Path, files: dict[str, str], run: Path, flags: list[
     if "--adapter" in given:
         del argv[argv.index("--rank") : argv.index("--rank") + 2]
     options = load_options(read_flags([*argv, *given]))[0]
-    return run_training(options, lambda name: importlib.import_module(f"{name}_backend").create(), Display("quiet"))
+    return run_training(options, context())
 
 
 def result(run: Path) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from common.data.encode import Encoder, Style
+from common.data.encode import Encoder, MaskingOptions
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.resolve import resolve
@@ -74,7 +74,7 @@ def test_steps_of_a_real_model_agree(name, steps, both_cores):
     folder = resolve(name, print)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
-    rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, Style()))
+    rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, MaskingOptions()))
     # a gentle rate: at 2e-4 Gemma amplifies rounding some tenfold within the twenty steps, on some CPUs beyond 1e-3
     recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=5e-5)
     torch, mlx = both(folder, rows, recipe, steps)

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from common.data.encode import Encoder, Style, exported_template
+from common.data.encode import Encoder, MaskingOptions, exported_template
 from common.export.go_template import execute
 from common.export.modelfile import Inexpressible, go_template
 from tests.templates.conversations import CONVERSATIONS
@@ -43,7 +43,7 @@ func main() {
 def derived(family: Family, thinking: str) -> tuple[str, tuple[str, ...], str]:
     """`(Go template, notes, "")`, or `("", (), why it is left out)`."""
     tokenizer = build(family)
-    own, style = tokenizer.chat_template, Style(thinking="keep" if thinking == "keep" else "off")
+    own, style = tokenizer.chat_template, MaskingOptions(thinking="keep" if thinking == "keep" else "off")
     try:
         tokenizer.chat_template = exported_template(tokenizer, style)
         encoder = Encoder(tokenizer, style)
@@ -61,7 +61,7 @@ def cases(family: Family, thinking: str) -> list[tuple[list[dict[str, Any]], str
     """Conversations up to each user's turn, and the prompt that the exported chat template gives, without its BOS where
     the tokenizer writes one by itself."""
     tokenizer = build(family)
-    exported = exported_template(tokenizer, Style(thinking="keep" if thinking == "keep" else "off"))
+    exported = exported_template(tokenizer, MaskingOptions(thinking="keep" if thinking == "keep" else "off"))
     template = _TODAY.sub(_day, str(exported))
 
     def served(messages: list[dict[str, Any]]) -> str:

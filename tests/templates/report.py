@@ -1,6 +1,6 @@
-"""Every template on every conversation: labelled, refused or WRONG. `python -m tests.templates.report` prints it.
+"""Every template on every conversation: labeled, refused or WRONG. `python -m tests.templates.report` prints it.
 
-The proof does not know how `encode` finds its labels: it decodes each run of labelled tokens and what lies between the
+The proof does not know how `encode` finds its labels: it decodes each run of labeled tokens and what lies between the
 runs, and learns how a template ends a turn by rendering the conversation with a marker in the answer's place.
 """
 
@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset import Example
-from common.data.encode import Encoded, Style, encode, exported_template
+from common.data.encode import Encoded, MaskingOptions, encode, exported_template
 from common.errors import UserError
 from tests.templates.conversations import CONVERSATIONS, EXACT, THOUGHTS
 from tests.templates.families import Family, build, families, standing_in
 
-LABELLED, OPEN, REFUSED, WRONG = "labelled", "no end", "refused", "WRONG"  # "no end": the template writes none
-MARKS = {LABELLED: "[green]yes", OPEN: "[yellow]open", REFUSED: "[dim]-", WRONG: "[bold red]WRONG"}
+LABELED, OPEN, REFUSED, WRONG = "labeled", "no end", "refused", "WRONG"  # "no end": the template writes none
+MARKS = {LABELED: "[green]yes", OPEN: "[yellow]open", REFUSED: "[dim]-", WRONG: "[bold red]WRONG"}
 MARKER = "qzMARKERzq"
 # What templates write around reasoning, apart from tokens.
 _AROUND = re.compile(r"</?think(?:ing)?>|\b(?:analysis|assistant|final|think|response|to|self|user|all)\b|[>=]")
-_ALL_REFUSALS = "this row cannot be labelled exactly: "
+_ALL_REFUSALS = "this row cannot be labeled exactly: "
 _DATE = "26 Jul 2024"
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _OPEN = r"(?:<(?:\w+:)?think>|<\|START_THINKING\|>|<\|channel>thought)"
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def judge(example: Example, tokenizer: Any, how: Encode = encode) -> Verdict:
-    """The outcome of `how` on one conversation, and its reason where it is not "labelled"."""
+    """The outcome of `how` on one conversation, and its reason where it is not "labeled"."""
     try:
         encoded = how(example, tokenizer)
     except UserError as error:
@@ -52,10 +52,10 @@ def judge(example: Example, tokenizer: Any, how: Encode = encode) -> Verdict:
     try:
         fault = find_fault(example, tokenizer, encoded)
     except Exception as error:
-        return Verdict(WRONG, f"the row was labelled, but rendering it raises {error!r}")
+        return Verdict(WRONG, f"the row was labeled, but rendering it raises {error!r}")
     if fault:
         return Verdict(WRONG, fault)
-    return Verdict(LABELLED)
+    return Verdict(LABELED)
 
 
 def find_fault(example: Example, tokenizer: Any, encoded: Encoded) -> str:
@@ -77,7 +77,7 @@ def find_fault(example: Example, tokenizer: Any, encoded: Encoded) -> str:
     runs = _runs(encoded.mask)
     turns = [turn for turn, message in enumerate(example.messages) if message["role"] == "assistant"]
     if len(runs) != len(turns):
-        return f"{len(runs)} labelled runs for {len(turns)} assistant turns"
+        return f"{len(runs)} labeled runs for {len(turns)} assistant turns"
     if fault := _unlike_serving(example, tokenizer, ids[: runs[-1][0]]):
         return fault
     gone = said = 0
@@ -112,7 +112,7 @@ def _unlike_serving(example: Example, tokenizer: Any, before: list[int]) -> str:
     """Whether the tokens before the last answer are those that the exported model is served before it."""
     if example.messages[-1]["role"] != "assistant":
         return ""
-    template = _TODAY.sub(_day, exported_template(tokenizer, Style()))
+    template = _TODAY.sub(_day, exported_template(tokenizer, MaskingOptions()))
     prompt = rendered(example.messages[:-1], example, tokenizer, prompt=True, template=template)
     served = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     plain = tokenizer("a")["input_ids"]
@@ -180,7 +180,7 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
     answer = message["content"].rpartition("</think>")[2].strip()
     if message.get("tool_calls"):
         if not ("get_weather" in run and "Kyoto" in run and "heavy clouds" not in run):
-            return f"the tool call is not what is labelled: {run!r}"
+            return f"the tool call is not what is labeled: {run!r}"
         return "" if _tokens(run, tokenizer) else f"no token ends the tool call: {run!r}"
     opening = _opening(example, turn, tokenizer)
     if opening and run.lstrip().startswith(opening):
@@ -194,7 +194,7 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
     if not found:
         return f"the answer is not in the labels: {run!r}"
     if head.strip():
-        return f"more than the answer is labelled: {run!r}"
+        return f"more than the answer is labeled: {run!r}"
     ending = _ending(example, turn, tokenizer)
     if _without_tokens(tail, tokenizer).strip() and not ending.strip().startswith(tail.strip()):
         return f"something other than the end of turn follows the answer: {tail!r}"
@@ -202,13 +202,13 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
     last = turn + 1 == len(example.messages)
     followed = _tokens(_followed(example, turn, tokenizer), tokenizer)
     if not wanted and ends:  # some templates write the end only when another turn follows
-        return "" if followed[: len(ends)] == ends else f"{tail!r} is labelled as the end of turn, and nothing ends it"
+        return "" if followed[: len(ends)] == ends else f"{tail!r} is labeled as the end of turn, and nothing ends it"
     if not ends and not last and followed[:1] != wanted[:1]:
         return ""  # what ends a turn that is past is not where the model must stop
     if wanted and not ends:
         return f"the end of turn is no label: the template writes {ending!r}"
     if len(ends) > len(wanted) or (last and ends != wanted[: len(ends)]):
-        return f"{tail!r} is labelled as the end of turn, the template writes {ending!r}"
+        return f"{tail!r} is labeled as the end of turn, the template writes {ending!r}"
     return ""
 
 
@@ -264,16 +264,14 @@ def run(how: Encode = encode) -> dict[Family, dict[str, Verdict]]:
 
 
 def show(report: dict[Family, dict[str, Verdict]]) -> None:
-    """Two tables: the outcomes, and the reasons for what is not labelled."""
+    """Two tables: the outcomes, and the reasons for what is not labeled."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=190)
     names = [row.source for row in CONVERSATIONS]
-    table = Table(
-        "template", "vocabulary", *names, title="Labels", caption="open: labelled, the template writes no end"
-    )
+    table = Table("template", "vocabulary", *names, title="Labels", caption="open: labeled, the template writes no end")
     reasons = Table("conversations", "why not", title="Refused or wrong")
     for family, verdicts in report.items():
         table.add_row(family.name, standing_in(family), *(MARKS[verdicts[name].outcome] for name in names))
@@ -293,6 +291,6 @@ def show(report: dict[Family, dict[str, Verdict]]) -> None:
 
 
 if __name__ == "__main__":
-    found = run(partial(encode))  # a style goes here: partial(encode, style=Style(...))
+    found = run(partial(encode))  # a style goes here: partial(encode, style=MaskingOptions(...))
     show(found)
     sys.exit(any(verdict.outcome == WRONG for verdicts in found.values() for verdict in verdicts.values()))

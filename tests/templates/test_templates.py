@@ -9,7 +9,7 @@ from common.data.encode import encode
 from tests.templates import report as proof
 from tests.templates.conversations import CONVERSATIONS
 from tests.templates.families import build, families
-from tests.templates.report import LABELLED, WRONG
+from tests.templates.report import LABELED, WRONG
 from tests.templates.vocabularies import agreement
 
 VOCABULARIES = sorted({family.vocabulary for family in families() if "/" not in family.vocabulary})
@@ -23,9 +23,9 @@ NAMED = {
     *("ibm-granite-granite-3.3-2B-Instruct", "ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "ChatML"),
 }
 PLAIN = ("single", "multi", "system", "japanese")
-# Every other template of the folder is labelled in all four plain conversations. Those that are not: the prompt has
+# Every other template of the folder is labeled in all four plain conversations. Those that are not: the prompt has
 # words that no stored turn has (Apriel-1.6, command-r-plus, firefunction's functions), or no token ends a turn.
-NOT_LABELLED = {
+NOT_LABELED = {
     "Apriel-1.6-15b-Thinker-fixed",
     "Cohere2MoE",
     "CohereForAI-c4ai-command-r-plus-tool_use",
@@ -58,12 +58,12 @@ def test_no_labels_are_wrong(verdicts):
     } == {}
 
 
-def test_the_same_templates_are_labelled_as_before(verdicts):
+def test_the_same_templates_are_labeled_as_before(verdicts):
     assert set(verdicts) >= NAMED
-    assert {name for name, rows in verdicts.items() if {rows[plain].outcome for plain in PLAIN} != {LABELLED}} == (
-        NOT_LABELLED
+    assert {name for name, rows in verdicts.items() if {rows[plain].outcome for plain in PLAIN} != {LABELED}} == (
+        NOT_LABELED
     )
-    assert not NAMED & NOT_LABELLED
+    assert not NAMED & NOT_LABELED
 
 
 def _mutants(mask):

@@ -1,6 +1,5 @@
 """`plan`: what it prints is what `train` then does."""
 
-import importlib
 import json
 
 import pytest
@@ -9,9 +8,9 @@ import cli
 from common import run_record
 from common.commands.plan import estimate_run
 from common.commands.train import run_training
-from common.display import Display
 from common.errors import UserError
 from common.options import load_options, read_flags
+from tests.contexts import context
 from tests.tiny import write_rows
 
 FLAGS = [
@@ -30,10 +29,6 @@ FLAGS = [
 ]
 
 
-def make_backend(name):
-    return importlib.import_module(f"{name}_backend").create()
-
-
 @pytest.fixture
 def flags(tiny_llama, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl")
@@ -41,7 +36,7 @@ def flags(tiny_llama, tmp_path):
 
 
 def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path, capsys):
-    estimate_run(load_options(read_flags(flags))[0], True, make_backend, Display("json"))
+    estimate_run(load_options(read_flags(flags))[0], True, context("json"))
     event = next(e for e in map(json.loads, capsys.readouterr().out.splitlines()) if e["event"] == "plan")
     assert event["predicted_peak_bytes"] == sum(event["parts"].values())
     assert event["tokens_per_second"] > 0
@@ -49,11 +44,11 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path
     assert event["largest_micro_batch_rows"] >= 4
     assert event["largest_row_tokens"] == 512  # the model's own limit
     options = load_options(read_flags([*flags, "--export", "none", "--output", str(tmp_path / "run")]))[0]
-    run = run_training(options, make_backend, Display("quiet"))
+    run = run_training(options, context("quiet"))
     plan = run_record.read_plan(run).model_dump()
     assert {**plan, "memory_budget": 0} == {**event["plan"], "memory_budget": 0}
     assert run_record.read_run(run)["predicted_peak_bytes"] == event["predicted_peak_bytes"]
-    assert {"prepare", "tokenise", "load", "train", "evaluate", "save"} <= run_record.read_run(run)[
+    assert {"prepare", "tokenize", "load", "train", "evaluate", "save"} <= run_record.read_run(run)[
         "stage_seconds"
     ].keys()
 
@@ -70,4 +65,4 @@ def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, mon
 def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):
     options = load_options(read_flags([*flags, "--memory-limit", "3MB"]))[0]
     with pytest.raises(UserError, match=r"--memory-limit 3MB: training needs about .* at least"):
-        estimate_run(options, True, make_backend, Display("quiet"))
+        estimate_run(options, True, context("quiet"))

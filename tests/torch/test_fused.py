@@ -253,7 +253,7 @@ def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
 @pytest.mark.cpu
 def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(model, rows, monkeypatch):
     given = []
-    monkeypatch.setattr(backend_module, "give_back_gaps", lambda: given.append(1))
+    monkeypatch.setattr(backend_module, "malloc_trim", lambda: given.append(1))
     backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=True)
     batch = make_batch(rows[:2])
     with_gaps = len(backend.model.model.layers[:: backend_module.GAPS_EVERY])

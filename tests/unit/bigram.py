@@ -51,9 +51,9 @@ def plan(**changes: object) -> Plan:
     return PLAN.model_copy(update=changes)
 
 
-def row(ids: Sequence[int], labelled: int, source: str = "train.jsonl:1") -> Encoded:
-    """A row whose last `labelled` tokens carry loss."""
-    mask = np.arange(len(ids)) >= len(ids) - labelled
+def row(ids: Sequence[int], labeled: int, source: str = "train.jsonl:1") -> Encoded:
+    """A row whose last `labeled` tokens carry loss."""
+    mask = np.arange(len(ids)) >= len(ids) - labeled
     return Encoded(np.array(ids, np.int32), mask, source)
 
 

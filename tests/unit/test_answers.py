@@ -10,12 +10,12 @@ import pytest
 from common.commands import generate as answers
 from common.commands.generate import generate
 from common.data.load import read_rows
-from common.display import Display
 from common.errors import UserError
-from common.inference.backend_chat import Voice
-from common.inference.chat_models import Voices
+from common.inference.backend_chat import ChatModel
+from common.inference.chat_models import ChatModels
 from common.inference.prompts import read_prompts
 from common.sampling import Sampling
+from tests.contexts import context
 
 
 def asked(path: Path, system: str | None = None) -> list[list[str]]:
@@ -70,7 +70,7 @@ def test_bad_prompts_are_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`go(fail_at)`: three prompts to a GGUF whose voice fails at a prompt; what was asked of it is in `go.seen`."""
+    """`go(fail_at)`: three prompts to a GGUF whose model fails at a prompt; what was asked of it is in `go.seen`."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
 
@@ -85,12 +85,12 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         @contextmanager
         def opened(*arguments):
-            yield Voices(Voice("m", answer), lambda: Voice("m", answer))
+            yield ChatModels(ChatModel("m", answer), lambda: ChatModel("m", answer))
 
         monkeypatch.setattr(answers, "opened", opened)
         where = (tmp_path / "m.gguf", tmp_path / "p.txt", tmp_path / "out.jsonl")
-        options = (None, None, None, None, 512, slots, None, Sampling(**({"seed": 5} | sampling)))
-        generate(*where, *options, lambda name: pytest.fail("no backend is wanted"), Display("plain"))
+        options = (None, None, None, None, 512, slots, Sampling(**({"seed": 5} | sampling)))
+        generate(*where, *options, context("plain", lambda: pytest.fail("no backend is wanted")))
 
     go.seen = []  # type: ignore[attr-defined]
     go.folder = tmp_path  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Row order and micro-batches: every row once, no pad labelled, the cut as good as any."""
+"""Row order and micro-batches: every row once, no pad labeled, the cut as good as any."""
 
 from collections.abc import Iterator
 
@@ -49,7 +49,7 @@ def test_labels_are_shifted_and_pads_carry_none() -> None:
     assert (batch.input_ids.dtype, batch.labels.dtype) == (np.int32, np.int32)
 
 
-def test_a_real_token_with_id_0_is_labelled_and_a_pad_is_not() -> None:
+def test_a_real_token_with_id_0_is_labeled_and_a_pad_is_not() -> None:
     batch = make_batch([row([5, 0, 0, 7], 3), row([5, 0], 1)])
     assert batch.labels.tolist() == [[0, 0, 7], [0, IGNORE, IGNORE]]
 

@@ -85,7 +85,7 @@ def test_only_what_goes_along_is_described(tmp_path: Path, part: str) -> None:
     assert front(text).get("library_name") == library
 
 
-def test_a_quantised_base_is_told(tmp_path: Path) -> None:
+def test_a_quantized_base_is_told(tmp_path: Path) -> None:
     text = card(finished_run(tmp_path / "run", quantization="nf4"), ALL)
     assert "In training the base was held in nf4; the adapter is fused into the weights it was made from." in text
     folder = tmp_path / "SmolLM2-135M-Instruct.Q4_1-b179c9523d0e"

@@ -1,11 +1,11 @@
-"""`check-data` on the tiny model: counts, percentiles, long rows, coloured labels."""
+"""`check-data` on the tiny model: counts, percentiles, long rows, colored labels."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from common.commands.check_data import check_data, coloured
+from common.commands.check_data import check_data, colored
 from common.data.dataset import Example
 from common.data.encode import encode, load_tokenizer
 from common.display import Display
@@ -61,10 +61,10 @@ def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.C
     assert "[A<|im_end|>]" in out
 
 
-def test_labels_are_coloured_and_bracketed(tokenizer_folder: Path) -> None:
+def test_labels_are_colored_and_bracketed(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo [sic]"})
-    text = coloured(encode(Example(messages, "a:1"), tokenizer), tokenizer)
+    text = colored(encode(Example(messages, "a:1"), tokenizer), tokenizer)
     assert text.plain.endswith("<|im_start|>assistant\n[Yo [sic]<|im_end|>]\n")
     assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["[Yo [sic]<|im_end|>]"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.dataset import Data, Example, data_hash
+from common.data.dataset import Dataset, Example, data_hash
 from common.data.load import load_data, read_rows
 from common.errors import UserError
 from tests.tiny import chat
@@ -216,7 +216,7 @@ def test_the_data_hash_does_not_see_formatting_and_names(tmp_path: Path) -> None
 def test_the_data_hash_sees_content_order_and_split() -> None:
     one, two = (Example(({"role": "assistant", "content": text},), "a.jsonl:1") for text in ("one", "two"))
     hashes = [
-        data_hash(Data(train, valid, []))
+        data_hash(Dataset(train, valid, []))
         for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
     ]
     assert len(set(hashes)) == 5
@@ -231,4 +231,4 @@ def test_the_data_hash_sees_tools_thoughts_loss_and_text() -> None:
         Example((plain,), "a:1", tools=({"type": "function"},)),
         Example((), "a:1", text="Yo"),
     ]
-    assert len({data_hash(Data([row], [], [])) for row in rows}) == 5
+    assert len({data_hash(Dataset([row], [], [])) for row in rows}) == 5

@@ -7,7 +7,7 @@ import pytest
 
 from common.commands.check_data import explain, explain_row
 from common.data.dataset import Example
-from common.data.encode import Encoder, Style, load_tokenizer
+from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.display import Display
 from common.errors import UserError
 
@@ -26,28 +26,33 @@ def example(*pairs: tuple[str, str], **settings: Any) -> Example:
 def test_the_reasons_of_a_single_turn(tokenizer: Any) -> None:
     row = example(("user", "Hi"), ("assistant", "Yo"))
     end = "turn 2: its end, where the model must stop"
-    assert explain(row, Encoder(tokenizer, Style())) == [PROMPT] * 21 + [ROW, ROW, end, PROMPT]
+    assert explain(row, Encoder(tokenizer, MaskingOptions())) == [PROMPT] * 21 + [ROW, ROW, end, PROMPT]
 
 
 def test_turns_that_are_not_trained_say_why(tokenizer: Any) -> None:
     row = example(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    reasons = explain(row, Encoder(tokenizer, Style(train_on="last")))
+    reasons = explain(row, Encoder(tokenizer, MaskingOptions(train_on="last")))
     assert reasons.count("turn 2: not the last assistant turn (--train-on last)") == 2
     assert reasons.count("turn 4: the assistant's") == 1
     off = example(("user", "a"), ("assistant", "b"), train=False)
-    assert explain(off, Encoder(tokenizer, Style())).count("turn 2: the row says train: false (or weight: 0)") == 2
+    assert (
+        explain(off, Encoder(tokenizer, MaskingOptions())).count("turn 2: the row says train: false (or weight: 0)")
+        == 2
+    )
 
 
 def test_plain_text(tokenizer: Any) -> None:
     row = Example((), "a.txt:1", text="Hi")
-    assert explain(row, Encoder(tokenizer, Style())) == [
+    assert explain(row, Encoder(tokenizer, MaskingOptions())) == [
         *["plain text: every token is learned"] * 2,
         "the end of the text, appended",
     ]
 
 
 def test_the_table_marks_labels(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    explain_row([example(("user", "Hi"), ("assistant", "Yo"))], 1, Encoder(tokenizer, Style()), Display("plain"))
+    explain_row(
+        [example(("user", "Hi"), ("assistant", "Yo"))], 1, Encoder(tokenizer, MaskingOptions()), Display("plain")
+    )
     lines = capsys.readouterr().out.splitlines()
     assert "a.jsonl:1: 25 tokens, 3 of them labels" in lines[0]
     assert sum("label" in line.split() for line in lines[1:]) == 3
@@ -56,4 +61,4 @@ def test_the_table_marks_labels(tokenizer: Any, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_a_row_that_is_not_there(tokenizer: Any, number: int) -> None:
     with pytest.raises(UserError, match=f"--explain {number}: there are 1 rows"):
-        explain_row([example(("user", "a"))], number, Encoder(tokenizer, Style()), Display("quiet"))
+        explain_row([example(("user", "a"))], number, Encoder(tokenizer, MaskingOptions()), Display("quiet"))

@@ -16,7 +16,7 @@ from common.models.families import (
     facts,
     hf_name,
     mlx_name,
-    normalise_config,
+    normalize_config,
     text_config,
     text_name,
 )
@@ -38,7 +38,7 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     given = tiny_config(kind)
     if sparse:
         given = {"architectures": given["architectures"], "model_type": kind, **SIZES}
-    ours = normalise_config(given)
+    ours = normalize_config(given)
     given = deepcopy(given)
     theirs = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"}).to_dict()
     ignored = {"architectures", "rope_theta", "rope_scaling", "rope_local_base_freq", "_sliding_window_pattern"}
@@ -49,7 +49,7 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     }
     assert DEFAULTS[kind].keys() <= ours.keys()
     assert DEFAULTS[kind].keys() <= theirs.keys()
-    assert normalise_config(ours) == ours
+    assert normalize_config(ours) == ours
     again = AutoConfig.for_model(**{key: value for key, value in ours.items() if key != "architectures"}).to_dict()
     again["rope_parameters"].pop("type", None)
     again["rope_parameters"].get("full_attention", {}).pop("type", None)
@@ -165,12 +165,12 @@ def test_phi_3s_first_names_for_longrope() -> None:
         config = tiny_config(
             "phi3", {"rope_parameters": None, "rope_scaling": {**older, "type": name}, "rope_theta": 5e3}
         )
-        assert normalise_config(config)["rope_parameters"] == TINY["phi3"]["rope_parameters"]
+        assert normalize_config(config)["rope_parameters"] == TINY["phi3"]["rope_parameters"]
 
 
 @pytest.mark.parametrize(("given", "kept"), [(2, 2), ([2], 2), ([2, 3], [2, 3])])
 def test_ends_are_one_number_or_a_list_of_several(given: Any, kept: Any) -> None:
-    assert normalise_config(tiny_config("llama", {"eos_token_id": given}))["eos_token_id"] == kept
+    assert normalize_config(tiny_config("llama", {"eos_token_id": given}))["eos_token_id"] == kept
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.data.dataset import Data, Example
+from common.data.dataset import Dataset, Example
 from common.data.load import load_data
 from common.data.quality import suspicious
 from common.options import ROOT
@@ -13,7 +13,7 @@ def row(user: str, answer: str, source: str = "a:1") -> Example:
 
 
 def found(train: list[Example], valid: list[Example] | None = None) -> dict[str, list[str]]:
-    return {finding.what: finding.sources for finding in suspicious(Data(train, valid or [], []))}
+    return {finding.what: finding.sources for finding in suspicious(Dataset(train, valid or [], []))}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_calls_and_tools_are_part_of_a_row() -> None:
 
 
 def test_rows_without_an_answer_are_named() -> None:
-    (finding,) = suspicious(Data([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
+    (finding,) = suspicious(Dataset([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
     assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
 
 

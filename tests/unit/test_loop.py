@@ -443,7 +443,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert {**asdict(again), "best": 0} == {**asdict(first), "best": 0}
 
 
-def test_the_backend_is_never_shown_a_labelled_pad(tmp_path: Path) -> None:
+def test_the_backend_is_never_shown_a_labeled_pad(tmp_path: Path) -> None:
     _, backend = run(tmp_path)
     for batch in (batch for call in backend.calls for batch in call):
         beyond = np.arange(batch.labels.shape[1]) >= batch.lengths[:, None]

@@ -96,10 +96,10 @@ def test_patterns_from_flags_and_from_yaml(tmp_path) -> None:
         (["--rank-pattern", "q_proj=x"], "--rank-pattern"),
         (["--alpha-pattern", "q_proj=0"], "q_proj=0.0: must be above 0"),
         (["--method", "full", "--rank", "4"], "rank means nothing with method full"),
-        (["--method", "full", "--quantization", "4bit"], "quantised weights cannot be trained"),
+        (["--method", "full", "--quantization", "4bit"], "quantized weights cannot be trained"),
         (["--method", "full", "--precision", "bf16"], "method full keeps its weights in float32"),
         (["--adapter", "a", "--rank", "4"], "rank is settled by --adapter"),
-        (["--fuse-into", "dequantized"], "fuse_into is for a quantised base"),
+        (["--fuse-into", "dequantized"], "fuse_into is for a quantized base"),
     ],
 )
 def test_what_does_not_go_together(argv: list[str], words: str) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from common.backend import Adapter
 from common.errors import UserError
-from common.export.fused_folder import Served, write_fused
+from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import HUB_FILES, HUB_IGNORED, license_files, names_code, open_tokenizer, scrubbed
@@ -77,7 +77,7 @@ def test_opening_a_tokenizer_runs_nothing_and_asks_nothing(tmp_path: Path, monke
 
 def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
     folder = trap_model(tmp_path / "model", tmp_path / "marker")
-    write_fused(folder, NOTHING, tmp_path / "fused", Served([2]), quiet)
+    write_fused(folder, NOTHING, tmp_path / "fused", ServingConfig([2]), quiet)
     names = [path.name for path in (tmp_path / "fused").iterdir()]
     assert "LICENSE" in names
     assert not [name for name in names if name.endswith(".py")]

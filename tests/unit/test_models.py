@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from common.errors import UserError
 from common.models import gguf_import
 from common.models import resolve as models
-from common.models.families import SUPPORTED, normalise_config
+from common.models.families import SUPPORTED, normalize_config
 from common.models.resolve import check_folder, content_hash, resolve
 from common.models.shapes import linear_shapes, parameter_count, target_names
 from common.verify.tiny_models import write_tiny
@@ -36,14 +36,14 @@ def fault(folder: Path, name: str = "my/model") -> str:
 
 def test_transformers_5s_rope_is_written_where_older_readers_look() -> None:
     rope = {"rope_type": "default", "rope_theta": 5000.0}
-    config = normalise_config({"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
+    config = normalize_config({"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
     assert (config["rope_theta"], config["rope_scaling"], config["head_dim"]) == (5000.0, None, 16)
     assert config["rope_parameters"] == rope
 
 
 def test_a_scaled_rope_keeps_its_scaling() -> None:
     rope = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
-    config = normalise_config({"rope_parameters": rope})
+    config = normalize_config({"rope_parameters": rope})
     assert (config["rope_theta"], config["rope_parameters"]) == (5e5, rope)
     assert config["rope_scaling"] == {"rope_type": "llama3", "type": "llama3", "factor": 8.0}
 
@@ -53,28 +53,28 @@ def test_gemma_3s_two_ropes() -> None:
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    config = normalise_config({"rope_parameters": rope})
+    config = normalize_config({"rope_parameters": rope})
     assert (config["rope_theta"], config["rope_local_base_freq"], config["rope_scaling"]) == (1e6, 1e4, None)
 
 
 def test_a_head_dim_that_is_given_stays() -> None:
     given = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}
-    assert normalise_config(given)["head_dim"] == 32
-    assert normalise_config({**given, "head_dim": None})["head_dim"] == 16
+    assert normalize_config(given)["head_dim"] == 32
+    assert normalize_config({**given, "head_dim": None})["head_dim"] == 16
 
 
 def test_an_old_configs_rope_is_written_where_newer_readers_look_and_the_given_dict_stays() -> None:
     old = {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "head_dim": 8}
-    config = normalise_config(old)
+    config = normalize_config(old)
     assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
     assert old["rope_scaling"] == {"type": "linear", "factor": 2.0}
     new = {"rope_parameters": {"rope_theta": 5.0}}
-    normalise_config(new)
+    normalize_config(new)
     assert new == {"rope_parameters": {"rope_theta": 5.0}}
 
 
-def test_normalising_twice_is_normalising_once() -> None:
-    assert normalise_config(normalise_config(CONFIG)) == normalise_config(CONFIG)
+def test_normalizing_twice_is_normalizing_once() -> None:
+    assert normalize_config(normalize_config(CONFIG)) == normalize_config(CONFIG)
 
 
 # --- the folder
@@ -234,7 +234,7 @@ def test_the_hash_does_not_see_shards_names_and_versions(tmp_path: Path) -> None
 
 def test_the_hash_does_not_see_where_the_config_keeps_its_rope(tmp_path: Path) -> None:
     one, other = write_base(tmp_path / "one"), write_base(tmp_path / "other")
-    (other / "config.json").write_text(json.dumps(normalise_config(CONFIG)))
+    (other / "config.json").write_text(json.dumps(normalize_config(CONFIG)))
     assert content_hash(one) == content_hash(other)
 
 

@@ -48,4 +48,4 @@ def test_long_rows_are_refused_by_name() -> None:
 
 def test_rows_in_which_nothing_is_trained_are_apart() -> None:
     fitted = fit([*ROWS, row(4, 0, "a:4")], 6, "drop")
-    assert ([r.source for r in fitted.rows], [r.source for r in fitted.unlabelled]) == (["a:1"], ["a:4"])
+    assert ([r.source for r in fitted.rows], [r.source for r in fitted.unlabeled]) == (["a:1"], ["a:4"])

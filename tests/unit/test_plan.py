@@ -11,7 +11,7 @@ from common.models.shapes import tensor_shapes
 from common.options import Options, read_size
 from common.recipe import Plan
 from common.training import planner as planning
-from common.training.memory_estimate import Shape, Sizes, predict, weight_bytes
+from common.training.memory_estimate import MicroBatchShape, ModelDims, predict, weight_bytes
 from common.training.planner import Work, choose, largest
 from common.verify.tiny_models import tiny_config
 from tests.backends import make_recipe
@@ -41,10 +41,10 @@ def rows(*lengths: int):
     return [row([1] * (length + 1), 2) for length in lengths]
 
 
-USUAL = Shape(4, 100, 400, 200)
+USUAL = MicroBatchShape(4, 100, 400, 200)
 
 
-def peak(shape: Shape = USUAL, of=None, **plan) -> int:
+def peak(shape: MicroBatchShape = USUAL, of=None, **plan) -> int:
     of = of or recipe()
     return predict(CONFIG, of, PLAN.model_copy(update=plan), adapter(of), [shape]).peak
 
@@ -70,11 +70,11 @@ def test_what_is_no_size_is_told(text: str) -> None:
 
 def test_the_weights_are_counted_to_the_byte() -> None:
     count = sum(a * b for a, b in MODULES.values()) + 4096 * 512 + 17 * 512
-    sizes = Sizes.of(CONFIG)
+    sizes = ModelDims.of(CONFIG)
     assert sizes.linear + sizes.other == count
     assert weight_bytes(sizes, recipe()) == 4 * count
     assert weight_bytes(sizes, recipe(precision="bf16")) == 2 * count
-    halved = Sizes.of(CONFIG | {"dtype": "bfloat16"})
+    halved = ModelDims.of(CONFIG | {"dtype": "bfloat16"})
     assert (weight_bytes(halved, recipe()), weight_bytes(halved, recipe(), as_stored=True)) == (4 * count, 2 * count)
     assert weight_bytes(sizes, recipe(), as_stored=True) == 4 * count
     assert weight_bytes(sizes, recipe(precision="bf16", quantization="mlx-4bit-64")) == round(count * (0.5 + 4 / 64))
@@ -84,16 +84,16 @@ def test_the_weights_are_counted_to_the_byte() -> None:
 
 
 def test_only_adapter_gradients_and_moments_are_counted() -> None:
-    parts = predict(CONFIG, recipe(), PLAN, adapter(), [Shape(1, 10, 10, 5)]).parts
+    parts = predict(CONFIG, recipe(), PLAN, adapter(), [MicroBatchShape(1, 10, 10, 5)]).parts
     count = sum(weight.A.size + weight.B.size for weight in adapter().weights.values())
     assert parts["adapter"] == 2 * 4 * count  # and what training starts from
     assert parts["gradients and moments"] == 12 * count
-    every = predict(CONFIG, recipe(method="full"), PLAN, None, [Shape(1, 10, 10, 5)]).parts
+    every = predict(CONFIG, recipe(method="full"), PLAN, None, [MicroBatchShape(1, 10, 10, 5)]).parts
     assert every["gradients and moments"] == 3 * every["weights"]
 
 
 def test_the_prediction_grows_with_what_costs_memory() -> None:
-    assert peak(Shape(8, 100, 800, 400)) > peak() > peak(Shape(2, 100, 200, 100))
+    assert peak(MicroBatchShape(8, 100, 800, 400)) > peak() > peak(MicroBatchShape(2, 100, 200, 100))
     assert peak(gradient_checkpointing=True) < peak()
     assert peak(of=recipe(rank=64)) > peak()
     assert peak(of=recipe(precision="bf16")) < peak()
@@ -103,11 +103,13 @@ def test_the_prediction_grows_with_what_costs_memory() -> None:
         for chunk in (32, 200)
     )
     assert other > one
-    assert peak(Shape(1, 2000, 2000, 5), backend="mlx") > 1.5 * peak(Shape(1, 2000, 2000, 5))  # it writes scores out
+    assert peak(MicroBatchShape(1, 2000, 2000, 5), backend="mlx") > 1.5 * peak(
+        MicroBatchShape(1, 2000, 2000, 5)
+    )  # it writes scores out
 
 
 def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
-    shapes = [Shape(1, 10, 10, 5)]
+    shapes = [MicroBatchShape(1, 10, 10, 5)]
     assert predict(CONFIG, recipe(), PLAN, adapter(), shapes).measured
     assert not predict(CONFIG, recipe(), PLAN.model_copy(update={"device": "mps"}), adapter(), shapes).measured
 
@@ -168,7 +170,7 @@ def test_the_largest_that_fits_is_the_largest() -> None:
     assert 0 < count < 4096
 
     def fits(rows: int, width: int) -> bool:
-        return peak(Shape(rows, width, rows * width, rows * width), gradient_checkpointing=True) <= budget
+        return peak(MicroBatchShape(rows, width, rows * width, rows * width), gradient_checkpointing=True) <= budget
 
     assert fits(count, 300)
     assert not fits(count + 1, 300)

@@ -49,11 +49,11 @@ def test_what_each_stage_writes(tmp_path: Path) -> None:
     assert estimate_stages("none", ["Q4_K_M"], base, 100) == []
     assert by_name(base, "fused", [])["fuse"].disk == weights + (base / "tokenizer.json").stat().st_size
     gguf = by_name(base, "gguf", ["Q4_K_M"])
-    assert list(gguf) == ["fuse", "convert", "quantise"]
+    assert list(gguf) == ["fuse", "convert", "quantize"]
     assert gguf["convert"].disk == 2 * PARAMETERS
-    assert PARAMETERS // 2 < gguf["quantise"].disk < 2 * PARAMETERS
-    assert by_name(base, "gguf", ["Q4_K_M", "Q8_0"])["quantise"].disk == 2 * gguf["quantise"].disk
-    assert by_name(base, "gguf", ["BF16"])["quantise"] == Stage("quantise", 0, 0)
+    assert PARAMETERS // 2 < gguf["quantize"].disk < 2 * PARAMETERS
+    assert by_name(base, "gguf", ["Q4_K_M", "Q8_0"])["quantize"].disk == 2 * gguf["quantize"].disk
+    assert by_name(base, "gguf", ["BF16"])["quantize"] == Stage("quantize", 0, 0)
     assert by_name(base, "lora-gguf", [], 500)["lora"].disk >= 500
 
 
@@ -72,7 +72,7 @@ def test_memory_goes_by_the_largest_tensor(tmp_path: Path) -> None:
     grown = {name: large[name].memory - small[name].memory for name in small}
     assert grown["fuse"] == 0
     assert grown["convert"] == 8 * 64 * 64
-    assert 4 * 64 * 64 < grown["quantise"] < 6 * 64 * 64
+    assert 4 * 64 * 64 < grown["quantize"] < 6 * 64 * 64
     base = tmp_path / "64"
     assert by_name(base, "fused", [], held=10**9)["fuse"].memory > 10**9
 
@@ -134,13 +134,13 @@ def test_memory_of_this_process_and_of_its_children_counts_whatever_was_held_bef
 
 def test_a_ledger_keeps_the_highest_memory_and_all_that_was_written(tmp_path: Path) -> None:
     seconds: dict[str, float] = {}
-    meter = StageMeter([Stage("quantise", 5, 70)], seconds)
+    meter = StageMeter([Stage("quantize", 5, 70)], seconds)
     for size in (30, 40):
-        with meter.stage("quantise", tmp_path / str(size)):
+        with meter.stage("quantize", tmp_path / str(size)):
             (tmp_path / str(size)).write_bytes(b"0" * size)
-    found = meter.record()["quantise"]
+    found = meter.record()["quantize"]
     assert (found["disk"], found["predicted_disk"], found["predicted_memory"]) == (70, 70, 5)
-    assert seconds["quantise"] > 0
+    assert seconds["quantize"] > 0
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_bytes(b"0" * 9)
     again = StageMeter([Stage("fuse", 0, 0)], seconds)

@@ -6,28 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from common.commands.chat import Talk, converse
+from common.commands.chat import ChatSession, converse
 from common.data.load import read_rows
 from common.display import Display
 from common.errors import UserError
-from common.inference.backend_chat import Voice
-from common.inference.chat_models import Voices
+from common.inference.backend_chat import ChatModel
+from common.inference.chat_models import ChatModels
 from common.inference.prompts import system_text
 from common.sampling import Sampling
 
 
 class Said:
-    """A voice that answers with what was asked last, and notes what it was asked; `at`: where Ctrl-C comes."""
+    """A model that answers with what was asked last, and notes what it was asked; `at`: where Ctrl-C comes."""
 
     def __init__(self, name: str, finish: str = "stop") -> None:
         self.asked: list[list[dict]] = []
         self.finish, self.interrupted_at, self.closed = finish, -1, 0
-        self.voice = Voice(name, self.answer)
+        self.model = ChatModel(name, self.answer)
 
     def answer(self, messages, sampling, tools):
         self.asked.append([dict(message) for message in messages])
         try:
-            for number, word in enumerate(f"{self.voice.name} heard {messages[-1]['content']}".split(" ")):
+            for number, word in enumerate(f"{self.model.name} heard {messages[-1]['content']}".split(" ")):
                 if number == self.interrupted_at:
                     signal.raise_signal(signal.SIGINT)
                 yield (" " if number else "") + word, None
@@ -47,8 +47,8 @@ def base() -> Said:
 
 
 @pytest.fixture
-def talk(tuned: Said, base: Said) -> Talk:
-    return Talk(Voices(tuned.voice, lambda: base.voice), Sampling(), Display("plain"), "Be short.")
+def talk(tuned: Said, base: Said) -> ChatSession:
+    return ChatSession(ChatModels(tuned.model, lambda: base.model), Sampling(), Display("plain"), "Be short.")
 
 
 SYSTEM = {"role": "system", "content": "Be short."}
@@ -58,7 +58,9 @@ def turn(role: str, content: str, **more) -> dict:
     return {"role": role, "content": content, **more}
 
 
-def test_turns_add_up_and_reset_forgets_them(talk: Talk, tuned: Said, capsys: pytest.CaptureFixture[str]) -> None:
+def test_turns_add_up_and_reset_forgets_them(
+    talk: ChatSession, tuned: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert talk.handle("one")
     assert talk.handle("二つ目")
     assert talk.handle("   ")
@@ -70,7 +72,7 @@ def test_turns_add_up_and_reset_forgets_them(talk: Talk, tuned: Said, capsys: py
     assert not talk.handle("/quit")
 
 
-def test_the_system_prompt_changes_on_the_way(talk: Talk, tuned: Said, tmp_path: Path) -> None:
+def test_the_system_prompt_changes_on_the_way(talk: ChatSession, tuned: Said, tmp_path: Path) -> None:
     (tmp_path / "system.txt").write_text("港のオウム\n", encoding="utf-8")
     talk.handle(f"/system @{tmp_path / 'system.txt'}")
     talk.handle("a")
@@ -83,7 +85,7 @@ def test_the_system_prompt_changes_on_the_way(talk: Talk, tuned: Said, tmp_path:
     assert talk.system is None
 
 
-def test_a_saved_talk_is_a_training_row_and_loads_again(talk: Talk, base: Said, tmp_path: Path) -> None:
+def test_a_saved_talk_is_a_training_row_and_loads_again(talk: ChatSession, base: Said, tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"prompt": "p", "completion": "c"}), encoding="utf-8")  # its line has no end
     talk.handle("日本語\nで")
@@ -113,7 +115,7 @@ def test_a_saved_talk_is_a_training_row_and_loads_again(talk: Talk, base: Said, 
     assert talk.said() == [turn("user", "p"), turn("assistant", "c")]
 
 
-def test_what_cannot_be_saved_is_said(talk: Talk, tmp_path: Path) -> None:
+def test_what_cannot_be_saved_is_said(talk: ChatSession, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no whole answer yet"):
         talk.handle(f"/save {tmp_path / 'a.jsonl'}")
     talk.handle("a")
@@ -126,7 +128,7 @@ def test_what_cannot_be_saved_is_said(talk: Talk, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_talk(
-    talk: Talk, tuned: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    talk: ChatSession, tuned: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned.interrupted_at = 2
     lines = iter(["first question", f"/save {tmp_path / 'a.jsonl'}", "second"])
@@ -149,13 +151,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_talk(
     assert [message.get("train", True) for message in row.messages] == [True, True, False, True, True]
 
 
-def test_ctrl_c_before_the_first_word_forgets_the_question(talk: Talk, tuned: Said) -> None:
+def test_ctrl_c_before_the_first_word_forgets_the_question(talk: ChatSession, tuned: Said) -> None:
     tuned.interrupted_at = 0
     talk.handle("slow")
     assert talk.turns == []
 
 
-def test_ctrl_c_at_the_prompt_is_no_end(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_at_the_prompt_is_no_end(talk: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
     def read() -> str:
@@ -168,7 +170,7 @@ def test_ctrl_c_at_the_prompt_is_no_end(talk: Talk, capsys: pytest.CaptureFixtur
 
 
 def test_an_answer_cut_by_its_limit_carries_no_loss(
-    talk: Talk, tuned: Said, capsys: pytest.CaptureFixture[str]
+    talk: ChatSession, tuned: Said, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tuned.finish = "length"
     talk.handle("a")
@@ -176,7 +178,9 @@ def test_an_answer_cut_by_its_limit_carries_no_loss(
     assert "(cut at --max-tokens or --context)" in capsys.readouterr().out
 
 
-def test_compare_asks_both_the_same(talk: Talk, tuned: Said, base: Said, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_asks_both_the_same(
+    talk: ChatSession, tuned: Said, base: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UserError, match="nothing was asked yet"):
         talk.handle("/compare")
     talk.handle("/compare new")
@@ -190,19 +194,21 @@ def test_compare_asks_both_the_same(talk: Talk, tuned: Said, base: Said, capsys:
     assert len(talk.turns) == 2
 
 
-def test_a_fault_is_told_and_nothing_is_kept(talk: Talk, tuned: Said, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_is_told_and_nothing_is_kept(
+    talk: ChatSession, tuned: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(messages, sampling, tools):
         raise UserError("llama-server refused: too long", "Start again.")
         yield
 
-    talk.voices = Voices(Voice("broken", broken), talk.voices.base)
+    talk.models = ChatModels(ChatModel("broken", broken), talk.models.base)
     lines = iter(["long"])
     converse(talk, lambda: next(lines, "/quit"))
     assert talk.turns == []
     assert "warning: llama-server refused: too long\n  Start again." in capsys.readouterr().out
 
 
-def test_an_answer_cannot_steer_the_terminal(talk: Talk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_cannot_steer_the_terminal(talk: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:
     talk.handle("\x1b[2Jred\x07")
     said = capsys.readouterr().out
     assert "tuned heard [2Jred" in said

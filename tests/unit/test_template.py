@@ -9,7 +9,7 @@ import pytest
 
 from common.data.chat_template import Renderer
 from common.data.dataset import Example
-from common.data.encode import Encoded, Style, encode, load_tokenizer, own_templates, stop_ids, template_hash
+from common.data.encode import Encoded, MaskingOptions, encode, load_tokenizer, own_templates, stop_ids, template_hash
 from common.errors import UserError
 from tests.tiny import CHATML, SPECIAL
 
@@ -54,14 +54,14 @@ def test_every_token_and_its_label_of_one_answer(tokenizer: Any) -> None:
     assert (encoded.ids.dtype, encoded.source, encoded.label_tokens) == (np.int32, "train.jsonl:17", 3)
 
 
-def test_every_answer_of_several_turns_is_labelled_and_nothing_else(tokenizer: Any) -> None:
+def test_every_answer_of_several_turns_is_labeled_and_nothing_else(tokenizer: Any) -> None:
     row = example(
         ("system", "Be brief."), ("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No way")
     )
     assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", END, "N", "o", SPACE, "w", "a", "y", END]
 
 
-def test_the_turns_end_is_labelled_and_the_newline_after_it_is_not(tokenizer: Any) -> None:
+def test_the_turns_end_is_labeled_and_the_newline_after_it_is_not(tokenizer: Any) -> None:
     encoded = encode(example(("user", "Hi"), ("assistant", "Yo"), ("user", "So")), tokenizer)
     end = 23
     assert tokens(encoded, tokenizer)[end : end + 2] == [END, NEWLINE]
@@ -69,7 +69,7 @@ def test_the_turns_end_is_labelled_and_the_newline_after_it_is_not(tokenizer: An
     assert not encoded.mask[end + 1 :].any()
 
 
-def test_japanese_text_is_labelled_byte_by_byte(tokenizer: Any) -> None:
+def test_japanese_text_is_labeled_byte_by_byte(tokenizer: Any) -> None:
     encoded = encode(example(("user", "港"), ("assistant", "あい")), tokenizer)
     assert labels(encoded, tokenizer) == ["ã", "ģ", "Ĥ", "ã", "ģ", "Ħ", END]
 
@@ -79,7 +79,7 @@ def test_spaces_around_an_answer_are_part_of_it(tokenizer: Any) -> None:
     assert labels(encoded, tokenizer) == [SPACE, "Y", "o", NEWLINE, END]
 
 
-def test_an_answer_that_repeats_the_prompt_is_labelled_where_it_stands(tokenizer: Any) -> None:
+def test_an_answer_that_repeats_the_prompt_is_labeled_where_it_stands(tokenizer: Any) -> None:
     encoded = encode(example(("user", "assistant"), ("assistant", "assistant")), tokenizer)
     assert labels(encoded, tokenizer) == [*"assistant", END]
     assert encoded.mask[-11:].tolist() == [True] * 10 + [False]
@@ -105,7 +105,7 @@ def test_a_template_without_an_end_token_is_refused(tokenizer: Any) -> None:
 THINKING = CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'")
 
 
-def test_an_empty_thinking_block_of_the_prompt_stays_unlabelled(tokenizer: Any) -> None:
+def test_an_empty_thinking_block_of_the_prompt_stays_unlabeled(tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING.replace(
         "m['content'] +", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content'] +"
     )
@@ -114,7 +114,7 @@ def test_an_empty_thinking_block_of_the_prompt_stays_unlabelled(tokenizer: Any) 
     assert labels(encoded, tokenizer) == ["Y", "o", END]
 
 
-def test_an_empty_thinking_block_beside_a_plain_prompt_stays_unlabelled(tokenizer: Any) -> None:
+def test_an_empty_thinking_block_beside_a_plain_prompt_stays_unlabeled(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace(
         "m['content'] +", "('<think>\n\n</think>\n\n' if m['role'] == 'assistant' else '') + m['content'] +"
     )
@@ -132,20 +132,20 @@ def test_several_turns_where_the_last_alone_gets_a_thinking_block(tokenizer: Any
     assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", END, "N", "o", END]
 
 
-# --- what cannot be labelled
+# --- what cannot be labeled
 
 
 def test_a_template_that_renders_an_old_turn_differently_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ messages | length }}" + CHATML
     said = fault(example(("user", "Hi"), ("assistant", "Yo"), ("user", "So"), ("assistant", "No")), tokenizer)
-    assert said.startswith("train.jsonl:17: this row cannot be labelled exactly: turn 2 renders differently")
+    assert said.startswith("train.jsonl:17: this row cannot be labeled exactly: turn 2 renders differently")
 
 
 def test_a_template_that_changes_the_answer_is_refused(tokenizer: Any) -> None:
     tokenizer.chat_template = CHATML.replace("m['content']", "m['content'] | upper")
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
     assert said == (
-        "train.jsonl:17: this row cannot be labelled exactly: the template leaves out or changes the answer of turn 2."
+        "train.jsonl:17: this row cannot be labeled exactly: the template leaves out or changes the answer of turn 2."
     )
     tokenizer.chat_template = CHATML.replace(
         "m['content']", "(m['content'] | upper if m['role'] == 'assistant' else m['content'])"
@@ -258,8 +258,8 @@ def test_stop_ids_come_most_frequent_first() -> None:
 
 def test_only_the_last_turn_or_every_token(tokenizer: Any) -> None:
     row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No"))
-    assert labels(encode(row, tokenizer, Style(train_on="last")), tokenizer) == ["N", "o", END]
-    assert encode(row, tokenizer, Style(train_on="all")).mask.all()
+    assert labels(encode(row, tokenizer, MaskingOptions(train_on="last")), tokenizer) == ["N", "o", END]
+    assert encode(row, tokenizer, MaskingOptions(train_on="all")).mask.all()
 
 
 def test_a_turn_that_the_row_takes_out(tokenizer: Any) -> None:
@@ -364,8 +364,8 @@ def thoughtful(form: str) -> Example:
     return Example(messages, "train.jsonl:17")
 
 
-def said(encoded: Encoded, tokenizer: Any, labelled: bool = True) -> str:
-    return tokenizer.decode(encoded.ids[encoded.mask].tolist() if labelled else encoded.ids.tolist())
+def said(encoded: Encoded, tokenizer: Any, labeled: bool = True) -> str:
+    return tokenizer.decode(encoded.ids[encoded.mask].tolist() if labeled else encoded.ids.tolist())
 
 
 @pytest.mark.parametrize("form", ["of its own", "in the answer"])
@@ -373,22 +373,22 @@ def test_thoughts_are_left_out_when_thinking_is_off(tokenizer: Any, form: str) -
     tokenizer.chat_template = SWITCH
     encoded = encode(thoughtful(form), tokenizer)
     assert said(encoded, tokenizer) == "Yo<|im_end|>"
-    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
+    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labeled=False)
     assert encoded.notes == ("reasoning left out (--thinking off)",)
 
 
 @pytest.mark.parametrize("form", ["of its own", "in the answer"])
 def test_thoughts_are_learned_when_they_are_kept(tokenizer: Any, form: str) -> None:
     tokenizer.chat_template = SWITCH
-    encoded = encode(thoughtful(form), tokenizer, Style(thinking="keep"))
+    encoded = encode(thoughtful(form), tokenizer, MaskingOptions(thinking="keep"))
     assert said(encoded, tokenizer) == "<think>\nHm\n</think>\n\nYo<|im_end|>"
 
 
 def test_a_row_without_thoughts_among_kept_ones_has_the_empty_block_in_its_prompt(tokenizer: Any) -> None:
     tokenizer.chat_template = SWITCH
-    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer, Style(thinking="keep"))
+    encoded = encode(example(("user", "Hi"), ("assistant", "Yo")), tokenizer, MaskingOptions(thinking="keep"))
     assert said(encoded, tokenizer) == "Yo<|im_end|>"
-    assert "<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
+    assert "<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labeled=False)
 
 
 def test_a_template_that_always_opens_a_block_gets_it_closed(tokenizer: Any) -> None:
@@ -397,8 +397,8 @@ def test_a_template_that_always_opens_a_block_gets_it_closed(tokenizer: Any) -> 
     row = example(("user", "Hi"), ("assistant", "Yo"))
     encoded = encode(row, tokenizer)
     assert said(encoded, tokenizer) == "Yo<|im_end|>"
-    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labelled=False)
-    kept = encode(thoughtful("of its own"), tokenizer, Style(thinking="keep"))
+    assert "assistant\n<think>\n\n</think>\n\nYo" in said(encoded, tokenizer, labeled=False)
+    kept = encode(thoughtful("of its own"), tokenizer, MaskingOptions(thinking="keep"))
     assert said(kept, tokenizer) == "Hm\n</think>\n\nYo<|im_end|>"
 
 
@@ -488,7 +488,7 @@ def test_our_own_templates_label_what_they_should(tokenizer: Any, name: str) -> 
     encoded = encode(row, tokenizer)
     assert said(encoded, tokenizer) == f"Yo{end}No{end}"
     assert encoded.notes == ()
-    assert "Be" in said(encoded, tokenizer, labelled=False)
+    assert "Be" in said(encoded, tokenizer, labeled=False)
 
 
 # --- what a review found
@@ -497,7 +497,7 @@ def test_our_own_templates_label_what_they_should(tokenizer: Any, name: str) -> 
 def test_every_token_but_those_of_a_turn_taken_out(tokenizer: Any) -> None:
     row = example(("user", "Hi"), ("assistant", "Yo"), ("user", "So"), ("assistant", "No"))
     row.messages[1]["train"] = False
-    encoded = encode(row, tokenizer, Style(train_on="all"))
+    encoded = encode(row, tokenizer, MaskingOptions(train_on="all"))
     assert said(encoded, tokenizer).count("Yo") == 0
     assert said(encoded, tokenizer).count("Hi") == 1
 
@@ -513,7 +513,7 @@ def test_marks_are_those_of_the_text_that_is_trained(tokenizer: Any) -> None:
         "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    encoded = encode(thoughtful("of its own"), tokenizer, Style(thinking="keep"))
+    encoded = encode(thoughtful("of its own"), tokenizer, MaskingOptions(thinking="keep"))
     assert said(encoded, tokenizer) == "Yo<|im_end|>"
 
 

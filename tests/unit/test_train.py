@@ -25,6 +25,7 @@ from common.run_record import held
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted
 from common.verify.verify import verify_run
+from tests.contexts import context
 from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
@@ -50,7 +51,7 @@ def given(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def ready(given: dict[str, Any], **changes: Any) -> Job:
-    return prepare(Options.model_validate(given | changes), None, Display("quiet"))
+    return prepare(Options.model_validate(given | changes), None, context())
 
 
 def fault(given: dict[str, Any], **changes: Any) -> UserError:
@@ -61,7 +62,7 @@ def fault(given: dict[str, Any], **changes: Any) -> UserError:
 
 def run(given: dict[str, Any], backend: Bigram | None = None) -> tuple[Path, Bigram]:
     backend = backend or Bigram()
-    return run_training(Options.model_validate(given), lambda name: backend, Display("quiet")), backend
+    return run_training(Options.model_validate(given), context(create=lambda: backend)), backend
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -83,7 +84,7 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
 ) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\nWho?,I am {{name}}.\nWho?,Pip.\nWho?,\n")
-    prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, Display("plain"))
+    prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, context("plain"))
     said = capsys.readouterr().out.replace("\n", " ")
     assert f"{path} read as: prompt and completion (question, answer), 2 rows" in said
     assert "warning: 1 rows without an answer, left out: rows.csv:4" in said
@@ -395,8 +396,8 @@ def test_a_resume_that_is_refused_has_changed_nothing(given: dict[str, Any]) -> 
 def test_a_run_that_is_held_is_not_worked_on(given: dict[str, Any], attempt: str) -> None:
     folder, _ = run(given)
     attempts: dict[str, Callable[[], Any]] = {
-        "fuse": lambda: fuse_run(folder, {}, lambda name: Bigram(), Display("quiet")),
-        "verify": lambda: verify_run(folder, lambda name: Bigram(), Display("quiet")),
+        "fuse": lambda: fuse_run(folder, {}, context(create=Bigram)),
+        "verify": lambda: verify_run(folder, context(create=Bigram)),
         "push": lambda: push(folder, "me/pip", None, True, True, Display("quiet")),
     }
     before = files_of(folder)
@@ -478,7 +479,7 @@ def test_resuming_takes_no_program_from_the_record(given: dict[str, Any], capsys
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "prepare", watched)
         options = Options.model_validate({"resume": str(folder)})
-        run_training(options, lambda name: Bigram(), Display("plain"))
+        run_training(options, context("plain", Bigram))
     assert [options.llama_cpp for options in taken] == [None]
     said = " ".join(capsys.readouterr().out.split())
     assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in said

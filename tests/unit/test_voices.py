@@ -1,4 +1,4 @@
-"""What is talked to, looked at before anything is loaded; and a backend's voice, prompted as trained."""
+"""What is talked to, looked at before anything is loaded; and a backend's model, prompted as trained."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.inference.backend_chat import fitted, trained_voice
+from common.inference.backend_chat import backend_chat_model, fitted
 from common.inference.chat_models import choose
 from common.sampling import Sampling
 from tests.tiny import CHATML
@@ -118,32 +118,32 @@ def speaker(tokenizer_folder: Path) -> Speaker:
     return found
 
 
-def voice(speaker: Any, folder: Path, template: str | None = None, context: int = 200, adapter: bool = True):
-    return trained_voice(speaker, folder, template, [2], False, "tuned", adapter, context)
+def model(speaker: Any, folder: Path, template: str | None = None, context: int = 200, adapter: bool = True):
+    return backend_chat_model(speaker, folder, template, [2], False, "tuned", adapter, context)
 
 
 def test_a_backends_answer_comes_in_whole_letters(speaker: Any, tokenizer_folder: Path) -> None:
     said = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
-    pieces = list(voice(speaker, tokenizer_folder, adapter=False).answer(said, Sampling(), ()))
+    pieces = list(model(speaker, tokenizer_folder, adapter=False).answer(said, Sampling(), ()))
     assert pieces == [("港", None), ("よ", None), ("", "stop")]
     assert speaker.adapters == [False]
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
     assert speaker.prompts == [speaker.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    cut = list(voice(speaker, tokenizer_folder).answer(said, Sampling(max_tokens=4), ()))
+    cut = list(model(speaker, tokenizer_folder).answer(said, Sampling(max_tokens=4), ()))
     assert cut == [("港", None), ("", "length")]
 
 
 def test_the_runs_own_template_is_used_with_its_thinking_block(speaker: Any, tokenizer_folder: Path) -> None:
     template = CHATML.replace("assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}")
     assert template != CHATML
-    list(voice(speaker, tokenizer_folder, template).answer([{"role": "user", "content": "u"}], Sampling(), ()))
+    list(model(speaker, tokenizer_folder, template).answer([{"role": "user", "content": "u"}], Sampling(), ()))
     assert speaker.tokenizer.decode(speaker.prompts[0]).endswith("assistant\n<think>\n\n</think>\n\n")
 
 
 def test_a_talk_longer_than_the_context_is_refused(speaker: Any, tokenizer_folder: Path) -> None:
     with pytest.raises(UserError, match=r"These turns have \d+ tokens, and --context is 30"):
         list(
-            voice(speaker, tokenizer_folder, context=30).answer([{"role": "user", "content": "u" * 40}], Sampling(), ())
+            model(speaker, tokenizer_folder, context=30).answer([{"role": "user", "content": "u" * 40}], Sampling(), ())
         )
     assert np.size(speaker.prompts) == 0
 
@@ -157,4 +157,4 @@ def test_without_a_chat_template_there_is_no_talk(tiny_llama: Path, tmp_path: Pa
     config.pop("chat_template", None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="has no chat template"):
-        voice(speaker, tmp_path)
+        model(speaker, tmp_path)
