@@ -3,7 +3,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: example test check setup
+.PHONY: example test check docs setup
 
 example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
@@ -12,11 +12,14 @@ test: check  ## everything, with real models and the real llama.cpp
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
 	$(PYTHON) -m pytest tests/parity/test_parity.py tests/e2e
 
-check: setup  ## lint, format, types and the fast tests: under two minutes
+check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/torch tests/mlx
+
+docs: setup  ## the site from docs/ into site/; a broken link is an error
+	$(PYTHON) -m zensical build --strict --clean
 
 setup: .venv/ready
 
