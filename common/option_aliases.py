@@ -1,10 +1,13 @@
 """Spellings of mlx_lm.lora, TRL and Axolotl: translated where they mean the same, explained where they do not."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 # One name for another, same meaning.
 SAME = {
     "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
     "sequence_len": "max_length",
     "cutoff_len": "max_length",
     "lora_r": "rank",
@@ -40,24 +43,50 @@ SAME = {
     "use_rslora": "rslora",
     "peft_use_rslora": "rslora",
     "loraplus_lr_ratio": "lora_plus",
+    "chat_template_path": "chat_template",
+    "hub_model_id": "push",
 }
 
 # Known elsewhere, meaning something else here. The value is what to do instead.
 EXPLAINED = {
     "lr_schedule": "mlx_lm's list of function and arguments; use schedule, learning_rate and warmup",
-    "adapter_path": "mlx_lm's folder for adapters alone; use output for the whole run folder",
+    "adapter_path": "mlx_lm's folder for adapters alone; use output for the complete run folder",
     "packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "sample_packing": "rows of like length are computed together without packing, so there is nothing to turn on",
-    "fp16": "float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32",
+    "fp16": "float16 overflows in Gemma-3 and is very slow on CPUs; use precision: bf16 or fp32",
     "datasets": "Axolotl's list; use data with one file or folder",
-    "auto_find_batch_size": "a step that runs out of memory is cut finer by itself",
+    "auto_find_batch_size": "a step that runs out of memory is split into smaller micro-batches by itself",
+    "push_to_hub": "use push with owner/name",
+    "trust_remote_code": "code that comes with a model is never run; the model must be of a supported family",
 }
 
-# What changes nothing that Twintune would do otherwise.
+_RECORDED = "every step is shown and written to metrics.jsonl in the run folder"
+_RUN_FOLDER = "logs stand in the run folder, which output names"
+_ATTENTION = "the fastest exact attention of the device is used"
+_LOADING = "all rows lie in memory, encoded"
+# What changes nothing that Twintune would do otherwise, and why.
 NEEDLESS = {
-    "steps_per_report": "every step is shown and written to metrics.jsonl",
-    "logging_steps": "every step is shown and written to metrics.jsonl",
+    **dict.fromkeys(("steps_per_report", "logging_steps", "logging_strategy", "logging_first_step"), _RECORDED),
+    **dict.fromkeys(("report_to", "wandb_project", "wandb_entity", "wandb_name"), f"no tracker is used; {_RECORDED}"),
+    **dict.fromkeys(("logging_dir", "run_name"), _RUN_FOLDER),
+    **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "xformers_attention"), _ATTENTION),
+    **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns"), _LOADING),
     "val_batches": "validation goes over every validation row",
+    "eval_strategy": "validation runs at the end of each epoch, or every eval_every steps",
+    "evaluation_strategy": "validation runs at the end of each epoch, or every eval_every steps",
+    "save_strategy": "checkpoints are written at the end of each epoch, or every save_every steps",
+    "save_total_limit": "the newest two checkpoints are kept, and the best adapter",
+    "per_device_eval_batch_size": "validation rows are cut into micro-batches that fit memory",
+    "eval_batch_size": "validation rows are cut into micro-batches that fit memory",
+    "group_by_length": "rows of like length are computed together within each step",
+    "pad_to_sequence_len": "padding is added only where attention needs it",
+    "tf32": "float32 is computed as float32; bf16 is the fast type",
+    "use_liger_kernel": "the loss never holds all logits, which is what saves memory there",
+    "liger_kernel": "the loss never holds all logits, which is what saves memory there",
+    "gradient_checkpointing_kwargs": "checkpointing is exact in every setting",
+    "overwrite_output_dir": "a run folder is never overwritten",
+    "do_train": "training is what the command does",
+    "do_eval": "validation runs wherever there are validation rows",
 }
 
 # Settings that ask for what Twintune does anyway; any other value of theirs is a fault.
@@ -68,7 +97,17 @@ AGREED: dict[str, tuple[object, ...]] = {
     "mask_prompt": (True, "true"),
     "assistant_only_loss": (True, "true"),
     "completion_only_loss": (True, "true"),
+    "load_best_model_at_end": (True, "true"),
+    "metric_for_best_model": ("loss", "eval_loss"),
+    "greater_is_better": (False, "false"),
+    "lora_bias": ("none",),
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM",),
+    "lora_task_type": ("CAUSAL_LM",),
 }
+# AdamW with its state in 8 bits or paged: the state of an adapter is small, so it is kept in float32.
+_SMALLER_ADAMW = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw", "paged_adamw_8bit", "paged_adamw_32bit")
+_TYPES = {"bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32", "auto": "auto"}
 
 # Switches of others that are a value of one of our options; off, they say nothing.
 SWITCHES = {
@@ -87,83 +126,148 @@ FAMILIES = (
     ("iters", "batch_size", "grad_accumulation_steps"),
     ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps"),
 )
+_LORA_PARAMETERS = ("rank", "scale", "dropout", "keys")
 _WARMUPS = {"warmup", "warmup_steps", "warmup_ratio"}
 _TRL_BATCH = 8  # TrainingArguments.per_device_train_batch_size
 _MLX_BATCH = 4  # mlx_lm.lora's batch_size
 
 
+@dataclass
+class _Work:
+    """A translation under way. rest: keys still to be looked at; options: what they came to."""
+
+    rest: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
 def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     """`(options, notes, faults)`: foreign spellings replaced, a note for each, a fault for what cannot be."""
-    rest = dict(values)
-    notes: list[str] = []
-    faults: list[str] = []
-    options = _batches(rest, notes, faults)
-    _lora_parameters(rest, options, notes, faults)
-    for key in list(rest):
-        if key == "num_layers":
-            count = str(rest.pop(key))
-            if count != "-1":
-                options["layers"] = f"last:{count}"
-            notes.append(
-                f"num_layers {count} -> " + ("every layer, as here" if count == "-1" else f"layers last:{count}")
-            )
-        elif key == "adapter" and rest[key] in _AXOLOTL_ADAPTERS:
-            meant = _AXOLOTL_ADAPTERS[rest.pop(key)]
-            options |= {name: value for name, value in meant.items() if "load_in_4bit" not in rest}
-            notes.append(f"adapter: Axolotl's name of a method -> {meant or 'method lora, as here'}")
-        elif key in SWITCHES:
-            name, value = SWITCHES[key]
-            if str(rest.pop(key)).lower() not in ("false", "none"):
-                options[name] = value
-                notes.append(f"{key} -> {name} {value}")
-            else:
-                notes.append(f"{key}: off, as it is here")
-        elif key in EXPLAINED and str(rest[key]).lower() in ("false", "none"):
-            del rest[key]
-            notes.append(f"{key}: off, as it is here")
-        elif key in EXPLAINED:
-            faults.append(f"{key}: {EXPLAINED[key]}")
-            del rest[key]
-        elif key == "max_steps" and str(rest[key]) == "-1":
-            del rest[key]
-            notes.append("max_steps -1: the epochs count, as here without steps")
-        elif key in NEEDLESS:
-            del rest[key]
-            notes.append(f"{key}: not needed, {NEEDLESS[key]}")
-        elif key in AGREED:
-            if rest[key] in AGREED[key]:
-                notes.append(f"{key}: that is what Twintune does")
-            else:
-                faults.append(f"{key}: {rest[key]!r} is not offered, only {AGREED[key][0]!r}")
-            del rest[key]
-        elif key == "bf16":
-            options["precision"] = {"true": "bf16", "false": "fp32"}.get(str(rest.pop(key)).lower(), "auto")
-            notes.append(f"bf16 -> precision {options['precision']}")
-        elif key in SAME:
-            _rename(rest, options, key, notes, faults)
-    for key in rest.keys() & options.keys():
-        faults.append(f"{key} is given twice, once under another name")
-    return {**options, **rest}, notes, faults
+    work = _Work(dict(values))
+    work.options = _batches(work.rest, work.notes, work.faults)
+    _lora_parameters(work.rest, work.options, work.notes, work.faults)
+    for key in list(work.rest):
+        if rule := _rule_for(key, work.rest[key]):
+            rule(work, key, work.rest.pop(key))
+    for key in work.rest.keys() & work.options.keys():
+        work.faults.append(f"{key} is given twice, once under another name")
+    return {**work.options, **work.rest}, work.notes, work.faults
 
 
-def _rename(rest: dict[str, Any], options: dict[str, Any], key: str, notes: list[str], faults: list[str]) -> None:
-    name, value = SAME[key], rest.pop(key)
-    if name in options:
-        faults.append(f"{key} means {name}, which is given already")
+_Rule = Callable[[_Work, str, Any], None]
+
+
+def _rule_for(key: str, value: Any) -> _Rule | None:
+    """What translates the key; None for Twintune's own options and for what nobody knows."""
+    if key == "adapter":
+        return _axolotl_adapter if value in _AXOLOTL_ADAPTERS else None
+    if key in _RULES:
+        return _RULES[key]
+    tables = ((SWITCHES, _switch), (EXPLAINED, _explained), (NEEDLESS, _needless), (AGREED, _agreed), (SAME, _rename))
+    return next((rule for table, rule in tables if key in table), None)
+
+
+def _num_layers(work: _Work, key: str, value: Any) -> None:
+    if str(value) == "-1":
+        work.notes.append("num_layers -1 -> every layer, as here")
+        return
+    work.options["layers"] = f"last:{value}"
+    work.notes.append(f"num_layers {value} -> layers last:{value}")
+
+
+def _axolotl_adapter(work: _Work, key: str, value: Any) -> None:
+    meant = _AXOLOTL_ADAPTERS[value]
+    work.options |= {name: meaning for name, meaning in meant.items() if "load_in_4bit" not in work.rest}
+    work.notes.append(f"adapter: Axolotl's name of a method -> {meant or 'method lora, as here'}")
+
+
+def _is_off(value: Any) -> bool:
+    return str(value).lower() in ("false", "none", "no")
+
+
+def _switch(work: _Work, key: str, value: Any) -> None:
+    name, meaning = SWITCHES[key]
+    if _is_off(value):
+        work.notes.append(f"{key}: off, as it is here")
+    else:
+        work.options[name] = meaning
+        work.notes.append(f"{key} -> {name} {meaning}")
+
+
+def _explained(work: _Work, key: str, value: Any) -> None:
+    if _is_off(value):
+        work.notes.append(f"{key}: off, as it is here")
+    else:
+        work.faults.append(f"{key}: {EXPLAINED[key]}")
+
+
+def _needless(work: _Work, key: str, value: Any) -> None:
+    work.notes.append(f"{key}: not needed, {NEEDLESS[key]}")
+
+
+def _agreed(work: _Work, key: str, value: Any) -> None:
+    if value in AGREED[key]:
+        work.notes.append(f"{key}: that is what Twintune does")
+    elif key in ("optim", "optimizer") and value in _SMALLER_ADAMW:
+        work.notes.append(f"{key} {value} -> AdamW with its state in float32: that of an adapter is small")
+    else:
+        work.faults.append(f"{key}: {value!r} is not offered, only {AGREED[key][0]!r}")
+
+
+def _max_steps(work: _Work, key: str, value: Any) -> None:
+    if str(value) == "-1":
+        work.notes.append("max_steps -1: the epochs count, as here without steps")
+    else:
+        _rename(work, key, value)
+
+
+def _bf16(work: _Work, key: str, value: Any) -> None:
+    work.options["precision"] = {"true": "bf16", "false": "fp32"}.get(str(value).lower(), "auto")
+    work.notes.append(f"bf16 -> precision {work.options['precision']}")
+
+
+def _torch_dtype(work: _Work, key: str, value: Any) -> None:
+    if (name := str(value).removeprefix("torch.")) not in _TYPES:
+        work.faults.append(f"{key}: {value!r} is not offered, only bfloat16, float32 and auto")
+        return
+    work.options["precision"] = _TYPES[name]
+    work.notes.append(f"{key} -> precision {_TYPES[name]}")
+
+
+def _text_field(work: _Work, key: str, value: Any) -> None:
+    if value != "text":
+        work.options["field"] = {"text": value}
+    work.notes.append(f"{key} -> field text={value}")
+
+
+_RULES: dict[str, _Rule] = {
+    "num_layers": _num_layers,
+    "max_steps": _max_steps,
+    "bf16": _bf16,
+    "torch_dtype": _torch_dtype,
+    "dataset_text_field": _text_field,
+}
+
+
+def _rename(work: _Work, key: str, value: Any) -> None:
+    name = SAME[key]
+    if name in work.options:
+        work.faults.append(f"{key} means {name}, which is given already")
         return
     number = _number(value)
     if name == "schedule" and value == "constant_with_warmup":
         value = "constant"  # ours has the warm-up that `warmup` says
-    elif name == "schedule" and value == "constant" and not _WARMUPS & {*options, *rest}:
-        options["warmup"] = 0
-        notes.append(f"{key} constant has no warm-up -> warmup 0")
+    elif name == "schedule" and value == "constant" and not _WARMUPS & {*work.options, *work.rest}:
+        work.options["warmup"] = 0
+        work.notes.append(f"{key} constant has no warm-up -> warmup 0")
     if key == "warmup_ratio" and number is not None and number >= 1:
-        faults.append(f"warmup_ratio: must be below 1 (got {value!r})")
+        work.faults.append(f"warmup_ratio: must be below 1 (got {value!r})")
     elif key == "val_set_size" and number is not None and number >= 1:
-        faults.append(f"val_set_size: Axolotl's count of rows; valid_share takes a share below 1 (got {value!r})")
+        work.faults.append(f"val_set_size: Axolotl's count of rows; valid_share takes a share below 1 (got {value!r})")
     else:
-        options[name] = value
-        notes.append(f"{key} -> {name} {value}")
+        work.options[name] = value
+        work.notes.append(f"{key} -> {name} {value}")
 
 
 def _batches(rest: dict[str, Any], notes: list[str], faults: list[str]) -> dict[str, Any]:
@@ -181,8 +285,8 @@ def _batches(rest: dict[str, Any], notes: list[str], faults: list[str]) -> dict[
             return options
         accumulate = numbers["grad_accumulation_steps"]
         options["batch_size"] = numbers["batch_size"] * accumulate
-        said = f"batch_size {numbers['batch_size']} x grad_accumulation_steps {accumulate}"
-        notes.append(f"mlx_lm's {said} -> batch_size {options['batch_size']} rows a step")
+        written = f"batch_size {numbers['batch_size']} x grad_accumulation_steps {accumulate}"
+        notes.append(f"mlx_lm's {written} -> batch_size {options['batch_size']} rows a step")
         if "iters" in numbers:
             options["steps"] = max(1, numbers["iters"] // accumulate)
             notes.append(f"mlx_lm's iters {numbers['iters']} micro-batches -> steps {options['steps']}")
@@ -211,8 +315,8 @@ def _batches(rest: dict[str, Any], notes: list[str], faults: list[str]) -> dict[
         if numbers is not None:
             accumulate = numbers["gradient_accumulation_steps"]
             options["batch_size"] = numbers[micro_name] * accumulate
-            said = f"{micro_name} {numbers[micro_name]} x gradient_accumulation_steps {accumulate}"
-            notes.append(f"{said} -> batch_size {options['batch_size']} rows a step")
+            written = f"{micro_name} {numbers[micro_name]} x gradient_accumulation_steps {accumulate}"
+            notes.append(f"{written} -> batch_size {options['batch_size']} rows a step")
     return options
 
 
@@ -224,7 +328,7 @@ def _lora_parameters(rest: dict[str, Any], options: dict[str, Any], notes: list[
         nested[key.removeprefix("lora_parameters.")] = rest.pop(key)
     if not nested:
         return
-    for key in nested.keys() - {"rank", "scale", "dropout", "keys"}:
+    for key in nested.keys() - set(_LORA_PARAMETERS):
         faults.append(f"lora_parameters.{key}: unknown; mlx_lm has rank, scale, dropout, keys")
     if "rank" in nested and "rank" in rest:
         faults.append("rank is given twice, once under another name")
@@ -264,3 +368,11 @@ def _whole_numbers(values: dict[str, Any], faults: list[str]) -> dict[str, int] 
         else:
             numbers[name] = int(number)
     return numbers if len(numbers) == len(values) else None
+
+
+# Every key of other programs that is translated, explained or accepted.
+KNOWN = {
+    *(SAME.keys() | EXPLAINED.keys() | NEEDLESS.keys() | AGREED.keys() | SWITCHES.keys() | _RULES.keys()),
+    *(key for family in FAMILIES for key in family if key != "batch_size"),
+    *(f"lora_parameters.{name}" for name in _LORA_PARAMETERS),
+}

@@ -4,7 +4,9 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
+
+from common.option_fields import PlanFields, RecipeFields
 
 # A group means those of its names that the model has: Phi-3 keeps q, k and v in one matrix, gate and up in another.
 TARGET_GROUPS = {
@@ -14,7 +16,7 @@ TARGET_GROUPS = {
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
 
 
-class Recipe(BaseModel):
+class Recipe(RecipeFields):
     """Everything that changes the result, with every `auto` resolved. Names are kept but do not enter the hash."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -25,34 +27,12 @@ class Recipe(BaseModel):
     data_hash: str  # contents of training and validation rows
     template_hash: str
     precision: Literal["bf16", "fp32"]
-    rank: int
-    alpha: float
-    dropout: float
-    targets: list[str]
-    method: Literal["lora", "dora", "full"] = "lora"
-    rslora: bool = False
-    layers: str | None = None
-    rank_pattern: dict[str, int] = {}
-    alpha_pattern: dict[str, float] = {}
-    lora_plus: float = 1.0
+    targets: list[str]  # the layers by name
     adapter_hash: str = ""  # contents of the adapter that training went on from
     quantization: str = "none"  # the scheme: mlx-4bit-64, nf4, ...
-    train_on: Literal["assistant", "last", "all"] = "assistant"
-    thinking: Literal["off", "keep"] = "off"
-    batch_size: int
-    max_length: int
-    overflow: Literal["drop", "truncate", "error"] = "drop"
-    learning_rate: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    epsilon: float
-    max_grad_norm: float
-    schedule: Literal["cosine", "linear", "constant"]
     steps: int
     warmup_steps: int
     eval_every: int
-    seed: int
 
     def hash(self) -> str:
         """SHA-256 over the canonical JSON of every field but the names; 64 hex digits."""
@@ -60,7 +40,7 @@ class Recipe(BaseModel):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class Plan(BaseModel):
+class Plan(PlanFields):
     """Everything that changes only speed and memory."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -71,6 +51,4 @@ class Plan(BaseModel):
     gradient_checkpointing: bool = False
     loss_chunk: int = 128  # label positions whose logits are held at once
     memory_budget: int = 0  # bytes that training may take; 0: not known
-    on_swap: Literal["warn", "replan"] = "warn"
     save_every: int
-    save_minutes: float = 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
@@ -18,24 +18,21 @@ SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
 Pick = Callable[["np.ndarray", Sequence[int]], int]  # logits [vocabulary] float32 and the ids before them -> an id
 
 
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Sampling:
     """The defaults are llama.cpp's."""
 
-    temperature: float = 0.8
-    """0: greedy, always the likeliest token"""
-    top_k: int = 40
-    """only the k likeliest tokens; 0: all"""
-    top_p: float = 0.95
-    """only the likeliest tokens that together reach this probability; 1: all"""
-    min_p: float = 0.05
-    """only tokens at least this likely, as a share of the likeliest; 0: all"""
-    repeat_penalty: float = 1.0
-    """above 1: the last 64 tokens become less likely"""
-    seed: int | None = None
-    """the same answers again; without it new ones each time"""
-    max_tokens: int = 512
-    """where an answer is cut"""
+    temperature: float = _flag(0.8, "randomness of the next token; 0: always the likeliest")
+    top_k: int = _flag(40, "sample from the k likeliest tokens; 0: from all")
+    top_p: float = _flag(0.95, "sample from the likeliest tokens that together reach this probability; 1: from all")
+    min_p: float = _flag(0.05, "sample from tokens at least this likely, as a share of the likeliest; 0: from all")
+    repeat_penalty: float = _flag(1.0, "above 1: make the last 64 tokens less likely")
+    seed: int | None = _flag(None, "seed of the sampling; the answers differ each time unless given")
+    max_tokens: int = _flag(512, "most tokens of an answer")
 
     def check(self) -> None:
         """Raises UserError naming every option out of its range."""

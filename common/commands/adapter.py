@@ -1,5 +1,6 @@
 """`adapter inspect` and `adapter convert`: anyone's adapter, looked at and rewritten."""
 
+import argparse
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from common.backend import Adapter, LoraWeight
-from common.display import Display
+from common.commands.arguments import add_llama
+from common.context import Context
 from common.errors import UserError
 from common.llama_cpp.install import LlamaCpp, ensure
 from common.llama_cpp.lora import read_gguf_lora, write_gguf_lora
@@ -17,9 +19,10 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 
 
-def inspect_adapter(path: Path, model: str | None, llama_cpp: str | None, display: Display) -> None:
+def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
     """Print what an adapter is: method, layers, ranks, scales, and how far it moves each kind of layer."""
-    adapter = _read(path, model, llama_cpp, display)[0]
+    display = context.display
+    adapter = _read(path, model, context)[0]
     weights = adapter.weights.values()
     layers = _ranges(sorted(set(map(layer_number, adapter.weights))))
     display.panel(
@@ -49,31 +52,31 @@ def inspect_adapter(path: Path, model: str | None, llama_cpp: str | None, displa
         display.warn(f"{len(broken)} modules hold values that are not finite, such as {broken[0]}")
 
 
-def convert_adapter(path: Path, out: Path, to: str, model: str | None, llama_cpp: str | None, display: Display) -> None:
+def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: Context) -> None:
     """Rewrite an adapter as `peft`, `mlx` or `gguf`. Raises UserError before anything is written."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is there already.", "Give a new name.")
     if to == "gguf" and model is None:
         raise UserError("A GGUF LoRA needs the base model's config.", "Add --model with the adapter's base model.")
-    adapter, base = _read(path, model, llama_cpp, display)
+    adapter, base = _read(path, model, context)
     if to == "gguf" and base is not None:
-        write_gguf_lora(adapter, base, out, _llama(llama_cpp, display))
+        write_gguf_lora(adapter, base, out, _llama(context))
     else:
         (write_peft if to == "peft" else write_mlx)(out, adapter)
-    display.say(f"{len(adapter.weights)} modules of {path} -> {out} ({to})")
+    context.display.say(f"{len(adapter.weights)} modules of {path} -> {out} ({to})")
 
 
-def _read(path: Path, model: str | None, llama_cpp: str | None, display: Display) -> tuple[Adapter, Path | None]:
+def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Path | None]:
     """The adapter, and its base model's folder with which it was compared where that is given."""
     if model is None:
         if path.suffix == ".gguf":
             raise UserError(f"{path}: a GGUF's names mean something only beside its base model.", "Add --model.")
         return read_any(path), None
-    base = resolve(model, display.say)
+    base = resolve(model, context.display.say)
     shapes = linear_shapes(base, ["all-linear"])
     if path.suffix == ".gguf":
         adapter = replace(
-            read_gguf_lora(path, base, shapes, _llama(llama_cpp, display)), layers=layer_count(shapes), base_model=model
+            read_gguf_lora(path, base, shapes, _llama(context)), layers=layer_count(shapes), base_model=model
         )
     else:
         adapter = read_any(path, layer_count(shapes))
@@ -81,9 +84,9 @@ def _read(path: Path, model: str | None, llama_cpp: str | None, display: Display
     return adapter, base
 
 
-def _llama(llama_cpp: str | None, display: Display) -> LlamaCpp:
-    with display.stage("find or build llama.cpp") as progress:
-        return ensure(llama_cpp, progress)
+def _llama(context: Context) -> LlamaCpp:
+    with context.display.stage("find or build llama.cpp") as progress:
+        return ensure(context.llama_cpp, progress)
 
 
 def _length(weight: LoraWeight) -> float:
@@ -101,3 +104,27 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("inspect", "show method, layers, ranks, scales, and how far each kind of layer is moved"),
+        ("convert", "rewrite an adapter for PEFT, mlx-lm or llama.cpp; scales, ranks and patterns keep their meaning"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"{text[:1].upper()}{text[1:]}.")
+        action.add_argument(
+            "path", type=Path, metavar="PATH", help="adapter folder of PEFT or mlx-lm, run folder, or LoRA GGUF"
+        )
+        if name == "convert":
+            action.add_argument("out", type=Path, metavar="OUT", help="folder to make, or file for a GGUF")
+            action.add_argument("--to", choices=("peft", "mlx", "gguf"), required=True, help="layout to write")
+        action.add_argument("--model", metavar="NAME", help="base model to check it against; needed for a GGUF")
+        add_llama(action)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    if args.action == "inspect":
+        inspect_adapter(args.path, args.model, context)
+    else:
+        convert_adapter(args.path, args.out, args.to, args.model, context)

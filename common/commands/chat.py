@@ -1,5 +1,6 @@
 """`chat RUN`: a talk in the terminal, whose good turns become training rows."""
 
+import argparse
 import json
 import re
 import signal
@@ -14,13 +15,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, sampling_of
 from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
 from common.errors import UserError
 from common.inference.backend_chat import ChatModel
-from common.inference.chat_models import ChatModels, Kind, choose, opened
+from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
 from common.sampling import Sampling
 from common.system.cache import cache_folder
@@ -190,23 +192,12 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def chat(
-    run: Path,
-    kind: Kind | None,
-    quant: str | None,
-    system: str | None,
-    system_file: Path | None,
-    length: int,
-    sampling: Sampling,
-    context: Context,
-) -> None:
-    """A chat session until Ctrl-D. Raises UserError before anything is loaded where something is missing."""
-    sampling.check()
-    target, text = choose(run, kind, quant), system_text(system, system_file)
+def chat(target: Target, system: str | None, length: int, sampling: Sampling, context: Context) -> None:
+    """A chat session until Ctrl-D. length: tokens of prompt and answer together."""
     with _ended_by_signal(), opened(target, context, length) as models:
-        talk = ChatSession(models, sampling, context.display, text)
+        session = ChatSession(models, sampling, context.display, system)
         context.display.say(f"{models.tuned.name}; /help lists the commands, Ctrl-D ends")
-        converse(talk, _reader())
+        converse(session, _reader())
 
 
 def converse(talk: ChatSession, read: Callable[[], str]) -> None:
@@ -257,3 +248,20 @@ def _ended_by_signal() -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "In the chat, /help lists the commands: compare with the base, save as training rows, and others."
+    add_target(parser)
+    add_system(parser, "system prompt")
+    parser.add_argument(
+        "--context", type=int, default=4096, metavar="N", help="most tokens of the conversation (default: 4096)"
+    )
+    add_llama(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    sampling = sampling_of(args)
+    target, system = choose(args.run, args.kind, args.quant), system_text(args.system, args.system_file)
+    chat(target, system, args.context, sampling, context)

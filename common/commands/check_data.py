@@ -1,18 +1,22 @@
 """`check-data`: what training will see of data, before it is trained on."""
 
+import argparse
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
+from common.commands.arguments import add_options
+from common.context import Context
 from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import check_fields, load_data
 from common.data.quality import suspicious
 from common.data.truncation import encode_all, fit
 from common.display import Display
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.models.resolve import resolve
+from common.option_sources import load_options
 from common.options import Options
 
 _PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
@@ -128,3 +132,23 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
     if len(row.ids) > len(reasons):
         reasons = ["BOS, which the tokenizer adds and the template does not write", *reasons]
     return reasons
+
+
+_DEFAULTS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "valid_share": 0.0}
+_OPTIONS = ("model", "chat_template", "valid_share", "field", "train_on", "thinking", "max_length", "overflow", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROGRAM} check-data DATA [--option VALUE ...]"
+    parser.add_argument("data", metavar="DATA", help="file, folder or hub data set, as --data of train")
+    parser.add_argument(
+        "--explain", type=int, metavar="N", help="show only training row N, counted from 1, token by token with reasons"
+    )
+    add_options(parser, _OPTIONS, _DEFAULTS)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    options, notes = load_options(_DEFAULTS | args.flags | {"data": args.data})
+    for note in notes:
+        context.display.say(note)
+    check_data(options, args.explain, context.display)

@@ -1,10 +1,12 @@
 """`compare RUN RUN`: runs side by side."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+from common.context import Context
 from common.display import Display, gigabytes
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.recipe import Recipe
 from common.run_record import read_recipe, read_run
 
@@ -80,3 +82,13 @@ def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str
     one, other = first.model_dump(), recipe.model_dump()
     differing = [f"{k} {one[k]} / {other[k]}" for k in one if one[k] != other[k] and k not in ("model", "data")]
     return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two or more run folders")
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    if len(args.runs) < 2:
+        raise UserError("compare needs two or more runs.", f"{PROGRAM} compare RUN RUN")
+    compare(args.runs, context.display)

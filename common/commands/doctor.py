@@ -1,5 +1,6 @@
 """`doctor`: what is here, and what is missing for which step."""
 
+import argparse
 import os
 import platform
 import shutil
@@ -7,6 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.llama_cpp.install import find, missing_build_tools, which
@@ -22,6 +24,7 @@ from common.system.hardware import (
     preload,
 )
 from common.system.memory import swap_used, total
+from common.verify.parity import parity
 
 
 def doctor(display: Display) -> None:
@@ -100,3 +103,18 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return f"none ({MLX_INSTALL.get(sys.platform, 'no build for this system')})" if "mlx" in package else "none"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parity",
+        metavar="MODEL",
+        help="train this model a few steps on both backends and compare: a model, or a family such as llama",
+    )
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    if args.parity is None:
+        doctor(context.display)
+        return 0
+    return 0 if parity(args.parity, context) else 1

@@ -1,9 +1,10 @@
 """After training: fuse, export, try the GGUF, count the example; and `fuse RUN`, the same again."""
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 
 from common import run_record
 from common.backend import Adapter
+from common.commands.arguments import add_options
 from common.commands.example_score import score
 from common.context import Context
 from common.data.load import data_of
 from common.display import Display, gigabytes
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
 from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
 from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
@@ -32,6 +34,7 @@ from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count, validate
 from common.models.mlx_quantized import source
 from common.models.shapes import linear_shapes
+from common.option_sources import options_over
 from common.options import Options, is_example
 from common.run_record import held
 from common.system.hardware import choose_backend, choose_device
@@ -57,13 +60,15 @@ def _fuse_held(run: Path, options: dict[str, Any], context: Context) -> Options:
             f"--fuse-into {options['fuse_into']}: {run} had no --quantization: its base comes in one form only.",
             "Leave --fuse-into out.",
         )
+    if options.get("export") == "none":
+        raise UserError("--export none: fuse would make nothing.", "Leave --export out, or name what to make.")
     if (options.get("quant") or options.get("imatrix")) and "export" not in options:
         options = options | {"export": "gguf"}  # what those are for
-    # what is proven and weighed is said each time, not as the run was started
-    merged = Options.model_validate({**known["options"], "imatrix": False, "no_verify": False, **options})
+    # What is checked, weighed and uploaded is asked for each time, not taken from how the run was started.
+    fresh = {"imatrix": False, "no_verify": False, "push": None, "push_public": False}
+    merged = options_over(known["options"] | fresh, options)
     if merged.export == "none":  # how the run was started; who asks for a fusion wants the whole way
         merged = merged.model_copy(update={"export": "gguf"})
-    merged = merged.model_copy(update={"push": options.get("push"), "push_public": options.get("push_public", False)})
     check_quants(merged.quant)
     if merged.push:
         check_push(merged.push, not merged.push_public, display)
@@ -242,3 +247,18 @@ def record_seconds(run: Path, seconds: dict[str, float]) -> None:
     for stage in {"train", "evaluate", "save"} & seconds.keys():
         seconds[stage] += earlier.get(stage, 0.0)
     run_record.update_run(run, stage_seconds=earlier | seconds)
+
+
+_OPTIONS = ("llama_cpp", "export", "quant", "imatrix", "fuse_into", "no_verify", "push", "push_public")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROGRAM} fuse RUN [--option VALUE ...]"
+    parser.epilog = "What is not given is as the run was started; a run that exported nothing makes a GGUF."
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    add_options(parser, _OPTIONS, dict.fromkeys(_OPTIONS))
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    llama_cpp = args.flags.get("llama_cpp", context.llama_cpp)
+    fuse_run(args.run, args.flags, replace(context, llama_cpp=llama_cpp))

@@ -1,47 +1,45 @@
 """`generate RUN`: an answer to every prompt of a file, as rows in the training format."""
 
+import argparse
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, sampling_of
 from common.context import Context
 from common.data.dataset import Example
 from common.errors import UserError
 from common.inference.backend_chat import ChatModel
-from common.inference.chat_models import Kind, Target, choose, opened
+from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
 from common.sampling import Sampling
 
 
-def generate(
-    run: Path,
-    prompts: Path,
-    out: Path,
-    kind: Kind | None,
-    quant: str | None,
-    system: str | None,
-    system_file: Path | None,
-    length: int,
-    slots: int,
-    sampling: Sampling,
-    context: Context,
-) -> None:
-    """Write `out`, whole or not at all. A stopped job goes on from `out`.part when the same is asked again.
+@dataclass(frozen=True)
+class Answers:
+    """What to answer and where to. length: tokens of a prompt and its answer; slots: answers made at once."""
 
-    slots: answers that llama.cpp writes at once. Raises UserError before anything is loaded where something is missing.
+    rows: list[Example]
+    out: Path
+    length: int
+    slots: int = 1
+
+
+def generate(target: Target, wanted: Answers, sampling: Sampling, context: Context) -> None:
+    """Write `wanted.out` completely or not at all; a stopped job continues from its .part when the same is asked again.
+
+    Raises UserError before anything is loaded where something is missing.
     """
-    sampling.check()
-    display = context.display
+    display, rows, out, slots = context.display, wanted.rows, wanted.out, wanted.slots
     if slots < 1:
         raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
-    target, rows = choose(run, kind, quant), read_prompts(prompts, system_text(system, system_file))
     if out.exists():
         raise UserError(f"--out {out} is there already.", "Give another name, or take it away.")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
@@ -51,13 +49,13 @@ def generate(
     if target.kind != "gguf":
         slots = 1
     part = out.with_name(f"{out.name}.part")
-    done = _begun(part, _asked_for(target, rows, sampling, length))
+    done = _begun(part, _asked_for(target, rows, sampling, wanted.length))
     if len(done) > 1:
         display.say(f"{part}: {len(done) - 1} of {len(rows)} answers are there already")
     left = [number for number in range(len(rows)) if number not in done]
     if left:
         with (
-            opened(target, context, length, slots, _FLAGS) as models,
+            opened(target, context, wanted.length, slots, _FLAGS) as models,
             display.stage("answers") as progress,
             part.open("a", encoding="utf-8") as file,
         ):
@@ -139,3 +137,31 @@ def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
     temporary.write_text("".join(f"{line}\n" for line in (whole or [json.dumps(head)])), encoding="utf-8")
     temporary.replace(part)
     return {-1: head, **found}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "A stopped job continues when the same is asked again."
+    add_target(parser)
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="rows in any format that train reads, with answers or without; or a .txt file with a prompt a line",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to make")
+    add_system(parser, "system prompt for rows without one")
+    parser.add_argument(
+        "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
+    )
+    add_llama(parser)
+    add_sampling(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    sampling, target = sampling_of(args), choose(args.run, args.kind, args.quant)
+    rows = read_prompts(args.prompts, system_text(args.system, args.system_file))
+    generate(target, Answers(rows, args.out, args.context, args.slots), sampling, context)

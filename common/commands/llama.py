@@ -1,5 +1,9 @@
 """`llama build`, `llama where` and `llama clean`."""
 
+import argparse
+
+from common.commands.arguments import add_llama
+from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.llama_cpp.install import clean, find, own
@@ -35,3 +39,19 @@ def clean_llama(display: Display) -> None:
         display.say(f"removed {folder.name}, {gigabytes(size)}")
     if not removed:
         display.say("There was nothing to remove.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("build", help="build the pinned llama.cpp now, once; continues where it was stopped")
+    add_llama(actions.add_parser("where", help="show which llama.cpp is used, of which version, and its tools"))
+    actions.add_parser("clean", help="remove what build made, of every version")
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    if args.action == "build":
+        build_llama(context.display)
+    elif args.action == "where":
+        where_llama(context.llama_cpp, context.display)
+    else:
+        clean_llama(context.display)

@@ -1,12 +1,15 @@
 """`plan`: what `train` would take of memory and time, before anything is trained."""
 
+import argparse
 import time
 
 from common.backend import OutOfMemory
+from common.commands.arguments import add_options, read_options
 from common.commands.prepare import Job, prepare
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.display import gigabytes
+from common.errors import PROGRAM, UserError
 from common.models.load import loaded
 from common.options import Options
 from common.training.planner import described, largest
@@ -77,3 +80,22 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROGRAM} plan [MODEL] [--no-probe] [--option VALUE ...]"
+    parser.epilog = f"Example: {PROGRAM} plan google/gemma-3-1b-it --data rows.jsonl --rank 32 --memory-limit 8GB"
+    parser.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model MODEL")
+    parser.add_argument(
+        "--no-probe", action="store_true", help="only compute; else two steps are taken to measure the speed"
+    )
+    add_options(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    if args.named is not None:
+        if "model" in args.flags:
+            raise UserError(f"The model is given twice: {args.named} and --model.", "Give it once.")
+        args.flags["model"] = args.named
+    options, context = read_options(args, context)
+    estimate_run(options, not args.no_probe, context)

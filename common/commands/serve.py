@@ -1,15 +1,18 @@
 """`serve RUN`: the run's GGUF in llama.cpp's own server, an OpenAI-compatible endpoint."""
 
+import argparse
 import ipaddress
 import json
 import os
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
+from common.commands.arguments import add_llama
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
-from common.inference.chat_models import choose, llama_of
+from common.inference.chat_models import Target, choose, llama_of
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, free_port, server_environment
 from common.system.process import capture
@@ -18,25 +21,27 @@ from common.system.process import capture
 _SAFER = ("--no-slots", "--no-cors-credentials")
 
 
-def serve(
-    run: Path,
-    quant: str | None,
-    host: str,
-    port: int,
-    length: int,
-    slots: int,
-    api_key: str | None,
-    no_auth: bool,
-    context: Context,
-) -> None:
-    """Until Ctrl-C. Raises UserError where the run has no GGUF, the port is taken, or the server dies; and where others
-    than this machine could reach it without a key, unless `no_auth`."""
-    display, target = context.display, choose(run, None, quant)
+@dataclass(frozen=True)
+class Address:
+    """Where to listen, and the key that requests must bring (None: no key)."""
+
+    host: str
+    port: int  # 0: a free one
+    key: str | None
+
+
+def serve(target: Target, address: Address, length: int, slots: int, context: Context) -> None:
+    """Serve until Ctrl-C. length: tokens of a prompt and its answer; slots: requests answered at once.
+
+    Raises UserError where the target is no GGUF, the port is taken, or the server dies.
+    """
+    display, host, port, key = context.display, address.host, address.port, address.key
     if target.kind != "gguf":
-        raise UserError(f"{run} is no GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file.")
+        raise UserError(
+            f"{target.run} is no GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file."
+        )
     if length < 1 or slots < 1:
         raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
-    key = key_of(host, api_key, no_auth)
     free_port(host, port)
     llama = llama_of(target, context)
     if not is_loopback(host) and key is None:
@@ -82,3 +87,33 @@ def _flags(llama: LlamaCpp, display: Display) -> list[str]:
     if missing := [flag for flag in _SAFER if flag not in known]:
         display.warn(f"{llama.server} knows no {' or '.join(missing)}: it is served without")
     return [flag for flag in _SAFER if flag not in missing]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder or GGUF file")
+    parser.add_argument("--quant", metavar="TYPE", help="GGUF of the run to serve; the first unless given")
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port; 0 takes a free one (default: 8080)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; any but this machine's own needs a key or --no-auth (default: 127.0.0.1)",
+    )
+    parser.add_argument(
+        "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
+    )
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="requests answered at once (default: 1)")
+    parser.add_argument(
+        "--api-key",
+        "--api_key",
+        metavar="KEY",
+        help="key of every request; LLAMA_API_KEY does the same, unseen by `ps`",
+    )
+    parser.add_argument("--no-auth", "--no_auth", action="store_true", help="serve without a key, on any host")
+    add_llama(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> None:
+    target = choose(args.run, None, args.quant)
+    key = key_of(args.host, args.api_key, args.no_auth)
+    serve(target, Address(args.host, args.port, key), args.context, args.slots, context)

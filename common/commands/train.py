@@ -1,5 +1,6 @@
 """The main job in its order: check everything, train, fuse, export, measure."""
 
+import argparse
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,12 +10,13 @@ from typing import Any
 
 from common import run_record
 from common.backend import Adapter, Backend, Memory, ModelInfo
+from common.commands.arguments import add_options, read_options
 from common.commands.fuse import finish, record_seconds
 from common.commands.prepare import Job, check_unused, free_name, prepare
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import push
@@ -317,3 +319,20 @@ def _resumed_options(options: Options, run: Path) -> Options:
             )
         kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None}
     return Options.model_validate(known["options"] | kept | given)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{PROGRAM} train [--option VALUE ...]"
+    parser.epilog = "Every option may stand in a YAML file as well (--config), as in configs/quickstart.yaml."
+    add_options(parser)
+
+
+def run(args: argparse.Namespace, context: Context) -> int:
+    options, context = read_options(args, context)
+    try:
+        run_training(options, context)
+    except Interrupted as stop:
+        command = f"{PROGRAM} train --resume {stop}"
+        context.display.warn(f"stopped after a finished step, saved. Go on with: {command}")
+        return 130
+    return 0

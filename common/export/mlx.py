@@ -12,7 +12,6 @@ from common.display import Display
 from common.errors import UserError
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
 from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
-from common.options import ROOT
 from common.system.hardware import MLX_INSTALL, installed
 from common.system.process import offline_environment, run_logged
 
@@ -54,7 +53,7 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
     shutil.rmtree(temporary, ignore_errors=True)
     progress(0.0, "quantizing to 4 bits")
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}
     try:
         command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]

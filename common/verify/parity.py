@@ -19,7 +19,7 @@ from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes, target_names
-from common.options import ROOT
+from common.options import EXAMPLE
 from common.recipe import Plan, Recipe
 from common.system.hardware import choose_backend, choose_device
 from common.verify.tiny_models import TINY, write_tiny
@@ -167,7 +167,7 @@ def _text_rows(folder: Path) -> list[Encoded]:
     """The built-in example's answers as plain text: a base model has no chat template."""
     tokenizer = open_tokenizer(folder)
     rows = []
-    for example in load_data(str(ROOT / "examples" / "data"), 0, 0).train[:40]:
+    for example in load_data(str(EXAMPLE), 0, 0).train[:40]:
         text = "\n".join(str(message["content"]) for message in example.messages)
         ids = np.array(tokenizer(text)["input_ids"][:128], np.int32)
         rows.append(Encoded(ids, np.ones(len(ids), bool), example.source))

@@ -20,8 +20,8 @@ from common.llama_cpp.server import Server
 from common.models import adapter_files as adapters
 from common.models import gguf_import
 from common.models.resolve import resolve
-from common.options import ROOT
 from common.training import checkpoint
+from tests import ROOT
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common.options import ROOT
 from common.training import checkpoint
+from tests import ROOT
 from tests.tiny import write_model, write_rows
 
 SECONDS = 20  # from the signal to a process that is gone and a checkpoint that is there

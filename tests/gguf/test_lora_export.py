@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from common.commands.arguments import read_flags
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
@@ -10,7 +11,7 @@ from common.llama_cpp.install import ensure
 from common.llama_cpp.lora import read_gguf_lora
 from common.models.adapter_files import read_trained
 from common.models.shapes import linear_shapes
-from common.options import load_options, read_flags
+from common.option_sources import load_options
 from common.run_record import read_run
 from tests.contexts import context
 from tests.tiny import write_rows

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from common.llama_cpp.install import LlamaCpp, own
-from common.options import ROOT
+from tests import ROOT
 from tests.tiny import chat
 from tests.traps import DNA, trap_llama_cpp, trap_model
 

@@ -14,8 +14,8 @@ from common.errors import UserError
 from common.llama_cpp.convert import convert, quantize
 from common.llama_cpp.install import LlamaCpp, ensure
 from common.llama_cpp.server import Server, free_port
-from common.options import ROOT
 from common.sampling import Sampling
+from tests import ROOT
 from tests.gguf.test_gguf import TEMPLATE, model  # noqa: F401  # the fixture
 
 ASK = [{"role": "user", "content": "Once upon a time"}]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from common import run_record
+from common.commands.arguments import read_flags
 from common.commands.train import run_training
 from common.models.adapter_files import read_trained
-from common.options import Options, load_options, read_flags
+from common.option_sources import load_options
+from common.options import Options
 from tests.contexts import context
 from tests.tiny import CHATML
 

@@ -8,9 +8,8 @@ from common.data.encode import Encoder, MaskingOptions
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.resolve import resolve
-from common.options import ROOT
 from common.system.hardware import preload
-from tests import backends
+from tests import ROOT, backends
 from tests.tiny import write_model, write_rows
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -6,10 +6,11 @@ import pytest
 
 import cli
 from common import run_record
+from common.commands.arguments import read_flags
 from common.commands.plan import estimate_run
 from common.commands.train import run_training
 from common.errors import UserError
-from common.options import load_options, read_flags
+from common.option_sources import load_options
 from tests.contexts import context
 from tests.tiny import write_rows
 

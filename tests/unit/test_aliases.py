@@ -7,7 +7,8 @@ import pytest
 
 from common.errors import UserError
 from common.option_aliases import EXPLAINED, SAME, translate
-from common.options import Options, load_options
+from common.option_sources import load_options
+from common.options import Options
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_lora_parameters_that_are_no_numbers() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("fp16", True, "fp16: float16 overflows in Gemma-3 and crawls on CPUs; use precision: bf16 or fp32"),
+        ("fp16", True, "fp16: float16 overflows in Gemma-3 and is very slow on CPUs; use precision: bf16 or fp32"),
         ("packing", True, "packing: rows of like length are computed together without packing"),
         ("lr_schedule", {"name": "cosine_decay"}, "lr_schedule: mlx_lm's list of function and arguments"),
         ("datasets", [{"path": "x"}], "datasets: Axolotl's list; use data with one file or folder"),

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from common.commands import generate as answers
-from common.commands.generate import generate
+from common.commands.generate import Answers, generate
 from common.data.load import read_rows
 from common.errors import UserError
 from common.inference.backend_chat import ChatModel
-from common.inference.chat_models import ChatModels
+from common.inference.chat_models import ChatModels, choose
 from common.inference.prompts import read_prompts
 from common.sampling import Sampling
 from tests.contexts import context
@@ -88,9 +88,10 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield ChatModels(ChatModel("m", answer), lambda: ChatModel("m", answer))
 
         monkeypatch.setattr(answers, "opened", opened)
-        where = (tmp_path / "m.gguf", tmp_path / "p.txt", tmp_path / "out.jsonl")
-        options = (None, None, None, None, 512, slots, Sampling(**({"seed": 5} | sampling)))
-        generate(*where, *options, context("plain", lambda: pytest.fail("no backend is wanted")))
+        wanted = Answers(read_prompts(tmp_path / "p.txt"), tmp_path / "out.jsonl", 512, slots)
+        target = choose(tmp_path / "m.gguf", None, None)
+        no_backend = context("plain", lambda: pytest.fail("no backend is wanted"))
+        generate(target, wanted, Sampling(**({"seed": 5} | sampling)), no_backend)
 
     go.seen = []  # type: ignore[attr-defined]
     go.folder = tmp_path  # type: ignore[attr-defined]
@@ -127,7 +128,6 @@ def test_a_stopped_job_goes_on(job: Any) -> None:
 
 
 def test_faults_come_before_anything_is_loaded(job: Any) -> None:
-    for options, why in (({"temperature": -1}, "--temperature"), ({"slots": 0}, "--slots 0")):
-        with pytest.raises(UserError, match=why):
-            job(**options)
+    with pytest.raises(UserError, match="--slots 0"):
+        job(slots=0)
     assert job.seen == []

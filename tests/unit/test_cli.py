@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from common.options import ROOT
+from tests import ROOT
 from tests.tiny import write_rows
 
 

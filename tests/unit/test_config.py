@@ -6,8 +6,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from common.commands.arguments import read_flags
 from common.errors import UserError
-from common.options import QUICKSTART, Options, load_options, read_flags, read_yaml, write_yaml
+from common.option_sources import load_options, read_yaml
+from common.options import QUICKSTART, Options, write_yaml
 from common.recipe import Recipe
 from tests.unit.bigram import RECIPE
 

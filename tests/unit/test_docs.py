@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from common.options import ROOT
+from tests import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]

@@ -5,7 +5,7 @@ import pytest
 from common.data.dataset import Dataset, Example
 from common.data.load import load_data
 from common.data.quality import suspicious
-from common.options import ROOT
+from tests import ROOT
 
 
 def row(user: str, answer: str, source: str = "a:1") -> Example:

@@ -2,9 +2,10 @@
 
 import pytest
 
+from common.commands.arguments import read_flags
 from common.errors import UserError
 from common.models.lora_init import choose_layers, initial_adapter, ranks_and_alphas
-from common.options import load_options, read_flags
+from common.option_sources import load_options
 from tests.unit.bigram import recipe
 
 SHAPES = {
@@ -98,7 +99,7 @@ def test_patterns_from_flags_and_from_yaml(tmp_path) -> None:
         (["--method", "full", "--rank", "4"], "rank means nothing with method full"),
         (["--method", "full", "--quantization", "4bit"], "quantized weights cannot be trained"),
         (["--method", "full", "--precision", "bf16"], "method full keeps its weights in float32"),
-        (["--adapter", "a", "--rank", "4"], "rank is settled by --adapter"),
+        (["--adapter", "a", "--rank", "4"], "rank is taken from --adapter"),
         (["--fuse-into", "dequantized"], "fuse_into is for a quantized base"),
     ],
 )

@@ -17,8 +17,8 @@ from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import HUB_FILES, HUB_IGNORED, license_files, names_code, open_tokenizer, scrubbed
 from common.models.resolve import resolve
-from common.options import ROOT
 from common.system.process import offline_environment
+from tests import ROOT
 from tests.tiny import write_model
 from tests.traps import trap_model
 

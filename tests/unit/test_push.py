@@ -12,7 +12,8 @@ import pytest
 import cli
 from common.export.upload import files_of
 from common.models.license import KNOWN
-from common.options import ROOT, Options
+from common.options import Options
+from tests import ROOT
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
 
 FUSED = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}

@@ -78,7 +78,7 @@ def test_runs_of_two_recipes_say_in_which_field_they_differ(tmp_path: Path, caps
     rows, notes = compared(capsys, one, other)
     assert rows["agrees"] == ["-", "NO"]
     assert rows["precision"] == ["fp32", "bf16"]
-    assert notes == ["other: NOT the same recipe as one, the losses do not compare: precision fp32 / bf16; rank 2 / 4"]
+    assert notes == ["other: NOT the same recipe as one, the losses do not compare: rank 2 / 4; precision fp32 / bf16"]
 
 
 def test_dropout_is_told_even_where_recipes_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from common.commands import serve as module
-from common.commands.serve import is_loopback, key_of, serve
+from common.commands.serve import Address, is_loopback, key_of, serve
 from common.errors import UserError
+from common.inference.chat_models import choose
 from common.llama_cpp.install import LlamaCpp
 from tests.contexts import context
 
@@ -72,7 +73,7 @@ def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "7")
     monkeypatch.setattr(module, "llama_of", lambda *args: LlamaCpp(tmp_path, tmp_path, path, "test", "1"))
     with pytest.raises(UserError, match=r"m\.gguf ended"):  # it answers one request, and that is /health
-        serve(gguf, None, "127.0.0.1", 0, 256, 1, "secret", False, context("plain"))
+        serve(choose(gguf, None, None), Address("127.0.0.1", 0, "secret"), 256, 1, context("plain"))
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["key"] == "secret"
     assert "secret" not in seen["argv"]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from common.commands.arguments import read_flags
 from common.data.load import check_fields, load_data, read_rows
 from common.errors import UserError
-from common.options import load_options, read_flags
+from common.option_sources import load_options
 from tests.tiny import chat
 
 ROWS = [{"instruction": f'港 {i}, "x"\nand', "output": f"00{i}"} for i in range(3)] + [

@@ -1,0 +1,82 @@
+"""Options that a recipe or a plan keeps as they are given, and how any option is declared."""
+
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
+
+
+def option(heading: str, default: Any, description: str, *, path: bool = False, **more: Any) -> Any:
+    """A pydantic field: a YAML key, a flag, a line of help under `heading`, an entry of the JSON schema.
+
+    path: the value may be a file or folder of this machine. more: the bounds and other arguments of pydantic's Field.
+    """
+    return Field(default, description=description, json_schema_extra={"heading": heading, "path": path}, **more)
+
+
+in_model, in_data, in_training, in_adapter, in_memory, in_export, in_output = (
+    partial(option, heading) for heading in HEADINGS
+)
+
+
+class RecipeFields(BaseModel):
+    """What changes the result and needs nothing of the machine or the data to be known."""
+
+    train_on: Literal["assistant", "last", "all"] = in_data(
+        "assistant", "which tokens are trained: every assistant turn, the last turn of each row, or every token"
+    )
+    thinking: Literal["off", "keep"] = in_data(
+        "off", "train and export a thinking model without its reasoning, or keep the reasoning of the rows"
+    )
+    max_length: int = in_data(1024, "most tokens of a row; --overflow says what becomes of longer rows", ge=2)
+    overflow: Literal["drop", "truncate", "error"] = in_data(
+        "drop", "rows longer than --max-length: leave them out and count them, cut them, or refuse the data"
+    )
+
+    batch_size: int = in_training(8, "rows of an optimizer step", ge=1)
+    learning_rate: float = in_training(2e-4, "highest learning rate of the schedule", gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")
+    weight_decay: float = in_training(0.0, "decoupled weight decay of AdamW", ge=0)
+    beta1: float = in_training(0.9, "decay of AdamW's average of gradients", ge=0, lt=1)
+    beta2: float = in_training(0.999, "decay of AdamW's average of squared gradients", ge=0, lt=1)
+    epsilon: float = in_training(1e-8, "number that AdamW adds to its denominator", gt=0)
+    max_grad_norm: float = in_training(
+        1.0, "largest global gradient norm, above which it is clipped; 0: no limit", ge=0
+    )
+    seed: int = in_training(
+        0, "seed of the adapter's first weights, the row order, the validation split and dropout", ge=0, lt=2**31
+    )
+
+    method: Literal["lora", "dora", "full"] = in_adapter(
+        "lora", "LoRA; DoRA, which also learns the length of each weight row; or every weight of a small model"
+    )
+    rank: int = in_adapter(16, "rank of the LoRA matrices", ge=1)
+    alpha: float = in_adapter(32.0, "LoRA's update is multiplied by alpha / rank", gt=0)
+    targets: list[str] = in_adapter(
+        ["all-linear"], "layers to adapt: all-linear, attention, mlp, or names such as q_proj"
+    )
+    dropout: float = in_adapter(0.0, "share of the adapter's inputs that is dropped in training", ge=0, lt=1)
+    rslora: bool = in_adapter(
+        False, "multiply by alpha / sqrt(rank) instead, so that large ranks learn as small ones do"
+    )
+    layers: str | None = in_adapter(
+        None, "layers to adapt, all unless given: last:N, or numbers from 0 such as 8-15 or 0-3,12"
+    )
+    rank_pattern: dict[str, int] = in_adapter({}, "ranks by module name: q_proj=8 layers.0.*=4; the first match counts")
+    alpha_pattern: dict[str, float] = in_adapter({}, "alphas by module name: q_proj=8; the first match counts")
+    lora_plus: float = in_adapter(
+        1.0, "LoRA+: learning rate of the B matrices over that of the A matrices; try 16", gt=0
+    )
+
+
+class PlanFields(BaseModel):
+    """What changes only speed, memory and what is kept."""
+
+    on_swap: Literal["warn", "replan"] = in_memory(
+        "warn", "when swap grows during training: warn, or split into smaller micro-batches at once"
+    )
+    save_minutes: float = in_output(
+        10.0, "minutes after which a checkpoint is written between two due ones; 0: never", ge=0
+    )

@@ -1,0 +1,153 @@
+"""Options out of flags over a YAML file over defaults; every fault of both is named at once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from common.errors import UserError
+from common.option_aliases import FAMILIES, SAME, translate
+from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
+
+
+@dataclass
+class _Merged:
+    """What was given so far: values by option, where each comes from, notes on translations, and faults."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, given: dict[str, Any], file: str | None) -> None:
+        """Let `given` win over what was there; `file` is None for flags."""
+        translated, notes, faults = translate(given)
+        names = {SAME[key]: key for key in given if key in SAME}
+        self.notes += [f"{file or 'flags'}: {line}" for line in notes]
+        self.faults += [f"{file}: {line}" if file else line for line in faults]
+        if {"steps", "epochs"} & translated.keys():  # one takes the place of the other
+            self.values.pop("steps", None)
+            self.values.pop("epochs", None)
+        self.values.update(translated)
+        for key in translated:
+            name = names.get(key, key)
+            self.sources[key] = f"{file}: {name}" if file else f"--{name.replace('_', '-')}"
+
+
+def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
+    """`(options, a line for every spelling that was translated)`. flags: values by name, as `read_flags` gives them.
+
+    Without --config and --data the built-in example's preset stands in for the YAML file. Raises one UserError with all
+    faults.
+    """
+    config = flags.get("config")
+    if config is None and "data" not in flags and "resume" not in flags:
+        config = str(QUICKSTART)
+    merged = _Merged()
+    if isinstance(config, str):
+        written = read_yaml(Path(config))
+        _anchor(written, Path(config))
+        if written.pop("llama_cpp", None) is not None:  # the file may be a stranger's
+            merged.faults.append(
+                f"{config}: llama_cpp names programs: give it by --llama-cpp or LLAMA_CPP_DIR, not in a file"
+            )
+        flags = _joined(flags, written)
+        merged.add(written, config)
+    merged.add(flags, None)
+    options = _validated(merged)
+    if options is not None:
+        merged.faults += _idle(flags, options)
+    if options is None or merged.faults:
+        raise UserError("\n".join(merged.faults), "`python cli.py train --help` lists every option and its values.")
+    if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
+        raise UserError(
+            f"--resume goes on with the run's own recipe and plan; it cannot be combined with --{', --'.join(extra)}.",
+            "Leave those out, or start a new run without --resume.",
+        )
+    return options, merged.notes
+
+
+def options_over(kept: dict[str, Any], flags: dict[str, Any]) -> Options:
+    """The options that a run was started with, and flags over them. Raises one UserError with all faults."""
+    merged = _Merged(dict(kept), {name: f"the run's {name}" for name in kept})
+    merged.add(flags, None)
+    options = _validated(merged)
+    if options is None or merged.faults:
+        raise UserError("\n".join(merged.faults), "`--help` lists every option and its values.")
+    return options
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--config {path}: no such file.", f"Look in {QUICKSTART.parent} for presets.") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}", "Correct the file.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no options.", "Write one `name: value` a line, as in configs/quickstart.yaml.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _joined(flags: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The flags with their partners out of `written`: some options of other programs mean something only together."""
+    for family in FAMILIES:
+        if any(key in flags for key in family if key != "batch_size"):
+            flags = {key: written.pop(key) for key in family if key in written} | flags
+    if isinstance(nested := written.get("lora_parameters"), dict) and "rank" in flags:
+        written["lora_parameters"] = nested | {"rank": flags["rank"]}  # mlx_lm's scale holds for any rank
+    return flags
+
+
+def _anchor(written: dict[str, Any], config: Path) -> None:
+    """A relative path in YAML that is not found from here may be meant from the YAML's own folder."""
+    folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
+    for key in [*PATHS, *(other for other, name in SAME.items() if name in PATHS)]:
+        value = written.get(key)
+        if isinstance(value, str) and (ours or not Path(value).exists()) and (folder / value).exists():
+            found, here = (folder / value).resolve(), Path.cwd()
+            written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
+
+
+def _validated(merged: _Merged) -> Options | None:
+    """The options, or None where there are faults, which are added to `merged`."""
+    known, values, sources, faults = by_flag(), merged.values, merged.sources, merged.faults
+    for key in [key for key in values if key not in known]:
+        faults.append(f"{sources[key]} is no option; {nearest(key, list(known))}".rstrip("; "))
+        del values[key]
+    switches = (bool, bool | None)
+    for key in [key for key, value in values.items() if value is True and known[key].annotation not in switches]:
+        faults.append(f"{sources[key]} needs a value")
+        del values[key]
+    if values.get("steps") is not None and values.get("epochs") is not None:
+        faults.append("steps and epochs are both given: leave one out")
+        del values["epochs"]
+    try:
+        return Options.model_validate(values)
+    except ValidationError as error:
+        for item in error.errors():
+            key = str(item["loc"][0]) if item["loc"] else ""
+            where = sources.get(key, key)
+            got = f" (got {item['input']!r})" if key else ""
+            faults.append(f"{where}: {item['msg'].removeprefix('Value error, ')}{got}".removeprefix(": "))
+        return None
+
+
+def _idle(flags: dict[str, Any], options: Options) -> list[str]:
+    """Faults of flags that can do nothing in this run; a YAML file may be used with several sets of flags."""
+    exported, faults = options.export, []
+    if exported != "gguf":
+        idle = [f"--{name.replace('_', '-')}" for name in ("quant", "no_verify") if name in flags]
+        faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
+    if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
+        faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
+    if "push_public" in flags and options.push is None:
+        faults.append("--push-public is for what --push uploads, and there is no --push")
+    one_file = options.data is None or not Path(options.data).expanduser().is_dir()
+    if "valid_share" in flags and options.valid_share > 0 and not one_file:
+        faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
+    return faults

@@ -1,0 +1,1 @@
+"""Presets: recipes for `train --config`, shipped with the package."""
