@@ -3,7 +3,7 @@ PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
 
-.PHONY: example test check docs setup
+.PHONY: example test test-long check docs setup
 
 example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
@@ -11,6 +11,9 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 test: check  ## everything, with real models and the real llama.cpp
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
 	$(PYTHON) -m pytest tests/parity/test_parity.py tests/e2e
+
+test-long: setup  ## what takes long by nature: the wheel in an environment of its own
+	$(PYTHON) -m pytest tests/long
 
 check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .

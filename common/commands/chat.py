@@ -20,7 +20,7 @@ from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
@@ -125,7 +125,7 @@ class ChatSession:
         if path.exists():
             read_rows(path)  # before anything is written: a file with faults is named, and stays as it is
         add_row(path, row)
-        self.display.say(f"saved to {path}, row {len(read_rows(path))}: python cli.py check-data {path}")
+        self.display.say(f"saved to {path}, row {len(read_rows(path))}: {PROGRAM} check-data {path}")
 
     def load(self, rest: str) -> None:
         name, number = match.groups() if (match := re.fullmatch(r"(.+?)(?:\s+(\d+))?", rest)) else ("", None)

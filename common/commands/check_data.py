@@ -14,7 +14,7 @@ from common.data.load import check_fields, load_data
 from common.data.quality import suspicious
 from common.data.truncation import encode_all, fit
 from common.display import Display
-from common.errors import PROGRAM, UserError
+from common.errors import UserError
 from common.models.resolve import resolve
 from common.option_sources import load_options
 from common.options import Options
@@ -139,7 +139,7 @@ _OPTIONS = ("model", "chat_template", "valid_share", "field", "train_on", "think
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{PROGRAM} check-data DATA [--option VALUE ...]"
+    parser.usage = "%(prog)s DATA [--option VALUE ...]"
     parser.add_argument("data", metavar="DATA", help="file, folder or hub data set, as --data of train")
     parser.add_argument(
         "--explain", type=int, metavar="N", help="show only training row N, counted from 1, token by token with reasons"

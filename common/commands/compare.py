@@ -6,7 +6,7 @@ from typing import Any
 
 from common.context import Context
 from common.display import Display, gigabytes
-from common.errors import PROGRAM, UserError
+from common.errors import UserError
 from common.recipe import Recipe
 from common.run_record import read_recipe, read_run
 
@@ -90,5 +90,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> None:
     if len(args.runs) < 2:
-        raise UserError("compare needs two or more runs.", f"{PROGRAM} compare RUN RUN")
+        raise UserError("compare needs two or more runs.", "python cli.py compare RUN RUN")
     compare(args.runs, context.display)

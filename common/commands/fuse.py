@@ -17,7 +17,7 @@ from common.commands.example_score import score
 from common.context import Context
 from common.data.load import data_of
 from common.display import Display, gigabytes
-from common.errors import PROGRAM, UserError
+from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
 from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
 from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
@@ -253,7 +253,7 @@ _OPTIONS = ("llama_cpp", "export", "quant", "imatrix", "fuse_into", "no_verify",
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{PROGRAM} fuse RUN [--option VALUE ...]"
+    parser.usage = "%(prog)s RUN [--option VALUE ...]"
     parser.epilog = "What is not given is as the run was started; a run that exported nothing makes a GGUF."
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
     add_options(parser, _OPTIONS, dict.fromkeys(_OPTIONS))

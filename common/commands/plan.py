@@ -9,7 +9,7 @@ from common.commands.prepare import Job, prepare
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.display import gigabytes
-from common.errors import PROGRAM, UserError
+from common.errors import UserError
 from common.models.load import loaded
 from common.options import Options
 from common.training.planner import described, largest
@@ -83,8 +83,8 @@ def _duration(seconds: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{PROGRAM} plan [MODEL] [--no-probe] [--option VALUE ...]"
-    parser.epilog = f"Example: {PROGRAM} plan google/gemma-3-1b-it --data rows.jsonl --rank 32 --memory-limit 8GB"
+    parser.usage = "%(prog)s [MODEL] [--no-probe] [--option VALUE ...]"
+    parser.epilog = f"Example: {parser.prog} google/gemma-3-1b-it --data rows.jsonl --rank 32 --memory-limit 8GB"
     parser.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     parser.add_argument(
         "--no-probe", action="store_true", help="only compute; else two steps are taken to measure the speed"

@@ -65,7 +65,7 @@ def run_training(options: Options, context: Context) -> Path:
             run_record.update_run(job.run, status="interrupted")
             record_seconds(job.run, seconds)
             if not isinstance(error, (Interrupted, UserError)):
-                display.warn(f"training was stopped. To go on: python cli.py train --resume {job.run}")
+                display.warn(f"training was stopped. To go on: {PROGRAM} train --resume {job.run}")
             raise
         validate(final, linear_shapes(job.folder, job.recipe.targets), job.run)
         adapters.write_both(job.run, final)
@@ -78,7 +78,7 @@ def run_training(options: Options, context: Context) -> Path:
             backend.close()
             finish(export)
         except BaseException:
-            display.warn(f"training is complete and kept. To export it: python cli.py fuse {job.run}")
+            display.warn(f"training is complete and kept. To export it: {PROGRAM} fuse {job.run}")
             raise
     if job.options.push:
         push(job.run, job.options.push, None, not job.options.push_public, False, display)
@@ -322,7 +322,7 @@ def _resumed_options(options: Options, run: Path) -> Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = f"{PROGRAM} train [--option VALUE ...]"
+    parser.usage = "%(prog)s [--option VALUE ...]"
     parser.epilog = "Every option may stand in a YAML file as well (--config), as in configs/quickstart.yaml."
     add_options(parser)
 
