@@ -14,7 +14,6 @@ import pytest
 
 from common.data.encode import encode, load_tokenizer
 from common.data.load import read_rows
-from common.export.go_template import execute
 from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server
 from common.models import adapter_files as adapters
@@ -22,6 +21,7 @@ from common.models import gguf_import
 from common.models.resolve import resolve
 from common.training import checkpoint
 from tests import ROOT
+from tests.go_interpreter import execute
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
 
