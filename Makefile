@@ -27,7 +27,7 @@ docs: setup  ## the site from docs/ into site/; a broken link is an error
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
-	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Twintune needs Python 3.11 or newer: make PYTHON3=python3.11 ...")'
+	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4) and "Twintune needs Python 3.11.4 or newer: make PYTHON3=python3.11 ...")'
 	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install torch==2.13.0
 	$(PYTHON) -m pip install -e ".[dev]"

@@ -8,7 +8,7 @@ from common.data.load import read_rows
 from common.display import Display
 from common.llama_cpp.convert import base_gguf
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.options import EXAMPLE
 from common.run_record import read_run
 
@@ -34,7 +34,7 @@ def score(run: Path, base: Path, report: dict[str, Any], llama: LlamaCpp, displa
         ("before", base_gguf(base, read_run(run)["model_hash"], quant, llama, display)),
         ("after", run / report["file"]),
     ):
-        with display.stage(f"answers {when} tuning") as progress, Server(llama, gguf, context=512) as server:
+        with display.stage(f"answers {when} tuning") as progress, Server(llama, gguf, ServerOptions(512)) as server:
             answers[when] = server.chat_many(prompts, _ANSWER_TOKENS, progress, enable_thinking=False)
     lines = []
     for number, prompt in enumerate(prompts):

@@ -19,7 +19,7 @@ from common.llama_cpp.imatrix import calibration_text, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import has_vision, vision_fault, write_mmproj
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
 from common.models.load import TEMPLATE
 from common.options import UNGUIDED, Options, source_name
@@ -83,7 +83,7 @@ def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
         # a run of an older version does not know its prompt's length; a token has at least a byte
         tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
         context = tokens + SAMPLE_TOKENS + _SPARE
-        with job.display.optional("no sample"), Server(llama, gguf, context=context) as server:
+        with job.display.optional("no sample"), Server(llama, gguf, ServerOptions(context)) as server:
             answer = server.chat(prompt, SAMPLE_TOKENS)
             job.keep(sample={"prompt": prompt, "answer": answer})
             job.display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), answer)

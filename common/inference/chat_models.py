@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cache, partial
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.inference.backend_chat import ChatModel, Pieces, backend_chat_model, fitted
 from common.llama_cpp.convert import base_gguf
 from common.llama_cpp.install import LlamaCpp, build, find
-from common.llama_cpp.server import RAW, Server, for_llama_cpp
+from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp
 from common.models import adapter_files as adapters
 from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
 from common.models.lora_init import initial_adapter, layer_count, validate
@@ -103,7 +103,7 @@ def opened(
     """Load what `target` names, and free it at the end. length: tokens of prompt and answer together."""
     with ExitStack() as stack:
         if target.kind == "gguf":
-            yield _in_llama_cpp(target, context, partial(Server, context=length, slots=slots, flags=flags), stack)
+            yield _in_llama_cpp(target, context, ServerOptions(length, slots, flags=flags), stack)
         else:
             yield _in_backend(target, context, length, stack)
 
@@ -117,11 +117,10 @@ def llama_of(target: Target, context: Context) -> LlamaCpp:
         return build(progress)
 
 
-def _in_llama_cpp(target: Target, context: Context, server: partial[Server], stack: ExitStack) -> ChatModels:
+def _in_llama_cpp(target: Target, context: Context, options: ServerOptions, stack: ExitStack) -> ChatModels:
     display, llama = context.display, llama_of(target, context)
-    start = partial(server, llama)
     with display.stage("start llama.cpp"):
-        tuned = stack.enter_context(start(target.path))
+        tuned = stack.enter_context(Server(llama, target.path, options))
 
     @cache
     def base() -> ChatModel:
@@ -130,7 +129,8 @@ def _in_llama_cpp(target: Target, context: Context, server: partial[Server], sta
         folder = base_of(target.run, target.known, display)
         gguf = base_gguf(folder, target.known["model_hash"], target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):
-            return _served(stack.enter_context(start(gguf, template=target.template)), "base")
+            server = Server(llama, gguf, replace(options, template=target.template))
+            return _served(stack.enter_context(server), "base")
 
     return ChatModels(_served(tuned, f"{target.path.name} in llama.cpp"), base)
 

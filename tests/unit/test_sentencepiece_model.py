@@ -11,7 +11,7 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import check_convertible
-from common.models.sentencepiece import prove, read_state, rebuild, rebuild_proven, settle_prefix, write
+from common.models.sentencepiece import prove, read_state, rebuild, rebuild_checked, settle_prefix, write
 from common.verify.tiny_models import write_tiny
 from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
 
@@ -50,7 +50,7 @@ def processor(model: bytes):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_give_the_same_ids(shape: str, tmp_path: Path) -> None:
     tokenizer = load(SHAPES[shape](tmp_path))
-    rebuilt = rebuild_proven(tmp_path, tokenizer, ["<s>the cat[INST] sat <bos>on<start_of_turn>the mat\n"])
+    rebuilt = rebuild_checked(tmp_path, tokenizer, ["<s>the cat[INST] sat <bos>on<start_of_turn>the mat\n"])
     assert rebuilt is not None
     model = processor(rebuilt.model)
     for text in TEXTS:
@@ -69,7 +69,7 @@ def test_both_give_the_same_ids(shape: str, tmp_path: Path) -> None:
 def test_pieces_have_their_types(tmp_path: Path) -> None:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    rebuilt = rebuild_proven(write_gemma_like(tmp_path))
+    rebuilt = rebuild_checked(write_gemma_like(tmp_path))
     assert rebuilt is not None
     kinds = {piece.piece: piece.type for piece in ModelProto.FromString(rebuilt.model).pieces}
     of = ModelProto.SentencePiece
@@ -100,7 +100,7 @@ def broken(model: bytes, fault: str) -> bytes:
 @pytest.mark.parametrize("shape", ["gemma", "llama"])
 def test_a_wrong_rebuild_is_caught(shape: str, fault: str, tmp_path: Path) -> None:
     tokenizer = load(SHAPES[shape](tmp_path))
-    rebuilt = rebuild_proven(tmp_path, tokenizer)
+    rebuilt = rebuild_checked(tmp_path, tokenizer)
     assert rebuilt is not None
     prove(rebuilt.model, tokenizer, TEXTS)
     with pytest.raises(ValueError, match=r"rebuilt, it encodes .* with the ids \.\.\. \["):
@@ -143,7 +143,7 @@ def test_a_merge_that_is_missing_shows_in_the_users_rows(tmp_path: Path) -> None
 def test_a_byte_level_vocabulary_needs_none(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert rebuild_proven(tmp_path) is None
+    assert rebuild_checked(tmp_path) is None
     write(tmp_path)
     settle_prefix(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
