@@ -8,9 +8,10 @@ from common.display import Display
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, needs_llama
 from common.export.mlx import check_installed, check_model
+from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import imatrix_tool
-from common.llama_cpp.install import LlamaCpp, ensure, find, missing_build_tools, own
+from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, lora_script
 from common.llama_cpp.mmproj import has_vision, vision_fault
 from common.models.mlx_quantized import source

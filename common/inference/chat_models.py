@@ -13,8 +13,9 @@ from common.context import Context
 from common.data.chat_template import Message
 from common.errors import UserError
 from common.inference.backend_chat import ChatModel, Pieces, backend_chat_model, fitted
+from common.llama_cpp.build import build
 from common.llama_cpp.convert import base_gguf
-from common.llama_cpp.install import LlamaCpp, build, find
+from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp
 from common.models import adapter_files as adapters
 from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama

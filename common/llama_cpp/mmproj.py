@@ -24,7 +24,7 @@ def has_vision(folder: Path) -> bool:
 
 
 def vision_fault(folder: Path) -> str:
-    """What llama.cpp's converter would miss to write the vision tower, or ""."""
+    """What the folder lacks for llama.cpp's converter to write the vision tower, or ""."""
     found: dict[str, Any] = {}
     for name in _SETTINGS:
         if (folder / name).is_file():
@@ -35,10 +35,10 @@ def vision_fault(folder: Path) -> str:
 
 
 def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress) -> None:
-    """The vision tower and its projector in bf16 by llama.cpp's converter.
+    """Write the vision tower and its projector in bf16, by llama.cpp's converter.
 
-    That knows the hub's names alone: of those that transformers 4.52 and 5 save it fails on the one and passes over the
-    other without a word. So it is given these tensors by themselves, under the hub's names.
+    The converter knows the hub's tensor names only. It fails on those that transformers 4.52 saves, and silently skips
+    those that transformers 5 saves. So it gets these tensors in a folder of their own, under the hub's names.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as temporary:
@@ -60,7 +60,7 @@ def _hub_name(name: str) -> str:
 
 
 def _copy_vision(shard: Path, out: Path) -> None:
-    """The shard's tensors of the vision tower, bytes as they are; no file where it has none."""
+    """Copy the shard's tensors of the vision tower, their bytes unchanged; no file where it has none."""
     entries, start = read_header(shard)
     header: dict[str, Any] = {}
     chosen, end = [], 0

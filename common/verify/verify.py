@@ -18,8 +18,9 @@ from common.context import Context
 from common.data.load import data_of
 from common.display import Display
 from common.errors import UserError
+from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import find, own
+from common.llama_cpp.install import find
 from common.llama_cpp.logits import GgufLogits
 from common.models import adapter_files as adapters
 from common.models.families import text_config

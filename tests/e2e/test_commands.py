@@ -15,7 +15,7 @@ import pytest
 
 from common.data.encode import encode, load_tokenizer
 from common.data.load import read_rows
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 from common.llama_cpp.server import Server, ServerOptions
 from common.models import adapter_files as adapters
 from common.models import gguf_import

@@ -14,8 +14,9 @@ import pytest
 
 from common.data.encode import load_tokenizer
 from common.errors import UserError
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import QuantReport, convert, quantize, report
-from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions
 from common.verify.server_checks import verify_tokens
 

@@ -8,8 +8,8 @@ from common.commands.adapter import convert_adapter
 from common.display import Display
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.adapter_files import read_any, write_peft
 from common.models.lora_init import initial_adapter

@@ -7,7 +7,7 @@ from common.commands.arguments import read_flags
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 from common.llama_cpp.lora import read_gguf_lora
 from common.models.adapter_files import read_trained
 from common.models.shapes import linear_shapes

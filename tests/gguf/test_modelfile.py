@@ -8,8 +8,8 @@ import pytest
 from common.data.dataset import Example
 from common.data.encode import encode, load_tokenizer
 from common.export.modelfile import modelfile
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from tests.go_interpreter import execute

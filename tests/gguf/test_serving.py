@@ -8,8 +8,8 @@ from common.data.encode import Encoder, MaskingOptions, exported_template, load_
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from tests import backends

@@ -11,8 +11,9 @@ import pytest
 
 from common.data.load import read_rows
 from common.errors import UserError
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert, quantize
-from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.sampling import Sampling
 from tests import ROOT

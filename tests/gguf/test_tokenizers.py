@@ -9,8 +9,9 @@ import pytest
 from common.backend import Adapter, LoraWeight
 from common.data.encode import load_tokenizer
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from common.models.sentencepiece import PROBE as HARD

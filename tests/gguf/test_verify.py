@@ -17,8 +17,9 @@ from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert, quantize
-from common.llama_cpp.install import LlamaCpp, own
+from common.llama_cpp.install import LlamaCpp
 from common.models.adapter_files import read_trained
 from common.options import Options
 from common.verify.server_checks import Check

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from common.export.budget import StageMeter, estimate_stages
 from common.export.gguf import convert_and_quantize
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 from common.llama_cpp.mmproj import has_vision, vision_fault
 from common.options import Options
 from tests.tiny import write_family, write_model

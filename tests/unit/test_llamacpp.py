@@ -12,9 +12,11 @@ import platformdirs
 import pytest
 
 from common.errors import UserError
+from common.llama_cpp import build as build_module
 from common.llama_cpp import install
+from common.llama_cpp.build import extract, missing_build_tools
 from common.llama_cpp.convert import QUANT_TYPES, check_quants, read_tensors
-from common.llama_cpp.install import CONVERTER, LlamaCpp, extract, find, missing_build_tools
+from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.system.process import fraction, run_logged, running
 
@@ -71,7 +73,7 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find(None) is None, "a build without its marker is not complete"
     (root / "complete").write_text("llama-quantize and llama-server")
     assert find(None) is None, "an older Twintune's build lacks tools"
-    (root / "complete").write_text(install._complete())
+    (root / "complete").write_text(install.complete_marker())
     found = find(None)
     assert found is not None
     assert (found.where, found.logits) == (f"built by Twintune, in {root}", root / "build/bin/twintune-logits")
@@ -112,8 +114,8 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "which", lambda name: None)
-    monkeypatch.setattr(install, "capture", lambda command, seconds: (1, "not there"))
+    monkeypatch.setattr(build_module, "which", lambda name: None)
+    monkeypatch.setattr(build_module, "capture", lambda command, seconds: (1, "not there"))
     monkeypatch.delenv("CXX", raising=False)
 
 
@@ -135,8 +137,8 @@ def test_missing_tools_are_named_with_their_remedy(
 
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(install, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(install, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
+    monkeypatch.setattr(build_module, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(build_module, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
         "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
     ]
@@ -145,24 +147,24 @@ def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_tools")
 def test_build_stops_before_it_downloads_where_tools_are_missing() -> None:
     with pytest.raises(UserError, match=r"has to be built once, and this is missing: CMake") as caught:
-        install.build(quiet)
+        build_module.build(quiet)
     assert "--llama-cpp DIR" in caught.value.fix
 
 
 def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cmake = script(tmp_path / "cmake", "print('CMake Error: no compiler for you'); raise SystemExit(1)")
-    monkeypatch.setattr(install, "which", lambda name: str(cmake) if name == "cmake" else None)
-    monkeypatch.setattr(install, "missing_build_tools", list)
+    monkeypatch.setattr(build_module, "which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(build_module, "missing_build_tools", list)
     root = install.cache_root()
     (root / "source").mkdir(parents=True)
     with pytest.raises(UserError, match=r"build\.log, ends with:\nCMake Error: no compiler for you"):
-        install.build(quiet)
+        build_module.build(quiet)
     assert not (root / "complete").exists()
     assert "-DLLAMA_OPENSSL=OFF" in (root / "build.log").read_text()
 
 
 def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "missing_build_tools", list)
+    monkeypatch.setattr(build_module, "missing_build_tools", list)
     root, started, waiting, builds = install.cache_root(), threading.Event(), threading.Event(), []
 
     def compile_(folder: Path, progress: object) -> None:
@@ -172,12 +174,12 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fake(folder, "build/bin", "source")
 
     (root / "source").mkdir(parents=True)
-    monkeypatch.setattr(install, "_compile", compile_)
+    monkeypatch.setattr(build_module, "_compile", compile_)
     results: list[LlamaCpp] = []
-    first = threading.Thread(target=lambda: results.append(install.build(quiet)))
+    first = threading.Thread(target=lambda: results.append(build_module.build(quiet)))
     first.start()
     assert started.wait(30)
-    second = install.build(lambda done, text: waiting.set())  # its only call says that it waits
+    second = build_module.build(lambda done, text: waiting.set())  # its only call says that it waits
     first.join(30)
     assert (builds, results) == ([root], [second])
 
