@@ -62,7 +62,7 @@ def write_fused(
         _write_json(temporary / "generation_config.json", generation)
         _write_served(temporary, served)
         if served.template is not None:
-            sentencepiece.settle_prefix(temporary)
+            sentencepiece.adapt_space_prefix(temporary)
         if not (temporary / sentencepiece.NAME).exists():
             # Where none can be made, the folder is whole all the same; who wants a GGUF was told before training.
             with contextlib.suppress(UserError):

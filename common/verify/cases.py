@@ -12,7 +12,7 @@ from common.data.encode import Encoded, Encoder, load_tokenizer
 from common.data.load import encoder_of
 from common.data.truncation import fit
 from common.llama_cpp.server import for_llama_cpp
-from common.models.sentencepiece import PROBE
+from common.models.sentencepiece import HARD_TEXTS
 from common.options import Options
 from common.recipe import Recipe
 
@@ -53,7 +53,7 @@ def collect(run: Path, base: Path, data: Dataset, limit: int = 32) -> Probes:
     held_out = _fitting(data.valid, encoder, recipe, limit)
     kept = held_out or _fitting(data.train, encoder, recipe, limit)
     prompts = [_prompt(row, encoded, encoder) for row, encoded, whole in kept if whole and row.text is None]
-    texts = list(dict.fromkeys([*PROBE, *said([*data.valid, *data.train], 20_000)]))
+    texts = list(dict.fromkeys([*HARD_TEXTS, *said([*data.valid, *data.train], 20_000)]))
     control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
     if control:
         texts.append(f"a{control}b")

@@ -14,7 +14,7 @@ from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
-from common.models.sentencepiece import PROBE as HARD
+from common.models.sentencepiece import HARD_TEXTS as HARD
 from common.models.shapes import linear_shapes
 from common.verify.server_checks import verify_tokens
 from common.verify.tiny_models import write_tiny
