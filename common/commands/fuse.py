@@ -20,7 +20,7 @@ from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
 from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
-from common.export.gguf import WHOLE, try_gguf, write_ggufs, write_lora
+from common.export.gguf import BF16_GGUF, try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
 from common.export.mlx import write_mlx
 from common.export.model_card import base_form, parts_of, write_card
@@ -175,16 +175,16 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
 
 def _proven(job: ExportJob, meter: StageMeter) -> bool:
     """Verify the GGUFs unless the user said no, and remove the bf16 one where it was not asked for."""
-    whole = job.run / "gguf" / WHOLE
+    bf16_gguf = job.run / "gguf" / BF16_GGUF
     try:
         if job.options.no_verify:
             return True
         with meter.stage("verify", job.run / "gguf" / "none"):
-            checks = verify_held(job.run, job.context, whole)
+            checks = verify_held(job.run, job.context, bf16_gguf)
         return verdict(checks) != "broken"
     finally:
-        if str(whole.relative_to(job.run)) not in [report["file"] for report in job.kept()["gguf"]]:
-            whole.unlink(missing_ok=True)
+        if str(bf16_gguf.relative_to(job.run)) not in [report["file"] for report in job.kept()["gguf"]]:
+            bf16_gguf.unlink(missing_ok=True)
 
 
 def _estimated(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:

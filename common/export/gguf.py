@@ -1,9 +1,10 @@
-"""The GGUFs of a run: converted, weighed, quantized, shown, tried; and the adapter alone as one."""
+"""The GGUFs of a run: converted, quantized, put on record, shown and tried; and the adapter alone as a GGUF."""
 
 import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
 from common.llama_cpp.convert import report as read_report
-from common.llama_cpp.imatrix import calibration_text, make_imatrix
+from common.llama_cpp.imatrix import Calibration, calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import has_vision, vision_fault, write_mmproj
@@ -25,18 +26,18 @@ from common.models.load import TEMPLATE
 from common.options import UNGUIDED, Options, source_name
 
 SAMPLE_TOKENS = 100
-WHOLE = "model-BF16.gguf"  # what the others are quantized from, and proven against
+BF16_GGUF = "model-BF16.gguf"  # what the others are quantized from and compared with
 MMPROJ = "mmproj-BF16.gguf"
 
 
 def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
-    """Make the GGUFs of the fused folder, each on record as soon as it is there, and show them; WHOLE stays too."""
+    """Make the GGUFs of the fused folder, each on record as soon as it is made, and show them; BF16_GGUF stays too."""
     run, options, display = job.run, job.options, job.display
     recipe = run_record.read_recipe(run)
     calibration = None
     if options.imatrix:
         rows = data_of(run, options, recipe).train
-        calibration = calibration_text(rows, encoder_of(job.folder, options, recipe))
+        calibration = calibration_of(rows, encoder_of(job.folder, options, recipe))
     earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
     reports: list[dict[str, Any]] = []
     with display.stage("gguf") as progress:
@@ -47,7 +48,7 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
             job.keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
     display.table(
         "GGUF",
-        ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
+        ["file", "size", "bits per weight", "tensors by type", "fallbacks"],
         [
             [
                 str(run / report["file"]),
@@ -65,7 +66,7 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
             "larger type, so the file is bigger than its name suggests."
         )
         known = [QuantReport(**{k: report[k] for k in QuantReport.__dataclass_fields__}) for report in reports]
-        if better := advice(run / "gguf" / WHOLE, known, llama):
+        if better := advice(run / "gguf" / BF16_GGUF, known, llama):
             display.say(better)
     if (tower := run / "gguf" / MMPROJ).is_file():
         job.keep(mmproj=str(tower.relative_to(run)))
@@ -73,14 +74,14 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
 
 
 def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
-    """Ask the first GGUF the run's sample prompt, show and keep its answer, and write its Modelfile.
+    """Give the first GGUF the run's sample prompt, show its answer and put it on record, and write a Modelfile.
 
     Neither can fail an export: a warning says what is missing.
     """
     known = run_record.read_run(job.run)
     gguf, prompt = job.run / job.kept()["gguf"][0]["file"], known["sample_prompt"]
     if prompt:
-        # a run of an older version does not know its prompt's length; a token has at least a byte
+        # an older version's run has no count of its prompt's tokens; a token has at least a byte
         tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
         context = tokens + SAMPLE_TOKENS + _SPARE
         with job.display.optional("no sample"), Server(llama, gguf, ServerOptions(context)) as server:
@@ -91,11 +92,11 @@ def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
         _write_modelfile(job, gguf, prompt)
 
 
-_SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, such as a second BOS
+_SPARE = 64  # tokens that llama.cpp's prompt may have beyond training's count, such as a second BOS
 
 
 def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
-    """Make a GGUF of the adapter alone, put it on record, and say how to run it."""
+    """Make a GGUF of the adapter alone, put it on record, and show the command that runs it."""
     out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder, job.display
     with meter.stage("lora", out), display.stage("lora-gguf"):
         write_gguf_lora(job.final, folder, out, llama)
@@ -103,7 +104,7 @@ def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     model = job.options.model or ""
     base = model if model.endswith(".gguf") else "BASE.gguf"
     command = [llama.server, "-m", base, "--lora", out]
-    if job.served.template is not None:  # the base's own may prompt otherwise than training did
+    if job.served.template is not None:  # the base's own may give other prompts than training had
         command += ["--jinja", "--chat-template-file", job.run / TEMPLATE]
     display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
@@ -129,32 +130,29 @@ def convert_and_quantize(
     llama: LlamaCpp,
     progress: Progress,
     meter: StageMeter,
-    calibration: tuple[str, int] | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """One bf16 conversion, then every type of --quant as `model-<type>.gguf`; yields a report of each as it is made.
+    """Convert to bf16 once, then make `model-<type>.gguf` for every type of --quant; yields the report of each.
 
-    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: text and
-    its tokens for an importance matrix. The bf16 one, WHOLE, stays.
+    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: for an
+    importance matrix. BF16_GGUF stays.
     """
-    whole, name, quants = out / WHOLE, source_name(options.model), options.quant
-    with meter.stage("convert", whole):
-        convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
+    bf16_gguf, name, quants = out / BF16_GGUF, source_name(options.model), options.quant
+    with meter.stage("convert", bf16_gguf):
+        convert(fused, bf16_gguf, name, llama, lambda share, text: progress(share / 2, text))
     matrix = out / "imatrix.gguf" if calibration else None
     if calibration and matrix:
         with meter.stage("imatrix", matrix):
-            make_imatrix(whole, *calibration, matrix, llama, progress)
+            make_imatrix(bf16_gguf, calibration, matrix, llama, progress)
     for number, quant in enumerate(quants):
         guided = matrix if quant not in UNGUIDED else None
         target = out / f"model-{quant}{'-imatrix' if guided else ''}.gguf"
-
-        def part(share: float, text: str, number: int = number) -> None:
-            progress(0.5 + (number + share) / len(quants) / 2, text)
-
-        if target == whole:
-            report = read_report(whole, quant)
+        if target == bf16_gguf:
+            report = read_report(bf16_gguf, quant)
         else:
+            share_of_all = partial(_advance, progress, number, len(quants))
             with meter.stage("quantize", target):
-                report = quantize(whole, target, quant, llama, part, guided)
+                report = quantize(bf16_gguf, target, quant, llama, share_of_all, guided)
         file = str(target.relative_to(out.parent))
         yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
     if matrix:
@@ -163,3 +161,8 @@ def convert_and_quantize(
         tower = out / MMPROJ
         with meter.stage("convert", tower):
             write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))
+
+
+def _advance(progress: Progress, number: int, count: int, share: float, text: str) -> None:
+    """Report that quantization `number` of `count` is done by `share`; the conversion was the first half."""
+    progress(0.5 + (number + share) / count / 2, text)

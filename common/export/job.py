@@ -1,4 +1,4 @@
-"""An export under way: what it is made from, and what it has put on record."""
+"""A running export: what it is made from, and what it has put on record."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from common.options import Options
 
 @dataclass(frozen=True)
 class ExportJob:
-    """A finished run, and what --export asks of it. seconds: gets the time of each stage."""
+    """A finished run and what to export of it. seconds: gets the time of each stage."""
 
     run: Path
     folder: Path  # the base model's
@@ -31,10 +31,10 @@ class ExportJob:
         return self.context.display
 
     def kept(self) -> dict[str, Any]:
-        """What is on record of this export and earlier ones."""
+        """The record of this export and earlier ones."""
         found: dict[str, Any] = run_record.read_run(self.run).get("export", {})
         return found
 
     def keep(self, **made: Any) -> None:
-        """Put on record what is made, as soon as it is: whatever fails after it, it is there and known."""
+        """Put on record what was just made, so that it is known whatever fails afterwards."""
         run_record.update_run(self.run, export=self.kept() | made)

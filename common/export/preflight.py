@@ -1,4 +1,4 @@
-"""What an export needs, looked at before training begins."""
+"""What an export needs, checked before training begins."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,9 +35,10 @@ def tools_for(
     tokenizer: Any | None = None,
     texts: Sequence[str] = (),
 ) -> LlamaCpp | None:
-    """What the export needs, looked at now: not after hours of training. llama.cpp is found or built; None without.
+    """The llama.cpp that the export needs, found or built; None where it needs none.
 
-    tokenizer, texts: as check_convertible takes them.
+    Every other need of the export is checked too, now and not after hours of training. Raises UserError. tokenizer,
+    texts: as check_convertible takes them.
     """
     through = EXPORT_STEPS[options.export]
     if "mlx" in through:
@@ -50,7 +51,7 @@ def tools_for(
             check_convertible(folder, tokenizer, texts)
         if has_vision(folder) and (fault := vision_fault(folder)):
             display.warn(
-                f"{folder} has a vision tower, but {fault}: the GGUF will take texts alone. For images, copy that file "
+                f"{folder} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that file "
                 "from the base model into the folder"
             )
     if not needs_llama(options.export):

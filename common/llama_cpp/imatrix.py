@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.backend import Progress
@@ -15,8 +16,16 @@ CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that eno
 _CONTEXT = 512
 
 
-def calibration_text(rows: Iterable[Example], encoder: Encoder) -> tuple[str, int]:
-    """Training rows as the model sees them, concatenated, and about how many tokens; no more rows than are used."""
+@dataclass(frozen=True)
+class Calibration:
+    """A text to measure the weights on, and about how many tokens it has."""
+
+    text: str
+    tokens: int
+
+
+def calibration_of(rows: Iterable[Example], encoder: Encoder) -> Calibration:
+    """Training rows as the model sees them, concatenated; no more of them than are used."""
     parts: list[str] = []
     tokens = 0
     for row in rows:
@@ -24,7 +33,7 @@ def calibration_text(rows: Iterable[Example], encoder: Encoder) -> tuple[str, in
             break
         parts.append(row.text if row.text is not None else encoder.placed(row)[0].text)
         tokens += len(encoder.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
-    return "".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens
+    return Calibration("".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens)
 
 
 def imatrix_tool(llama: LlamaCpp) -> Path:
@@ -37,18 +46,18 @@ def imatrix_tool(llama: LlamaCpp) -> Path:
     return llama.imatrix
 
 
-def make_imatrix(bf16_gguf: Path, text: str, tokens: int, out: Path, llama: LlamaCpp, progress: Progress) -> None:
-    """Run `text` of about `tokens` tokens through the bf16 GGUF, and write what its weights saw to `out`.
+def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: LlamaCpp, progress: Progress) -> None:
+    """Run the text through the bf16 GGUF, and write the importance of its weights to `out`.
 
     Source: llama.cpp, tools/imatrix. Raises UserError where the tool is not there or fails, or the text is too short.
     """
-    tool = imatrix_tool(llama)
+    tool, tokens = imatrix_tool(llama), calibration.tokens
     context = min(_CONTEXT, tokens // 3)  # the tool needs at least two contexts, and its token count differs a little
     if context < 32:
         raise UserError(f"--imatrix: the training rows have {tokens} tokens, too few.", "Leave --imatrix out.")
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary) / "rows.txt"
-        source.write_text(text, encoding="utf-8")
+        source.write_text(calibration.text, encoding="utf-8")
         # run in the text's folder and given its bare name, because the path goes into the file
         command = [str(tool), "-m", str(bf16_gguf.absolute()), "-f", source.name, "-o", OUT, "--parse-special"]
         command += ["-c", str(context), "-b", str(context), "--chunks", str(CHUNKS), "--no-ppl"]

@@ -552,7 +552,7 @@ def test_a_failed_upload_loses_nothing(given: dict[str, Any], hub: Hub) -> None:
     with pytest.raises(UserError) as caught:
         run(given | {"export": "fused", "push": "me/pip"})
     folder = Path(given["output"])
-    assert f"is whole. Try again: python cli.py push {folder} me/pip" in caught.value.fix
+    assert f"is complete. Try again: python cli.py push {folder} me/pip" in caught.value.fix
     assert json.loads((folder / "run.json").read_text())["status"] == "complete"
     assert (folder / "fused" / "model.safetensors").exists()
     hub.fail = ""
