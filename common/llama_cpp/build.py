@@ -1,6 +1,6 @@
 """Build llama.cpp from its pinned source, with two programs to measure by.
 
-The source lies in the source distribution of llama-cpp-python. pip fetches it with the user's own settings (mirror,
+The source is in the source distribution of llama-cpp-python. pip fetches it with the user's own settings (mirror,
 proxy, certificate) and checks it against a hash, so neither git nor a second download route is needed.
 """
 
