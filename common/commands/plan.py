@@ -47,7 +47,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     recipe, plan, display = job.recipe, job.plan, context.display
     started = time.perf_counter()
     with display.stage("load the model"):
-        backend, _ = loaded(context, recipe, plan, job.training_base, job.start)
+        backend, _ = loaded(context, recipe, plan, job.base.training_base, job.start)
     seconds, tokens = time.perf_counter() - started, 0
     try:
         with display.stage("probe: two steps") as progress:
@@ -66,15 +66,15 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     finally:
         backend.close()
     epoch = sum(len(row.ids) - 1 for row in job.train)
-    whole = epoch * recipe.steps * recipe.batch_size / len(job.train)
+    trained = epoch * recipe.steps * recipe.batch_size / len(job.train)
     evaluations = recipe.steps / recipe.eval_every * sum(len(row.ids) - 1 for row in job.valid) / 3
     speed = tokens / second
-    foreseen = seconds + (whole + evaluations) / speed
+    estimated = seconds + (trained + evaluations) / speed
     display.say(
         f"probe: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take about "
-        f"{_duration(foreseen)}, export not counted"
+        f"{_duration(estimated)}, export not counted"
     )
-    return {"tokens_per_second": speed, "expected_seconds": foreseen, "probe_peak_bytes": peak}
+    return {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
 
 
 def _duration(seconds: float) -> str:

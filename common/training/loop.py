@@ -299,8 +299,8 @@ def evaluate(
 
 
 def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
-    found = checkpoint.latest(run)
-    kept = f"The checkpoint of step {found[0].step} is kept" if found else "No checkpoint had been written yet"
+    saved = checkpoint.latest_step(run)
+    kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
     more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
     sources = ", ".join(row.source for row in rows[:32]) + more
     return UserError(

@@ -215,14 +215,31 @@ def test_compare_prints_agreement_first(trained):
     assert "the same recipe" in out
 
 
+def score(code, *words):
+    """`python -m examples.score`, as `make example` runs it; its exit code is checked, its output returned."""
+    command = [sys.executable, "-m", "examples.score", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == code, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
 def test_the_built_in_example_counts_before_and_after(tmp_path):
-    out = twintune("train", "--steps", 4, "--output", tmp_path / "run", "--backend", "torch")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["example"]["total"] == 60
-    assert record["example"]["before"] <= 3
-    assert record["example"].keys() == {"total", "before", "after"}
+    options = ["--steps", 4, "--output", tmp_path / "run", "--backend", "torch"]
+    twintune("train", *options)
+    assert "example" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    out = score(0, "--trained", *options)
     assert "Test answers that follow the form" in out
+    counts = {when: int(n) for when, n in re.findall(r"(before|after)\D+(\d+)\D+60\D+\d+%", out)}
+    assert counts.keys() == {"before", "after"}
+    assert counts["before"] <= 3
     assert len((tmp_path / "run" / "example.jsonl").read_text(encoding="utf-8").splitlines()) == 60
+    score(1, tmp_path / "run", "--at-least", counts["after"] + 1)
+
+
+def test_without_a_gguf_of_the_example_there_is_nothing_to_count(tiny, tmp_path):
+    options = tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2)[1:]
+    twintune("train", *options)
+    assert "has no GGUF" in score(0, "--trained", *options)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
 from common.training import checkpoint
-from common.training.checkpoint import State, add_evaluation, discard, latest, save
+from common.training.checkpoint import State, add_evaluation, discard, latest, latest_step, save
 
 LAYER = "model.layers.0.self_attn.q_proj"
 RECIPE = "5b9469e38a2c" * 5
@@ -94,13 +94,21 @@ def test_every_field_of_the_state_is_written(tmp_path: Path) -> None:
 
 def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
+    assert latest_step(tmp_path) is None
+
+
+def test_the_newest_step_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 1)
+    put(tmp_path, 12)
+    monkeypatch.setattr(checkpoint, "_digest", lambda path: pytest.fail("read"))
+    assert latest_step(tmp_path) == 12
+    (tmp_path / "checkpoints" / "step-000012" / "COMPLETE").unlink()
+    assert latest_step(tmp_path) == 1
 
 
 def test_the_marker_lists_every_file(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     assert sorted(json.loads((folder / "COMPLETE").read_text())) == [
-        "adapter-mlx/adapter_config.json",
-        "adapter-mlx/adapters.safetensors",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "optimizer.safetensors",
@@ -114,7 +122,7 @@ def test_the_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), real(path)))
     put(tmp_path, 1)
     assert synced[-2:] == ["COMPLETE", "checkpoints"]
-    assert len(synced) == 8
+    assert len(synced) == 6
 
 
 def test_only_two_are_kept(tmp_path: Path) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import run_record
+from common.commands import fuse as fuse_module
+from common.commands import prepare as prepare_module
 from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
+from common.export.budget import estimate_stages
 from common.export.upload import push
 from common.models.adapter_files import read_mlx, read_peft
 from common.options import Options
-from common.run_record import held
+from common.run_record import GgufRecord, Run, held
+from common.training import checkpoint
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted
 from common.verify.verify import verify_run
@@ -117,9 +120,9 @@ def test_an_output_folder_that_holds_something_else(given: dict[str, Any], tmp_p
 
 def test_without_output_a_new_folder_is_named(given: dict[str, Any], tmp_path: Path) -> None:
     given.pop("output")
-    assert ready(given).run == Path("runs/tiny-llama-rows-torch")
+    assert ready(given).run.path == Path("runs/tiny-llama-rows-torch")
     (tmp_path / "runs" / "tiny-llama-rows-torch").mkdir(parents=True)
-    assert ready(given).run == Path("runs/tiny-llama-rows-torch-2")
+    assert ready(given).run.path == Path("runs/tiny-llama-rows-torch-2")
 
 
 def test_not_enough_disk_is_found_before_training(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +187,7 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     folder, backend = run(given)
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "adapter", "adapter-mlx", "checkpoints", "environment.json"),
-        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
+        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json", "verify-cases.json"),
     }
     known = json.loads((folder / "run.json").read_text())
     assert (known["status"], known["steps"], known["backend"]) == ("complete", 6, "torch")
@@ -299,12 +302,43 @@ def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str,
     assert (backend.calls, (folder / "fused").exists()) == ([], True)
 
 
+def test_a_resume_loads_its_checkpoint_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        run(given, Stops())
+    steps = []
+
+    def counted(*given: Any) -> Any:
+        point = latest(*given)
+        steps.append(point and point.state.step)
+        return point
+
+    monkeypatch.setattr(checkpoint, "latest", counted)
+    run({"resume": given["output"]})
+    assert steps == [3]
+
+
+def test_an_exports_stages_are_estimated_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return estimate_stages(*given)
+
+    for place in (prepare_module, fuse_module):
+        monkeypatch.setattr(place, "estimate_stages", counted)
+    folder, _ = run(given | {"export": "fused"})
+    assert len(calls) == 1
+    fuse_run(folder, {}, context(create=Bigram))
+    assert len(calls) == 2
+    assert Run(folder).record.export.stages["fuse"]["predicted_disk"] > 0
+
+
 def test_another_export_at_a_resume_leaves_the_ggufs_on_record(given: dict[str, Any]) -> None:
     folder, _ = run(given)
-    reports = [{"name": "Q4_K_M", "quant": "Q4_K_M", "file": "gguf/model-Q4_K_M.gguf"}]
-    run_record.update_run(folder, export={"gguf": reports})
+    reports = [GgufRecord(name="Q4_K_M", quant="Q4_K_M", file="gguf/model-Q4_K_M.gguf")]
+    Run(folder).update_export(gguf=reports)
     run({"resume": str(folder), "export": "fused"})
-    assert run_record.read_run(folder)["export"]["gguf"] == reports
+    assert Run(folder).record.export.gguf == reports
 
 
 def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
@@ -419,9 +453,9 @@ def test_two_that_want_the_same_output_do_not_mix(given: dict[str, Any], monkeyp
     monkeypatch.setattr(module, "prepare", overtaken)
     with pytest.raises(UserError, match="holds another run"):
         run(given)
-    recipe = run_record.read_recipe(Path(given["output"]))
-    assert recipe.rank == 4
-    assert run_record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
+    folder = Run(Path(given["output"]))
+    assert folder.recipe.rank == 4
+    assert folder.record.recipe_hash == folder.recipe.hash()
 
 
 def test_the_lock_stays_and_no_link_that_leads_out_of_a_run_is_written_through(
