@@ -79,6 +79,7 @@ class Display:
         self._tokens = 0
         self._seconds = 0.0
         self._steps = 0
+        self._total = 0  # steps of the training
         self._valid = "-"
         self._figures = ""
         self._stopping = ""

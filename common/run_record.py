@@ -1,11 +1,9 @@
-"""The run folder: its paths, its record, recipe and plan, and who may write into it.
+"""The run folder: its paths, its record, recipe and plan.
 
 Only this module opens run.json, recipe.yaml and plan.yaml.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +14,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from common import strict_json
 from common.errors import UserError
 from common.recipe import Plan, Recipe
-
-LOCK = ".lock"  # it stays in the folder: whoever removed it would let a third process lock another file of that name
 
 
 class _Record(BaseModel):
@@ -320,42 +316,3 @@ def free_name(run: Path) -> Path:
         number += 1
         run = run.with_name(f"{name}-{number}")
     return run
-
-
-def refuse_links(run: Path) -> None:
-    """Raises UserError where something in the run folder is a link that leads out of it.
-
-    A run may be a stranger's: what is written there, under a name that is known beforehand, must not land elsewhere.
-    """
-    inside = run.resolve()
-    strays = [
-        path for path in sorted(run.rglob("*")) if path.is_symlink() and not path.resolve().is_relative_to(inside)
-    ]
-    if strays:
-        shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
-        raise UserError(
-            f"{run}: links in it lead out of the folder: {shown}.",
-            "Remove them; where you trust one, put the file itself in its place.",
-        )
-
-
-@contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Hold the run folder. Raises UserError where another process holds it, and as refuse_links.
-
-    The system releases the lock when the process ends, however it ends.
-    """
-    from filelock import FileLock, Timeout
-
-    refuse_links(run)
-    lock = FileLock(run / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()

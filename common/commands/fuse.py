@@ -31,7 +31,8 @@ from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.mlx_quantized import source
 from common.option_sources import options_over
 from common.options import Options
-from common.run_record import BaseRecord, Run, RunRecord, held
+from common.run_lock import held
+from common.run_record import BaseRecord, Run, RunRecord
 from common.system.hardware import choose_backend, choose_device
 from common.training.metrics import timed
 from common.verify.cases import cases_of

@@ -1,17 +1,15 @@
 """Everything that is checked and chosen before the first step: what could fail later fails here."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.backend import Adapter
 from common.context import Context
-from common.data.batching import steps_per_epoch
-from common.data.dataset import data_hash, said
-from common.data.encode import Encoded, load_tokenizer, template_hash
-from common.data.training_rows import TrainingRows, encode_data, read_data, report_rows, sample_prompt
+from common.data.dataset import said
+from common.data.encode import Encoded, load_tokenizer
+from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
@@ -22,14 +20,13 @@ from common.export.upload import check_push
 from common.llama_cpp.convert import check_quants
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
-from common.models.adapter_files import adapter_hash
 from common.models.families import text_config
-from common.models.resolve import content_hash, stored_type
-from common.models.shapes import target_names
-from common.models.training_base import Base, adapter_options, find_base, start_adapter
+from common.models.resolve import stored_type
+from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
 from common.recipe import Plan, Recipe
-from common.run_record import LOCK, Run, check_unused, free_name
+from common.run_lock import LOCK
+from common.run_record import Run, check_unused, free_name
 from common.system.hardware import (
     INSTALL,
     Choice,
@@ -41,6 +38,7 @@ from common.system.hardware import (
 )
 from common.training.metrics import timed
 from common.training.planner import ChosenPlan, choose
+from common.training.setup import make_plan, make_recipe
 from common.verify.cases import Cases, make_cases
 
 
@@ -94,11 +92,12 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
         rows = encode_data(options, data, tokenizer, progress)
     report_rows(options, rows, display)
     with display.stage("hash the model") as progress:
-        recipe = _recipe(options, hardware, base, rows, content_hash(base.folder, progress))
+        recipe = make_recipe(options, base, rows, hardware.precision.value, progress)
     start = start_adapter(recipe, base)
     config = text_config(json.loads((base.folder / "config.json").read_text(encoding="utf-8")))
     config["dtype"] = stored_type(base.folder)
-    chosen = choose(options, recipe, _plan(options, hardware, recipe, rows), config, start, rows.train.rows)
+    plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
+    chosen = choose(options, recipe, plan, config, start, rows.train.rows)
     _warn_of_peak(chosen, display)
     adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, recipe, config, base.folder)
     verifies = not options.no_verify
@@ -166,43 +165,6 @@ def _warn_of_peak(chosen: ChosenPlan, display: Display) -> None:
             f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
             f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
         )
-
-
-def _recipe(options: Options, hardware: Hardware, base: Base, rows: TrainingRows, model_hash: str) -> Recipe:
-    per_epoch = steps_per_epoch(len(rows.train.rows), options.batch_size)
-    steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
-    same = set(Recipe.model_fields) & set(Options.model_fields) - _RESOLVED
-    return Recipe(
-        **{name: getattr(options, name) for name in same} | adapter_options(base.given),
-        model=options.model or "",
-        data=options.data or "",
-        model_hash=model_hash,
-        data_hash=data_hash(rows.data),
-        template_hash=template_hash(rows.encoder.tokenizer),
-        precision=hardware.precision.value,  # type: ignore[arg-type]  # pydantic checks it
-        targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
-        adapter_hash=adapter_hash(base.given) if base.given else "",
-        quantization=base.scheme,
-        steps=steps,
-        warmup_steps=round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps),
-        eval_every=options.eval_every or per_epoch,
-    )
-
-
-# What the recipe holds in another form than the options.
-_RESOLVED = {"model", "data", "targets", "precision", "quantization", "steps", "eval_every"}
-
-
-def _plan(options: Options, hardware: Hardware, recipe: Recipe, rows: TrainingRows) -> Plan:
-    """A plan whose micro-batches are still to be chosen."""
-    return Plan(
-        backend=hardware.backend.value,  # type: ignore[arg-type]  # pydantic checks it
-        device=hardware.device.value,  # type: ignore[arg-type]
-        micro_batch_tokens=1,
-        on_swap=options.on_swap,
-        save_every=options.save_every or steps_per_epoch(len(rows.train.rows), recipe.batch_size),
-        save_minutes=options.save_minutes,
-    )
 
 
 def _output(options: Options, backend: str) -> Path:

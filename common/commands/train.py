@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter, Backend, Memory, ModelInfo
+from common.backend import Adapter, Backend, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.prepare import Job, prepare
@@ -24,7 +24,8 @@ from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Recipe
-from common.run_record import DataRecord, Run, check_unused, free_name, held
+from common.run_lock import held
+from common.run_record import DataRecord, Run, check_unused, free_name
 from common.sampling import Sampling
 from common.system.environment import write_environment
 from common.system.memory import ResidentSet, swap_used
@@ -32,6 +33,7 @@ from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import deterministic, figures, timed
+from common.training.observer import DisplayObserver
 from common.training.planner import described
 from common.training.resume import resume_run, resumed_options
 from common.verify.cases import write_cases
@@ -89,7 +91,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     del found  # as large as what is trained, three times
     _show_header(job, info, display)
     with stop_signals(display.stopping) as received, display.training(recipe.steps, state.step):
-        observer = _Observer(display, received)
+        observer = DisplayObserver(display, received)
         try:
             TrainingLoop(
                 backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
@@ -145,25 +147,6 @@ def _sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> N
         answer = "".join(text for text, _ in pieces)
         job.run.update_export(sample={"prompt": job.sample, "answer": answer})
         display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
-
-
-class _Observer:
-    """The loop's Observer: the display, and whether a signal has asked for a stop."""
-
-    def __init__(self, display: Display, received: list[int]) -> None:
-        self._display, self._received = display, received
-
-    def step(self, line: dict, memory: Memory) -> None:
-        self._display.step(line, memory)
-
-    def evaluation(self, line: dict) -> None:
-        self._display.evaluation(line)
-
-    def warn(self, text: str) -> None:
-        self._display.warn(text)
-
-    def stop_requested(self) -> bool:
-        return bool(self._received)
 
 
 def _show_header(job: Job, info: ModelInfo, display: Display) -> None:

@@ -14,7 +14,8 @@ from common.errors import UserError
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import Terms, is_hub_name
-from common.run_record import Run, held
+from common.run_lock import held
+from common.run_record import Run
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")

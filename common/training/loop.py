@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from common.backend import Backend, Batch, Memory, OutOfMemory, StepResult
 from common.data.batching import micro_batches, step_rows
@@ -15,18 +14,7 @@ from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.metrics import open_metrics, timed, write_line
-
-
-class Observer(Protocol):
-    """What the loop reports, and the one thing it asks: whether the user wants it to stop."""
-
-    def step(self, line: dict, memory: Memory) -> None: ...
-
-    def evaluation(self, line: dict) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def stop_requested(self) -> bool: ...
+from common.training.observer import Observer
 
 
 class Interrupted(Exception):

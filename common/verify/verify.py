@@ -26,7 +26,8 @@ from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count
 from common.models.shapes import linear_shapes, parameter_count
 from common.recipe import Plan, Recipe
-from common.run_record import Run, VerifyRecord, held
+from common.run_lock import held
+from common.run_record import Run, VerifyRecord
 from common.system.hardware import free_memory
 from common.verify.cases import cases_of
 from common.verify.divergence import Divergence, LogitsAt, Positions, Reference, choose_positions

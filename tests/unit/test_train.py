@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.backend import Memory
 from common.commands import fuse as fuse_module
 from common.commands import prepare as prepare_module
 from common.commands import train as module
@@ -23,7 +24,8 @@ from common.export.budget import estimate_stages
 from common.export.upload import push
 from common.models.adapter_files import read_mlx, read_peft
 from common.options import Options
-from common.run_record import GgufRecord, Run, held
+from common.run_lock import held
+from common.run_record import GgufRecord, Run
 from common.training import checkpoint
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted
@@ -543,7 +545,7 @@ def test_nan_loss_leaves_an_interrupted_run_that_can_go_on(given: dict[str, Any]
 def test_a_resumed_runs_peaks_are_those_of_the_whole_run(given: dict[str, Any]) -> None:
     class Hungry(Stops):
         def memory(self) -> Any:
-            return module.Memory(1, 1_000_000, 3, "rss", 0)
+            return Memory(1, 1_000_000, 3, "rss", 0)
 
     with pytest.raises(Interrupted):
         run(given, Hungry())
