@@ -298,21 +298,3 @@ def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def check_unused(run: Path) -> None:
-    """Raises UserError where the folder holds a run."""
-    if Run(run).record_file.exists():
-        raise UserError(
-            f"--output {run} holds another run.",
-            f"Go on with it (python cli.py train --resume {run}), or give another folder.",
-        )
-
-
-def free_name(run: Path) -> Path:
-    """`run`, or the first of `run-2`, `run-3` ... that does not exist."""
-    name, number = run.name, 1
-    while run.exists():
-        number += 1
-        run = run.with_name(f"{name}-{number}")
-    return run

@@ -26,7 +26,7 @@ from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
 from common.recipe import Plan, Recipe
 from common.run_lock import LOCK
-from common.run_record import Run, check_unused, free_name
+from common.run_record import Run
 from common.system.hardware import (
     INSTALL,
     Choice,
@@ -175,3 +175,21 @@ def _output(options: Options, backend: str) -> Path:
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
     return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
+
+
+def check_unused(run: Path) -> None:
+    """Raises UserError where the folder holds a run."""
+    if Run(run).record_file.exists():
+        raise UserError(
+            f"--output {run} holds another run.",
+            f"Go on with it (python cli.py train --resume {run}), or give another folder.",
+        )
+
+
+def free_name(run: Path) -> Path:
+    """`run`, or the first of `run-2`, `run-3` ... that does not exist."""
+    name, number = run.name, 1
+    while run.exists():
+        number += 1
+        run = run.with_name(f"{name}-{number}")
+    return run

@@ -9,7 +9,7 @@ from typing import Any
 from common.backend import Adapter, Backend, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
-from common.commands.prepare import Job, prepare
+from common.commands.prepare import Job, check_unused, free_name, prepare
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
@@ -25,7 +25,7 @@ from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Recipe
 from common.run_lock import held
-from common.run_record import DataRecord, Run, check_unused, free_name
+from common.run_record import DataRecord, Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
 from common.system.memory import ResidentSet, swap_used

@@ -1,4 +1,4 @@
-"""A model that answers from its backend, prompted as it was trained."""
+"""A chat model that a backend computes, prompted as it was trained."""
 
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -21,7 +21,10 @@ Pieces = Generator[tuple[str, str | None], None, None]
 
 @dataclass(frozen=True)
 class ChatModel:
-    """`answer(messages, sampling, tools)` streams; closing the iterator stops it. It raises UserError."""
+    """A model that answers. `answer(messages, sampling, tools)` streams; closing the iterator stops it.
+
+    It raises UserError for messages that the model cannot take.
+    """
 
     name: str
     answer: Callable[[Sequence[Message], Sampling, Sequence[Any]], Pieces]
@@ -107,7 +110,7 @@ def _decoded(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any)
 
 
 def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
-    """All that ends an answer: what training ended turns with, and what the model ended them with before."""
+    """The ids that end an answer: those of training, and those of the model before it."""
     path = folder / "generation_config.json"
     known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
     ends = [known] if isinstance(known, int) else known or []

@@ -56,7 +56,7 @@ def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, mon
     monkeypatch.setattr("sys.argv", ["twintune", "plan", *flags[1:], "--no-probe"])
     cli.main()
     said = capsys.readouterr().out
-    assert "predicted peak" in said
+    assert "estimated peak" in said
     assert "plan: torch on cpu, fp32" in said
     assert "probe:" not in said
 

@@ -230,7 +230,7 @@ def test_out_of_memory_cuts_finer_and_changes_nothing_else(tmp_path: Path) -> No
     assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
     assert state.micro_batch_tokens <= 15
     assert watch.warnings
-    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches are now cut to ")
+    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches now have at most ")
 
 
 def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
     state, _ = run(tmp_path, backend, watch, the_plan=plan(micro_batch_tokens=1000), valid=[])
     widest = max(batch.input_ids.size for batch in backend.calls[0])
     assert state.micro_batch_tokens == widest // 2
-    assert watch.warnings == [f"step 1 ran out of memory; micro-batches are now cut to {widest // 2} tokens"]
+    assert watch.warnings == [f"step 1 ran out of memory; micro-batches now have at most {widest // 2} tokens"]
     assert all(b.input_ids.size <= widest // 2 or len(b.lengths) == 1 for call in backend.calls[1:] for b in call)
 
 
@@ -294,8 +294,8 @@ def test_replan_cuts_finer_then_checkpoints_then_says_that_nothing_is_left(tmp_p
     state, _ = run(tmp_path / "b", backend, watch, the_plan=plan(micro_batch_tokens=16, on_swap="replan"), valid=[])
     assert state.micro_batch_tokens < 16
     assert state.gradient_checkpointing
-    assert "micro-batches are now cut to" in watch.warnings[0]
-    assert watch.warnings[-1].endswith("nothing is left to be cut; close other programs")
+    assert "micro-batches now have at most" in watch.warnings[0]
+    assert watch.warnings[-1].endswith("micro-batches cannot be smaller; close other programs")
     left_out = ("seconds", "valid_loss", "memory")
     assert metrics(tmp_path / "plain", *left_out) == metrics(tmp_path / "b", *left_out)
 
