@@ -55,6 +55,8 @@ def run_training(options: Options, context: Context) -> Path:
         seconds["prepare"] -= seconds["tokenize"]
         if resumed:
             found = resume_run(resumed, job.recipe, job.plan)
+            if not resumed.verify_cases.exists():  # an older version's run
+                write_cases(resumed.verify_cases, job.cases)
         else:
             job, found = _claimed(job, lock), None
             _begin(job)

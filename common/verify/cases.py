@@ -165,7 +165,7 @@ def _read_cases(path: Path) -> Cases | None:
         rows = [_row(row) for row in content["rows"]]
         prompts = [Prompt(**(prompt | {"row": rows[prompt["row"]]})) for prompt in content["prompts"]]
         return Cases(rows, content["held_out"], content["texts"], prompts)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):  # it may be a stranger's
         return None
 
 

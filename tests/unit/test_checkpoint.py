@@ -11,6 +11,7 @@ import pytest
 
 from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
+from common.export.fused_folder import checkpoints_disk, trained_bytes
 from common.training import checkpoint
 from common.training.checkpoint import State, add_evaluation, discard, latest, latest_step, save
 
@@ -129,6 +130,18 @@ def test_only_two_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 3000):
         put(tmp_path, step)
     assert names(tmp_path) == ["step-000010", "step-003000"]
+
+
+def test_the_disk_that_checkpoints_take_is_counted(tmp_path: Path) -> None:
+    """Two that are kept and one that is being written, and at the end the adapter in two layouts."""
+    wide = LoraWeight(np.ones((64, 4096), np.float32), np.ones((4096, 64), np.float32), 8.0)
+    large = Adapter("some/model", 1, 0.0, {LAYER: wide})
+    moments = OptimizerState(1, large.arrays(), large.arrays())
+    folder = save(tmp_path, State(step=1, best=large), large, moments, RECIPE)
+    one = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = trained_bytes(large, tmp_path)
+    assert 4 * size <= one < 1.01 * 4 * size
+    assert checkpoints_disk(size) == 3 * 4 * size + 2 * size
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ import pytest
 
 from common.commands.compare import compare
 from common.commands.fuse import fuse_run
+from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import choose
 from common.options import Options
 from common.run_record import Run
+from common.verify import cases
 from common.verify.cases import cases_of
 from tests.contexts import context
 from tests.tiny import write_rows
@@ -51,6 +53,10 @@ def run(given: dict[str, Any], output: Path, backend: Bigram | None = None) -> P
     return run_training(options, context(create=lambda: backend or Bigram()))
 
 
+def prepared(given: dict[str, Any]) -> Job:
+    return prepare(Options.model_validate(given), None, context())
+
+
 def resume(folder: Path) -> None:
     run_training(Options.model_validate({"resume": str(folder)}), context(create=Bigram))
 
@@ -76,6 +82,7 @@ def test_a_half_trained_run_of_version_0_1_goes_on_to_the_last_bit(given: dict[s
         complete / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
     assert not (cut / "checkpoints" / "step-000006" / "adapter-mlx").exists()
+    assert (cut / "verify-cases.json").exists()
 
 
 def test_a_run_of_version_0_1_is_chatted_with_compared_fused_and_verified(
@@ -110,6 +117,24 @@ def test_fields_that_this_version_does_not_know_are_kept(given: dict[str, Any], 
     assert after["export"]["fused"] == "fused"
     (gguf,) = Run(folder).record.export.gguf
     assert (gguf.name, gguf.model_extra) == ("Q9", {"hue": 3})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": [{"ids": [1], "labels": [9], "source": ""}]}', "[" * 10**5])
+def test_cases_that_cannot_be_read_are_made_of_the_data(
+    given: dict[str, Any], tmp_path: Path, tiny_llama: Path, text: str
+) -> None:
+    folder = run(given, tmp_path / "run")
+    kept = cases_of(Run(folder), tiny_llama)
+    (folder / "verify-cases.json").write_text(text)
+    again = cases_of(Run(folder), tiny_llama)
+    assert [row.ids.tolist() for row in again.rows] == [row.ids.tolist() for row in kept.rows]
+    assert len(again.prompts) == len(kept.prompts) > 0
+
+
+def test_few_long_rows_are_kept(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [len(row.ids) for row in prepared(given).cases.rows]
+    monkeypatch.setattr(cases, "_TOKENS", rows[0] + rows[1] - 1)
+    assert [len(row.ids) for row in prepared(given).cases.rows] == rows[:1]
 
 
 @pytest.mark.parametrize("change", [{"sparkle": 3}, {"lora_plus": None}], ids=["unknown", "missing"])
