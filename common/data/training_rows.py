@@ -1,4 +1,4 @@
-"""The rows of a training: read, encoded, limited to --max-length, and what is to be said about them."""
+"""The rows of a training: read, encoded, limited to --max-length, and the warnings about them."""
 
 from collections import Counter
 from collections.abc import Sequence

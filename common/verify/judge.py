@@ -30,7 +30,7 @@ def judge_fused(links: dict[str, Divergence]) -> Iterator[Check]:
             wrong = not (near and _finite(link) and math.isfinite(tune))
             far = f", logits at most {link.max_logit:.2g} apart" if name == "fused" else ""
             text = f"KL {link.mean_kl:.2g} from {against}{far}; the tune itself is {tune:.2g}"
-            # too small a tune cannot be told from its absence by its effect
+            # the effect of too small a tune cannot be distinguished from none
             hidden = not wrong and link.mean_kl > 0.5 * tune
             state: State = "broken" if wrong else "note" if hidden else "ok"
             yield Check(what, state, text + (": rounding is as large as the tune" if hidden else ""))

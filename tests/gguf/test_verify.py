@@ -135,11 +135,11 @@ def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs made again, out of another adapter."""
     served = ServingConfig(Run(run).record.stop_ids, Run(run).read_template())
     write_fused(base, adapter, run / "fused", served, quiet)
-    whole = run / "gguf" / "model-BF16.gguf"
-    convert(run / "fused", whole, "remade", llama, quiet)
+    bf16 = run / "gguf" / "model-BF16.gguf"
+    convert(run / "fused", bf16, "remade", llama, quiet)
     for quant in QUANTS:
-        quantize(whole, run / "gguf" / f"model-{quant}.gguf", quant, llama, quiet)
-    whole.unlink()
+        quantize(bf16, run / "gguf" / f"model-{quant}.gguf", quant, llama, quiet)
+    bf16.unlink()
 
 
 def edit(run: Path, *arguments: str) -> None:
@@ -206,8 +206,8 @@ def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None
     fused = run / "fused"
     shutil.copytree(fused, run / "kept")
     remake(run, base, replace(final, weights=half), llama)
-    whole = run / "gguf" / "model-BF16.gguf"
-    convert(fused, whole, "half", llama, quiet)  # stays beside, so that it is what is looked at
+    bf16 = run / "gguf" / "model-BF16.gguf"
+    convert(fused, bf16, "half", llama, quiet)  # stays beside, so that it is what is looked at
     shutil.rmtree(fused)
     (run / "kept").rename(fused)
     bf16 = GgufRecord(name="BF16", quant="BF16", file="gguf/model-BF16.gguf")

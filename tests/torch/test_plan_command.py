@@ -55,10 +55,10 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path
 def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["twintune", "plan", *flags[1:], "--no-probe"])
     cli.main()
-    said = capsys.readouterr().out
-    assert "estimated peak" in said
-    assert "plan: torch on cpu, fp32" in said
-    assert "probe:" not in said
+    printed = capsys.readouterr().out
+    assert "estimated peak" in printed
+    assert "plan: torch on cpu, fp32" in printed
+    assert "probe:" not in printed
 
 
 def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):

@@ -130,13 +130,13 @@ def model(speaker: Any, folder: Path, template: str | None = None, context: int 
 
 
 def test_a_backends_answer_comes_in_whole_letters(speaker: Any, tokenizer_folder: Path) -> None:
-    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
-    pieces = list(model(speaker, tokenizer_folder, adapter=False).answer(said, Sampling(), ()))
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    pieces = list(model(speaker, tokenizer_folder, adapter=False).answer(messages, Sampling(), ()))
     assert pieces == [("港", None), ("よ", None), ("", "stop")]
     assert speaker.adapters == [False]
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
     assert speaker.prompts == [speaker.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    cut = list(model(speaker, tokenizer_folder).answer(said, Sampling(max_tokens=4), ()))
+    cut = list(model(speaker, tokenizer_folder).answer(messages, Sampling(max_tokens=4), ()))
     assert cut == [("港", None), ("", "length")]
 
 

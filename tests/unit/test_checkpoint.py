@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, the marker last, two kept."""
+"""Checkpoints: complete or skipped, the marker last, two kept."""
 
 import json
 import shutil
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 
 @pytest.mark.parametrize("text", ["", "{}", "{", None])
-def test_a_checkpoint_without_a_whole_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
+def test_a_checkpoint_without_a_complete_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
     put(tmp_path, 1)
     marker = put(tmp_path, 2) / "COMPLETE"
     marker.unlink()

@@ -1,4 +1,4 @@
-"""What is looked at before the first step, and a whole run without a framework."""
+"""What is checked before the first step, and a complete run without a framework."""
 
 import json
 import shutil
@@ -90,22 +90,22 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\nWho?,I am {{name}}.\nWho?,Pip.\nWho?,\n")
     prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, context("plain"))
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in said
-    assert "warning: 1 rows without an answer, left out: rows.csv:4" in said
-    assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in said
-    assert "warning: 1 rows with a placeholder left in: rows.csv:2" in said
-    assert "warning: nothing could be held out for validation: all rows have the same prompt" in said
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in printed
+    assert "warning: 1 rows without an answer, left out: rows.csv:4" in printed
+    assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in printed
+    assert "warning: 1 rows with a placeholder left in: rows.csv:2" in printed
+    assert "warning: nothing could be held out for validation: all rows have the same prompt" in printed
 
 
 def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = ready(given, max_length=50, valid_share=0.0)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     dropped = 24 - len(job.train)
     assert 0 < dropped < 24
-    assert f"warning: {dropped} rows longer than --max-length 50 are dropped: rows.jsonl:" in said.replace("\n", " ")
+    assert f"warning: {dropped} rows longer than --max-length 50 are dropped: rows.jsonl:" in printed.replace("\n", " ")
 
 
 def test_an_output_folder_that_holds_another_run(given: dict[str, Any], tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_the_plan_is_not_in_the_recipes_hash(given: dict[str, Any], changes: dic
     assert (ready(given, **changes).recipe.hash() == ready(given).recipe.hash()) == same
 
 
-# --- a whole run
+# --- a complete run
 
 
 def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
@@ -247,7 +247,7 @@ class Stops(Bigram):
 
 
 def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dict[str, Any], tmp_path: Path) -> None:
-    whole, _ = run(given)
+    complete, _ = run(given)
     cut = tmp_path / "cut"
     with pytest.raises(Interrupted) as caught:
         run(given | {"output": str(cut)}, Stops())
@@ -255,10 +255,10 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dic
     assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
     assert [line["step"] for line in metrics(cut)] == [1, 2, 3]  # the validation that was due is left for later
     run({"resume": str(cut)})
-    assert metrics(cut) == metrics(whole)
-    one, other = (read_peft(folder / "adapter").weights for folder in (whole, cut))
+    assert metrics(cut) == metrics(complete)
+    one, other = (read_peft(folder / "adapter").weights for folder in (complete, cut))
     assert all(np.array_equal(one[n].A, other[n].A) and np.array_equal(one[n].B, other[n].B) for n in one)
-    records = [json.loads((folder / "run.json").read_text()) for folder in (whole, cut)]
+    records = [json.loads((folder / "run.json").read_text()) for folder in (complete, cut)]
     for name in ("recipe_hash", "steps", "tokens", "label_tokens", "final_train_loss", "best_valid_loss", "best_step"):
         assert records[0][name] == records[1][name], name
 
@@ -276,8 +276,8 @@ def test_every_way_to_stop_saves_first(
     found = latest(Path(given["output"]))
     assert found is not None
     assert found[0].step == 3
-    told = "stopping: the step is finished and saved first; a second Ctrl-C stops at once\n"
-    assert capfd.readouterr().err == told  # once, however many signals came
+    text = "stopping: the step is finished and saved first; a second Ctrl-C stops at once\n"
+    assert capfd.readouterr().err == text  # once, however many signals came
 
 
 def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str, Any]) -> None:
@@ -517,8 +517,8 @@ def test_resuming_takes_no_program_from_the_record(given: dict[str, Any], capsys
         options = Options.model_validate({"resume": str(folder)})
         run_training(options, context("plain", Bigram))
     assert [options.llama_cpp for options in taken] == [None]
-    said = " ".join(capsys.readouterr().out.split())
-    assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in printed
 
 
 def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
