@@ -2,12 +2,11 @@
 
 import difflib
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from common.option_fields import (
@@ -254,18 +253,3 @@ def source_name(source: str | None) -> str:
     """What a model or data set is called in names of runs and files: its path, ending and revision left out."""
     name = Path(source or "").name
     return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]
-
-
-def write_yaml(path: Path, content: BaseModel, comment: str) -> None:
-    """Write atomically: the file is complete or not there."""
-    import yaml
-
-    temporary = path.with_suffix(".tmp")
-    text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
-    temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")
-    shutil.move(temporary, path)
-
-
-def is_example(data: str | None) -> bool:
-    """Whether `--data` names the built-in example's rows."""
-    return data is not None and Path(data).resolve() == EXAMPLE.resolve()

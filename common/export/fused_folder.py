@@ -105,8 +105,8 @@ def trained_bytes(adapter: Adapter | None, base: Path) -> int:
 
 def checkpoints_disk(adapter_bytes: int) -> int:
     """Upper bound of the bytes that training writes."""
-    # three checkpoints while one is written, each with both layouts, the best and two moments; both layouts at the end
-    return (3 * 5 + 2) * adapter_bytes
+    # three checkpoints while one is written: adapter, best adapter and two moments each; at the end both layouts
+    return (3 * 4 + 2) * adapter_bytes
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import run_record
 from common.backend import Progress
 from common.data.load import data_of, encoder_of
 from common.export.budget import StageMeter
@@ -22,8 +21,8 @@ from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import has_vision, vision_fault, write_mmproj
 from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
-from common.models.load import TEMPLATE
 from common.options import UNGUIDED, Options, source_name
+from common.run_record import GgufRecord
 
 SAMPLE_TOKENS = 100
 BF16_GGUF = "model-BF16.gguf"  # what the others are quantized from and compared with
@@ -33,44 +32,43 @@ MMPROJ = "mmproj-BF16.gguf"
 def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make the GGUFs of the fused folder, each on record as soon as it is made, and show them; BF16_GGUF stays too."""
     run, options, display = job.run, job.options, job.display
-    recipe = run_record.read_recipe(run)
     calibration = None
     if options.imatrix:
-        rows = data_of(run, options, recipe).train
-        calibration = calibration_of(rows, encoder_of(job.folder, options, recipe))
-    earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
-    reports: list[dict[str, Any]] = []
+        rows = data_of(run, options).train
+        calibration = calibration_of(rows, encoder_of(job.base, options, run.recipe))
+    earlier = [report for report in run.record.export.gguf if (run.path / report.file).is_file()]
+    reports: list[GgufRecord] = []
     with display.stage("gguf") as progress:
-        making = convert_and_quantize(run / "fused", run / "gguf", options, llama, progress, meter, calibration)
+        making = convert_and_quantize(run.fused, run.gguf, options, llama, progress, meter, calibration)
         for report in making:
             reports.append(report)
-            names = {report["name"] for report in reports}
-            job.keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
+            names = {report.name for report in reports}
+            run.update_export(gguf=[*reports, *(report for report in earlier if report.name not in names)])
     display.table(
         "GGUF",
         ["file", "size", "bits per weight", "tensors by type", "fallbacks"],
         [
             [
-                str(run / report["file"]),
-                f"{report['bytes'] / 1e6:.1f} MB",
-                f"{report['bits_per_weight']:.2f}",
-                ", ".join(f"{count} {kind}" for kind, count in report["tensors"].items()),
-                str(report["fallbacks"]),
+                str(run.path / report.file),
+                f"{report.bytes / 1e6:.1f} MB",
+                f"{report.bits_per_weight:.2f}",
+                ", ".join(f"{count} {kind}" for kind, count in report.tensors.items()),
+                str(report.fallbacks),
             ]
             for report in reports
         ],
     )
-    if any(report["fallbacks"] for report in reports):
+    if any(report.fallbacks for report in reports):
         display.say(
             "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
             "larger type, so the file is bigger than its name suggests."
         )
-        known = [QuantReport(**{k: report[k] for k in QuantReport.__dataclass_fields__}) for report in reports]
-        if better := advice(run / "gguf" / BF16_GGUF, known, llama):
+        known = [QuantReport(**{k: getattr(report, k) for k in QuantReport.__dataclass_fields__}) for report in reports]
+        if better := advice(run.gguf / BF16_GGUF, known, llama):
             display.say(better)
-    if (tower := run / "gguf" / MMPROJ).is_file():
-        job.keep(mmproj=str(tower.relative_to(run)))
-        display.say(f"its vision tower, for images: llama-server -m {run / reports[0]['file']} --mmproj {tower}")
+    if (tower := run.gguf / MMPROJ).is_file():
+        run.update_export(mmproj=str(tower.relative_to(run.path)))
+        display.say(f"its vision tower, for images: llama-server -m {run.path / reports[0].file} --mmproj {tower}")
 
 
 def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
@@ -78,15 +76,16 @@ def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
 
     Neither can fail an export: a warning says what is missing.
     """
-    known = run_record.read_run(job.run)
-    gguf, prompt = job.run / job.kept()["gguf"][0]["file"], known["sample_prompt"]
+    record = job.run.record
+    gguf, prompt = job.run.path / record.export.gguf[0].file, record.sample_prompt
     if prompt:
-        # an older version's run has no count of its prompt's tokens; a token has at least a byte
-        tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
+        tokens = record.sample_tokens
+        if tokens is None:  # an older version's run has no count; a token has at least a byte
+            tokens = len(json.dumps(prompt, ensure_ascii=False).encode())
         context = tokens + SAMPLE_TOKENS + _SPARE
         with job.display.optional("no sample"), Server(llama, gguf, ServerOptions(context)) as server:
             answer = server.chat(prompt, SAMPLE_TOKENS)
-            job.keep(sample={"prompt": prompt, "answer": answer})
+            job.run.update_export(sample={"prompt": prompt, "answer": answer})
             job.display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), answer)
     with job.display.optional("no Modelfile"):
         _write_modelfile(job, gguf, prompt)
@@ -97,15 +96,15 @@ _SPARE = 64  # tokens that llama.cpp's prompt may have beyond training's count, 
 
 def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make a GGUF of the adapter alone, put it on record, and show the command that runs it."""
-    out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder, job.display
+    out, folder, display = job.run.gguf / "adapter.gguf", job.base, job.display
     with meter.stage("lora", out), display.stage("lora-gguf"):
-        write_gguf_lora(job.final, folder, out, llama)
-    job.keep(lora_gguf=str(out.relative_to(job.run)))
+        write_gguf_lora(job.adapter, folder, out, llama)
+    job.run.update_export(lora_gguf=str(out.relative_to(job.run.path)))
     model = job.options.model or ""
     base = model if model.endswith(".gguf") else "BASE.gguf"
     command = [llama.server, "-m", base, "--lora", out]
     if job.served.template is not None:  # the base's own may give other prompts than training had
-        command += ["--jinja", "--chat-template-file", job.run / TEMPLATE]
+        command += ["--jinja", "--chat-template-file", job.run.template]
     display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
         display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: see to that first")
@@ -115,8 +114,7 @@ def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
 
 
 def _write_modelfile(job: ExportJob, gguf: Path, prompt: list[dict[str, Any]]) -> None:
-    thinking = run_record.read_recipe(job.run).thinking
-    made = write_modelfile(job.run / "fused", gguf, job.served.stops, thinking, prompt)
+    made = write_modelfile(job.run.fused, gguf, job.served.stops, job.run.recipe.thinking, prompt)
     if made.missing:
         job.display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
     for note in made.notes:
@@ -131,7 +129,7 @@ def convert_and_quantize(
     progress: Progress,
     meter: StageMeter,
     calibration: Calibration | None = None,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[GgufRecord]:
     """Convert to bf16 once, then make `model-<type>.gguf` for every type of --quant; yields the report of each.
 
     The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: for an
@@ -154,7 +152,7 @@ def convert_and_quantize(
             with meter.stage("quantize", target):
                 report = quantize(bf16_gguf, target, quant, llama, share_of_all, guided)
         file = str(target.relative_to(out.parent))
-        yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
+        yield GgufRecord(name=target.stem.removeprefix("model-"), file=file, **asdict(report))
     if matrix:
         matrix.unlink()
     if has_vision(fused) and not vision_fault(fused):

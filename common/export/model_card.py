@@ -6,13 +6,13 @@ It holds no token, no path of this machine and no row of the data. Source of its
 from pathlib import Path
 from typing import Any
 
-from common import run_record
 from common.display import gigabytes
+from common.errors import UserError
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
 from common.models.mlx_quantized import source
-from common.options import is_example
 from common.recipe import Recipe
+from common.run_record import Run, RunRecord
 
 PARTS = ("fused", "adapter", "gguf")
 _SHAPE = ("rank", "alpha", "rslora", "dropout", "layers", "rank_pattern", "alpha_pattern", "lora_plus", "targets")
@@ -30,34 +30,35 @@ def base_form(folder: Path, model: str) -> str:
     return ""
 
 
-def parts_of(run: Path) -> list[str]:
+def parts_of(run: Run) -> list[str]:
     """Which of PARTS the run holds completely."""
-    export = run_record.read_run(run).get("export", {})
-    files = [report["file"] for report in export.get("gguf", [])] + [export[k] for k in ("lora_gguf",) if k in export]
-    complete = {"gguf": bool(files) and all((run / file).is_file() for file in files)}
-    return [part for part in PARTS if complete.get(part, (run / part).is_dir())]
+    export = run.record.export
+    files = [report.file for report in export.gguf] + [file for file in (export.lora_gguf,) if file]
+    complete = {"gguf": bool(files) and all((run.path / file).is_file() for file in files)}
+    return [part for part in PARTS if complete.get(part, (run.path / part).is_dir())]
 
 
-def write_card(run: Path, path: Path, parts: list[str]) -> None:
+def write_card(run: Run, path: Path, parts: list[str]) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(card(run, parts), encoding="utf-8")
     temporary.replace(path)
 
 
-def card(run: Path, parts: list[str]) -> str:
+def card(run: Run, parts: list[str]) -> str:
     """The text of README.md for those of PARTS that `parts` names."""
-    facts = run_record.read_run(run, "base", "options")
-    recipe = run_record.read_recipe(run)
-    terms = Terms(**facts["base"]["terms"])
-    model = str(facts["options"]["model"])  # a local model is on record by its absolute path, never a hub name
+    facts, recipe = run.record, run.recipe
+    if facts.base is None:
+        raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
+    terms = Terms(**facts.base.terms)
+    model = str(facts.options["model"])  # a local model is on record by its absolute path, never a hub name
     base = model if is_hub_name(model) else ""
-    data = _data_name(str(facts["options"]["data"]))
+    data = _data_name(str(facts.options["data"]))
     sections = [
         f"---\n{_front_matter(terms, base, data, recipe, parts)}\n---",
         f"# {base.rpartition('/')[2] or 'A local model'}, fine-tuned",
-        _about(facts, recipe, base),
+        _about(facts, facts.base.form, recipe, base),
         "## Data\n\n" + _data(facts, recipe, data),
-        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(recipe).items()}),
+        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(facts, recipe).items()}),
         "## Figures\n\n" + _table(_figures(run, facts)),
         "## Files\n\n" + _files(facts, parts),
         "## How to run it\n\n" + _usage(facts, parts, base),
@@ -82,15 +83,15 @@ def _front_matter(terms: Terms, base: str, data: str, recipe: Recipe, parts: lis
     ).to_yaml(original_order=order)
 
 
-def _about(facts: dict[str, Any], recipe: Recipe, base: str) -> str:
+def _about(facts: RunRecord, form: str, recipe: Recipe, base: str) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else "a local model folder"
     how = {"lora": "with LoRA", "dora": "with DoRA", "full": "in full"}[recipe.method]
     lines = [
         f"Fine-tuned {how} from {name} (SHA-256 of its contents: `{recipe.model_hash}`) by Twintune.",
-        facts["base"]["form"],
+        form,
     ]
     if recipe.quantization != "none":
-        into = facts.get("export", {}).get("fuse_into") or "base"
+        into = facts.export.fuse_into or "base"
         lines.append(
             f"In training the base was quantized ({recipe.quantization}); the adapter is fused into "
             + ("those dequantized weights." if into == "dequantized" else "the original weights.")
@@ -104,11 +105,9 @@ def _data_name(source: str) -> str:
     return name if is_hub_name(name) and not Path(source).exists() else ""
 
 
-def _data(facts: dict[str, Any], recipe: Recipe, name: str) -> str:
+def _data(facts: RunRecord, recipe: Recipe, name: str) -> str:
     what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "A local data set"
-    if is_example(facts["options"]["data"]):
-        what = "Twintune's built-in example"
-    counts = facts.get("data", {})
+    counts = facts.data.model_dump()
     known = [f"{counts[key]:,} {text}" for key, text in _COUNTS.items() if counts.get(key)]
     details = f": {', '.join(known)}" if known else ""
     return f"{what}{details}. SHA-256 of the rows: `{recipe.data_hash}`."
@@ -122,9 +121,9 @@ _COUNTS = {
 }
 
 
-def _recipe_rows(recipe: Recipe) -> dict[str, Any]:
+def _recipe_rows(facts: RunRecord, recipe: Recipe) -> dict[str, Any]:
     fields = recipe.model_dump(exclude=_LEFT_OUT | (set(_SHAPE) if recipe.method == "full" else set()))
-    return {"recipe hash": f"`{recipe.hash()}`"} | {
+    return {"recipe hash": f"`{facts.recipe_hash}`"} | {
         name: value for name, value in fields.items() if value not in (None, {})
     }
 
@@ -139,11 +138,12 @@ def _shown(value: Any) -> str:
     )
 
 
-def _figures(run: Path, facts: dict[str, Any]) -> dict[str, str]:
+def _figures(run: Run, facts: RunRecord) -> dict[str, str]:
     def number(key: str, show: str) -> str:
-        return show.format(facts[key]) if facts.get(key) is not None else ""
+        value = getattr(facts, key)
+        return show.format(value) if value is not None else ""
 
-    plan = run_record.read_plan(run)
+    plan = run.plan
     rows = {
         "steps": number("steps", "{:,}"),
         "tokens trained on": number("tokens", "{:,}"),
@@ -154,15 +154,13 @@ def _figures(run: Path, facts: dict[str, Any]) -> dict[str, str]:
         "exported step": number("exported_step", "{}"),
         "training time": number("train_seconds", "{:.0f} s"),
         "tokens/s": number("tokens_per_second", "{:.1f}"),
-        "peak memory": gigabytes(facts["peak_memory_bytes"]) if facts.get("peak_memory_bytes") else "",
+        "peak memory": gigabytes(facts.peak_memory_bytes) if facts.peak_memory_bytes else "",
         "backend": f"{plan.backend} on {plan.device}",
     }
-    if example := facts.get("example"):
-        rows["test answers in the required form"] = "{before} before, {after} after, of {total}".format(**example)
     return {name: text for name, text in rows.items() if text}
 
 
-def _files(facts: dict[str, Any], parts: list[str]) -> str:
+def _files(facts: RunRecord, parts: list[str]) -> str:
     lines = []
     if "fused" in parts:
         lines.append(
@@ -171,22 +169,20 @@ def _files(facts: dict[str, Any], parts: list[str]) -> str:
     if "adapter" in parts:
         lines.append("- `adapter/`: the adapter alone, for PEFT")
     if "gguf" in parts:
-        for report in facts["export"]["gguf"]:
-            larger = (
-                f", {report['fallbacks']} tensors in a larger type than its name says" if report["fallbacks"] else ""
-            )
+        for report in facts.export.gguf:
+            larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""
             lines.append(
-                f"- `{report['file']}`: for llama.cpp, {report['bytes'] / 1e6:.1f} MB, "
-                f"{report['bits_per_weight']:.2f} bits per weight{larger}"
+                f"- `{report.file}`: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
+                f"{report.bits_per_weight:.2f} bits per weight{larger}"
             )
         lines.append("- `gguf/Modelfile`: for Ollama")
     return "\n".join(lines)
 
 
-def _usage(facts: dict[str, Any], parts: list[str], base: str) -> str:
+def _usage(facts: RunRecord, parts: list[str], base: str) -> str:
     blocks = []
     if "gguf" in parts:
-        first = facts["export"]["gguf"][0]["file"]
+        first = facts.export.gguf[0].file
         blocks.append(f"llama.cpp:\n\n    llama-server -m {first} --jinja")
         blocks.append("Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model")
     if "fused" in parts:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import run_record
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import Terms, is_hub_name
-from common.run_record import held
+from common.run_lock import held
+from common.run_record import Run
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -38,23 +38,21 @@ def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: b
 
     Raises UserError. The run itself is never changed by a failure, and the same command tries again.
     """
-    known = run_record.read_run(run, "status")
-    if known["status"] != "complete":
-        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    Run(run).require_complete()
     with held(run):
-        _push_held(run, repo, what, private, dry_run, display)
+        _push_held(Run(run), repo, what, private, dry_run, display)
 
 
-def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
-    known = run_record.read_run(run)
-    if "base" not in known:
+def _push_held(run: Run, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
+    base = run.record.base
+    if base is None:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
     files = files_of(run, what or [])
     if dry_run:
         check_name(repo)
     else:
         repo = check_push(repo, private, display)
-    begins = Terms(**known["base"]["terms"]).begins
+    begins = Terms(**base.terms).begins
     if begins and not repo.rpartition("/")[2].lower().startswith(begins.lower().replace(" ", "-")):
         display.warn(f"the base's license asks that a derived model's name begin with {begins!r}; {repo}'s does not")
     total = gigabytes(sum(file.size for file in files))
@@ -67,11 +65,11 @@ def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_
     again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
     with display.stage(f"upload {total} to {repo}"):
         url = _upload(files, repo, private, again)
-    run_record.update_run(run, pushed={"repo": repo, "files": [file.target for file in files]})
+    run.update(pushed={"repo": repo, "files": [file.target for file in files]})
     display.say(f"uploaded: {url}")
 
 
-def files_of(run: Path, what: list[str]) -> list[File]:
+def files_of(run: Run, what: list[str]) -> list[File]:
     """The run's files to upload, chosen by name: never checkpoints, metrics, run.json or other files."""
     present = parts_of(run)
     parts = [part for part in PARTS if part in what] if what else present
@@ -82,23 +80,19 @@ def files_of(run: Path, what: list[str]) -> list[File]:
     found: list[File] = []
     for part in parts:
         if part == "gguf":
-            export = run_record.read_run(run).get("export", {})
-            files = [
-                *(report["file"] for report in export.get("gguf", [])),
-                export.get("mmproj"),
-                export.get("lora_gguf"),
-            ]
+            export = run.record.export
+            files = [*(report.file for report in export.gguf), export.mmproj, export.lora_gguf]
             names = [*(Path(file).name for file in files if file), "Modelfile"]
         else:
             names = list(_FUSED if part == "fused" else _ADAPTER)
-        paths = {path for name in names for path in (run / part).glob(name)}
+        paths = {path for name in names for path in (run.path / part).glob(name)}
         if not any(path.suffix in (".safetensors", ".gguf") for path in paths):
-            raise UserError(f"{run / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
+            raise UserError(f"{run.path / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
         head = "" if part == "fused" else f"{part}/"
         found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
-        found += [File(f"{head}{name}", run / part / name) for name in license_files(run / part)]
+        found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
     if "fused" not in parts:  # the license must be at the root in any case
-        found += [File(name, run / parts[0] / name) for name in license_files(run / parts[0])]
+        found += [File(name, run.path / parts[0] / name) for name in license_files(run.path / parts[0])]
     return [File("README.md", card(run, parts).encode()), *found]
 
 

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.export.model_card import base_form, card, parts_of
+from common.export import model_card
+from common.export.model_card import base_form, parts_of
 from common.model_files import license_files
 from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
+from common.run_record import Run
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]
+
+
+def card(run: Path, parts: list[str]) -> str:
+    return model_card.card(Run(run), parts)
 
 
 def front(text: str) -> dict:
@@ -70,10 +76,8 @@ def test_a_local_base_is_no_base_model_of_the_hub(tmp_path: Path) -> None:
     [("owner/rows:config@main#train", ["owner/rows"]), ("owner/rows", ["owner/rows"]), ("/a/b", None)],
 )
 def test_a_data_set_of_the_hub_is_named(tmp_path: Path, data: str, names: list[str] | None) -> None:
-    from common import run_record
-
     run = finished_run(tmp_path / "run")
-    run_record.update_run(run, options={"model": "some/base", "data": data})
+    Run(run).update(options={"model": "some/base", "data": data})
     assert front(card(run, ALL)).get("datasets") == names
 
 
@@ -97,9 +101,9 @@ def test_a_quantized_base_is_told(tmp_path: Path) -> None:
 
 def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    assert parts_of(run) == ALL
+    assert parts_of(Run(run)) == ALL
     (run / "gguf" / "model-Q4_K_M.gguf").unlink()
-    assert parts_of(run) == ["fused", "adapter"]
+    assert parts_of(Run(run)) == ["fused", "adapter"]
 
 
 # --- terms

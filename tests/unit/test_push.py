@@ -13,6 +13,7 @@ import cli
 from common.export.upload import files_of
 from common.models.license import KNOWN
 from common.options import Options
+from common.run_record import Run
 from tests import ROOT
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
 
@@ -136,7 +137,7 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
     ],
 )
 def test_a_part_brings_the_licence_along(run: Path, what: list[str], names: set[str]) -> None:
-    assert {file.target for file in files_of(run, what)} == names
+    assert {file.target for file in files_of(Run(run), what)} == names
 
 
 def test_public_only_when_asked(hub: Hub, push: Push) -> None:
