@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from common.errors import UserError
-from common.option_aliases import FAMILIES, SAME, translate
+from common.option_aliases import FAMILIES, SAME
+from common.option_translation import translate
 from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
 
 

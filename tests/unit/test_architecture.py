@@ -100,7 +100,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "option_fields", "option_aliases", "strict_json"},
-    {"recipe", "run_lock"},
+    {"recipe", "run_lock", "option_translation"},
     {"sampling", "options", "run_record", "model_files"},
     {"backend", "option_sources"},
     {"display", "system"},
