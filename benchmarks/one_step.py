@@ -14,11 +14,12 @@ import numpy as np
 
 from benchmarks.random_model import random_model
 from common.backend import IGNORE, Adapter, Backend, Batch
+from common.memory_terms import MicroBatchShape
 from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
-from common.training.memory_estimate import MicroBatchShape, loss_chunk, predict
+from common.training.memory_estimate import MemoryEstimate, TrainingMemory, model_dims
 
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
@@ -65,24 +66,34 @@ def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str,
         save_every=1,
     )
     if plan.device == "cuda":
-        plan = plan.model_copy(update={"loss_chunk": loss_chunk(config, plan)})
+        chunk = package_of(case).memory_terms.loss_chunk(config["vocab_size"], plan.device)
+        plan = plan.model_copy(update={"loss_chunk": chunk})
     shapes = linear_shapes(folder, ["all-linear"])
     return folder, recipe, plan, initial_adapter(shapes, layer_count(shapes), recipe), config
+
+
+def package_of(case: dict[str, Any]) -> Any:
+    return importlib.import_module(f"{case['backend']}_backend")
+
+
+def estimate(case: dict[str, Any], batch: Batch) -> MemoryEstimate:
+    _, recipe, plan, adapter, config = job_of(case)
+    shape = MicroBatchShape(len(batch.lengths), batch.input_ids.shape[1], batch.tokens, batch.label_tokens)
+    return TrainingMemory(package_of(case), model_dims(config), recipe, adapter).estimate(plan, [shape])
 
 
 def backend_of(case: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
     """`(loaded, text config)`"""
     folder, recipe, plan, adapter, config = job_of(case)
-    backend = importlib.import_module(f"{case['backend']}_backend").create()
+    backend = package_of(case).create()
     backend.load(recipe, plan, folder, adapter)
     return backend, config
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    _, recipe, plan, adapter, config = job_of(case)
-    batch = batch_of(case, config["vocab_size"])
+    batch = batch_of(case, job_of(case)[-1]["vocab_size"])
     if case.get("predict_only"):
-        return {"predicted": predict(config, recipe, plan, adapter, [MicroBatchShape.of(batch)]).peak}
+        return {"predicted": estimate(case, batch).peak}
     backend, _ = backend_of(case)
     loaded = backend.memory().peak
     for step in range(1, case.get("steps", 1) + 1):
@@ -92,7 +103,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     memory = backend.memory()
     seconds = time.perf_counter() - started
     backend.close()
-    found = predict(config, recipe, plan, adapter, [MicroBatchShape.of(batch)])
+    found = estimate(case, batch)
     extra = {}
     if case.get("device") == "cuda":
         import torch

@@ -36,8 +36,9 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.system.cache import cache_folder
 from common.system.environment import chip
-from common.system.hardware import choose_precision, nvidia_gpu
+from common.system.hardware import nvidia_gpu
 from common.training.loop import evaluate
+from torch_backend import choose_precision
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
@@ -285,7 +286,7 @@ def main() -> None:
     gpu = {"twintune-torch", "twintune-lean", "trl", "trl-best", "padded", "unsloth", "unsloth-lean"}
     if arguments.peers is None:
         arguments.peers = [p for p in RUNNERS if (p in gpu if arguments.device == "cuda" else "unsloth" not in p)]
-    arguments.precision = arguments.precision or choose_precision("auto", "torch", arguments.device).value
+    arguments.precision = arguments.precision or choose_precision("auto", arguments.device).value
     for name in {PEERS[peer] for peer in arguments.peers} - {None}:
         environment(str(name))
     folder = resolve(arguments.model, lambda text: print(text, file=sys.stderr))

@@ -20,7 +20,7 @@ from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
-from common.training.memory_estimate import ModelDims
+from common.training.memory_estimate import model_dims
 from torch_backend.backend import TorchBackend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ def main() -> None:
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
     backend.load(recipe, plan, folder, initial_adapter(shapes, layer_count(shapes), recipe))
-    sizes = ModelDims.of(text_config(json.loads((folder / "config.json").read_text())))
+    sizes = model_dims(text_config(json.loads((folder / "config.json").read_text())))
     rate = peak_rate(800, sizes.hidden, sizes.inner)
 
     def step(number: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What crosses the line between the shared code and a backend: plain numpy, under Hugging Face names."""
+"""The contract of a backend: nothing but plain Python, and numpy arrays under Hugging Face names, crosses it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 if TYPE_CHECKING:
     import numpy as np
 
+    from common.errors import UserError
+    from common.memory_terms import MemoryTerms, ModelDims
     from common.recipe import Plan, Recipe
-    from common.sampling import Pick
+    from common.sampling import Sampler
 
 IGNORE = -100  # the label of a position that carries no loss
 Progress = Callable[[float, str], None]  # a fraction in 0..1 and a short text
@@ -46,7 +48,7 @@ class StepResult:
     grad_norm: SupportsFloat  # the global norm before clipping; 0 in evaluation
     label_tokens: int
     tokens: int
-    positions: int  # that attention computes: the tokens, and what fills rows or shapes up
+    padded_tokens: int  # positions that attention computes: the tokens, and the padding of rows or of rounded shapes
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,17 @@ class Memory:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    device: str
-    dtype: str
+    """What a loaded model is: its size, counted in parameters, and its architecture's name."""
+
     layers: int
-    trainable: int  # parameters
-    total: int  # parameters, the adapter's included
+    trainable: int
+    total: int  # the adapter's included
     architecture: str
 
 
 @dataclass(frozen=True)
 class LoraWeight:
-    """One adapted linear layer: `W' = W + scale * B @ A`, with DoRA its rows brought to the length `magnitude`.
+    """One adapted linear layer: `W' = W + scale * B @ A`, with DoRA its rows rescaled to the length `magnitude`.
 
     DoRA (Liu et al. 2024): row i of W' becomes `magnitude[i] * W'[i] / |W'[i]|`.
     """
@@ -92,16 +94,16 @@ class LoraWeight:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     def parts(self) -> dict[str, np.ndarray]:
-        """What is trained, by the names that optimizer state uses."""
+        """The trained arrays, by the names that optimizer state uses."""
         found = {"lora_A": self.A, "lora_B": self.B}
         return found if self.magnitude is None else found | {"magnitude": self.magnitude}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What training made: LoRA weights by module (`model.layers.0.self_attn.q_proj`), or whole tensors by their names.
+    """The result of training: LoRA weights by module (`model.layers.0.self_attn.q_proj`), or all weights by name.
 
-    `full` holds every trained tensor in float32 where all weights were trained; `weights` is empty then.
+    After full fine-tuning `full` holds every tensor in float32, and `weights` is empty.
     """
 
     base_model: str
@@ -117,12 +119,12 @@ class Adapter:
         return "full" if self.full else "dora" if self.dora else "lora"
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Everything that is trained: `<module>.lora_A` and so on, or whole tensors; the names of optimizer state."""
+        """All trained arrays: `<module>.lora_A` and so on, or the tensors of `full`; the names of optimizer state."""
         parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
         return parts | self.full
 
     def with_arrays(self, arrays: dict[str, np.ndarray]) -> Adapter:
-        """The same adapter with what training made of its matrices."""
+        """The same adapter with other values in its matrices."""
         weights = {
             name: replace(
                 weight,
@@ -139,7 +141,7 @@ class Adapter:
 class OptimizerState:
     """AdamW's state, portable between backends.
 
-    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or the names of whole tensors.
+    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or tensor names after full fine-tuning.
     """
 
     step: int
@@ -148,28 +150,30 @@ class OptimizerState:
 
 
 class OutOfMemory(Exception):
-    """Raised by a backend instead of its framework's own error; the loop cuts the micro-batch finer and repeats."""
+    """Raised in place of the framework's own error; the loop repeats the step in smaller micro-batches."""
 
 
 class Backend(Protocol):
     """One framework. Nothing but numpy and plain Python crosses these calls."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        """Load the base from `folder` and put `adapter` on it; None: every weight is trained, from the base's values.
+        """Load the base from `folder` and attach `adapter`; None: full fine-tuning, every weight is trained.
 
-        A DoRA weight without a magnitude starts from the length of the base's rows, as quantized.
+        A DoRA weight without a magnitude starts from the length of the base's rows, as quantized. Called once.
         """
         ...
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        """One optimizer step; the loss is the sum over label tokens divided by their count over all micro-batches.
+        """The result of one optimizer step over the sum of token losses, divided by the label tokens of all batches.
 
         `step` (from 1) seeds the dropout masks, so that a resumed run draws the same ones.
         Raises OutOfMemory with weights and optimizer state as they were before the call.
         """
         ...
 
-    def eval_step(self, batch: Batch) -> StepResult: ...
+    def eval_step(self, batch: Batch) -> StepResult:
+        """The loss of one micro-batch, without dropout. Raises OutOfMemory."""
+        ...
 
     def get_adapter(self) -> Adapter: ...
 
@@ -180,7 +184,7 @@ class Backend(Protocol):
     def set_optimizer(self, state: OptimizerState) -> None: ...
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        """The quantized layers' weights as this backend computes with them, float32, by tensor name; made when called.
+        """By tensor name, a function that dequantizes the weight to float32, as this backend computes with it.
 
         Empty where the base is not quantized.
         """
@@ -189,24 +193,29 @@ class Backend(Protocol):
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         """Logits [T, vocabulary] float32 of one row of token ids [T], or [P, vocabulary] at `positions` [P] alone.
 
-        Spends no randomness.
+        adapter: False gives the base model's. Random states are left untouched.
         """
         ...
 
     def generate(
-        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
     ) -> Iterator[int]:
-        """Yield the ids that follow `token_ids` [T], as `pick` chooses each; keys and values are cached.
+        """Yield the ids that follow `token_ids` [T], each chosen by `sampler`; keys and values are cached.
 
-        It ends before one of `stop_ids`, or after `max_new_tokens`; two of them may run in turns. Spends no randomness.
-        Raises OutOfMemory.
+        Ends before one of `stop_ids`, or after `max_new_tokens`. Several may be advanced in turns. Random states are
+        left untouched. Raises OutOfMemory.
         """
         ...
 
     def memory(self) -> Memory: ...
 
     def apply_plan(self, plan: Plan) -> None:
-        """Go on by another plan of the same backend and device: checkpointing and the loss's chunk may change."""
+        """Continue with another plan of the same backend and device: checkpointing and the loss chunk may change."""
         ...
 
     def close(self) -> None:
@@ -214,11 +223,40 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A backend, device or precision, and the reason for it. `warning`: what the user should know, or nothing."""
+
+    value: str
+    why: str
+    warning: str = ""
+
+
 class BackendPackage(Protocol):
-    """What `torch_backend` and `mlx_backend` answer without importing their framework at module level."""
+    """What `torch_backend` and `mlx_backend` answer; importing them imports no framework."""
+
+    memory_terms: MemoryTerms
 
     def create(self) -> Backend:
         """A backend with nothing loaded yet; its framework is imported only now."""
+
+    def fault(self) -> UserError | None:
+        """What its installation lacks, and the command that installs it; None where nothing is missing."""
+
+    def choose_device(self, wanted: str) -> Choice:
+        """The device for `--device wanted`. Raises UserError where it is not here or cannot be loaded."""
+
+    def choose_precision(self, wanted: str, device: str) -> Choice:
+        """bf16 or fp32 for `--precision wanted`: under auto bf16 where the device computes it."""
+
+    def free_memory(self, device: str) -> tuple[int, str]:
+        """Bytes that training could take on the device, and what they are: a GPU's, or the machine's."""
+
+    def quantization_scheme(self, wanted: str) -> str:
+        """The recipe's name for `--quantization wanted`. Raises UserError where it cannot be computed here."""
+
+    def is_deterministic(self, dims: ModelDims, device: str, precision: str) -> bool:
+        """Whether the same training gives the same bits again."""
 
 
 Backends = Callable[[str], BackendPackage]  # by name: torch, mlx

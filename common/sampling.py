@@ -1,4 +1,4 @@
-"""How the next token is chosen, once for every backend, and the loop that grows a row by it."""
+"""Sampling of the next token, the same for every backend, and the loop that generates with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPEAT_LAST = 64  # tokens that the repeat penalty looks back
 # llama.cpp's own order; without a list it would also run samplers that are not ours
 SAMPLERS = ("penalties", "top_k", "top_p", "min_p", "temperature")
 
-Pick = Callable[["np.ndarray", Sequence[int]], int]  # logits [vocabulary] float32 and the ids before them -> an id
+Sampler = Callable[["np.ndarray", Sequence[int]], int]  # logits [vocabulary] float32 and the ids before -> an id
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -71,24 +71,24 @@ class Sampling:
         }
 
 
-def sampler(sampling: Sampling) -> Pick:
-    """A pick that draws by `sampling`; greedy ones draw nothing. It holds the random state of one answer."""
+def make_sampler(sampling: Sampling) -> Sampler:
+    """A sampler that holds the random state of one answer; at temperature 0 it is greedy and draws nothing."""
     import numpy as np
 
     random = np.random.default_rng(sampling.seed)
 
-    def pick(logits: np.ndarray, ids: Sequence[int]) -> int:
-        values = penalised(np.asarray(logits, np.float64), ids[-REPEAT_LAST:], sampling.repeat_penalty)
+    def sample(logits: np.ndarray, ids: Sequence[int]) -> int:
+        values = penalized(np.asarray(logits, np.float64), ids[-REPEAT_LAST:], sampling.repeat_penalty)
         if sampling.temperature == 0:
             return int(values.argmax())
         chances = probabilities(values, sampling)
         return int(random.choice(len(chances), p=chances))
 
-    return pick
+    return sample
 
 
-def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
-    """Keskar et al. 2019 (CTRL), with the sign heeded as everywhere since: logits of `seen` ids made less likely."""
+def penalized(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.ndarray:
+    """Logits with those of `seen` ids lowered (Keskar et al. 2019, CTRL); a negative one is multiplied, not divided."""
     import numpy as np
 
     if penalty == 1.0 or not seen:
@@ -99,9 +99,9 @@ def penalised(logits: np.ndarray, seen: Sequence[int], penalty: float) -> np.nda
 
 
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """[vocabulary] float64, summing to 1: top-k, top-p and min-p cut, in this order, then temperature (above 0).
+    """Probabilities [vocabulary] float64 after top-k, top-p and min-p, in this order, then temperature (above 0).
 
-    The cuts look at the probabilities before temperature, as llama.cpp's do; the likeliest token always stays.
+    The filters look at the probabilities before temperature, as llama.cpp's do; the likeliest token always stays.
     """
     import numpy as np
 
@@ -109,7 +109,7 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_k:
         order = order[: sampling.top_k]
     chances = _softmax(logits[order])
-    if sampling.top_p < 1:  # up to and with the token that reaches it
+    if sampling.top_p < 1:  # the token that reaches it stays
         order = order[: int(np.searchsorted(chances.cumsum(), sampling.top_p)) + 1]
         chances = _softmax(logits[order])
     if sampling.min_p:
@@ -126,27 +126,27 @@ def _softmax(values: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum()
 
 
-def grow(
+def generate_tokens(
     forward: Callable[[list[int], bool], np.ndarray],
     token_ids: Sequence[int] | np.ndarray,
     max_new_tokens: int,
     stop_ids: Sequence[int],
-    pick: Pick,
-    split: int | None,
+    sampler: Sampler,
+    rope_split: int | None,
 ) -> Iterator[int]:
     """Yield ids until one of `stop_ids`, which is not yielded, or `max_new_tokens` of them.
 
-    `forward(ids, again)` gives the logits after the last of `ids`, which follow those of earlier calls; `again`: they
-    are the row's first, and its cache is empty. split: longrope turns all tokens of longer rows by other
-    frequencies, so there the row is computed again.
+    `forward(ids, restart)` gives the logits after the last of `ids`, which follow those of earlier calls. With
+    `restart` they are the row's first, and the cache of keys and values must be emptied. rope_split: longrope rotates
+    all tokens of rows longer than this by other frequencies, so a row that passes it is computed again from its start.
     """
-    ids, known = [int(token) for token in token_ids], 0
+    ids, cached = [int(token) for token in token_ids], 0
     for _ in range(max_new_tokens):
-        if split is not None and known <= split < len(ids):
-            known = 0
-        logits = forward(ids[known:], known == 0)
-        known = len(ids)
-        token = pick(logits, ids)
+        if rope_split is not None and cached <= rope_split < len(ids):
+            cached = 0
+        logits = forward(ids[cached:], cached == 0)
+        cached = len(ids)
+        token = sampler(logits, ids)
         if token in stop_ids:
             return
         yield token

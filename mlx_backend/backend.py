@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.system.hardware import preload
+from mlx_backend.devices import preload
 
 preload()  # before mlx is imported, or never
 
@@ -20,7 +20,7 @@ from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, Ou
 from common.models.mlx_quantized import is_quantized  # noqa: E402
 from common.models.resolve import tensor_names  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
-from common.sampling import Pick, grow  # noqa: E402
+from common.sampling import Sampler, generate_tokens  # noqa: E402
 from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.layers import Rows  # noqa: E402
@@ -69,8 +69,6 @@ class MlxBackend:
         ]
         self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch, self.plan.loss_chunk))
         return ModelInfo(
-            device=plan.device,
-            dtype=recipe.precision,
             layers=len(self.model.layers),
             trainable=sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())),
             total=sum(p.size for _, p in tree_flatten(self.model.parameters())),
@@ -123,8 +121,8 @@ class MlxBackend:
             for (optimizer, _, _), state in zip(self.groups, before[1], strict=True):
                 optimizer.state = state
             raise
-        tokens, positions = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
-        return StepResult(total_loss, norm, count, tokens, positions)
+        tokens, padded = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
+        return StepResult(total_loss, norm, count, tokens, padded)
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
@@ -180,22 +178,27 @@ class MlxBackend:
             return np.array(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
 
     def generate(
-        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
     ) -> Iterator[int]:
         from mlx_lm.models.cache import KVCache
 
         caches: list[Any] = []
 
-        def forward(ids: list[int], again: bool) -> np.ndarray:
+        def forward(ids: list[int], restart: bool) -> np.ndarray:
             nonlocal caches
-            if again:
+            if restart:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
             self.model.eval()  # at every token: training may go on in between
             with _memory_errors(), self._adapter(adapter):
                 hidden = hidden_states(self.model, mx.array(ids), Rows(1, len(ids), None), caches)
                 return np.array(head(self.model, hidden[-1:])[0])
 
-        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, self.model.facts.rope_split)
+        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.model.facts.rope_split)
 
     @contextmanager
     def _adapter(self, wanted: bool) -> Iterator[None]:

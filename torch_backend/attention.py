@@ -92,7 +92,7 @@ def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torc
 
 
 def has_flash(device: torch.device) -> bool:
-    """Whether this machine can do what `families.end_to_end` wants: a GPU from Ampere on, and torch built for it."""
+    """Whether this machine has the kernel of `packs_attention`: a GPU from Ampere on, and torch built for it."""
     if device.type != "cuda" or not torch.backends.cuda.is_flash_attention_available():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)

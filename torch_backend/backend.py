@@ -14,17 +14,19 @@ import psutil
 import torch
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
-from common.models.families import end_to_end, facts, text_config
+from common.models.families import facts, text_config
 from common.models.resolve import tensor_names
 from common.recipe import Plan, Recipe
-from common.sampling import Pick, grow
-from common.system.memory import GAPS_EVERY, ResidentSet, give_back_blocks, malloc_trim, swap_used
+from common.sampling import Sampler, generate_tokens
+from common.system.memory import ResidentSet, swap_used
 from torch_backend.attention import has_flash
 from torch_backend.autograd import again, install
 from torch_backend.cuda_graphs import Graphs, can_graph, sizes
+from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import PackedBatch, loss_of, loss_sum
 from torch_backend.matmul import multiple
+from torch_backend.memory_terms import packs_attention
 from torch_backend.model import convert, load_base
 from torch_backend.optimizer import Optimizer, to_numpy
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
@@ -45,7 +47,7 @@ class TorchBackend:
 
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        give_back_blocks()
+        return_large_blocks()
         self.resident = ResidentSet()
         self.recipe = recipe
         self.device = torch.device(plan.device)
@@ -81,11 +83,13 @@ class TorchBackend:
                 self.outer.to(self.device)
                 install(self.model, adapter)
         if self.device.type == "cpu":
-            for layer in self.model.model.layers[::GAPS_EVERY]:
+            for layer in self.model.model.layers[::TRIM_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._give_back_gaps)
         self.multiple = multiple(self.device, dtype)
         self.total, self.share = torch.zeros(2, device=self.device)
-        self.flash = end_to_end(config, plan.device, recipe.precision) and has_flash(self.device)
+        self.flash = packs_attention(
+            config["head_dim"], config["model_type"] == "gemma2", plan.device, recipe.precision
+        ) and has_flash(self.device)
         self.before = (
             torch.are_deterministic_algorithms_enabled(),
             torch.utils.deterministic.fill_uninitialized_memory,
@@ -99,8 +103,6 @@ class TorchBackend:
         with _memory_errors():
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
         return ModelInfo(
-            device=str(self.device),
-            dtype=recipe.precision,
             layers=self.model.config.num_hidden_layers,
             trainable=sum(p.numel() for p in self.parameters.values()),
             total=sum(p.numel() for p in self.outer.parameters()),
@@ -157,10 +159,10 @@ class TorchBackend:
 
         self._fitting(compute)
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
-        tokens, positions = sum(b.tokens for b in micro_batches), sum(map(self._positions, micro_batches))
-        return StepResult(self.total.clone(), norm, count, tokens, positions)
+        tokens, padded = sum(b.tokens for b in micro_batches), sum(map(self._padded_tokens, micro_batches))
+        return StepResult(self.total.clone(), norm, count, tokens, padded)
 
-    def _positions(self, batch: Batch) -> int:
+    def _padded_tokens(self, batch: Batch) -> int:
         if self.graphs is not None:
             return sizes(batch)[0]
         rows, width = batch.input_ids.shape
@@ -181,7 +183,7 @@ class TorchBackend:
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
         loss = self._fitting(lambda: self._loss(batch))
-        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._positions(batch))
+        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
         arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
@@ -211,16 +213,21 @@ class TorchBackend:
             return found.logits[0].float().cpu().numpy()
 
     def generate(
-        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
     ) -> Iterator[int]:
         from transformers import DynamicCache
 
         cache: Any = None
 
         @torch.no_grad()
-        def forward(ids: list[int], again: bool) -> np.ndarray:
+        def forward(ids: list[int], restart: bool) -> np.ndarray:
             nonlocal cache
-            if again:
+            if restart:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may go on in between
             inputs = torch.tensor([ids], device=self.device)
@@ -228,7 +235,7 @@ class TorchBackend:
                 found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
             return found.logits[0, -1].float().cpu().numpy()
 
-        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, self.rope_split)
+        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.rope_split)
 
     def memory(self) -> Memory:
         if self.device.type != "cuda":

@@ -10,8 +10,8 @@ import torch
 from common.errors import UserError
 from common.models.families import text_config
 from common.models.resolve import stored_type
-from common.system.memory import release_pages
 from torch_backend.attention import register
+from torch_backend.host_memory import release_pages
 
 # A multimodal checkpoint's names within its language model, of the older layout and of today's.
 _TEXT_NAMES = {

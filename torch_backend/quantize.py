@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.system.memory import release_pages
+from torch_backend.host_memory import release_pages
 
 
 def quantization_config(scheme: str) -> Any:

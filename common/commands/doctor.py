@@ -4,35 +4,26 @@ import argparse
 import os
 import platform
 import shutil
-import sys
 from importlib import metadata
 from pathlib import Path
 
 from common.context import Context
-from common.display import Display, gigabytes
+from common.display import gigabytes
 from common.errors import UserError
 from common.llama_cpp.build import missing_build_tools
 from common.llama_cpp.install import find, which
 from common.system.cache import cache_folder
 from common.system.environment import chip
-from common.system.hardware import (
-    INSTALL,
-    MLX_INSTALL,
-    choose_backend,
-    choose_device,
-    choose_precision,
-    nvidia_gpu,
-    preload,
-)
-from common.system.memory import swap_used, total
+from common.system.hardware import choose_backend, mlx_install, nvidia_gpu
+from common.system.memory import available, swap_used, total
 from common.verify.parity import parity
 
 
-def doctor(display: Display) -> None:
+def doctor(context: Context) -> None:
     """Print two tables: the machine, and each step with what it lacks. The hub token is never printed."""
     import psutil
 
-    gpu = nvidia_gpu()
+    display, gpu = context.display, nvidia_gpu()
     cmake = which("cmake")
     display.table(
         "This machine",
@@ -40,7 +31,7 @@ def doctor(display: Display) -> None:
         [
             ["chip", f"{chip()}, {psutil.cpu_count(logical=False) or os.cpu_count()} cores"],
             ["system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"],
-            ["memory", f"{gigabytes(total())}, {gigabytes(psutil.virtual_memory().available)} available"],
+            ["memory", f"{gigabytes(total())}, {gigabytes(available())} available"],
             ["swap in use", gigabytes(swap_used())],
             ["NVIDIA GPU", f"{gpu.name}, {gigabytes(gpu.memory)}" if gpu else "none"],
             *[[name, _version(name)] for name in ("torch", "transformers", "peft", "mlx", "mlx-lm")],
@@ -54,14 +45,12 @@ def doctor(display: Display) -> None:
     rows = []
     for backend in ("torch", "mlx"):
         try:
-            choose_backend(backend)
-            device = choose_device("auto", backend)
-            precision = choose_precision("auto", backend, device.value)
-            rows.append(
-                [f"train on {backend}", f"ready: {device.value} ({device.why}), {precision.value} ({precision.why})"]
-            )
-            if backend == "mlx" and device.value == "cpu":
-                rows.append(["MLX's products", _blas_line()])
+            choose_backend(backend, context.backends)
+            package = context.backends(backend)
+            device = package.choose_device("auto")
+            precision = package.choose_precision("auto", device.value)
+            state = f"ready: {device.value} ({device.why}), {precision.value} ({precision.why})"
+            rows.append([f"train on {backend}", f"{state}. {device.warning}" if device.warning else state])
         except UserError as error:
             rows.append([f"train on {backend}", f"missing: {error.what} {error.fix}"])
     try:
@@ -76,13 +65,8 @@ def doctor(display: Display) -> None:
     else:
         rows.append(["make a GGUF", "llama.cpp will be built once (4 to 10 minutes)"])
     display.table("Steps", ["step", "state"], rows)
-    auto = choose_backend("auto")
+    auto = choose_backend("auto", context.backends)
     display.say(f"--backend auto is {auto.value}: {auto.why}")
-
-
-def _blas_line() -> str:
-    found = preload()
-    return f"fast, by {found}" if found else f"about 15 times slower than need be: no OpenBLAS; {INSTALL}"
 
 
 def _llama() -> str:
@@ -103,7 +87,7 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return f"none ({MLX_INSTALL.get(sys.platform, 'no build for this system')})" if "mlx" in package else "none"
+        return f"none ({mlx_install()})" if "mlx" in package else "none"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,6 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     if args.parity is None:
-        doctor(context.display)
+        doctor(context)
         return 0
     return 0 if parity(args.parity, context) else 1

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from common.backend import Adapter
+from common.backend import Adapter, Backends
 from common.commands.arguments import add_options
 from common.context import Context
 from common.data.load import data_of
@@ -33,7 +33,8 @@ from common.option_sources import options_over
 from common.options import Options
 from common.run_lock import held
 from common.run_record import BaseRecord, Run, RunRecord
-from common.system.hardware import choose_backend, choose_device
+from common.system.hardware import choose_backend
+from common.training.memory_estimate import TrainingMemory, model_dims
 from common.training.metrics import timed
 from common.verify.cases import cases_of
 from common.verify.judge import verdict
@@ -59,8 +60,8 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     base = base_of(run, display)
     adapter = adapter_of(run, base)
     if "convert" in EXPORT_STEPS[merged.export]:
-        _check_inputs(run, base, merged)
-    stages = _estimated(run, base, adapter, merged)
+        _check_inputs(run, base, merged, context.backends)
+    stages = _estimated(run, base, adapter, merged, context.backends)
     check_disk(run.path, stages)
     warn_of_memory(stages, display)
     export_run(
@@ -98,13 +99,13 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
     return merged
 
 
-def _check_inputs(run: Run, base: Path, options: Options) -> None:
+def _check_inputs(run: Run, base: Path, options: Options, backends: Backends) -> None:
     """Raises UserError where the data or the backend that the end of a GGUF export needs are missing."""
     if options.imatrix:
         data_of(run, options)
     if not options.no_verify:
         cases_of(run, base)
-        runnable(run.plan, run.recipe)
+        runnable(run.plan, run.recipe, backends)
 
 
 def export_run(job: ExportJob) -> None:
@@ -197,9 +198,10 @@ def _verified(job: ExportJob, meter: StageMeter) -> bool:
             bf16_gguf.unlink(missing_ok=True)
 
 
-def _estimated(run: Run, base: Path, adapter: Adapter, options: Options) -> list[Stage]:
+def _estimated(run: Run, base: Path, adapter: Adapter, options: Options, backends: Backends) -> list[Stage]:
     config = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
-    held = reloaded(options, run.recipe, config, base)
+    memory = TrainingMemory(backends(run.plan.backend), model_dims(config), run.recipe, adapter)
+    held = reloaded(options, memory, base)
     size, verifies = trained_bytes(adapter, base), not options.no_verify
     return estimate_stages(options.export, options.quant, base, size, held, options.imatrix, verifies)
 
@@ -245,8 +247,9 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
         plan = run.plan
         if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
             raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
-        choose_backend(plan.backend)  # a run may have come from another machine
-        device = choose_device("auto", plan.backend).value
+        backends = job.context.backends
+        choose_backend(plan.backend, backends)  # a run may have come from another machine
+        device = backends(plan.backend).choose_device("auto").value
         backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), job.base, job.adapter)
         try:
             yield backend.dequantized()

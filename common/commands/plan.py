@@ -27,7 +27,7 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
     display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
     display.say(f"plan: {plan.backend} on {plan.device}, {recipe.precision}, {described(plan)}")
     longest = max(len(row.ids) - 1 for row in job.train)
-    batch, length = largest(recipe, plan, job.config, job.start, longest, chosen.budget)
+    batch, length = largest(job.memory, plan, longest, job.config["max_position_embeddings"], chosen.budget)
     display.say(
         f"at most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
         f"micro-batch, or one row of {length} tokens. --batch-size may be larger: a step is split into micro-batches"

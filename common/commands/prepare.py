@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter
+from common.backend import Adapter, Choice
 from common.context import Context
 from common.data.dataset import said
 from common.data.encode import Encoded, load_tokenizer
@@ -27,17 +27,10 @@ from common.options import Options, source_name
 from common.recipe import Plan, Recipe
 from common.run_lock import LOCK
 from common.run_record import Run
-from common.system.hardware import (
-    INSTALL,
-    Choice,
-    choose_backend,
-    choose_device,
-    choose_precision,
-    preload,
-    quantization_scheme,
-)
+from common.system.hardware import choose_backend
+from common.training.memory_estimate import TrainingMemory, model_dims
 from common.training.metrics import timed
-from common.training.planner import ChosenPlan, choose
+from common.training.planner import ChosenPlan, choose_plan
 from common.training.setup import make_plan, make_recipe
 from common.verify.cases import Cases, make_cases
 
@@ -63,6 +56,7 @@ class Job:
     chosen: ChosenPlan
     config: dict[str, Any]  # the language model's, normalized
     hardware: Hardware
+    memory: TrainingMemory
     train: list[Encoded]
     valid: list[Encoded]
     start: Adapter | None  # None: every weight is trained
@@ -83,7 +77,7 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     seconds = {} if seconds is None else seconds
     display = context.display
     _check_request(options, display)
-    hardware = choose_hardware(options, display)
+    hardware = choose_hardware(options, context)
     run = resumed or Run(_output(options, hardware.backend.value))
     data = read_data(options, display)
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
@@ -97,9 +91,10 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     config = text_config(json.loads((base.folder / "config.json").read_text(encoding="utf-8")))
     config["dtype"] = stored_type(base.folder)
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
-    chosen = choose(options, recipe, plan, config, start, rows.train.rows)
+    memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
+    chosen = choose_plan(options, memory, plan, rows.train.rows)
     _warn_of_peak(chosen, display)
-    adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, recipe, config, base.folder)
+    adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, memory, base.folder)
     verifies = not options.no_verify
     stages = estimate_stages(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, verifies)
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *stages])
@@ -114,6 +109,7 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
         chosen=chosen,
         config=config,
         hardware=hardware,
+        memory=memory,
         train=rows.train.rows,
         valid=rows.valid.rows,
         start=start,
@@ -141,16 +137,18 @@ def _check_request(options: Options, display: Display) -> None:
         check_installed()
 
 
-def choose_hardware(options: Options, display: Display) -> Hardware:
+def choose_hardware(options: Options, context: Context) -> Hardware:
     """Backend, device and precision. Raises UserError for what is not here, or cannot be combined."""
-    backend = choose_backend(options.backend)
-    device = choose_device(options.device, backend.value)
-    if backend.value == "mlx" and device.value == "cpu" and not preload():
-        display.warn(f"MLX will be about 15 times slower than it could be: no OpenBLAS was found. {INSTALL}")
-    precision = choose_precision(options.precision, backend.value, device.value)
+    backend = choose_backend(options.backend, context.backends)
+    package = context.backends(backend.value)
+    device = package.choose_device(options.device)
+    precision = package.choose_precision(options.precision, device.value)
+    for choice in (backend, device):
+        if choice.warning:
+            context.display.warn(choice.warning)
     if options.method == "full" and options.precision == "auto":
         precision = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
-    scheme = quantization_scheme(options.quantization, backend.value)
+    scheme = package.quantization_scheme(options.quantization)
     if options.method == "dora" and scheme == "int8":
         raise UserError(
             "--method dora over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",

@@ -28,7 +28,7 @@ from common.run_lock import held
 from common.run_record import DataRecord, Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
-from common.system.memory import ResidentSet, swap_used
+from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.loop import Interrupted, TrainingLoop
@@ -83,7 +83,8 @@ def run_training(options: Options, context: Context) -> Path:
 
 def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[str, float]) -> tuple[Backend, Adapter]:
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
-    recipe, display, resident, swap = job.recipe, context.display, ResidentSet(), swap_used()
+    recipe, display, swap = job.recipe, context.display, swap_used()
+    reset_peak_rss()
     state = found.state if found else State.before_training(job.plan)
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)
@@ -106,7 +107,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
                 predicted_parts=job.chosen.prediction.parts,
                 memory_kind=memory.kind,
                 peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
-                peak_rss_bytes=max(resident.process_peak(), before.peak_rss_bytes or 0),
+                peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
                 swap_growth_bytes=max(swap_used() - swap, before.swap_growth_bytes or 0),
             )
     if received:  # after the last step: the export is left for later too
@@ -219,7 +220,7 @@ def _begin(job: Job) -> None:
         recipe_hash=job.recipe.hash(),
         model_hash=job.recipe.model_hash,
         plans=[{"from_step": 1} | job.plan.model_dump()],
-        deterministic=deterministic(job.recipe, job.plan, job.config),
+        deterministic=deterministic(job.recipe, job.chosen.deterministic),
         stop_ids=job.served.stops,
         sample_prompt=job.sample,
         sample_tokens=job.sample_tokens,

@@ -12,7 +12,7 @@ from common.display import Display, gigabytes
 from common.errors import UserError
 from common.model_files import shard_files
 from common.models.safetensors_files import DTYPES, read_header
-from common.system.memory import Extra
+from common.system.memory import PeakMemory
 from common.training.metrics import timed
 
 # The stages of each `--export` after training, in order; stated here only.
@@ -129,7 +129,7 @@ class StageMeter:
     @contextmanager
     def stage(self, name: str, wrote: Path) -> Iterator[None]:
         """Around a stage, or a part of it; `wrote` is the file or folder that it leaves."""
-        with timed(self._seconds, name), Extra() as extra:
+        with timed(self._seconds, name), PeakMemory() as extra:
             yield
         files = [wrote] if wrote.is_file() else wrote.rglob("*")
         disk = sum(file.stat().st_size for file in files if file.is_file())

@@ -12,17 +12,16 @@ from common.display import Display
 from common.errors import UserError
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
 from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
-from common.system.hardware import MLX_INSTALL, installed
+from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
 
 def check_installed() -> None:
     """UserError where MLX or mlx-lm is not installed."""
-    if missing := [name.replace("_", "-") for name in ("mlx", "mlx_lm") if not installed(name)]:
+    if fault := mlx_fault():
         raise UserError(
-            f"--export mlx: {' and '.join(missing)} not installed.",
-            f"{MLX_INSTALL.get(sys.platform, 'MLX has no build for this system')}; or train with --export fused, and "
-            "run `fuse RUN --export mlx` where mlx-lm is.",
+            f"--export mlx: {fault.what}",
+            f"{fault.fix}; or train with --export fused, and run `fuse RUN --export mlx` where mlx-lm is.",
         )
 
 

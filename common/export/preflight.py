@@ -16,15 +16,14 @@ from common.llama_cpp.lora import check_lora, lora_script
 from common.llama_cpp.mmproj import has_vision, vision_fault
 from common.models.mlx_quantized import source
 from common.options import Options
-from common.recipe import Recipe
-from common.training.memory_estimate import ModelDims, weight_bytes
+from common.training.memory_estimate import TrainingMemory
 
 
-def reloaded(options: Options, recipe: Recipe, config: dict[str, Any], folder: Path) -> int:
-    """Bytes of the quantized base that --fuse-into dequantized loads again. `config`: the normalized text config."""
-    if options.fuse_into != "dequantized" or recipe.quantization == "none" or source(folder) is not None:
+def reloaded(options: Options, memory: TrainingMemory, folder: Path) -> int:
+    """Bytes of the quantized base that --fuse-into dequantized loads again."""
+    if options.fuse_into != "dequantized" or memory.recipe.quantization == "none" or source(folder) is not None:
         return 0
-    return weight_bytes(ModelDims.of(config), recipe)
+    return memory.package.memory_terms.weight_bytes(memory.dims, memory.recipe)
 
 
 def tools_for(

@@ -13,7 +13,7 @@ from common.data.assistant_spans import fold_system
 from common.data.chat_template import OPEN_BLOCK, Message, Renderer
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.errors import UserError
-from common.sampling import Sampling, sampler
+from common.sampling import Sampling, make_sampler
 
 # (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
 Pieces = Generator[tuple[str, str | None], None, None]
@@ -86,7 +86,7 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
                 f"These turns have {len(ids)} tokens, and --context is {form.context}.", "/reset, or --context"
             )
         limit = min(sampling.max_tokens, room)
-        made = backend.generate(np.array(ids, np.int32), limit, stops, sampler(sampling), adapter)
+        made = backend.generate(np.array(ids, np.int32), limit, stops, make_sampler(sampling), adapter)
         try:
             yield from _decoded(made, tokenizer, limit, OPEN_BLOCK.search(text))
         except OutOfMemory as error:

@@ -157,7 +157,7 @@ def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: Exit
         if adapter is None:
             recipe, adapter = _untrained(folder, recipe)
         with context.display.stage("load the model"):
-            backend, _ = loaded(context, recipe, runnable(run.plan, recipe), folder, adapter)
+            backend, _ = loaded(context, recipe, runnable(run.plan, recipe, context.backends), folder, adapter)
         stack.callback(backend.close)
         return backend
 

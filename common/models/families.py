@@ -282,12 +282,3 @@ def language_tensor(name: str, tied: bool) -> bool:
 def mlx_name(name: str) -> str:
     """The name within mlx-lm's model, which keeps the older nesting of multimodal models."""
     return name.replace("model.language_model.", "language_model.model.", 1)
-
-
-def end_to_end(config: dict[str, Any], device: str, precision: str) -> bool:
-    """Whether attention too reads rows end to end, without padding, and with a backward pass that repeats exactly.
-
-    torch's FlashAttention does: in bf16 on an NVIDIA GPU from Ampere on, for heads that it takes; it caps no scores.
-    """
-    width, capped = config["head_dim"], config["model_type"] == "gemma2"
-    return device == "cuda" and precision == "bf16" and not capped and width % 8 == 0 and width <= 256

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
+from common.backend import Adapter, Backend, Backends, ModelInfo, OutOfMemory
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
@@ -12,7 +12,7 @@ from common.models.resolve import content_hash, resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.run_record import Run, RunRecord
-from common.system.hardware import choose_backend, choose_device, installed
+from common.system.hardware import choose_backend
 
 
 def base_of(run: Run, display: Display) -> Path:
@@ -33,14 +33,14 @@ def adapter_of(run: Run, base: Path) -> Adapter:
     return adapter
 
 
-def runnable(plan: Plan, recipe: Recipe) -> Plan:
+def runnable(plan: Plan, recipe: Recipe, backends: Backends) -> Plan:
     """The run's plan on this machine: another backend where its own is not here and its base is not quantized.
 
     Raises UserError where none can compute it.
     """
-    movable = recipe.quantization == "none" and not installed("torch" if plan.backend == "torch" else "mlx_lm")
-    name = choose_backend("auto" if movable else plan.backend).value
-    changes = {"backend": name, "device": choose_device("auto", name).value, "memory_budget": 0}
+    movable = recipe.quantization == "none" and backends(plan.backend).fault() is not None
+    name = choose_backend("auto" if movable else plan.backend, backends).value
+    changes = {"backend": name, "device": backends(name).choose_device("auto").value, "memory_budget": 0}
     return plan.model_copy(update=changes)
 
 

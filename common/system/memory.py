@@ -1,22 +1,21 @@
 """Memory of this process and of the machine, in bytes."""
 
-import ctypes
-import mmap
-import platform
 import resource
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from common.backend import Memory
 
 
 class ResidentSet:
-    """Growth of the resident set since this object was made, for where no allocator keeps a peak."""
+    """Growth of the resident set since this object was made, where no allocator keeps a peak.
+
+    Making it resets the process's own peak on Linux: `peak_rss` then counts from there on.
+    """
 
     def __init__(self) -> None:
-        _reset_peak()
+        reset_peak_rss()
         self._start = rss()
 
     def used(self) -> int:
@@ -24,10 +23,6 @@ class ResidentSet:
 
     def peak(self) -> int:
         return max(0, peak_rss() - self._start)
-
-    def process_peak(self) -> int:
-        """The process's peak; on Linux since the start of training, so that what came before does not count."""
-        return peak_rss()
 
     def memory(self) -> Memory:
         return Memory(self.used(), self.peak(), total(), "rss", swap_used())
@@ -40,48 +35,13 @@ def rss() -> int:
 
 
 def peak_rss() -> int:
-    """The resident set's peak. getrusage counts kilobytes on Linux and bytes on macOS."""
+    """The resident set's peak, which getrusage counts in kilobytes on Linux and in bytes on macOS."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-KEPT_BLOCKS = 4 * 2**20  # bytes
-GAPS_EVERY = 4  # layers, with gradient checkpointing
-
-
-def give_back_blocks() -> None:
-    """Let glibc return every freed block of `KEPT_BLOCKS` or more to Linux at once.
-
-    Left to itself it soon keeps blocks of up to 32 MB, and the gaps between them: a 1B model's step took 1.3 GB instead
-    of 0.9. At 4 MB that costs no time; at 2 MB up to a fifth more, for page faults. mallopt(3), M_MMAP_THRESHOLD.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-3, KEPT_BLOCKS)
-
-
-def malloc_trim() -> None:
-    """Let glibc return the whole pages of its gaps, the free blocks between kept ones, to Linux; some 10 ms.
-
-    2.36 does not fill a gap with an aligned block of the very size that was freed there: every short-lived tensor of a
-    layer leaves one. With gradient checkpointing SmolLM2's step took 1.05 GB, and with this 0.58. malloc_trim(3).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def release_pages(tensor: Any) -> None:
-    """Tell Linux that the whole pages of `tensor`, a torch tensor that nobody reads again, are not needed."""
-    if sys.platform != "linux":
-        return
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
-    if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
-
-
-def _reset_peak() -> None:
-    """Let Linux count the peak from here on (proc(5), clear_refs); elsewhere the process's whole life counts."""
+def reset_peak_rss() -> None:
+    """Let Linux count the peak from here on (proc(5), clear_refs); elsewhere it counts from the process's start."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -94,13 +54,20 @@ def total() -> int:
     return int(psutil.virtual_memory().total)
 
 
+def available() -> int:
+    """What the system could still give to processes without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def swap_used() -> int:
     import psutil
 
     return int(psutil.swap_memory().used)
 
 
-class Extra:
+class PeakMemory:
     """A context manager: the peak of what this process and its children hold beyond what they held at its start.
 
     Sampled twenty times a second; `getrusage` cannot tell it: Linux hands a parent's peak on to the children that it
@@ -112,7 +79,7 @@ class Extra:
         self._over = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> "Extra":
+    def __enter__(self) -> "PeakMemory":
         self._start = _held()
         self._sampler.start()
         return self

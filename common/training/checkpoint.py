@@ -58,7 +58,7 @@ class State:
         self.step, self.train_loss = step, loss
         self.tokens += result.tokens
         self.label_tokens += result.label_tokens
-        self.padded_tokens += result.positions
+        self.padded_tokens += result.padded_tokens
         self.train_seconds += seconds
         if timed:
             self.timed_seconds += seconds

@@ -1,31 +1,30 @@
-"""Which plan: the fastest of those whose predicted memory fits the budget."""
+"""Which plan: the fastest of those whose estimated memory fits the budget."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from common.backend import Adapter
 from common.data.batching import START_COST, cut, step_rows
 from common.data.encode import Encoded
 from common.display import gigabytes
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 from common.options import Options, read_size
 from common.recipe import Plan, Recipe
-from common.system.hardware import free_memory
-from common.training.memory_estimate import MemoryEstimate, MicroBatchShape, loss_chunk, predict
+from common.training.memory_estimate import MemoryEstimate, TrainingMemory
 
-_SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # micro-batches' tokens that are tried; the last: one row each
+_SIZES = (8192, 4096, 2048, 1024, 512, 256, 1)  # tokens of a micro-batch that are tried; the last: one row each
 _RECOMPUTE = 1.4  # the time of a step with gradient checkpointing; measured 1.35 to 1.45 on a CPU, 1.32 on an H200
-_WORTH = 1.02  # a dearer plan must be this much faster
-_ROWS = 4000  # whose steps are looked at
+_WORTH = 1.02  # a plan that needs more memory must be this much faster
+_ROWS = 4000  # rows whose steps are looked at
 
 
 @dataclass(frozen=True)
 class ChosenPlan:
     plan: Plan
     prediction: MemoryEstimate
-    budget: int
-    why: str
+    budget: int  # bytes
+    why: str  # the budget's reason
+    deterministic: bool  # the same training gives the same bits again
 
 
 @dataclass(frozen=True)
@@ -57,44 +56,61 @@ class Work:
         return list(shapes), tokens, count
 
 
-def choose(
-    options: Options,
-    recipe: Recipe,
-    base: Plan,
-    config: dict[str, Any],
-    adapter: Adapter | None,
-    rows: Sequence[Encoded],
-) -> ChosenPlan:
-    """The plan that `base` becomes: what the user typed stays. Raises UserError where --memory-limit cannot be kept."""
-    budget, why = _budget(options, base)
-    work = Work.of(rows, recipe)
-    base = base.model_copy(update={"loss_chunk": loss_chunk(config, base), "memory_budget": budget})
+@dataclass(frozen=True)
+class _Candidate:
+    plan: Plan
+    prediction: MemoryEstimate
+    cost: float  # the time of a step, in tokens
+
+    @property
+    def peak(self) -> int:
+        return self.prediction.peak
+
+
+def choose_plan(options: Options, memory: TrainingMemory, base: Plan, rows: Sequence[Encoded]) -> ChosenPlan:
+    """`base` with micro-batches, checkpointing and loss chunk chosen; what the user typed stays.
+
+    Raises UserError where --memory-limit cannot be kept.
+    """
+    budget, why = _budget(options, memory, base)
+    deterministic = memory.package.is_deterministic(memory.dims, base.device, memory.recipe.precision)
+    chunk = memory.package.memory_terms.loss_chunk(memory.dims.vocabulary, base.device)
+    base = base.model_copy(update={"loss_chunk": chunk, "memory_budget": budget})
+    candidates = _candidates(options, memory, base, Work.of(rows, memory.recipe))
+    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
+    if fitting:
+        fastest = min(candidate.cost for candidate in fitting)
+        chosen = min(
+            (candidate for candidate in fitting if candidate.cost <= fastest * _WORTH),
+            key=lambda c: (c.peak, c.plan.micro_batch_tokens),  # smaller micro-batches spare the validation memory too
+        )
+    else:
+        chosen = min(candidates, key=lambda candidate: candidate.peak)
+        if options.memory_limit is not None:
+            raise _too_small(options, chosen.peak)
+    return ChosenPlan(chosen.plan, chosen.prediction, budget, why, deterministic)
+
+
+def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work) -> list[_Candidate]:
     sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
-    ways = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
+    checkpointing = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
     found = []
     for size in sizes:
         shapes, tokens, count = work.cut(size, base.device)
-        for again in ways:
-            plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": again})
-            cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if again else 1)
-            found.append((plan, predict(config, recipe, plan, adapter, shapes), cost))
-    fitting = [candidate for candidate in found if candidate[1].peak <= budget]
-    if not fitting:
-        plan, prediction, _ = min(found, key=lambda candidate: candidate[1].peak)
-        if options.memory_limit is not None:
-            typed = options.micro_batch_tokens or options.gradient_checkpointing is False
-            raise UserError(
-                f"--memory-limit {options.memory_limit}: training needs about {gigabytes(prediction.peak)} at least.",
-                ("Leave out --micro-batch-tokens and --gradient-checkpointing. " if typed else "")
-                + "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
-            )
-        return ChosenPlan(plan, prediction, budget, why)
-    fastest = min(cost for _, _, cost in fitting)
-    plan, prediction, _ = min(
-        (candidate for candidate in fitting if candidate[2] <= fastest * _WORTH),
-        key=lambda c: (c[1].peak, c[0].micro_batch_tokens),  # a smaller cut spares the validation memory too
+        for recompute in checkpointing:
+            plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": recompute})
+            cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if recompute else 1)
+            found.append(_Candidate(plan, memory.estimate(plan, shapes), cost))
+    return found
+
+
+def _too_small(options: Options, least: int) -> UserError:
+    typed = options.micro_batch_tokens or options.gradient_checkpointing is False
+    return UserError(
+        f"--memory-limit {options.memory_limit}: training needs about {gigabytes(least)} at least.",
+        ("Leave out --micro-batch-tokens and --gradient-checkpointing. " if typed else "")
+        + "Raise the limit, lower --max-length or --rank, or hold the base in fewer bits: --quantization 4bit.",
     )
-    return ChosenPlan(plan, prediction, budget, why)
 
 
 def described(plan: Plan) -> str:
@@ -105,33 +121,36 @@ def described(plan: Plan) -> str:
     )
 
 
-def _budget(options: Options, plan: Plan) -> tuple[int, str]:
+def _budget(options: Options, memory: TrainingMemory, plan: Plan) -> tuple[int, str]:
     if options.memory_limit is not None:
         return read_size(options.memory_limit), "asked for"
-    free, what = free_memory(plan.backend, plan.device)
+    free, what = memory.package.free_memory(plan.device)
     return round(0.85 * free), f"85 % of {what}, {gigabytes(free)}"
 
 
-def largest(
-    recipe: Recipe, plan: Plan, config: dict[str, Any], adapter: Adapter | None, longest: int, budget: int
-) -> tuple[int, int]:
-    """`(rows of `longest` tokens in one micro-batch, tokens of one row)` that fit at the most, with checkpointing."""
+def largest(memory: TrainingMemory, plan: Plan, longest: int, max_positions: int, budget: int) -> tuple[int, int]:
+    """`(rows of `longest` tokens in one micro-batch, tokens of one row)` that fit at the most, with checkpointing.
+
+    max_positions: the longest row that the model takes.
+    """
     lean = plan.model_copy(update={"gradient_checkpointing": True})
 
     def fits(rows: int, width: int) -> bool:
-        return (
-            predict(config, recipe, lean, adapter, [MicroBatchShape(rows, width, rows * width, rows * width)]).peak
-            <= budget
-        )
+        tokens = rows * width
+        return memory.estimate(lean, [MicroBatchShape(rows, width, tokens, tokens)]).peak <= budget
 
-    def most(test: Any, limit: int) -> int:
-        """By steps down and then halves: memory does not always rise with the tokens (`predict`'s gaps)."""
-        above, low = limit + 1, limit
-        while low and not test(low):
-            above, low = low, low * 15 // 16
-        while above - low > 1:
-            middle = (low + above) // 2
-            low, above = (middle, above) if test(middle) else (low, middle)
-        return low
+    return _most(lambda rows: fits(rows, longest), 4096), _most(lambda width: fits(1, width), max_positions)
 
-    return most(lambda n: fits(n, longest), 4096), most(lambda n: fits(1, n), config["max_position_embeddings"])
+
+def _most(fits: Callable[[int], bool], limit: int) -> int:
+    """The most up to `limit` that fits, 0 where nothing does: by steps down, then by bisection.
+
+    Not by bisection alone, since the estimate does not always rise with the tokens (torch's gaps between blocks).
+    """
+    above, low = limit + 1, limit
+    while low and not fits(low):
+        above, low = low, low * 15 // 16
+    while above - low > 1:
+        middle = (low + above) // 2
+        low, above = (middle, above) if fits(middle) else (low, middle)
+    return low

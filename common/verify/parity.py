@@ -21,7 +21,6 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes, target_names
 from common.options import EXAMPLE
 from common.recipe import Plan, Recipe
-from common.system.hardware import choose_backend, choose_device
 from common.verify.tiny_models import TINY, write_tiny
 
 RECORD = Path(__file__).with_name("parity_reference.json")
@@ -47,7 +46,7 @@ def parity(name: str, context: Context) -> bool:
     With one backend only the family's tiny model is trained, and compared with common/verify/parity_reference.json.
     Raises UserError where no backend is installed or the model is not supported.
     """
-    display, here = context.display, [backend for backend in ("torch", "mlx") if _installed(backend)]
+    display, here = context.display, [name for name in ("torch", "mlx") if context.backends(name).fault() is None]
     if not here:
         raise UserError("Neither backend is installed.", "python cli.py doctor says how to install one.")
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,7 +81,7 @@ def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps:
     """The result of `steps` steps of four rows on one backend, in float32, from the seeded adapter."""
     shapes = linear_shapes(folder, ["all-linear"])
     recipe = _recipe(folder, steps, target_names(shapes))
-    plan: dict[str, Any] = {"backend": name, "device": choose_device("auto", name).value}
+    plan: dict[str, Any] = {"backend": name, "device": backends(name).choose_device("auto").value}
     backend = backends(name).create()
     start = initial_adapter(shapes, layer_count(shapes), recipe)
     backend.load(recipe, Plan(**plan, micro_batch_tokens=1024, save_every=steps), folder, start)
@@ -175,14 +174,6 @@ def _text_rows(folder: Path) -> list[Encoded]:
         ids = np.array(tokenizer(text)["input_ids"][:128], np.int32)
         rows.append(Encoded(ids, np.ones(len(ids), bool), example.source))
     return rows
-
-
-def _installed(backend: str) -> bool:
-    try:
-        choose_backend(backend)
-    except UserError:
-        return False
-    return True
 
 
 def _family(folder: Path) -> str:

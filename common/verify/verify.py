@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 from rich.text import Text
 
-from common.backend import Adapter, Backend, LoraWeight, Progress
+from common.backend import Adapter, Backend, Backends, LoraWeight, Progress
 from common.context import Context
 from common.data.encode import load_tokenizer
 from common.display import Display
@@ -28,7 +28,6 @@ from common.models.shapes import linear_shapes, parameter_count
 from common.recipe import Plan, Recipe
 from common.run_lock import held
 from common.run_record import Run, VerifyRecord
-from common.system.hardware import free_memory
 from common.verify.cases import cases_of
 from common.verify.divergence import Divergence, LogitsAt, Positions, Reference, choose_positions
 from common.verify.judge import judge_fused, judge_quants, verdict
@@ -53,7 +52,7 @@ def verify_held(run: Run, base: Path, adapter: Adapter, context: Context, bf16_g
     where something that is needed is missing: fused folder, GGUF, the data of an older version's run, a backend.
     """
     display, record, recipe, ggufs = context.display, run.record, run.recipe, _ggufs_of(run)
-    plan = runnable(run.plan, recipe)
+    plan = runnable(run.plan, recipe, context.backends)
     cases, tokenizer = cases_of(run, base), load_tokenizer(run.fused)
     if not cases.rows:
         raise UserError(f"{record.options.get('data')}: no row is left to verify with.", "Use --no-verify.")
@@ -141,7 +140,7 @@ def _compare_trained(
     given: VerifyInput, at: Positions, context: Context, links: dict[str, Divergence], progress: Progress
 ) -> None:
     """Base with tuned, fused with adapter on base, by the backend that trained; then the bf16 GGUF with fused."""
-    recipe, plan = _exact(given)
+    recipe, plan = _exact(given, context.backends)
     plain, neutral = recipe.model_copy(update={"quantization": "none"}), _neutral_adapter(given.base)
     tuned = None
     if not given.adapter.full:
@@ -176,10 +175,10 @@ def _compare_quants(given: VerifyInput, at: Positions, links: dict[str, Divergen
             links[name] = reference.divergence(model)
 
 
-def _exact(given: VerifyInput) -> tuple[Recipe, Plan]:
+def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
     """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
     plan = given.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
-    fits = 4.4 * parameter_count(given.base) < free_memory(plan.backend, plan.device)[0]
+    fits = 4.4 * parameter_count(given.base) < backends(plan.backend).free_memory(plan.device)[0]
     recipe = given.recipe.model_copy(
         update={
             "precision": "fp32" if fits else given.recipe.precision,

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+import mlx_backend
+import torch_backend
 from common.errors import UserError
 from common.verify import parity
 from common.verify.tiny_models import TINY
@@ -13,6 +15,13 @@ def found(capsys):
     """The table's rows on standard output as words: what, found, bound, within."""
     lines = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     return {" ".join(line[:-3]): line[-3:] for line in lines}
+
+
+def alone(monkeypatch, *names):
+    """As on a machine that has the named backends only."""
+    for name, package in {"torch": torch_backend, "mlx": mlx_backend}.items():
+        if name not in names:
+            monkeypatch.setattr(package, "fault", lambda: UserError("It is not installed.", ""))
 
 
 def test_two_backends_side_by_side(capsys):
@@ -26,7 +35,7 @@ def test_two_backends_side_by_side(capsys):
 @pytest.mark.parametrize("family", TINY)
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_each_backend_alone_meets_the_record(backend, family, capsys, monkeypatch):
-    monkeypatch.setattr(parity, "_installed", lambda name: name == backend)
+    alone(monkeypatch, backend)
     assert parity.parity(family, context("plain"))
     table = found(capsys)
     assert table.keys() == {"logits", "step losses"}
@@ -34,7 +43,7 @@ def test_each_backend_alone_meets_the_record(backend, family, capsys, monkeypatc
 
 
 def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
-    monkeypatch.setattr(parity, "_installed", lambda name: name == "torch")
+    alone(monkeypatch, "torch")
     right = parity.recorded("llama")
     wrong = parity.Result(right.logits, right.losses * (1 + 2e-4 * np.arange(len(right.losses))), {})
     monkeypatch.setattr(parity, "recorded", lambda family: wrong)
@@ -44,6 +53,6 @@ def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
 
 
 def test_without_a_backend_nothing_is_checked(monkeypatch):
-    monkeypatch.setattr(parity, "_installed", lambda name: False)
+    alone(monkeypatch)
     with pytest.raises(UserError, match="Neither backend"):
         parity.parity("llama", context("plain"))

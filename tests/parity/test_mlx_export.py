@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 from common.display import Display
 from common.errors import UserError
-from common.export import mlx
 from common.export.fused_folder import ServingConfig, write_fused
 from common.export.mlx import check_installed, check_model, write_mlx
 from common.models.families import normalize_config, text_name
+from common.system import hardware
 from common.verify.tiny_models import write_tiny
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_tokenizer
@@ -139,8 +139,8 @@ def test_a_failure_leaves_the_old_folder_and_names_the_log(tmp_path):
 
 def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
     check_installed()
-    monkeypatch.setattr(mlx, "installed", lambda name: name != "mlx_lm")
-    with pytest.raises(UserError, match="--export mlx: mlx-lm not installed") as caught:
+    monkeypatch.setattr(hardware, "installed", lambda name: name != "mlx_lm")
+    with pytest.raises(UserError, match="--export mlx: mlx-lm is not installed") as caught:
         check_installed()
     assert "or train with --export fused" in caught.value.fix
 

@@ -8,7 +8,7 @@ from common.data.encode import Encoder, MaskingOptions
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.resolve import resolve
-from common.system.hardware import preload
+from mlx_backend.devices import preload
 from tests import ROOT, backends
 from tests.tiny import write_model, write_rows
 

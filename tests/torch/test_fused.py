@@ -256,7 +256,7 @@ def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(mode
     monkeypatch.setattr(backend_module, "malloc_trim", lambda: given.append(1))
     backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=True)
     batch = make_batch(rows[:2])
-    with_gaps = len(backend.model.model.layers[:: backend_module.GAPS_EVERY])
+    with_gaps = len(backend.model.model.layers[:: backend_module.TRIM_EVERY])
     backend.train_step([batch], 1e-3, 1)
     assert len(given) == 2 * with_gaps  # forward, and again in the backward pass
     backend.eval_step(batch)

@@ -12,7 +12,7 @@ import numpy as np
 from common.backend import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from common.data.encode import Encoded
 from common.recipe import Plan, Recipe
-from common.sampling import Pick, grow
+from common.sampling import Sampler, generate_tokens
 
 RECIPE = Recipe(
     model="some/model",
@@ -83,7 +83,7 @@ class Bigram:
         self.recipe, self.plan = recipe, plan
         if adapter is not None:
             self.set_adapter(adapter)
-        return ModelInfo("cpu", "float32", 1, 10, 100, "Bigram")
+        return ModelInfo(1, 10, 100, "Bigram")
 
     def set_adapter(self, adapter: Adapter) -> None:
         self.layer = next(iter(adapter.weights))
@@ -125,8 +125,8 @@ class Bigram:
         self.optimizer = OptimizerState(step, first, second)
         if step == self.nan_step:
             loss = float("nan")
-        tokens, positions = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
-        return StepResult(loss, norm, count, tokens, positions)
+        tokens, padded = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
+        return StepResult(loss, norm, count, tokens, padded)
 
     def eval_step(self, batch: Batch) -> StepResult:
         self._remember([batch])
@@ -139,12 +139,17 @@ class Bigram:
         return (scale * B @ A[:, token_ids % A.shape[1]]).T
 
     def generate(
-        self, token_ids: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], pick: Pick, adapter: bool = True
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
     ) -> Iterator[int]:
-        def forward(ids: list[int], again: bool) -> np.ndarray:
+        def forward(ids: list[int], restart: bool) -> np.ndarray:
             return self.logits(np.array(ids), adapter)[-1]
 
-        return grow(forward, token_ids, max_new_tokens, stop_ids, pick, None)
+        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, None)
 
     def memory(self) -> Memory:
         return Memory(1, 2, 3, "rss", 0)

@@ -76,6 +76,28 @@ def test_common_needs_only_light_packages_at_import(path: Path) -> None:
     assert roots(at_import(path)) <= set(sys.stdlib_module_names) | LIGHT | {"common"}
 
 
+# What of common imports a framework, in a function: the libraries that it calls take or make nothing else.
+FRAMEWORK_USERS = {
+    "common/models/gguf_import.py": {"torch"},  # transformers dequantizes a GGUF into torch tensors
+    "common/export/mlx.py": {"mlx_lm"},  # mlx-lm's own quantizer writes the MLX export
+}
+
+
+@pytest.mark.parametrize("path", modules("common"), ids=place)
+def test_common_asks_no_framework(path: Path) -> None:
+    found = roots(everywhere(path)) & {"torch", "peft", "mlx", "mlx_lm", "bitsandbytes"}
+    assert found == FRAMEWORK_USERS.get(place(path), set())
+
+
+def test_a_backend_package_is_imported_without_its_framework() -> None:
+    code = (
+        "import sys, torch_backend, mlx_backend; torch_backend.fault(); mlx_backend.fault(); "
+        f"print(*sorted({{name.split('.')[0] for name in sys.modules}} & set({FRAMEWORKS!r})))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
 @pytest.mark.parametrize(
     "path", modules("mlx_backend", "torch_backend"), ids=lambda path: f"{path.parent.name}/{path.name}"
 )
@@ -101,7 +123,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 LAYERS = (
     {"errors", "option_fields", "option_aliases", "strict_json"},
     {"recipe", "run_lock", "option_translation"},
-    {"sampling", "options", "run_record", "model_files"},
+    {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
     {"display", "system"},
     {"context"},
@@ -113,7 +135,7 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY = {
-    *("errors", "backend", "recipe", "sampling", "system", "data.batching"),
+    *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "data.batching"),
     *(f"models.{name}" for name in ("families", "resolve", "mlx_quantized", "shapes")),
 }
 SHARED_STEPS = {"arguments", "prepare", "fuse"}  # commands that are a step of others too

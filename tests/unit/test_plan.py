@@ -1,18 +1,21 @@
 """What is estimated of memory, and the plan chosen by it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import mlx_backend
+import torch_backend
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 from common.models.families import text_config
 from common.models.lora_init import initial_adapter
 from common.models.shapes import tensor_shapes
 from common.options import Options, read_size
 from common.recipe import Plan
-from common.training import planner as planning
-from common.training.memory_estimate import MicroBatchShape, ModelDims, predict, weight_bytes
-from common.training.planner import Work, choose, largest
+from common.training.memory_estimate import MemoryEstimate, TrainingMemory, model_dims
+from common.training.planner import Work, choose_plan, largest
 from common.verify.tiny_models import tiny_config
 from tests.backends import make_recipe
 from tests.unit.bigram import row
@@ -37,21 +40,30 @@ def adapter(of=None):
     return initial_adapter(MODULES, 8, of or recipe())
 
 
+PACKAGES = {"torch": torch_backend, "mlx": mlx_backend}
+
+
+def predict(of=None, plan=PLAN, shapes=(), config=CONFIG) -> MemoryEstimate:
+    of = of or recipe()
+    given = None if of.method == "full" else adapter(of)
+    return TrainingMemory(PACKAGES[plan.backend], model_dims(config), of, given).estimate(plan, shapes)
+
+
 def rows(*lengths: int):
     return [row([1] * (length + 1), 2) for length in lengths]
 
 
 USUAL = MicroBatchShape(4, 100, 400, 200)
+MEMORY = TrainingMemory(torch_backend, model_dims(CONFIG), recipe(), adapter())
 
 
 def peak(shape: MicroBatchShape = USUAL, of=None, **plan) -> int:
-    of = of or recipe()
-    return predict(CONFIG, of, PLAN.model_copy(update=plan), adapter(of), [shape]).peak
+    return predict(of, PLAN.model_copy(update=plan), [shape]).peak
 
 
 def chosen(limit: str | None = None, lengths=(300,) * 40, **options):
     given = Options.model_validate({"memory_limit": limit, **options})
-    return choose(given, recipe(), PLAN, CONFIG, adapter(), rows(*lengths))
+    return choose_plan(given, MEMORY, PLAN, rows(*lengths))
 
 
 @pytest.mark.parametrize(
@@ -70,25 +82,29 @@ def test_what_is_no_size_is_told(text: str) -> None:
 
 def test_the_weights_are_counted_to_the_byte() -> None:
     count = sum(a * b for a, b in MODULES.values()) + 4096 * 512 + 17 * 512
-    sizes = ModelDims.of(CONFIG)
+    sizes, torch, mlx = model_dims(CONFIG), torch_backend.memory_terms, mlx_backend.memory_terms
     assert sizes.linear + sizes.other == count
-    assert weight_bytes(sizes, recipe()) == 4 * count
-    assert weight_bytes(sizes, recipe(precision="bf16")) == 2 * count
-    halved = ModelDims.of(CONFIG | {"dtype": "bfloat16"})
-    assert (weight_bytes(halved, recipe()), weight_bytes(halved, recipe(), as_stored=True)) == (4 * count, 2 * count)
-    assert weight_bytes(sizes, recipe(), as_stored=True) == 4 * count
-    assert weight_bytes(sizes, recipe(precision="bf16", quantization="mlx-4bit-64")) == round(count * (0.5 + 4 / 64))
+    assert torch.weight_bytes(sizes, recipe()) == mlx.weight_bytes(sizes, recipe()) == 4 * count
+    assert torch.weight_bytes(sizes, recipe(precision="bf16")) == 2 * count
+    halved = model_dims(CONFIG | {"dtype": "bfloat16"})
+    assert (torch.weight_bytes(halved, recipe()), torch.held_bytes(halved, recipe(), "cpu")) == (4 * count, 2 * count)
+    assert torch.held_bytes(sizes, recipe(), "cpu") == torch.held_bytes(halved, recipe(), "cuda") == 4 * count
+    assert torch.held_bytes(halved, recipe(method="dora"), "cpu") == 4 * count
+    four_bits = recipe(precision="bf16", quantization="mlx-4bit-64")
+    assert mlx.weight_bytes(sizes, four_bits) == round(count * (0.5 + 4 / 64))
     assert (
-        weight_bytes(sizes, recipe(quantization="nf4")) < weight_bytes(sizes, recipe(quantization="int8")) < 4 * count
+        torch.weight_bytes(sizes, recipe(quantization="nf4"))
+        < torch.weight_bytes(sizes, recipe(quantization="int8"))
+        < 4 * count
     )
 
 
 def test_only_adapter_gradients_and_moments_are_counted() -> None:
-    parts = predict(CONFIG, recipe(), PLAN, adapter(), [MicroBatchShape(1, 10, 10, 5)]).parts
+    parts = predict(shapes=[MicroBatchShape(1, 10, 10, 5)]).parts
     count = sum(weight.A.size + weight.B.size for weight in adapter().weights.values())
     assert parts["adapter"] == 2 * 4 * count  # and what training starts from
     assert parts["gradients and moments"] == 12 * count
-    every = predict(CONFIG, recipe(method="full"), PLAN, None, [MicroBatchShape(1, 10, 10, 5)]).parts
+    every = predict(recipe(method="full"), shapes=[MicroBatchShape(1, 10, 10, 5)]).parts
     assert every["gradients and moments"] == 3 * every["weights"]
 
 
@@ -99,7 +115,7 @@ def test_the_prediction_grows_with_what_costs_memory() -> None:
     assert peak(of=recipe(precision="bf16")) < peak()
     large, lean = CONFIG | {"vocab_size": 100_000}, PLAN.model_copy(update={"gradient_checkpointing": True})
     one, other = (
-        predict(large, recipe(), lean.model_copy(update={"loss_chunk": chunk}), adapter(), [USUAL]).peak
+        predict(plan=lean.model_copy(update={"loss_chunk": chunk}), shapes=[USUAL], config=large).peak
         for chunk in (32, 200)
     )
     assert other > one
@@ -110,8 +126,21 @@ def test_the_prediction_grows_with_what_costs_memory() -> None:
 
 def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
     shapes = [MicroBatchShape(1, 10, 10, 5)]
-    assert predict(CONFIG, recipe(), PLAN, adapter(), shapes).measured
-    assert not predict(CONFIG, recipe(), PLAN.model_copy(update={"device": "mps"}), adapter(), shapes).measured
+    assert predict(shapes=shapes).measured
+    assert not predict(plan=PLAN.model_copy(update={"device": "mps"}), shapes=shapes).measured
+
+
+def test_which_training_gives_the_same_bits_again() -> None:
+    plain, capped = (model_dims(text_config(tiny_config(family, {"head_dim": 16}))) for family in ("llama", "gemma2"))
+    assert torch_backend.is_deterministic(plain, "cpu", "fp32")
+    assert torch_backend.is_deterministic(plain, "cuda", "bf16")  # FlashAttention's
+    assert not torch_backend.is_deterministic(plain, "cuda", "fp32")
+    assert not torch_backend.is_deterministic(plain, "mps", "bf16")
+    assert not torch_backend.is_deterministic(capped, "cuda", "bf16")
+    for head_dim in (12, 264):
+        assert not torch_backend.is_deterministic(replace(plain, head_dim=head_dim), "cuda", "bf16")
+    assert mlx_backend.is_deterministic(plain, "cpu", "fp32")
+    assert not mlx_backend.is_deterministic(plain, "gpu", "bf16")
 
 
 def test_with_room_nothing_is_computed_twice() -> None:
@@ -143,14 +172,14 @@ def test_what_the_user_typed_stays() -> None:
 
 
 def test_without_a_limit_a_share_of_what_is_free_is_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "free_memory", lambda backend, device: (10 * 10**9, "the free memory"))
+    monkeypatch.setattr(torch_backend, "free_memory", lambda device: (10 * 10**9, "the free memory"))
     found = chosen()
     assert (found.budget, found.plan.memory_budget) == (8_500_000_000, 8_500_000_000)
     assert found.why == "85 % of the free memory, 10.00 GB"
 
 
 def test_too_little_free_memory_is_no_error_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "free_memory", lambda backend, device: (1000, "the free memory"))
+    monkeypatch.setattr(torch_backend, "free_memory", lambda device: (1000, "the free memory"))
     found = chosen()
     assert found.prediction.peak > found.budget
     assert found.plan.gradient_checkpointing
@@ -166,7 +195,7 @@ def test_the_longest_rows_of_all_steps_are_looked_at() -> None:
 
 def test_the_largest_that_fits_is_the_largest() -> None:
     budget = 10**9
-    count, length = largest(recipe(), PLAN, CONFIG, adapter(), 300, budget)
+    count, length = largest(MEMORY, PLAN, 300, 4096, budget)
     assert 0 < count < 4096
 
     def fits(rows: int, width: int) -> bool:

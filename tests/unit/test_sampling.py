@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.sampling import Sampling, grow, penalised, probabilities, sampler
+from common.sampling import Sampling, generate_tokens, make_sampler, penalized, probabilities
 
 LOGITS = np.log(np.array([0.1, 0.4, 0.05, 0.3, 0.15]))
 ALL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -47,14 +47,14 @@ def test_temperature_comes_after_the_cuts() -> None:
 
 
 def test_the_draw_follows_the_probabilities() -> None:
-    pick = sampler(Sampling(**(ALL | {"seed": 7})))
+    pick = make_sampler(Sampling(**(ALL | {"seed": 7})))
     counts = Counter(pick(LOGITS, []) for _ in range(4000))
     np.testing.assert_allclose([counts[i] / 4000 for i in range(5)], np.exp(LOGITS), atol=0.03)
 
 
 def test_a_seed_draws_the_same_again_and_no_seed_does_not() -> None:
     def drawn(seed: int | None) -> list[int]:
-        pick = sampler(Sampling(**(ALL | {"seed": seed})))
+        pick = make_sampler(Sampling(**(ALL | {"seed": seed})))
         return [pick(LOGITS, []) for _ in range(60)]
 
     assert drawn(3) == drawn(3) != drawn(4)
@@ -64,16 +64,16 @@ def test_a_seed_draws_the_same_again_and_no_seed_does_not() -> None:
 
 
 def test_greedy_takes_the_likeliest_after_the_penalty() -> None:
-    greedy = sampler(Sampling(temperature=0))
+    greedy = make_sampler(Sampling(temperature=0))
     assert greedy(LOGITS, [1, 1]) == 1
-    assert sampler(Sampling(temperature=0, repeat_penalty=2.0))(LOGITS, [1, 1]) == 3
+    assert make_sampler(Sampling(temperature=0, repeat_penalty=2.0))(LOGITS, [1, 1]) == 3
 
 
 def test_the_penalty_lowers_a_logit_of_either_sign_once_and_forgets_after_64() -> None:
     logits = np.array([2.0, -2.0, 1.0])
-    assert penalised(logits, [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert penalized(logits, [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0]
     assert logits.tolist() == [2.0, -2.0, 1.0]
-    pick = sampler(Sampling(temperature=0, repeat_penalty=4.0))
+    pick = make_sampler(Sampling(temperature=0, repeat_penalty=4.0))
     assert pick(logits, [0] + [1] * 63) == 2
     assert pick(logits, [0] + [1] * 64) == 0
 
@@ -99,17 +99,17 @@ def test_llama_cpp_is_told_all_of_it() -> None:
 def test_a_row_grows_by_what_its_cache_lacks_and_stops() -> None:
     calls: list[tuple[list[int], bool]] = []
 
-    def forward(ids: list[int], again: bool) -> np.ndarray:
-        calls.append((ids, again))
+    def forward(ids: list[int], restart: bool) -> np.ndarray:
+        calls.append((ids, restart))
         return np.eye(10)[(ids[-1] + 1) % 10]
 
     def first(logits: np.ndarray, ids: object) -> int:
         return int(logits.argmax())
 
-    assert list(grow(forward, np.array([3, 4]), 9, [8], first, None)) == [5, 6, 7]
+    assert list(generate_tokens(forward, np.array([3, 4]), 9, [8], first, None)) == [5, 6, 7]
     assert calls == [([3, 4], True), ([5], False), ([6], False), ([7], False)]
     calls.clear()
-    assert list(grow(forward, [3, 4], 2, [8], first, None)) == [5, 6]
+    assert list(generate_tokens(forward, [3, 4], 2, [8], first, None)) == [5, 6]
     calls.clear()  # rows of more than three tokens turn otherwise
-    assert list(grow(forward, [3, 4], 3, [], first, 3)) == [5, 6, 7]
+    assert list(generate_tokens(forward, [3, 4], 3, [], first, 3)) == [5, 6, 7]
     assert calls == [([3, 4], True), ([5], False), ([3, 4, 5, 6], True)]

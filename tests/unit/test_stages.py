@@ -23,7 +23,7 @@ from common.export.budget import (
     warn_of_memory,
 )
 from common.options import Options
-from common.system.memory import Extra
+from common.system.memory import PeakMemory
 from tests.unit.base_folder import write_base
 
 PARAMETERS = 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
@@ -116,13 +116,13 @@ _HOLD = "import numpy, time; held = numpy.ones({bytes} // 8); time.sleep(0.5)"
 def test_memory_of_this_process_and_of_its_children_counts_whatever_was_held_before() -> None:
     before = np.ones(100 * 10**6 // 8)  # a peak that is over, which a child's ru_maxrss would take over
     del before
-    with Extra() as nothing:
+    with PeakMemory() as nothing:
         subprocess.run([sys.executable, "-c", _HOLD.format(bytes=8)], check=True)
-    with Extra() as child:
+    with PeakMemory() as child:
         subprocess.run([sys.executable, "-c", _HOLD.format(bytes=200 * 10**6)], check=True)
     assert nothing.peak < 80 * 10**6
     assert 190 * 10**6 < child.peak - nothing.peak < 230 * 10**6
-    with Extra() as own:
+    with PeakMemory() as own:
         held = np.ones(200 * 10**6 // 8)
         subprocess.run([sys.executable, "-c", "import time; time.sleep(0.3)"], check=True)
     assert own.peak > held.nbytes

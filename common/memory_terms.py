@@ -1,0 +1,81 @@
+"""What a backend's `memory_terms.py` is asked, in sizes of a model and a micro-batch, and answers in bytes."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from common.recipe import Plan, Recipe
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """The sizes of a model that memory depends on."""
+
+    hidden: int
+    inner: int  # of the MLP
+    queries: int  # width of all heads
+    keys: int  # width of all key heads
+    heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    linear: int  # weights in layers that are quantized and adapted
+    other: int  # embeddings, norms, an untied head
+    gemma: bool  # norms after attention and MLP too
+    capped: bool  # attention scores
+    final_cap: bool  # logits
+    normed: bool  # queries and keys
+    windows: tuple[int | None, ...]  # of each layer; None: it sees all tokens before
+    stored: int  # bytes of a weight in the checkpoint
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """The sizes of a micro-batch that memory depends on."""
+
+    rows: int
+    width: int  # tokens of the longest row
+    tokens: int  # without padding
+    labels: int
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that one micro-batch adds: `saved` for the backward pass, and the larger of the other two."""
+
+    saved: float
+    working: float  # within a layer's backward pass
+    loss: float  # of a chunk
+
+
+@dataclass(frozen=True)
+class MeasuredTerms:
+    """What cannot be counted. `overhead`: bytes of libraries' own buffers; `slack`: share that the allocator adds."""
+
+    overhead: int
+    slack: float
+    known: bool  # measured on this kind of device; False: guessed
+
+
+class MemoryTerms(Protocol):
+    """A backend's `memory_terms.py`: what its own code holds, in bytes."""
+
+    def loss_chunk(self, vocabulary: int, device: str) -> int:
+        """Label positions whose logits are computed at once."""
+
+    def weight_bytes(self, dims: ModelDims, recipe: Recipe) -> int:
+        """The base, in the recipe's precision and quantization."""
+
+    def held_bytes(self, dims: ModelDims, recipe: Recipe, device: str) -> int:
+        """The base as training holds it: less than `weight_bytes` where stored 16-bit weights are not widened."""
+
+    def adapter_copies(self, device: str) -> int:
+        """Float32 copies of the adapter's weights."""
+
+    def loading_bytes(self, dims: ModelDims, recipe: Recipe) -> int:
+        """The peak while the model is loaded; 0 where a step always takes more."""
+
+    def step_memory(self, dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
+        """What one micro-batch adds."""
+
+    def measured(self, device: str, precision: str) -> MeasuredTerms:
+        """The coefficients of a kind of device."""

@@ -1,0 +1,99 @@
+"""MLX's devices: which there are, what they compute in, and their free memory. Imports MLX only when asked."""
+
+import ctypes
+import ctypes.util
+import sys
+from typing import Any
+
+from common.backend import Choice
+from common.errors import UserError
+from common.memory_terms import ModelDims
+from common.system.hardware import gpu_precision, mlx_fault, mlx_install
+from common.system.memory import available
+
+_GROUP_SIZE = 64  # weights that share a scale, mlx-lm's default
+_INSTALL_BLAS = "apt install libopenblas0-pthread (Debian, Ubuntu) or dnf install openblas (Fedora)"
+
+
+def fault() -> UserError | None:
+    return mlx_fault()
+
+
+def choose_device(wanted: str) -> Choice:
+    if wanted in ("cuda", "mps"):
+        raise UserError(f"--device {wanted} is torch's; MLX has cpu and gpu.", "Use --device gpu, or auto.")
+    blas, mx = preload(), import_mlx()
+    gpu = mx.is_available(mx.gpu)
+    if wanted == "gpu" and not gpu:
+        raise UserError("--device gpu: this MLX sees no GPU.", "Use --device cpu, or install mlx-cuda12 or -13.")
+    if wanted == "gpu" or (wanted == "auto" and gpu):
+        return Choice("gpu", "asked for" if wanted == "gpu" else "MLX has a GPU here")
+    why = "asked for" if wanted == "cpu" else "MLX has no GPU here"
+    if blas is None:
+        slow = f"MLX will be about 15 times slower than it could be: no OpenBLAS was found. {_INSTALL_BLAS}"
+        return Choice("cpu", why, slow)
+    return Choice("cpu", f"{why}; {blas} computes its products")
+
+
+def import_mlx() -> Any:
+    """`mlx.core`. Raises UserError where it is installed but cannot be loaded."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"MLX is installed but cannot be loaded: {reason}", mlx_install()) from None
+    return mx
+
+
+def choose_precision(wanted: str, device: str) -> Choice:
+    if wanted != "auto":
+        return Choice(wanted, "asked for")
+    return Choice("fp32", "MLX's bf16 products are very slow on a CPU") if device == "cpu" else gpu_precision()
+
+
+def free_memory(device: str) -> tuple[int, str]:
+    free = available()
+    if device != "gpu":
+        return free, "the free memory"
+    preload()
+    recommended = int(import_mlx().device_info().get("max_recommended_working_set_size", free))
+    return min(recommended, free), "the GPU's recommended working set"
+
+
+def quantization_scheme(wanted: str) -> str:
+    """MLX's own affine quantization: `mlx-4bit-64`."""
+    return "none" if wanted == "none" else f"mlx-{wanted}-{_GROUP_SIZE}"
+
+
+def is_deterministic(dims: ModelDims, device: str, precision: str) -> bool:
+    return device == "cpu"
+
+
+def preload() -> str | None:
+    """The name of the BLAS that MLX's products use on a CPU, loaded; None where only the slow reference BLAS is here.
+
+    Must run before mlx is imported. A library loaded globally comes before those that mlx brings along, so its
+    `cblas_sgemm` is the one called: about 15 times faster than the reference BLAS on two cores. Only Linux needs it.
+    """
+    if not sys.platform.startswith("linux"):
+        return "Accelerate"
+    if loaded := _loaded_blas():
+        return loaded
+    name = ctypes.util.find_library("openblas")
+    if name is None or "mlx.core" in sys.modules:
+        return None
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return name
+
+
+def _loaded_blas() -> str | None:
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            name = line.rsplit("/", 1)[-1].strip()
+            # numpy's and scipy's own copies carry prefixed names that nobody else can call
+            if name.startswith(("libopenblas", "libmkl_rt", "libblis")):
+                return name
+    return None

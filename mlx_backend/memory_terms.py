@@ -1,0 +1,75 @@
+"""The terms of MLX's memory estimate: see `common.memory_terms.MemoryTerms`. Imports no MLX.
+
+They are counted from MLX's graph: what the vjp of each operation in `attention.py`, `mlp.py` and `loss.py` reads. A
+change there changes a term here; `python -m benchmarks.memory` compares the estimate with measured peaks.
+"""
+
+from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, StepMemory
+from common.recipe import Plan, Recipe
+
+_MEASURED = {"cpu": MeasuredTerms(0, 0.0, True), "gpu": MeasuredTerms(100 * 10**6, 0.1, False)}
+
+
+def loss_chunk(vocabulary: int, device: str) -> int:
+    """As many labels as have logits of 32 MB, on a GPU 64; MLX queues ahead and holds several chunks."""
+    budget = 2**20 * (64 if device == "gpu" else 32)
+    return min(1024, max(32, budget // (4 * vocabulary) // 32 * 32))
+
+
+def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
+    item = 2 if recipe.precision == "bf16" else 4
+    if not recipe.quantization.startswith("mlx-"):
+        return (dims.linear + dims.other) * item
+    _, bits, group = recipe.quantization.split("-")
+    quantized = int(bits.removesuffix("bit")) / 8 + 2 * item / int(group)  # a scale and a bias for each group
+    return round((dims.linear + dims.other) * quantized)  # embeddings are counted as quantized too
+
+
+def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
+    return weight_bytes(dims, recipe)
+
+
+def adapter_copies(device: str) -> int:
+    return 1
+
+
+def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
+    """The embeddings as stored, in two bytes, beside what they are converted to."""
+    if recipe.precision == "bf16" and recipe.quantization == "none":
+        return 0
+    embeddings = dims.vocabulary * dims.hidden * (2 + (4 if recipe.precision == "fp32" else 2))
+    return embeddings + (weight_bytes(dims, recipe) // 20 if recipe.quantization != "none" else 0)
+
+
+def measured(device: str, precision: str) -> MeasuredTerms:
+    return _MEASURED[device]
+
+
+def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
+    item = 4 if recipe.precision == "fp32" else 2
+    padding = shape.rows * shape.width / shape.tokens
+    layer = _kept_values(dims, padding) * item + 28 * recipe.rank
+    scores = dims.heads * shape.width * padding * 4  # a row of attention scores for each token, written out
+    layer, attention = (layer + 3 * scores, 3 * scores) if dims.capped else (layer + scores, 4 * scores)
+    # float32 whatever the weights are in; MLX queues operations ahead and holds their inputs
+    working = max(dims.inner * 14 * 4, attention)
+    saved: float
+    if plan.gradient_checkpointing:
+        saved, working = dims.layers * dims.hidden * item, layer + working
+    else:
+        saved = dims.layers * layer
+    windows = {w for w in dims.windows if w is not None and w < shape.width}
+    masks = shape.width**2 * (len(windows) + dims.capped)  # booleans, shared by the layers
+    loss = min(plan.loss_chunk, shape.labels) * dims.vocabulary * 4 * 6 * (2 if dims.final_cap else 1)
+    if recipe.method == "full":  # the head's gradient, and a chunk's share of it
+        loss += 2 * 4 * dims.vocabulary * dims.hidden
+    return StepMemory(saved * shape.tokens + masks, working * shape.tokens, loss)
+
+
+def _kept_values(dims: ModelDims, padding: float) -> float:
+    """Values that a layer keeps of each token for its backward pass."""
+    kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
+    kept += (dims.queries + dims.keys) * dims.normed
+    kept += (dims.queries + 2 * dims.keys) * padding  # attention's inputs
+    kept += dims.queries  # its output
+    return kept + dims.inner * 3

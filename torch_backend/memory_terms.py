@@ -1,0 +1,163 @@
+"""The terms of torch's memory estimate: see `common.memory_terms.MemoryTerms`. Imports no torch.
+
+They are counted from what the backward passes of `linear.py`, `mlp.py`, `norm.py`, `rope.py` and `attention.py` keep.
+A change there changes a term here; `python -m benchmarks.memory` compares the estimate with measured peaks.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
+from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, StepMemory
+from common.recipe import Plan, Recipe
+from torch_backend.host_memory import KEPT_BLOCKS, TRIM_EVERY
+
+_MEGA = 10**6
+_MEASURED = {
+    "cpu": MeasuredTerms(40 * _MEGA, 0.0, True),
+    "cuda": MeasuredTerms(180 * _MEGA, 0.0, True),  # on an H200: cuBLAS's memory, with graphs and without
+    "mps": MeasuredTerms(500 * _MEGA, 0.1, False),
+}
+_COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
+_PROCESSORS = 132  # of the H200
+_GAPS = {"fp32": 0.25, "bf16": 0.55}  # share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36
+
+
+def packs_attention(head_dim: int, capped: bool, device: str, precision: str) -> bool:
+    """Whether attention reads packed rows (varlen), without padding, and with a deterministic backward pass.
+
+    torch's FlashAttention does: in bf16 on an NVIDIA GPU from Ampere on, for these head sizes; it caps no scores.
+    """
+    return device == "cuda" and precision == "bf16" and not capped and head_dim % 8 == 0 and head_dim <= 256
+
+
+def loss_chunk(vocabulary: int, device: str) -> int:
+    """As many labels as have logits of 32 MB, on GPUs more, but never so few that products become slow.
+
+    Half of 64 labels made a step of Gemma-3-270M a quarter longer. On an H200 the loss took half as long again with 128
+    as with 256.
+    """
+    budget = 2**20 * {"cuda": 256, "mps": 64}.get(device, 32)
+    return min(1024, max(64, budget // (4 * vocabulary) // 32 * 32))
+
+
+def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
+    return _weight_bytes(dims, recipe, 2 if recipe.precision == "bf16" else 4)
+
+
+def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
+    """On a CPU a frozen base stays as it is stored, and products widen it; DoRA wants it in the recipe's precision."""
+    item = 2 if recipe.precision == "bf16" else 4
+    stored = device == "cpu" and recipe.method == "lora"
+    return _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
+
+
+def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
+    """item: bytes of a weight that is not quantized."""
+    if recipe.quantization == "nf4":
+        return round(dims.linear * (0.5 + 4 / 64) + dims.other * item)  # a float32 scale for every 64 weights
+    if recipe.quantization == "int8":
+        return dims.linear + dims.other * (2 if recipe.precision == "bf16" else 4)
+    return (dims.linear + dims.other) * item
+
+
+def adapter_copies(device: str) -> int:
+    """On a CPU the adapter that training started from lives beside the trained one."""
+    return 2 if device == "cpu" else 1
+
+
+def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
+    return 0
+
+
+def measured(device: str, precision: str) -> MeasuredTerms:
+    terms = _MEASURED[device]
+    compiles = device == "cpu" and precision == "bf16"
+    return replace(terms, overhead=terms.overhead + _COMPILED) if compiles else terms
+
+
+@dataclass(frozen=True)
+class _Kernels:
+    """How a micro-batch is computed, which decides what is kept of it."""
+
+    item: int  # bytes of an activation
+    packed: bool  # attention reads packed rows
+    general: bool  # by PEFT's and transformers' own layers
+    repeated: bool  # key heads are repeated for each of their queries
+    tokens: int
+    labels: int
+    padding: float  # padded positions of a token in attention
+
+    @staticmethod
+    def of(dims: ModelDims, recipe: Recipe, device: str, shape: MicroBatchShape) -> "_Kernels":
+        packed = packs_attention(dims.head_dim, dims.capped, device, recipe.precision)
+        general = recipe.method != "lora" or bool(recipe.dropout) or recipe.quantization == "int8"
+        tokens, labels = shape.tokens, shape.labels
+        if packed and not general:  # as CUDA graphs round them
+            tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
+        return _Kernels(
+            item=4 if recipe.precision == "fp32" else 2,
+            packed=packed,
+            general=general,
+            repeated=device == "cuda" and not packed,
+            tokens=tokens,
+            labels=labels,
+            padding=1.0 if packed else shape.rows * shape.width / tokens,
+        )
+
+
+def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
+    kernels = _Kernels.of(dims, recipe, plan.device, shape)
+    kept, small = _kept_values(dims, kernels)
+    layer = kept * kernels.item + 28 * recipe.rank
+    attention = 0.0  # scores are written out only where they are capped
+    if dims.capped:
+        attention = 3 * dims.heads * shape.width * kernels.padding * 4
+        layer += attention
+    working = max(dims.inner * 4 * 4, attention)  # float32 whatever the weights are in
+    gaps, saved = dims.layers, dims.layers * layer
+    if plan.gradient_checkpointing:
+        saved, working = dims.layers * dims.hidden * kernels.item, layer + working
+        gaps = min(TRIM_EVERY + 1, gaps)
+    if plan.device == "cpu":
+        saved += _GAPS[recipe.precision] * gaps * small * kernels.item
+    saved, working = saved * kernels.tokens + _mask_bytes(dims, kernels, shape.width), working * kernels.tokens
+    if kernels.packed and not plan.gradient_checkpointing:
+        working += _deterministic_sums(dims, kernels.tokens, shape.rows)
+    return StepMemory(saved, working, _loss_bytes(dims, recipe, plan.loss_chunk, kernels.labels))
+
+
+def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
+    """Values that a layer keeps of each token for its backward pass; and those of them that lie in small blocks."""
+    padding = kernels.padding
+    kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
+    kept += (dims.queries + dims.keys) * dims.normed
+    keys = dims.queries if kernels.repeated else dims.keys
+    kept += (dims.queries + 2 * keys) * padding  # attention's inputs
+    kept += dims.queries * (padding + (padding > 1))  # its output, with and without the padding
+    inner = dims.inner * (3 if kernels.general else 2)
+    block = 2 * KEPT_BLOCKS
+    small = kept * (dims.hidden * kernels.tokens * kernels.item < block)
+    small += inner * (dims.inner * kernels.tokens * kernels.item < block)
+    kept += inner
+    return (kept * 1.5 if kernels.general else kept), small
+
+
+def _mask_bytes(dims: ModelDims, kernels: _Kernels, width: int) -> int:
+    """The layers share a mask for each window."""
+    windows = {w for w in dims.windows if w is not None and w < width} if not kernels.packed else set()
+    return width**2 * kernels.item * (len(windows) + dims.capped)
+
+
+def _deterministic_sums(dims: ModelDims, tokens: int, rows: int) -> int:
+    """FlashAttention's deterministic backward pass: a partial sum for each share of the GPU's processors."""
+    shares = math.ceil(_PROCESSORS / (rows * dims.heads))
+    return shares * (tokens + 128 * rows) * dims.queries * 4
+
+
+def _loss_bytes(dims: ModelDims, recipe: Recipe, chunk: int, labels: int) -> float:
+    logits = min(chunk, labels) * dims.vocabulary * 4
+    loss = logits * (1 if recipe.precision == "fp32" else 1.5) * (2 if dims.final_cap else 1)  # bf16 products beside it
+    if recipe.method == "full":  # the head's gradient, and a chunk's share of it
+        loss += 2 * 4 * dims.vocabulary * dims.hidden
+    return loss
