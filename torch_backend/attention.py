@@ -1,4 +1,4 @@
-"""Attention over rows of unequal length that lie end to end: padding exists inside it only, nowhere else."""
+"""Attention over packed rows of unequal length: padding exists inside it only, nowhere else."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,31 +8,31 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-NAME = "twintune"  # as transformers knows `attend`; for a name it knows no mask for, it makes none
+NAME = "twintune"  # under which transformers finds `attend`; it makes masks only for names that it knows
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Where the tokens of a micro-batch, end to end, stand among its padded positions [B, T]."""
+class RaggedRows:
+    """Where the packed tokens of a micro-batch belong among its padded positions [B, T]."""
 
-    count: int
-    width: int
-    places: torch.Tensor | None  # [tokens] int64; None: all rows are as long, nothing is padded
-    bounds: torch.Tensor | None = None  # [B + 1] int32, where a row begins: for a kernel that reads rows end to end
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window
+    count: int  # B
+    width: int  # T
+    indices: torch.Tensor | None  # [tokens] int64; None: all rows have the same length, nothing is padded
+    cu_seqlens: torch.Tensor | None = None  # [B + 1] int32, where each row begins: for a kernel that reads packed rows
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)  # by window, made once for all layers
 
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """[1, heads, tokens, d] -> [B, heads, T, d], zeros where a row has ended."""
+    def pad(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, heads, tokens, d] -> [B, heads, T, d], zeros after the end of a row."""
         flat = x[0].transpose(0, 1)
-        if self.places is not None:
+        if self.indices is not None:
             zeros = flat.new_zeros(self.count * self.width, *flat.shape[1:])
-            flat = zeros.index_copy(0, self.places, flat)
+            flat = zeros.index_copy(0, self.indices, flat)
         return flat.reshape(self.count, self.width, *flat.shape[1:]).transpose(1, 2)
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
+    def unpad(self, x: torch.Tensor) -> torch.Tensor:
         """[B, heads, T, d] -> [1, tokens, heads, d]."""
         flat = x.transpose(1, 2).flatten(0, 1)
-        return (flat if self.places is None else flat.index_select(0, self.places))[None]
+        return (flat if self.indices is None else flat.index_select(0, self.indices))[None]
 
 
 def attend(
@@ -42,20 +42,21 @@ def attend(
     value: torch.Tensor,
     attention_mask: None,
     scaling: float,
-    rows: Rows | None = None,
+    rows: RaggedRows | None = None,
     softcap: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in a layer: query [1, heads, tokens, d], key and value with fewer heads; causal.
+    """Causal attention [1, tokens, heads, d] of query [1, heads, tokens, d]; key and value may have fewer heads.
 
-    Rows are right-padded, so no real token sees padding. Without `rows` the tokens are one row. Where there are more
-    keys than queries, the one query is the row's newest token: it sees all keys, or those within its window.
+    transformers calls it in every layer, and dictates the signature. Rows are padded on the right, so no real token
+    sees padding. Without `rows` the tokens are one row. Where there are more keys than queries, the one query is the
+    row's newest token: it sees all keys, or those within its window.
     """
-    if rows is not None and rows.bounds is not None:
+    if rows is not None and rows.cu_seqlens is not None:
         return _flash(query, key, value, scaling, rows, sliding_window), None
     if rows is not None:
-        query, key, value = rows.spread(query), rows.spread(key), rows.spread(value)
+        query, key, value = rows.pad(query), rows.pad(key), rows.pad(value)
     length = query.shape[2]
     if key.shape[2] > length:
         if length != 1:
@@ -63,28 +64,26 @@ def attend(
         if sliding_window is not None:
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
     windowed = sliding_window is not None and sliding_window < length
+    mask = None
+    if softcap is not None or windowed:
+        mask = _mask(length, sliding_window if windowed else None, query, rows)
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1 and (softcap is not None or (query.is_cuda and length > 1)):
-        # on a GPU no kernel but flash's takes fewer key heads: torch would write all scores out
+        # on a GPU only the flash kernel takes fewer key heads; without it torch would write all scores out
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if softcap is None and not windowed:
+    if softcap is None:
+        causal, grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
         result = functional.scaled_dot_product_attention(
-            query, key, value, is_causal=length > 1, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
-    else:
-        mask = _mask(length, sliding_window if windowed else None, query, rows)
-        if softcap is None:
-            result = functional.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-            )
-        else:  # Gemma 2: torch has no kernel that caps the scores
-            scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
-            result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
-    return (result.transpose(1, 2) if rows is None else rows.gather(result)), None
+    else:  # Gemma 2: torch has no kernel that caps the scores
+        scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
+        result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    return (result.transpose(1, 2) if rows is None else rows.unpad(result)), None
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """Without waiting for the device: from pinned memory where there is one to copy from."""
+    """The array as a tensor on the device; from pinned memory on a GPU, so that nothing waits for the copy."""
     tensor = torch.from_numpy(array).to(dtype)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -98,42 +97,43 @@ def has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def bounds(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
-    """For `Rows.bounds`."""
+def cu_seqlens(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Where each row of these lengths begins, and the end of the last: int32 [B + 1]."""
     return to_device(np.concatenate([[0], np.cumsum(lengths)]), device, torch.int32)
 
 
 def _flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, rows: Rows, window: int | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, rows: RaggedRows, window: int | None
 ) -> torch.Tensor:
-    """[1, heads, tokens, d] -> [1, tokens, heads, d]: no padding and no mask (Dao 2023, FlashAttention-2)."""
+    """[1, heads, tokens, d] -> [1, tokens, heads, d], without padding or mask (Dao 2023, FlashAttention-2)."""
     from torch.nn.attention.varlen import varlen_attn
 
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]
     return varlen_attn(
         *flat,
-        rows.bounds,
-        rows.bounds,
+        rows.cu_seqlens,
+        rows.cu_seqlens,
         rows.width,
         rows.width,
         scale=scaling,
-        window_size=((window or 0) - 1, 0),  # of a window the token itself is one; -1: all that is behind
+        window_size=((window or 0) - 1, 0),  # tokens before and after; the token itself counts to a window; -1: all
         enable_gqa=query.shape[1] != key.shape[1],
     )[None]
 
 
-def _mask(length: int, window: int | None, query: torch.Tensor, rows: Rows | None) -> torch.Tensor:
-    """[T, T]: 0 where a query (first axis) may see a key, else minus infinity; made once for all layers of a batch."""
-    kept = {} if rows is None else rows.masks
-    if window not in kept:
-        places = torch.arange(length, device=query.device)
-        behind = places[:, None] - places
-        seen = (behind >= 0) & (behind < window) if window else behind >= 0
-        kept[window] = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
-    return kept[window]
+def _mask(length: int, window: int | None, query: torch.Tensor, rows: RaggedRows | None) -> torch.Tensor:
+    """[T, T]: 0 where a query (first axis) may see a key, else minus infinity."""
+    masks = {} if rows is None else rows.masks
+    if window not in masks:
+        positions = torch.arange(length, device=query.device)
+        distance = positions[:, None] - positions
+        seen = (distance >= 0) & (distance < window) if window else distance >= 0
+        masks[window] = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
+    return masks[window]
 
 
 def register() -> str:
+    """The name under which transformers now knows `attend`."""
     from transformers import AttentionInterface
 
     function: Callable[..., Any] = attend

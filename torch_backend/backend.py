@@ -20,13 +20,14 @@ from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
 from common.system.memory import ResidentSet, swap_used
 from torch_backend.attention import has_flash
-from torch_backend.autograd import again, install
-from torch_backend.cuda_graphs import Graphs, can_graph, sizes
+from torch_backend.cuda_graphs import Graphs, Layout, can_graph
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
+from torch_backend.layers import install
 from torch_backend.lora import attach, set_arrays
 from torch_backend.loss import PackedBatch, loss_of, loss_sum
-from torch_backend.matmul import multiple
+from torch_backend.matmul import pad_multiple
 from torch_backend.memory_terms import packs_attention
+from torch_backend.mlp import recomputing
 from torch_backend.model import convert, load_base
 from torch_backend.optimizer import Optimizer, to_numpy
 from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
@@ -41,7 +42,7 @@ class TorchBackend:
     graphs: Graphs | None
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        import peft  # noqa: F401  # before memory is counted: the libraries' own is no model's
+        import peft  # noqa: F401  # before memory is counted: what the libraries take is not the model's
         from transformers import AutoModelForCausalLM  # noqa: F401
         from transformers.utils import logging
 
@@ -49,57 +50,29 @@ class TorchBackend:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return_large_blocks()
         self.resident = ResidentSet()
-        self.recipe = recipe
-        self.device = torch.device(plan.device)
-        if self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            # two threads of one core wait for each other in a product
-            torch.set_num_threads(
-                min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
-            )
-        dtype = _DTYPES[recipe.precision]
-        config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        self.recipe, self.start = recipe, adapter
+        self.device, dtype = torch.device(plan.device), _DTYPES[recipe.precision]
+        if self.device.type == "cpu":
+            _limit_threads()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        quantization = quantization_config(recipe.quantization)
+        config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        self.rope_split = facts(config).rope_split
+        self.names = tensor_names(folder)
         with _memory_errors():
-            on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
-            self.model: Any = load_base(folder, dtype, **on_device)
-            if recipe.quantization == "nf4":
-                quantize_nf4(self.model, dtype, self.device)
-            if not quantization:
-                lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the held type
-                convert(self.model, dtype, hold=lora and self.device.type == "cpu" and dtype == torch.float32)
-                self.model.to(self.device)
-            self.names = tensor_names(folder)
-            self.rope_split = facts(config).rope_split
-            if adapter is None:
-                # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
-                # ends a turn, its embedding would never learn
-                self.model.get_input_embeddings().padding_idx = None
-                self.outer = self.model
-                self.parameters = {self.names[name]: p for name, p in self.model.named_parameters()}
-            else:
-                self.outer, self.parameters = attach(self.model, adapter)
-                self.outer.to(self.device)
-                install(self.model, adapter)
+            self.model: Any = _load_model(folder, recipe, self.device, adapter)
+            self.outer, self.parameters = self._trainable(adapter)
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::TRIM_EVERY]:
-                layer.mlp.register_forward_pre_hook(self._give_back_gaps)
-        self.multiple = multiple(self.device, dtype)
+                layer.mlp.register_forward_pre_hook(self._trim)
+        self.pad_multiple = pad_multiple(self.device, dtype)
         self.total, self.share = torch.zeros(2, device=self.device)
-        self.flash = packs_attention(
-            config["head_dim"], config["model_type"] == "gemma2", plan.device, recipe.precision
-        ) and has_flash(self.device)
-        self.before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
-        )
-        if self.flash:  # the same run twice, to the last bit; other kernels have no such way
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as cuBLAS asks for, and older torch insists
-            _deterministic(True, False)  # filling is for debugging
+        capped = config["model_type"] == "gemma2"
+        packs = packs_attention(config["head_dim"], capped, plan.device, recipe.precision)
+        self.flash = packs and has_flash(self.device)
+        self._make_deterministic()
         self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
-        self.start = adapter
         with _memory_errors():
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
         return ModelInfo(
@@ -109,8 +82,30 @@ class TorchBackend:
             architecture=type(self.model).__name__,
         )
 
-    def _fitting(self, compute: Callable[[], _T]) -> _T:
-        """What `compute` gives. Out of memory it is done again without graphs: their memory nothing else can use."""
+    def _trainable(self, adapter: Adapter | None) -> tuple[Any, dict[str, torch.nn.Parameter]]:
+        """`(the model, with PEFT's around it where there is an adapter; the trained parameters by canonical name)`."""
+        if adapter is None:
+            # transformers marks the pad token's row, and torch gives it no gradient. Where pad is the token that ends
+            # a turn, its embedding would never learn.
+            self.model.get_input_embeddings().padding_idx = None
+            return self.model, {self.names[name]: p for name, p in self.model.named_parameters()}
+        outer, parameters = attach(self.model, adapter)
+        outer.to(self.device)
+        install(self.model, adapter)
+        return outer, parameters
+
+    def _make_deterministic(self) -> None:
+        """The same run gives the same bits again, where attention's kernels can; undone by `close`."""
+        self.before = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.utils.deterministic.fill_uninitialized_memory,
+        )
+        if self.flash:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants; older torch insists on it
+            _deterministic(True, False)  # filling is for debugging
+
+    def _with_memory(self, compute: Callable[[], _T]) -> _T:
+        """The result of `compute`, repeated without graphs where memory runs out: only they can use what they hold."""
         held = self.graphs is not None and bool(self.graphs.graphs)
         try:
             with _memory_errors():
@@ -121,22 +116,22 @@ class TorchBackend:
                 torch.cuda.empty_cache()
             if not held:
                 raise
-        return self._fitting(compute)
+        return self._with_memory(compute)
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
         self.graphs = Graphs(self._micro_step, self.device) if self.graphed else None
         if plan.gradient_checkpointing:
-            how = {
+            settings = {
                 "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), again()),
+                "context_fn": lambda: (nullcontext(), recomputing()),
                 "preserve_rng_state": bool(self.recipe.dropout),
             }
-            self.model.gradient_checkpointing_enable(how)
+            self.model.gradient_checkpointing_enable(settings)
         elif self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
 
-    def _give_back_gaps(self, *_: Any) -> None:
+    def _trim(self, *_: Any) -> None:
         """Only where memory is short: without checkpointing a step took 5 to 12 % longer for up to 17 % less memory."""
         if self.model.training and self.plan.gradient_checkpointing:
             malloc_trim()
@@ -150,39 +145,39 @@ class TorchBackend:
         def compute() -> None:
             self.total.zero_()
             self.share.fill_(1 / count)
-            self.optimizer.zero()  # also of a step that ran out of memory
+            self.optimizer.zero_grad()  # also those of a step that ran out of memory
             for batch in micro_batches:
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
-                    self._add(self._loss(batch))
+                    self._accumulate(self._loss(batch))
 
-        self._fitting(compute)
+        self._with_memory(compute)
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
         tokens, padded = sum(b.tokens for b in micro_batches), sum(map(self._padded_tokens, micro_batches))
         return StepResult(self.total.clone(), norm, count, tokens, padded)
 
     def _padded_tokens(self, batch: Batch) -> int:
         if self.graphs is not None:
-            return sizes(batch)[0]
+            return Layout.of(batch).tokens
         rows, width = batch.input_ids.shape
-        return batch.tokens if self.flash else rows * -(-width // self.multiple) * self.multiple
+        return batch.tokens if self.flash else rows * -(-width // self.pad_multiple) * self.pad_multiple
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.multiple)
+        return loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.pad_multiple)
 
-    def _micro_step(self, laid: PackedBatch) -> None:
-        self._add(loss_of(self.model, laid, self.plan.loss_chunk))
+    def _micro_step(self, packed: PackedBatch) -> None:
+        self._accumulate(loss_of(self.model, packed, self.plan.loss_chunk))
 
-    def _add(self, loss: torch.Tensor) -> None:
-        """To the step's loss and gradients."""
+    def _accumulate(self, loss: torch.Tensor) -> None:
+        """Add to the step's loss and gradients."""
         (loss * self.share).backward()
         self.total += loss.detach()
 
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
-        loss = self._fitting(lambda: self._loss(batch))
+        loss = self._with_memory(lambda: self._loss(batch))
         return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
@@ -229,7 +224,7 @@ class TorchBackend:
             nonlocal cache
             if restart:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
-            self.outer.eval()  # at every token: training may go on in between
+            self.outer.eval()  # at every token: training may continue in between
             inputs = torch.tensor([ids], device=self.device)
             with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
@@ -251,10 +246,31 @@ class TorchBackend:
     def close(self) -> None:
         cuda = self.device.type == "cuda"
         del self.model, self.outer, self.parameters, self.optimizer, self.graphs
-        gc.collect()  # layers whose call is replaced refer to themselves
+        gc.collect()  # layers whose forward is replaced refer to themselves
         if cuda:
             _deterministic(*self.before)
             torch.cuda.empty_cache()
+
+
+def _limit_threads() -> None:
+    """One thread a physical core, unless the user says otherwise: two threads of a core wait for each other."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(min(threads, psutil.cpu_count(logical=False) or threads))
+
+
+def _load_model(folder: Path, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
+    """The base in the recipe's precision and quantization, on the device."""
+    dtype, quantization = _DTYPES[recipe.precision], quantization_config(recipe.quantization)
+    settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
+    model = load_base(folder, dtype, **settings)
+    if recipe.quantization == "nf4":
+        quantize_nf4(model, dtype, device)
+    if not quantization:
+        lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the stored type
+        convert(model, dtype, keep_stored=lora and device.type == "cpu" and dtype == torch.float32)
+        model.to(device)
+    return model
 
 
 def _deterministic(algorithms: bool, fill: bool) -> None:

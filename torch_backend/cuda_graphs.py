@@ -1,11 +1,12 @@
 """A micro-batch's forward and backward pass as one CUDA graph, recorded once for every rounded shape.
 
 On a small model a GPU waits for the program that starts its kernels: some 200 a layer. A graph starts them all at
-once. Its shapes and addresses are fixed, so a micro-batch is laid into memory that stays, its sizes rounded up: the
-tokens that fill it are a row of their own without labels, and labels that fill it are IGNORE and add nothing.
+once. Its shapes and addresses are fixed, so a micro-batch is copied into memory that stays, its sizes rounded up. The
+tokens that are added are a row of their own without labels; labels that are added are IGNORE, and change no loss.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,89 +14,99 @@ import torch
 
 from common.backend import IGNORE, Batch
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
-from torch_backend.attention import Rows
+from torch_backend.attention import RaggedRows
 from torch_backend.loss import PackedBatch
 
-_KEPT = 64  # graphs at the most; the one used longest ago goes
+_KEPT = 64  # graphs at the most; the least recently used one is dropped
 
 
-def sizes(batch: Batch, width: int = 0) -> tuple[int, int, int, int]:
-    """Of the graph for `batch`: `(tokens, labels, rows, tokens of the longest row)`, the last no less than `width`.
+@dataclass(frozen=True)
+class Layout:
+    """The rounded sizes of a micro-batch, and how the arrays that its graph reads share one array of int64."""
 
-    Few on varied rows. Rows that are not there cost attention's backward pass some of the processors, a width nothing.
-    """
-    tokens = rounded(batch.tokens, *TOKEN_STEPS)
-    widest = max(int(batch.lengths.max()), tokens - batch.tokens, width)
-    return tokens, rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 8, 1), rounded(widest, 512, 1)
+    tokens: int
+    labels: int
+    rows: int
+    width: int  # tokens of the longest row
+
+    @staticmethod
+    def of(batch: Batch, width: int = 0) -> "Layout":
+        """The layout for `batch`, its width no less than `width`; batches of varied rows have few different ones.
+
+        Rows that are added cost attention's backward pass some of the processors; a larger width costs nothing.
+        """
+        tokens = rounded(batch.tokens, *TOKEN_STEPS)
+        widest = max(int(batch.lengths.max()), tokens - batch.tokens, width)
+        labels, rows = rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 8, 1)
+        return Layout(tokens, labels, rows, rounded(widest, 512, 1))
+
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """Of ids, positions, label positions, targets and cu_seqlens (with a row for the added tokens), in order."""
+        return self.tokens, self.tokens, self.labels, self.labels, self.rows + 2
+
+    def pack(self, batch: Batch) -> np.ndarray:
+        """Everything that the graph reads, in one array: one copy to the device."""
+        real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
+        targets = batch.labels[real]
+        labeled = (targets != IGNORE).nonzero()[0]
+        added, ends = self.tokens - batch.tokens, np.cumsum(batch.lengths)
+        parts = (
+            _padded(batch.input_ids[real], self.tokens, 0),
+            np.concatenate([real.nonzero()[1], np.arange(added)]),
+            _padded(labeled, self.labels, 0),
+            _padded(targets[labeled], self.labels, IGNORE),
+            _padded(np.concatenate([[0], ends]), self.rows + 2, self.tokens),
+        )
+        return np.concatenate(parts).astype(np.int64)
+
+    def unpack(self, memory: torch.Tensor) -> PackedBatch:
+        """Views of `memory`, which holds `pack`'s array; cu_seqlens are converted."""
+        ids, positions, label_positions, targets, cu_seqlens = memory.split(self.sizes())
+        rows = RaggedRows(self.rows + 1, self.width, None, cu_seqlens.to(torch.int32))
+        return PackedBatch(ids, positions, label_positions, targets, rows)
 
 
-def filled(batch: Batch, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """Everything that a graph of `shape` reads, in one array of int64: one copy to the device."""
-    tokens, labels, rows, _ = shape
-    real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
-    right = batch.labels[real]
-    chosen = (right != IGNORE).nonzero()[0]
-    rest = np.arange(tokens - batch.tokens)
-    ends = np.cumsum(batch.lengths)
-    return np.concatenate(
-        [
-            batch.input_ids[real],
-            np.zeros_like(rest),
-            real.nonzero()[1],
-            rest,
-            chosen,
-            np.zeros(labels - len(chosen), np.int64),
-            right[chosen],
-            np.full(labels - len(chosen), IGNORE),
-            [0],
-            ends,
-            np.full(rows + 1 - len(ends), tokens),
-        ]
-    ).astype(np.int64)
-
-
-def laid(memory: torch.Tensor, shape: tuple[int, int, int, int]) -> PackedBatch:
-    """`filled`'s array as what the model reads."""
-    tokens, labels, rows, width = shape
-    ids, positions, chosen, right, bounds = memory.split([tokens, tokens, labels, labels, rows + 2])
-    return PackedBatch(ids, positions, chosen, right, Rows(rows + 1, width, None, bounds.to(torch.int32)))
+def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
+    return np.concatenate([array, np.full(size - len(array), value)])
 
 
 class Graphs:
-    """`run(batch)`: what `step(laid)` does, which may allocate but must not wait for the device."""
+    """`run(batch)`: what `step(packed)` does, which may allocate but must not wait for the device."""
 
     def __init__(self, step: Callable[[PackedBatch], None], device: torch.device) -> None:
         self.step, self.device = step, device
-        self.graphs: dict[tuple[int, int, int, int], tuple[torch.Tensor, Any]] = {}
+        self.graphs: dict[Layout, tuple[torch.Tensor, Any]] = {}
         self.pool: Any = None
-        self.width = 0  # of the widest so far: graphs of another width would be the same again
+        self.width = 0  # of the widest so far: a graph of another width would be recorded for nothing
 
     def run(self, batch: Batch) -> None:
-        shape = sizes(batch, self.width)
-        self.width = shape[3]
-        array = torch.from_numpy(filled(batch, shape)).pin_memory()
-        if self.pool is None:  # the first, so that libraries have made what they need: no graph may
-            self.step(laid(array.to(self.device, non_blocking=True), shape))
+        layout = Layout.of(batch, self.width)
+        self.width = layout.width
+        array = torch.from_numpy(layout.pack(batch)).pin_memory()
+        if self.pool is None:  # the first goes without a graph: libraries set up what they need, which no graph may do
+            self.step(layout.unpack(array.to(self.device, non_blocking=True)))
             self.pool = torch.cuda.graph_pool_handle()
             return
-        if shape not in self.graphs and len(self.graphs) == _KEPT:
+        if layout not in self.graphs and len(self.graphs) == _KEPT:
             del self.graphs[next(iter(self.graphs))]
-        memory, graph = self.graphs.pop(shape) if shape in self.graphs else self._record(shape, len(array))
-        self.graphs[shape] = memory, graph  # as the newest
+        memory, graph = self.graphs.pop(layout) if layout in self.graphs else self._record(layout)
+        self.graphs[layout] = memory, graph  # as the newest
         memory.copy_(array, non_blocking=True)
         graph.replay()
 
-    def _record(self, shape: tuple[int, int, int, int], length: int) -> tuple[torch.Tensor, Any]:
-        memory, graph = torch.zeros(length, dtype=torch.int64, device=self.device), torch.cuda.CUDAGraph()
+    def _record(self, layout: Layout) -> tuple[torch.Tensor, Any]:
+        """`(the memory that the graph reads, the graph)`."""
+        memory = torch.zeros(sum(layout.sizes()), dtype=torch.int64, device=self.device)
+        graph = torch.cuda.CUDAGraph()
         failure: Exception | None = None
         try:
             with (
-                torch.cuda.stream(torch.cuda.current_stream(self.device)),  # a broken record would stay on its own
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),  # a failed capture would leave its own set
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
                 try:
-                    self.step(laid(memory, shape))
-                except RuntimeError as error:  # out of memory, say, which the end of a broken record would hide
+                    self.step(layout.unpack(memory))
+                except RuntimeError as error:  # such as out of memory, which the end of a failed capture would hide
                     failure = error
                     raise
         except RuntimeError as error:

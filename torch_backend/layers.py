@@ -1,90 +1,82 @@
-"""Norms and rotary positions with a hand-written backward pass; `autograd.install` puts them in transformers' place."""
+"""The hand-written layers in place of those of transformers and PEFT; `tests/torch/test_layers.py` compares the two."""
 
-from functools import cache
-from inspect import unwrap
-from types import FunctionType
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 
-_aten = torch.ops.aten
+from common.backend import Adapter
+from torch_backend.linear import FrozenLinear, LoraLinear, frozen_weight
+from torch_backend.mlp import Gated, GatedDown
+from torch_backend.norm import RMSNorm
+from torch_backend.rope import calling_rope
 
 
-class RMSNorm(torch.autograd.Function):
-    """`x / sqrt(mean(x^2) + eps) * weight` in float32 (Zhang and Sennrich 2019); Gemma's weight is one less.
+def install(model: Any, adapter: Adapter) -> None:
+    """Replace the forward functions of `model`, a frozen one with PEFT's layers, by those of this package.
 
-    Kept: x in its own type, and a number for each row.
+    Raises AssertionError where a layer lacks what is replaced: under another name it would silently stay slow.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, gemma: bool) -> torch.Tensor:
-        if x.is_cuda:  # one kernel, float32 within; Gemma's weight would be rounded by it
-            weight = 1 + weight.float() if gemma else weight.to(x.dtype)
-            result, factor = _aten._fused_rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
-            ctx.save_for_backward(x, factor, weight)
-            return result.to(x.dtype)
-        exact = x.float()
-        factor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, factor, weight)
-        ctx.gemma = gemma
-        result = exact * factor
-        if gemma:
-            return result.mul_(1 + weight.float()).to(x.dtype)
-        return result.to(x.dtype).mul_(weight)  # rounded before the weight, as in transformers
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, factor, weight = ctx.saved_tensors
-        if x.is_cuda:
-            given = (outputs[0].to(weight.dtype), x.to(weight.dtype), weight.shape, factor, weight)
-            return _aten._fused_rms_norm_backward(*given, [True, False])[0].to(x.dtype), None, None, None
-        grad_output = outputs[0].float() * ((1 + weight.float()) if ctx.gemma else weight.float())
-        straight = x.float() * factor
-        along = torch.linalg.vecdot(grad_output, straight).unsqueeze(-1).div_(x.shape[-1])
-        return grad_output.sub_(straight.mul_(along)).mul_(factor).to(x.dtype), None, None, None
+    decoders = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
+    attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
+    layers = model.config.num_hidden_layers
+    if not (len(decoders) == len(attentions) == layers and len(norms) > 2 * layers):
+        raise AssertionError(
+            f"{type(model).__name__} has {layers} layers, of which {len(decoders)} decoder layers, {len(attentions)} "
+            f"attentions and {len(norms)} norms were recognized: this transformers is not known here"
+        )
+    for norm in norms:
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        norm.forward = partial(_norm, norm, eps, type(norm).__name__.startswith("Gemma"))
+    for decoder in decoders:
+        last = not hasattr(decoder, "post_feedforward_layernorm")
+        decoder.mlp.forward = partial(_mlp, decoder.mlp, type(decoder).__name__.startswith("Gemma"), last)
+    for attention in attentions:
+        attention.forward = MethodType(calling_rope(type(attention).forward), attention)
+    _install_linear(model, adapter)
 
 
-class Rope(torch.autograd.Function):
-    """Rotary position embedding of x [1, heads, tokens, d], d's halves paired (Su et al. 2021); nothing of x is kept.
-
-    cos and sin [1, tokens, rotary], alike in both halves; what d has beyond rotary stays as it is.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(outputs[0], cos, sin, -1), None, None
+def _install_linear(model: Any, adapter: Adapter) -> None:
+    """PEFT's layers, where they compute plain LoRA, and the frozen linear layers."""
+    plain, replaced = not (adapter.dora or adapter.dropout), 0
+    for module in model.modules():
+        if plain and hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
+            module.forward = partial(_lora, module)
+            replaced += 1
+        elif type(module) is torch.nn.Linear and not module.weight.requires_grad:
+            module.forward = partial(_frozen, module)
+    quantized = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    if plain and not quantized and replaced != len(adapter.weights):
+        raise AssertionError(f"{replaced} of {len(adapter.weights)} LoRA layers were recognized: PEFT is another one")
 
 
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
-    rotary, half = cos.shape[-1], cos.shape[-1] // 2
-    cos, sin = cos[:, None], sin[:, None, :, :half]
-    result = torch.empty_like(x)
-    torch.mul(x[..., :rotary], cos, out=result[..., :rotary])
-    result[..., :half].addcmul_(x[..., half:rotary], sin, value=-sign)
-    result[..., half:rotary].addcmul_(x[..., :half], sin, value=sign)
-    if rotary < x.shape[-1]:
-        result[..., rotary:] = x[..., rotary:]
-    return result
+def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
+    return RMSNorm.apply(x, module.weight, eps, gemma)
 
 
-def _rope(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """In the place of transformers' `apply_rotary_pos_emb`."""
-    return Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
+def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return FrozenLinear.apply(x, module.weight, module.bias)
 
 
-@cache
-def calling_rope(forward: Any) -> FunctionType:
-    """An attention's own forward with `_rope` for its module's; nothing of transformers is changed for others."""
-    plain = unwrap(forward)
-    scope = plain.__globals__ | {"apply_rotary_pos_emb": _rope}
-    made = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
-    made.__kwdefaults__ = plain.__kwdefaults__
-    return made
+def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
+    if hasattr(module, "gate_up_proj"):
+        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    down = module.down_proj
+    if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
+        return down(Gated.apply(gate, up, gelu))
+    return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)
+
+
+def _lora(module: Any, x: torch.Tensor) -> torch.Tensor:
+    if module.disable_adapters:
+        return FrozenLinear.apply(x, frozen_weight(module.base_layer), module.base_layer.bias)
+    return LoraLinear.apply(x, module.base_layer, *_trained(module))
+
+
+def _trained(module: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`(A, B, scale)` of a PEFT layer."""
+    return module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]

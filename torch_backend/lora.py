@@ -10,7 +10,7 @@ from common.models.families import text_name
 
 
 def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-    """`(PEFT's model, trained parameters by canonical name)`: `<module>.lora_A`, `.lora_B`, with DoRA `.magnitude`."""
+    """`(PEFT's model, trained parameters by canonical name)`: `<module>.lora_A`, `.lora_B`, `.magnitude`."""
     from peft import LoraConfig, get_peft_model
 
     (rank, alpha), _ = Counter((w.rank, w.alpha) for w in adapter.weights.values()).most_common(1)[0]

@@ -1,8 +1,8 @@
-"""Products with a frozen weight. One of 16 bits that the CPU does not compute in is widened a block at a time.
+"""Products with a frozen weight. A 16-bit weight that the CPU does not compute in is widened a block at a time.
 
-The block stays in the cache: measured from 1 to 350 rows, that costs a product next to nothing, and the weight takes
-half the memory. bf16 products of torch itself, on a CPU without instructions for them, ran at 19 GFLOP/s (x @ W.T) and
-1 (x @ W), float32's at 120.
+The block stays in the cache: for 1 to 350 rows that costs a product next to nothing, and the weight takes half the
+memory. On a CPU without bf16 instructions torch's own bf16 products ran at 19 GFLOP/s (x @ W.T) and 1 (x @ W), its
+float32 products at 120.
 """
 
 import threading
@@ -21,26 +21,27 @@ def _cpu_computes_bf16() -> bool:
     return bool(cpu_bf16())
 
 
-def multiple(device: torch.device, dtype: torch.dtype) -> int:
-    """Of which the rows of products are to be multiples.
+def pad_multiple(device: torch.device, dtype: torch.dtype) -> int:
+    """The number to whose multiples the rows of products should be padded.
 
-    oneDNN compiles a CPU's bf16 products for every new shape and keeps them: on rows of varied length 360 MB after 40
-    steps and growing, with multiples of 16 110 MB, and steps no longer.
+    oneDNN compiles a CPU's bf16 products for every new shape and keeps them. Rows of varied length took 360 MB after 40
+    steps and growing; with multiples of 16 they took 110 MB, in steps of the same time.
     """
     return 16 if device.type == "cpu" and dtype == torch.bfloat16 and _cpu_computes_bf16() else 1
 
 
-_scratch = threading.local()  # memory of a block: a new one for each product cost page faults
+_scratch = threading.local()  # the memory of a block: a new one for each product would cost page faults
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products in `dtype`, the activations' own, take `weight` in float32 though it is stored in 16 bits."""
+    """Whether products take the stored 16-bit `weight` in float32. dtype: the activations' type."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
     return dtype != weight.dtype or not _cpu_computes_bf16()
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Blocks of rows, each with its float32 values, which the next block overwrites."""
     rows = min(len(weight), max(1, _BLOCK // weight.shape[1]))
     if getattr(_scratch, "memory", torch.empty(0)).numel() < rows * weight.shape[1]:
         _scratch.memory = torch.empty(max(_BLOCK, weight.shape[1]))
@@ -50,7 +51,7 @@ def _blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         yield slice(start, start + len(part)), wide[: len(part)].copy_(part)
 
 
-def forth(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T` for x [N, in] and weight [out, in]; float32 where the weight is widened, else in their type."""
     if not widened(weight, x.dtype):
         return x @ weight.T
@@ -61,10 +62,10 @@ def forth(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def upright(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`weight @ x.T` [out, N] in float32: where out is in the tens of thousands, up to twice as fast as `forth`.
+def linear_transposed(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`weight @ x.T` [out, N] in float32, written into `out`: float32 memory of out x N numbers or more.
 
-    out: float32 memory of out x N numbers or more, which the result lies in.
+    Where weight has tens of thousands of rows, this is up to twice as fast as `linear`.
     """
     result = out.flatten()[: len(weight) * len(x)].view(len(weight), len(x))
     if not widened(weight, x.dtype):
@@ -73,16 +74,16 @@ def upright(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> torch.T
         if weight.is_cuda:
             return torch.mm(weight, x.T, out_dtype=torch.float32, out=result)
         return result.copy_(weight @ x.T)
-    turned = x.float().T
+    transposed = x.float().T
     for block, wide in _blocks(weight):
-        torch.mm(wide, turned, out=result[block])
+        torch.mm(wide, transposed, out=result[block])
     return result
 
 
-def back(grad_output: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`grad_output @ weight` for grad_output [N, out]; float32 where the weight is widened, else in the weight's type.
+def linear_grad_input(grad_output: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`grad_output @ weight` [N, in] for grad_output [N, out]; float32 where the weight is widened, else in its type.
 
-    dtype: of the activations.
+    dtype: the activations' type.
     """
     if not widened(weight, dtype):
         return grad_output.to(weight.dtype) @ weight

@@ -1,4 +1,4 @@
-"""The frozen base model: transformers' own, loaded so that nothing is left to chance."""
+"""The frozen base model: transformers' own, every weight read from the checkpoint and checked."""
 
 import json
 from functools import partial
@@ -13,7 +13,7 @@ from common.models.resolve import stored_type
 from torch_backend.attention import register
 from torch_backend.host_memory import release_pages
 
-# A multimodal checkpoint's names within its language model, of the older layout and of today's.
+# From a multimodal checkpoint's names, in the older layout and in today's, to those of the language model alone.
 _TEXT_NAMES = {
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
@@ -21,57 +21,56 @@ _TEXT_NAMES = {
 }
 
 
-def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
-    """The language model alone, in evaluation mode on the CPU, its weights as they are stored: `convert` makes `dtype`.
+def load_base(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    """The language model alone, in evaluation mode on the CPU, its weights in the stored type: `convert` makes `dtype`.
 
-    `how` goes on to `from_pretrained`, which then makes `dtype` itself.
-
-    Of a multimodal model the other parts stay on the disk: its text rows never reach them, and the fused folder takes
-    them over as they are. Raises UserError where the checkpoint lacks a weight, which transformers would draw by lot.
+    `settings` are passed to `from_pretrained`, which then makes `dtype` itself. Of a multimodal model the other parts
+    stay on the disk: text rows never reach them, and the fused folder copies them. Raises UserError where the
+    checkpoint lacks a weight, which transformers would initialize at random.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = text_config(written)
-    config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NO_OPTIONS})
-    # as stored, the weights stay in the file until they are used; another type is made of them one by one
+    config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NOT_SETTINGS})
+    # in the stored type the weights stay in the mapped file until they are used
     stored = getattr(torch, stored_type(folder))
     names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # it would list the vision tower's tensors; what is lacking is told below
+    logging.set_verbosity_error()  # it would list the vision tower's tensors; missing ones are reported below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype if how else stored,
+            dtype=dtype if settings else stored,
             attn_implementation=register(),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             **names,
-            **how,
+            **settings,
         )
     finally:
         logging.set_verbosity(level)
-    lacking = sorted({*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
-    if lacking:
+    missing = sorted({*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
+    if missing:
         raise UserError(
-            f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
+            f"{folder} lacks {len(missing)} weights of its model, or has them in another shape, such as {missing[0]}.",
             "Fetch the model again.",
         )
     return model
 
 
 @torch.no_grad()
-def convert(model: Any, dtype: torch.dtype, hold: bool) -> None:
-    """Every weight in `dtype`, a block of rows after the other; pages of the file that were read are given back.
+def convert(model: Any, dtype: torch.dtype, keep_stored: bool) -> None:
+    """Convert every weight to `dtype`, block by block; pages of the file that were read are released.
 
-    `hold`: matrices that the file has in 16 bits stay so, mapped from it, and products widen them (`products`).
+    keep_stored: matrices that the file stores in 16 bits stay mapped from it, and products widen them (`matmul.py`).
     """
     held = set()
-    if hold:
+    if keep_stored:
         linear = [m for m in model.modules() if type(m) is torch.nn.Linear or m is model.get_input_embeddings()]
         held = {m.weight for m in linear if m.weight.dtype in (torch.bfloat16, torch.float16)}
     for parameter in model.parameters():
@@ -86,7 +85,7 @@ def convert(model: Any, dtype: torch.dtype, hold: bool) -> None:
         parameter.data = wide
     model.config.dtype = dtype
     embed = model.get_input_embeddings()
-    if hasattr(embed, "embed_scale"):  # Gemma's, made in the stored type: 25.25 in place of 25.298
+    if hasattr(embed, "embed_scale"):  # Gemma's, which was computed in the stored type: 25.25 in place of 25.298
         embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
     if embed.weight in held:
         embed.forward = partial(_embed, embed, dtype)
@@ -100,4 +99,4 @@ def _embed(module: Any, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
 _BLOCK = 2**23  # weights converted at a time
 
 
-_NO_OPTIONS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}
+_NOT_SETTINGS = {"transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache"}

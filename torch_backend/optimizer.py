@@ -1,4 +1,4 @@
-"""AdamW over what is trained; an adapter's matrices are views of one tensor, which a few kernels then serve."""
+"""AdamW over the trained parameters; an adapter's matrices are views of one tensor, so that a few kernels suffice."""
 
 from collections.abc import Sequence
 
@@ -12,19 +12,19 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """The parameters by canonical name keep their names outside; inside they lie in `tensors`."""
+    """AdamW of parameters by canonical name, which inside are parts of `tensors`."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, join: bool) -> None:
-        """join: into one tensor, with LoRA+, whose B has a learning rate of its own, two; in which they are views."""
+        """join: parameters become views of one tensor, or of two with LoRA+, whose B has another learning rate."""
         self.parameters, self.joined = parameters, join
-        self.places: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the tensor, and where it begins there
+        self.parts: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the tensor, and where the part begins
         fast = {name for name in parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
         groups = []
         for names, ratio in ((parameters.keys() - fast, 1.0), (fast, recipe.lora_plus)):
             chosen = {name: p for name, p in parameters.items() if name in names}
-            places = _join(list(chosen.values())) if join and chosen else [(p, 0) for p in chosen.values()]
-            self.places |= dict(zip(chosen, places, strict=True))
-            tensors = list({id(tensor): tensor for tensor, _ in places}.values())
+            parts = _join(list(chosen.values())) if join and chosen else [(p, 0) for p in chosen.values()]
+            self.parts |= dict(zip(chosen, parts, strict=True))
+            tensors = list({id(tensor): tensor for tensor, _ in parts}.values())
             groups += [{"params": tensors, "ratio": ratio}] if tensors else []
         self.adamw = torch.optim.AdamW(
             groups,
@@ -35,19 +35,19 @@ class Optimizer:
             fused=True,
         )
         self.tensors = [tensor for group in self.adamw.param_groups for tensor in group["params"]]
-        for tensor in self.tensors:  # now, not in the first step, which could not be done again
+        for tensor in self.tensors:  # now and not in the first step, which could not be repeated
             self.adamw.state[tensor] = {
                 "step": torch.zeros((), device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
 
-    def zero(self) -> None:
-        """The gradients; joined ones stay where they are."""
+    def zero_grad(self) -> None:
+        """Clear the gradients; those of joined parameters keep their memory."""
         self.adamw.zero_grad(set_to_none=not self.joined)
 
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
-        """Clip and step; the global norm of the gradients before, a scalar on the device."""
+        """Clip and step; the global norm of the gradients before clipping, a scalar on the device."""
         norm = torch.nn.utils.clip_grad_norm_(self.tensors, max_grad_norm or float("inf"))
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["ratio"]
@@ -55,7 +55,7 @@ class Optimizer:
         return norm
 
     def get(self) -> OptimizerState:
-        averages, squares = ({name: to_numpy(self._moment(name, kind)) for name in self.places} for kind in _MOMENTS)
+        averages, squares = ({name: to_numpy(self._moment(name, kind)) for name in self.parts} for kind in _MOMENTS)
         return OptimizerState(int(self.adamw.state[self.tensors[0]]["step"]), averages, squares)
 
     @torch.no_grad()
@@ -63,29 +63,30 @@ class Optimizer:
         for tensor in self.tensors:
             self.adamw.state[tensor]["step"].fill_(state.step)
         for kind, arrays in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
-            for name in self.places:
+            for name in self.parts:
                 self._moment(name, kind).copy_(torch.from_numpy(arrays[name]))
 
     def _moment(self, name: str, kind: str) -> torch.Tensor:
-        """The part of one of AdamW's moments that is a parameter's, as it lies."""
-        tensor, start = self.places[name]
+        """A view of the parameter's part of one of AdamW's moments."""
+        tensor, start = self.parts[name]
         shape = self.parameters[name].shape
         return self.adamw.state[tensor][kind].view(-1)[start : start + shape.numel()].view(shape)
 
 
 def _join(parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Parameter, int]]:
     """One tensor that holds them all, and where each begins; they and their gradients become views of it."""
-    whole = torch.nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
-    whole.grad = torch.zeros_like(whole)
-    places, start = [], 0
+    joined = torch.nn.Parameter(torch.cat([p.data.flatten() for p in parameters]))
+    joined.grad = torch.zeros_like(joined)
+    parts, start = [], 0
     for parameter in parameters:
         end = start + parameter.numel()
-        parameter.data = whole.data[start:end].view_as(parameter)
-        parameter.grad = whole.grad[start:end].view_as(parameter)
-        places.append((whole, start))
+        parameter.data = joined.data[start:end].view_as(parameter)
+        parameter.grad = joined.grad[start:end].view_as(parameter)
+        parts.append((joined, start))
         start = end
-    return places
+    return parts
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A float32 copy on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True).numpy()

@@ -1,4 +1,4 @@
-"""bitsandbytes' nf4 and int8 for the frozen base's linear layers, and back."""
+"""bitsandbytes' nf4 and int8 for the frozen base's linear layers: quantize and dequantize."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from torch_backend.host_memory import release_pages
 
 
 def quantization_config(scheme: str) -> Any:
-    """What `from_pretrained` must be told for int8; None for every other base."""
+    """The setting of `from_pretrained` for int8; None for every other base."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else None
@@ -19,9 +19,9 @@ def quantization_config(scheme: str) -> Any:
 
 @torch.no_grad()
 def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Every linear layer but the output head in nf4, one after the other; what it was made of is given back at once.
+    """Quantize every linear layer but the output head to nf4, releasing each one's pages at once.
 
-    As transformers does it, which keeps all that it read of the file until the whole model stands.
+    The same as transformers does, but that keeps all that it has read of the file until the complete model is loaded.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -39,7 +39,7 @@ def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
 
 
 def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
-    """See `common.backend.Backend`. `names`: a tensor's name within the language model -> in the whole one."""
+    """See `common.backend.Backend`. names: of a tensor in the language model alone -> in the checkpoint."""
     return {
         names[f"{name.removesuffix('.base_layer')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()

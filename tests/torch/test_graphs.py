@@ -1,4 +1,4 @@
-"""Micro-batches filled up, for CUDA graphs and a CPU's bf16 products, and what is replayed on a GPU."""
+"""Micro-batches padded for CUDA graphs and a CPU's bf16 products, and what is replayed on a GPU."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tests import backends
 from tests.tiny import write_family, write_rows
 from torch_backend import attention, cuda_graphs
 from torch_backend import backend as backend_module
-from torch_backend.cuda_graphs import filled, laid, sizes
+from torch_backend.cuda_graphs import Layout
 from torch_backend.loss import loss_of, loss_sum
 
 
@@ -28,35 +28,35 @@ def rows(model, tmp_path_factory):
 def row_by_row(query, key, value, scaling, rows, window):
     """What `_flash` computes, without its kernel."""
     found = []
-    for start, end in zip(rows.bounds[:-1].tolist(), rows.bounds[1:].tolist(), strict=True):
+    for start, end in zip(rows.cu_seqlens[:-1].tolist(), rows.cu_seqlens[1:].tolist(), strict=True):
         assert end - start <= rows.width
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        places = torch.arange(end - start)
-        behind = places[:, None] - places
-        seen = (behind >= 0) & (behind < (window or end + 1))
+        positions = torch.arange(end - start)
+        distance = positions[:, None] - positions
+        seen = (distance >= 0) & (distance < (window or end + 1))
         found.append(functional.scaled_dot_product_attention(q, k, v, seen, scale=scaling, enable_gqa=True))
     assert end == query.shape[2], "every token must belong to a row: what no row holds is never written"
     return torch.cat(found, 2).transpose(1, 2)
 
 
 @pytest.mark.cpu
-def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
+def test_what_a_graph_is_padded_with_adds_nothing(model, rows, monkeypatch):
     monkeypatch.setattr(attention, "_flash", row_by_row)
     backend = backends.load("torch", model, backends.make_recipe(model, lora_plus=2.0))
     for parameter in backend.parameters.values():
         parameter.data += 0.05 * torch.randn_like(parameter)
     batch = make_batch(rows[:3])
-    shape = sizes(batch)
-    assert shape[0] > batch.tokens
-    assert shape[1] > batch.label_tokens
-    assert shape[2] > 3
+    layout = Layout.of(batch)
+    assert layout.tokens > batch.tokens
+    assert layout.labels > batch.label_tokens
+    assert layout.rows > 3
     found = []
     for loss in (
         loss_sum(backend.model, batch, backend.device, 7, False),
-        loss_of(backend.model, laid(torch.from_numpy(filled(batch, shape)), shape), 7),
+        loss_of(backend.model, layout.unpack(torch.from_numpy(layout.pack(batch))), 7),
         loss_sum(backend.model, batch, backend.device, 7, False, 16),
     ):
-        backend.optimizer.zero()
+        backend.optimizer.zero_grad()
         loss.backward()
         found.append((loss.item(), {name: p.grad.clone() for name, p in backend.parameters.items()}))
     for loss, gradients in found[1:]:
@@ -67,11 +67,11 @@ def test_what_a_graph_is_filled_with_adds_nothing(model, rows, monkeypatch):
 
 
 class Unrecorded(cuda_graphs.Graphs):
-    """With a stand-in for a graph: what it holds is the shape's first number."""
+    """With a stand-in for a graph."""
 
-    def _record(self, shape, length):
-        self.recorded.append(shape)
-        return torch.zeros(length, dtype=torch.int64), self
+    def _record(self, layout):
+        self.recorded.append(layout)
+        return torch.zeros(sum(layout.sizes()), dtype=torch.int64), self
 
     def replay(self):
         self.replayed += 1
@@ -81,7 +81,7 @@ class Unrecorded(cuda_graphs.Graphs):
 def unrecorded(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    made = Unrecorded(lambda laid: made.stepped.append(laid), torch.device("cpu"))
+    made = Unrecorded(lambda packed: made.stepped.append(packed), torch.device("cpu"))
     made.stepped, made.recorded, made.replayed = [], [], 0
     return made
 
@@ -96,7 +96,7 @@ def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypat
             ids = np.ones((8, lengths[-1]), np.int32)
             unrecorded.run(Batch(ids, np.where(np.arange(lengths[-1]) < lengths[:, None], ids, IGNORE), lengths))
 
-    def fails(laid):
+    def fails(packed):
         raise RuntimeError("out of memory")
 
     good, unrecorded.step = unrecorded.step, fails
@@ -121,9 +121,9 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
     backend = backends.load("torch", model, backends.make_recipe(model))
     batch = make_batch(rows[:2])
     expected = float(backend.eval_step(batch).loss_sum)
-    backend.graphs = cuda_graphs.Graphs(lambda laid: None, backend.device)
+    backend.graphs = cuda_graphs.Graphs(lambda packed: None, backend.device)
     if held:
-        backend.graphs.graphs[1, 1, 1, 1] = (torch.zeros(1), None)
+        backend.graphs.graphs[Layout(1, 1, 1, 1)] = (torch.zeros(1), None)
     real, calls = backend_module.loss_sum, []
 
     def fails_once(*arguments):
@@ -177,9 +177,9 @@ def test_out_of_memory_while_a_graph_is_recorded_is_told_and_the_step_can_be_don
     backend.train_step(batches, 1e-3, 1)
     real, calls = backend._micro_step, []
 
-    def fails(laid):
+    def fails(packed):
         calls.append(1)
-        real(laid)
+        real(packed)
         torch.empty(2**50, device="cuda")
 
     backend._micro_step = backend.graphs.step = fails

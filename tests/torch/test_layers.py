@@ -1,4 +1,4 @@
-"""The hand-written ways back, each against what it stands in for."""
+"""The hand-written backward passes, each against what it replaces."""
 
 import shutil
 from inspect import unwrap
@@ -14,11 +14,13 @@ from common.data.batching import make_batch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import FAMILIES, write_family, write_model, write_rows
-from torch_backend import autograd, matmul
 from torch_backend import backend as backend_module
-from torch_backend.attention import Rows, attend, bounds
-from torch_backend.autograd import FrozenLinear, Gated, GatedDown, LoraLinear
-from torch_backend.layers import RMSNorm, Rope
+from torch_backend import layers, matmul
+from torch_backend.attention import RaggedRows, attend, cu_seqlens
+from torch_backend.linear import FrozenLinear, LoraLinear
+from torch_backend.mlp import Gated, GatedDown, recomputing
+from torch_backend.norm import RMSNorm
+from torch_backend.rope import Rope, calling_rope
 
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -86,18 +88,18 @@ def test_lora_linear(dtype, widened, bias, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("again", [False, True])
-def test_gated_down(dtype, gelu, again):
+@pytest.mark.parametrize("second_time", [False, True])
+def test_gated_down(dtype, gelu, second_time):
     base = torch.nn.Linear(12, 20).to(dtype).requires_grad_(False)
     A, B = torch.randn(4, 12), torch.randn(20, 4)
 
     def ours(gate, up, A, B):
         result = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False)
-        with autograd.again():
+        with recomputing():
             second = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, True)
             assert torch.equal(GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False), result)  # a norm follows it
         assert not second.any()  # its product was left out, all that the backward pass needs was not
-        return result.detach() + second if again else result
+        return result.detach() + second if second_time else result
 
     def plain(gate, up, A, B):
         x = (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
@@ -124,16 +126,18 @@ def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("lengths", [(7, 4, 7), (5, 5)])
-@pytest.mark.parametrize("end_to_end", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, end_to_end):
-    if end_to_end and softcap:
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.gpu)])
+def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packed):
+    if packed and softcap:
         return  # never asked for
     heads, groups, d = 4, 2, 8
     query, key, value = (torch.randn(1, n, sum(lengths), d) for n in (heads, groups, groups))
     real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    rows = Rows(len(lengths), max(lengths), None if real.all() else real.flatten().nonzero()[:, 0])
-    if end_to_end:
-        rows = Rows(len(lengths), max(lengths), None, bounds(np.array(lengths), torch.device(backends.DEVICE)))
+    rows = RaggedRows(len(lengths), max(lengths), None if real.all() else real.flatten().nonzero()[:, 0])
+    if packed:
+        rows = RaggedRows(
+            len(lengths), max(lengths), None, cu_seqlens(np.array(lengths), torch.device(backends.DEVICE))
+        )
 
     def eager(query, key, value):
         found, start = [], 0
@@ -151,7 +155,7 @@ def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, end_t
     def ours(query, key, value):
         return attend(None, query, key, value, None, 0.3, rows, softcap, window)[0]
 
-    dtype = torch.bfloat16 if end_to_end else torch.float32
+    dtype = torch.bfloat16 if packed else torch.float32
     compared(ours, eager, *((part, None) for part in (query, key, value)), dtype=dtype)
 
 
@@ -170,15 +174,15 @@ def rows(model, tmp_path_factory):
 )
 def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, changes):
     recipe, losses, calls = backends.make_recipe(model, **changes), [], []
-    called = autograd.LoraLinear.forward
+    called = LoraLinear.forward
     monkeypatch.setattr(LoraLinear, "forward", lambda *a: calls.append(1) or called(*a))
-    for install in (autograd.install, lambda model, adapter: None):
+    for install in (layers.install, lambda model, adapter: None):
         monkeypatch.setattr(backend_module, "install", install)
         calls.clear()
         backend = backends.load("torch", model, recipe)
         losses.append(backends.run_steps(backend, recipe, rows, 6))
         backend.close()
-        assert bool(calls) == (install is autograd.install)
+        assert bool(calls) == (install is layers.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
 
@@ -190,8 +194,8 @@ def test_every_family_rotates_as_it_does_without(family, tmp_path, monkeypatch):
     losses, calls = [], []
     ours = Rope.forward
     monkeypatch.setattr(Rope, "forward", lambda *a: calls.append(1) or ours(*a))
-    for calling in (autograd.calling_rope, unwrap):
-        monkeypatch.setattr(autograd, "calling_rope", calling)
+    for calling in (layers.calling_rope, unwrap):
+        monkeypatch.setattr(layers, "calling_rope", calling)
         calls.clear()
         recipe = backends.make_recipe(folder)
         backend = backends.load("torch", folder, recipe)
@@ -199,6 +203,31 @@ def test_every_family_rotates_as_it_does_without(family, tmp_path, monkeypatch):
         backend.close()
         assert bool(calls) == (calling is not unwrap)
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["self_attn", "input_layernorm", "q_proj"])
+def test_a_layer_under_a_name_that_is_not_known_is_an_error_and_no_slow_path(model, part):
+    recipe = backends.make_recipe(model)
+    backend = backends.load("torch", model, recipe)
+    layers.install(backend.model, backend.start)
+    for layer in backend.model.model.layers:
+        module = layer.self_attn.q_proj if part == "q_proj" else getattr(layer, part)
+        if part == "q_proj":
+            base = module.base_layer
+            base.__class__ = type("Renamed", (type(base),), {})
+        else:
+            module.__class__ = type("Renamed", (type(module),), {})
+    with pytest.raises(AssertionError, match="recognized"):
+        layers.install(backend.model, backend.start)
+    backend.close()
+
+
+def test_an_attention_that_rotates_otherwise_is_an_error():
+    def forward(self, hidden):
+        return hidden
+
+    with pytest.raises(AssertionError, match="does not call apply_rotary_pos_emb"):
+        calling_rope(forward)
 
 
 @pytest.mark.cpu
@@ -251,7 +280,7 @@ def test_nothing_within_a_step_waits_for_the_device(model, rows, checkpointing):
 
 
 @pytest.mark.cpu
-def test_gaps_are_given_back_both_ways_where_memory_is_short_and_never_else(model, rows, monkeypatch):
+def test_freed_memory_is_trimmed_forward_and_backward_only_where_memory_is_short(model, rows, monkeypatch):
     given = []
     monkeypatch.setattr(backend_module, "malloc_trim", lambda: given.append(1))
     backend = backends.load("torch", model, backends.make_recipe(model), gradient_checkpointing=True)

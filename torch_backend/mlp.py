@@ -1,0 +1,91 @@
+"""The gated MLP with a backward pass written by hand, which recomputes products instead of keeping them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from torch_backend.linear import lora_grad_input, lora_grads, lora_low, lora_output
+
+_aten = torch.ops.aten
+_recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
+
+
+class Gated(torch.autograd.Function):
+    """`act(gate) * up` with act SiLU or tanh's GELU; kept for the backward pass: gate and up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.gelu = gelu
+        return _activation(gate, gelu).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_up = _activation(gate, ctx.gelu).mul_(outputs[0])
+        return _grad_gate(outputs[0] * up, gate, ctx.gelu), grad_up, None
+
+
+class GatedDown(torch.autograd.Function):
+    """`LoraLinear` of `act(gate) * up`, whose product is recomputed in the backward pass.
+
+    Kept for it: gate, up and `x @ A.T`. last: the layer ends with it; its output is not needed when recomputing.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        gelu: bool,
+        base: Any,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        last: bool,
+    ) -> torch.Tensor:
+        inner = _activation(gate, gelu).mul_(up).flatten(0, -2)
+        low = lora_low(inner, A)
+        ctx.save_for_backward(gate, up, low, A, B)
+        ctx.gelu, ctx.base, ctx.scale = gelu, base, scale
+        if last and _recomputing.get():  # nobody reads it
+            return gate.new_zeros(()).expand(*gate.shape[:-1], len(B))
+        return lora_output(inner, low, base, B, scale).view(*gate.shape[:-1], -1).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
+        gate, up, low, A, B = ctx.saved_tensors
+        activation = _activation(gate, ctx.gelu)
+        inner = (activation * up).flatten(0, -2)
+        grad_low, grad_A, grad_B = lora_grads(outputs[0], inner, low, B, ctx.scale)
+        del inner
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
+            return None, None, None, None, grad_A, grad_B, None, None
+        grad_inner = lora_grad_input(outputs[0], grad_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
+        grad_up = activation.mul_(grad_inner)
+        grad_gate = _grad_gate(grad_inner.mul_(up), gate, ctx.gelu)
+        return grad_gate, grad_up, None, None, grad_A, grad_B, None, None
+
+
+def _activation(gate: torch.Tensor, gelu: bool) -> torch.Tensor:
+    return functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)
+
+
+def _grad_gate(grad_activation: torch.Tensor, gate: torch.Tensor, gelu: bool) -> torch.Tensor:
+    if gelu:
+        return _aten.gelu_backward(grad_activation, gate, approximate="tanh")
+    return _aten.silu_backward(grad_activation, gate)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Around what gradient checkpointing computes a second time: a layer's last product is left out."""
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)

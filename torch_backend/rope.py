@@ -1,0 +1,62 @@
+"""Rotary position embedding with a hand-written backward pass, and how an attention of transformers calls it."""
+
+from functools import cache
+from inspect import unwrap
+from types import FunctionType
+from typing import Any
+
+import torch
+
+
+class Rope(torch.autograd.Function):
+    """Rotary position embedding of x [1, heads, tokens, d], pairing d's halves (Su et al. 2021); nothing of x is kept.
+
+    cos and sin [1, tokens, rotary] are the same in both halves; what d has beyond rotary is left as it is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(outputs[0], cos, sin, -1), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -> torch.Tensor:
+    rotary, half = cos.shape[-1], cos.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None, :, :half]
+    result = torch.empty_like(x)
+    torch.mul(x[..., :rotary], cos, out=result[..., :rotary])
+    result[..., :half].addcmul_(x[..., half:rotary], sin, value=-sign)
+    result[..., half:rotary].addcmul_(x[..., :half], sin, value=sign)
+    if rotary < x.shape[-1]:
+        result[..., rotary:] = x[..., rotary:]
+    return result
+
+
+def _apply_rotary_pos_emb(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of the function of that name in transformers."""
+    return Rope.apply(query, cos, sin), Rope.apply(key, cos, sin)
+
+
+@cache
+def calling_rope(forward: Any) -> FunctionType:
+    """An attention's forward with `Rope` in place of its module's own; other models of transformers are not changed.
+
+    Raises AssertionError where the forward does not read `apply_rotary_pos_emb`, which would leave it as it is.
+    """
+    plain = unwrap(forward)
+    if _NAME not in plain.__code__.co_names or _NAME not in plain.__globals__:
+        raise AssertionError(f"{plain.__qualname__} does not call {_NAME}: this transformers is not known here")
+    scope = plain.__globals__ | {_NAME: _apply_rotary_pos_emb}
+    made = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+    made.__kwdefaults__ = plain.__kwdefaults__
+    return made
+
+
+_NAME = "apply_rotary_pos_emb"
