@@ -13,7 +13,6 @@ preload()  # before mlx is imported, or never
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
-import mlx.optimizers as optim  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult  # noqa: E402
@@ -22,11 +21,12 @@ from common.models.resolve import tensor_names  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
 from common.sampling import Sampler, generate_tokens  # noqa: E402
 from common.system.memory import swap_used, total  # noqa: E402
+from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
-from mlx_backend.layers import Rows  # noqa: E402
 from mlx_backend.lora import attach, paths, put  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
 from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
+from mlx_backend.optimizer import Optimizer  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
 from mlx_backend.weights import to_mlx, to_numpy  # noqa: E402
 
@@ -37,7 +37,7 @@ class MlxBackend:
     """See `common.backend.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        self.recipe = recipe
+        self.recipe, self.start = recipe, adapter
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
@@ -55,18 +55,10 @@ class MlxBackend:
                 self.layers = attach(self.model, adapter)
             self.apply_plan(plan)
             for _, parameter in tree_flatten(self.model.parameters()):
-                mx.eval(parameter)  # one by one: what a weight is converted from is gone before the next is read
-        self.start = adapter
+                mx.eval(parameter)  # one by one: what a weight is converted from is freed before the next is read
         trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
-        fast = (
-            {path for name, path in self.paths.items() if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
-        )
-        self.groups = [  # LoRA+ has a learning rate of its own for B
-            (self._optimizer(), ratio, names)
-            for ratio, names in ((1.0, set(trained) - fast), (recipe.lora_plus, fast))
-            if names
-        ]
+        self.optimizer = Optimizer({path: name for name, path in self.paths.items()}, recipe)
         self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch, self.plan.loss_chunk))
         return ModelInfo(
             layers=len(self.model.layers),
@@ -78,16 +70,6 @@ class MlxBackend:
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
         checkpoint_layers(self.model, plan.gradient_checkpointing, self.recipe.dropout > 0)
-
-    def _optimizer(self) -> optim.AdamW:
-        recipe = self.recipe
-        return optim.AdamW(
-            recipe.learning_rate,
-            betas=[recipe.beta1, recipe.beta2],
-            eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
-            bias_correction=True,  # off by default, unlike every other AdamW
-        )
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self.model.train()
@@ -101,26 +83,9 @@ class MlxBackend:
                 part = tree_map(lambda g: g / count, part)
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 total_loss = total_loss + loss
-                mx.async_eval(total_loss, gradients)  # each micro-batch's activations go as soon as they can
-        norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
-        if self.recipe.max_grad_norm:
-            factor = mx.minimum(1.0, self.recipe.max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
-            gradients = tree_map(lambda g: g * factor, gradients)
-        before = self.model.trainable_parameters(), [tree_map(lambda x: x, o.state) for o, _, _ in self.groups]
-        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(before[0]))
-        try:
-            with _memory_errors():
-                for optimizer, ratio, names in self.groups:
-                    optimizer.learning_rate = learning_rate * ratio
-                    new = optimizer.apply_gradients({n: flat[n] for n in names}, {n: trained[n] for n in names})
-                    self.model.update(tree_unflatten(list(new.items())))
-                states = [optimizer.state for optimizer, _, _ in self.groups]
-                mx.async_eval(self.model.trainable_parameters(), states, norm)
-        except OutOfMemory:
-            self.model.update(before[0])
-            for (optimizer, _, _), state in zip(self.groups, before[1], strict=True):
-                optimizer.state = state
-            raise
+                mx.async_eval(total_loss, gradients)  # each micro-batch's activations are freed as soon as possible
+        with _memory_errors():
+            norm = self.optimizer.step(self.model, gradients, learning_rate, self.recipe.max_grad_norm)
         tokens, padded = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
         return StepResult(total_loss, norm, count, tokens, padded)
 
@@ -128,7 +93,7 @@ class MlxBackend:
         self.model.eval()
         with _memory_errors():
             loss = loss_sum(self.model, batch, self.plan.loss_chunk)
-            mx.eval(loss)  # here, where running out of memory is still known for what it is
+            mx.eval(loss)  # here, where running out of memory is still caught
         return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
@@ -144,28 +109,10 @@ class MlxBackend:
         mx.eval(self.model.trainable_parameters())
 
     def get_optimizer(self) -> OptimizerState:
-        moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
-        names = {path: name for name, path in self.paths.items()}
-        for optimizer, _, group in self.groups:
-            for path in group:
-                for moment, found in moments.items():
-                    found[names[path]] = to_numpy(names[path], optimizer.state[path][moment])
-        step = int(self.groups[0][0].state["step"].item())
-        return OptimizerState(step, moments["m"], moments["v"])
+        return self.optimizer.get()
 
     def set_optimizer(self, state: OptimizerState) -> None:
-        names = {path: name for name, path in self.paths.items()}
-        for optimizer, _, group in self.groups:
-            content: dict[str, Any] = {
-                path: {
-                    "m": to_mlx(names[path], state.exp_avg[names[path]]),
-                    "v": to_mlx(names[path], state.exp_avg_sq[names[path]]),
-                }
-                for path in group
-            }
-            content["step"] = mx.array(state.step, mx.uint64)
-            content["learning_rate"] = mx.array(self.recipe.learning_rate)
-            optimizer.state = content
+        self.optimizer.set(state)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         return dequantized(self.model, self.names)
@@ -174,7 +121,7 @@ class MlxBackend:
         self.model.eval()
         inputs = mx.array(np.asarray(token_ids, np.int32))
         with self._adapter(adapter):
-            hidden = hidden_states(self.model, inputs, Rows(1, len(inputs), None))
+            hidden = hidden_states(self.model, inputs, RaggedRows(1, len(inputs), None))
             return np.array(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
 
     def generate(
@@ -193,16 +140,16 @@ class MlxBackend:
             nonlocal caches
             if restart:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
-            self.model.eval()  # at every token: training may go on in between
+            self.model.eval()  # at every token: training may continue in between
             with _memory_errors(), self._adapter(adapter):
-                hidden = hidden_states(self.model, mx.array(ids), Rows(1, len(ids), None), caches)
+                hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
                 return np.array(head(self.model, hidden[-1:])[0])
 
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.model.facts.rope_split)
 
     @contextmanager
     def _adapter(self, wanted: bool) -> Iterator[None]:
-        """The model with its adapter, or within the context without it."""
+        """The model with its adapter, or, within the context, without it."""
         if wanted:
             yield
             return
@@ -216,7 +163,7 @@ class MlxBackend:
         return Memory(mx.get_active_memory(), mx.get_peak_memory(), total(), "unified", swap_used())
 
     def close(self) -> None:
-        del self.model, self.layers, self.groups, self.gradient
+        del self.model, self.layers, self.optimizer, self.gradient
         mx.clear_cache()
         for set_limit, before in self.limits:
             set_limit(before)
@@ -225,7 +172,7 @@ class MlxBackend:
 
 
 def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
-    """MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
+    """Set MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
     if not plan.memory_budget:
         return []
     wanted = [(mx.set_memory_limit, plan.memory_budget), (mx.set_cache_limit, plan.memory_budget // 16)]
@@ -237,7 +184,7 @@ def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
 
 @contextmanager
 def _memory_errors() -> Iterator[None]:
-    """OutOfMemory for what MLX raises, a RuntimeError that only its text tells from others."""
+    """OutOfMemory for what MLX raises: a RuntimeError that only its text distinguishes from others."""
     try:
         yield
     except RuntimeError as error:

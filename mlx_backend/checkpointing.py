@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer keeps its input only, and computes the rest again in the backward pass."""
+"""Gradient checkpointing: a layer keeps its input only, and recomputes the rest in the backward pass."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def checkpoint_layers(model: Any, wanted: bool, dropout: bool) -> None:
-    """Each of the model's layers gets a class of its own, or its old one back: no other model is touched.
+    """Checkpoint each of the model's layers, or none. A layer gets a class of its own: no other model is touched.
 
-    The second computation starts from the same random seed as the first: with dropout it must draw the same masks.
+    With dropout, recomputing starts from the same random seed, so that it draws the same masks.
     """
     for layer in model.layers:
         kind = type(layer)

@@ -11,7 +11,7 @@ from mlx_backend.weights import PARTS, to_mlx
 
 
 def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    """Put `adapter` on the frozen `model`. Returns its layers by Hugging Face module name."""
+    """Attach `adapter` to the frozen `model`. Returns its layers by Hugging Face module name."""
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
@@ -27,13 +27,13 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 
 
 def paths(adapter: Adapter) -> dict[str, str]:
-    """The names of what is trained -> where the model holds it."""
+    """The canonical names of the trained arrays -> their paths in the model."""
     parts = [part for part in PARTS if part != "magnitude" or adapter.dora]
     return {f"{name}.{part}": f"{text_name(name)}.{PARTS[part]}" for name in adapter.weights for part in parts}
 
 
 def put(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Set modules by their Hugging Face names."""
+    """Replace modules of the model, given by their Hugging Face names."""
     model.update_modules(tree_unflatten([(text_name(name), module) for name, module in modules.items()]))
 
 

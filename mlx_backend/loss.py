@@ -7,81 +7,86 @@ import numpy as np
 
 from common.backend import IGNORE, Batch
 from common.data.batching import split_batch
-from mlx_backend.layers import Rows
+from mlx_backend.attention import RaggedRows
 from mlx_backend.model import finish, head_weight, hidden_states, project
 
 _BLOCK = 256
 
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
-    """Sum of the token losses of a micro-batch, float32 scalar. `model` is load_base's.
+    """Sum of the token losses of a micro-batch, a float32 scalar. `model` is load_base's.
 
-    `chunk`: label positions whose logits are held at once.
+    chunk: label positions whose logits are held at once.
     """
     total = mx.array(0.0)
     for part in split_batch(batch, model.facts.rope_split):
         real = np.arange(part.labels.shape[1]) < part.lengths[:, None]
         labels = part.labels[real]
-        chosen = (labels != IGNORE).nonzero()[0]
-        if len(chosen) == 0:
+        label_positions = (labels != IGNORE).nonzero()[0]
+        if len(label_positions) == 0:
             continue
-        places = None if real.all() else mx.array(real.ravel().nonzero()[0])
-        hidden = hidden_states(model, mx.array(part.input_ids[real]), Rows(real.shape[0], real.shape[1], places))
-        total = total + linear_cross_entropy(model, hidden[mx.array(chosen)], mx.array(labels[chosen]), chunk)
+        indices = None if real.all() else mx.array(real.ravel().nonzero()[0])
+        rows = RaggedRows(real.shape[0], real.shape[1], indices)
+        hidden = hidden_states(model, mx.array(part.input_ids[real]), rows)
+        targets = mx.array(labels[label_positions])
+        total = total + linear_cross_entropy(model, hidden[mx.array(label_positions)], targets, chunk)
     return total
 
 
-def linear_cross_entropy(model: Any, hidden: mx.array, labels: mx.array, chunk: int) -> mx.array:
-    """`sum(-log softmax(head(hidden))[label])`, float32, of hidden [N, H] and labels [N], `chunk` logits at a time.
+def linear_cross_entropy(model: Any, hidden: mx.array, targets: mx.array, chunk: int) -> mx.array:
+    """`sum(-log softmax(head(hidden))[target])`, float32, of hidden [N, H] and targets [N], `chunk` logits at a time.
 
-    In training each chunk's gradient is formed with its loss, so that its logits can be forgotten: what is kept for the
+    In training each chunk's gradient is computed with its loss, so that its logits can be freed: what is kept for the
     backward pass has the shape of `hidden` (and of the head's weight, where that is trained).
     """
-
-    pieces = [(start, min(start + chunk, len(hidden))) for start in range(0, len(hidden), chunk)]
+    chunks = [(start, min(start + chunk, len(hidden))) for start in range(0, len(hidden), chunk)]
     if not model.training:
         total = mx.array(0.0)
-        for start, end in pieces:
+        for start, end in chunks:
             part, _ = mx.depends([hidden[start:end], total], [total])  # one chunk after the other
-            total = total + _loss(*_logits(model, project(model, part))[:2], labels[start:end])
+            total = total + _loss(*_logits(model, project(model, part))[:2], targets[start:end])
         return total
     weight = head_weight(model)
     inputs: list[Any] = [hidden] if weight is None else [hidden, weight]
 
     @mx.custom_function
     def with_gradients(*inputs: mx.array) -> list[mx.array]:
-        total, weight_gradient = mx.array(0.0), mx.array(0.0)
+        total, grad_weight = mx.array(0.0), mx.array(0.0)
         parts: list[mx.array] = []
-        for start, end in pieces:
-            # the chunk waits for the one before, or several would be alive together
-            part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], weight_gradient])[0]
-            arguments, right = [part, *inputs[1:]], labels[start:end]
-            raw = project(model, *arguments)
-            logits, sums, derivative = _logits(model, raw)
-            total = total + _loss(logits, sums, right)
-            error = mx.exp(logits - sums[:, None])
-            at_right = mx.take_along_axis(error, right[:, None], axis=-1)
-            error = mx.put_along_axis(error, right[:, None], at_right - 1, axis=-1)
-            if derivative is not None:
-                error = error * derivative
-            gradients: Any = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])[1]
+        for start, end in chunks:
+            # a chunk waits for the one before, or several would be held at once
+            part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], grad_weight])[0]
+            arguments = [part, *inputs[1:]]
+            loss, gradients = _loss_and_gradients(model, arguments, targets[start:end])
+            total = total + loss
             parts.append(gradients[0])
             if inputs[1:]:
-                weight_gradient = weight_gradient + gradients[1].astype(mx.float32)
-        return [total, mx.concatenate(parts), weight_gradient]
+                grad_weight = grad_weight + gradients[1].astype(mx.float32)
+        return [total, mx.concatenate(parts), grad_weight]
 
     @with_gradients.vjp
-    def back(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        return [
-            (grad_output * cotangents[0]).astype(i.dtype) for grad_output, i in zip(outputs[1:], inputs, strict=False)
-        ]
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return [(grad * cotangents[0]).astype(i.dtype) for grad, i in zip(outputs[1:], inputs, strict=False)]
 
     outputs: Any = with_gradients(*inputs)
     return outputs[0]
 
 
+def _loss_and_gradients(model: Any, arguments: list[mx.array], targets: mx.array) -> tuple[mx.array, list[mx.array]]:
+    """`(a chunk's loss, its gradients by the arguments of project)`."""
+    raw = project(model, *arguments)
+    logits, sums, derivative = _logits(model, raw)
+    error = mx.exp(logits - sums[:, None])
+    at_target = mx.take_along_axis(error, targets[:, None], axis=-1)
+    error = mx.put_along_axis(error, targets[:, None], at_target - 1, axis=-1)
+    if derivative is not None:
+        error = error * derivative
+    gradients: Any = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])[1]
+    return _loss(logits, sums, targets), gradients
+
+
 def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
-    """`(logits, the log of their exponentials' sum, their derivative by raw or None where that is 1)`."""
+    """`(logits, the log of the sum of their exponentials, their derivative by raw or None where that is 1)`."""
     logits = finish(model, raw)
     divisor, cap = model.facts.logit_divisor, model.facts.logit_softcap
     derivative = None
@@ -90,14 +95,14 @@ def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | N
     return logits, log_sum_exp(logits), derivative
 
 
-def _loss(logits: mx.array, sums: mx.array, right: mx.array) -> mx.array:
-    return sums.sum() - mx.take_along_axis(logits, right[:, None], axis=-1).sum()
+def _loss(logits: mx.array, sums: mx.array, targets: mx.array) -> mx.array:
+    return sums.sum() - mx.take_along_axis(logits, targets[:, None], axis=-1).sum()
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
-    """Over the last axis of [N, vocabulary], in two stages: MLX's CPU adds one by one, and loses 1e-4 over 262k."""
-    whole = logits.shape[-1] - logits.shape[-1] % _BLOCK
-    parts = [mx.logsumexp(logits[:, :whole].reshape(len(logits), -1, _BLOCK), axis=-1)] if whole else []
-    if whole < logits.shape[-1]:
-        parts.append(mx.logsumexp(logits[:, whole:], axis=-1, keepdims=True))
+    """Over the last axis of [N, vocabulary], in two stages: MLX's CPU sums one by one, and loses 1e-4 over 262k."""
+    blocks = logits.shape[-1] - logits.shape[-1] % _BLOCK  # what divides into blocks
+    parts = [mx.logsumexp(logits[:, :blocks].reshape(len(logits), -1, _BLOCK), axis=-1)] if blocks else []
+    if blocks < logits.shape[-1]:
+        parts.append(mx.logsumexp(logits[:, blocks:], axis=-1, keepdims=True))
     return mx.logsumexp(mx.concatenate(parts, axis=-1), axis=-1)

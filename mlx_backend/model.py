@@ -1,8 +1,8 @@
-"""The frozen base model: mlx-lm's layers, with all that mlx-lm computes otherwise than transformers put right.
+"""The frozen base model: mlx-lm's layers, in a forward pass that computes what transformers does.
 
-mlx-lm 0.32 knows no sliding windows for Mistral, Qwen, Phi-3 and Gemma 2, turns every Phi-3 row by the long factors,
-rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkpoint may not have. So the layers are
-taken from it, and what stands around them is done here from the normalized config.
+mlx-lm 0.32 knows no sliding windows for Mistral, Qwen, Phi-3 and Gemma 2, rotates every Phi-3 row by the long factors,
+rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkpoint may not have. So only its layers
+are used; everything around them is computed here from the normalized config.
 """
 
 import json
@@ -16,12 +16,13 @@ from mlx.utils import tree_map
 
 from common.errors import UserError
 from common.models.families import ForwardConfig, facts, language_tensor, text_config, text_name
-from mlx_backend.layers import Rows, take_over
+from mlx_backend.attention import RaggedRows
+from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
 
 
 class _Rope(nn.Module):
-    """Turns x [B, heads, T, head_dim] by positions from `offset` on; see `mlx_backend.rope`."""
+    """Rotates x [B, heads, T, head_dim] by positions from `offset` on; see `mlx_backend.rope`."""
 
     def __init__(self, found: Rope) -> None:
         super().__init__()
@@ -68,10 +69,10 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
         first = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
-    for layer, turned in zip(model.layers, found.ropes, strict=True):
-        if turned is not None:
-            layer.self_attn.rope = _Rope(rope(turned, config["head_dim"], config["max_position_embeddings"]))
-    take_over(model, config["model_type"].startswith("gemma"))
+    for layer, parameters in zip(model.layers, found.ropes, strict=True):
+        if parameters is not None:
+            layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
+    install(model, config["model_type"].startswith("gemma"))
     model.facts = found
     return model
 
@@ -82,31 +83,34 @@ def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.ar
     return {name: weight for name, weight in named.items() if language_tensor(name, tied)}
 
 
-def hidden_states(model: Any, input_ids: mx.array, rows: Rows, caches: list[Any] | None = None) -> mx.array:
-    """The last hidden states [tokens, hidden] of input ids [tokens], rows end to end.
+def hidden_states(model: Any, input_ids: mx.array, rows: RaggedRows, caches: list[Any] | None = None) -> mx.array:
+    """The last hidden states [tokens, hidden] of input ids [tokens], packed.
 
-    What mlx-lm's models do, and what they leave out. With `caches`, a KVCache for each layer, the ids go on with the
-    one row whose keys and values they hold, and are added to them.
+    With `caches`, a KVCache for each layer, the ids continue the one row whose keys and values the caches hold, and
+    are added to them.
     """
-    known: ForwardConfig = model.facts
+    config: ForwardConfig = model.facts
     h = model.model.embed_tokens(input_ids)
-    if known.embedding_scale != 1.0:
-        h = h * known.embedding_scale  # a Python number: it takes h's type, as in transformers
-    written_out = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
-    before = caches[0].offset if caches else 0
-    masks = {window: _mask(rows.width, window, written_out, before) for window in set(known.windows)}
-    for number, (layer, window) in enumerate(zip(model.layers, known.windows, strict=True)):
+    if config.embedding_scale != 1.0:
+        h = h * config.embedding_scale  # a Python number: it takes h's type, as in transformers
+    capped = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
+    cached = caches[0].offset if caches else 0
+    masks = {window: _mask(rows.width, window, capped, cached) for window in set(config.windows)}
+    for number, (layer, window) in enumerate(zip(model.layers, config.windows, strict=True)):
         h = layer(h, masks[window], replace(rows, cache=caches[number]) if caches else rows)
     return model.model.norm(h)
 
 
-def _mask(length: int, window: int | None, written_out: bool, before: int) -> mx.array | str:
-    """[length, before + length]: whether a query may see a key, for queries that follow `before` keys."""
-    if not written_out and (window is None or window >= before + length):
+def _mask(length: int, window: int | None, capped: bool, cached: int) -> mx.array | str:
+    """[length, cached + length]: whether a query may see a key, for queries that follow `cached` keys.
+
+    "causal" where MLX's kernel makes the mask itself, which it does not for capped scores.
+    """
+    if not capped and (window is None or window >= cached + length):
         return "causal"
-    places = mx.arange(before + length)
-    behind = places[before:, None] - places[None]
-    return (behind >= 0) & (behind < window) if window else behind >= 0
+    positions = mx.arange(cached + length)
+    distance = positions[cached:, None] - positions[None]
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def head(model: Any, hidden: mx.array) -> mx.array:
@@ -122,7 +126,7 @@ def project(model: Any, hidden: mx.array, weight: mx.array | None = None) -> mx.
 
 
 def finish(model: Any, raw: mx.array) -> mx.array:
-    """What a family does after its head, in float32."""
+    """Logits in float32 from the head's products: what a family does after its head."""
     logits = raw.astype(mx.float32)
     if model.facts.logit_divisor != 1.0:
         logits = logits / model.facts.logit_divisor
@@ -132,6 +136,6 @@ def finish(model: Any, raw: mx.array) -> mx.array:
 
 
 def head_weight(model: Any) -> mx.array | None:
-    """What `project` multiplies by, where that is trained; None where it is frozen."""
+    """The weight that `project` multiplies by, where it is trained; None where it is frozen."""
     layer = model.lm_head if "lm_head" in model else model.model.embed_tokens
     return layer.trainable_parameters().get("weight")

@@ -1,4 +1,4 @@
-"""MLX's own quantization of the frozen base's linear layers, and back."""
+"""MLX's own quantization of the frozen base's linear layers: quantize and dequantize."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,9 +12,9 @@ from common.errors import UserError
 
 
 def quantize(model: Any, scheme: str) -> None:
-    """`mlx-4bit-64`: 4 bits, 64 weights to a scale; embeddings and output head stay. Layer by layer, to spare memory.
+    """Quantize by a scheme such as `mlx-4bit-64`: 4 bits, groups of 64; embeddings and output head are left out.
 
-    Raises UserError where a layer's rows cannot be cut into such groups.
+    Layer by layer, to save memory. Raises UserError where the rows of a weight do not divide into such groups.
     """
     bits, group = int(scheme.split("-")[1].removesuffix("bit")), int(scheme.split("-")[2])
     for layer in model.layers:
@@ -29,7 +29,7 @@ def quantize(model: Any, scheme: str) -> None:
 
 
 def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
-    """See `common.backend.Backend`. `names`: a tensor's name within the language model -> in the whole one."""
+    """See `common.backend.Backend`. names: of a tensor in the language model alone -> in the checkpoint."""
     return {
         names[f"{name.removesuffix('.linear')}.weight"]: partial(_dequantize, module)
         for name, module in model.named_modules()

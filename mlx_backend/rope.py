@@ -1,4 +1,4 @@
-"""Rotary embedding frequencies as transformers 5 computes them, and rows parted where a model turns them otherwise."""
+"""Rotary embedding frequencies as transformers 5 computes them."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rope:
-    """`inverse` turns rows of up to `split` tokens, `inverse_long` the longer ones; both are scaled by `factor`."""
+    """Frequencies: `inverse` for rows of up to `split` tokens, `inverse_long` for longer ones. `factor` scales both."""
 
     inverse: np.ndarray  # [rotated / 2] float64, radians a position
     inverse_long: np.ndarray
@@ -18,7 +18,7 @@ class Rope:
 
 
 def rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
-    """Of one layer's normalized `rope_parameters` (huggingface/transformers, modeling_rope_utils.py)."""
+    """The frequencies for a layer's normalized `rope_parameters` (huggingface/transformers, modeling_rope_utils.py)."""
     kind, base = parameters["rope_type"], float(parameters["rope_theta"])
     width = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
     plain = 1.0 / base ** (np.arange(0, width, 2) / width)
@@ -44,7 +44,7 @@ def rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
 
 
 def _yarn(p: dict[str, Any], plain: np.ndarray, width: int, base: float, ratio: float) -> tuple[np.ndarray, float]:
-    """Peng et al. 2023, arXiv:2309.00071."""
+    """`(frequencies, factor)` of YaRN (Peng et al. 2023, arXiv:2309.00071)."""
     ratio = p.get("factor") or ratio
 
     def magnitude(scale: float) -> float:

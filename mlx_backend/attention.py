@@ -1,0 +1,65 @@
+"""Attention over packed rows of unequal length: padding exists inside it only, nowhere else."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class RaggedRows:
+    """Where the packed tokens of a micro-batch belong among its padded positions [B, T]."""
+
+    count: int  # B
+    width: int  # T
+    indices: mx.array | None  # [tokens] int32; None: all rows have the same length, nothing is padded
+    cache: Any = None  # mlx-lm's KVCache of this layer, when generating: these are its one row's newest tokens
+
+    def pad(self, x: mx.array) -> mx.array:
+        """[tokens, heads, d] -> [B, heads, T, d], zeros after the end of a row."""
+        if self.indices is not None:
+            padded = mx.zeros((self.count * self.width, *x.shape[1:]), x.dtype)
+            padded[self.indices] = x
+            x = padded
+        return x.reshape(self.count, self.width, *x.shape[1:]).transpose(0, 2, 1, 3)
+
+    def unpad(self, x: mx.array) -> mx.array:
+        """[B, heads, T, d] -> [tokens, heads * d]."""
+        flat = x.transpose(0, 2, 1, 3).reshape(self.count * self.width, -1)
+        return flat if self.indices is None else flat[self.indices]
+
+
+def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
+    """The output [tokens, hidden] of a layer's attention, in all families, for x [tokens, hidden].
+
+    `self` is mlx-lm's module, whose own call would pad everything. Rows are padded on the right, so no real token sees
+    padding.
+    """
+    queries, keys, values = _projected(self, x)
+    queries = queries.reshape(len(x), self.n_heads, -1)
+    keys, values = (part.reshape(len(x), self.n_kv_heads, -1) for part in (keys, values))
+    if "q_norm" in self:
+        queries, keys = self.q_norm(queries), self.k_norm(keys)
+    queries, keys, values = rows.pad(queries), rows.pad(keys), rows.pad(values)
+    cached = 0 if rows.cache is None else rows.cache.offset
+    queries, keys = self.rope(queries, cached), self.rope(keys, cached)
+    if rows.cache is not None:
+        keys, values = rows.cache.update_and_fetch(keys, values)
+    if (cap := getattr(self, "attn_logit_softcapping", None)) is None:
+        result = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
+    else:  # Gemma 2: MLX has no kernel that caps the scores
+        shape = queries.shape
+        queries = queries.reshape(shape[0], self.n_kv_heads, -1, *shape[2:])
+        scores = mx.tanh((queries @ keys[:, :, None].swapaxes(-1, -2)) * (self.scale / cap)) * cap
+        scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
+        result = (mx.softmax(scores, precise=True, axis=-1) @ values[:, :, None]).reshape(shape)
+    return self.o_proj(rows.unpad(result))
+
+
+def _projected(self: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries, keys and values."""
+    if "qkv_proj" not in self:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim  # Phi-3: one matrix for the three
+    parts: Any = mx.split(self.qkv_proj(x), [queries, queries + keys], axis=-1)
+    return parts

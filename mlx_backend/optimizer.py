@@ -1,0 +1,90 @@
+"""AdamW over the trained parameters, in two groups with LoRA+, whose B has a learning rate of its own."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from common.backend import OptimizerState
+from common.recipe import Recipe
+from mlx_backend.weights import to_mlx, to_numpy
+
+
+@dataclass(frozen=True)
+class _Group:
+    adamw: Any
+    ratio: float  # of its learning rate to the recipe's
+    paths: set[str]  # of its parameters in the model
+
+
+class Optimizer:
+    """AdamW of the parameters that `names` lists: their path in the model -> their canonical name."""
+
+    def __init__(self, names: dict[str, str], recipe: Recipe) -> None:
+        self.names, self.recipe = names, recipe
+        fast = {p for p, name in names.items() if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
+        ratios = ((1.0, set(names) - fast), (recipe.lora_plus, fast))
+        self.groups = [_Group(self._adamw(), ratio, paths) for ratio, paths in ratios if paths]
+
+    def _adamw(self) -> optim.AdamW:
+        recipe = self.recipe
+        return optim.AdamW(
+            recipe.learning_rate,
+            betas=[recipe.beta1, recipe.beta2],
+            eps=recipe.epsilon,
+            weight_decay=recipe.weight_decay,
+            bias_correction=True,  # off by default, unlike in every other AdamW
+        )
+
+    def step(self, model: Any, gradients: Any, learning_rate: float, max_grad_norm: float) -> mx.array:
+        """Clip, update `model`, and start computing; the global norm of the gradients before clipping.
+
+        Where MLX raises RuntimeError, model and moments are as they were before.
+        """
+        gradients, norm = _clipped(gradients, max_grad_norm)
+        before = model.trainable_parameters()
+        states = [tree_map(lambda x: x, group.adamw.state) for group in self.groups]
+        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(before))
+        try:
+            for group in self.groups:
+                of_group = ({path: tree[path] for path in group.paths} for tree in (flat, trained))
+                group.adamw.learning_rate = learning_rate * group.ratio
+                model.update(tree_unflatten(list(group.adamw.apply_gradients(*of_group).items())))
+            mx.async_eval(model.trainable_parameters(), [group.adamw.state for group in self.groups], norm)
+        except RuntimeError:
+            model.update(before)
+            for group, state in zip(self.groups, states, strict=True):
+                group.adamw.state = state
+            raise
+        return norm
+
+    def get(self) -> OptimizerState:
+        moments: dict[str, dict[str, np.ndarray]] = {"m": {}, "v": {}}
+        for group in self.groups:
+            for path in group.paths:
+                for moment, found in moments.items():
+                    found[self.names[path]] = to_numpy(self.names[path], group.adamw.state[path][moment])
+        step = int(self.groups[0].adamw.state["step"].item())
+        return OptimizerState(step, moments["m"], moments["v"])
+
+    def set(self, state: OptimizerState) -> None:
+        for group in self.groups:
+            content: dict[str, Any] = {path: self._moments(self.names[path], state) for path in group.paths}
+            content["step"] = mx.array(state.step, mx.uint64)
+            content["learning_rate"] = mx.array(self.recipe.learning_rate)
+            group.adamw.state = content
+
+    def _moments(self, name: str, state: OptimizerState) -> dict[str, mx.array]:
+        return {"m": to_mlx(name, state.exp_avg[name]), "v": to_mlx(name, state.exp_avg_sq[name])}
+
+
+def _clipped(gradients: Any, max_norm: float) -> tuple[Any, mx.array]:
+    """`(the gradients, scaled down to a global norm of max_norm where that is not 0; their norm before)`."""
+    norm = mx.sqrt(sum((mx.square(g).sum() for _, g in tree_flatten(gradients)), mx.array(0.0)))
+    if max_norm:
+        factor = mx.minimum(1.0, max_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+        gradients = tree_map(lambda g: g * factor, gradients)
+    return gradients, norm
