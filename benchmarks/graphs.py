@@ -2,7 +2,7 @@
 
 python -m benchmarks.graphs [--model gemma-3-1b] [--rows 8] [--tokens 100 250] [--checkpointing]
 
-The median over ten different micro-batches, each of which has been seen twice before: its graph is recorded by then.
+The median over ten different micro-batches, each seen twice before, so that its graph has been recorded.
 """
 
 import argparse
@@ -24,8 +24,8 @@ def batches(rows: int, tokens: tuple[int, int], vocabulary: int) -> list[Batch]:
     for _ in range(10):
         lengths = np.sort(random.integers(tokens[0], tokens[1] + 1, rows)).astype(np.int32)
         ids, labels = random.integers(3, vocabulary, (2, rows, lengths.max())).astype(np.int32)
-        places = np.arange(lengths.max())
-        labels[(places < lengths[:, None] // 2) | (places >= lengths[:, None])] = IGNORE
+        positions = np.arange(lengths.max())
+        labels[(positions < lengths[:, None] // 2) | (positions >= lengths[:, None])] = IGNORE
         found.append(Batch(ids, labels, lengths))
     return found
 
@@ -37,10 +37,10 @@ def measure(case: dict[str, Any], tokens: tuple[int, int], graphs: bool) -> str:
     backend.graphed = backend.graphed and graphs
     backend.apply_plan(plan)
     seconds, work = [], batches(case["rows"], tokens, config["vocab_size"])
-    for turn in range(3):
+    for epoch in range(3):
         for number, batch in enumerate(work):
             started = time.perf_counter()
-            float(backend.train_step([batch], 1e-4, 10 * turn + number + 1).loss_sum)
+            float(backend.train_step([batch], 1e-4, 10 * epoch + number + 1).loss_sum)
             seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[-10:])
     speed = statistics.mean(batch.tokens for batch in work) / step

@@ -1,14 +1,14 @@
-"""Predicted against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
+"""Estimated against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
 
     python -m benchmarks.memory                  # sixteen configurations, some 15 minutes on two cores
-    python -m benchmarks.memory --only mlx       # those whose text holds the word
-    python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B whole, 16 rows of 512 tokens a step
+    python -m benchmarks.memory --only mlx       # those whose description contains the word
+    python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B at full depth, 16 rows of 512 tokens a step
     python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
 
-Every configuration runs in a process of its own: load, then steps of one micro-batch, three of them, as the peak has
-settled by then (AdamW's moments are touched at the end of the first); of real sizes one on MLX, two on torch. Measured
-is what the backend counts: MLX's or CUDA's allocator, or the growth of torch's process (anonymous and mapped) since
-before loading. On a GPU one process runs them all, and what its allocator had reserved at the most is told too.
+Every configuration runs in a process of its own: load, then three steps of one micro-batch. The peak does not change
+after those (AdamW's moments are touched at the end of the first). Real sizes take one step on MLX, two on torch.
+Measured is what the backend counts: MLX's or CUDA's allocator, or the growth of torch's process (anonymous and mapped)
+since before loading. On a GPU one process runs them all, and the most that its allocator had reserved is printed too.
 """
 
 import argparse
@@ -77,13 +77,13 @@ CUDA_CASES: list[dict[str, Any]] = [
 ]
 
 
-# Rows of 512 tokens, 16 a step, rank 16, all linear layers: one micro-batch, as large as the limit lets it be.
+# Rows of 512 tokens, 16 a step, rank 16, all linear layers: one micro-batch, as large as the limit allows.
 REAL: list[dict[str, Any]] = [
     {"backend": "torch", "model": _SMALL, "precision": "bf16", "limit": 2.0},
     {"backend": "torch", "model": _ONE, "precision": "bf16", "limit": 3.5},
     {"backend": "torch", "model": "gemma-3-4b", "precision": "bf16", "quantization": "nf4", "limit": 6.5, "most": 1},
-    # too slow here at full depth: measured at two depths, the line through them; of less than four layers MLX queues
-    # all at once, and the line would be too steep
+    # too slow at full depth: measured at two depths and extrapolated. MLX queues fewer than four layers all at once,
+    # so the line would be too steep from there.
     {"backend": "mlx", "model": _ONE, "precision": "bf16", "limit": 3.5, "most": 1, "depths": [4, 8], "labeled": 0.07},
     {
         "backend": "mlx",
@@ -99,26 +99,27 @@ REAL: list[dict[str, Any]] = [
 
 
 def real_sizes(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    print("| configuration | limit GB | predicted GB | measured GB | how |\n| --- | --- | --- | --- | --- |")
+    print("| configuration | limit GB | estimated GB | measured GB | how |\n| --- | --- | --- | --- | --- |")
     found = []
     for case in cases:
         case = {"width": 512, "gradient_checkpointing": True} | case
         layers = CONFIGS[case["model"]]["num_hidden_layers"]
         limit, depths, most = case.pop("limit"), case.pop("depths", [layers]), case.pop("most", 4)
         for rows in [rows for rows in (4, 2, 1) if rows <= most]:
-            whole = run(case | {"rows": rows, "predict_only": True})
-            if whole["predicted"] <= limit * 1e9:
+            estimate = run(case | {"rows": rows, "predict_only": True})
+            if estimate["predicted"] <= limit * 1e9:
                 break
         steps = 2 if case["backend"] == "torch" else 1
         peaks = [run(case | {"rows": rows, "layers": depth, "steps": steps}) for depth in depths]
         found += peaks
         peak, how = peaks[-1]["peak"], f"one step of {peaks[-1]['seconds']:.0f} s"
         if len(depths) == 2:
-            slope = (peaks[1]["peak"] - peaks[0]["peak"]) / (depths[1] - depths[0])
-            peak = peaks[1]["peak"] + slope * (layers - depths[1])
+            per_layer = (peaks[1]["peak"] - peaks[0]["peak"]) / (depths[1] - depths[0])
+            peak = peaks[1]["peak"] + per_layer * (layers - depths[1])
             how = f"the line through {depths[0]} and {depths[1]} of {layers} layers"
         print(
-            f"| {told(case | {'rows': rows})} | {limit} | {whole['predicted'] / 1e9:.2f} | {peak / 1e9:.2f} | {how} |",
+            f"| {described(case | {'rows': rows})} | {limit} | {estimate['predicted'] / 1e9:.2f} "
+            f"| {peak / 1e9:.2f} | {how} |",
             flush=True,
         )
     return found
@@ -132,7 +133,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def told(case: dict[str, Any]) -> str:
+def described(case: dict[str, Any]) -> str:
     """`torch fp32 smollm2-135m, 8 x 128 tokens, checkpointing`"""
     words = [case["backend"], case["precision"], case["model"]]
     if case.get("quantization"):
@@ -147,7 +148,7 @@ def told(case: dict[str, Any]) -> str:
 
 def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     gpu = any(case.get("device") == "cuda" for case in cases)
-    names = ["configuration", "predicted GB", "measured GB", "difference", "dearest part after the weights"]
+    names = ["configuration", "estimated GB", "measured GB", "difference", "largest part after the weights"]
     names += ["reserved GB"] if gpu else []
     print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
     found = []
@@ -157,7 +158,7 @@ def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         parts = {name: size for name, size in result["parts"].items() if name != "weights"}
         name = max(parts, key=lambda part: parts[part])
         print(
-            f"| {told(case)} | {result['predicted'] / 1e9:.3f} | {result['peak'] / 1e9:.3f} | "
+            f"| {described(case)} | {result['predicted'] / 1e9:.3f} | {result['peak'] / 1e9:.3f} | "
             f"{result['predicted'] / result['peak'] - 1:+.1%} | {name}, {parts[name] / 1e9:.3f} GB |"
             + (f" {result['reserved'] / 1e9:.3f} |" if gpu else ""),
             flush=True,
@@ -177,7 +178,7 @@ def main() -> None:
         found = real_sizes(chosen)
     else:
         cases = CUDA_CASES if arguments.device == "cuda" else CASES
-        found = table([case for case in cases if arguments.only in told(case)])
+        found = table([case for case in cases if arguments.only in described(case)])
         worst = max(abs(result["predicted"] / result["peak"] - 1) for result in found)
         print(f"\n{len(found)} configurations, the worst {worst:.1%} away")
     if arguments.json:

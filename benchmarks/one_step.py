@@ -1,4 +1,4 @@
-"""One configuration in a process of its own: load, one micro-batch a step, one step unless told; prints JSON.
+"""One configuration in a process of its own: load, one micro-batch a step, one step by default; prints JSON.
 
 python -m benchmarks.one_step '{"backend": "torch", "model": "gemma-3-1b", "rows": 4, "width": 512}'
 """
@@ -83,7 +83,7 @@ def estimate(case: dict[str, Any], batch: Batch) -> MemoryEstimate:
 
 
 def backend_of(case: dict[str, Any]) -> tuple[Backend, dict[str, Any]]:
-    """`(loaded, text config)`"""
+    """`(a loaded backend, text config)`"""
     folder, recipe, plan, adapter, config = job_of(case)
     backend = package_of(case).create()
     backend.load(recipe, plan, folder, adapter)

@@ -294,14 +294,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         rows, held = prepare(arguments, folder, work)
-        for turn in range(arguments.rounds):
+        for number in range(arguments.rounds):
             for peer in arguments.peers:
-                output = str(work / f"{peer}-{turn}")
+                output = str(work / f"{peer}-{number}")
                 job = vars(arguments) | {"peer": peer, "model": str(folder), "output": output, "json": None}
                 result = RUNNERS[peer](job | {"rows": str(work / "rows.jsonl"), "data": str(work / "split.jsonl")})
                 results[peer].append(result)
                 print(
-                    f"{peer}, round {turn + 1}: {statistics.median(result['seconds'][1:]):.2f} s/step", file=sys.stderr
+                    f"{peer}, round {number + 1}: {statistics.median(result['seconds'][1:]):.2f} s/step",
+                    file=sys.stderr,
                 )
         for runs in results.values():  # after all runs: Linux counts a parent's peak as its later children's too
             runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank, arguments.device)

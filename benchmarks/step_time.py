@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def peak_rate(rows: int, hidden: int, inner: int) -> float:
-    """FLOP/s of the model's own largest product, float32, the best of five."""
+    """FLOP/s of the model's largest product in float32, the best of five runs."""
     x, weight = torch.randn(rows, hidden), torch.randn(inner, hidden)
     best = float("inf")
     for _ in range(5):
@@ -67,15 +67,15 @@ def main() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step(6)
     events = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    whole = sum(events.values())
+    total = sum(events.values())
     products = sum(events.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
     # forward, and the gradient of the input: four operations a weight; the head's at labels only
     work = 4 * sizes.linear * tokens + 4 * sizes.vocabulary * sizes.hidden * labels
     print(f"{tokens / seconds:.1f} tokens/s, {labels / seconds:.1f} label tokens/s")
     print(f"the base's products: {work / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s ({work / seconds / rate:.0%})")
-    print(f"share of a step's time in all products: {products / whole:.0%}; then:")
+    print(f"share of a step's time in all products: {products / total:.0%}; then:")
     for name, microseconds in sorted(events.items(), key=lambda item: -item[1])[:12]:
-        print(f"  {name:50} {microseconds / whole:6.1%}")
+        print(f"  {name:50} {microseconds / total:6.1%}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class _Rope(nn.Module):
 
 
 def load_base(folder: Path, dtype: mx.Dtype) -> Any:
-    """The language model alone, in `dtype`, lazily loaded, with `facts` (a ForwardConfig) beside its layers.
+    """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `facts`.
 
     Raises UserError where checkpoint and model do not have the same weights.
     """

@@ -147,7 +147,7 @@ class Quiet:
         self.warnings.append(text)
 
     def stop_requested(self) -> bool:
-        return self.at == self.stop_at - 1  # a step is told of while the next one runs
+        return self.at == self.stop_at - 1  # a step is reported while the next one runs
 
 
 def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) -> None:
@@ -198,12 +198,12 @@ def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) ->
     prompt, seen = rows[0].ids[:20], {}
 
     def watched(adapter):
-        def pick(logits, ids):
+        def sampler(logits, ids):
             seen[adapter].append((list(ids), logits))
             return int(logits.argmax())
 
         seen[adapter] = []
-        return backend.generate(prompt, 40, [], pick, adapter)
+        return backend.generate(prompt, 40, [], sampler, adapter)
 
     tuned, base = map(list, zip(*zip(watched(True), watched(False), strict=True), strict=True))
     assert np.abs(seen[True][0][1] - seen[False][0][1]).max() > 1e-3, "the adapter must change something"
@@ -216,7 +216,7 @@ def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) ->
     stop = tuned[7]
     first = tuned.index(stop)
     assert list(backend.generate(prompt, 40, [stop], lambda logits, ids: int(logits.argmax()))) == tuned[:first]
-    run_steps(backend, recipe, rows, 1)  # training goes on as if nothing had been
+    run_steps(backend, recipe, rows, 1)  # training continues
     backend.close()
 
 
@@ -240,18 +240,18 @@ def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], 
         lines = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
         return repr([(line["step"], line.get("loss"), line.get("valid_loss")) for line in lines])
 
-    whole, stopped = run / "whole", run / "stopped"
-    for folder_ in (whole, stopped):
+    uninterrupted, stopped = run / "uninterrupted", run / "stopped"
+    for folder_ in (uninterrupted, stopped):
         folder_.mkdir(parents=True)
-    final = go(whole, State(micro_batch_tokens=300))
+    final = go(uninterrupted, State(micro_batch_tokens=300))
     try:
         go(stopped, State(micro_batch_tokens=300), stop_at=5)
-        raise AssertionError("the stop was not heeded")
+        raise AssertionError("the stop was ignored")
     except Interrupted:
         pass
-    again = go(stopped, State())
-    assert losses(stopped) == losses(whole)
-    assert (again.best_step, again.best_valid_loss) == (final.best_step, final.best_valid_loss)
+    resumed = go(stopped, State())
+    assert losses(stopped) == losses(uninterrupted)
+    assert (resumed.best_step, resumed.best_valid_loss) == (final.best_step, final.best_valid_loss)
 
 
 def check_optimizer_state_round_trip(name: str, folder: Path, rows: list[Encoded]) -> None:
@@ -283,15 +283,15 @@ def check_bf16_base_has_float32_adapter(name: str, folder: Path, rows: list[Enco
     backend.close()
 
 
-def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], monkeypatch) -> None:
-    """An injected out-of-memory in a step and in validation is the seam's own, and leaves the step repeatable."""
-    trainer = importlib.import_module(f"{name}_backend.backend")
+def check_out_of_memory_is_raised(name: str, folder: Path, rows: list[Encoded], monkeypatch) -> None:
+    """An injected out-of-memory in a step and in validation raises OutOfMemory, and leaves the step repeatable."""
+    module = importlib.import_module(f"{name}_backend.backend")
     recipe = make_recipe(folder)
     clean = load(name, folder, recipe)
     expected = run_steps(clean, recipe, rows, 2)
     clean.close()
     backend = load(name, folder, recipe)
-    real, calls = trainer.loss_sum, []
+    real, calls = module.loss_sum, []
 
     def second_call_fails(*arguments):
         calls.append(1)
@@ -299,7 +299,7 @@ def check_memory_errors_are_told(name: str, folder: Path, rows: list[Encoded], m
             raise RuntimeError("[malloc] out of memory: can't allocate memory")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "loss_sum", second_call_fails)
+    monkeypatch.setattr(module, "loss_sum", second_call_fails)
     batches = micro_batches([rows[i] for i in step_rows(len(rows), 4, 0, 1)], 60)
     assert len(batches) > 1
     with pytest.raises(OutOfMemory):

@@ -16,7 +16,7 @@ from torch_backend.rope import calling_rope
 def install(model: Any, adapter: Adapter) -> None:
     """Replace the forward functions of `model`, a frozen one with PEFT's layers, by those of this package.
 
-    Raises AssertionError where a layer lacks what is replaced: under another name it would silently stay slow.
+    Raises AssertionError where a class has another name than is known here: its layers would silently stay slow.
     """
     decoders = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]

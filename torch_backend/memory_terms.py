@@ -62,7 +62,7 @@ def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
 
 
 def adapter_copies(device: str) -> int:
-    """On a CPU the adapter that training started from lives beside the trained one."""
+    """On a CPU the arrays of the adapter that training started from stay in memory."""
     return 2 if device == "cpu" else 1
 
 

@@ -28,7 +28,7 @@ def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
     backends.check_fused_equals_adapter("mlx", model, rows, tmp_path / "fused", **changes)
 
 
-def test_full_fine_tuning_is_fused_whole(model, rows, tmp_path):
+def test_full_fine_tuning_is_fused_completely(model, rows, tmp_path):
     backends.check_full_fusion("mlx", model, rows, tmp_path / "fused")
 
 
@@ -46,7 +46,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows,
     backends.check_resume_is_bit_identical("mlx", model, rows, tmp_path, dropout)
 
 
-def test_optimizer_state_crosses_the_seam_and_comes_back(model, rows):
+def test_optimizer_state_leaves_a_backend_and_comes_back(model, rows):
     backends.check_optimizer_state_round_trip("mlx", model, rows)
 
 
@@ -54,8 +54,8 @@ def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
     backends.check_bf16_base_has_float32_adapter("mlx", model, rows)
 
 
-def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows, monkeypatch):
-    backends.check_memory_errors_are_told("mlx", model, rows, monkeypatch)
+def test_running_out_of_memory_is_raised_and_the_step_can_be_repeated(model, rows, monkeypatch):
+    backends.check_out_of_memory_is_raised("mlx", model, rows, monkeypatch)
 
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"lora_plus": 4.0}], ids=str)

@@ -29,7 +29,7 @@ def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
     backends.check_fused_equals_adapter("torch", model, rows, tmp_path / "fused", **changes)
 
 
-def test_full_fine_tuning_is_fused_whole(model, rows, tmp_path):
+def test_full_fine_tuning_is_fused_completely(model, rows, tmp_path):
     backends.check_full_fusion("torch", model, rows, tmp_path / "fused")
 
 
@@ -47,7 +47,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows,
     backends.check_resume_is_bit_identical("torch", model, rows, tmp_path, dropout)
 
 
-def test_optimizer_state_crosses_the_seam_and_comes_back(model, rows):
+def test_optimizer_state_leaves_a_backend_and_comes_back(model, rows):
     backends.check_optimizer_state_round_trip("torch", model, rows)
 
 
@@ -55,8 +55,8 @@ def test_the_adapter_of_a_bf16_base_is_trained_in_float32(model, rows):
     backends.check_bf16_base_has_float32_adapter("torch", model, rows)
 
 
-def test_running_out_of_memory_is_told_and_the_step_can_be_repeated(model, rows, monkeypatch):
-    backends.check_memory_errors_are_told("torch", model, rows, monkeypatch)
+def test_running_out_of_memory_is_raised_and_the_step_can_be_repeated(model, rows, monkeypatch):
+    backends.check_out_of_memory_is_raised("torch", model, rows, monkeypatch)
 
 
 def test_a_gemma_stored_in_bf16_is_scaled_in_float32(tmp_path):
