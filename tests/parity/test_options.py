@@ -66,7 +66,7 @@ NOT_THE_RESULT: dict[str, list[str]] = {
 # Held by tests of their own.
 ELSEWHERE = {
     **dict.fromkeys(("config", "data", "json", "model", "output", "quiet"), "tests/unit/test_train.py"),
-    **dict.fromkeys(("backend", "device"), "tests/unit/test_dispatch.py"),
+    **dict.fromkeys(("backend", "device"), "tests/unit/test_hardware.py"),
     **dict.fromkeys(("export", "resume", "quant", "llama_cpp"), "tests/e2e/test_commands.py"),
     **dict.fromkeys(("imatrix", "no_verify"), "tests/gguf/test_verify.py"),
     **dict.fromkeys(("push", "push_public"), "tests/unit/test_train.py"),
