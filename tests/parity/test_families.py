@@ -151,14 +151,14 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     recipe = backends.make_recipe(folder)
     inputs = torch.from_numpy(ids.astype(np.int64))[None]
 
-    def whole(model):
+    def logits_of(model):
         with torch.no_grad():
             return model.eval()(input_ids=inputs, token_type_ids=torch.zeros_like(inputs)).logits[0].float().numpy()
 
     tuned = {}
     for name in ("torch", "mlx"):
         backend = backends.load(name, folder, recipe)
-        base = whole(Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
+        base = logits_of(Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
         np.testing.assert_allclose(backend.logits(ids), base, atol=1e-4)
         backends.run_steps(backend, recipe, rows, 3)
         tuned[name], adapter = backend.logits(ids), backend.get_adapter()
@@ -175,7 +175,9 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     assert min(mlx) == "language_model.model.layers.0.mlp.down_proj.lora_a"
     assert read_peft(tmp_path / "adapter").weights.keys() == read_mlx(tmp_path / "adapter-mlx").weights.keys()
     model = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    np.testing.assert_allclose(whole(PeftModel.from_pretrained(model, tmp_path / "adapter")), tuned["mlx"], atol=1e-4)
+    np.testing.assert_allclose(
+        logits_of(PeftModel.from_pretrained(model, tmp_path / "adapter")), tuned["mlx"], atol=1e-4
+    )
 
     fused = tmp_path / "fused"
     write_fused(folder, adapter, fused, ServingConfig([2]), lambda share, text: None)
@@ -185,8 +187,8 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert len(changed) == len(adapter.weights)
     assert all("language_model" in name for name in changed)
-    again = whole(Gemma3ForConditionalGeneration.from_pretrained(fused, dtype=torch.float32))
-    np.testing.assert_allclose(again, tuned["mlx"], atol=2e-4)
+    reloaded = logits_of(Gemma3ForConditionalGeneration.from_pretrained(fused, dtype=torch.float32))
+    np.testing.assert_allclose(reloaded, tuned["mlx"], atol=2e-4)
     if layout == "today":  # mlx-lm reads no other
         config = normalize_config(json.loads((folder / "config.json").read_text()))
         model = load_adapters(load_model(folder, model_config=config)[0], str(tmp_path / "adapter-mlx"))

@@ -42,11 +42,11 @@ def go(name, folder, recipe, rows, run, stop_at=0):
 @pytest.mark.parametrize(("first", "second"), [("mlx", "torch"), ("torch", "mlx")])
 def test_a_run_moves_to_the_other_backend(tiny_llama, rows, tmp_path, first, second, changes):
     recipe = backends.make_recipe(tiny_llama, **({"steps": STEPS, "learning_rate": 5e-3} | changes))
-    whole = go(first, tiny_llama, recipe, rows, tmp_path / "whole")
+    uninterrupted = go(first, tiny_llama, recipe, rows, tmp_path / "uninterrupted")
     assert len(go(first, tiny_llama, recipe, rows, tmp_path / "moved", MOVED_AT)) == MOVED_AT
     moved = go(second, tiny_llama, recipe, rows, tmp_path / "moved")
-    assert len(moved) == len(whole) == STEPS
-    assert moved[:MOVED_AT] == whole[:MOVED_AT]
-    assert moved[MOVED_AT:] != whole[MOVED_AT:], "it did not move"
-    np.testing.assert_allclose(moved, whole, atol=1e-3)
-    assert whole[-1] < whole[0]
+    assert len(moved) == len(uninterrupted) == STEPS
+    assert moved[:MOVED_AT] == uninterrupted[:MOVED_AT]
+    assert moved[MOVED_AT:] != uninterrupted[MOVED_AT:], "it did not move"
+    np.testing.assert_allclose(moved, uninterrupted, atol=1e-3)
+    assert uninterrupted[-1] < uninterrupted[0]

@@ -238,12 +238,12 @@ def test_weights_held_in_16_bits_train_as_the_same_ones_in_32(family, changes, t
 
     folder = write_family(tmp_path / "16", family)
     halved = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
-    whole = Path(shutil.copytree(folder, tmp_path / "32"))
+    widened = Path(shutil.copytree(folder, tmp_path / "32"))
     save_file(halved, folder / "model.safetensors", {"format": "pt"})
-    save_file({name: w.float() for name, w in halved.items()}, whole / "model.safetensors", {"format": "pt"})
+    save_file({name: w.float() for name, w in halved.items()}, widened / "model.safetensors", {"format": "pt"})
     rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
     losses = []
-    for path, held in ((folder, torch.bfloat16), (whole, torch.float32)):
+    for path, held in ((folder, torch.bfloat16), (widened, torch.float32)):
         recipe = backends.make_recipe(path, **changes)
         backend = backends.load("torch", path, recipe)
         dora = recipe.method == "dora"  # whose magnitudes PEFT would round to the held type

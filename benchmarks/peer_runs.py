@@ -1,0 +1,205 @@
+"""One run of each peer, in an environment of its own: its command, and the figures that it printed."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from ctypes.util import find_library
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from common.system.cache import cache_folder
+from common.system.hardware import nvidia_gpu
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALL = {
+    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpu() else [])],
+    "mlx-lm": ["mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
+    "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
+    "unsloth": ["unsloth==2026.10.9"],
+}
+PEERS = {
+    "twintune-torch": None,
+    "twintune-mlx": None,
+    "twintune-lean": None,
+    "mlx_lm.lora": "mlx-lm",
+    "trl": "trl",
+    "trl-best": "trl",
+    "padded": "trl",
+    "llamafactory": "llamafactory",
+    "unsloth": "unsloth",
+    "unsloth-lean": "unsloth",
+}
+
+
+def environment(name: str) -> Path:
+    """The Python of the peer's own environment, made where it is not there."""
+    folder = cache_folder() / "peers" / name
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        for package in INSTALL[name]:
+            subprocess.run([str(python), "-m", "pip", "install", "-q", package], check=True)
+        (folder / "ready").touch()
+    return python
+
+
+def run(command: list[str], **variables: str) -> tuple[str, int]:
+    """What the command printed, and the peak of its resident set in bytes."""
+    with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=printed, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for stream in (printed, errors):
+            stream.seek(0)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command[:6])} ...:\n{printed.read()[-1500:]}\n{errors.read()[-3000:]}")
+        return printed.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def twintune(job: dict[str, Any]) -> dict[str, Any]:
+    output = Path(job["output"])
+    options = ["--steps", str(job["steps"]), "--batch-size", str(job["batch"]), "--rank", str(job["rank"])]
+    options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
+    options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
+    options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
+    if job["peer"] != "twintune-mlx":
+        options += ["--precision", job["precision"], "--device", job["device"]]
+    options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
+    _, peak = run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    record = json.loads((output / "run.json").read_text())
+    return {
+        "seconds": [line["seconds"] for line in lines if "seconds" in line],
+        "peak": record["peak_memory_bytes"] if job["device"] == "cuda" else peak,
+        "adapter": str(output / "adapter"),
+        "estimated": record["predicted_peak_bytes"],
+        "counted": record["peak_memory_bytes"],
+    }
+
+
+def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
+    output = Path(job["output"])
+    output.mkdir(parents=True)
+    text = Path(job["rows"]).read_text(encoding="utf-8")
+    for name in ("train", "valid"):
+        (output / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    masks = '"text"' not in text[:10]
+    config = {
+        "model": job["model"],
+        "train": True,
+        "data": str(output),
+        "adapter_path": str(output / "adapter"),
+        "iters": job["steps"],
+        "batch_size": job["batch"],
+        "num_layers": -1,
+        "learning_rate": job["learning_rate"],
+        "optimizer": "adamw",
+        "optimizer_config": {"adamw": {"bias_correction": True}},  # off by default: its first steps would be longer
+        "mask_prompt": masks,
+        "steps_per_report": 1,
+        "steps_per_eval": 10**6,
+        "val_batches": 0,
+        "save_every": 10**6,
+        "max_seq_length": 1024,
+        "seed": 0,
+        "lora_parameters": {"rank": job["rank"], "scale": 2.0, "dropout": 0.0},
+    }
+    (output / "config.json").write_text(json.dumps(config))  # JSON is YAML
+    code = (
+        "import json, sys, time; import mlx_lm.lora as lora\n"
+        "from mlx_lm.tuner.callbacks import TrainingCallback; marks = []\n"
+        "class Clock(TrainingCallback):\n"
+        "    def on_train_loss_report(self, info): marks.append(time.perf_counter())\n"
+        "lora.get_reporting_callbacks = lambda *a, **k: Clock()\n"
+        "sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; lora.main()\n"
+        "print(json.dumps(marks))"
+    )
+    blas = find_library("openblas")
+    preload = {"LD_PRELOAD": blas} if blas and sys.platform == "linux" else {}
+    printed, peak = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
+    ends = json.loads(printed.splitlines()[-1])
+    seconds = [0.0, *(after - before for before, after in pairwise(ends))]  # where the first began is not known
+    return {"seconds": seconds, "peak": peak, "adapter": str(output / "adapter")}
+
+
+def hugging_face(job: dict[str, Any]) -> dict[str, Any]:
+    printed, peak = run([str(environment("trl")), str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
+    found = json.loads(printed.splitlines()[-1])
+    return {"seconds": found["seconds"], "peak": found["peak"] or peak, "adapter": job["output"]}
+
+
+def unsloth(job: dict[str, Any]) -> dict[str, Any]:
+    job = job | {"checkpointing": "unsloth" if job["peer"] == "unsloth-lean" else False}
+    printed, _ = run([str(environment("unsloth")), str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)])
+    found = json.loads(printed.splitlines()[-1])
+    return {"seconds": found["seconds"], "peak": found["peak"], "adapter": job["output"]}
+
+
+def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
+    output = Path(job["output"])
+    output.mkdir(parents=True)
+    rows = [json.loads(line) for line in Path(job["rows"]).read_text(encoding="utf-8").splitlines()]
+    plain = "text" in rows[0]
+    (output / "rows.json").write_text(json.dumps(rows))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry: dict[str, Any] = {"file_name": "rows.json", "columns": {"prompt": "text"}}
+    if not plain:
+        entry = {
+            "file_name": "rows.json",
+            "formatting": "sharegpt",
+            "columns": {"messages": "messages"},
+            "tags": tags | {"system_tag": "system"},
+        }
+    (output / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    config = {
+        "stage": "pt" if plain else "sft",
+        "do_train": True,
+        "model_name_or_path": job["model"],
+        "finetuning_type": "lora",
+        "lora_rank": job["rank"],
+        "lora_alpha": 2 * job["rank"],
+        "lora_target": "all",
+        "dataset_dir": str(output),
+        "dataset": "rows",
+        "template": "chatml",
+        "packing": False,
+        "cutoff_len": 1024,
+        "output_dir": str(output / "adapter"),
+        "max_steps": job["steps"],
+        "per_device_train_batch_size": job["batch"],
+        "learning_rate": job["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "report_to": "none",
+        "bf16": False,
+    }
+    (output / "config.yaml").write_text(json.dumps(config))
+    code = (
+        "import json, sys, time; from transformers import TrainerCallback; marks = []\n"
+        "class Clock(TrainerCallback):\n"
+        "    def on_step_begin(self, *a, **k): marks.append(time.perf_counter())\n"
+        "    def on_train_end(self, *a, **k): marks.append(time.perf_counter())\n"
+        "from llamafactory.train.tuner import run_exp\n"
+        "run_exp(json.load(open(sys.argv[1])), callbacks=[Clock()])\n"
+        "print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))"
+    )
+    command = [str(environment("llamafactory")), "-c", code, str(output / "config.yaml")]
+    printed, peak = run(command, DISABLE_VERSION_CHECK="1")
+    return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": str(output / "adapter")}
+
+
+RUNNERS = {
+    "twintune-torch": twintune,
+    "twintune-mlx": twintune,
+    "twintune-lean": twintune,
+    "mlx_lm.lora": mlx_lm,
+    "trl": hugging_face,
+    "trl-best": hugging_face,
+    "padded": hugging_face,
+    "llamafactory": llama_factory,
+    "unsloth": unsloth,
+    "unsloth-lean": unsloth,
+}
