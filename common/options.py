@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from common.files import atomic_write
 from common.option_fields import (
     PlanFields,
     RecipeFields,
@@ -257,13 +257,12 @@ def source_name(source: str | None) -> str:
 
 
 def write_yaml(path: Path, content: BaseModel, comment: str) -> None:
-    """Write atomically: the file is complete or not there."""
+    """The file is complete, or as it was."""
     import yaml
 
-    temporary = path.with_suffix(".tmp")
     text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
-    temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")
-    shutil.move(temporary, path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")
 
 
 def is_example(data: str | None) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from common import strict_json
 from common.errors import UserError
+from common.files import atomic_write
 from common.recipe import Plan, Recipe
 
 
@@ -45,9 +46,8 @@ def update_run(run: Path, **facts: Any) -> dict[str, Any]:
     """Merge `facts` into run.json, atomically."""
     path = run / "run.json"
     content = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
-    temporary = run / "run.json.tmp"
-    temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content
 
 

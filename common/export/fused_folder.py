@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from common.backend import Adapter, Progress
 from common.errors import UserError
+from common.files import atomic_folder
 from common.model_files import COPIED, copy_file, license_files, read_config
 from common.models import sentencepiece
 from common.models.families import normalize_config
@@ -45,10 +45,7 @@ def write_fused(
     `replaced` stands in for weights of the base, as in fuse. Where the base has no `tokenizer.model` and its kind needs
     one, it is rebuilt.
     """
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as temporary:
         fuse(base, adapter, temporary, progress, replaced)
         for name in (*COPIED, *license_files(base)):
             if (base / name).is_file():
@@ -67,10 +64,6 @@ def write_fused(
             # Where none can be made, the folder is whole all the same; who wants a GGUF was told before training.
             with contextlib.suppress(UserError):
                 sentencepiece.write(temporary)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_served(out: Path, served: ServingConfig) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from common.backend import Progress
 from common.display import Display
 from common.errors import UserError
+from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
 from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
 from common.system.hardware import MLX_INSTALL, installed
@@ -50,12 +50,11 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
 
     Of a multimodal model it is the language model: mlx-lm has no other part. Raises UserError where mlx-lm fails.
     """
-    temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
-    shutil.rmtree(temporary, ignore_errors=True)
+    log = out.with_name(f"{out.name}.log")
     progress(0.0, "quantizing to 4 bits")
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}
-    try:
+    with atomic_folder(out) as temporary:
         command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]
         code, tail = run_logged(command, log, lambda line: None, env)
         if code or not (temporary / "config.json").is_file():
@@ -67,10 +66,6 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
         for file in [fused / name for name in (*kept, *license_files(fused))]:
             if file.is_file():
                 copy_file(file, temporary / file.name)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.unlink(missing_ok=True)
     progress(1.0, "quantizing to 4 bits")
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import yaml
 
 from common import run_record
 from common.display import gigabytes
+from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
 from common.models.mlx_quantized import source
@@ -42,9 +43,8 @@ def parts_of(run: Path) -> list[str]:
 
 
 def write_card(run: Path, path: Path, parts: list[str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(card(run, parts), encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(card(run, parts), encoding="utf-8")
 
 
 def card(run: Path, parts: list[str]) -> str:

@@ -18,6 +18,7 @@ from common.data.assistant_spans import common_prefix, fold_system, split_thinki
 from common.data.chat_template import MARK, Message, Renderer
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.export.go_template import execute
+from common.files import atomic_write
 
 Prompt = Callable[[list[Message]], str]
 Thinking = Literal["off", "keep"]
@@ -53,9 +54,8 @@ class Modelfile:
 def write_modelfile(fused: Path, gguf: Path, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:
     """Write `Modelfile` beside `gguf` for the fused model. `stops`: ids that end a turn; `sample`: a prompt to try."""
     result = modelfile(fused, gguf.name, stops, thinking, sample)
-    temporary = gguf.with_name("Modelfile.tmp")
-    temporary.write_text(result.text, encoding="utf-8", newline="\n")
-    temporary.replace(gguf.with_name("Modelfile"))
+    with atomic_write(gguf.with_name("Modelfile")) as temporary:
+        temporary.write_text(result.text, encoding="utf-8", newline="\n")
     return result
 
 

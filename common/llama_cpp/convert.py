@@ -20,6 +20,7 @@ from typing import Any
 from common.backend import Progress
 from common.display import Display
 from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models import sentencepiece
@@ -133,9 +134,8 @@ def quantize(
     check_quants([quant])
     if quant == "BF16":  # what the source is already
         if source.resolve() != out.resolve():
-            partial = _partial(out)
-            shutil.copyfile(source, partial)
-            partial.replace(out)
+            with atomic_write(out) as temporary:
+                shutil.copyfile(source, temporary)
     else:
         remedy = f"Look at the free disk space and memory; {source} is whole and can be quantized again."
         # from its own folder, because its path goes into the file
@@ -235,7 +235,7 @@ def _write(
 ) -> None:
     """Run `before`, a temporary file, `after`; give that file its name only when the tool has ended well."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, log = _partial(out).absolute(), out.with_name(out.name + ".log")
+    log = out.with_name(out.name + ".log")
     progress(0.0, name)
 
     def advance(line: str) -> None:
@@ -243,16 +243,9 @@ def _write(
         if done is not None:
             progress(done, name)
 
-    try:
-        code, tail = run_logged([*before, str(partial), *after], log, advance, env, cwd)
-        if code != 0 or not partial.is_file():
+    with atomic_write(out.absolute()) as temporary:
+        code, tail = run_logged([*before, str(temporary), *after], log, advance, env, cwd)
+        if code != 0 or not temporary.is_file():
             raise UserError(f"{name} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     progress(1.0, name)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(f".partial-{out.name}")  # the ending stays: the tools go by it

@@ -9,6 +9,7 @@ from common.backend import Progress
 from common.data.dataset import Example
 from common.data.encode import Encoder
 from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
 from common.system.process import run_logged
 
@@ -48,8 +49,7 @@ def make_imatrix(whole: Path, text: str, tokens: int, out: Path, llama: LlamaCpp
     if context < 32:
         raise UserError(f"--imatrix: the training rows have {tokens} tokens, too few.", "Leave --imatrix out.")
     progress(0.0, "importance matrix")
-    partial = out.with_name(f".partial-{out.name}")  # the ending stays: the tool goes by it
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, atomic_write(out) as partial:
         source, log = Path(temporary) / "rows.txt", Path(temporary) / "log"
         source.write_text(text, encoding="utf-8")
         command = [
@@ -64,14 +64,10 @@ def make_imatrix(whole: Path, text: str, tokens: int, out: Path, llama: LlamaCpp
         ]
         command += ["-c", str(context), "-b", str(context), "--chunks", str(CHUNKS), "--no-ppl"]
         env = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
-        try:
-            code, tail = run_logged(command, log, lambda line: None, env, source.parent)  # its name goes into the file
-            if code != 0 or not partial.is_file():
-                raise UserError(
-                    f"llama-imatrix failed (exit status {code}):\n{tail}",
-                    "Close other programs, or leave --imatrix out.",
-                )
-            partial.replace(out)
-        finally:
-            partial.unlink(missing_ok=True)
+        code, tail = run_logged(command, log, lambda line: None, env, source.parent)  # its name goes into the file
+        if code != 0 or not partial.is_file():
+            raise UserError(
+                f"llama-imatrix failed (exit status {code}):\n{tail}",
+                "Close other programs, or leave --imatrix out.",
+            )
     progress(1.0, "importance matrix")

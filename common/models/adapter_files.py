@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
+from common.files import atomic_folder
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
 
@@ -288,13 +288,9 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
 
 
 def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / name, metadata={"format": "pt"})
-    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / name, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:

