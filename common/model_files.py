@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json
 from common.errors import UserError
 
 
@@ -93,23 +94,19 @@ def names_code(folder: Path) -> bool:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file of a model folder as a dict, without the keys that name code. Raises UserError where it is none."""
-    return dict(_without_code(_read_json(path)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path} is not JSON: {error}", "Fetch the model's files again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.", "Fetch the model's files again.")
+    content: dict[str, Any] = without_code(_read_json(path))
     return content
 
 
-def _without_code(value: Any) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, "Fetch the model's files again.")
+
+
+def without_code(value: Any) -> Any:
+    """`value`, a part of a config, without the keys that name code."""
     if isinstance(value, dict):
-        return {key: _without_code(part) for key, part in value.items() if key != "auto_map"}
-    return [_without_code(part) for part in value] if isinstance(value, list) else value
+        return {key: without_code(part) for key, part in value.items() if key != "auto_map"}
+    return [without_code(part) for part in value] if isinstance(value, list) else value
 
 
 def copy_file(source: Path, out: Path) -> None:

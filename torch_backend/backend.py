@@ -1,7 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.backend.Backend`."""
 
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,8 @@ import psutil
 import torch
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
-from common.models.families import end_to_end, facts, text_config
-from common.models.resolve import tensor_names
+from common.models.families import end_to_end, forward_config
+from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Pick, grow
 from common.system.memory import GAPS_EVERY, ResidentSet, give_back_blocks, malloc_trim, swap_used
@@ -55,21 +54,22 @@ class TorchBackend:
                 min(torch.get_num_threads(), psutil.cpu_count(logical=False) or torch.get_num_threads())
             )
         dtype = _DTYPES[recipe.precision]
-        config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        base = ModelFolder(folder)
+        config = base.config
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         quantization = quantization_config(recipe.quantization)
         with _memory_errors():
             on_device = {"device_map": {"": self.device}, "quantization_config": quantization} if quantization else {}
-            self.model: Any = load_base(folder, dtype, **on_device)
+            self.model: Any = load_base(base, dtype, **on_device)
             if recipe.quantization == "nf4":
                 quantize_nf4(self.model, dtype, self.device)
             if not quantization:
                 lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the held type
                 convert(self.model, dtype, hold=lora and self.device.type == "cpu" and dtype == torch.float32)
                 self.model.to(self.device)
-            self.names = tensor_names(folder)
-            self.rope_split = facts(config).rope_split
+            self.names = base.full_names
+            self.rope_split = forward_config(config).rope_split
             if adapter is None:
                 # transformers marks the pad token's row, and torch gives it no gradient: where pad is the token that
                 # ends a turn, its embedding would never learn

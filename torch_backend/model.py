@@ -1,15 +1,12 @@
 """The frozen base model: transformers' own, loaded so that nothing is left to chance."""
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import UserError
-from common.models.families import text_config
-from common.models.resolve import stored_type
+from common.models.model_folder import ModelFolder
 from common.system.memory import release_pages
 from torch_backend.attention import register
 
@@ -21,7 +18,7 @@ _TEXT_NAMES = {
 }
 
 
-def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
+def load_base(base: ModelFolder, dtype: torch.dtype, **how: Any) -> Any:
     """The language model alone, in evaluation mode on the CPU, its weights as they are stored: `convert` makes `dtype`.
 
     `how` goes on to `from_pretrained`, which then makes `dtype` itself.
@@ -32,17 +29,15 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = text_config(written)
-    config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NO_OPTIONS})
+    config = AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NO_OPTIONS})
     # as stored, the weights stay in the file until they are used; another type is made of them one by one
-    stored = getattr(torch, stored_type(folder))
-    names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
+    stored = getattr(torch, base.dtype)
+    names = {"key_mapping": _TEXT_NAMES} if "text_config" in base.written_config else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the vision tower's tensors; what is lacking is told below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+            base.path,
             config=config,
             dtype=dtype if how else stored,
             attn_implementation=register(),
@@ -58,7 +53,7 @@ def load_base(folder: Path, dtype: torch.dtype, **how: Any) -> Any:
     lacking = sorted({*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
     if lacking:
         raise UserError(
-            f"{folder} lacks {len(lacking)} weights of its model, or has them in another shape, such as {lacking[0]}.",
+            f"{base.path} lacks {len(lacking)} weights of its model, or has them in another shape: {lacking[0]} ...",
             "Fetch the model again.",
         )
     return model

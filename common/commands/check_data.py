@@ -31,7 +31,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     check_fields(options.field)
     source, max_length = options.data or "", options.max_length
     data = load_data(source, options.valid_share, options.seed, options.field)
-    tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)
+    tokenizer = load_tokenizer(resolve(options.model or "", display.say).path, options.chat_template)
     encoder = Encoder(tokenizer, MaskingOptions(options.train_on, options.thinking))
     if explain is not None:
         explain_row(data.train, explain, encoder, display)

@@ -1,7 +1,6 @@
 """After training: fuse, export, try the GGUF, count the example; and `fuse RUN`, the same again."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -28,11 +27,11 @@ from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push, push
 from common.llama_cpp.convert import check_quants
 from common.models import adapter_files as adapters
-from common.models.families import text_config
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count, validate
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.option_sources import options_over
 from common.options import Options, is_example
@@ -115,7 +114,7 @@ def finish(job: ExportJob) -> None:
         job.keep(stages=job.kept().get("stages", {}) | meter.record())
     if "convert" in through and job.llama is not None and is_example(options.data):
         with timed(job.seconds, "example"):
-            counts = score(run, job.folder, job.kept()["gguf"][0], job.llama, display)
+            counts = score(run, job.folder.path, job.kept()["gguf"][0], job.llama, display)
         run_record.update_run(run, example=counts)
     record_seconds(run, job.seconds)
     meter.show(display)
@@ -132,10 +131,9 @@ def finish(job: ExportJob) -> None:
 
 def _record_base(job: ExportJob) -> Terms:
     """The base's license, on record with the form that its weights come in."""
-    kind = json.loads((job.folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    model = job.options.model or ""
-    terms = find_terms(job.folder, model, kind)
-    run_record.update_run(job.run, base={"terms": asdict(terms), "form": base_form(job.folder, model)})
+    folder, model = job.folder.path, job.options.model or ""
+    terms = find_terms(folder, model, job.folder.model_type)
+    run_record.update_run(job.run, base={"terms": asdict(terms), "form": base_form(folder, model)})
     return terms
 
 
@@ -168,7 +166,7 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
     parts = parts_of(job.run)
     for part in {*parts, "gguf", "mlx"}:
         if (job.run / part).is_dir():
-            copy_terms(job.folder, job.run / part, terms)
+            copy_terms(job.folder.path, job.run / part, terms)
     if "fused" in parts:
         write_card(job.run, job.run / "fused" / "README.md", parts)
 
@@ -187,9 +185,8 @@ def _proven(job: ExportJob, meter: StageMeter) -> bool:
             whole.unlink(missing_ok=True)
 
 
-def _estimated(run: Path, folder: Path, final: Adapter, options: Options) -> list[Stage]:
-    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    held = reloaded(options, run_record.read_recipe(run), config, folder)
+def _estimated(run: Path, folder: ModelFolder, final: Adapter, options: Options) -> list[Stage]:
+    held = reloaded(options, run_record.read_recipe(run), folder.config, folder)
     size, verifies = trained_bytes(final, folder), not options.no_verify
     return estimate_stages(options.export, options.quant, folder, size, held, options.imatrix, verifies)
 
@@ -218,7 +215,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     recipe = run_record.read_recipe(run)
     if recipe.quantization == "none":
         yield {}
-    elif source(folder) is not None:
+    elif quantized_source(folder.path) is not None:
         display.say(f"The adapter goes into the model's dequantized {recipe.quantization} weights: it has no others.")
         yield {}
     elif job.options.fuse_into != "dequantized":
@@ -234,7 +231,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
             raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
         choose_backend(plan.backend)  # a run may have come from another machine
         device = choose_device("auto", plan.backend).value
-        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), folder, job.final)
+        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), folder.path, job.final)
         try:
             yield backend.dequantized()
         finally:

@@ -1,6 +1,5 @@
 """Everything that is settled before the first step: what could go wrong later is looked at here."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -34,10 +33,10 @@ from common.llama_cpp.convert import check_quants
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.adapter_files import adapter_hash, read_any
-from common.models.families import text_config
 from common.models.lora_init import choose_layers, initial_adapter, layer_count, validate
-from common.models.mlx_quantized import source
-from common.models.resolve import content_hash, resolve, stored_type
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
+from common.models.resolve import resolve
 from common.models.shapes import linear_shapes, target_names
 from common.options import Options, source_name
 from common.recipe import Plan, Recipe
@@ -69,7 +68,7 @@ class Hardware:
 class Base:
     """The base model, looked at but not loaded."""
 
-    folder: Path  # in 16 or 32 bits
+    folder: ModelFolder  # in 16 or 32 bits
     training_base: Path  # what the backend loads: the same, or a ready-made quantized one
     scheme: str
     shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
@@ -94,7 +93,7 @@ class Job:
 
     options: Options
     run: Path
-    folder: Path  # the base model in 16 or 32 bits
+    folder: ModelFolder  # the base model in 16 or 32 bits
     training_base: Path  # what the backend loads: the same, or a ready-made quantized one
     recipe: Recipe
     chosen: ChosenPlan
@@ -126,10 +125,9 @@ def prepare(options: Options, resumed: Path | None, context: Context, seconds: d
         rows = _tokenize(options, data, base.tokenizer, progress)
     _report_rows(options, rows, display)
     with display.stage("hash the model") as progress:
-        recipe = _recipe(options, hardware, base, rows, content_hash(base.folder, progress))
+        recipe = _recipe(options, hardware, base, rows, base.folder.content_hash(progress))
     start = _start(recipe, base)
-    config = text_config(json.loads((base.folder / "config.json").read_text(encoding="utf-8")))
-    config["dtype"] = stored_type(base.folder)
+    config = base.folder.config | {"dtype": base.folder.dtype}
     chosen = choose(options, recipe, _plan(options, hardware, recipe, rows), config, start, rows.train.rows)
     if chosen.prediction.peak > chosen.budget:
         display.warn(
@@ -209,10 +207,10 @@ def _read_data(options: Options, display: Display) -> Dataset:
 
 def _look_at_base(options: Options, hardware: Hardware, display: Display) -> Base:
     folder = resolve(options.model or "", display.say)
-    training_base, scheme = _ready_made(options, folder, hardware.backend.value, hardware.scheme, display)
+    training_base, scheme = _ready_made(options, folder.path, hardware.backend.value, hardware.scheme, display)
     shapes = linear_shapes(folder, options.targets)
     given = _given_adapter(options, folder) if options.adapter else None
-    return Base(folder, training_base, scheme, shapes, given, load_tokenizer(folder, options.chat_template))
+    return Base(folder, training_base, scheme, shapes, given, load_tokenizer(folder.path, options.chat_template))
 
 
 def _tokenize(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> Tokenized:
@@ -306,7 +304,7 @@ _RESOLVED = {"model", "data", "targets", "precision", "quantization", "steps", "
 
 def _ready_made(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
     """`(what the backend loads, the scheme)`: MLX's own quantized weights where the model has come in them."""
-    if (found := source(folder)) is None:
+    if (found := quantized_source(folder)) is None:
         return folder, scheme
     ready, known = found
     if options.method == "full":
@@ -330,7 +328,7 @@ def _start(recipe: Recipe, base: Base) -> Adapter | None:
     return initial_adapter(choose_layers(base.shapes, recipe.layers), layer_count(base.shapes), recipe)
 
 
-def _given_adapter(options: Options, folder: Path) -> Adapter:
+def _given_adapter(options: Options, folder: ModelFolder) -> Adapter:
     """--adapter, checked against the base model. Raises UserError where it is another model's."""
     every = linear_shapes(folder, ["all-linear"])
     adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))

@@ -128,7 +128,7 @@ def _sample(job: Job, backend: Backend, export: ExportJob) -> None:
     served, think, context = job.served, job.recipe.thinking == "keep", job.sample_tokens + SAMPLE_TOKENS
     with export.display.optional("no sample"):
         backend.set_adapter(export.final)
-        model = backend_chat_model(backend, job.folder, served.template, served.stops, think, "", True, context)
+        model = backend_chat_model(backend, job.folder.path, served.template, served.stops, think, "", True, context)
         pieces = model.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
         export.keep(sample={"prompt": job.sample, "answer": answer})

@@ -13,11 +13,11 @@ import numpy as np
 from common.backend import Adapter, Progress
 from common.errors import UserError
 from common.files import atomic_folder
-from common.model_files import COPIED, copy_file, license_files, read_config
+from common.model_files import COPIED, copy_file, license_files, read_config, without_code
 from common.models import sentencepiece
 from common.models.families import normalize_config
 from common.models.fuse import fuse
-from common.models.shapes import parameter_count
+from common.models.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ServingConfig:
 
 
 def write_fused(
-    base: Path,
+    base: ModelFolder,
     adapter: Adapter,
     out: Path,
     served: ServingConfig,
@@ -47,12 +47,12 @@ def write_fused(
     """
     with atomic_folder(out) as temporary:
         fuse(base, adapter, temporary, progress, replaced)
-        for name in (*COPIED, *license_files(base)):
-            if (base / name).is_file():
-                copy_file(base / name, temporary / name)
-        config = normalize_config(read_config(base / "config.json"))
+        for name in (*COPIED, *license_files(base.path)):
+            if (base.path / name).is_file():
+                copy_file(base.path / name, temporary / name)
+        config = normalize_config(without_code(base.written_config))
         _write_json(temporary / "config.json", config)
-        generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
+        generation = _read_json(base.path / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
@@ -89,10 +89,10 @@ def _write_served(out: Path, served: ServingConfig) -> None:
         _write_json(out / "tokenizer_config.json", config)
 
 
-def trained_bytes(adapter: Adapter | None, base: Path) -> int:
+def trained_bytes(adapter: Adapter | None, base: ModelFolder) -> int:
     """Of what is trained, in float32."""
     if adapter is None:
-        return 4 * parameter_count(base)
+        return 4 * base.parameter_count
     return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
 
 

@@ -18,10 +18,11 @@ from common.llama_cpp.convert import report as read_report
 from common.llama_cpp.imatrix import calibration_text, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
-from common.llama_cpp.mmproj import has_vision, vision_fault, write_mmproj
+from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.llama_cpp.server import Server
 from common.model_files import names_code
 from common.models.load import TEMPLATE
+from common.models.model_folder import ModelFolder
 from common.options import UNGUIDED, Options, source_name
 
 SAMPLE_TOKENS = 100
@@ -36,7 +37,7 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     calibration = None
     if options.imatrix:
         rows = data_of(run, options, recipe).train
-        calibration = calibration_text(rows, encoder_of(job.folder, options, recipe))
+        calibration = calibration_text(rows, encoder_of(job.folder.path, options, recipe))
     earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
     reports: list[dict[str, Any]] = []
     with display.stage("gguf") as progress:
@@ -96,7 +97,7 @@ _SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, su
 
 def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make a GGUF of the adapter alone, put it on record, and say how to run it."""
-    out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder, job.display
+    out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder.path, job.display
     with meter.stage("lora", out), display.stage("lora-gguf"):
         write_gguf_lora(job.final, folder, out, llama)
     job.keep(lora_gguf=str(out.relative_to(job.run)))
@@ -159,7 +160,7 @@ def convert_and_quantize(
         yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
     if matrix:
         matrix.unlink()
-    if has_vision(fused) and not vision_fault(fused):
+    if ModelFolder(fused).has_vision and not vision_fault(fused):
         tower = out / MMPROJ
         with meter.stage("convert", tower):
             write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))

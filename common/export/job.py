@@ -10,6 +10,7 @@ from common.context import Context
 from common.display import Display
 from common.export.fused_folder import ServingConfig
 from common.llama_cpp.install import LlamaCpp
+from common.models.model_folder import ModelFolder
 from common.options import Options
 
 
@@ -18,7 +19,7 @@ class ExportJob:
     """A finished run, and what --export asks of it. seconds: gets the time of each stage."""
 
     run: Path
-    folder: Path  # the base model's
+    folder: ModelFolder  # the base model's
     final: Adapter
     options: Options
     served: ServingConfig

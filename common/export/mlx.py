@@ -1,6 +1,5 @@
 """The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantizer, in a process of its own."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,8 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
+from common.models.families import forward_config, hf_name, language_tensor, mlx_name, text_name
+from common.models.model_folder import ModelFolder, is_model_folder
 from common.system.hardware import MLX_INSTALL, installed
 from common.system.process import offline_environment, run_logged
 
@@ -26,10 +26,9 @@ def check_installed() -> None:
         )
 
 
-def check_model(base: Path, display: Display) -> None:
+def check_model(base: ModelFolder, display: Display) -> None:
     """UserError where mlx-lm 0.32 computes another model than was trained; a warning where it does beyond a length."""
-    text = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
-    kind, found = text["model_type"], facts(text)
+    kind, found = base.config["model_type"], forward_config(base.config)
     for rope in filter(None, found.ropes):
         # it turns every Phi-3 row by longrope's long factors, and knows no scaling for Gemma 2
         if kind in ("phi3", "gemma2") and (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1):
@@ -57,7 +56,7 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     with atomic_folder(out) as temporary:
         command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]
         code, tail = run_logged(command, log, lambda line: None, env)
-        if code or not (temporary / "config.json").is_file():
+        if code or not is_model_folder(temporary):
             raise UserError(
                 f"mlx-lm could not convert {fused} (exit status {code}). Its log, {log}, ends with:\n{tail}",
                 f"{fused} is whole. Look at the free disk space and memory, then export again.",
@@ -68,9 +67,9 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
                 copy_file(file, temporary / file.name)
     log.unlink(missing_ok=True)
     progress(1.0, "quantizing to 4 bits")
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    settings = ModelFolder(out).written_config["quantization"]
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return {"folder": out.name, "bytes": size, **{key: config["quantization"][key] for key in ("bits", "group_size")}}
+    return {"folder": out.name, "bytes": size, **{key: settings[key] for key in ("bits", "group_size")}}
 
 
 def quantize(fused: Path, out: Path) -> None:

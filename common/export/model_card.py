@@ -14,7 +14,7 @@ from common.display import gigabytes
 from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
 from common.options import is_example
 from common.recipe import Recipe
 
@@ -25,7 +25,7 @@ _LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "adapt
 
 def base_form(folder: Path, model: str) -> str:
     """In what form the base's weights came, where that was not their makers' 16 bits."""
-    if found := source(folder):
+    if found := quantized_source(folder):
         return f"Its weights had been quantized by MLX ({found[1]}): what they lost then is not here either."
     if (mirror := MIRRORS.get(model)) and folder.name.startswith(Path(mirror.file).stem):
         return f"Its weights came out of a GGUF file and had gone through 4 bits ({mirror.quantization})."

@@ -19,6 +19,7 @@ from common.data.chat_template import MARK, Message, Renderer
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.export.go_template import execute
 from common.files import atomic_write
+from common.models.model_folder import ModelFolder
 
 Prompt = Callable[[list[Message]], str]
 Thinking = Literal["off", "keep"]
@@ -63,7 +64,7 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     """The file's text for `gguf`, a file name; see write_modelfile."""
     encoder = Encoder(load_tokenizer(fused), MaskingOptions(thinking=thinking))
     tokenizer = encoder.tokenizer
-    config, generation = (_read(fused / name) for name in ("config.json", "generation_config.json"))
+    config, generation = ModelFolder(fused).written_config, _read(fused / "generation_config.json")
     ends = generation.get("eos_token_id")
     every = [*stops, *([ends] if isinstance(ends, int) else ends or [])]
     texts = list(dict.fromkeys(tokenizer.decode([stop], skip_special_tokens=False) for stop in every))

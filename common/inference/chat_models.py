@@ -19,7 +19,8 @@ from common.llama_cpp.server import RAW, Server, for_llama_cpp
 from common.models import adapter_files as adapters
 from common.models.load import TEMPLATE, base_of, loaded, runnable, say_llama
 from common.models.lora_init import initial_adapter, layer_count, validate
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder, is_model_folder
 from common.models.shapes import linear_shapes
 from common.recipe import Recipe
 from common.sampling import Sampling
@@ -59,7 +60,7 @@ def choose(run: Path, kind: Kind | None, quant: str | None) -> Target:
         if not run.is_file():
             raise UserError(f"{run}: no such file.", "Check the path.")
         return Target("gguf", run, run, "", {})
-    if run.name == "fused" and (run / "config.json").exists() and (run.parent / "run.json").exists():
+    if run.name == "fused" and is_model_folder(run) and (run.parent / "run.json").exists():
         run, kind = run.parent, kind or "fused"
     kind = kind or "gguf"
     known = run_record.read_complete(run, "options", "model_hash", "stop_ids")
@@ -68,7 +69,7 @@ def choose(run: Path, kind: Kind | None, quant: str | None) -> Target:
     export = known.get("export", {})
     if kind == "gguf":
         return _gguf_of(run, known, quant)
-    if kind == "fused" and not (export.get("fused") and (run / export["fused"] / "config.json").exists()):
+    if kind == "fused" and not (export.get("fused") and is_model_folder(run / export["fused"])):
         raise UserError(f"{run} has no fused folder.", f"Make it: python cli.py fuse {run} --export fused")
     if kind == "adapter" and known["options"].get("method") == "full":
         raise UserError(f"{run} was trained whole: it has no adapter.", "Use --with fused, or leave --with out.")
@@ -128,7 +129,7 @@ def _in_llama_cpp(target: Target, context: Context, server: partial[Server], sta
         if not target.known:
             raise UserError(f"{target.run} is a bare GGUF: its base is not known.", "Give the run folder.")
         folder = base_of(target.run, target.known, display)
-        gguf = base_gguf(folder, target.known["model_hash"], target.quant, llama, display)
+        gguf = base_gguf(folder.path, target.known["model_hash"], target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):
             return _served(stack.enter_context(start(gguf, template=target.template)), "base")
 
@@ -145,12 +146,13 @@ def _served(server: Server, name: str) -> ChatModel:
 
 def _in_backend(target: Target, context: Context, length: int, stack: ExitStack) -> ChatModels:
     run, recipe = target.run, run_record.read_recipe(target.run)
-    base_folder = base_of(run, target.known, context.display)
+    base_model = base_of(run, target.known, context.display)
+    base_folder = base_model.path
 
     def load(folder: Path, recipe: Recipe, adapter: Adapter | None) -> Backend:
         plan = runnable(run_record.read_plan(run), recipe)
         if adapter is None:  # whole weights would be taken as trained, moments and all
-            first = dict(list(linear_shapes(folder, ["all-linear"]).items())[:1])
+            first = dict(list(linear_shapes(ModelFolder(folder), ["all-linear"]).items())[:1])
             plain = {
                 "method": "lora",
                 "rank": 1,
@@ -179,10 +181,10 @@ def _in_backend(target: Target, context: Context, length: int, stack: ExitStack)
     whole = target.known["options"].get("method") == "full"
     final = None
     if not whole:
-        shapes = linear_shapes(base_folder, recipe.targets)
+        shapes = linear_shapes(base_model, recipe.targets)
         final = adapters.read_trained(run, layer_count(shapes))
         validate(final, shapes, run / "adapter")
-    ready = source(base_folder) if recipe.quantization.startswith("mlx") else None
+    ready = quantized_source(base_folder) if recipe.quantization.startswith("mlx") else None
     both = load(ready[0] if ready else base_folder, recipe, final)
     tuned = model(both, f"{target.kind} in {run_record.read_plan(run).backend}", target.kind == "adapter")
 

@@ -4,7 +4,6 @@ Both writers work on a temporary name and rename at the end: a file under its fi
 """
 
 import difflib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models import sentencepiece
+from common.models.model_folder import ModelFolder
 from common.system.cache import cache_folder, cache_lock
 from common.system.process import capture, fraction, offline_environment, run_logged
 
@@ -98,7 +98,7 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
     """
     if (folder / sentencepiece.NAME).is_file():
         return
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = ModelFolder(folder).model_type
     if sentencepiece.rebuild_proven(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",

@@ -11,9 +11,9 @@ import numpy as np
 
 from common.backend import Adapter, LoraWeight, Progress
 from common.errors import UserError
-from common.model_files import shard_files
 from common.models.families import hf_name
-from common.models.safetensors_files import DTYPES, copy_bytes, read_header
+from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import DTYPES, copy_bytes
 
 _BLOCK_ELEMENTS = 1 << 22  # at most this many weights in float32 at once: 16 MB an array
 
@@ -41,7 +41,7 @@ def row_lengths(matrix: np.ndarray) -> np.ndarray:
 
 
 def fuse(
-    base: Path,
+    base: ModelFolder,
     adapter: Adapter,
     out: Path,
     progress: Progress,
@@ -52,17 +52,14 @@ def fuse(
     `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantized weights it was
     trained over. Raises UserError when an adapted module is not among the base's weights.
     """
-    shards = shard_files(base)
     replaced = {**replaced} | {name: partial(np.asarray, tensor) for name, tensor in adapter.full.items()}
     missing = {f"{name}.weight" for name in adapter.weights} | set(replaced)
     embedding = next((name for name in adapter.full if name.endswith("embed_tokens.weight")), None)
     if embedding and "lm_head.weight" not in adapter.full:  # tied, and some checkpoints store it twice all the same
         replaced["lm_head.weight"] = replaced[embedding]
-    total = sum(shard.stat().st_size for shard in shards)
-    done = 0
-    for shard in shards:
-        header, start = read_header(shard)
-        # read, not mapped: mapped pages would count as this process's memory, the whole shard of them
+    total, done = base.weight_bytes, 0
+    for shard in base.shards:
+        header, start = base.header(shard)
         with shard.open("rb") as source, (out / shard.name).open("wb") as file:
             file.write(source.read(start))  # names, types and shapes stay, so the header does
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
@@ -83,7 +80,7 @@ def fuse(
                 progress(done / total, f"fuse {name}")
     if missing:
         raise UserError(
-            f"{base} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
+            f"{base.path} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
             "Give the base model that the adapter was trained on.",
         )
 
@@ -104,17 +101,12 @@ def _blocks(
             yield rows, stored.reshape(-1, *shape[1:])
 
 
-def differing(folder: Path, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Which of the float32 `tensors`, by their names, the folder does not hold, rounded once to its own types."""
+def differing(model: ModelFolder, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Which of the float32 `tensors`, by their names, the model does not hold, rounded once to its own types."""
     missing = set(tensors)
-    for shard in shard_files(folder):
-        header, start = read_header(shard)
-        with shard.open("rb") as file:
-            for name, entry in header.items():
-                if hf_name(name) in missing:
-                    begin, end = entry["data_offsets"]
-                    file.seek(start + begin)
-                    stored = file.read(end - begin)
-                    if stored == tensors[hf_name(name)].astype(DTYPES[entry["dtype"]]).tobytes():
-                        missing.remove(hf_name(name))
+    for stored_name, stored in model.tensors.items():
+        if (name := hf_name(stored_name)) in missing:
+            wanted = tensors[name].astype(DTYPES[stored.dtype]).tobytes()
+            if b"".join(stored.chunks()) == wanted:
+                missing.remove(name)
     return sorted(missing)

@@ -12,6 +12,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.families import normalize_config
+from common.models.model_folder import ModelFolder
 from common.system.cache import cache_folder, cache_lock
 
 Say = Callable[[str], None]
@@ -169,5 +170,5 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
-    config = normalize_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    config = normalize_config(ModelFolder(out).written_config)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -7,20 +7,21 @@ from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
-from common.models.resolve import content_hash, resolve
+from common.models.model_folder import ModelFolder
+from common.models.resolve import resolve
 from common.recipe import Plan, Recipe
 from common.system.hardware import choose_backend, choose_device, installed
 
 TEMPLATE = "chat_template.jinja"  # in a run folder: how the model is served
 
 
-def base_of(run: Path, known: dict[str, Any], display: Display) -> Path:
-    """The folder of the model that a run started from. Raises UserError where it is not there, or another one now."""
+def base_of(run: Path, known: dict[str, Any], display: Display) -> ModelFolder:
+    """The model that a run started from. Raises UserError where it is not there, or another one now."""
     model = known["options"]["model"] or ""
-    folder = resolve(model, display.say)
-    if content_hash(folder) != known["model_hash"]:
+    base = resolve(model, display.say)
+    if base.content_hash() != known["model_hash"]:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Bring that model back.")
-    return folder
+    return base
 
 
 def runnable(plan: Plan, recipe: Recipe) -> Plan:

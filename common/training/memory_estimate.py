@@ -12,7 +12,7 @@ from typing import Any
 
 from common.backend import Adapter, Batch
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
-from common.models.families import end_to_end, facts
+from common.models.families import end_to_end, forward_config
 from common.models.shapes import tensor_shapes
 from common.recipe import Plan, Recipe
 from common.system.memory import GAPS_EVERY, KEPT_BLOCKS
@@ -116,9 +116,9 @@ class ModelDims:
             gemma=config["model_type"].startswith("gemma"),
             capped=config["model_type"] == "gemma2",
             flash=end_to_end(config, "cuda", "bf16"),
-            final_cap=facts(config).logit_softcap is not None,
+            final_cap=forward_config(config).logit_softcap is not None,
             normed=config["model_type"] in ("gemma3_text", "qwen3"),
-            windows=facts(config).windows,
+            windows=forward_config(config).windows,
             stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
         )
 

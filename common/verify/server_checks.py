@@ -13,6 +13,7 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.logits import GgufLogits
 from common.llama_cpp.server import Server
 from common.models import sentencepiece
+from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Sampling
 from common.verify.cases import Probes
@@ -57,7 +58,7 @@ class VerifyInput:
     """What is to be proven. ggufs: `(name, file)` of each quant; whole: the bf16 GGUF that they were made from."""
 
     run: Path
-    base: Path
+    base: ModelFolder
     final: Adapter
     recipe: Recipe
     plan: Plan

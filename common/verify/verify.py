@@ -1,6 +1,5 @@
 """`verify RUN`: whether what llama.cpp runs is what was trained, link by link from the adapter to each GGUF."""
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -22,11 +21,11 @@ from common.llama_cpp.convert import convert
 from common.llama_cpp.install import find, own
 from common.llama_cpp.logits import GgufLogits
 from common.models import adapter_files as adapters
-from common.models.families import text_config
 from common.models.fuse import differing
 from common.models.load import base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count
-from common.models.shapes import linear_shapes, parameter_count
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Plan, Recipe
 from common.run_record import held
@@ -66,7 +65,7 @@ def verify_held(run: Path, context: Context, whole: Path | None) -> list[Check]:
         raise UserError(f"{run} lacks {what}: nothing can be compared.", f"python cli.py fuse {run} --export gguf")
     plan = runnable(run_record.read_plan(run), recipe)
     base = base_of(run, known, display)
-    probes = collect(run, base, data_of(run, options, recipe))
+    probes = collect(run, base.path, data_of(run, options, recipe))
     if not probes.rows:
         raise UserError(f"{options.data}: no row is left to verify with.", "Go without: --no-verify.")
     llama = find(context.llama_cpp)
@@ -107,7 +106,7 @@ def verify(subject: VerifyInput, context: Context) -> list[Check]:
                 checks.append(check)
         except UserError as error:
             checks.append(Check("llama.cpp", "broken", error.what))
-    rows = choose_rows(subject.probes.rows, _vocabulary(subject.base))
+    rows = choose_rows(subject.probes.rows, subject.base.vocabulary_size)
     links: dict[str, Divergence] = {}
     with display.stage("verify: distributions") as progress:
         try:
@@ -133,10 +132,6 @@ def verify(subject: VerifyInput, context: Context) -> list[Check]:
     return checks
 
 
-def _vocabulary(folder: Path) -> int:
-    return int(text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))["vocab_size"])
-
-
 def verdict(checks: list[Check]) -> str:
     """`broken`, `sound with remarks` or `sound`."""
     states = {check.state for check in checks}
@@ -156,7 +151,7 @@ def _trained(
     tuned = None
     if not subject.final.full:
         progress(0.0, "adapter on base")
-        with _loaded(context, recipe, plan, subject.base, subject.final) as backend:
+        with _loaded(context, recipe, plan, subject.base.path, subject.final) as backend:
             tuned = Reference(rows, _of(backend, True))
             links["base"] = tuned.divergence(_of(backend, False))
     progress(0.25, "fused")
@@ -165,7 +160,7 @@ def _trained(
             links["fused"] = tuned.divergence(_of(backend, False))
         fused = Reference(rows, _of(backend, False))
     if tuned is None:  # every weight was trained: what is fused is what was trained
-        with _loaded(context, plain, plan, subject.base, nothing) as backend:
+        with _loaded(context, plain, plan, subject.base.path, nothing) as backend:
             links["base"] = fused.divergence(_of(backend, False))
     del tuned
     progress(0.5, "bf16 GGUF")
@@ -188,7 +183,7 @@ def _ggufs(subject: VerifyInput, rows: Rows, links: dict[str, Divergence], progr
 def _exact(subject: VerifyInput) -> tuple[Recipe, Plan]:
     """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
     plan = subject.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
-    fits = 4.4 * parameter_count(subject.base) < free_memory(plan.backend, plan.device)[0]
+    fits = 4.4 * subject.base.parameter_count < free_memory(plan.backend, plan.device)[0]
     recipe = subject.recipe.model_copy(
         update={
             "precision": "fp32" if fits else subject.recipe.precision,
@@ -224,7 +219,7 @@ def _of(backend: Backend, adapter: bool) -> LogitsAt:
 
 def _whole_weights(subject: VerifyInput) -> Check:
     """After full fine-tuning there is no adapter to compare with: the fused folder must hold what was trained."""
-    wrong, count = differing(subject.run / "fused", subject.final.full), len(subject.final.full)
+    wrong, count = differing(ModelFolder(subject.run / "fused"), subject.final.full), len(subject.final.full)
     shown = f", not {wrong[0]}" if wrong else ""
     text = f"{count - len(wrong)} of {count} trained tensors stand in the fused folder to the byte{shown}"
     return Check("fused weights", "broken" if wrong else "ok", text)

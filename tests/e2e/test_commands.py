@@ -60,7 +60,7 @@ def trained(request, tmp_path_factory):
 
 
 def example_ids():
-    folder = resolve(SMOLLM2, print)
+    folder = resolve(SMOLLM2, print).path
     return folder, encode(read_rows(EXAMPLE / "valid.jsonl")[0], load_tokenizer(folder)).ids
 
 
@@ -330,10 +330,10 @@ def test_doctor_names_the_steps_and_never_the_token():
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
     gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2])
     monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
-    folder = resolve(str(gguf), print)
+    folder = resolve(str(gguf), print).path
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0
-    assert resolve(str(gguf), print) == folder
+    assert resolve(str(gguf), print).path == folder
     tokenizer = load_tokenizer(folder)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("½5", add_special_tokens=False)][-1] == "5"
     name = "train", "--model", folder, "--data", EXAMPLE / "valid.jsonl", "--output", tmp_path / "run"

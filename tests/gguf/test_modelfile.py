@@ -48,7 +48,7 @@ def with_bos(folder, adds: bool, writes: bool) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
 
 
 @pytest.fixture(scope="module")

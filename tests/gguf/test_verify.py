@@ -20,6 +20,7 @@ from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert, quantize
 from common.llama_cpp.install import LlamaCpp, own
 from common.models.adapter_files import read_trained
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.verify.server_checks import Check
 from common.verify.verify import verdict, verify_run
@@ -128,7 +129,7 @@ def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs made again, out of another adapter."""
     known = run_record.read_run(run)
     template = (run / "chat_template.jinja").read_text(encoding="utf-8")
-    write_fused(base, adapter, run / "fused", ServingConfig(known["stop_ids"], template), quiet)
+    write_fused(ModelFolder(base), adapter, run / "fused", ServingConfig(known["stop_ids"], template), quiet)
     whole = run / "gguf" / "model-BF16.gguf"
     convert(run / "fused", whole, "remade", llama, quiet)
     for quant in QUANTS:
