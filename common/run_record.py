@@ -1,14 +1,12 @@
 """The run folder: its record, recipe and plan, and who may write into it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import strict_json
+from common.documents import read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
 from common.recipe import Plan, Recipe
@@ -21,13 +19,11 @@ def read_run(run: Path, *needed: str) -> dict[str, Any]:
     stands under `named_llama_cpp`, for say_llama.
     """
     try:
-        content = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        content = read_json(run / "run.json", "Give another run.", allow_nan=True)  # an older version wrote NaN
+    except FileNotFoundError:
         raise UserError(f"{run} holds no run (no run.json).", "Give a folder that `train` made.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{run / 'run.json'} is damaged: {error}", "Give another run.") from None
-    if not isinstance(content, dict) or (missing := set(needed) - content.keys()):
-        lacks = f": it lacks {', '.join(sorted(missing))}" if isinstance(content, dict) else ""
+    if missing := set(needed) - content.keys():
+        lacks = f": it lacks {', '.join(sorted(missing))}"
         raise UserError(f"{run / 'run.json'} is no run's record{lacks}.", "Give a folder that `train` made.")
     if isinstance(options := content.get("options"), dict):
         content["named_llama_cpp"] = options.pop("llama_cpp", None)
@@ -45,7 +41,7 @@ def read_complete(run: Path, *needed: str) -> dict[str, Any]:
 def update_run(run: Path, **facts: Any) -> dict[str, Any]:
     """Merge `facts` into run.json, atomically."""
     path = run / "run.json"
-    content = (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}) | facts
+    content = (read_json(path, "Give another run.", allow_nan=True) if path.exists() else {}) | facts
     with atomic_write(path) as temporary:
         temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return content
@@ -53,7 +49,7 @@ def update_run(run: Path, **facts: Any) -> dict[str, Any]:
 
 def _yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path, "Give another run.")
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no whole run: it has no {path.name}.", "Give the whole folder.") from None
 

@@ -340,7 +340,7 @@ def _shape_of(given: Adapter | None) -> dict[str, Any]:
     """What --adapter settles of the recipe; the most common rank and alpha stand for all: its hash tells the rest."""
     if given is None:
         return {}
-    (rank, alpha), _ = Counter((w.rank, w.alpha) for w in given.weights.values()).most_common(1)[0]
+    rank, alpha = given.rank_and_alpha
     return {
         "rank": rank,
         "alpha": alpha,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.backend import Adapter, Progress
+from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import COPIED, copy_file, license_files, read_config, without_code
@@ -75,7 +76,7 @@ def _write_served(out: Path, served: ServingConfig) -> None:
         if config is not None:
             config.pop("chat_template", None)
     path = out / "tokenizer.json"
-    tokens = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tokens = read_json(path, "Fetch the model's files again.") if path.exists() else {}
     added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
     if config is not None:
         decoder = config.get("added_tokens_decoder") or {}

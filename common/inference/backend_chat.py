@@ -1,6 +1,5 @@
 """A model that answers from its backend, prompted as it was trained."""
 
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from common.backend import Backend, OutOfMemory
 from common.data.assistant_spans import fold_system
 from common.data.chat_template import OPEN_BLOCK, Message, Renderer
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.documents import read_json
 from common.errors import UserError
 from common.sampling import Sampling, sampler
 
@@ -102,6 +102,6 @@ def _told(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) ->
 def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
     """All that ends an answer: what training ended turns with, and what the model ended them with before."""
     path = folder / "generation_config.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    known = read_json(path, "Fetch the model's files again.").get("eos_token_id") if path.exists() else None
     ends = [known] if isinstance(known, int) else known or []
     return sorted({*trained, *ends, tokenizer.eos_token_id} - {None})
