@@ -9,7 +9,7 @@ from typing import Any
 from common.backend import Adapter, Progress
 from common.context import Context
 from common.data.batching import steps_per_epoch
-from common.data.dataset import Dataset, Example, data_hash, prompt_of, said
+from common.data.dataset import Dataset, Example, data_hash, first_texts, prompt_of
 from common.data.encode import (
     Encoded,
     Encoder,
@@ -20,8 +20,8 @@ from common.data.encode import (
     template_hash,
 )
 from common.data.load import check_fields, load_data
-from common.data.quality import suspicious
-from common.data.truncation import FittedRows, encode_all, fit
+from common.data.quality import quality_warnings
+from common.data.truncation import FilteredRows, encode_all, filter_by_length
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
@@ -81,8 +81,8 @@ class Tokenized:
     """The rows as ids and label masks, within --max-length. stops: the ids that end trained turns."""
 
     data: Dataset
-    train: FittedRows
-    valid: FittedRows
+    train: FilteredRows
+    valid: FilteredRows
     stops: list[int]
     template: str | None  # that serves the model as it is trained; of plain text there is none
 
@@ -139,7 +139,7 @@ def prepare(options: Options, resumed: Path | None, context: Context, seconds: d
     after = estimate_stages(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, proves)
     check_disk(run, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *after])
     warn_of_memory(after, display)
-    llama = tools_for(options, recipe.method, base.folder, display, base.tokenizer, said(data.train, 200_000))
+    llama = tools_for(options, recipe.method, base.folder, display, base.tokenizer, first_texts(data.train, 200_000))
     sample, sample_tokens = _sample_prompt((data.valid, rows.valid), (data.train, rows.train))
     return Job(
         options=options,
@@ -198,8 +198,8 @@ def _read_data(options: Options, display: Display) -> Dataset:
     source = options.data or ""
     data = load_data(source, options.valid_share, options.seed, options.field)
     display.say(f"{source} read as: {data.described()}")
-    for finding in suspicious(data):
-        display.warn(str(finding))
+    for warning in quality_warnings(data):
+        display.warn(str(warning))
     if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")
     return data
@@ -214,12 +214,12 @@ def _look_at_base(options: Options, hardware: Hardware, display: Display) -> Bas
 
 
 def _tokenize(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> Tokenized:
-    style = MaskingOptions(options.train_on, options.thinking)
-    encoder = Encoder(tokenizer, style)
+    masking = MaskingOptions(options.train_on, options.thinking)
+    encoder = Encoder(tokenizer, masking)
     train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
-    fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (train, valid))
+    fitted, valid_fitted = (filter_by_length(part, options.max_length, options.overflow) for part in (train, valid))
     chats = any(row.text is None for row in data.train)  # plain text says nothing of how to be prompted
-    template = exported_template(tokenizer, style) if chats else None
+    template = exported_template(tokenizer, masking) if chats else None
     return Tokenized(data, fitted, valid_fitted, stop_ids(train), template)
 
 
@@ -287,7 +287,7 @@ def _plan(options: Options, hardware: Hardware, recipe: Recipe, rows: Tokenized)
     )
 
 
-def _sample_prompt(*parts: tuple[list[Example], FittedRows]) -> tuple[list[dict[str, Any]], int]:
+def _sample_prompt(*parts: tuple[list[Example], FilteredRows]) -> tuple[list[dict[str, Any]], int]:
     """`(the prompt of the first chat row that was kept complete, the tokens of that row)`; `([], 0)` without one."""
     for examples, fitted in parts:
         by_source = {example.source: example for example in examples}

@@ -14,9 +14,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
-from common.data.assistant_spans import common_prefix, fold_system, split_thinking
-from common.data.chat_template import MARK, Message, Renderer
+from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.message_forms import fold_system, split_thinking
+from common.data.turn_edges import common_prefix
 from common.export.go_template import execute
 from common.files import atomic_write
 from common.models.model_folder import ModelFolder
@@ -95,17 +96,17 @@ def go_template(encoder: Encoder, stops: list[str], sample: list[Message]) -> tu
     `stops`: the texts that end a turn; there turns are parted. Raises Inexpressible where the pieces between what is
     said are not the same in every conversation, or where `sample` or a conversation of the proof comes out otherwise.
     """
-    if encoder.renderer is None:
+    if encoder.template is None:
         raise Inexpressible("the model has no chat template, and takes text as it is")
-    think = encoder.style.thinking == "keep"
+    think = encoder.masking.thinking == "keep"
     bos = encoder.tokenizer.bos_token if encoder.bos is not None else ""
-    prompt = _prompt(encoder.renderer, think, bos)
+    prompt = _prompt(encoder.template, think, bos)
     pieces: dict[str, str] = {}
     for roles in ("u", "uau", "uauau", "su", "suau", "suauau"):
         for name, literal in zip(_names(roles), _literals(prompt, roles), strict=True):
             if pieces.setdefault(name, literal) != literal:
                 raise Inexpressible("the chat template renders a turn otherwise in a longer conversation")
-    template = _compose(pieces, stops, encoder.renderer.special)
+    template = _compose(pieces, stops, encoder.template.special)
     said = [{"role": role, "content": text} for role, text in _SAID]
     plain = [{"role": m["role"], "content": m["content"].strip()} for m in split_thinking(sample)]
     for proof in (plain, *(said[start:count] for start in (0, 1) for count in range(2, len(said) + 1, 2))):
@@ -114,7 +115,7 @@ def go_template(encoder: Encoder, stops: list[str], sample: list[Message]) -> tu
     return template, _notes(template, prompt, think)
 
 
-def _prompt(renderer: Renderer, think: bool, bos: str) -> Prompt:
+def _prompt(renderer: ChatTemplate, think: bool, bos: str) -> Prompt:
     """The prompt that the exported model is served, as training rendered it: with a system text that the template does
     not take in the first user turn, and without the BOS that llama.cpp writes by itself."""
 
@@ -166,9 +167,9 @@ def _names(roles: str) -> list[str]:
 
 def _literals(prompt: Prompt, roles: str) -> list[str]:
     full = {"s": "system", "u": "user", "a": "assistant"}
-    marks = [MARK.format("", number, role) for number, role in enumerate(roles)]
+    marks = [PLACEHOLDER.format("", number, role) for number, role in enumerate(roles)]
     text = prompt([{"role": full[role], "content": mark} for role, mark in zip(roles, marks, strict=True)])
-    found = [mark for mark in re.findall(MARK.format("", r"\d+", r"[sua]"), text)]
+    found = [mark for mark in re.findall(PLACEHOLDER.format("", r"\d+", r"[sua]"), text)]
     if found != marks:
         raise Inexpressible(
             "the chat template leaves out, repeats or reorders what is said"

@@ -8,9 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from common.backend import Backend, OutOfMemory
-from common.data.assistant_spans import fold_system
-from common.data.chat_template import OPEN_BLOCK, Message, Renderer
+from common.data.chat_template import OPEN_BLOCK, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.message_forms import fold_system
 from common.documents import read_json
 from common.errors import UserError
 from common.sampling import Sampling, sampler
@@ -61,7 +61,7 @@ def backend_chat_model(
     if not tokenizer.chat_template:
         raise UserError(f"{folder} has no chat template, and was trained without.", "Chat with its GGUF in llama.cpp.")
     thinking: Literal["off", "keep"] = "keep" if think else "off"
-    renderer, bos = Renderer(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
+    renderer, bos = ChatTemplate(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
     stops = stop_ids(folder, tokenizer, trained_stops)
 
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from common import run_record
-from common.data.dataset import Dataset, Example, said
+from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder, load_tokenizer
 from common.data.load import encoder_of
-from common.data.truncation import fit
+from common.data.truncation import filter_by_length
 from common.llama_cpp.server import for_llama_cpp
 from common.models.sentencepiece import PROBE
 from common.options import Options
@@ -53,7 +53,7 @@ def collect(run: Path, base: Path, data: Dataset, limit: int = 32) -> Probes:
     held_out = _fitting(data.valid, encoder, recipe, limit)
     kept = held_out or _fitting(data.train, encoder, recipe, limit)
     prompts = [_prompt(row, encoded, encoder) for row, encoded, whole in kept if whole and row.text is None]
-    texts = list(dict.fromkeys([*PROBE, *said([*data.valid, *data.train], 20_000)]))
+    texts = list(dict.fromkeys([*PROBE, *first_texts([*data.valid, *data.train], 20_000)]))
     control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
     if control:
         texts.append(f"a{control}b")
@@ -66,7 +66,8 @@ def _fitting(
     """As training took them: `(row, its tokens, whether they are all of it)`."""
     found: list[tuple[Example, Encoded, bool]] = []
     for example in examples:
-        fitted = fit([encoder(example)], recipe.max_length, "truncate" if recipe.overflow == "truncate" else "drop")
+        overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
+        fitted = filter_by_length([encoder(example)], recipe.max_length, overflow)
         found += [(example, row, not fitted.truncated) for row in fitted.rows]
         if len(found) == limit:
             break
@@ -74,7 +75,7 @@ def _fitting(
 
 
 def _prompt(row: Example, encoded: Encoded, encoder: Encoder) -> Prompt:
-    conversation, row = encoder.placed(row)
+    _, conversation, row = encoder.encode_chat(row)
     last = conversation.turns[-1]
     text = conversation.text[: last.start]
     ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]

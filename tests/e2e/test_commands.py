@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from common.data.encode import encode, load_tokenizer
+from common.data.encode import load_tokenizer
 from common.data.load import read_rows
 from common.export.go_template import execute
 from common.llama_cpp.install import ensure
@@ -22,6 +22,7 @@ from common.models import gguf_import
 from common.models.resolve import resolve
 from common.training import checkpoint
 from tests import ROOT
+from tests.encoding import encode
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
 

@@ -6,13 +6,14 @@ import shutil
 import pytest
 
 from common.data.dataset import Example
-from common.data.encode import encode, load_tokenizer
+from common.data.encode import load_tokenizer
 from common.export.go_template import execute
 from common.export.modelfile import modelfile
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import ensure
 from common.llama_cpp.server import Server
 from common.models.resolve import resolve
+from tests.encoding import encode
 from tests.unit.modelfile_parser import read_modelfile
 
 SAID = [

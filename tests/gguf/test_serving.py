@@ -74,8 +74,8 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
             answer = server._request("POST", "/apply-template", {"messages": PROMPT})
             prompts[thinking] = answer["prompt"]
     encoder = Encoder(tokenizer, MaskingOptions())
-    assert encoder.renderer is not None
+    assert encoder.template is not None
     bos = tokenizer.bos_token  # llama.cpp leaves it to the tokenizer
-    assert prompts["off"].removeprefix(bos) == encoder.renderer.prompt(PROMPT, (), False).removeprefix(bos)
+    assert prompts["off"].removeprefix(bos) == encoder.template.prompt(PROMPT, (), False).removeprefix(bos)
     assert prompts["off"].rstrip().endswith("</think>")
     assert not prompts["keep"].rstrip().endswith("</think>")
