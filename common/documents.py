@@ -9,7 +9,7 @@ from common.errors import UserError
 _JSON_BYTES = 1 << 28  # the largest tokenizer.json that is known has 34 MB
 _YAML_BYTES = 1 << 20
 _LEVELS = 100
-_YAML_NODES = 100_000  # every alias counted as what it stands for
+_YAML_NODES = 100_000  # with aliases expanded
 
 
 def read_json(path: Path, fix: str, allow_nan: bool = False) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def _too_deep(content: dict[str, Any]) -> bool:
 
 
 def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
-    """The file's YAML mapping; no key stands in it twice. Raises UserError and FileNotFoundError as read_json does."""
+    """The file's YAML mapping. Raises as read_json does, and UserError for a key that is given twice."""
     import yaml
 
     text = _read(path, _YAML_BYTES, fix)
@@ -70,7 +70,7 @@ def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
 
 
 def _check_nodes(root: Any) -> None:
-    """Raises ValueError for a key that stands twice, for `.nan`, and where aliases stand for more than is sensible."""
+    """Raises ValueError for a key that is given twice, for `.nan`, and for aliases that expand to too much."""
     import yaml
 
     pending, count = [root], 0

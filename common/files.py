@@ -28,7 +28,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """An empty temporary folder beside `path`, which takes the place of `path` at the end.
+    """An empty temporary folder beside `path`, which replaces `path` at the end.
 
     On an error `path` stays as it was, and nothing is left beside it.
     """

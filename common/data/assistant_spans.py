@@ -1,4 +1,4 @@
-"""A conversation as text by the model's chat template, and where in it each assistant turn stands.
+"""A conversation as text by the model's chat template, and the position of each assistant turn in it.
 
 A turn is what the model must write after the prompt that it is served: from the end of the generation prompt to the
 token that ends the turn. To find both, the conversation is rendered a second time with placeholders for the answers.
@@ -124,7 +124,7 @@ def _locate(messages: list[Message], tools: Any, template: ChatTemplate) -> Conv
 
 
 def _with_placeholders(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
-    """The messages with placeholders for what the assistant says and thinks, and the text that each stands for."""
+    """The messages with placeholders for what the assistant says and thinks, and the text behind each."""
     salt = ""
     while any(f"qTWINTUNE{salt}q" in str(message) for message in messages):
         salt += "x"
@@ -157,7 +157,7 @@ def _inlined(
 
 
 def _contents(masked: str, text: str, answers: dict[str, str]) -> dict[str, str]:
-    """What stands in `text` for each placeholder in `masked`: an answer, or what the template strips it to."""
+    """The text in place of each placeholder of `masked`: an answer, as the template strips it."""
     pieces = re.split("(" + "|".join(map(re.escape, answers)) + ")", masked) if answers else [masked]
     if not text.startswith(pieces[0]):
         raise Unlabeled("the template renders the row differently for other answers")

@@ -8,11 +8,11 @@ import numpy as np
 from common.backend import IGNORE, Batch
 from common.data.encode import Encoded
 
-# What starting one more micro-batch costs, by device, and a padded position (attention alone computes it), in tokens.
+# In tokens: the cost of one more micro-batch, by device, and of a padded position, which only attention computes.
 # cuda: on an H200 1,000 (Gemma-3-1B) to 3,900 (SmolLM2-135M); of Apple's GPUs not measured.
 START_COST = {"cpu": 64, "cuda": 1024, "gpu": 512, "mps": 512}
 _PADDING_COST = 0.25
-# The sizes a CUDA graph is recorded for: the least, and how many between a power of two and the next.
+# The sizes that CUDA graphs are recorded for: the smallest, and how many from one power of two to the next.
 TOKEN_STEPS = (128, 8)
 LABEL_STEPS = (128, 2)
 

@@ -152,7 +152,7 @@ class Encoder:
             # an end token may include the spaces after it (Phi-3's do); text may not
             across.append((starts < turn.stop) & (ends > turn.end))
             if any(map(np.any, across)):
-                raise Unlabeled("a token lies across the edge of an assistant turn")
+                raise Unlabeled("a token crosses the edge of an assistant turn")
             first = int(np.argmax(inside))
             prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
             if prompt != ids[:first].tolist():

@@ -26,7 +26,7 @@ _PLACEHOLDERS = tuple(
     )
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
-# A comma, a colon, an opening bracket that is no sad smiley, or a word that no sentence ends in.
+# A comma, a colon, an opening bracket that is not a smiley's, or a word that does not end a sentence.
 _BREAKS_OFF = re.compile(r"(?:[,、，:：]|(?<![:;=])(?<![:;=]-)[(（「『【\[{]|\S (?:and|or|the|an|because))\Z")
 _FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 

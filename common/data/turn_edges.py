@@ -107,7 +107,7 @@ def _last_match(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _before_header(row: MaskedRow, following: str, number: int) -> str:
-    """What stands between a turn and the header of the user's next, if a special token is in it, else nothing.
+    """The text between a turn and the header of the user's next, if a special token is in it, else "".
 
     A user's turn at the start shows what the header is; what precedes it there may end as an answer does.
     """

@@ -43,7 +43,6 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
         for part, array in weight.parts().items()
     }
     rank, alpha = adapter.rank_and_alpha
-    first = next(iter(adapter.weights.values()))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -57,7 +56,7 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": first.rslora,
+        "use_rslora": next(iter(adapter.weights.values())).rslora,
         "use_dora": adapter.dora,
     }
     _write(folder, PEFT_FILE, tensors, config)

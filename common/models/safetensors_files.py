@@ -30,7 +30,7 @@ Header = tuple[dict[str, dict[str, Any]], int]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `size` bytes of `file` from `start` on. dtype: safetensors' name, such as BF16."""
+    """A tensor in a file: `size` bytes of `file` from `start` on. dtype: safetensors' name, such as BF16."""
 
     file: Path
     start: int

@@ -1,4 +1,4 @@
-"""Shapes of a model's tensors and layers, from its config or from its files' headers; nothing is loaded."""
+"""Shapes of a model's tensors and linear layers, from its config or its files' headers; nothing is loaded."""
 
 import re
 from typing import Any
@@ -8,15 +8,14 @@ from common.models.families import hf_name, text_config
 from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
 
-# Of a multimodal model the language model alone: a vision tower has layers and q_proj too.
+# Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
 
 
 def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
 
-    A target is a layer's last name, or a group of them: its members that the model has. Raises UserError when a
-    target matches nothing.
+    A target is the last part of a layer's name, or a group of such. Raises UserError when one matches nothing.
     """
     groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
     wanted = {name for group in groups.values() for name in group}

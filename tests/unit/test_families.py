@@ -8,11 +8,11 @@ import pytest
 
 from common.backend import IGNORE, Batch
 from common.data.batching import split_batch
+from common.models.config_faults import config_faults
 from common.models.families import (
     ARCHITECTURES,
     DEFAULTS,
     SUPPORTED,
-    config_faults,
     forward_config,
     hf_name,
     mlx_name,

@@ -192,7 +192,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused(tokenizer: Any) -> None
     tokenizer.add_tokens([AddedToken("tY", special=False)])
     tokenizer.chat_template = CHATML.replace("m['role'] + '\n'", "m['role']").replace("assistant\n", "assistant")
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
-    assert said.endswith("a token lies across the edge of an assistant turn.")
+    assert said.endswith("a token crosses the edge of an assistant turn.")
 
 
 # --- the template itself
