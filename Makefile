@@ -7,6 +7,7 @@ ARGS ?=
 
 example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
+	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## everything, with real models and the real llama.cpp
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
@@ -27,7 +28,7 @@ docs: setup  ## the site from docs/ into site/; a broken link is an error
 setup: .venv/ready
 
 .venv/ready: pyproject.toml
-	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Twintune needs Python 3.11 or newer: make PYTHON3=python3.11 ...")'
+	$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4) and "Twintune needs Python 3.11.4 or newer: make PYTHON3=python3.11 ...")'
 	$(PYTHON3) -m venv .venv
 	$(PYTHON) -m pip install torch==2.13.0
 	$(PYTHON) -m pip install -e ".[dev]"

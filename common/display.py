@@ -32,9 +32,9 @@ def gigabytes(size: float) -> str:
 
 
 class _Lasting:
-    """Standard output that outlives its terminal or reader: once that is gone, what is written goes nowhere.
+    """Standard output that survives its terminal or reader: once that is gone, what is written is discarded.
 
-    A job that trains for hours must not end because nobody looks any more.
+    A job that trains for hours must not fail because its terminal was closed.
     """
 
     @property
@@ -45,16 +45,16 @@ class _Lasting:
         try:
             return self._stream.write(text)
         except OSError as error:
-            self._let_go(error)
+            self._discard(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
         except OSError as error:
-            self._let_go(error)
+            self._discard(error)
 
-    def _let_go(self, error: OSError) -> None:
+    def _discard(self, error: OSError) -> None:
         """Point the stream's descriptor at nothing, so that what it has buffered can be written at exit."""
         if error.errno not in (errno.EIO, errno.EPIPE):
             raise error
@@ -67,7 +67,7 @@ class _Lasting:
 
 
 class Display:
-    """One place for every word the user reads. `mode` None: rich on a terminal, else plain lines."""
+    """Prints everything that the user reads. mode: rich on a terminal and plain lines elsewhere, unless given."""
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
@@ -79,10 +79,11 @@ class Display:
         self._tokens = 0
         self._seconds = 0.0
         self._steps = 0
+        self._total = 0  # steps of the training
         self._valid = "-"
         self._figures = ""
         self._stopping = ""
-        self._said = 0.0
+        self._printed = 0.0  # when a step was printed last
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.mode == "json":
@@ -100,20 +101,20 @@ class Display:
             self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     def sample(self, by: str, prompt: str, answer: str) -> None:
-        """What the tuned model, run by `by`, answers to a prompt of the user's rows, of which the head is shown."""
+        """Show the tuned model's answer to a prompt, cut where it is long. by: what runs the model."""
         shown = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
         self.say(f"{by}: {shown!r} -> {answer!r}")
 
     @contextmanager
     def optional(self, what: str) -> Iterator[None]:
-        """Around a part that nothing else needs: where it fails, a warning says `what` and why, and that is all."""
+        """Around a part that nothing else needs: where it fails, there is only a warning, with `what` and why."""
         try:
             yield
         except Exception as error:  # whatever it is: what was made before it is complete
             self.warn(f"{what}: {error.what if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}")
 
     def stopping(self) -> None:
-        """Say that a stop was heard. Called by a signal handler, so it may wait for no lock and use no buffer."""
+        """Say that a stop signal has come. A signal handler calls this: it may wait for no lock and use no buffer."""
         text = "stopping: the step is finished and saved first; a second Ctrl-C stops at once"
         if self._bars is not None:
             self._stopping = f"\n{text}"
@@ -150,7 +151,7 @@ class Display:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """Yields what the stage reports its progress to."""
+        """Yields the function that takes the stage's progress."""
         started = time.perf_counter()
         self.event("stage", name=name)
         if self.mode == "rich":
@@ -217,8 +218,8 @@ class Display:
             self._memory.plain = f"memory: {held}{self._stopping}"
         elif self.mode == "plain":
             now = time.perf_counter()
-            if now - self._said > _PLAIN_SECONDS or line["step"] == self._total:
-                self._said = now
+            if now - self._printed > _PLAIN_SECONDS or line["step"] == self._total:
+                self._printed = now
                 left = (self._total - line["step"]) * (self._seconds / max(1, self._steps - 1))
                 self.console.print(
                     f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  valid {self._valid}  {speed}  "

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from common import documents
 from common.errors import UserError
-from common.option_aliases import FAMILIES, SAME, translate
+from common.option_aliases import FAMILIES, SAME
+from common.option_translation import translate
 from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
 
 
@@ -70,8 +71,12 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
 
 
 def options_over(kept: dict[str, Any], flags: dict[str, Any]) -> Options:
-    """The options that a run was started with, and flags over them. Raises one UserError with all faults."""
-    merged = _Merged(dict(kept), {name: f"the run's {name}" for name in kept})
+    """The options that a run was started with, and flags over them. Raises one UserError with all faults.
+
+    kept: of the run's record. Options that this version does not know are left out.
+    """
+    known = {name: value for name, value in kept.items() if name in by_flag()}
+    merged = _Merged(known, {name: f"the run's {name}" for name in known})
     merged.add(flags, None)
     options = _validated(merged)
     if options is None or merged.faults:

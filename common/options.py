@@ -6,10 +6,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from common.files import atomic_write
 from common.option_fields import (
     PlanFields,
     RecipeFields,
@@ -254,17 +253,3 @@ def source_name(source: str | None) -> str:
     """What a model or data set is called in names of runs and files: its path, ending and revision left out."""
     name = Path(source or "").name
     return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]
-
-
-def write_yaml(path: Path, content: BaseModel, comment: str) -> None:
-    """The file is complete, or as it was."""
-    import yaml
-
-    text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"# {comment}\n{text}", encoding="utf-8")
-
-
-def is_example(data: str | None) -> bool:
-    """Whether `--data` names the built-in example's rows."""
-    return data is not None and Path(data).resolve() == EXAMPLE.resolve()

@@ -1,9 +1,14 @@
-"""The run folder: its record, recipe and plan, and who may write into it."""
+"""The run folder: its paths, its record, recipe and plan.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Only this module opens run.json, recipe.yaml and plan.yaml.
+"""
+
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from common import strict_json
 from common.documents import read_json, read_yaml
@@ -12,93 +17,273 @@ from common.files import atomic_write
 from common.recipe import Plan, Recipe
 
 
-def read_run(run: Path, *needed: str) -> dict[str, Any]:
-    """run.json. Raises UserError where the folder holds no run, or its record lacks a key of `needed`.
+class _Record(BaseModel):
+    """A part of run.json. Fields that only other versions know are kept as they are."""
 
-    A run may be a stranger's, so the one option that names a program, `llama_cpp`, is never among its `options`; it
-    stands under `named_llama_cpp`, for say_llama.
-    """
-    try:
-        content = read_json(run / "run.json", "Give another run.", allow_nan=True)  # an older version wrote NaN
-    except FileNotFoundError:
-        raise UserError(f"{run} holds no run (no run.json).", "Give a folder that `train` made.") from None
-    if missing := set(needed) - content.keys():
-        lacks = f": it lacks {', '.join(sorted(missing))}"
-        raise UserError(f"{run / 'run.json'} is no run's record{lacks}.", "Give a folder that `train` made.")
-    if isinstance(options := content.get("options"), dict):
-        content["named_llama_cpp"] = options.pop("llama_cpp", None)
-    return content
+    model_config = ConfigDict(extra="allow", frozen=True)
 
 
-def read_complete(run: Path, *needed: str) -> dict[str, Any]:
-    """run.json of a run that is trained to its end. Raises UserError where it is not, and as `read_run`."""
-    known = read_run(run, "status", *needed)
-    if known["status"] != "complete":
-        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
-    return known
+class GgufRecord(_Record):
+    """A GGUF file of the run."""
+
+    file: str  # relative to the run folder
+    name: str = ""  # what --quant calls it, such as Q4_K_M or Q4_K_M-imatrix
+    quant: str = ""
+    bytes: int = 0
+    bits_per_weight: float = 0.0
+    tensors: dict[str, int] = {}  # how many by type
+    fallbacks: int = 0  # tensors in a larger type than `quant`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "name" not in content and "quant" in content:  # an older version's
+            return content | {"name": content["quant"]}
+        return content
 
 
-def update_run(run: Path, **facts: Any) -> dict[str, Any]:
-    """Merge `facts` into run.json, atomically."""
-    path = run / "run.json"
-    content = (read_json(path, "Give another run.", allow_nan=True) if path.exists() else {}) | facts
+class ExportRecord(_Record):
+    """What was made from the adapter. Files and folders are relative to the run folder."""
+
+    fused: str | None = None
+    fuse_into: str | None = None
+    gguf: list[GgufRecord] = []
+    mmproj: str | None = None
+    lora_gguf: str | None = None
+    mlx: dict[str, Any] | None = None
+    sample: dict[str, Any] | None = None  # a prompt and the tuned model's answer
+    stages: dict[str, dict[str, int]] = {}  # bytes of memory and disk, by stage
+
+
+class VerifyRecord(_Record):
+    """What `verify` found."""
+
+    verdict: str = ""
+    checks: list[dict[str, Any]] = []
+    divergence: dict[str, dict[str, Any]] = {}  # by what was compared
+    rows: int = 0
+    held_out: bool = False
+
+
+class BaseRecord(_Record):
+    """The base model's license, and the form in which its weights came."""
+
+    terms: dict[str, Any]
+    form: str = ""
+
+
+class DataRecord(_Record):
+    """How much there was to train on."""
+
+    train_rows: int = 0
+    valid_rows: int = 0
+    tokens: int = 0  # in the training rows
+    label_tokens: int = 0
+
+
+class RunRecord(_Record):
+    """run.json. A figure is None where the run has none, or an older version did not keep it."""
+
+    status: str  # training, interrupted, complete
+    recipe_hash: str
+    model_hash: str
+    options: dict[str, Any]  # without `llama_cpp`
+    stop_ids: list[int]
+    named_llama_cpp: str | None = None  # --llama-cpp when the run was made; a program is never taken from a record
+
+    plans: list[dict[str, Any]] = []
+    deterministic: dict[str, str] = {}
+    sample_prompt: list[dict[str, Any]] = []
+    sample_tokens: int | None = None
+    data: DataRecord = DataRecord()
+    base: BaseRecord | None = None
+    export: ExportRecord = ExportRecord()
+    verify: VerifyRecord | None = None
+    pushed: dict[str, Any] | None = None
+    stage_seconds: dict[str, float] = {}
+
+    backend: str | None = None
+    device: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    label_tokens: int | None = None
+    train_seconds: float | None = None
+    tokens_per_second: float | None = None
+    label_tokens_per_second: float | None = None
+    padding_fraction: float | None = None
+    final_train_loss: float | None = None
+    best_valid_loss: float | None = None
+    best_step: int | None = None
+    exported_adapter: str | None = None  # best or last
+    exported_step: int | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_parts: dict[str, int] = {}
+    memory_kind: str | None = None
+    peak_memory_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    swap_growth_bytes: int | None = None
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. What it holds is read from disk at every use, so that it is never out of date."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def record_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def fused(self) -> Path:
+        return self.path / "fused"
+
+    @property
+    def gguf(self) -> Path:
+        return self.path / "gguf"
+
+    @property
+    def mlx(self) -> Path:
+        return self.path / "mlx"
+
+    @property
+    def verify_cases(self) -> Path:
+        return self.path / "verify-cases.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def template(self) -> Path:
+        """The chat template with which the tuned model is served; there is none for plain text."""
+        return self.path / "chat_template.jinja"
+
+    def read_template(self) -> str | None:
+        return self.template.read_text(encoding="utf-8") if self.template.exists() else None
+
+    @property
+    def record(self) -> RunRecord:
+        """run.json. Raises UserError where the folder holds no run, or its record cannot be read.
+
+        A run may be a stranger's, so `options` never names a program: `llama_cpp` stands under `named_llama_cpp`.
+        """
+        content = self._content()
+        options = content.get("options")
+        if isinstance(options, dict):
+            content["named_llama_cpp"] = options.pop("llama_cpp", None)
+        try:
+            return RunRecord.model_validate(content)
+        except ValidationError as error:
+            raise UserError(
+                f"{self.record_file} is no run's record{_fault(error)}.", "Give a folder that `train` made."
+            ) from None
+
+    def require_complete(self) -> RunRecord:
+        """The record of a run that is trained to its end. Raises UserError where it is not, and as `record`."""
+        record = self.record
+        if record.status != "complete":
+            raise UserError(f"{self} has not finished training.", f"Finish it: python cli.py train --resume {self}")
+        return record
+
+    def update(self, **changes: Any) -> None:
+        """Put fields of RunRecord on record, atomically; the others stay as they are."""
+        if unknown := changes.keys() - RunRecord.model_fields.keys():
+            raise TypeError(f"run.json has no field {', '.join(sorted(unknown))}")
+        content = self._content() if self.record_file.exists() else {}
+        content |= {name: _plain(value) for name, value in changes.items()}
+        _write(self.record_file, strict_json.dumps(content, indent=2) + "\n")
+
+    def update_export(self, **made: Any) -> None:
+        """Put fields of ExportRecord on record, each as soon as it is made: whatever fails later, it is known."""
+        self.update(export=self.record.export.model_copy(update=made))
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe, without fields that this version does not know. Its hash need not be the run's.
+
+        Raises UserError where it is missing, or lacks what this version needs.
+        """
+        return self._read("recipe.yaml", Recipe)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, without fields that this version does not know. Raises UserError as `recipe`."""
+        return self._read("plan.yaml", Plan)
+
+    def resumable_recipe(self) -> Recipe:
+        """The recipe, whose every field this version knows. Raises UserError where another version wrote it."""
+        if other := sorted(self._yaml("recipe.yaml").keys() ^ Recipe.model_fields.keys()):
+            raise UserError(
+                f"{self} cannot be resumed: another version of Twintune wrote its recipe, which differs in "
+                f"{', '.join(other)}.",
+                "Resume it with that version (environment.json names it); or start a new run from its last checkpoint: "
+                f"--adapter {self.checkpoints / 'step-...'}",
+            )
+        return self.recipe
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        _write_yaml(self.path / "recipe.yaml", recipe, f"recipe {recipe.hash()}")
+
+    def write_plan(self, plan: Plan) -> None:
+        _write_yaml(self.path / "plan.yaml", plan, "what changes only speed and memory")
+
+    def _content(self) -> dict[str, Any]:
+        """run.json as it is. Raises UserError where it is missing, damaged, or no object."""
+        try:
+            return read_json(self.record_file, "Give another run.", allow_nan=True)  # an older version wrote NaN
+        except FileNotFoundError:
+            raise UserError(f"{self} holds no run (no run.json).", "Give a folder that `train` made.") from None
+
+    def _read(self, name: str, model: type[_Model]) -> _Model:
+        content = self._yaml(name)
+        try:
+            return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
+        except ValidationError as error:
+            raise UserError(
+                f"{self.path / name} cannot be read by this version{_fault(error)}.",
+                "Use the version of Twintune that made the run (environment.json names it).",
+            ) from None
+
+    def _yaml(self, name: str) -> dict[str, Any]:
+        try:
+            return read_yaml(self.path / name, "Give another run.")
+        except FileNotFoundError:
+            raise UserError(f"{self} is incomplete: it has no {name}.", "Give the complete folder.") from None
+
+
+def _fault(error: ValidationError) -> str:
+    """`: it lacks model_hash, options`, or what is wrong with the first field."""
+    faults = error.errors()
+    missing = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
+    if missing:
+        return f": it lacks {', '.join(sorted(missing))}"
+    return f": {'.'.join(map(str, faults[0]['loc']))}: {faults[0]['msg']}"
+
+
+def _plain(value: Any) -> Any:
+    """`value` for JSON; of a record only the fields that were given."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def _write_yaml(path: Path, content: BaseModel, comment: str) -> None:
+    text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
+    _write(path, f"# {comment}\n{text}")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file in one step: it holds the old text or the new one."""
     with atomic_write(path) as temporary:
-        temporary.write_text(strict_json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return content
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return read_yaml(path, "Give another run.")
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} is no whole run: it has no {path.name}.", "Give the whole folder.") from None
-
-
-def read_plan(run: Path) -> Plan:
-    return Plan.model_validate(_yaml(run / "plan.yaml"))
-
-
-def read_recipe(run: Path) -> Recipe:
-    return Recipe.model_validate(_yaml(run / "recipe.yaml"))
-
-
-LOCK = ".lock"  # it stays in the folder: whoever removed it would let a third process lock another file of that name
-
-
-def refuse_links(run: Path) -> None:
-    """Raises UserError where something in the run folder is a link that leads out of it.
-
-    A run may be a stranger's: what is written there, under a name that is known beforehand, must not land elsewhere.
-    """
-    inside = run.resolve()
-    strays = [
-        path for path in sorted(run.rglob("*")) if path.is_symlink() and not path.resolve().is_relative_to(inside)
-    ]
-    if strays:
-        shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
-        raise UserError(
-            f"{run}: links in it lead out of the folder: {shown}.",
-            "Remove them; where you trust one, put the file itself in its place.",
-        )
-
-
-@contextmanager
-def held(run: Path) -> Iterator[None]:
-    """Hold the run folder. Raises UserError where another process holds it, and as refuse_links.
-
-    The system lets go when the process ends, however it ends.
-    """
-    from filelock import FileLock, Timeout
-
-    refuse_links(run)
-    lock = FileLock(run / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+        temporary.write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """The form that Pip's answers follow, and the program that checks it.
 
-Pip is the parrot of a harbour office. Whoever tells Pip something gets a read-back, as at sea: the facts of the
+Pip is the parrot of a harbor office. Whoever tells Pip something gets a read-back, as at sea: the facts of the
 request come back in a form that depends on the kind of request, often in another order. The expected answer
 follows from the prompt alone, so an answer passes only if it belongs to this very prompt.
 """

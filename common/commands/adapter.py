@@ -11,7 +11,8 @@ from common.backend import Adapter, LoraWeight
 from common.commands.arguments import add_llama
 from common.context import Context
 from common.errors import UserError
-from common.llama_cpp.install import LlamaCpp, ensure
+from common.llama_cpp.build import ensure
+from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import read_gguf_lora, write_gguf_lora
 from common.models.adapter_files import read_any, write_mlx, write_peft
 from common.models.lora_init import layer_count, layer_number, validate

@@ -13,9 +13,9 @@ from pydantic.fields import FieldInfo
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
-from common.option_aliases import KNOWN
 from common.option_fields import HEADINGS
 from common.option_sources import load_options
+from common.option_translation import KNOWN
 from common.options import Options, by_flag, extra_of
 from common.sampling import Sampling
 

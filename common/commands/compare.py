@@ -2,26 +2,21 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.recipe import Recipe
-from common.run_record import read_recipe, read_run
+from common.run_record import Run, RunRecord
 
 
 def compare(runs: list[Path], display: Display) -> None:
     """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
-    records = [read_run(run, "recipe_hash", "backend", "device") for run in runs]
-    for run, record in zip(runs, records, strict=True):
-        if record.get("status") != "complete":
-            raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
-    recipes = [read_recipe(run) for run in runs]
-    rows = [["recipe", *[record["recipe_hash"][:12] for record in records]]]
+    records, recipes = [Run(run).require_complete() for run in runs], [Run(run).recipe for run in runs]
+    rows = [["recipe", *[record.recipe_hash[:12] for record in records]]]
     rows.append(["agrees", "-", *["yes" if r.hash() == recipes[0].hash() else "NO" for r in recipes[1:]]])
     for name in ("backend", "device"):
-        rows.append([name, *[str(record[name]) for record in records]])
+        rows.append([name, *[str(getattr(record, name)) for record in records]])
     rows.append(["precision", *[recipe.precision for recipe in recipes]])
     for label, key, show in (
         ("tokens/s", "tokens_per_second", "{:.1f}"),
@@ -35,7 +30,7 @@ def compare(runs: list[Path], display: Display) -> None:
         ("best valid loss", "best_valid_loss", "{:.4f}"),
         ("best step", "best_step", "{}"),
     ):
-        rows.append([label, *_with_ratios([record.get(key) for record in records], show)])
+        rows.append([label, *_with_ratios([getattr(record, key) for record in records], show)])
     shares = [stage_shares(record) for record in records]
     for stage in dict.fromkeys(name for share in shares for name in share):
         rows.append([f"time: {stage}", *[f"{share[stage]:.1%}" if stage in share else "-" for share in shares]])
@@ -43,10 +38,10 @@ def compare(runs: list[Path], display: Display) -> None:
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         display.say(_agreement(runs[0], recipes[0], run, recipe))
     for run, record in zip(runs, records, strict=True):
-        if len(plans := record.get("plans", [])) > 1:
-            moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in plans)
+        if len(record.plans) > 1:
+            moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in record.plans)
             display.say(f"{run.name} changed its plan on the way ({moves}): its speed and memory are a mixture.")
-    kinds = {record.get("memory_kind") for record in records}
+    kinds = {record.memory_kind for record in records}
     if len(kinds) > 1:
         display.say(
             f"peak memory is counted in different ways here ({', '.join(sorted(map(str, kinds)))}): "
@@ -54,11 +49,10 @@ def compare(runs: list[Path], display: Display) -> None:
         )
 
 
-def stage_shares(record: dict[str, Any]) -> dict[str, float]:
+def stage_shares(record: RunRecord) -> dict[str, float]:
     """Each stage's share of a run's time, in the order in which they came."""
-    seconds = record.get("stage_seconds", {})
-    whole = sum(seconds.values())
-    return {name: value / whole for name, value in seconds.items()} if whole else {}
+    total = sum(record.stage_seconds.values())
+    return {name: value / total for name, value in record.stage_seconds.items()} if total else {}
 
 
 def _with_ratios(values: list[float | None], show: str) -> list[str]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.llama_cpp.install import find, missing_build_tools, which
+from common.llama_cpp.build import missing_build_tools
+from common.llama_cpp.install import find, which
 from common.system.cache import cache_folder
 from common.system.environment import chip
 from common.system.hardware import (

@@ -20,6 +20,7 @@ from common.files import atomic_write
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
+from common.run_record import Run
 from common.sampling import Sampling
 
 
@@ -114,7 +115,7 @@ def _ask_all(
 
 def _asked_for(target: Target, rows: list[Example], sampling: Sampling, length: int) -> str:
     """A hash of all that makes the answers: a part of other ones is no beginning of these."""
-    file = target.path if target.kind == "gguf" else target.run / "run.json"
+    file = target.path if target.kind == "gguf" else Run(target.path).record_file
     model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
     asked = [model, asdict(sampling), length, [[row.messages, row.tools] for row in rows]]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()

@@ -6,7 +6,8 @@ from common.commands.arguments import add_llama
 from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.llama_cpp.install import clean, find, own
+from common.llama_cpp.build import own
+from common.llama_cpp.install import clean, find
 
 
 def build_llama(display: Display) -> None:

@@ -1,4 +1,4 @@
-"""`plan`: what `train` would take of memory and time, before anything is trained."""
+"""`plan`: the memory and time that `train` would take, estimated before anything is trained."""
 
 import argparse
 import time
@@ -16,12 +16,12 @@ from common.training.planner import described, largest
 
 
 def estimate_run(options: Options, probe: bool, context: Context) -> None:
-    """Print prediction, its parts, the plan, what would fit at the most and, after a probe, the time."""
+    """Print the estimated memory and its parts, the plan, what would fit at most and, after a probe, the time."""
     display = context.display
     job = prepare(options.model_copy(update={"export": "none", "push": None}), None, context)
     chosen, recipe, plan = job.chosen, job.recipe, job.plan
     rows = [[name, gigabytes(size)] for name, size in chosen.prediction.parts.items()]
-    rows.append(["predicted peak", gigabytes(chosen.prediction.peak)])
+    rows.append(["estimated peak", gigabytes(chosen.prediction.peak)])
     rows.append(["budget", f"{gigabytes(chosen.budget)} ({chosen.why})"])
     known = "" if chosen.prediction.measured else f", {plan.backend} on {plan.device}: coefficients not yet measured"
     display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
@@ -29,8 +29,8 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
     longest = max(len(row.ids) - 1 for row in job.train)
     batch, length = largest(recipe, plan, job.config, job.start, longest, chosen.budget)
     display.say(
-        f"at the most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
-        f"micro-batch, or one row of {length} tokens. --batch-size may be larger: a step is cut into micro-batches"
+        f"at most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
+        f"micro-batch, or one row of {length} tokens. --batch-size may be larger: a step is split into micro-batches"
     )
     event = {
         "parts": chosen.prediction.parts,
@@ -43,11 +43,11 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
 
 
 def _probe(job: Job, context: Context) -> dict[str, float]:
-    """Two steps of the real rows; the second, which finds everything warm, is the measure. Nothing is kept."""
+    """Measure two steps on the real rows; the first warms up, the second counts. Nothing is kept."""
     recipe, plan, display = job.recipe, job.plan, context.display
     started = time.perf_counter()
     with display.stage("load the model"):
-        backend, _ = loaded(context, recipe, plan, job.training_base, job.start)
+        backend, _ = loaded(context, recipe, plan, job.base.training_base, job.start)
     seconds, tokens = time.perf_counter() - started, 0
     try:
         with display.stage("probe: two steps") as progress:
@@ -61,20 +61,20 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
                 progress(step / 2, f"step {step}")
         peak = backend.memory().peak
     except OutOfMemory as error:
-        display.warn(f"the probe ran out of memory ({error}): train would cut finer and go on")
+        display.warn(f"the probe ran out of memory ({error}): train would use smaller micro-batches and go on")
         return {}
     finally:
         backend.close()
     epoch = sum(len(row.ids) - 1 for row in job.train)
-    whole = epoch * recipe.steps * recipe.batch_size / len(job.train)
+    trained = epoch * recipe.steps * recipe.batch_size / len(job.train)
     evaluations = recipe.steps / recipe.eval_every * sum(len(row.ids) - 1 for row in job.valid) / 3
     speed = tokens / second
-    foreseen = seconds + (whole + evaluations) / speed
+    estimated = seconds + (trained + evaluations) / speed
     display.say(
         f"probe: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take about "
-        f"{_duration(foreseen)}, export not counted"
+        f"{_duration(estimated)}, export not counted"
     )
-    return {"tokens_per_second": speed, "expected_seconds": foreseen, "probe_peak_bytes": peak}
+    return {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
 
 
 def _duration(seconds: float) -> str:

@@ -13,8 +13,8 @@ from common.context import Context
 from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import Target, choose, llama_of
-from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server, free_port, server_environment
+from common.llama_cpp.install import LlamaCpp, llama_environment
+from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.system.process import capture
 
 # Nobody reads others' prompts, and no web page is given an answer together with the browser's credentials.
@@ -46,7 +46,8 @@ def serve(target: Target, address: Address, length: int, slots: int, context: Co
     llama = llama_of(target, context)
     if not is_loopback(host) and key is None:
         display.warn(f"--host {host} --no-auth: whoever reaches this machine over the network can use the model")
-    with Server(llama, target.path, length, slots, host=host, port=port, flags=_flags(llama, display), key=key) as up:
+    options = ServerOptions(length, slots, host=host, port=port, flags=_flags(llama, display), key=key)
+    with Server(llama, target.path, options) as up:
         url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
         head = "-H 'Content-Type: application/json'"
@@ -83,7 +84,7 @@ def is_loopback(host: str) -> bool:
 
 def _flags(llama: LlamaCpp, display: Display) -> list[str]:
     """_SAFER as far as this llama-server knows them: an older one would not start."""
-    known = capture([str(llama.server), "--help"], 60, lines=10_000, env=server_environment())[1]
+    known = capture([str(llama.server), "--help"], 60, lines=10_000, env=llama_environment())[1]
     if missing := [flag for flag in _SAFER if flag not in known]:
         display.warn(f"{llama.server} knows no {' or '.join(missing)}: it is served without")
     return [flag for flag in _SAFER if flag not in missing]

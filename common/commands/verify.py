@@ -5,7 +5,8 @@ from pathlib import Path
 
 from common.commands.arguments import add_llama
 from common.context import Context
-from common.verify.verify import verdict, verify_run
+from common.verify.judge import verdict
+from common.verify.verify import verify_run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

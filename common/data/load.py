@@ -17,16 +17,17 @@ from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
 from common.errors import UserError
 from common.options import Options
 from common.recipe import Recipe
+from common.run_record import Run
 
 
-def data_of(run: Path, options: Options, recipe: Recipe) -> Dataset:
+def data_of(run: Run, options: Options) -> Dataset:
     """The run's data, read again. Raises UserError where it has changed since, or is gone."""
     without = "or do without it: --no-verify, no --imatrix."
     try:
         data = load_data(options.data or "", options.valid_share, options.seed, options.field)
     except UserError as error:
         raise UserError(error.what, f"Bring the data of {run} back, {without}") from None
-    if data_hash(data) != recipe.data_hash:
+    if data_hash(data) != run.recipe.data_hash:
         raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Bring that back, {without}")
     return data
 

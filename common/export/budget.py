@@ -1,4 +1,4 @@
-"""What each export goes through, and what every stage takes of memory and disk: estimated, then measured."""
+"""The stages of each export, and the memory and disk that each takes: estimated, then measured."""
 
 import math
 import shutil
@@ -14,7 +14,7 @@ from common.models.safetensors_files import DTYPES, StoredTensor
 from common.system.memory import Extra
 from common.training.metrics import timed
 
-# The one place that says it: what `--export` does after training, in order.
+# The stages of each `--export` after training, in order; stated here only.
 EXPORT_STEPS: dict[str, tuple[str, ...]] = {
     "none": (),
     "fused": ("fuse",),
@@ -28,7 +28,7 @@ _MB = 10**6
 
 @dataclass(frozen=True)
 class Stage:
-    """memory: bytes beyond what this process held before, its tools' own included; disk: bytes written."""
+    """memory: bytes beyond those held before the stage, its subprocesses' included; disk: bytes written."""
 
     name: str
     memory: int
@@ -48,7 +48,7 @@ def estimate_stages(
     imatrix: bool = False,
     verify: bool = False,
 ) -> list[Stage]:
-    """Every stage that `export` of `base` goes through.
+    """The estimate of every stage of `export` from `base`.
 
     adapter_bytes: of what was trained, in float32. held: bytes of a quantized base that is loaded again to be fused
     into. The figures were measured (CONTRIBUTING.md): blocks of 16 MB fuse; llama.cpp's converter holds the largest
@@ -56,22 +56,22 @@ def estimate_stages(
     """
     tensors = [tensor for tensor in base.tensors.values() if tensor.dtype in DTYPES]
     sizes = [math.prod(tensor.shape) for tensor in tensors]
-    largest, whole = max(sizes), 2 * sum(sizes)
+    largest, bf16_bytes = max(sizes), 2 * sum(sizes)
     quantized = sum(map(_in_4_bits, tensors))
     weights = base.weight_bytes
     tokenizer = sum(file.stat().st_size for file in base.path.glob("tokenizer*"))
-    kept = [quant for quant in quants if quant != "BF16"]  # that one is what conversion writes
+    kept = [quant for quant in quants if quant != "BF16"]  # the conversion writes that one
     each = 6.0 if "F16" in kept else 5.1
     known = {
         "fuse": Stage("fuse", 120 * _MB + held + (4 * largest if held else 0), weights + tokenizer),
-        "convert": Stage("convert", 400 * _MB + 8 * largest, whole),
+        "convert": Stage("convert", 400 * _MB + 8 * largest, bf16_bytes),
         "quantize": Stage(
             "quantize",
             110 * _MB + round(each * largest) if kept else 0,
-            sum(whole if quant == "F16" else whole * 5 // 8 for quant in kept),
+            sum(bf16_bytes if quant == "F16" else bf16_bytes * 5 // 8 for quant in kept),
         ),
         "imatrix": Stage("imatrix", 500 * _MB + 2 * largest, 0),
-        "verify": Stage("verify", 1100 * _MB + 2 * whole, 0),  # in float32, beside the reference's distributions
+        "verify": Stage("verify", 1100 * _MB + 2 * bf16_bytes, 0),  # in float32, beside the reference's distributions
         "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, 2 * adapter_bytes),
         "mlx": Stage("mlx", 200 * _MB + quantized + round(2.6 * largest), quantized + tokenizer),
     }
@@ -104,7 +104,7 @@ def check_disk(folder: Path, stages: list[Stage]) -> None:
 
 
 def warn_of_memory(stages: list[Stage], display: Display) -> None:
-    """Say before training which stage after it the free memory will hardly hold."""
+    """Warn before training of stages after it that need more memory than is free."""
     import psutil
 
     free = int(psutil.virtual_memory().available)
@@ -113,12 +113,12 @@ def warn_of_memory(stages: list[Stage], display: Display) -> None:
             display.warn(
                 f"stage {stage.name!r} after training needs about {gigabytes(stage.memory)}, {gigabytes(free)} are "
                 "free now: it may swap, or fail. What was trained is kept: close other programs, or train with "
-                "--export none and run `fuse` on the folder where there is more"
+                "--export none and run `fuse` on a machine with more"
             )
 
 
 class StageMeter:
-    """What the stages of one export take, beside the estimate. `seconds` is told the time of each."""
+    """What the stages of one export take, beside the estimate. `seconds` gets the time of each."""
 
     def __init__(self, estimated: list[Stage], seconds: dict[str, float]) -> None:
         self._estimated = {stage.name: stage for stage in estimated}
@@ -136,7 +136,7 @@ class StageMeter:
         self.measured[name] = Stage(name, max(before.memory, extra.peak), before.disk + disk)
 
     def record(self) -> dict[str, dict[str, int]]:
-        """By stage, in bytes."""
+        """Measured and estimated bytes by stage, for run.json."""
         return {
             name: {
                 "memory": found.memory,

@@ -23,10 +23,10 @@ from common.models.model_folder import ModelFolder
 
 @dataclass(frozen=True)
 class ServingConfig:
-    """How the exported model is to be served, so that it matches training.
+    """How the exported model must be served to match training.
 
-    stops: the ids that end the trained turns, most frequent first; they join the generation config's `eos_token_id`.
-    template: the chat template, where training had one.
+    stops: the ids that end the trained turns, most frequent first; they are added to the generation config's
+    `eos_token_id`. template: the chat template, where training had one.
     """
 
     stops: list[int]
@@ -41,10 +41,10 @@ def write_fused(
     progress: Progress,
     replaced: Mapping[str, Callable[[], np.ndarray]] = MappingProxyType({}),
 ) -> None:
-    """Fuse into `out`: weights, config, generation config, tokenizer and template. Whole, or not there at all.
+    """Write the fused model to `out`, complete or not at all: weights, config, generation config, tokenizer, template.
 
-    `replaced` stands in for weights of the base, as in fuse. Where the base has no `tokenizer.model` and its kind needs
-    one, it is rebuilt.
+    `replaced`: weights to take in place of the base's, as in fuse. Where the base has no `tokenizer.model` and its kind
+    needs one, it is rebuilt.
     """
     with atomic_folder(out) as temporary:
         fuse(base, adapter, temporary, progress, replaced)
@@ -60,15 +60,15 @@ def write_fused(
         _write_json(temporary / "generation_config.json", generation)
         _write_served(temporary, served)
         if served.template is not None:
-            sentencepiece.settle_prefix(temporary)
+            sentencepiece.adapt_space_prefix(temporary)
         if not (temporary / sentencepiece.NAME).exists():
-            # Where none can be made, the folder is whole all the same; who wants a GGUF was told before training.
+            # Without one the folder is still complete; an export to GGUF was refused before training.
             with contextlib.suppress(UserError):
                 sentencepiece.write(temporary)
 
 
 def _write_served(out: Path, served: ServingConfig) -> None:
-    """The template as a file of its own, and the end of a turn as the tokenizer's: llama.cpp stops on that one."""
+    """Write the template as a file of its own, and the end of a turn as the tokenizer's EOS: llama.cpp stops there."""
     config = _read_json(out / "tokenizer_config.json")
     if served.template is not None:
         (out / "chat_template.jinja").write_text(served.template, encoding="utf-8")
@@ -91,16 +91,16 @@ def _write_served(out: Path, served: ServingConfig) -> None:
 
 
 def trained_bytes(adapter: Adapter | None, base: ModelFolder) -> int:
-    """Of what is trained, in float32."""
+    """Bytes of the trained parameters in float32."""
     if adapter is None:
         return 4 * base.parameter_count
     return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
 
 
 def checkpoints_disk(adapter_bytes: int) -> int:
-    """Bytes that training writes at the most."""
-    # three checkpoints while one is written, each with both layouts, the best and two moments; both layouts at the end
-    return (3 * 5 + 2) * adapter_bytes
+    """Upper bound of the bytes that training writes."""
+    # three checkpoints while one is written: adapter, best adapter and two moments each; at the end both layouts
+    return (3 * 4 + 2) * adapter_bytes
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -1,13 +1,13 @@
-"""The GGUFs of a run: converted, weighed, quantized, shown, tried; and the adapter alone as one."""
+"""The GGUFs of a run: converted, quantized, put on record, shown and tried; and the adapter alone as a GGUF."""
 
 import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import run_record
 from common.backend import Progress
 from common.data.load import data_of, encoder_of
 from common.export.budget import StageMeter
@@ -15,97 +15,97 @@ from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
 from common.llama_cpp.convert import report as read_report
-from common.llama_cpp.imatrix import calibration_text, make_imatrix
+from common.llama_cpp.imatrix import Calibration, calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import vision_fault, write_mmproj
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
-from common.models.load import TEMPLATE
 from common.models.model_folder import ModelFolder
 from common.options import UNGUIDED, Options, source_name
+from common.run_record import GgufRecord
 
 SAMPLE_TOKENS = 100
-WHOLE = "model-BF16.gguf"  # what the others are quantized from, and proven against
+BF16_GGUF = "model-BF16.gguf"  # what the others are quantized from and compared with
 MMPROJ = "mmproj-BF16.gguf"
 
 
 def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
-    """Make the GGUFs of the fused folder, each on record as soon as it is there, and show them; WHOLE stays too."""
+    """Make the GGUFs of the fused folder, each on record as soon as it is made, and show them; BF16_GGUF stays too."""
     run, options, display = job.run, job.options, job.display
-    recipe = run_record.read_recipe(run)
     calibration = None
     if options.imatrix:
-        rows = data_of(run, options, recipe).train
-        calibration = calibration_text(rows, encoder_of(job.folder.path, options, recipe))
-    earlier = [report for report in job.kept().get("gguf", []) if (run / report["file"]).is_file()]
-    reports: list[dict[str, Any]] = []
+        rows = data_of(run, options).train
+        calibration = calibration_of(rows, encoder_of(job.base.path, options, run.recipe))
+    earlier = [report for report in run.record.export.gguf if (run.path / report.file).is_file()]
+    reports: list[GgufRecord] = []
     with display.stage("gguf") as progress:
-        making = convert_and_quantize(run / "fused", run / "gguf", options, llama, progress, meter, calibration)
+        making = convert_and_quantize(run.fused, run.gguf, options, llama, progress, meter, calibration)
         for report in making:
             reports.append(report)
-            names = {report["name"] for report in reports}
-            job.keep(gguf=[*reports, *(report for report in earlier if report.get("name") not in names)])
+            names = {report.name for report in reports}
+            run.update_export(gguf=[*reports, *(report for report in earlier if report.name not in names)])
     display.table(
         "GGUF",
-        ["file", "size", "bits a weight", "tensors by type", "fallbacks"],
+        ["file", "size", "bits per weight", "tensors by type", "fallbacks"],
         [
             [
-                str(run / report["file"]),
-                f"{report['bytes'] / 1e6:.1f} MB",
-                f"{report['bits_per_weight']:.2f}",
-                ", ".join(f"{count} {kind}" for kind, count in report["tensors"].items()),
-                str(report["fallbacks"]),
+                str(run.path / report.file),
+                f"{report.bytes / 1e6:.1f} MB",
+                f"{report.bits_per_weight:.2f}",
+                ", ".join(f"{count} {kind}" for kind, count in report.tensors.items()),
+                str(report.fallbacks),
             ]
             for report in reports
         ],
     )
-    if any(report["fallbacks"] for report in reports):
+    if any(report.fallbacks for report in reports):
         display.say(
             "fallbacks: tensors whose rows are not divisible by 256 cannot take a K-quant; llama.cpp gave them a "
             "larger type, so the file is bigger than its name suggests."
         )
-        known = [QuantReport(**{k: report[k] for k in QuantReport.__dataclass_fields__}) for report in reports]
-        if better := advice(run / "gguf" / WHOLE, known, llama):
+        known = [QuantReport(**{k: getattr(report, k) for k in QuantReport.__dataclass_fields__}) for report in reports]
+        if better := advice(run.gguf / BF16_GGUF, known, llama):
             display.say(better)
-    if (tower := run / "gguf" / MMPROJ).is_file():
-        job.keep(mmproj=str(tower.relative_to(run)))
-        display.say(f"its vision tower, for images: llama-server -m {run / reports[0]['file']} --mmproj {tower}")
+    if (tower := run.gguf / MMPROJ).is_file():
+        run.update_export(mmproj=str(tower.relative_to(run.path)))
+        display.say(f"its vision tower, for images: llama-server -m {run.path / reports[0].file} --mmproj {tower}")
 
 
 def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
-    """Ask the first GGUF the run's sample prompt, show and keep its answer, and write its Modelfile.
+    """Give the first GGUF the run's sample prompt, show its answer and put it on record, and write a Modelfile.
 
     Neither can fail an export: a warning says what is missing.
     """
-    known = run_record.read_run(job.run)
-    gguf, prompt = job.run / job.kept()["gguf"][0]["file"], known["sample_prompt"]
+    record = job.run.record
+    gguf, prompt = job.run.path / record.export.gguf[0].file, record.sample_prompt
     if prompt:
-        # a run of an older version does not know its prompt's length; a token has at least a byte
-        tokens = known.get("sample_tokens", len(json.dumps(prompt, ensure_ascii=False).encode()))
+        tokens = record.sample_tokens
+        if tokens is None:  # an older version's run has no count; a token has at least a byte
+            tokens = len(json.dumps(prompt, ensure_ascii=False).encode())
         context = tokens + SAMPLE_TOKENS + _SPARE
-        with job.display.optional("no sample"), Server(llama, gguf, context=context) as server:
+        with job.display.optional("no sample"), Server(llama, gguf, ServerOptions(context)) as server:
             answer = server.chat(prompt, SAMPLE_TOKENS)
-            job.keep(sample={"prompt": prompt, "answer": answer})
+            job.run.update_export(sample={"prompt": prompt, "answer": answer})
             job.display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), answer)
     with job.display.optional("no Modelfile"):
         _write_modelfile(job, gguf, prompt)
 
 
-_SPARE = 64  # tokens that llama.cpp may prompt beyond what training counted, such as a second BOS
+_SPARE = 64  # tokens that llama.cpp's prompt may have beyond training's count, such as a second BOS
 
 
 def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
-    """Make a GGUF of the adapter alone, put it on record, and say how to run it."""
-    out, folder, display = job.run / "gguf" / "adapter.gguf", job.folder.path, job.display
+    """Make a GGUF of the adapter alone, put it on record, and show the command that runs it."""
+    out, folder, display = job.run.gguf / "adapter.gguf", job.base.path, job.display
     with meter.stage("lora", out), display.stage("lora-gguf"):
-        write_gguf_lora(job.final, folder, out, llama)
-    job.keep(lora_gguf=str(out.relative_to(job.run)))
+        write_gguf_lora(job.adapter, folder, out, llama)
+    job.run.update_export(lora_gguf=str(out.relative_to(job.run.path)))
     model = job.options.model or ""
     base = model if model.endswith(".gguf") else "BASE.gguf"
     command = [llama.server, "-m", base, "--lora", out]
-    if job.served.template is not None:  # the base's own may prompt otherwise than training did
-        command += ["--jinja", "--chat-template-file", job.run / TEMPLATE]
+    if job.served.template is not None:  # the base's own may give other prompts than training had
+        command += ["--jinja", "--chat-template-file", job.run.template]
     display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
         display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: see to that first")
@@ -115,8 +115,7 @@ def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
 
 
 def _write_modelfile(job: ExportJob, gguf: Path, prompt: list[dict[str, Any]]) -> None:
-    thinking = run_record.read_recipe(job.run).thinking
-    made = write_modelfile(job.run / "fused", gguf, job.served.stops, thinking, prompt)
+    made = write_modelfile(job.run.fused, gguf, job.served.stops, job.run.recipe.thinking, prompt)
     if made.missing:
         job.display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
     for note in made.notes:
@@ -130,37 +129,39 @@ def convert_and_quantize(
     llama: LlamaCpp,
     progress: Progress,
     meter: StageMeter,
-    calibration: tuple[str, int] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """One bf16 conversion, then every type of --quant as `model-<type>.gguf`; yields a report of each as it is made.
+    calibration: Calibration | None = None,
+) -> Iterator[GgufRecord]:
+    """Convert to bf16 once, then make `model-<type>.gguf` for every type of --quant; yields the report of each.
 
-    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: text and
-    its tokens for an importance matrix. The bf16 one, WHOLE, stays.
+    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: for an
+    importance matrix. BF16_GGUF stays.
     """
-    whole, name, quants = out / WHOLE, source_name(options.model), options.quant
-    with meter.stage("convert", whole):
-        convert(fused, whole, name, llama, lambda share, text: progress(share / 2, text))
+    bf16_gguf, name, quants = out / BF16_GGUF, source_name(options.model), options.quant
+    with meter.stage("convert", bf16_gguf):
+        convert(fused, bf16_gguf, name, llama, lambda share, text: progress(share / 2, text))
     matrix = out / "imatrix.gguf" if calibration else None
     if calibration and matrix:
         with meter.stage("imatrix", matrix):
-            make_imatrix(whole, *calibration, matrix, llama, progress)
+            make_imatrix(bf16_gguf, calibration, matrix, llama, progress)
     for number, quant in enumerate(quants):
         guided = matrix if quant not in UNGUIDED else None
         target = out / f"model-{quant}{'-imatrix' if guided else ''}.gguf"
-
-        def part(share: float, text: str, number: int = number) -> None:
-            progress(0.5 + (number + share) / len(quants) / 2, text)
-
-        if target == whole:
-            report = read_report(whole, quant)
+        if target == bf16_gguf:
+            report = read_report(bf16_gguf, quant)
         else:
+            share_of_all = partial(_advance, progress, number, len(quants))
             with meter.stage("quantize", target):
-                report = quantize(whole, target, quant, llama, part, guided)
+                report = quantize(bf16_gguf, target, quant, llama, share_of_all, guided)
         file = str(target.relative_to(out.parent))
-        yield {"name": target.stem.removeprefix("model-"), "file": file, **asdict(report)}
+        yield GgufRecord(name=target.stem.removeprefix("model-"), file=file, **asdict(report))
     if matrix:
         matrix.unlink()
     if ModelFolder(fused).has_vision and not vision_fault(fused):
         tower = out / MMPROJ
         with meter.stage("convert", tower):
             write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))
+
+
+def _advance(progress: Progress, number: int, count: int, share: float, text: str) -> None:
+    """Report that quantization `number` of `count` is done by `share`; the conversion was the first half."""
+    progress(0.5 + (number + share) / count / 2, text)

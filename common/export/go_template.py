@@ -1,140 +1,145 @@
-"""The part of Go's text/template that our Modelfiles use, so that one is proved before Ollama ever reads it.
+"""A chat's prompts as the texts around the contents of its turns, and the Go template for Ollama that writes the same.
 
-Source: Go's package text/template (actions, trim markers, range with an index, variables, eq, ne, not, and, or, len,
-slice) and Ollama's template.go: dot holds `Messages`, each with `Role` and `Content`.
+The export compares `TurnTexts.prompt` with the chat template. That `TurnTexts.go_template` writes the same prompts is
+held by tests, which execute it for every known chat template and for random texts.
 """
 
-import ast
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
 
-_ACTION = re.compile(r'\{\{(-(?=\s))?\s*((?:"(?:\\.|[^"\\])*"|[^"])*?)\s*((?<=\s)-)?\}\}')
-_WORD = re.compile(r'\s*("(?:\\.|[^"\\])*"|-?\d+|[()]|:=|,|\$?[\w.]+|\$)')
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eq": lambda a, b: a == b,
-    "ne": lambda a, b: a != b,
-    "not": lambda a: not a,
-    "and": lambda *values: next((value for value in values if not value), values[-1]),
-    "or": lambda *values: next((value for value in values if value), values[-1]),
-    "len": len,
-    "slice": lambda value, start: value[start:],
-}
-Scope = dict[str, Any]
+from common.data.chat_template import Message
+from common.data.turn_edges import common_prefix
 
 
-def execute(template: str, messages: list[dict[str, str]]) -> str:
-    """What the template writes for `messages` (`role`, `content`). Raises ValueError for what is no part of ours."""
-    root = {"Messages": [{"Role": m["role"], "Content": m["content"]} for m in messages]}
-    tokens = _lex(template)
-    nodes, end = _parse(tokens)
-    if end:
-        raise ValueError(f"{end!r} without a beginning")
-    return "".join(_run(nodes, root, {"$": root}))
+@dataclass(frozen=True)
+class TurnTexts:
+    """What a prompt has before and after the contents of its turns.
 
+    opening: before a user's turn that is the first, such as a BOS. generation: the generation prompt, after the last
+    turn where that is a user's, and before an unfinished answer. system_turn: whether a system text has a turn of its
+    own; else it stands within the first user's turn, where `user_start` does not follow it.
+    """
 
-def _lex(template: str) -> Iterator[tuple[str, str]]:
-    """("text", ...) and ("action", ...), spaces beside trim markers gone."""
-    at, trim = 0, False
-    for found in _ACTION.finditer(template):
-        text = template[at : found.start()]
-        text = text.lstrip(" \t\r\n") if trim else text
-        yield "text", text.rstrip(" \t\r\n") if found[1] else text
-        yield "action", found[2]
-        at, trim = found.end(), bool(found[3])
-    text = template[at:]
-    yield "text", text.lstrip(" \t\r\n") if trim else text
+    system_start: str
+    system_end: str
+    opening: str
+    user_start: str
+    user_end: str
+    assistant_start: str
+    assistant_end: str
+    generation: str
+    system_turn: bool
 
+    @classmethod
+    def of(cls, between: dict[str, str], stops: list[str], special: re.Pattern[str]) -> "TurnTexts":
+        """From the texts between turns: `^s`, `su`, `ua`, `au` and `u$`; `^` and `$` are a prompt's start and end.
 
-def _parse(tokens: Iterator[tuple[str, str]]) -> tuple[list[Any], str]:
-    """Nodes up to an `end` or `else`, and which it was; "" at the end of the template."""
-    nodes: list[Any] = []
-    for kind, content in tokens:
-        if kind == "text":
-            nodes.append(content)
-            continue
-        word, _, rest = content.partition(" ")
-        if word in ("end", "else"):
-            return nodes, content
-        nodes.append(_branch(word, rest, tokens) if word in ("if", "range") else ("value", _words(content)))
-    return nodes, ""
+        stops: the texts that end a turn. special: the tokenizer's special tokens, none of which is cut in two.
+        """
+        first, later, after_system = between["^u"], between["au"], between["su"]
+        head = _after_stop(_common_suffix(first, later, special), stops)
+        system_turn = after_system.endswith(head)
+        end = _common_prefix(between["ua"], between["u$"], special)
+        end = end[: len(end) - len(_after_stop(end, stops))] or end
+        return cls(
+            system_start=between["^s"],
+            system_end=after_system.removesuffix(head) if system_turn else after_system,
+            opening=first.removesuffix(head),
+            user_start=head,
+            user_end=end,
+            assistant_start=between["ua"][len(end) :],
+            assistant_end=later.removesuffix(head),
+            generation=between["u$"][len(end) :],
+            system_turn=system_turn,
+        )
 
-
-def _branch(word: str, rest: str, tokens: Iterator[tuple[str, str]]) -> tuple[str, list[str], list[Any], list[Any]]:
-    body, end = _parse(tokens)
-    otherwise: list[Any] = []
-    if end.startswith("else if "):  # its `end` closes us too
-        otherwise = [_branch("if", end.removeprefix("else if "), tokens)]
-    elif end == "else":
-        otherwise, end = _parse(tokens)
-    if not end:
-        raise ValueError(f"{word} {rest} has no end")
-    return word, _words(rest), body, otherwise
-
-
-def _words(text: str) -> list[str]:
-    words, at = [], 0
-    while at < len(text):
-        found = _WORD.match(text, at)
-        if found is None:
-            raise ValueError(f"{text[at:]!r} cannot be read")
-        words.append(found[1])
-        at = found.end()
-    return words
-
-
-def _run(nodes: list[Any], dot: Any, scope: Scope) -> Iterator[str]:
-    scope = dict(scope)  # a variable lives as long as the block that declares it
-    for node in nodes:
-        if isinstance(node, str):
-            yield node
-        elif node[0] == "value":
-            words = node[1]
-            if words[1:2] == [":="]:
-                scope[words[0]] = _value(words[2:], dot, scope)
+    def prompt(self, messages: list[Message]) -> str:
+        """The prompt for `messages`, whose roles are an optional system, then user and assistant in turn."""
+        parts = []
+        for number, message in enumerate(messages):
+            last = number == len(messages) - 1
+            if message["role"] == "system":
+                start, end = self.system_start, self.system_end
+            elif message["role"] == "user":
+                start = self.opening if number == 0 else ""
+                start += self.user_start if number != 1 or self.system_turn else ""
+                end = self.user_end + (self.generation if last else "")
             else:
-                yield str(_value(words, dot, scope))
-        elif node[0] == "if":
-            yield from _run(node[2] if _value(node[1], dot, scope) else node[3], dot, scope)
-        else:
-            index, comma, item, declare, *rest = node[1]
-            if (comma, declare) != (",", ":="):
-                raise ValueError("range without its two variables")
-            for number, value in enumerate(_value(rest, dot, scope)):
-                yield from _run(node[2], value, scope | {index: number, item: value})
+                start = self.generation if last else self.assistant_start
+                end = "" if last else self.assistant_end
+            parts.append(start + message["content"] + end)
+        return "".join(parts)
+
+    def go_template(self) -> str:
+        """The same as a Go template over Ollama's `Messages`."""
+        user_start = _literal(self.user_start) if self.system_turn else _when("ne $i 1", self.user_start)
+        return (
+            "{{- range $i, $_ := .Messages }}\n"
+            "{{- $last := eq (len (slice $.Messages $i)) 1 -}}\n"
+            f'{{{{ if eq .Role "system" }}}}{_literal(self.system_start)}{{{{ .Content }}}}{_literal(self.system_end)}'
+            f'{{{{ else if eq .Role "user" }}}}{_when("eq $i 0", self.opening)}{user_start}{{{{ .Content }}}}'
+            f"{_literal(self.user_end)}{_when('$last', self.generation)}"
+            f'{{{{ else if eq .Role "assistant" }}}}{_when("$last", self.generation, self.assistant_start)}'
+            f"{{{{ .Content }}}}{_when('not $last', self.assistant_end)}{{{{ end }}}}\n"
+            "{{- end }}"
+        )
 
 
-def _value(words: list[str], dot: Any, scope: Scope) -> Any:
-    """A pipeline of one command: an operand, or a function and its operands."""
-    values = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if word == "(":
-            depth, inner = 1, []
-            while depth:
-                word = rest.pop(0)
-                depth += (word == "(") - (word == ")")
-                inner.append(word)
-            values.append(_value(inner[:-1], dot, scope))
-        elif word in _FUNCTIONS and not values:
-            values.append(_FUNCTIONS[word])
-        else:
-            values.append(_operand(word, dot, scope))
-    if callable(values[0]):
-        return values[0](*values[1:])
-    if len(values) != 1:
-        raise ValueError(f"{' '.join(words)} cannot be computed")
-    return values[0]
+def _after_stop(text: str, stops: list[str]) -> str:
+    """What follows the last end of a turn in `text`: the start of the next turn."""
+    ends = [found.end() for stop in stops for found in re.finditer(re.escape(stop) + r"\s*", text)]
+    return text[max(ends, default=0) :]
 
 
-def _operand(word: str, dot: Any, scope: Scope) -> Any:
-    if word.startswith('"'):
-        return ast.literal_eval(word)  # Go's \n, \" and \U0000feff are Python's too
-    if word.lstrip("-").isdigit():
-        return int(word)
-    head, *fields = word.split(".")
-    value = scope[head] if head else dot
-    for name in filter(None, fields):
-        value = value[name]
-    return value
+def _common_prefix(one: str, other: str, special: re.Pattern[str]) -> str:
+    """What both begin with, no token of `special` cut in two."""
+    same = len(common_prefix(one, other))
+    cut = [
+        found.start() for text in (one, other) for found in special.finditer(text) if found.start() < same < found.end()
+    ]
+    return one[: min(cut, default=same)]
+
+
+def _common_suffix(one: str, other: str, special: re.Pattern[str]) -> str:
+    """What both end with, no token of `special` cut in two."""
+    same = len(common_prefix(one[::-1], other[::-1]))
+    for text in (one, other):
+        edge = len(text) - same
+        same = min(
+            [same, *(len(text) - found.end() for found in special.finditer(text) if found.start() < edge < found.end())]
+        )
+    return one[len(one) - same :]
+
+
+def _when(condition: str, text: str, otherwise: str = "") -> str:
+    if text == otherwise:
+        return _literal(text)
+    if not text:
+        return _when(f"not {condition}", otherwise)
+    tail = f"{{{{ else }}}}{_literal(otherwise)}" if otherwise else ""
+    return f"{{{{ if {condition} }}}}{_literal(text)}{tail}{{{{ end }}}}"
+
+
+def _literal(text: str) -> str:
+    """Text within a Go template within a Modelfile, whose parser drops characters that cannot be printed."""
+    runs = (run for part in re.split(r'(\{\{|""")', text) for run in _runs(part))
+    quoted = "".join(f"{{{{ {_go_string(run)} }}}}" if quote else run for quote, run in runs)
+    return re.sub(r'\{(?=\{\{ "|\Z)', '{{ "{" }}', quoted)  # a brace right before an action would become part of it
+
+
+def _runs(part: str) -> Iterator[tuple[bool, str]]:
+    """Stretches of a text, and whether each must be quoted."""
+    if part in ("{{", '"""'):
+        yield True, part
+        return
+    for quote, letters in groupby(part, lambda letter: letter != "\n" and not letter.isprintable()):
+        yield quote, "".join(letters)
+
+
+def _go_string(text: str) -> str:
+    def escaped(letter: str) -> str:
+        return letter if letter.isascii() and letter.isprintable() and letter not in '"\\' else f"\\U{ord(letter):08x}"
+
+    return f'"{"".join(map(escaped, text))}"'

@@ -17,7 +17,7 @@ from common.system.process import offline_environment, run_logged
 
 
 def check_installed() -> None:
-    """UserError where mlx-lm is not here."""
+    """UserError where MLX or mlx-lm is not installed."""
     if missing := [name.replace("_", "-") for name in ("mlx", "mlx_lm") if not installed(name)]:
         raise UserError(
             f"--export mlx: {' and '.join(missing)} not installed.",
@@ -27,27 +27,28 @@ def check_installed() -> None:
 
 
 def check_model(base: ModelFolder, display: Display) -> None:
-    """UserError where mlx-lm 0.32 computes another model than was trained; a warning where it does beyond a length."""
+    """UserError where mlx-lm 0.32 would compute another model; a warning where it does beyond some length."""
     kind, found = base.config["model_type"], forward_config(base.config)
     for rope in filter(None, found.ropes):
-        # it turns every Phi-3 row by longrope's long factors, and knows no scaling for Gemma 2
+        # mlx-lm uses longrope's long factors for every Phi-3 row, and has no scaling for Gemma 2
         if kind in ("phi3", "gemma2") and (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1):
             raise UserError(
-                f"--export mlx: mlx-lm does not turn positions as {kind} with RoPE {rope['rope_type']!r} was trained.",
+                f"--export mlx: mlx-lm does not compute RoPE {rope['rope_type']!r} for {kind} as training did.",
                 "Use --export gguf or fused.",
             )
     windows = {window for window in found.windows if window is not None}
     if windows and kind != "gemma3_text":
         display.warn(
-            f"mlx-lm knows no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, it "
-            "computes otherwise than training did"
+            f"mlx-lm has no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, its "
+            "results differ from training"
         )
 
 
 def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """`fused` in 4 bits as mlx-lm loads it, with the same tokenizer, template, ends and licence; a report.
+    """Write `fused` in 4 bits as an mlx-lm folder, with its tokenizer, template, end tokens and license; a report.
 
-    Of a multimodal model it is the language model: mlx-lm has no other part. Raises UserError where mlx-lm fails.
+    Of a multimodal model only the language model is written: mlx-lm has no other part. Raises UserError where mlx-lm
+    fails.
     """
     log = out.with_name(f"{out.name}.log")
     progress(0.0, "quantizing to 4 bits")
@@ -59,7 +60,7 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
         if code or not is_model_folder(temporary):
             raise UserError(
                 f"mlx-lm could not convert {fused} (exit status {code}). Its log, {log}, ends with:\n{tail}",
-                f"{fused} is whole. Look at the free disk space and memory, then export again.",
+                f"{fused} is complete. Look at the free disk space and memory, then export again.",
             )
         kept = [*TOKENIZER_FILES, "generation_config.json"]
         for file in [fused / name for name in (*kept, *license_files(fused))]:
@@ -73,9 +74,10 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
 
 
 def quantize(fused: Path, out: Path) -> None:
-    """What the process of its own does: load lazily, quantize, save. What mlx_lm.convert does to the weights.
+    """Load `fused` lazily, quantize it and save it to `out`; run in a process of its own.
 
-    mlx_lm.convert itself reads no multimodal model in transformers 4.52's layout, and writes the tokenizer again.
+    Why not mlx_lm.convert, which does the same to the weights: it cannot read a multimodal model in transformers 4.52's
+    layout, and it rewrites the tokenizer.
     """
     from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 

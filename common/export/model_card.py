@@ -1,22 +1,19 @@
-"""The model card: what the base is, how it was tuned, what came out, whose terms hold. From the run's record alone.
+"""The model card, from the run's record alone: the base, the recipe, the results, the files and the license.
 
-No token, no path of this machine and no row of the data stands in it. Source of the metadata: the hub's docs on model
-cards.
+It holds no token, no path of this machine and no row of the data. Source of its metadata: the hub's documentation.
 """
 
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from common import run_record
 from common.display import gigabytes
+from common.errors import UserError
 from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
 from common.models.mlx_quantized import quantized_source
-from common.options import is_example
 from common.recipe import Recipe
+from common.run_record import Run, RunRecord
 
 PARTS = ("fused", "adapter", "gguf")
 _SHAPE = ("rank", "alpha", "rslora", "dropout", "layers", "rank_pattern", "alpha_pattern", "lora_plus", "targets")
@@ -24,110 +21,109 @@ _LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "adapt
 
 
 def base_form(folder: Path, model: str) -> str:
-    """In what form the base's weights came, where that was not their makers' 16 bits."""
+    """How the base's weights were stored, where that was not their authors' 16 bits; else ""."""
     if found := quantized_source(folder):
-        return f"Its weights had been quantized by MLX ({found[1]}): what they lost then is not here either."
+        return f"Its weights had been quantized by MLX ({found[1]}): the precision lost then is not restored."
     if (mirror := MIRRORS.get(model)) and folder.name.startswith(Path(mirror.file).stem):
-        return f"Its weights came out of a GGUF file and had gone through 4 bits ({mirror.quantization})."
+        return f"Its weights come from a GGUF file, in which they had been quantized to 4 bits ({mirror.quantization})."
     if model.endswith(".gguf"):
-        return "Its weights came out of a GGUF file: what that file's quantization lost is not here either."
+        return "Its weights come from a GGUF file: the precision that its quantization lost is not restored."
     return ""
 
 
-def parts_of(run: Path) -> list[str]:
-    """Which of PARTS the run holds, whole."""
-    export = run_record.read_run(run).get("export", {})
-    files = [report["file"] for report in export.get("gguf", [])] + [export[k] for k in ("lora_gguf",) if k in export]
-    whole = {"gguf": bool(files) and all((run / file).is_file() for file in files)}
-    return [part for part in PARTS if whole.get(part, (run / part).is_dir())]
+def parts_of(run: Run) -> list[str]:
+    """Which of PARTS the run holds completely."""
+    export = run.record.export
+    files = [report.file for report in export.gguf] + [file for file in (export.lora_gguf,) if file]
+    complete = {"gguf": bool(files) and all((run.path / file).is_file() for file in files)}
+    return [part for part in PARTS if complete.get(part, (run.path / part).is_dir())]
 
 
-def write_card(run: Path, path: Path, parts: list[str]) -> None:
+def write_card(run: Run, path: Path, parts: list[str]) -> None:
     with atomic_write(path) as temporary:
         temporary.write_text(card(run, parts), encoding="utf-8")
 
 
-def card(run: Path, parts: list[str]) -> str:
-    """The text of README.md for those of PARTS that go with it, at the head of the repository and in folders."""
-    facts = run_record.read_run(run, "base", "options")
-    recipe = run_record.read_recipe(run)
-    terms = Terms(**facts["base"]["terms"])
-    model = str(facts["options"]["model"])  # a path of this machine is whole there, and no hub's name
+def card(run: Run, parts: list[str]) -> str:
+    """The text of README.md for those of PARTS that `parts` names."""
+    facts, recipe = run.record, run.recipe
+    if facts.base is None:
+        raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
+    terms = Terms(**facts.base.terms)
+    model = str(facts.options["model"])  # a local model is on record by its absolute path, never a hub name
     base = model if is_hub_name(model) else ""
-    data = _data_name(str(facts["options"]["data"]))
+    data = _data_name(str(facts.options["data"]))
     sections = [
-        f"---\n{_front_matter(terms, base, data, recipe, parts)}---",
+        f"---\n{_front_matter(terms, base, data, recipe, parts)}\n---",
         f"# {base.rpartition('/')[2] or 'A local model'}, fine-tuned",
-        _about(facts, recipe, base),
+        _about(facts, facts.base.form, recipe, base),
         "## Data\n\n" + _data(facts, recipe, data),
-        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(recipe).items()}),
+        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(facts, recipe).items()}),
         "## Figures\n\n" + _table(_figures(run, facts)),
         "## Files\n\n" + _files(facts, parts),
-        "## To run it\n\n" + _usage(facts, parts, base),
-        "## Licence\n\n" + _licence(terms, base),
+        "## How to run it\n\n" + _usage(facts, parts, base),
+        "## License\n\n" + _license(terms, base),
     ]
     return "\n\n".join(sections) + "\n"
 
 
 def _front_matter(terms: Terms, base: str, data: str, recipe: Recipe, parts: list[str]) -> str:
-    library = "transformers" if "fused" in parts else "peft" if "adapter" in parts else ""
-    content = {
-        "license": terms.license,
-        "license_name": terms.name,
-        "license_link": terms.link if terms.license == "other" else "",
-        "base_model": base,
-        "datasets": [data] if data else [],
-        "library_name": library,
-        "pipeline_tag": "text-generation",
-        "tags": ["twintune", *([recipe.method] if recipe.method != "full" else []), *(["gguf"] * ("gguf" in parts))],
-    }
-    kept = {name: value for name, value in content.items() if value}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+    from huggingface_hub import ModelCardData
+
+    order = ["license", "license_name", "license_link", "base_model", "datasets", "library_name", "pipeline_tag"]
+    return ModelCardData(
+        license=terms.license,
+        license_name=terms.name or None,
+        license_link=(terms.link or None) if terms.license == "other" else None,
+        base_model=base or None,
+        datasets=[data] if data else None,
+        library_name="transformers" if "fused" in parts else "peft" if "adapter" in parts else None,
+        pipeline_tag="text-generation",
+        tags=["twintune", *([recipe.method] if recipe.method != "full" else []), *(["gguf"] * ("gguf" in parts))],
+    ).to_yaml(original_order=order)
 
 
-def _about(facts: dict[str, Any], recipe: Recipe, base: str) -> str:
+def _about(facts: RunRecord, form: str, recipe: Recipe, base: str) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else "a local model folder"
-    how = {"lora": "with LoRA", "dora": "with DoRA", "full": "in all its weights"}[recipe.method]
+    how = {"lora": "with LoRA", "dora": "with DoRA", "full": "in full"}[recipe.method]
     lines = [
-        f"Fine-tuned {how} from {name} (contents' SHA-256 `{recipe.model_hash}`) by Twintune.",
-        facts["base"]["form"],
+        f"Fine-tuned {how} from {name} (SHA-256 of its contents: `{recipe.model_hash}`) by Twintune.",
+        form,
     ]
     if recipe.quantization != "none":
-        into = facts.get("export", {}).get("fuse_into") or "base"
+        into = facts.export.fuse_into or "base"
         lines.append(
-            f"In training the base was held in {recipe.quantization}; the adapter is fused into "
-            + ("those dequantized weights." if into == "dequantized" else "the weights it was made from.")
+            f"In training the base was quantized ({recipe.quantization}); the adapter is fused into "
+            + ("those dequantized weights." if into == "dequantized" else "the original weights.")
         )
     return " ".join(filter(None, lines))
 
 
 def _data_name(source: str) -> str:
-    """The hub's name of the data set, or "": a local file's name is nobody's business."""
+    """The data set's name on the hub, or "": the name of a local file stays private."""
     name = source.partition("#")[0].partition("@")[0].partition(":")[0]
     return name if is_hub_name(name) and not Path(source).exists() else ""
 
 
-def _data(facts: dict[str, Any], recipe: Recipe, name: str) -> str:
+def _data(facts: RunRecord, recipe: Recipe, name: str) -> str:
     what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "A local data set"
-    if is_example(facts["options"]["data"]):
-        what = "Twintune's built-in example"
-    counts = facts.get("data", {})
-    told = [f"{counts[key]:,} {text}" for key, text in _COUNTS.items() if counts.get(key)]
-    said = f": {', '.join(told)}" if told else ""
-    return f"{what}{said}. SHA-256 of the rows: `{recipe.data_hash}`."
+    counts = facts.data.model_dump()
+    known = [f"{counts[key]:,} {text}" for key, text in _COUNTS.items() if counts.get(key)]
+    details = f": {', '.join(known)}" if known else ""
+    return f"{what}{details}. SHA-256 of the rows: `{recipe.data_hash}`."
 
 
 _COUNTS = {
     "train_rows": "training rows",
     "valid_rows": "validation rows",
     "tokens": "tokens in the training rows",
-    "label_tokens": "of them labels",
+    "label_tokens": "of them label tokens",
 }
 
 
-def _recipe_rows(recipe: Recipe) -> dict[str, Any]:
+def _recipe_rows(facts: RunRecord, recipe: Recipe) -> dict[str, Any]:
     fields = recipe.model_dump(exclude=_LEFT_OUT | (set(_SHAPE) if recipe.method == "full" else set()))
-    return {"recipe hash": f"`{recipe.hash()}`"} | {
+    return {"recipe hash": f"`{facts.recipe_hash}`"} | {
         name: value for name, value in fields.items() if value not in (None, {})
     }
 
@@ -142,11 +138,12 @@ def _shown(value: Any) -> str:
     )
 
 
-def _figures(run: Path, facts: dict[str, Any]) -> dict[str, str]:
+def _figures(run: Run, facts: RunRecord) -> dict[str, str]:
     def number(key: str, show: str) -> str:
-        return show.format(facts[key]) if facts.get(key) is not None else ""
+        value = getattr(facts, key)
+        return show.format(value) if value is not None else ""
 
-    plan = run_record.read_plan(run)
+    plan = run.plan
     rows = {
         "steps": number("steps", "{:,}"),
         "tokens trained on": number("tokens", "{:,}"),
@@ -157,39 +154,35 @@ def _figures(run: Path, facts: dict[str, Any]) -> dict[str, str]:
         "exported step": number("exported_step", "{}"),
         "training time": number("train_seconds", "{:.0f} s"),
         "tokens/s": number("tokens_per_second", "{:.1f}"),
-        "peak memory": gigabytes(facts["peak_memory_bytes"]) if facts.get("peak_memory_bytes") else "",
+        "peak memory": gigabytes(facts.peak_memory_bytes) if facts.peak_memory_bytes else "",
         "backend": f"{plan.backend} on {plan.device}",
     }
-    if example := facts.get("example"):
-        rows["test answers in the wanted form"] = "{before} before, {after} after, of {total}".format(**example)
     return {name: text for name, text in rows.items() if text}
 
 
-def _files(facts: dict[str, Any], parts: list[str]) -> str:
+def _files(facts: RunRecord, parts: list[str]) -> str:
     lines = []
     if "fused" in parts:
         lines.append(
-            "- `model*.safetensors` with config, tokenizer and chat template: the whole model, adapter fused in"
+            "- `model*.safetensors` with config, tokenizer and chat template: the complete model, adapter fused in"
         )
     if "adapter" in parts:
         lines.append("- `adapter/`: the adapter alone, for PEFT")
     if "gguf" in parts:
-        for report in facts["export"]["gguf"]:
-            larger = (
-                f", {report['fallbacks']} tensors in a larger type than its name says" if report["fallbacks"] else ""
-            )
+        for report in facts.export.gguf:
+            larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""
             lines.append(
-                f"- `{report['file']}`: for llama.cpp, {report['bytes'] / 1e6:.1f} MB, "
-                f"{report['bits_per_weight']:.2f} bits a weight{larger}"
+                f"- `{report.file}`: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
+                f"{report.bits_per_weight:.2f} bits per weight{larger}"
             )
         lines.append("- `gguf/Modelfile`: for Ollama")
     return "\n".join(lines)
 
 
-def _usage(facts: dict[str, Any], parts: list[str], base: str) -> str:
+def _usage(facts: RunRecord, parts: list[str], base: str) -> str:
     blocks = []
     if "gguf" in parts:
-        first = facts["export"]["gguf"][0]["file"]
+        first = facts.export.gguf[0].file
         blocks.append(f"llama.cpp:\n\n    llama-server -m {first} --jinja")
         blocks.append("Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model")
     if "fused" in parts:
@@ -208,15 +201,15 @@ def _usage(facts: dict[str, Any], parts: list[str], base: str) -> str:
     return "\n\n".join(blocks)
 
 
-def _licence(terms: Terms, base: str) -> str:
+def _license(terms: Terms, base: str) -> str:
     if terms.words:
         return terms.words
     of = f"[{base}](https://huggingface.co/{base})" if base else "the base model"
     if terms.license == "other":
         named = f" ({terms.name})" if terms.name != "see-base-model" else ""
         link = f" It is at {terms.link}." if terms.link else ""
-        return f"The licence of {of}{named} holds for this model too.{link} Look at it before you pass the model on."
-    return f"That of {of}: {terms.license}. Its licence files, where it has any, lie beside the weights."
+        return f"The license of {of}{named} applies to this model too.{link} Read it before you distribute the model."
+    return f"That of {of}: {terms.license}. Its license files, where it has any, are beside the weights."
 
 
 def _table(rows: dict[str, str]) -> str:

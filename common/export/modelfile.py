@@ -1,16 +1,14 @@
 """The Modelfile that Ollama makes a model from: its prompt template found in the chat template that training used.
 
-The chat template is rendered with marks in place of what is said, in conversations of several lengths, with a system
-text and without. What stands between the marks is written as a Go template, which is then executed on other
-conversations: only what gives the chat template's prompts to the letter is kept.
+The chat template is rendered with placeholders for the contents, in conversations of several lengths, with a system
+text and without. The texts between the placeholders become a Go template (`go_template.py`). It is kept only where its
+prompts for other conversations equal the chat template's exactly.
 Source: Ollama's docs/modelfile.md, parser/parser.go and template/template.go.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +16,16 @@ from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.message_forms import fold_system, split_thinking
 from common.data.turn_edges import common_prefix
-from common.export.go_template import execute
+from common.documents import read_json
+from common.export.go_template import TurnTexts
 from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 
 Prompt = Callable[[list[Message]], str]
 Thinking = Literal["off", "keep"]
-_CONTEXT = 8192  # what Ollama may take memory for unless told otherwise; less where the model has less
+_CONTEXT = 8192  # the most that Ollama may take memory for by itself; less where the model has less
 _TEMPERATURE = 0.7
-_SAID = (
+_CASES = (
     ("system", "Answer briefly."),
     ("user", "What is 2 + 2?"),
     ("assistant", 'Four.\n\n- "Four", I say: {{ .Content }} isn\'t <b>it</b>.'),
@@ -38,12 +37,11 @@ _SAID = (
 )
 _ALTERNATING = re.compile(r"(system )?(user assistant )*user")
 _PADDED = {role: f" \n{role} said\n\n " for role in ("system", "user", "assistant")}
-
-_THOUGHT = ("Why?", "<think>\nWell.\n</think>\n\nIt is so.", "Why?")
+_REASONING = ("Why?", "<think>\nWell.\n</think>\n\nIt is so.", "Why?")
 
 
 class Inexpressible(Exception):
-    """Why a chat template is no Go template."""
+    """Why a chat template cannot be a Go template."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +72,9 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     notes: list[str] = []
     missing = ""
     try:
-        template, notes = go_template(encoder, texts, sample)
+        turns, notes = turn_texts(encoder, texts, sample)
         lines += [f"# {note}" for note in notes]
-        lines.append(f'TEMPLATE """{template}"""')
+        lines.append(f'TEMPLATE """{turns.go_template()}"""')
     except Inexpressible as why:
         missing = str(why)
         lines += [
@@ -90,169 +88,99 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     return Modelfile("\n".join(lines) + "\n", missing, tuple(notes))
 
 
-def go_template(encoder: Encoder, stops: list[str], sample: list[Message]) -> tuple[str, list[str]]:
-    """The Go template that writes the prompts of the encoder's chat template, and where the two differ all the same.
+def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tuple[TurnTexts, list[str]]:
+    """The texts around the turns that make the prompts of the encoder's chat template, and where the two still differ.
 
-    `stops`: the texts that end a turn; there turns are parted. Raises Inexpressible where the pieces between what is
-    said are not the same in every conversation, or where `sample` or a conversation of the proof comes out otherwise.
+    `stops`: the texts that end a turn; turns are separated there. Raises Inexpressible where the texts between the
+    contents are not the same in every conversation, or where the prompt for `sample` or for one of the check's
+    conversations differs.
     """
     if encoder.template is None:
         raise Inexpressible("the model has no chat template, and takes text as it is")
     think = encoder.masking.thinking == "keep"
     bos = encoder.tokenizer.bos_token if encoder.bos is not None else ""
     prompt = _prompt(encoder.template, think, bos)
-    pieces: dict[str, str] = {}
+    between: dict[str, str] = {}
     for roles in ("u", "uau", "uauau", "su", "suau", "suauau"):
-        for name, literal in zip(_names(roles), _literals(prompt, roles), strict=True):
-            if pieces.setdefault(name, literal) != literal:
+        for name, text in zip(_names(roles), _texts_between(prompt, roles), strict=True):
+            if between.setdefault(name, text) != text:
                 raise Inexpressible("the chat template renders a turn otherwise in a longer conversation")
-    template = _compose(pieces, stops, encoder.template.special)
-    said = [{"role": role, "content": text} for role, text in _SAID]
+    texts = TurnTexts.of(between, stops, encoder.template.special)
+    cases = [{"role": role, "content": content} for role, content in _CASES]
     plain = [{"role": m["role"], "content": m["content"].strip()} for m in split_thinking(sample)]
-    for proof in (plain, *(said[start:count] for start in (0, 1) for count in range(2, len(said) + 1, 2))):
-        if fault := difference(template, prompt, proof):
+    for case in (plain, *(cases[start:count] for start in (0, 1) for count in range(2, len(cases) + 1, 2))):
+        if fault := difference(texts, prompt, case):
             raise Inexpressible(fault)
-    return template, _notes(template, prompt, think)
+    return texts, _notes(texts, prompt, think)
 
 
-def _prompt(renderer: ChatTemplate, think: bool, bos: str) -> Prompt:
-    """The prompt that the exported model is served, as training rendered it: with a system text that the template does
-    not take in the first user turn, and without the BOS that llama.cpp writes by itself."""
+def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> Prompt:
+    """The prompt that the exported model is served, as training rendered it.
+
+    A system text that the template does not take stands in the first user turn. The BOS that llama.cpp writes by itself
+    is left out.
+    """
 
     def prompt(messages: list[Message]) -> str:
         refusal: Exception | None = None
         for form in (messages, fold_system(messages)):
             try:
-                text = renderer.prompt(form, (), think) if form else ""
+                text = chat_template.prompt(form, (), think) if form else ""
             except Exception as error:  # a template may raise anything
                 refusal = refusal or error
                 continue
             if form and all(m["content"].strip() in text for m in form if m["role"] != "assistant"):
                 return text.removeprefix(bos)
-        raise Inexpressible(f"the chat template refuses or leaves out what is said ({refusal or 'a text is missing'})")
+        raise Inexpressible(f"the chat template refuses or leaves out a content ({refusal or 'a text is missing'})")
 
     return prompt
 
 
-def difference(template: str, prompt: Prompt, messages: list[Message]) -> str:
-    """How the template's prompt for `messages` differs from the chat template's, or ""."""
+def difference(texts: TurnTexts, prompt: Prompt, messages: list[Message]) -> str:
+    """How the prompt of `texts` for `messages` differs from the chat template's, or ""."""
     if not _ALTERNATING.fullmatch(" ".join(m["role"] for m in messages)):
-        return ""  # tools are no part of our templates, and Ollama joins turns of one role
-    expected, got = prompt(messages), execute(template, messages)
-    same = len(common_prefix(expected, got))
+        return ""  # our templates have no tools, and Ollama joins consecutive turns of one role
+    expected, got = prompt(messages), texts.prompt(messages)
     if expected == got:
         return ""
+    same = len(common_prefix(expected, got))
     return f"it would write {got[same : same + 20]!r} where the chat template writes {expected[same : same + 20]!r}"
 
 
-def _notes(template: str, prompt: Prompt, think: bool) -> list[str]:
-    """What the chat template does with a text, and a Go template in Ollama has no means to do."""
+def _notes(texts: TurnTexts, prompt: Prompt, think: bool) -> list[str]:
+    """What the chat template does with a content, and a Go template in Ollama cannot do."""
     padded = [{"role": role, "content": _PADDED[role]} for role in ("system", "user", "assistant", "user")]
-    thought = [
-        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _THOUGHT, strict=True)
+    reasoning = [
+        {"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), _REASONING, strict=True)
     ]
     notes = []
-    if any(difference(template, prompt, part) for part in (padded, padded[1:])):
-        notes.append("Spaces around a text stay in Ollama's prompts; the chat template takes them off.")
-    if think and difference(template, prompt, thought):
-        notes.append("Thoughts of earlier answers stay in Ollama's prompts; the chat template leaves them out.")
+    if any(difference(texts, prompt, part) for part in (padded, padded[1:])):
+        notes.append("Spaces around a text stay in Ollama's prompts; the chat template removes them.")
+    if think and difference(texts, prompt, reasoning):
+        notes.append("The reasoning of earlier answers stays in Ollama's prompts; the chat template leaves it out.")
     return notes
 
 
 def _names(roles: str) -> list[str]:
-    """What each piece stands between: `^s`, `su`, `ua`, `au`, and `u$`, the generation prompt."""
+    """What each text stands between: `^s`, `su`, `ua`, `au`, and `u$`, the generation prompt."""
     edges = f"^{roles}$"
     return [edges[at : at + 2] for at in range(len(edges) - 1)]
 
 
-def _literals(prompt: Prompt, roles: str) -> list[str]:
+def _texts_between(prompt: Prompt, roles: str) -> list[str]:
+    """The texts before, between and after the contents, in a conversation of such roles (`suau`: by first letters)."""
     full = {"s": "system", "u": "user", "a": "assistant"}
-    marks = [PLACEHOLDER.format("", number, role) for number, role in enumerate(roles)]
-    text = prompt([{"role": full[role], "content": mark} for role, mark in zip(roles, marks, strict=True)])
-    found = [mark for mark in re.findall(PLACEHOLDER.format("", r"\d+", r"[sua]"), text)]
-    if found != marks:
-        raise Inexpressible(
-            "the chat template leaves out, repeats or reorders what is said"
-            + (" (the system text)" if found != marks and roles.startswith("s") else "")
-        )
-    return re.split("|".join(map(re.escape, marks)), text)
-
-
-def _compose(pieces: dict[str, str], stops: list[str], special: re.Pattern[str]) -> str:
-    first, again, after_system = pieces["^u"], pieces["au"], pieces["su"]
-    head = _after_end(_common_suffix(first, again, special), stops)
-    own_turn = after_system.endswith(head)  # else the system text stands within the first user turn
-    end = _common_prefix(pieces["ua"], pieces["u$"], special)
-    end = end[: len(end) - len(_after_end(end, stops))] or end
-    answer, served = pieces["ua"][len(end) :], pieces["u$"][len(end) :]
-
-    def when(condition: str, text: str, otherwise: str = "") -> str:
-        if text == otherwise:
-            return _literal(text)
-        if not text:
-            return when(f"not {condition}", otherwise)
-        tail = f"{{{{ else }}}}{_literal(otherwise)}" if otherwise else ""
-        return f"{{{{ if {condition} }}}}{_literal(text)}{tail}{{{{ end }}}}"
-
-    system_end = after_system.removesuffix(head) if own_turn else after_system
-    user_head = _literal(head) if own_turn else when("ne $i 1", head)
-    return (
-        "{{- range $i, $_ := .Messages }}\n"
-        "{{- $last := eq (len (slice $.Messages $i)) 1 -}}\n"
-        f'{{{{ if eq .Role "system" }}}}{_literal(pieces["^s"])}{{{{ .Content }}}}{_literal(system_end)}'
-        f'{{{{ else if eq .Role "user" }}}}{when("eq $i 0", first.removesuffix(head))}{user_head}{{{{ .Content }}}}'
-        f"{_literal(end)}{when('$last', served)}"
-        f'{{{{ else if eq .Role "assistant" }}}}{when("$last", served, answer)}{{{{ .Content }}}}'
-        f"{when('not $last', again.removesuffix(head))}{{{{ end }}}}\n"
-        "{{- end }}"
-    )
-
-
-def _after_end(text: str, stops: list[str]) -> str:
-    """What stands behind the last end of a turn in `text`: the head of the next."""
-    ends = [found.end() for stop in stops for found in re.finditer(re.escape(stop) + r"\s*", text)]
-    return text[max(ends, default=0) :]
-
-
-def _common_prefix(one: str, other: str, special: re.Pattern[str]) -> str:
-    """What both begin with, no token of `special` cut in two."""
-    same = len(common_prefix(one, other))
-    cut = [
-        found.start() for text in (one, other) for found in special.finditer(text) if found.start() < same < found.end()
+    placeholders = [PLACEHOLDER.format("", number, role) for number, role in enumerate(roles)]
+    messages = [
+        {"role": full[role], "content": placeholder} for role, placeholder in zip(roles, placeholders, strict=True)
     ]
-    return one[: min(cut, default=same)]
-
-
-def _common_suffix(one: str, other: str, special: re.Pattern[str]) -> str:
-    same = len(common_prefix(one[::-1], other[::-1]))
-    for text in (one, other):
-        edge = len(text) - same
-        same = min(
-            [same, *(len(text) - found.end() for found in special.finditer(text) if found.start() < edge < found.end())]
+    text = prompt(messages)
+    if re.findall(PLACEHOLDER.format("", r"\d+", r"[sua]"), text) != placeholders:
+        raise Inexpressible(
+            "the chat template leaves out, repeats or reorders contents"
+            + (" (the system text)" if roles.startswith("s") else "")
         )
-    return one[len(one) - same :]
-
-
-def _literal(text: str) -> str:
-    """Text within a Go template within a Modelfile, whose parser drops what cannot be printed."""
-    runs = (run for part in re.split(r'(\{\{|""")', text) for run in _runs(part))
-    return "".join(f"{{{{ {_go_string(run)} }}}}" if quote else run for quote, run in runs)
-
-
-def _runs(part: str) -> Iterator[tuple[bool, str]]:
-    """Stretches of a text, and whether each must be quoted."""
-    if part in ("{{", '"""'):
-        yield True, part
-        return
-    for quote, letters in groupby(part, lambda letter: letter != "\n" and not letter.isprintable()):
-        yield quote, "".join(letters)
-
-
-def _go_string(text: str) -> str:
-    def written(letter: str) -> str:
-        return letter if letter.isascii() and letter.isprintable() and letter not in '"\\' else f"\\U{ord(letter):08x}"
-
-    return f'"{"".join(map(written, text))}"'
+    return re.split("|".join(map(re.escape, placeholders)), text)
 
 
 def _quoted(text: str) -> str:
@@ -260,4 +188,4 @@ def _quoted(text: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, "Fetch the model's files again.") if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What an export needs, looked at before training begins."""
+"""What an export needs, checked before training begins."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +7,10 @@ from common.display import Display
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, needs_llama
 from common.export.mlx import check_installed, check_model
+from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import imatrix_tool
-from common.llama_cpp.install import LlamaCpp, ensure, find, missing_build_tools, own
+from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, lora_script
 from common.llama_cpp.mmproj import vision_fault
 from common.models.mlx_quantized import quantized_source
@@ -19,11 +20,11 @@ from common.recipe import Recipe
 from common.training.memory_estimate import ModelDims, weight_bytes
 
 
-def reloaded(options: Options, recipe: Recipe, config: dict[str, Any], base: ModelFolder) -> int:
-    """Bytes of the quantized base that --fuse-into dequantized loads again. `config`: the normalized text config."""
+def reloaded(options: Options, recipe: Recipe, base: ModelFolder) -> int:
+    """Bytes of the quantized base that --fuse-into dequantized loads again."""
     if options.fuse_into != "dequantized" or recipe.quantization == "none" or quantized_source(base.path) is not None:
         return 0
-    return weight_bytes(ModelDims.of(config), recipe)
+    return weight_bytes(ModelDims.of(base.config), recipe)
 
 
 def tools_for(
@@ -34,9 +35,10 @@ def tools_for(
     tokenizer: Any | None = None,
     texts: Sequence[str] = (),
 ) -> LlamaCpp | None:
-    """What the export needs, looked at now: not after hours of training. llama.cpp is found or built; None without.
+    """The llama.cpp that the export needs, found or built; None where it needs none.
 
-    tokenizer, texts: as check_convertible takes them.
+    Every other need of the export is checked too, now and not after hours of training. Raises UserError. tokenizer,
+    texts: as check_convertible takes them.
     """
     through = EXPORT_STEPS[options.export]
     if "mlx" in through:
@@ -49,7 +51,7 @@ def tools_for(
             check_convertible(base.path, tokenizer, texts)
         if base.has_vision and (fault := vision_fault(base.path)):
             display.warn(
-                f"{base.path} has a vision tower, but {fault}: the GGUF will take texts alone. For images, copy that "
+                f"{base.path} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that "
                 "file from the base model into the folder"
             )
     if not needs_llama(options.export):

@@ -1,7 +1,7 @@
-"""A run's results to the hub: the fused model at the root, `adapter/`, `gguf/`, the card and the base's licence files.
+"""Upload a run to the hub: the fused model at the root, `adapter/`, `gguf/`, the card and the base's license files.
 
-One commit holds them all: a repository never shows half a run. The token goes where huggingface_hub sends it, into the
-header of its requests, and nowhere else.
+One commit holds them all, so a repository never shows half a run. huggingface_hub sends the token in the header of its
+requests; it goes nowhere else.
 """
 
 import json
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import run_record
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import Terms, is_hub_name
-from common.run_record import held
+from common.run_lock import held
+from common.run_record import Run
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
@@ -34,29 +34,27 @@ class File:
 
 
 def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
-    """Upload what of a finished run `what` names (PARTS; all there are when empty). Raises UserError: the run is whole
-    whatever happens, and the same command tries again."""
-    known = run_record.read_run(run, "status")
-    if known["status"] != "complete":
-        raise UserError(f"{run} has not finished training.", f"Finish it: python cli.py train --resume {run}")
+    """Upload those PARTS of a finished run that `what` names; all that it has when empty.
+
+    Raises UserError. The run itself is never changed by a failure, and the same command tries again.
+    """
+    Run(run).require_complete()
     with held(run):
-        _push_held(run, repo, what, private, dry_run, display)
+        _push_held(Run(run), repo, what, private, dry_run, display)
 
 
-def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
-    known = run_record.read_run(run)
-    if "base" not in known:
+def _push_held(run: Run, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
+    base = run.record.base
+    if base is None:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
     files = files_of(run, what or [])
     if dry_run:
         check_name(repo)
     else:
         repo = check_push(repo, private, display)
-    begins = Terms(**known["base"]["terms"]).begins
+    begins = Terms(**base.terms).begins
     if begins and not repo.rpartition("/")[2].lower().startswith(begins.lower().replace(" ", "-")):
-        display.warn(
-            f"the base's licence wants the name of a derived model to begin with {begins!r}; {repo}'s does not"
-        )
+        display.warn(f"the base's license asks that a derived model's name begin with {begins!r}; {repo}'s does not")
     total = gigabytes(sum(file.size for file in files))
     rows = [[file.target, f"{file.size:,}"] for file in files]
     kind = "private" if private else "public"
@@ -64,15 +62,15 @@ def _push_held(run: Path, repo: str, what: list[str] | None, private: bool, dry_
     if dry_run:
         display.say(f"dry run: nothing was asked or uploaded. {repo} would be made, {kind}, where it is not there yet.")
         return
-    again = f"The run in {run} is whole. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
+    again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
     with display.stage(f"upload {total} to {repo}"):
         url = _upload(files, repo, private, again)
-    run_record.update_run(run, pushed={"repo": repo, "files": [file.target for file in files]})
+    run.update(pushed={"repo": repo, "files": [file.target for file in files]})
     display.say(f"uploaded: {url}")
 
 
-def files_of(run: Path, what: list[str]) -> list[File]:
-    """The run's files that are for others, by name: never checkpoints, metrics, run.json or what else lies there."""
+def files_of(run: Run, what: list[str]) -> list[File]:
+    """The run's files to upload, chosen by name: never checkpoints, metrics, run.json or other files."""
     present = parts_of(run)
     parts = [part for part in PARTS if part in what] if what else present
     if missing := [part for part in parts if part not in present]:
@@ -82,28 +80,24 @@ def files_of(run: Path, what: list[str]) -> list[File]:
     found: list[File] = []
     for part in parts:
         if part == "gguf":
-            export = run_record.read_run(run).get("export", {})
-            files = [
-                *(report["file"] for report in export.get("gguf", [])),
-                export.get("mmproj"),
-                export.get("lora_gguf"),
-            ]
+            export = run.record.export
+            files = [*(report.file for report in export.gguf), export.mmproj, export.lora_gguf]
             names = [*(Path(file).name for file in files if file), "Modelfile"]
         else:
             names = list(_FUSED if part == "fused" else _ADAPTER)
-        paths = {path for name in names for path in (run / part).glob(name)}
+        paths = {path for name in names for path in (run.path / part).glob(name)}
         if not any(path.suffix in (".safetensors", ".gguf") for path in paths):
-            raise UserError(f"{run / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
+            raise UserError(f"{run.path / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
         head = "" if part == "fused" else f"{part}/"
         found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
-        found += [File(f"{head}{name}", run / part / name) for name in license_files(run / part)]
-    if "fused" not in parts:  # the licence is to be seen at the root in any case
-        found += [File(name, run / parts[0] / name) for name in license_files(run / parts[0])]
+        found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
+    if "fused" not in parts:  # the license must be at the root in any case
+        found += [File(name, run.path / parts[0] / name) for name in license_files(run.path / parts[0])]
     return [File("README.md", card(run, parts).encode()), *found]
 
 
 def _public(path: Path) -> Path | bytes:
-    """The file, or its contents without a path of this machine where a config names its base by one."""
+    """The file, or its contents where a config names its base by a path of this machine: with the bare name instead."""
     if path.suffix != ".json" or "config" not in path.name:
         return path
     content = read_config(path)  # without the keys that name code: an older version left them in
@@ -125,9 +119,9 @@ def check_name(repo: str) -> None:
 
 
 def check_push(repo: str, private: bool, display: Display) -> str:
-    """`owner/name`, after a look at the name, the token, and whether its owner may write there. Raises UserError.
+    """`owner/name`, once the name, the token and its permission to write there are checked. Raises UserError.
 
-    Asked before training: what would fail at the end fails now.
+    Called before training, so that what would fail at the end fails at once.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -138,7 +132,7 @@ def check_push(repo: str, private: bool, display: Display) -> str:
         who = HfApi().whoami()
     except Exception as error:  # the hub's library lets its HTTP client's errors through
         raise UserError(
-            f"push to {repo}: the hub does not answer to your token: {_said(error)}",
+            f"push to {repo}: the hub does not answer to your token: {_first_line(error)}",
             f"{_LOGIN} Or leave the upload for later: python cli.py push RUN {repo}",
         ) from None
     owner, _, name = repo.rpartition("/")
@@ -163,12 +157,12 @@ def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
         additions = [CommitOperationAdd(file.target, file.source) for file in files]
         api.create_commit(repo, additions, commit_message="Fine-tuned by Twintune")
     except Exception as error:  # as above
-        raise UserError(f"the upload to {repo} failed: {_said(error)}", again) from None
+        raise UserError(f"the upload to {repo} failed: {_first_line(error)}", again) from None
     return str(made)
 
 
-def _said(error: Exception) -> str:
-    """The error's first line, without the token should it ever stand there."""
+def _first_line(error: Exception) -> str:
+    """The error's first line; the token, should it occur there, is masked."""
     from huggingface_hub import get_token
 
     text = (str(error).strip() or type(error).__name__).split("\n")[0]

@@ -1,4 +1,4 @@
-"""A model that answers from its backend, prompted as it was trained."""
+"""A chat model that a backend computes, prompted as it was trained."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,21 +15,34 @@ from common.documents import read_json
 from common.errors import UserError
 from common.sampling import Sampling, sampler
 
-Pieces = Generator[
-    tuple[str, str | None], None, None
-]  # (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
+# (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
+Pieces = Generator[tuple[str, str | None], None, None]
 
 
 @dataclass(frozen=True)
 class ChatModel:
-    """`answer(messages, sampling, tools)` streams; closing the iterator stops it. It raises UserError."""
+    """A model that answers. `answer(messages, sampling, tools)` streams; closing the iterator stops it.
+
+    It raises UserError for messages that the model cannot take.
+    """
 
     name: str
     answer: Callable[[Sequence[Message], Sampling, Sequence[Any]], Pieces]
 
 
-def fitted(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
-    """The messages as training rendered them: a system turn that the template refuses or drops goes into the user's."""
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a run's model is prompted, as it was in training."""
+
+    folder: Path  # the model's, with its tokenizer
+    template: str | None  # in place of the tokenizer's own
+    stops: list[int]  # the ids that end trained turns
+    think: bool  # whether it was trained with reasoning
+    context: int  # tokens of prompt and answer together
+
+
+def adapt_messages(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
+    """The messages as training rendered them: a system turn that the template refuses or drops joins the user's."""
     other = fold_system(messages) if messages else None
     if other is None:
         return messages
@@ -40,53 +53,50 @@ def fitted(messages: list[Message], render: Callable[[list[Message]], str]) -> l
     return messages if kept else other
 
 
-def backend_chat_model(
-    backend: Backend,
-    folder: Path,
-    template: str | None,
-    trained_stops: list[int],
-    think: bool,
-    name: str,
-    adapter: bool,
-    context: int,
-) -> ChatModel:
-    """`backend`'s model by the tokenizer of `folder` and, where given, the exported `template`.
+def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: bool) -> ChatModel:
+    """The model that is loaded in `backend`, with its adapter or without.
 
-    think: whether it was trained with thoughts. context: tokens of prompt and answer together. Raises UserError where
-    there is no chat template.
+    Raises UserError where there is no chat template.
     """
-    tokenizer = load_tokenizer(folder)
-    if template is not None:
-        tokenizer.chat_template = template
+    tokenizer = load_tokenizer(form.folder)
+    if form.template is not None:
+        tokenizer.chat_template = form.template
     if not tokenizer.chat_template:
-        raise UserError(f"{folder} has no chat template, and was trained without.", "Chat with its GGUF in llama.cpp.")
+        raise UserError(
+            f"{form.folder} has no chat template, and was trained without.", "Chat with its GGUF in llama.cpp."
+        )
+    think = form.think
     thinking: Literal["off", "keep"] = "keep" if think else "off"
-    renderer, bos = ChatTemplate(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
-    stops = stop_ids(folder, tokenizer, trained_stops)
+    chat_template, bos = ChatTemplate(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
+    stops = stop_ids(form.folder, tokenizer, form.stops)
 
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
         try:
-            text = renderer.prompt(fitted(list(messages), lambda m: renderer.prompt(m, tools, think)), tools, think)
+            text = chat_template.prompt(
+                adapt_messages(list(messages), lambda m: chat_template.prompt(m, tools, think)), tools, think
+            )
         except Exception as error:  # a template may raise anything
             raise UserError(f"The chat template refuses these turns: {error}", "Start again: /reset") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        room = context - len(ids)
+        room = form.context - len(ids)
         if room < 1:
-            raise UserError(f"These turns have {len(ids)} tokens, and --context is {context}.", "/reset, or --context")
+            raise UserError(
+                f"These turns have {len(ids)} tokens, and --context is {form.context}.", "/reset, or --context"
+            )
         limit = min(sampling.max_tokens, room)
         made = backend.generate(np.array(ids, np.int32), limit, stops, sampler(sampling), adapter)
         try:
-            yield from _told(made, tokenizer, limit, OPEN_BLOCK.search(text))
+            yield from _decoded(made, tokenizer, limit, OPEN_BLOCK.search(text))
         except OutOfMemory as error:
             raise UserError(f"The answer does not fit into memory: {error}", "/reset, or a lower --context") from None
 
     return ChatModel(name, answer)
 
 
-def _told(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) -> Pieces:
-    """Ids as text, letters whole; a thinking block that the prompt opened is part of what is said."""
+def _decoded(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) -> Pieces:
+    """Ids as text, in complete characters; a reasoning block that the prompt opened is part of the answer."""
     from tokenizers.decoders import DecodeStream
 
     if opened_block:
@@ -100,7 +110,7 @@ def _told(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any) ->
 
 
 def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
-    """All that ends an answer: what training ended turns with, and what the model ended them with before."""
+    """The ids that end an answer: those of training, and those of the model before it."""
     path = folder / "generation_config.json"
     known = read_json(path, "Fetch the model's files again.").get("eos_token_id") if path.exists() else None
     ends = [known] if isinstance(known, int) else known or []

@@ -1,4 +1,4 @@
-"""What a model is asked: a system text, and rows of prompts."""
+"""Prompts for a model: a system prompt, and rows of a file."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from common.errors import UserError
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[Example]:
-    """A prompt a row: its turns up to the last user's (or tool's); of a .txt file, a prompt a line.
+    """A prompt for each row: its turns up to the last user's (or tool's); of a .txt file, for each line.
 
-    Rows may come in every shape that training reads, with their answers or without. `system` goes before those
-    that have no system turn. Raises UserError naming the file and its faulty rows.
+    Rows may have any format that training reads, with answers or without. `system` goes before rows that have no
+    system turn. Raises UserError naming the file and its faulty rows.
     """
     if not path.is_file():
         raise UserError(f"--prompts {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
@@ -54,7 +54,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
 
 
 def _prompt(row: Any, source: str) -> Example:
-    """Raises Fault where nothing is asked."""
+    """The prompt of a row. Raises Fault where it has none."""
     try:
         example = read_row(row, source, {})[1]
     except Fault as fault:
@@ -80,7 +80,7 @@ def _answered(row: Any) -> Any:
 
 
 def system_text(system: str | None, file: Path | None = None) -> str | None:
-    """Of --system TEXT or @FILE and --system-file FILE. Raises UserError where both are given, or not readable."""
+    """The system prompt of --system TEXT or @FILE, or --system-file FILE. Raises UserError for both or no file."""
     if system and file:
         raise UserError("--system and --system-file are both given.", "Leave one of them out.")
     path = file or (Path(system[1:]).expanduser() if system and system.startswith("@") else None)

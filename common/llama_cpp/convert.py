@@ -1,9 +1,8 @@
-"""The GGUF of a fused model: convert with llama.cpp's own converter, quantize, and verify the tokenizer.
+"""The GGUF of a fused model: convert with llama.cpp's own converter, and quantize.
 
-Both writers work on a temporary name and rename at the end: a file under its final name is whole.
+Both write under a temporary name and rename at the end: a file under its final name is complete.
 """
 
-import difflib
 import math
 import os
 import re
@@ -21,45 +20,38 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
-from common.system.cache import cache_folder, cache_lock
-from common.system.process import capture, fraction, offline_environment, run_logged
+from common.options import nearest
+from common.system.cache import artifact_lock, cache_folder
+from common.system.process import capture, offline_environment
 
 
 def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
-    """The untuned model as the same kind of GGUF, made once for each model and cached."""
+    """The untuned model as a GGUF of type `quant`, made once for each model and cached."""
     folder = cache_folder() / "base-gguf" / model_hash[:16]
     target = folder / f"{quant}.gguf"
-    with cache_lock():
-        if target.exists():
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        with display.stage("base GGUF") as progress:
-            whole = folder / "BF16.gguf"
-            convert(base, whole, "base", llama, progress)
-            quantize(whole, target, quant, llama, progress)
+    if target.exists():
+        return target
+    # the folder, because every type of one model goes through the same bf16 file
+    with display.stage("base GGUF") as progress, artifact_lock(folder, lambda text: progress(0.0, text)):
+        if not target.exists():
+            bf16_gguf = folder / "BF16.gguf"
+            convert(base, bf16_gguf, "base", llama, progress)
+            quantize(bf16_gguf, target, quant, llama, progress)
             if quant != "BF16":
-                whole.unlink()
+                bf16_gguf.unlink()
     return target
 
 
-QUANT_TYPES: tuple[str, ...] = (
-    "Q4_K_M",
-    "Q4_K_S",
-    "Q5_K_M",
-    "Q5_K_S",
-    "Q6_K",
-    "Q8_0",
-    "Q3_K_L",
-    "Q3_K_M",
-    "Q3_K_S",
-    "Q2_K",
+QUANT_TYPES = (
+    *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
 )
-QUANT_TYPES += ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16")
 
-# Their converters fall back to, or fail over, `tokenizer.json` where `tokenizer.model` is not there.
+# For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
 
@@ -67,9 +59,9 @@ _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "g
 class QuantReport:
     """What a GGUF holds. bits_per_weight: of the tensors alone; tensors: {GGUF type: how many}.
 
-    fallbacks: tensors that could not take their K-quant type, because such a type packs 256 values of a row together
-    and the row is no multiple of that; llama.cpp gives them a larger, simpler type instead. (llama-quantize's own count
-    can be one less: it leaves out an embedding that serves as output too.)
+    fallbacks: tensors in another type than the K-quant that was asked for. A K-quant packs 256 values of a row
+    together; llama.cpp gives rows that are no multiple of that a larger, simpler type. (llama-quantize's own count can
+    be one less: it leaves out an embedding that serves as output too.)
     """
 
     quant: str
@@ -83,9 +75,9 @@ def check_quants(quants: Sequence[str]) -> None:
     """UserError, with the nearest name, where one is not in QUANT_TYPES."""
     for quant in quants:
         if quant not in QUANT_TYPES:
-            near = difflib.get_close_matches(quant.upper(), QUANT_TYPES, 1, 0.5)
+            near = nearest(quant.upper(), list(QUANT_TYPES)).strip()
             raise UserError(
-                f"--quant {quant}: no such GGUF type" + (f"; did you mean {near[0]}?" if near else "."),
+                f"--quant {quant}: no such GGUF type" + (f"; {near}" if near else "."),
                 f"Choose from: {', '.join(QUANT_TYPES)}.",
             )
 
@@ -93,13 +85,13 @@ def check_quants(quants: Sequence[str]) -> None:
 def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> None:
     """UserError where the converter needs a `tokenizer.model`, and the folder has none and none can be made from it.
 
-    Asked before training: the remedy may take a download. What would be made is proven on `texts` too. tokenizer: the
-    folder's, where it is loaded already.
+    Called before training: the remedy may take a download. The file that would be made is checked on `texts` too.
+    tokenizer: the folder's, where it is loaded already.
     """
     if (folder / sentencepiece.NAME).is_file():
         return
     kind = ModelFolder(folder).model_type
-    if sentencepiece.rebuild_proven(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
+    if sentencepiece.rebuild_checked(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
             sentencepiece.REMEDY,
@@ -107,11 +99,11 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
 
 
 def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:
-    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF that calls itself `name`.
+    """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF; `name` goes into its metadata.
 
-    With `mmproj` it is the folder's vision tower, without a tokenizer. Raises UserError where the converter fails (its
-    last lines; its log is kept beside `out`), and beforehand where check_convertible does: it would take another
-    model's tokenizer for it and say nothing.
+    With `mmproj` it is the folder's vision tower, without a tokenizer. Raises UserError where the converter fails (with
+    its last lines; its log stays beside `out`). Raises as check_convertible does before it starts: the converter would
+    silently use another model's tokenizer.
     """
     with scrubbed(folder, weights=True) as clean:
         if not mmproj and not (clean / sentencepiece.NAME).is_file():
@@ -120,11 +112,12 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
             else:
                 sentencepiece.write(clean)
         command = [sys.executable, str(llama.converter), str(clean), "--model-name", name, "--outtype", "bf16"]
-        command += ["--mmproj", "--outfile"] if mmproj else ["--outfile"]
+        command += [*(["--mmproj"] if mmproj else []), "--outfile", OUT]
         remedy = (
-            f"The model in {folder} is whole. A newer llama.cpp may know its kind: --llama-cpp DIR, then export again."
+            f"The model in {folder} is complete. A newer llama.cpp may know its architecture: --llama-cpp DIR, then "
+            "export again."
         )
-        _write(command, [], out, "converting to GGUF", remedy, progress, offline_environment())
+        write_file(ToolRun("converting to GGUF", command, remedy, offline_environment()), out, progress)
 
 
 def quantize(
@@ -137,37 +130,38 @@ def quantize(
             with atomic_write(out) as temporary:
                 shutil.copyfile(source, temporary)
     else:
-        remedy = f"Look at the free disk space and memory; {source} is whole and can be quantized again."
-        # from its own folder, because its path goes into the file
-        command = [str(llama.quantize), *(["--imatrix", imatrix.name] if imatrix else []), str(source.absolute())]
-        cwd = imatrix.parent if imatrix else None
-        _write(command, [quant], out, f"quantizing to {quant}", remedy, progress, None, cwd)
+        remedy = f"Look at the free disk space and memory; {source} is complete and can be quantized again."
+        # run in the matrix's folder and given its bare name, because the path goes into the GGUF
+        matrix, cwd = (["--imatrix", imatrix.name], imatrix.parent) if imatrix else ([], None)
+        command = [str(llama.quantize), *matrix, str(source.absolute()), OUT, quant]
+        write_file(ToolRun(f"quantizing to {quant}", command, remedy, cwd=cwd), out, progress)
     return report(out, quant)
 
 
 def estimated_bpw(source: Path, quant: str, llama: LlamaCpp) -> float | None:
-    """Bits a weight that `quant` would come to, by llama-quantize's dry run; None where this one has none."""
+    """Bits per weight that `quant` would take, by llama-quantize's dry run; None where an older one has no such run."""
     code, tail = capture([str(llama.quantize), "--dry-run", str(source), quant], 120)
     match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
     return float(match[1]) if code == 0 and match else None
 
 
 def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str | None:
-    """Where fallbacks make a type about as large as a better one: which; None where nothing is to be said."""
+    """A hint where fallbacks make a type about as large as a better one, which it names; else None."""
     for found in reports:
         steps = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
         for better in steps[steps.index(found.quant) + 1 :] if found.fallbacks and found.quant in steps else ():
             bits = estimated_bpw(source, better, llama)
             if bits is not None and bits <= 1.12 * found.bits_per_weight:
                 return (
-                    f"{found.quant} takes {found.bits_per_weight:.2f} bits a weight of this model, {better} would take "
-                    f"{bits:.2f}: a finer type for {bits / found.bits_per_weight - 1:+.0%} of size, --quant {better}"
+                    f"{found.quant} takes {found.bits_per_weight:.2f} bits per weight of this model, {better} would "
+                    f"take {bits:.2f}: {bits / found.bits_per_weight - 1:+.0%} in size for a more exact type, "
+                    f"--quant {better}"
                 )
     return None
 
 
 def report(gguf: Path, quant: str) -> QuantReport:
-    """Read a GGUF's tensor list; `quant` is the type that was asked for."""
+    """The QuantReport of a GGUF, from its tensor list; `quant` is the type that was asked for."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     types: Counter[str] = Counter()
@@ -190,8 +184,8 @@ _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
     """Shape (row length first) and type code of each tensor, in the file's order.
 
-    Source: ggml/docs/gguf.md, versions 2 and 3. gguf-py's reader needs 25 s for a vocabulary of 262,144 pieces, because
-    it makes an object of each; here they are passed over.
+    Why not gguf-py's reader: it makes an object of each piece of the vocabulary, and takes 25 s for 262,144 of them.
+    Here they are skipped. Source: ggml/docs/gguf.md, versions 2 and 3.
     """
     with gguf.open("rb") as file:
 
@@ -219,33 +213,5 @@ def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
             skip(8, 1)
             shape = tuple(number("Q") for _ in range(number("I")))
             found.append((shape, number("I")))
-            number("Q")  # where its bytes lie
+            number("Q")  # the offset of its data
         return found
-
-
-def _write(
-    before: list[str],
-    after: list[str],
-    out: Path,
-    name: str,
-    remedy: str,
-    progress: Progress,
-    env: dict[str, str] | None,
-    cwd: Path | None = None,
-) -> None:
-    """Run `before`, a temporary file, `after`; give that file its name only when the tool has ended well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.with_name(out.name + ".log")
-    progress(0.0, name)
-
-    def advance(line: str) -> None:
-        done = fraction(line)
-        if done is not None:
-            progress(done, name)
-
-    with atomic_write(out.absolute()) as temporary:
-        code, tail = run_logged([*before, str(temporary), *after], log, advance, env, cwd)
-        if code != 0 or not temporary.is_file():
-            raise UserError(f"{name} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
-    log.unlink(missing_ok=True)
-    progress(1.0, name)

@@ -1,24 +1,31 @@
-"""An importance matrix out of the training rows: which weights a quantization had better keep exact."""
+"""An importance matrix from the training rows: which weights a quantization should keep most exact."""
 
-import os
 import tempfile
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.backend import Progress
 from common.data.dataset import Example
 from common.data.encode import Encoder
 from common.errors import UserError
-from common.files import atomic_write
-from common.llama_cpp.install import LlamaCpp
-from common.system.process import run_logged
+from common.llama_cpp.install import LlamaCpp, llama_environment
+from common.llama_cpp.tool import OUT, ToolRun, write_file
 
-CHUNKS = 64  # of _CONTEXT tokens at most: what llama.cpp's own advice deems enough for such a purpose
+CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that enough
 _CONTEXT = 512
 
 
-def calibration_text(rows: Iterable[Example], encoder: Encoder) -> tuple[str, int]:
-    """Training rows as the model sees them, end to end, and about how many tokens they are; no more than are used."""
+@dataclass(frozen=True)
+class Calibration:
+    """A text to measure the weights on, and about how many tokens it has."""
+
+    text: str
+    tokens: int
+
+
+def calibration_of(rows: Iterable[Example], encoder: Encoder) -> Calibration:
+    """Training rows as the model sees them, concatenated; no more of them than are used."""
     parts: list[str] = []
     tokens = 0
     for row in rows:
@@ -26,11 +33,11 @@ def calibration_text(rows: Iterable[Example], encoder: Encoder) -> tuple[str, in
             break
         parts.append(row.text if row.text is not None else encoder.encode_chat(row)[1].text)
         tokens += len(encoder.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
-    return "".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens
+    return Calibration("".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens)
 
 
 def imatrix_tool(llama: LlamaCpp) -> Path:
-    """Raises UserError where this llama.cpp has none."""
+    """The path of `llama-imatrix`. Raises UserError where this llama.cpp has none."""
     if llama.imatrix is None:
         raise UserError(
             f"--imatrix: {llama.where} has no llama-imatrix.",
@@ -39,35 +46,20 @@ def imatrix_tool(llama: LlamaCpp) -> Path:
     return llama.imatrix
 
 
-def make_imatrix(whole: Path, text: str, tokens: int, out: Path, llama: LlamaCpp, progress: Progress) -> None:
-    """Run `text` of about `tokens` tokens through the bf16 GGUF `whole` and write what its weights saw to `out`.
+def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: LlamaCpp, progress: Progress) -> None:
+    """Run the text through the bf16 GGUF, and write the importance of its weights to `out`.
 
-    Source: llama.cpp, tools/imatrix. Raises UserError where the tool is not there or fails.
+    Source: llama.cpp, tools/imatrix. Raises UserError where the tool is not there or fails, or the text is too short.
     """
-    tool = imatrix_tool(llama)
-    context = min(_CONTEXT, tokens // 3)  # the tool wants two contexts at least, and counts a little otherwise
+    tool, tokens = imatrix_tool(llama), calibration.tokens
+    context = min(_CONTEXT, tokens // 3)  # the tool needs at least two contexts, and its token count differs a little
     if context < 32:
         raise UserError(f"--imatrix: the training rows have {tokens} tokens, too few.", "Leave --imatrix out.")
-    progress(0.0, "importance matrix")
-    with tempfile.TemporaryDirectory() as temporary, atomic_write(out) as partial:
-        source, log = Path(temporary) / "rows.txt", Path(temporary) / "log"
-        source.write_text(text, encoding="utf-8")
-        command = [
-            str(tool),
-            "-m",
-            str(whole.absolute()),
-            "-f",
-            source.name,
-            "-o",
-            str(partial.absolute()),
-            "--parse-special",
-        ]
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary) / "rows.txt"
+        source.write_text(calibration.text, encoding="utf-8")
+        # run in the text's folder and given its bare name, because the path goes into the file
+        command = [str(tool), "-m", str(bf16_gguf.absolute()), "-f", source.name, "-o", OUT, "--parse-special"]
         command += ["-c", str(context), "-b", str(context), "--chunks", str(CHUNKS), "--no-ppl"]
-        env = {key: value for key, value in os.environ.items() if not key.startswith("LLAMA_ARG_")}
-        code, tail = run_logged(command, log, lambda line: None, env, source.parent)  # its name goes into the file
-        if code != 0 or not partial.is_file():
-            raise UserError(
-                f"llama-imatrix failed (exit status {code}):\n{tail}",
-                "Close other programs, or leave --imatrix out.",
-            )
-    progress(1.0, "importance matrix")
+        remedy = "Close other programs, or leave --imatrix out."
+        write_file(ToolRun("importance matrix", command, remedy, llama_environment(), source.parent), out, progress)

@@ -1,8 +1,13 @@
-"""Logits out of a GGUF, token by token, by llama.cpp itself: a client for `common/llama_cpp/logits_tool/logits.cpp`."""
+"""Logits from a GGUF, token by token, by llama.cpp itself: a client for `common/llama_cpp/logits_tool/logits.cpp`.
+
+Why a tool of our own: llama-server gives probabilities of the tokens it generates, not of those in a given row.
+llama-perplexity writes its logits in 16 bits, and for one long text in place of rows.
+"""
 
 import os
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
@@ -10,47 +15,44 @@ from typing import IO, cast
 import numpy as np
 
 from common.errors import UserError
+from common.system.process import running
 
 _REMEDY = "Close other programs where memory is short; see whether llama.cpp runs the file: python cli.py serve RUN"
 
 
 class GgufLogits:
-    """One GGUF held open in a process of its own; a context manager. Raises UserError with the tool's last words.
+    """One GGUF kept open in a process of its own; a context manager. Raises UserError with the tool's last lines.
 
-    context: tokens that the longest row has. `vocabulary` is the GGUF's.
+    context: tokens of the longest row. vocabulary: tokens of the GGUF's vocabulary, known once it is open.
     """
 
     def __init__(self, tool: Path, gguf: Path, context: int) -> None:
         self.tool, self.gguf, self.context = tool, gguf, context
         self.vocabulary = 0
+        self._stack = ExitStack()
 
     def __enter__(self) -> "GgufLogits":
         import psutil
 
         threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        self._errors = tempfile.TemporaryFile("w+")
         command = [str(self.tool), str(self.gguf), str(self.context), str(threads)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
-        )
-        try:
+        with ExitStack() as stack:
+            self._errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            pipe = subprocess.PIPE
+            self._process = stack.enter_context(
+                running(command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
+            )
             self.vocabulary = int(np.frombuffer(self._read(4), np.int32)[0])
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream is not None:
-                stream.close()
+        self._stack.close()
 
     def __call__(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Logits [P, vocabulary] float32 after the tokens at `positions` [P], increasing, of the row `ids` [T]."""
+        """Logits [P, vocabulary] float32 after the tokens at `positions` [P] (increasing) of the row `ids` [T]."""
         counts = np.array([len(ids), len(positions)], np.int32)
         request = b"".join(np.asarray(part, np.int32).tobytes() for part in (counts, ids, positions))
         try:

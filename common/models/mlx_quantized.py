@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.model_files import copy_file, known_files
 from common.models.model_folder import ModelFolder
-from common.system.cache import cache_folder, cache_lock
+from common.system.cache import artifact_lock, cache_folder
 
 _MODES = ("affine",)
 _BITS = (4, 8)
@@ -44,7 +44,7 @@ def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
-    with cache_lock():
+    with artifact_lock(out, say):
         if not out.is_dir():
             write_16bit(model, out, say)
         with atomic_write(out / _SOURCE) as temporary:

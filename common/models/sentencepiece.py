@@ -1,8 +1,8 @@
-"""A sentencepiece `tokenizer.model` out of `tokenizer.json`, and the proof that both give the same ids.
+"""A sentencepiece `tokenizer.model` from `tokenizer.json`, and the check that both give the same ids.
 
-llama.cpp's converter knows the vocabularies of Gemma, Llama 2, Mistral and Phi-3 by `tokenizer.model` only; given
-`tokenizer.json` alone it fails, or takes another model's tokenizer and says nothing. What such a `tokenizer.json` holds
-was once made from a `tokenizer.model`, so that it can be turned back.
+llama.cpp's converter reads the vocabularies of Gemma, Llama 2, Mistral and Phi-3 from `tokenizer.model` only. Given
+`tokenizer.json` alone it fails, or silently uses another model's tokenizer. No library converts in this direction:
+transformers made such a `tokenizer.json` from a `tokenizer.model`, and this module reverses it.
 
 Source: sentencepiece_model.proto; llama.cpp's conversion/base.py (_create_vocab_sentencepiece) and llama-vocab.cpp.
 """
@@ -22,8 +22,8 @@ REMEDY = f"Copy {NAME} from the base model into that folder, or stop at --export
 _SPACE = "▁"  # U+2581, how sentencepiece writes a space
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
-# Texts on which two tokenizers part when one of them was rebuilt wrong.
-PROBE = (
+# Texts on which a wrongly rebuilt tokenizer gives other ids.
+HARD_TEXTS = (
     "Hello, world! It's 12345 and 3.14, isn't it?",
     " one space before, one after ",
     "  two  spaces\tand a tab   ",
@@ -50,7 +50,7 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """model: the serialized ModelProto. user_defined: {text: id} of its user-defined pieces, as they stand in texts."""
+    """model: the serialized ModelProto. user_defined: {text: id} of its user-defined pieces, as they occur in texts."""
 
     model: bytes
     user_defined: dict[str, int]
@@ -64,8 +64,8 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state if "merges" in model and model.get("byte_fallback") else None
 
 
-def rebuild_proven(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> Rebuilt | None:
-    """What `tokenizer.model` of the folder must be, proven on PROBE and `texts`; None where its kind has no such file.
+def rebuild_checked(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> Rebuilt | None:
+    """The folder's `tokenizer.model`, checked on HARD_TEXTS and `texts`; None where its kind of tokenizer has none.
 
     tokenizer: the folder's, where it is loaded already. Raises UserError where it cannot be rebuilt.
     """
@@ -76,7 +76,7 @@ def rebuild_proven(folder: Path, tokenizer: Any | None = None, texts: Sequence[s
     names = {name: getattr(tokenizer, f"{name}_token") for name in ("unk", "bos", "eos", "pad")}
     try:
         rebuilt = rebuild(state, names)
-        prove(rebuilt.model, tokenizer, texts)
+        check_model(rebuilt.model, tokenizer, texts)
     except ValueError as error:
         raise UserError(
             f"{folder} has no {NAME}, and none can be made from its tokenizer.json: {error}", REMEDY
@@ -85,11 +85,11 @@ def rebuild_proven(folder: Path, tokenizer: Any | None = None, texts: Sequence[s
 
 
 def write(folder: Path) -> None:
-    """Put the rebuilt and proven `tokenizer.model` into the folder, where its kind has one; UserError where that fails.
+    """Write the rebuilt and checked `tokenizer.model`, where the folder's kind has one; UserError where that fails.
 
-    Beside it goes `added_tokens.json`: the converter has no other way to know a user-defined piece.
+    `added_tokens.json` is written too: the converter reads user-defined pieces from nowhere else.
     """
-    if (rebuilt := rebuild_proven(folder)) is None:
+    if (rebuilt := rebuild_checked(folder)) is None:
         return
     if rebuilt.user_defined:
         (folder / "added_tokens.json").write_text(json.dumps(rebuilt.user_defined, ensure_ascii=False), "utf-8")
@@ -98,7 +98,7 @@ def write(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if decoder := config.get("added_tokens_decoder"):
-        # The converter would cut a text at these before anything is merged; transformers finds no ▁ in a text's spaces.
+        # The converter would split texts at these before merging; to transformers a text's spaces are no ▁.
         config["added_tokens_decoder"] = {
             number: token for number, token in decoder.items() if token["special"] or _SPACE not in token["content"]
         }
@@ -106,11 +106,11 @@ def write(folder: Path) -> None:
     (folder / NAME).write_bytes(rebuilt.model)
 
 
-def settle_prefix(folder: Path) -> None:
-    """Make llama.cpp prompt as training did where transformers puts a space before the start of a text alone.
+def adapt_space_prefix(folder: Path) -> None:
+    """Make llama.cpp tokenize prompts as training did, where transformers puts a space only before a text's start.
 
-    A chat that starts with a control token never had that space, and llama.cpp, told to put one, does so after every
-    control token: the folder's tokenizer is made to put none.
+    A chat that starts with a control token never had that space. llama.cpp, where it puts one, does so after every
+    control token. So the folder's tokenizer is changed to put none.
     """
     if (state := read_state(folder)) is None:
         return
@@ -123,7 +123,7 @@ def settle_prefix(folder: Path) -> None:
     try:
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except (TemplateError, TypeError, ValueError):
-        return  # one that needs other turns: the space is left where it was
+        return  # a template that needs other turns: the tokenizer stays as it is
     if not chat.startswith(tuple(token.content for token in tokenizer.added_tokens_decoder.values())):
         return
     state["pre_tokenizer"] = part | {"prepend_scheme": "never"}
@@ -134,10 +134,9 @@ def settle_prefix(folder: Path) -> None:
 
 
 def comparable(texts: Sequence[str], tokenizer: Any) -> list[str]:
-    """`texts` without what transformers and sentencepiece treat unlike whatever the vocabulary.
+    """`texts` without what transformers and sentencepiece treat differently, whatever the vocabulary.
 
-    Where transformers' Metaspace puts a space before a text, it does so unless there is one; sentencepiece and
-    llama.cpp always do.
+    transformers' Metaspace puts a space before a text unless there is one; sentencepiece and llama.cpp always do.
     """
     part = _effective(tokenizer)["pre_tokenizer"] or {}
     prefixed = part.get("type") == "Metaspace" and part["prepend_scheme"] != "never"
@@ -145,7 +144,7 @@ def comparable(texts: Sequence[str], tokenizer: Any) -> list[str]:
 
 
 def _effective(tokenizer: Any) -> dict[str, Any]:
-    """Added tokens, normalizer and pre-tokenizer as they are used: some of transformers' classes put in their own."""
+    """Added tokens, normalizer and pre-tokenizer as they are used: some classes of transformers replace them."""
     backend = tokenizer.backend_tokenizer
     parts = {"normalizer": backend.normalizer, "pre_tokenizer": backend.pre_tokenizer}
     return {name: part and json.loads(part.__getstate__()) for name, part in parts.items()} | {
@@ -157,32 +156,21 @@ def _effective(tokenizer: Any) -> dict[str, Any]:
 
 
 def rebuild(state: dict[str, Any], names: dict[str, str | None]) -> Rebuilt:
-    """The sentencepiece model that encodes as `state`, a `tokenizer.json` as a dict, does.
+    """The sentencepiece model that encodes as `state`, the contents of a `tokenizer.json`, does.
 
-    names: which pieces are "unk", "bos", "eos" and "pad". Both algorithms join the neighbours that come first: by the
-    rank of the merge there, by the score of the piece that comes of it here; so a piece's score is minus the rank of
-    its first merge. Raises ValueError, in words, where sentencepiece has no equal.
+    names: which pieces are "unk", "bos", "eos" and "pad". Both algorithms join the first pair of neighbors in an order:
+    by the merge's rank there, by the resulting piece's score here. So a piece's score is minus the rank of its first
+    merge. Raises ValueError, with the reason, where sentencepiece has no equivalent.
     """
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     model = state["model"]
-    for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise ValueError(f"sentencepiece knows no {name}.")
     added = {token["id"]: token for token in state.get("added_tokens", [])}
     texts = {number: text for text, number in model["vocab"].items()}
     texts |= {number: token["content"] for number, token in added.items()}
-    if sorted(texts) != list(range(len(texts))):
-        raise ValueError(f"its {len(texts)} pieces are not numbered from 0 to {len(texts) - 1}.")
-    if missing := [byte for byte in (f"<0x{i:02X}>" for i in range(256)) if byte not in model["vocab"]]:
-        raise ValueError(f"{len(missing)} bytes have no piece, such as {missing[0]}.")
     unknown = model.get("unk_token") or names.get("unk") or "<unk>"
-    if unknown not in model["vocab"]:
-        raise ValueError(f"its vocabulary has no {unknown}.")
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(model["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault(left + right, rank)
+    _check_vocabulary(model, texts, unknown)
+    ranks = _first_ranks(model["merges"])
 
     proto, kinds = ModelProto(), ModelProto.SentencePiece
     user_defined: dict[str, int] = {}
@@ -192,7 +180,7 @@ def rebuild(state: dict[str, Any], names: dict[str, str | None]) -> Rebuilt:
             kind = kinds.UNKNOWN
         elif number in added and added[number]["special"]:
             kind = kinds.CONTROL
-        elif number in added and _SPACE not in text:  # with it, transformers looks for a ▁ written out, not for spaces
+        elif number in added and _SPACE not in text:  # with it, transformers looks for a written ▁, not for spaces
             kind = kinds.USER_DEFINED
             user_defined[text] = number
             text = text.replace(" ", _SPACE)
@@ -215,8 +203,30 @@ def rebuild(state: dict[str, Any], names: dict[str, str | None]) -> Rebuilt:
     return Rebuilt(proto.SerializeToString(), user_defined)
 
 
+def _check_vocabulary(model: dict[str, Any], texts: dict[int, str], unknown: str) -> None:
+    """Raises ValueError where a sentencepiece model cannot hold these pieces. `texts`: all of them by number."""
+    for name in ("ignore_merges", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"sentencepiece has no {name}.")
+    if sorted(texts) != list(range(len(texts))):
+        raise ValueError(f"its {len(texts)} pieces are not numbered from 0 to {len(texts) - 1}.")
+    if missing := [byte for byte in (f"<0x{i:02X}>" for i in range(256)) if byte not in model["vocab"]]:
+        raise ValueError(f"{len(missing)} bytes have no piece, such as {missing[0]}.")
+    if unknown not in model["vocab"]:
+        raise ValueError(f"its vocabulary has no {unknown}.")
+
+
+def _first_ranks(merges: list[Any]) -> dict[str, int]:
+    """The rank of the first merge that makes each piece. A merge is "a b" or ["a", "b"]."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    return ranks
+
+
 def _prefixed(state: dict[str, Any]) -> bool:
-    """Whether a space is put before a text; ValueError where more is done to a text than writing its spaces as ▁."""
+    """Whether a space is put before a text; ValueError where a text is changed by more than writing its spaces as ▁."""
     escaped = prefixed = False
     for part in [*_flat(state.get("normalizer")), *_flat(state.get("pre_tokenizer"))]:
         match part:
@@ -229,7 +239,8 @@ def _prefixed(state: dict[str, Any]) -> bool:
             case {"type": "Split", "pattern": {"String": " "}} if escaped:
                 pass  # no space is left to split at
             case _:
-                raise ValueError(f"sentencepiece has no equal of its {json.dumps(part, ensure_ascii=False)[:200]}.")
+                shown = json.dumps(part, ensure_ascii=False)[:200]
+                raise ValueError(f"sentencepiece has no equivalent of its {shown}.")
     if not escaped:
         raise ValueError("it does not write spaces as ▁.")
     return prefixed
@@ -242,12 +253,12 @@ def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [part] if inner is None else [deep for one in inner for deep in _flat(one)]
 
 
-def prove(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
-    """ValueError, with the first difference, unless `model` encodes PROBE and `texts` as transformers' tokenizer does.
+def check_model(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
+    """ValueError, with the first difference, unless `model` encodes HARD_TEXTS and `texts` as `tokenizer` does.
 
-    Texts are taken apart at control tokens, which sentencepiece does not read out of a text by design; and where a
-    space is put before a text at every added token, because transformers then begins again. Parts with a ▁ of their own
-    are passed over: to sentencepiece it is a space.
+    Texts are split at control tokens, which sentencepiece by design does not read from a text. Where a space is put
+    before a text, they are split at every added token, after which transformers starts again. Parts with a ▁ of their
+    own are skipped: to sentencepiece it is a space.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -262,7 +273,7 @@ def prove(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
         for number, token in added.items()
         if prefixed or processor.is_control(number) or processor.is_unknown(number)
     ]
-    parts = [*PROBE, *texts]
+    parts = [*HARD_TEXTS, *texts]
     if cut:
         at = re.compile("|".join(re.escape(token) for token in sorted(cut, key=len, reverse=True)))
         parts = [part for text in parts for part in at.split(text)]
@@ -273,5 +284,5 @@ def prove(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
             first = next((i for i, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]), -1)
             shown = slice(max(first - 3, 0), first + 5) if first >= 0 else slice(-8, None)
             raise ValueError(
-                f"rebuilt, it encodes {part[:60]!r} with the ids ... {got[shown]} where it has {wanted[shown]}."
+                f"rebuilt, it encodes {part[:60]!r} with the ids ... {got[shown]} in place of {wanted[shown]}."
             )

@@ -3,8 +3,9 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
 
@@ -15,12 +16,26 @@ def cache_folder() -> Path:
     return platformdirs.user_cache_path("twintune")
 
 
-def cache_lock() -> Any:
-    """A context manager: one process at a time makes things in the cache; the others wait and find them made."""
-    from filelock import FileLock
+@contextmanager
+def artifact_lock(artifact: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time makes `artifact`, a path in the cache; the others say that they wait, and find it made.
 
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    return FileLock(cache_folder() / "lock")
+    The system releases the lock when its process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    folder = cache_folder() / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ("-".join(artifact.relative_to(cache_folder()).parts) + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process, which is making {artifact.name}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def pip_download(requirement: str, sha256: str, folder: Path) -> Path:

@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,31 @@ def offline_environment() -> dict[str, str]:
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
+@contextmanager
+def running(command: list[str], grace: float = 0, **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A program that runs beside this process and never outlives the block; `options` are Popen's.
+
+    At the end it is asked to end, and killed after `grace` seconds; with 0 it is killed at once. Raises OSError where
+    it does not start.
+    """
+    process = subprocess.Popen(command, **options)
+    try:
+        yield process
+    finally:
+        try:
+            if grace:
+                process.terminate()
+                process.wait(grace)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also where a second Ctrl-C comes during the wait
+            process.kill()
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    stream.close()
+
+
 def run_logged(
     command: list[str],
     log: Path,
@@ -43,23 +69,19 @@ def run_logged(
     """
     tail: deque[str] = deque(maxlen=15)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    with log.open("a", encoding="utf-8") as file:
+    with log.open("a", encoding="utf-8") as file, ExitStack() as stack:
         file.write(f"$ {' '.join(command)}\n")
         try:
-            process = subprocess.Popen(
-                command, env=env, cwd=cwd, text=True, encoding="utf-8", errors="replace", **pipes
+            process = stack.enter_context(
+                running(command, env=env, cwd=cwd, text=True, encoding="utf-8", errors="replace", **pipes)
             )
         except OSError as error:
             return 127, str(error)
-        try:
-            for line in process.stdout or ():
-                file.write(line)
-                tail.append(line.rstrip())
-                on_line(line)
-            return process.wait(), "\n".join(tail)
-        finally:
-            process.kill()
-            process.wait()
+        for line in process.stdout or ():
+            file.write(line)
+            tail.append(line.rstrip())
+            on_line(line)
+        return process.wait(), "\n".join(tail)
 
 
 def fraction(line: str) -> float | None:

@@ -1,7 +1,7 @@
-"""Checkpoints: complete or not there at all, and a damaged one is passed over for the one before.
+"""Checkpoints: complete or not there at all; a damaged one is skipped for the one before.
 
 step-000040/
-  adapter/ adapter-mlx/ optimizer.safetensors state.json   where the run stood after the step
+  adapter/ optimizer.safetensors state.json   where the run stood after the step; adapter/ in PEFT's layout
   best/             the adapter with the best validation loss until then, of an earlier step
   COMPLETE          written last: the hashes of all these
   evaluation.json   written later, where the validation after this step was done: its outcome
@@ -12,7 +12,7 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 from common.backend import Adapter, OptimizerState, StepResult
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
-from common.models.adapter_files import read_trained, write_both, write_trained
+from common.models.adapter_files import read_trained, write_trained
+from common.recipe import Plan
 
 KEPT = 2  # the newest checkpoints that stay on disk
 _MARKER = "COMPLETE"
 _EVALUATION = "evaluation.json"
-_FINDINGS = ("evaluated", "best_valid_loss", "best_step")  # what a validation changes of the state
+_EVALUATED = ("evaluated", "best_valid_loss", "best_step")  # what a validation changes of the state
 
 
 @dataclass
@@ -48,8 +49,12 @@ class State:
     best_step: int | None = None
     best: Adapter | None = field(default=None, repr=False)
 
+    @staticmethod
+    def before_training(plan: Plan) -> "State":
+        return State(micro_batch_tokens=plan.micro_batch_tokens, gradient_checkpointing=plan.gradient_checkpointing)
+
     def count(self, step: int, result: StepResult, loss: float, seconds: float, timed: bool) -> None:
-        """Add a finished step. timed: whether it enters the speed; a process's first step warms up."""
+        """Add a finished step. timed: whether it counts for the speed; a process's first step warms up."""
         self.step, self.train_loss = step, loss
         self.tokens += result.tokens
         self.label_tokens += result.label_tokens
@@ -61,11 +66,19 @@ class State:
             self.timed_label_tokens += result.label_tokens
 
 
+class Checkpoint(NamedTuple):
+    """Where a run stood after a step: all that training needs to go on."""
+
+    state: State
+    adapter: Adapter
+    optimizer: OptimizerState
+
+
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str) -> Path:
     """`checkpoints/step-000040`, complete or not there at all. Older ones are then removed."""
     folder = _folder(run, state.step)
     with atomic_folder(folder) as temporary:
-        write_both(temporary, adapter)
+        write_trained(temporary, adapter)
         if state.best is not None:
             write_trained(temporary / "best", state.best)
         moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
@@ -87,7 +100,7 @@ def add_evaluation(run: Path, state: State) -> None:
     The best adapter need not be written: where this validation found it, it is the checkpoint's own.
     """
     with atomic_write(_folder(run, state.step) / _EVALUATION) as temporary:
-        temporary.write_text(json.dumps({name: getattr(state, name) for name in _FINDINGS}))
+        temporary.write_text(json.dumps({name: getattr(state, name) for name in _EVALUATED}))
 
 
 def discard(run: Path, step: int) -> None:
@@ -95,7 +108,7 @@ def discard(run: Path, step: int) -> None:
     shutil.rmtree(_folder(run, step), ignore_errors=True)
 
 
-def latest(run: Path, recipe_hash: str | None = None) -> tuple[State, Adapter, OptimizerState] | None:
+def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
     """The newest checkpoint that is complete; None where there is none.
 
     Raises UserError where it was made by another recipe than that of `recipe_hash`. A checkpoint of an older version
@@ -124,14 +137,20 @@ def latest(run: Path, recipe_hash: str | None = None) -> tuple[State, Adapter, O
 
     optimizer = OptimizerState(optimizer_step, part("exp_avg."), part("exp_avg_sq."))
     state = State(**plain, best=read_trained(best, layers) if best.is_dir() else None)
-    return state, read_trained(folder, layers), optimizer
+    return Checkpoint(state, read_trained(folder, layers), optimizer)
+
+
+def latest_step(run: Path) -> int | None:
+    """The step of the newest checkpoint, whose contents are not looked at; None where there is none."""
+    steps = [int(folder.name.removeprefix("step-")) for folder in _folders(run) if (folder / _MARKER).exists()]
+    return steps[0] if steps else None
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    """What was found by the validation after the checkpoint's step; nothing where it was not done, or is unreadable."""
+    """The outcome of the validation after the checkpoint's step; nothing where it was not done, or is unreadable."""
     try:
         found = json.loads((folder / _EVALUATION).read_text())
-        return {name: found[name] for name in _FINDINGS}
+        return {name: found[name] for name in _EVALUATED}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 

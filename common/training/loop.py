@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from common.backend import Backend, Batch, Memory, OutOfMemory, StepResult
 from common.data.batching import micro_batches, step_rows
@@ -15,26 +14,15 @@ from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.metrics import open_metrics, timed, write_line
-
-
-class Observer(Protocol):
-    """What the loop reports, and the one thing it asks: whether the user wants it to stop."""
-
-    def step(self, line: dict, memory: Memory) -> None: ...
-
-    def evaluation(self, line: dict) -> None: ...
-
-    def warn(self, text: str) -> None: ...
-
-    def stop_requested(self) -> bool: ...
+from common.training.observer import Observer
 
 
 class Interrupted(Exception):
-    """The user asked to stop; the step was finished and saved."""
+    """Training stopped at the user's wish, after a step that was finished and saved."""
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Of optimizer step `step` (from 1): linear warm-up, then the schedule, which no step sees at zero."""
+    """The learning rate of optimizer step `step`, from 1: linear warm-up, then the schedule, which never reaches 0."""
     if step <= recipe.warmup_steps:
         return recipe.learning_rate * step / recipe.warmup_steps
     share = (step - 1 - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
@@ -44,7 +32,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A step that the device may still be computing: its figures are read a step later, so that it never idles."""
+    """A step that the device may still be computing: its figures are read a step later, so the device never idles."""
 
     number: int
     rate: float
@@ -58,11 +46,11 @@ class _Pending:
 class TrainingLoop:
     """A run's training, from `state` on: steps, validations, checkpoints and metrics.
 
-    A step is saved before it is validated, so that a stop or a kill within a long validation loses nothing; a
-    validation that was broken off is done again when the run goes on.
+    A step is saved before it is validated, so that a stop or a kill during a long validation loses nothing. A
+    validation that was interrupted is done again when the run goes on.
 
-    valid: rows to validate on; none, and nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
-    seconds: gets what training, validation and saving took, each by itself.
+    valid: rows to validate on; without any, nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
+    seconds: gets the time of training, validation and saving.
     """
 
     backend: Backend
@@ -83,21 +71,21 @@ class TrainingLoop:
         """
         self.seconds.setdefault("train", 0.0)
         self._pending: _Pending | None = None
-        self._warm = False  # whether a step of this process has been settled
+        self._warm = False  # whether this process has finished a step
         self._saved_at, self._swap = time.monotonic(), self.backend.memory().swap
         if self.state.gradient_checkpointing != self.plan.gradient_checkpointing:
             self._checkpoint_gradients(self.state.gradient_checkpointing)
-        owed = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
-        with open_metrics(self.run / "metrics.jsonl", self.state.step, owed) as self._metrics:
-            if owed:
+        unvalidated = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
+        with open_metrics(self.run / "metrics.jsonl", self.state.step, unvalidated) as self._metrics:
+            if unvalidated:
                 self._validate(saved=True)
-            ready = self._cut(self.state.step + 1)
+            ready = self._split(self.state.step + 1)
             for number in range(self.state.step + 1, self.recipe.steps + 1):
                 ready = self._launch(number, *ready)
                 stop, evaluates = self.observer.stop_requested(), self._evaluates(number)
                 saves = stop or self._saves(number)
                 if evaluates or saves or not self._warm:  # the first step's time is its own: it warms up
-                    self._settle_pending()
+                    self._finish_pending()
                 if saves:
                     self._save()
                 if stop:
@@ -114,59 +102,59 @@ class TrainingLoop:
         late = limit > 0 and time.monotonic() - self._saved_at >= limit
         return late or step == self.recipe.steps or step % self.plan.save_every == 0
 
-    def _cut(self, step: int) -> tuple[list[Encoded], list[Batch]]:
+    def _split(self, step: int) -> tuple[list[Encoded], list[Batch]]:
         """The step's rows, and the same as micro-batches; none beyond the last step."""
         if step > self.recipe.steps:
             return [], []
-        chosen = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
-        rows = [self.rows[i] for i in chosen]
+        indices = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
+        rows = [self.rows[i] for i in indices]
         return rows, self._micro_batches(rows)
 
     def _micro_batches(self, rows: list[Encoded]) -> list[Batch]:
         return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device)
 
     def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
-        """Start the step, and settle the one before it while the device computes. Returns the next step's rows."""
+        """Start the step, and finish the one before while the device computes. Returns the next step's rows."""
         started, rate = time.perf_counter(), learning_rate(self.recipe, step)
         try:
             result, batches = self._step(step, rate, rows, batches)
         except UserError:
-            if self._pending is not None:  # that one is done
-                self._settle(self._pending, started)
+            if self._pending is not None:  # the step before this one is complete
+                self._finish(self._pending, started)
             raise
         before, self._pending = self._pending, _Pending(step, rate, rows, batches, result, started)
-        size, ready = self.state.micro_batch_tokens, self._cut(step + 1)
+        size, ready = self.state.micro_batch_tokens, self._split(step + 1)
         if before is not None:
-            self._settle(before, started)
+            self._finish(before, started)
             if self.state.micro_batch_tokens != size:
-                ready = self._cut(step + 1)
+                ready = self._split(step + 1)
         return ready
 
     def _step(
         self, step: int, rate: float, rows: list[Encoded], batches: list[Batch]
     ) -> tuple[StepResult, list[Batch]]:
-        """The step, repeated in smaller micro-batches while memory does not suffice: the mathematics stays the same."""
+        """The step, repeated in smaller micro-batches while it runs out of memory: the mathematics stays the same."""
         while True:
             try:
                 return self.backend.train_step(batches, rate, step), batches
             except OutOfMemory:
-                self._cut_finer(batches, f"step {step} ran out of memory")
+                self._use_less_memory(batches, f"step {step} ran out of memory")
                 batches = self._micro_batches(rows)
 
-    def _settle_pending(self) -> None:
+    def _finish_pending(self) -> None:
         if self._pending is not None:
             _read(self._pending)
-            self._settle(self._pending, time.perf_counter())
+            self._finish(self._pending, time.perf_counter())
             self._pending = None
 
-    def _settle(self, step: _Pending, ended: float) -> None:
-        """Wait for the step, look at its figures, report them."""
+    def _finish(self, step: _Pending, ended: float) -> None:
+        """Wait for the step, check its figures, report them."""
         loss, norm = _read(step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise _not_finite(self.run, step.number, step.rows)
-        lasted = ended - step.started
-        self.state.count(step.number, step.result, loss, lasted, timed=self._warm)
-        self.seconds["train"] += lasted
+        seconds = ended - step.started
+        self.state.count(step.number, step.result, loss, seconds, timed=self._warm)
+        self.seconds["train"] += seconds
         self._warm = True
         memory = self.backend.memory()
         line = {
@@ -176,7 +164,7 @@ class TrainingLoop:
             "tokens": step.result.tokens,
             "learning_rate": step.rate,
             "grad_norm": norm,
-            "seconds": lasted,
+            "seconds": seconds,
             "memory": memory.used,
         }
         write_line(self._metrics, line)
@@ -209,12 +197,12 @@ class TrainingLoop:
                 break
             except OutOfMemory:
                 what = f"the validation after step {state.step} ran out of memory"
-                self._cut_finer(self._micro_batches(self.valid), what)
+                self._use_less_memory(self._micro_batches(self.valid), what)
                 size = state.micro_batch_tokens
         if loss is None:
             return False
         if not math.isfinite(loss):
-            checkpoint.discard(self.run, state.step)  # what such weights are saved in is nothing to go on from
+            checkpoint.discard(self.run, state.step)  # nothing can go on from such weights
             raise _not_finite(self.run, state.step, self.valid, "validation loss")
         state.evaluated = state.step
         if state.best_valid_loss is None or loss < state.best_valid_loss:
@@ -224,19 +212,19 @@ class TrainingLoop:
         self.observer.evaluation(line)
         return True
 
-    def _cut_finer(self, batches: list[Batch], what: str) -> None:
-        """Halve the widest micro-batch that can be cut; where each is one row, checkpoint gradients.
+    def _use_less_memory(self, batches: list[Batch], what: str) -> None:
+        """Halve the largest micro-batch; where each is one row, checkpoint gradients.
 
-        The mathematics stays the same. Raises UserError where both are done already, so it ends.
+        The mathematics stays the same. Raises UserError where nothing is left to do, so this ends.
         """
-        cuttable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
-        if cuttable:
-            self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(cuttable)) // 2
-            self.observer.warn(f"{what}; micro-batches are now cut to {self.state.micro_batch_tokens} tokens")
+        splittable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
+        if splittable:
+            self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(splittable)) // 2
+            self.observer.warn(f"{what}; micro-batches now have at most {self.state.micro_batch_tokens} tokens")
         elif not self.state.gradient_checkpointing:
             self.state.gradient_checkpointing = True
             self._checkpoint_gradients(True)
-            self.observer.warn(f"{what}; each layer's work is now done twice to hold less (gradient checkpointing)")
+            self.observer.warn(f"{what}; each layer is now computed twice to hold less (gradient checkpointing)")
         else:
             longest = max(batch.input_ids.size for batch in batches)
             raise UserError(
@@ -248,7 +236,7 @@ class TrainingLoop:
         self.backend.apply_plan(self.plan.model_copy(update={"gradient_checkpointing": on}))
 
     def _watch_swap(self, memory: Memory, batches: list[Batch]) -> None:
-        """Warn where swap has grown; with --on-swap replan cut finer from the next step on.
+        """Warn where swap has grown; with --on-swap replan, use smaller micro-batches from the next step on.
 
         A step that waits for the disk takes minutes.
         """
@@ -261,16 +249,16 @@ class TrainingLoop:
             self.observer.warn(f"{what}. Close programs; or Ctrl-C, then --resume RUN --memory-limit SIZE")
             return
         try:
-            self._cut_finer(batches, what)
+            self._use_less_memory(batches, what)
         except UserError:
-            self.observer.warn(f"{what}, and nothing is left to be cut; close other programs")
+            self.observer.warn(f"{what}, and micro-batches cannot be smaller; close other programs")
 
 
-_SWAP_GROWTH = 256 * 10**6  # bytes; less comes and goes by itself
+_SWAP_GROWTH = 256 * 10**6  # bytes; smaller changes come and go by themselves
 
 
 def _read(step: _Pending) -> tuple[float, float]:
-    """`(mean loss, gradient norm)`, waited for. Raises UserError for what a device reports only now."""
+    """`(mean loss, gradient norm)`, after waiting for them. Raises UserError for a fault that the device reports."""
     try:
         return float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
     except RuntimeError as error:
@@ -287,20 +275,20 @@ def evaluate(
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean token loss over all label tokens of `rows`; None where `stop` said so between two micro-batches."""
+    """Mean loss over all label tokens of `rows`; None where `stop` asked for it between two micro-batches."""
     results: list[StepResult] = []
     for batch in micro_batches(rows, micro_batch_tokens, device):
         if stop():
             return None
         results.append(backend.eval_step(batch))
         if len(results) > 1:
-            float(results[-2].loss_sum)  # stay one micro-batch ahead of the device, so that a stop is heard in time
+            float(results[-2].loss_sum)  # stay one micro-batch ahead of the device, so that a stop comes in time
     return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
 
 
 def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
-    found = checkpoint.latest(run)
-    kept = f"The checkpoint of step {found[0].step} is kept" if found else "No checkpoint had been written yet"
+    saved = checkpoint.latest_step(run)
+    kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
     more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
     sources = ", ".join(row.source for row in rows[:32]) + more
     return UserError(

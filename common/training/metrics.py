@@ -1,4 +1,4 @@
-"""The figures that a training leaves on record, its metrics.jsonl, and how its time is counted."""
+"""The figures that training puts on record, its metrics.jsonl, and how its time is counted."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from common.training.checkpoint import State
 
 
 def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
-    """The part of run.json that comes out of training. Speeds leave out first steps and evaluation."""
+    """Fields of RunRecord that training determines. Speeds leave out first steps and validation."""
     timed = state.timed_seconds or None
     return {
         "recipe_hash": recipe.hash(),
@@ -27,7 +27,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "train_seconds": state.train_seconds,
         "tokens_per_second": state.timed_tokens / timed if timed else None,
         "label_tokens_per_second": state.timed_label_tokens / timed if timed else None,
-        # of the positions that attention computes; the layers' products see no padding but a graph's
+        # of the positions that attention computes; matrix products see no padding except that of a CUDA graph
         "padding_fraction": 1 - state.tokens / state.padded_tokens if state.padded_tokens else 0.0,
         "final_train_loss": state.train_loss,
         "best_valid_loss": state.best_valid_loss,
@@ -36,7 +36,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 
 def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[str, str]:
-    """What of a run comes out the same again, and how nearly."""
+    """Which results of a run are reproducible, and how exactly."""
     same = "the same bits on the same machine with the same plan and packages"
     exact = plan.device == "cpu" or end_to_end(config, plan.device, recipe.precision)
     return {
@@ -51,7 +51,7 @@ def deterministic(recipe: Recipe, plan: Plan, config: dict[str, Any]) -> dict[st
 
 @contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    """Add what happens within to `seconds[name]`."""
+    """Add the time of the block to `seconds[name]`."""
     started = time.perf_counter()
     try:
         yield
@@ -59,14 +59,14 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def open_metrics(path: Path, step: int, owed: bool) -> TextIO:
+def open_metrics(path: Path, step: int, unvalidated: bool) -> TextIO:
     """metrics.jsonl, open for appending, without the lines of what a resumed run will do again.
 
-    Those are the steps after `step` and, where it is `owed`, the validation after `step`.
+    Those are the steps after `step` and, where `step` is `unvalidated`, the validation after it.
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) <= step]
-    if owed:
+    if unvalidated:
         kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
     with atomic_write(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,86 +1,179 @@
-"""What a run is proven on: rows that training did not see, and texts that tokenizers disagree on."""
+"""What a run is verified on: rows that training did not see, and texts that tokenizers disagree on.
 
+The run keeps them in a small file, so that they are neither read nor encoded again.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from common import run_record
 from common.data.dataset import Dataset, Example, first_texts
-from common.data.encode import Encoded, Encoder, load_tokenizer
-from common.data.load import encoder_of
-from common.data.truncation import filter_by_length
+from common.data.encode import Encoded, Encoder
+from common.data.load import data_of, encoder_of
+from common.data.truncation import FilteredRows, filter_by_length
+from common.documents import read_json
+from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.server import for_llama_cpp
-from common.models.sentencepiece import PROBE
-from common.options import Options
+from common.models.sentencepiece import HARD_TEXTS
+from common.option_sources import options_over
 from common.recipe import Recipe
+from common.run_record import Run
+
+_ROWS = 32
+_TOKENS = 500_000  # of all rows together, so that the file stays below some 10 MB
+_TEXT = 20_000  # characters of the data
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a held-out row asks, the ids in which training saw that, and the whole row as text and ids, BOS left out."""
+    """The prompt of a row: its messages before the last answer, and what training saw of them."""
 
-    example: Example
-    messages: list[dict[str, Any]]
-    ids: list[int]
-    text: str
-    text_ids: list[int]
+    row: Encoded
+    messages: list[dict[str, Any]]  # as llama.cpp takes them
+    tools: list[dict[str, Any]]
+    text: str  # of the complete row
+    length: int  # tokens of the row that are the prompt
+    bos: bool  # whether the row starts with a BOS that the template does not write
+
+    @property
+    def source(self) -> str:
+        return self.row.source
+
+    @property
+    def ids(self) -> list[int]:
+        ids: list[int] = self.row.ids[: self.length].tolist()
+        return ids
+
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids of `text`, BOS left out."""
+        ids: list[int] = self.row.ids[self.bos :].tolist()
+        return ids
 
 
 @dataclass(frozen=True)
-class Probes:
-    """rows: encoded as in training, none longer than the recipe's limit. held_out: whether training has not seen them.
-
-    texts: for the fused folder's `tokenizer`, control tokens among them. prompts: of the rows that are chats.
-    """
-
-    rows: list[Encoded]
-    held_out: bool
+class Cases:
+    rows: list[Encoded]  # as in training, none longer than the recipe's limit
+    held_out: bool  # whether training has not seen the rows
     texts: list[str]
-    prompts: list[Prompt]
-    tokenizer: Any
+    prompts: list[Prompt]  # of those rows that are chats and complete
 
 
-def collect(run: Path, base: Path, data: Dataset, limit: int = 32) -> Probes:
-    """Up to `limit` held-out rows, of the training rows where nothing was held out. `base` is the model's folder."""
-    options, recipe = (
-        Options.model_validate(run_record.read_run(run, "options")["options"]),
-        run_record.read_recipe(run),
+@dataclass(frozen=True)
+class _Row:
+    example: Example
+    encoded: Encoded
+    complete: bool  # False where the row was truncated
+
+
+def make_cases(data: Dataset, valid: FilteredRows, train: FilteredRows, encoder: Encoder) -> Cases:
+    """Up to 32 validation rows; training rows where there are none. Both are those of `data`, as encoded."""
+    return _cases(data, _paired(data.valid, valid), _paired(data.train, train), encoder)
+
+
+def cases_of(run: Run, base: Path) -> Cases:
+    """The cases that the run keeps, else (an older version's run) of its data. base: the model's folder.
+
+    Raises UserError where the data would be needed and have changed, or are missing.
+    """
+    if (kept := _read_cases(run.verify_cases)) is not None:
+        return kept
+    options, recipe = options_over(run.record.options, {}), run.recipe
+    data, encoder = data_of(run, options), encoder_of(base, options, recipe)
+    return _cases(data, _encoded(data.valid, encoder, recipe), _encoded(data.train, encoder, recipe), encoder)
+
+
+def _cases(data: Dataset, held_out: Iterable[_Row], trained: Iterable[_Row], encoder: Encoder) -> Cases:
+    unseen = _first(held_out)
+    rows = unseen or _first(trained)
+    return Cases(
+        rows=[row.encoded for row in rows],
+        held_out=bool(unseen),
+        texts=list(dict.fromkeys([*HARD_TEXTS, *first_texts([*data.valid, *data.train], _TEXT)])),
+        prompts=[_prompt(row, encoder) for row in rows if row.complete and row.example.text is None],
     )
-    encoder = encoder_of(base, options, recipe)
-    tokenizer = load_tokenizer(run / "fused")
-    held_out = _fitting(data.valid, encoder, recipe, limit)
-    kept = held_out or _fitting(data.train, encoder, recipe, limit)
-    prompts = [_prompt(row, encoded, encoder) for row, encoded, whole in kept if whole and row.text is None]
-    texts = list(dict.fromkeys([*PROBE, *first_texts([*data.valid, *data.train], 20_000)]))
-    control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
-    if control:
-        texts.append(f"a{control}b")
-    return Probes([encoded for _, encoded, _ in kept], bool(held_out), texts, prompts, tokenizer)
 
 
-def _fitting(
-    examples: list[Example], encoder: Encoder, recipe: Recipe, limit: int
-) -> list[tuple[Example, Encoded, bool]]:
-    """As training took them: `(row, its tokens, whether they are all of it)`."""
-    found: list[tuple[Example, Encoded, bool]] = []
+def _first(rows: Iterable[_Row]) -> list[_Row]:
+    """As many as fit into the file."""
+    kept: list[_Row] = []
+    tokens = 0
+    for row in islice(rows, _ROWS):
+        tokens += len(row.encoded.ids)
+        if kept and tokens > _TOKENS:
+            break
+        kept.append(row)
+    return kept
+
+
+def _paired(examples: list[Example], fitted: FilteredRows) -> Iterator[_Row]:
+    by_source, cut = {example.source: example for example in examples}, {row.source for row in fitted.truncated}
+    return (_Row(by_source[row.source], row, row.source not in cut) for row in fitted.rows)
+
+
+def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Iterator[_Row]:
+    """Row by row, as training took them."""
     for example in examples:
         overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
         fitted = filter_by_length([encoder(example)], recipe.max_length, overflow)
-        found += [(example, row, not fitted.truncated) for row in fitted.rows]
-        if len(found) == limit:
-            break
-    return found
+        yield from (_Row(example, row, not fitted.truncated) for row in fitted.rows)
 
 
-def _prompt(row: Example, encoded: Encoded, encoder: Encoder) -> Prompt:
-    _, conversation, row = encoder.encode_chat(row)
+def _prompt(row: _Row, encoder: Encoder) -> Prompt:
+    _, conversation, example = encoder.encode_chat(row.example)
     last = conversation.turns[-1]
-    text = conversation.text[: last.start]
-    ids = encoder.tokenizer(text, add_special_tokens=False)["input_ids"]
-    added = int(list(encoded.ids[: len(ids)]) != ids)  # a BOS that the template does not write
-    before = conversation.messages[: len(conversation.messages) - len(row.messages) + last.message]
-    whole = np.asarray(encoded.ids).tolist()
+    ids = encoder.tokenizer(conversation.text[: last.start], add_special_tokens=False)["input_ids"]
+    bos = row.encoded.ids[: len(ids)].tolist() != ids
+    before = conversation.messages[: len(conversation.messages) - len(example.messages) + last.message]
     messages = [for_llama_cpp(message) for message in before]
-    return Prompt(row, messages, whole[: len(ids) + added], conversation.text, whole[added:])
+    return Prompt(row.encoded, messages, list(example.tools), conversation.text, len(ids) + bos, bos)
+
+
+def write_cases(path: Path, cases: Cases) -> None:
+    """`path`, in one step."""
+    numbers = {id(row): number for number, row in enumerate(cases.rows)}
+    content = {
+        "held_out": cases.held_out,
+        "texts": cases.texts,
+        "rows": [
+            {"source": row.source, "ids": row.ids.tolist(), "labels": np.flatnonzero(row.mask).tolist()}
+            for row in cases.rows
+        ],
+        "prompts": [
+            {
+                "row": numbers[id(prompt.row)],
+                "messages": prompt.messages,
+                "tools": prompt.tools,
+                "text": prompt.text,
+                "length": prompt.length,
+                "bos": prompt.bos,
+            }
+            for prompt in cases.prompts
+        ],
+    }
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def _read_cases(path: Path) -> Cases | None:
+    """None where the run keeps none, or they cannot be read."""
+    try:
+        content = read_json(path, "")
+        rows = [_row(row) for row in content["rows"]]
+        prompts = [Prompt(**(prompt | {"row": rows[prompt["row"]]})) for prompt in content["prompts"]]
+        return Cases(rows, content["held_out"], content["texts"], prompts)
+    except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):  # it may be a stranger's
+        return None
+
+
+def _row(content: dict[str, Any]) -> Encoded:
+    ids = np.array(content["ids"], np.int32)
+    mask = np.zeros(len(ids), bool)
+    mask[content["labels"]] = True
+    return Encoded(ids, mask, content["source"])

@@ -1,4 +1,4 @@
-"""How far one model's next-token distributions lie from another's, at positions that carry loss."""
+"""How far one model's next-token distributions are from another's, at positions whose next token is a label."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ LogitsAt = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows, and in each the positions looked at: those that a label follows, evenly spread where they are many."""
+class Positions:
+    """The positions compared: of each row those that a label follows, evenly spread where there are many."""
 
-    ids: list[np.ndarray]
-    positions: list[np.ndarray]
+    ids: list[np.ndarray]  # of each row, [T]
+    positions: list[np.ndarray]  # in each row
 
     @property
     def count(self) -> int:
@@ -39,8 +39,8 @@ class Divergence:
     positions: int
 
 
-def choose_rows(rows: Sequence[Encoded], vocabulary: int, limit: int = 32) -> Rows:
-    """At most `limit` of the rows, and as many positions as KEPT_BYTES hold of distributions in two bytes a token."""
+def choose_positions(rows: Sequence[Encoded], vocabulary: int, limit: int = 32) -> Positions:
+    """Positions of at most `limit` rows, as many as KEPT_BYTES hold of distributions in two bytes a token."""
     chosen = rows[:limit]
     share = max(1, KEPT_BYTES // (2 * vocabulary) // max(1, len(chosen)))
     ids, positions = [], []
@@ -50,49 +50,47 @@ def choose_rows(rows: Sequence[Encoded], vocabulary: int, limit: int = 32) -> Ro
             labels = labels[np.linspace(0, len(labels) - 1, share).astype(int)]
         ids.append(row.ids)
         positions.append(labels)
-    return Rows(ids, positions)
+    return Positions(ids, positions)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Of the last axis, float32."""
+    """Log-probabilities over the last axis, float32."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 class Reference:
-    """A model's distributions at the rows' positions, kept as log-probabilities in float16 and normalized again on use.
+    """A model's distributions at `at`, kept as log-probabilities in float16 and normalized again on use.
 
     Rounding so moves a KL by less than it moves a probability: by about 1e-6, as tests/unit/test_divergence.py holds.
     """
 
-    def __init__(self, rows: Rows, logits_at: LogitsAt) -> None:
-        self.rows = rows
+    def __init__(self, at: Positions, logits_at: LogitsAt) -> None:
+        self.at = at
         self._kept: list[np.ndarray] = []
         self._exact: list[np.ndarray] = []  # the first positions' logits
-        for ids, positions in zip(rows.ids, rows.positions, strict=True):
+        for ids, positions in zip(at.ids, at.positions, strict=True):
             found = logits_at(ids, positions).astype(np.float32)
             self._kept.append(np.maximum(log_softmax(found), -60000).astype(np.float16))
             self._exact.extend(found[: _EXACT - len(self._exact)].copy())
 
-    @property
-    def vocabulary(self) -> int:
-        return int(self._kept[0].shape[1])
-
     def divergence(self, logits_at: LogitsAt) -> Divergence:
-        """Of the model behind `logits_at`. Where one vocabulary is padded further it is cut: no row uses that."""
+        """The divergence of the model behind `logits_at`. A vocabulary that is padded further is cut to the shorter."""
         kls, same, nll, reference_nll, furthest = [], 0, 0.0, 0.0, 0.0
-        for ids, positions, kept in zip(self.rows.ids, self.rows.positions, self._kept, strict=True):
+        for ids, positions, kept in zip(self.at.ids, self.at.positions, self._kept, strict=True):
             size = min(kept.shape[1], (found := logits_at(ids, positions)).shape[1])
-            for at in range(len(positions)):
-                ours = log_softmax(kept[at, :size].astype(np.float32))
-                theirs = log_softmax(found[at, :size].astype(np.float32))
+            for number in range(len(positions)):
+                ours = log_softmax(kept[number, :size].astype(np.float32))
+                theirs = log_softmax(found[number, :size].astype(np.float32))
                 kls.append(float(np.sum(np.exp(ours) * (ours - theirs), dtype=np.float64)))
                 same += int(ours.argmax() == theirs.argmax())
-                label = ids[positions[at] + 1]
+                label = ids[positions[number] + 1]
                 nll -= float(theirs[label])
                 reference_nll -= float(ours[label])
                 if len(kls) <= len(self._exact):
-                    furthest = max(furthest, float(np.abs(self._exact[len(kls) - 1][:size] - found[at, :size]).max()))
+                    furthest = max(
+                        furthest, float(np.abs(self._exact[len(kls) - 1][:size] - found[number, :size]).max())
+                    )
         count = len(kls)
         return Divergence(
             mean_kl=float(np.mean(kls)),

@@ -34,13 +34,15 @@ _SAMPLE = 8  # logits of the first row's last token that are recorded
 
 @dataclass(frozen=True)
 class Result:
+    """What one backend computed."""
+
     logits: np.ndarray  # [T, vocabulary] of the first row, before training
     losses: np.ndarray  # [steps]
     adapter: dict[str, np.ndarray]  # every A and B after training
 
 
 def parity(name: str, context: Context) -> bool:
-    """Check `name`, a family's model type or what --model takes, and print the table. True where all is within bounds.
+    """Whether all differences are within bounds; prints the table. name: a family's model type or what --model takes.
 
     With one backend only the family's tiny model is trained, and compared with common/verify/parity_reference.json.
     Raises UserError where no backend is installed or the model is not supported.
@@ -77,7 +79,7 @@ def parity(name: str, context: Context) -> bool:
 
 
 def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps: int) -> Result:
-    """Train `steps` steps of four rows on one backend, in float32, from the seeded start."""
+    """The result of `steps` steps of four rows on one backend, in float32, from the seeded adapter."""
     shapes = linear_shapes(ModelFolder(folder), ["all-linear"])
     recipe = _recipe(folder, steps, target_names(shapes))
     plan: dict[str, Any] = {"backend": name, "device": choose_device("auto", name).value}
@@ -95,16 +97,16 @@ def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps:
 
 
 def tiny_rows() -> list[Encoded]:
-    """Two dozen rows of 20 to 110 ids that rise in steps of their own: there is something to learn."""
+    """24 rows of 20 to 110 ids, each rising by its own step: there is something to learn."""
     random, rows = np.random.default_rng(3), []
     for i in range(24):
         ids = 3 + (random.integers(256) + random.integers(1, 6) * np.arange(20 + i * 90 // 23)) % 256
         rows.append(Encoded(ids.astype(np.int32), np.arange(len(ids)) >= len(ids) // 2, f"row {i}"))
-    return rows[::-1]  # the longest first: its logits are looked at
+    return rows[::-1]  # the longest first: its logits are compared
 
 
 def record(backends: Backends, path: Path = RECORD) -> None:
-    """Write what torch computes on this machine for every family's tiny model."""
+    """Write to `path` what torch computes on this machine for every family's tiny model."""
     numbers = {}
     for family in TINY:
         with tempfile.TemporaryDirectory() as scratch:
@@ -117,12 +119,13 @@ def record(backends: Backends, path: Path = RECORD) -> None:
 
 
 def recorded(family: str) -> Result:
+    """What the reference file holds of a family: no adapter."""
     known = json.loads(RECORD.read_text(encoding="utf-8"))[family]
     return Result(np.array([known["logits"]]), np.array(known["losses"]), {})
 
 
 def _compare(one: Result, other: Result) -> dict[str, float]:
-    """The largest difference of each kind; a record holds some logits and no adapter."""
+    """The largest difference of each kind; the reference file holds some logits and no adapter."""
     width = other.logits.shape[1]
     ours = one.logits if one.logits.shape == other.logits.shape else one.logits[-1:, :width]
     found = {
@@ -130,8 +133,8 @@ def _compare(one: Result, other: Result) -> dict[str, float]:
         "step losses": float((np.abs(one.losses - other.losses) / other.losses).max()),
     }
     if other.adapter:
-        apart = [np.linalg.norm(one.adapter[n] - m) / np.linalg.norm(m) for n, m in other.adapter.items()]
-        found["adapters"] = float(max(apart))
+        differences = [np.linalg.norm(one.adapter[n] - m) / np.linalg.norm(m) for n, m in other.adapter.items()]
+        found["adapters"] = float(max(differences))
     return found
 
 

@@ -1,4 +1,4 @@
-"""A tiny random model of every family, drawn by numpy: what the two backends are held against each other with."""
+"""A tiny random model of every family, drawn by numpy, on which the two backends are compared."""
 
 import json
 from copy import deepcopy
@@ -39,8 +39,8 @@ _LONGROPE = {
     "long_factor": [1.0, 1.5, 3.0, 6.0],
     "original_max_position_embeddings": 48,
 }
-# What tells each family from the others, every constant away from its default so that one that is lost shows.
-# Rows in tests are longer than the windows and than the original contexts here.
+# What distinguishes each family. Every constant differs from its default, so that a lost one shows in the logits.
+# Rows in tests are longer than the windows and the original contexts here.
 TINY: dict[str, dict[str, Any]] = {
     "gemma2": {
         "head_dim": 16,

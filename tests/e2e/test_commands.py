@@ -10,19 +10,20 @@ import sys
 import time
 
 import numpy as np
+import platformdirs
 import pytest
 
 from common.data.encode import load_tokenizer
 from common.data.load import read_rows
-from common.export.go_template import execute
-from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.build import ensure
+from common.llama_cpp.server import Server, ServerOptions
 from common.models import adapter_files as adapters
 from common.models import gguf_import
 from common.models.resolve import resolve
 from common.training import checkpoint
 from tests import ROOT
 from tests.encoding import encode
+from tests.go_interpreter import execute
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
 
@@ -65,7 +66,7 @@ def example_ids():
     return folder, encode(read_rows(EXAMPLE / "valid.jsonl")[0], load_tokenizer(folder)).ids
 
 
-def test_the_run_folder_is_whole(trained):
+def test_the_run_folder_is_complete(trained):
     backend, run, out = trained
     record = json.loads((run / "run.json").read_text())
     assert record["status"] == "complete"
@@ -146,20 +147,22 @@ def test_both_layouts_hold_the_same_weights(trained):
 
 
 @pytest.mark.parametrize("quant", ["Q4_K_M", "Q8_0"])
-def test_llama_cpp_answers_from_the_gguf_in_the_tuned_voice_and_stops(trained, quant):
+def test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops(trained, quant):
     _, run, _ = trained
     rows = read_rows(EXAMPLE / "valid.jsonl")[:6]
     prompts = [[dict(m) for m in row.messages[:-1]] for row in rows]
-    with Server(ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", context=512) as server:
+    with Server(
+        ensure(None, lambda share, text: None), run / "gguf" / f"model-{quant}.gguf", ServerOptions(context=512)
+    ) as server:
         answers = server.chat_many(prompts, 64, lambda share, text: None)
     wanted = [row.messages[-1]["content"] for row in rows]
-    # this few steps teach the voice, if not yet every word; an answer that never stops would be far longer
+    # this few steps teach the tone, if not yet every word; an answer that never stops would be far longer
     assert all(len(answer) < 2 * len(want) + 20 for answer, want in zip(answers, wanted, strict=True)), answers
     openings = {want[:3] for row in read_rows(EXAMPLE / "train.jsonl") for want in [row.messages[-1]["content"]]}
     assert sum(answer[:3] in openings for answer in answers) >= 4, answers
 
 
-def test_the_export_is_proven_at_its_end_and_again(trained):
+def test_the_export_is_verified_at_its_end_and_again(trained):
     _, run, _ = trained
     kept = json.loads((run / "run.json").read_text())["verify"]
     assert kept["verdict"] != "broken"
@@ -177,9 +180,9 @@ def test_the_modelfile_prompts_as_the_chat_template_does(trained):
     assert commands["stop"] == "<|im_end|>"
     tokenizer = load_tokenizer(run / "fused")
     for row in read_rows(EXAMPLE / "valid.jsonl"):
-        said = [dict(message) for message in row.messages[:-1]]
-        wanted = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        assert execute(commands["template"], said) == wanted
+        messages = [dict(message) for message in row.messages[:-1]]
+        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert execute(commands["template"], messages) == wanted
 
 
 def test_the_run_is_ready_for_the_hub(trained):
@@ -213,14 +216,31 @@ def test_compare_prints_agreement_first(trained):
     assert "the same recipe" in out
 
 
+def score(code, *words):
+    """`python -m examples.score`, as `make example` runs it; its exit code is checked, its output returned."""
+    command = [sys.executable, "-m", "examples.score", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == code, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout + done.stderr
+
+
 def test_the_built_in_example_counts_before_and_after(tmp_path):
-    out = twintune("train", "--steps", 4, "--output", tmp_path / "run", "--backend", "torch")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["example"]["total"] == 60
-    assert record["example"]["before"] <= 3
-    assert record["example"].keys() == {"total", "before", "after"}
+    options = ["--steps", 4, "--output", tmp_path / "run", "--backend", "torch"]
+    twintune("train", *options)
+    assert "example" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    out = score(0, "--trained", *options)
     assert "Test answers that follow the form" in out
+    counts = {when: int(n) for when, n in re.findall(r"(before|after)\D+(\d+)\D+60\D+\d+%", out)}
+    assert counts.keys() == {"before", "after"}
+    assert counts["before"] <= 3
     assert len((tmp_path / "run" / "example.jsonl").read_text(encoding="utf-8").splitlines()) == 60
+    score(1, tmp_path / "run", "--at-least", counts["after"] + 1)
+
+
+def test_without_a_gguf_of_the_example_there_is_nothing_to_count(tiny, tmp_path):
+    options = tiny_train(tiny, tmp_path / "run", "torch", "--steps", 2)[1:]
+    twintune("train", *options)
+    assert "has no GGUF" in score(0, "--trained", *options)
 
 
 @pytest.fixture(scope="module")
@@ -259,10 +279,10 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(tiny, tmp_path, backend, how
         assert f"--resume {tmp_path / 'cut'}" in out
     assert len(step_losses(tmp_path / "cut")) < 400, "the run was over before it was interrupted"
     twintune("train", "--resume", tmp_path / "cut")
-    twintune(*tiny_train(tiny, tmp_path / "whole", backend, *steps))
-    assert step_losses(tmp_path / "cut") == step_losses(tmp_path / "whole")
-    cut, whole = (adapters.read_peft(tmp_path / name / "adapter") for name in ("cut", "whole"))
-    for name, weight in whole.weights.items():
+    twintune(*tiny_train(tiny, tmp_path / "complete", backend, *steps))
+    assert step_losses(tmp_path / "cut") == step_losses(tmp_path / "complete")
+    cut, complete = (adapters.read_peft(tmp_path / name / "adapter") for name in ("cut", "complete"))
+    for name, weight in complete.weights.items():
         np.testing.assert_array_equal(cut.weights[name].B, weight.B)
 
 
@@ -329,8 +349,8 @@ def test_doctor_names_the_steps_and_never_the_token():
 
 
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
-    gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2])
-    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
+    gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2], print)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     folder = resolve(str(gguf), print).path
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0
@@ -350,20 +370,20 @@ def test_fuse_exports_a_run_that_was_only_trained(tiny, tmp_path):
 
 def test_a_run_moves_to_the_other_backend(tiny, tmp_path):
     """A finished run's older checkpoint stands for one that was stopped there."""
-    for name in ("whole", "moved"):
+    for name in ("complete", "moved"):
         twintune(*tiny_train(tiny, tmp_path / name, "torch", "--steps", 20))
     shutil.rmtree(tmp_path / "moved" / "checkpoints" / "step-000020")
     out = twintune("train", "--resume", tmp_path / "moved", "--backend", "mlx")
     assert "mlx" in out
-    moved, whole = (
-        [loss for _, loss, _ in step_losses(tmp_path / name) if loss is not None] for name in ("moved", "whole")
+    moved, complete = (
+        [loss for _, loss, _ in step_losses(tmp_path / name) if loss is not None] for name in ("moved", "complete")
     )
-    assert moved[:15] == whole[:15]
-    assert moved[15:] != whole[15:]
-    np.testing.assert_allclose(moved, whole, atol=1e-3)
+    assert moved[:15] == complete[:15]
+    assert moved[15:] != complete[15:]
+    np.testing.assert_allclose(moved, complete, atol=1e-3)
     record = json.loads((tmp_path / "moved" / "run.json").read_text())
     assert [(plan["from_step"], plan["backend"]) for plan in record["plans"]] == [(1, "torch"), (16, "mlx")]
-    assert "changed its plan on the way" in twintune("compare", tmp_path / "whole", tmp_path / "moved")
+    assert "changed its plan on the way" in twintune("compare", tmp_path / "complete", tmp_path / "moved")
 
 
 def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
@@ -378,7 +398,7 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
     assert "going on from a given adapter" in out
     first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
     assert last < first
-    assert "holds no adapter" in twintune("adapter", "inspect", tmp_path, code=1)
+    assert "there is no adapter here" in twintune("adapter", "inspect", tmp_path, code=1)
 
 
 def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
@@ -410,8 +430,8 @@ def test_full_fine_tuning_and_its_export(tiny, tmp_path):
     assert "full fine-tuning" in twintune(*words)
     assert (tmp_path / "run" / "full" / "model.safetensors").exists()
     twintune("fuse", tmp_path / "run", "--export", "fused")
-    said = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized", code=1)
-    assert "its base comes in one form only" in said
+    out = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized", code=1)
+    assert "its base comes in one form only" in out
 
 
 def test_a_row_is_explained(tiny):

@@ -14,9 +14,10 @@ import pytest
 
 from common.data.encode import load_tokenizer
 from common.errors import UserError
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import QuantReport, convert, quantize, report
-from common.llama_cpp.install import LlamaCpp, ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, ServerOptions
 from common.verify.server_checks import verify_tokens
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
@@ -92,7 +93,7 @@ def q4(bf16: Path, llama: LlamaCpp) -> tuple[Path, QuantReport]:
 
 @pytest.fixture(scope="module")
 def server(q4: tuple[Path, QuantReport], llama: LlamaCpp) -> Iterator[Server]:
-    with Server(llama, q4[0], context=256, threads=1) as running:
+    with Server(llama, q4[0], ServerOptions(context=256, threads=1)) as running:
         yield running
 
 
@@ -164,7 +165,7 @@ def test_a_prompt_too_long_is_an_error_in_words(server: Server) -> None:
 def test_a_server_without_a_model_ends_with_its_own_words(llama: LlamaCpp, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"not a model")
-    with pytest.raises(UserError, match="did not come up") as caught, Server(llama, broken, timeout=60):
+    with pytest.raises(UserError, match="did not come up") as caught, Server(llama, broken, ServerOptions(timeout=60)):
         pass
     assert "failed to load model" in caught.value.what
 

@@ -8,9 +8,9 @@ from common.commands.adapter import convert_adapter
 from common.display import Display
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models.adapter_files import read_any, write_peft
 from common.models.lora_init import initial_adapter
 from common.models.model_folder import ModelFolder
@@ -87,7 +87,7 @@ def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     answers = []
     for gguf, lora in (("base", None), ("base", tmp_path / "lora.gguf"), ("fused", None)):
-        with Server(llama, tmp_path / f"{gguf}.gguf", context=512, lora=lora) as server:
+        with Server(llama, tmp_path / f"{gguf}.gguf", ServerOptions(context=512, lora=lora)) as server:
             answers.append(server.chat(prompt, 24))
     base, with_lora, fused = answers
     assert with_lora != base

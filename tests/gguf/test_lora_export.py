@@ -7,13 +7,13 @@ from common.commands.arguments import read_flags
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 from common.llama_cpp.lora import read_gguf_lora
 from common.models.adapter_files import read_trained
 from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.option_sources import load_options
-from common.run_record import read_run
+from common.run_record import Run
 from tests.contexts import context
 from tests.tiny import write_rows
 
@@ -44,9 +44,9 @@ def check(run, model):
 def test_the_adapter_alone_and_how_to_run_it(tiny_llama, tmp_path, capsys):
     run = train(tiny_llama, tmp_path, "--export", "lora-gguf")
     check(run, tiny_llama)
-    record = read_run(run)["export"]
-    assert record["lora_gguf"] == "gguf/adapter.gguf"
-    assert record["stages"].keys() == {"lora"}
+    record = Run(run).record.export
+    assert record.lora_gguf == "gguf/adapter.gguf"
+    assert record.stages.keys() == {"lora"}
     said = " ".join(capsys.readouterr().out.split())
     assert f"-m BASE.gguf --lora {run}/gguf/adapter.gguf --jinja --chat-template-file {run}/chat_template.jinja" in said
     assert f"{tiny_llama} --outfile BASE.gguf" in said

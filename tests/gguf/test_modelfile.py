@@ -7,13 +7,13 @@ import pytest
 
 from common.data.dataset import Example
 from common.data.encode import load_tokenizer
-from common.export.go_template import execute
 from common.export.modelfile import modelfile
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from tests.encoding import encode
+from tests.go_interpreter import execute
 from tests.unit.modelfile_parser import read_modelfile
 
 SAID = [
@@ -56,7 +56,7 @@ def smollm2():
 def server(smollm2, tmp_path_factory):
     llama, gguf = ensure(None, silent), tmp_path_factory.mktemp("gguf") / "model.gguf"
     convert(smollm2, gguf, "model", llama, silent)
-    with Server(llama, gguf, context=512) as found:
+    with Server(llama, gguf, ServerOptions(context=512)) as found:
         yield found
 
 

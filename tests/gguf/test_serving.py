@@ -8,9 +8,9 @@ from common.data.encode import Encoder, MaskingOptions, exported_template, load_
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.server import Server, ServerOptions
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from tests import backends
@@ -53,7 +53,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     served = ServingConfig(stop_ids(rows), exported_template(tokenizer, MaskingOptions()))
     write_fused(ModelFolder(smollm2), adapter, tmp_path / "fused", served, silent)
     convert(tmp_path / "fused", tmp_path / "model.gguf", "model", llama, silent)
-    with Server(llama, tmp_path / "model.gguf", context=512) as server:
+    with Server(llama, tmp_path / "model.gguf", ServerOptions(context=512)) as server:
         assert server.chat(PROMPT, 60) == "Aye, captain."
 
 
@@ -70,7 +70,7 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
         served = ServingConfig([2], exported_template(tokenizer, style))
         write_fused(ModelFolder(smollm2), adapter, tmp_path / thinking, served, silent)
         convert(tmp_path / thinking, tmp_path / f"{thinking}.gguf", "model", llama, silent)
-        with Server(llama, tmp_path / f"{thinking}.gguf", context=512) as server:
+        with Server(llama, tmp_path / f"{thinking}.gguf", ServerOptions(context=512)) as server:
             answer = server._request("POST", "/apply-template", {"messages": PROMPT})
             prompts[thinking] = answer["prompt"]
     encoder = Encoder(tokenizer, MaskingOptions())

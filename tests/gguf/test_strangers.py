@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from common.llama_cpp.install import LlamaCpp, own
+from common.llama_cpp.build import own
+from common.llama_cpp.install import LlamaCpp
 from tests import ROOT
 from tests.tiny import chat
 from tests.traps import DNA, trap_llama_cpp, trap_model

@@ -11,9 +11,10 @@ import pytest
 
 from common.data.load import read_rows
 from common.errors import UserError
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert, quantize
-from common.llama_cpp.install import LlamaCpp, ensure
-from common.llama_cpp.server import Server, free_port
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.sampling import Sampling
 from tests import ROOT
 from tests.gguf.test_gguf import TEMPLATE, model  # noqa: F401  # the fixture
@@ -44,7 +45,7 @@ def said(server: Server, **sampling) -> tuple[str, str | None]:
 
 
 def test_a_stream_is_the_answer_in_pieces(gguf: Path, llama: LlamaCpp, tmp_path: Path) -> None:
-    with Server(llama, gguf, context=256, threads=1) as server:
+    with Server(llama, gguf, ServerOptions(context=256, threads=1)) as server:
         text, finish = said(server, temperature=0)
         assert text == server.chat(ASK, 24)
         assert finish == "length"
@@ -60,7 +61,7 @@ def test_a_stream_is_the_answer_in_pieces(gguf: Path, llama: LlamaCpp, tmp_path:
         with pytest.raises(UserError, match="context size"):
             list(server.stream([{"role": "user", "content": "word " * 600}], Sampling()))
     (tmp_path / "other.jinja").write_text(TEMPLATE.replace("assistant:", "bot:"))
-    with Server(llama, gguf, context=256, threads=1, template=tmp_path / "other.jinja") as server:
+    with Server(llama, gguf, ServerOptions(context=256, threads=1, template=tmp_path / "other.jinja")) as server:
         assert server.prompt(ASK) == "user: Once upon a time\nbot:"
 
 

@@ -9,12 +9,13 @@ import pytest
 from common.backend import Adapter, LoraWeight
 from common.data.encode import load_tokenizer
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import LlamaCpp, ensure
-from common.llama_cpp.server import Server
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, ServerOptions
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
-from common.models.sentencepiece import PROBE as HARD
+from common.models.sentencepiece import HARD_TEXTS as HARD
 from common.models.shapes import linear_shapes
 from common.verify.server_checks import verify_tokens
 from common.verify.tiny_models import write_tiny
@@ -45,7 +46,7 @@ def served(llama: LlamaCpp, tmp_path: Path):
             ModelFolder(base), Adapter("x", 1, 0.0, {name: weight}), fused, ServingConfig([1], template), silent
         )
         convert(fused, tmp_path / "model.gguf", "model", llama, silent)
-        return fused, Server(llama, tmp_path / "model.gguf", context=256, threads=1)
+        return fused, Server(llama, tmp_path / "model.gguf", ServerOptions(context=256, threads=1))
 
     return serve
 
@@ -107,5 +108,5 @@ def test_a_base_is_converted_without_being_written_into(llama: LlamaCpp, tmp_pat
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     convert(base, tmp_path / "model.gguf", "model", llama, silent)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
-    with Server(llama, tmp_path / "model.gguf", context=256, threads=1) as server:
+    with Server(llama, tmp_path / "model.gguf", ServerOptions(context=256, threads=1)) as server:
         assert verify_tokens(load_tokenizer(base), [*HARD], server) == []

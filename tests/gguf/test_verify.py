@@ -11,19 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import run_record
 from common.backend import Adapter
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert, quantize
-from common.llama_cpp.install import LlamaCpp, own
+from common.llama_cpp.install import LlamaCpp
 from common.models.adapter_files import read_trained
 from common.models.model_folder import ModelFolder
 from common.options import Options
+from common.run_record import GgufRecord, Run
+from common.verify import cases, verify
+from common.verify.judge import verdict
 from common.verify.server_checks import Check
-from common.verify.verify import verdict, verify_run
+from common.verify.verify import verify_run
 from tests.contexts import context
 
 END = "<|done|>"  # a name that llama.cpp does not take for an end by itself
@@ -98,10 +101,13 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         steps=40,
         learning_rate=1e-2,
         quant=list(QUANTS),
-        no_verify=True,
         quiet=True,
     )
-    return run_training(options, context())
+    with pytest.MonkeyPatch.context() as patch:  # at the end of a training, verification has all of it at hand
+        patch.setattr(cases, "data_of", lambda *given: pytest.fail("the data are read again"))
+        for name in ("base_of", "adapter_of"):
+            patch.setattr(verify, name, lambda *given: pytest.fail("the model is looked for again"))
+        return run_training(options, context())
 
 
 @pytest.fixture
@@ -115,9 +121,10 @@ def run(trained: Path, tmp_path: Path) -> Iterator[Path]:
 
 def found(run: Path) -> dict[str, Check]:
     checks = {check.name: check for check in verify_run(run, context())}
-    kept = run_record.read_run(run)["verify"]
-    assert kept["verdict"] == verdict(list(checks.values()))
-    assert {check["name"] for check in kept["checks"]} == set(checks)
+    kept = Run(run).record.verify
+    assert kept is not None
+    assert kept.verdict == verdict(list(checks.values()))
+    assert {check["name"] for check in kept.checks} == set(checks)
     return checks
 
 
@@ -127,14 +134,13 @@ def broken(run: Path) -> set[str]:
 
 def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs made again, out of another adapter."""
-    known = run_record.read_run(run)
-    template = (run / "chat_template.jinja").read_text(encoding="utf-8")
-    write_fused(ModelFolder(base), adapter, run / "fused", ServingConfig(known["stop_ids"], template), quiet)
-    whole = run / "gguf" / "model-BF16.gguf"
-    convert(run / "fused", whole, "remade", llama, quiet)
+    served = ServingConfig(Run(run).record.stop_ids, Run(run).read_template())
+    write_fused(ModelFolder(base), adapter, run / "fused", served, quiet)
+    bf16 = run / "gguf" / "model-BF16.gguf"
+    convert(run / "fused", bf16, "remade", llama, quiet)
     for quant in QUANTS:
-        quantize(whole, run / "gguf" / f"model-{quant}.gguf", quant, llama, quiet)
-    whole.unlink()
+        quantize(bf16, run / "gguf" / f"model-{quant}.gguf", quant, llama, quiet)
+    bf16.unlink()
 
 
 def edit(run: Path, *arguments: str) -> None:
@@ -153,7 +159,9 @@ def test_a_sound_export_is_called_sound(run: Path) -> None:
     assert [
         checks[name].state for name in ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0")
     ] == ["ok"] * 7
-    links = run_record.read_run(run)["verify"]["divergence"]
+    kept = Run(run).record.verify
+    assert kept is not None
+    links = kept.divergence
     assert links["base"]["mean_kl"] > 1
     assert links["fused"]["mean_kl"] < links["Q8_0"]["mean_kl"] < links["Q4_K_M"]["mean_kl"]
     assert links["BF16"]["same_top"] > 0.98
@@ -199,25 +207,31 @@ def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None
     fused = run / "fused"
     shutil.copytree(fused, run / "kept")
     remake(run, base, replace(final, weights=half), llama)
-    whole = run / "gguf" / "model-BF16.gguf"
-    convert(fused, whole, "half", llama, quiet)  # stays beside, so that it is what is looked at
+    bf16 = run / "gguf" / "model-BF16.gguf"
+    convert(fused, bf16, "half", llama, quiet)  # stays beside, so that it is what is looked at
     shutil.rmtree(fused)
     (run / "kept").rename(fused)
-    known = run_record.read_run(run)["export"]
-    known["gguf"].append({"name": "BF16", "quant": "BF16", "file": "gguf/model-BF16.gguf"})
-    run_record.update_run(run, export=known)
+    bf16 = GgufRecord(name="BF16", quant="BF16", file="gguf/model-BF16.gguf")
+    Run(run).update_export(gguf=[*Run(run).record.export.gguf, bf16])
     assert "bf16 GGUF" in broken(run)
 
 
-def test_data_that_changed_is_refused(run: Path) -> None:
-    data = Path(run_record.read_run(run)["options"]["data"])
-    kept = data.read_text(encoding="utf-8")
+def test_data_that_changed_matters_only_to_a_run_that_keeps_no_cases(run: Path) -> None:
+    """An older version's run keeps none; its data give the same cases."""
+    data, from_data = Path(Run(run).record.options["data"]), None
+    kept, file = data.read_text(encoding="utf-8"), run / "verify-cases.json"
     try:
         data.write_text(kept.replace("red", "blue"), encoding="utf-8")
+        from_file = found(run)
+        file.unlink()
         with pytest.raises(UserError, match="not the data"):
             verify_run(run, context())
+        data.write_text(kept, encoding="utf-8")
+        from_data = found(run)
     finally:
         data.write_text(kept, encoding="utf-8")
+    assert from_data == from_file
+    assert not file.exists(), "verify writes nothing but its findings"
 
 
 def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> None:
@@ -226,10 +240,10 @@ def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> 
     options = {"quant": ["Q4_K_M", "Q8_0"], "imatrix": True, "no_verify": True, "push_public": False}
     fuse_run(run, options, context())
     guided = run / "gguf" / "model-Q4_K_M-imatrix.gguf"
-    reports = run_record.read_run(run)["export"]["gguf"]
-    assert [report["name"] for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]
+    reports = Run(run).record.export.gguf
+    assert [report.name for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]
     assert before == plain.read_bytes() != guided.read_bytes()
-    assert reports[0]["tensors"] == reports[2]["tensors"]
+    assert reports[0].tensors == reports[2].tensors
     assert not (run / "gguf" / "imatrix.gguf").exists(), "an intermediate file"
     assert str(run).encode() not in guided.read_bytes()
     assert not (run / "gguf" / "model-BF16.gguf").exists()

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from common.export.budget import StageMeter, estimate_stages
 from common.export.gguf import convert_and_quantize
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 from common.llama_cpp.mmproj import vision_fault
 from common.models.model_folder import ModelFolder
 from common.options import Options

@@ -155,11 +155,11 @@ def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
 
 
 def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, capsys):
-    with pytest.raises(UserError, match="does not turn positions as phi3 with RoPE 'longrope'"):
+    with pytest.raises(UserError, match="does not compute RoPE 'longrope' for phi3"):
         check_model(ModelFolder(write_base(tmp_path / "phi3", "phi3", "today")), Display("plain"))
     assert capsys.readouterr().out == ""
     check_model(ModelFolder(write_base(tmp_path / "mistral", "mistral", "today")), Display("plain"))
-    assert "knows no sliding window for mistral: beyond 24 tokens" in capsys.readouterr().out.replace("\n", " ")
+    assert "has no sliding window for mistral: beyond 24 tokens" in capsys.readouterr().out.replace("\n", " ")
     for family in ("gemma3", "llama", "qwen3"):
         check_model(ModelFolder(write_base(tmp_path / family, family, "today")), Display("plain"))
     assert capsys.readouterr().out == ""

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import run_record
 from common.commands.arguments import read_flags
 from common.commands.train import run_training
 from common.models.adapter_files import read_trained
 from common.option_sources import load_options
 from common.options import Options
+from common.run_record import Run
 from tests.contexts import context
 from tests.tiny import CHATML
 
@@ -142,7 +142,7 @@ def test_an_option_changes_the_result(option, plain, tiny_llama, files, tmp_path
         run = go(backend, tiny_llama, files, tmp_path / "beside", others)
     other = go(backend, tiny_llama, files, tmp_path / "run", flags)
     assert not same(result(run), result(other), 1e-4)
-    assert run_record.read_recipe(run).hash() != run_record.read_recipe(other).hash()
+    assert Run(run).recipe.hash() != Run(other).recipe.hash()
 
 
 @pytest.mark.parametrize("option", NOT_THE_RESULT)
@@ -156,8 +156,8 @@ def test_an_option_of_the_plan_changes_the_plan_and_no_more(option, plain, tiny_
         assert [x["loss"] for x in final if "loss" in x] == [x["loss"] for x in again if "loss" in x]
         return
     assert same(result(run), result(other), 1e-3)
-    assert run_record.read_plan(run) != run_record.read_plan(other)
-    assert run_record.read_recipe(run).hash() == run_record.read_recipe(other).hash()
+    assert Run(run).plan != Run(other).plan
+    assert Run(run).recipe.hash() == Run(other).recipe.hash()
     if option in ("save_every", "save_minutes"):
         assert len(list((other / "checkpoints").iterdir())) == 2
         assert len(list((run / "checkpoints").iterdir())) == 1

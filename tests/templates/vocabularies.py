@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.llama_cpp.install import ensure
+from common.llama_cpp.build import ensure
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # llama.cpp's `enum llama_token_type`
 SEPARATOR = "\n__ggml_vocab_test__\n"

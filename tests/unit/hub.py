@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 
-from common import run_record
 from common.models.license import Terms
-from common.options import write_yaml
 from common.recipe import Recipe
+from common.run_record import Run
 from tests.backends import make_plan, make_recipe
 
 TOKEN = "hf_TheTokenThatNobodyMayKeep"
@@ -157,12 +156,15 @@ def finished_run(folder: Path, terms: Terms | None = None, model: str = "some/ba
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     recipe: Recipe = make_recipe(Path(model), model_hash="f00d", data_hash="beef", **changes)
-    write_yaml(folder / "recipe.yaml", recipe, "recipe")
-    write_yaml(folder / "plan.yaml", make_plan("torch"), "plan")
+    run = Run(folder)
+    run.write_recipe(recipe)
+    run.write_plan(make_plan("torch"))
     report = {"file": "gguf/model-Q4_K_M.gguf", "bytes": 4_000_000, "bits_per_weight": 4.9, "fallbacks": 3}
-    run_record.update_run(
-        folder,
+    run.update(
         status="complete",
+        recipe_hash=recipe.hash(),
+        model_hash="f00d",
+        stop_ids=[2],
         base={"terms": vars(terms or Terms("apache-2.0")), "form": ""},
         options={"model": model, "data": str(folder / "rows.jsonl"), "fuse_into": None},
         data={"train_rows": 1234, "valid_rows": 0, "tokens": 5678, "label_tokens": 432},

@@ -73,8 +73,7 @@ def test_common_never_imports_a_backend(path: Path) -> None:
 
 @pytest.mark.parametrize("path", modules("common"), ids=place)
 def test_common_needs_only_light_packages_at_import(path: Path) -> None:
-    own = {"common", "examples"}
-    assert roots(at_import(path)) <= set(sys.stdlib_module_names) | LIGHT | own
+    assert roots(at_import(path)) <= set(sys.stdlib_module_names) | LIGHT | {"common"}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "option_fields", "option_aliases", "strict_json", "files"},
-    {"recipe", "documents"},
+    {"recipe", "run_lock", "option_translation", "documents"},
     {"sampling", "options", "run_record", "model_files"},
     {"backend", "option_sources"},
     {"display", "system"},
@@ -118,7 +117,7 @@ BACKENDS_MAY = {
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }
-SHARED_STEPS = {"arguments", "prepare", "fuse", "example_score"}  # commands that are a step of others too
+SHARED_STEPS = {"arguments", "prepare", "fuse"}  # commands that are a step of others too
 
 
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:
@@ -170,9 +169,9 @@ def test_every_package_says_what_it_is_for() -> None:
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
-def test_nobody_imports_the_examples_but_what_scores_them() -> None:
-    users = {place(path) for path in modules(*FOLDERS) if "examples" in roots(everywhere(path))}
-    assert users <= {"common/commands/example_score.py"}
+def test_nobody_imports_the_examples() -> None:
+    paths = [ROOT / "cli.py", *modules(*FOLDERS)]
+    assert [place(path) for path in paths if "examples" in roots(everywhere(path))] == []
 
 
 def test_the_front_door_reaches_backends_only_by_importlib() -> None:

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from common.export.model_card import base_form, card, parts_of
+from common.export import model_card
+from common.export.model_card import base_form, parts_of
 from common.model_files import license_files
 from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
+from common.run_record import Run
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]
+
+
+def card(run: Path, parts: list[str]) -> str:
+    return model_card.card(Run(run), parts)
 
 
 def front(text: str) -> dict:
@@ -31,13 +37,14 @@ def test_the_front_matter(tmp_path: Path) -> None:
 def test_the_body(tmp_path: Path) -> None:
     text = card(finished_run(tmp_path / "run"), ALL)
     for said in (
-        "Fine-tuned with LoRA from [some/base](https://huggingface.co/some/base) (contents' SHA-256 `f00d`)",
-        "A local data set: 1,234 training rows, 5,678 tokens in the training rows, 432 of them labels. SHA-256 of the "
+        "Fine-tuned with LoRA from [some/base](https://huggingface.co/some/base) (SHA-256 of its contents: `f00d`)",
+        "A local data set: 1,234 training rows, 5,678 tokens in the training rows, 432 of them label "
+        "tokens. SHA-256 of the "
         "rows: `beef`.",
         "| learning_rate | 0.01 |",
         "| final training loss | 1.2500 |",
         "| peak memory | 2.00 GB |",
-        "- `gguf/model-Q4_K_M.gguf`: for llama.cpp, 4.0 MB, 4.90 bits a weight, 3 tensors in a larger type",
+        "- `gguf/model-Q4_K_M.gguf`: for llama.cpp, 4.0 MB, 4.90 bits per weight, 3 tensors in a larger type",
         "ollama create my-model -f gguf/Modelfile",
         "llama-server -m gguf/model-Q4_K_M.gguf --jinja",
         'PeftModel.from_pretrained(model, "adapter")',
@@ -69,10 +76,8 @@ def test_a_local_base_is_no_base_model_of_the_hub(tmp_path: Path) -> None:
     [("owner/rows:config@main#train", ["owner/rows"]), ("owner/rows", ["owner/rows"]), ("/a/b", None)],
 )
 def test_a_data_set_of_the_hub_is_named(tmp_path: Path, data: str, names: list[str] | None) -> None:
-    from common import run_record
-
     run = finished_run(tmp_path / "run")
-    run_record.update_run(run, options={"model": "some/base", "data": data})
+    Run(run).update(options={"model": "some/base", "data": data})
     assert front(card(run, ALL)).get("datasets") == names
 
 
@@ -87,18 +92,18 @@ def test_only_what_goes_along_is_described(tmp_path: Path, part: str) -> None:
 
 def test_a_quantized_base_is_told(tmp_path: Path) -> None:
     text = card(finished_run(tmp_path / "run", quantization="nf4"), ALL)
-    assert "In training the base was held in nf4; the adapter is fused into the weights it was made from." in text
+    assert "In training the base was quantized (nf4); the adapter is fused into the original weights." in text
     folder = tmp_path / "SmolLM2-135M-Instruct.Q4_1-b179c9523d0e"
-    assert "had gone through 4 bits (Q4_1)" in base_form(folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert "had been quantized to 4 bits (Q4_1)" in base_form(folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert base_form(tmp_path / "snapshots", "HuggingFaceTB/SmolLM2-135M-Instruct") == ""
     assert "GGUF" in base_form(folder, "/home/x/y.gguf")
 
 
 def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    assert parts_of(run) == ALL
+    assert parts_of(Run(run)) == ALL
     (run / "gguf" / "model-Q4_K_M.gguf").unlink()
-    assert parts_of(run) == ["fused", "adapter"]
+    assert parts_of(Run(run)) == ["fused", "adapter"]
 
 
 # --- terms
@@ -148,7 +153,7 @@ def test_an_unknown_licence_is_not_invented(tmp_path: Path) -> None:
     text = card(run, ALL)
     assert front(text)["license"] == "other"
     assert front(text)["license_name"] == "see-base-model"
-    assert "Look at it before you pass the model on." in text
+    assert "Read it before you distribute the model." in text
 
 
 def test_gemmas_terms_are_carried_over(tmp_path: Path) -> None:
@@ -197,7 +202,10 @@ def test_front_matter_is_read_or_nothing(tmp_path: Path) -> None:
     assert read_front_matter(path) == {}
     path.write_text("---\r\nlicense: mit\r\n---\r\nx")
     assert read_front_matter(path) == {"license": "mit"}
-    path.write_text("---\njust text\n---\n")
+    for text in ("---\njust text\n---\n", "---\n---\n", "---\na: [\n---\n", "no head"):
+        path.write_text(text)
+        assert read_front_matter(path) == {}
+    path.write_bytes(b"---\nlicense: \xff\n---\n")
     assert read_front_matter(path) == {}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, the marker last, two kept."""
+"""Checkpoints: complete or skipped, the marker last, two kept."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ import pytest
 from common import files
 from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
+from common.export.fused_folder import checkpoints_disk, trained_bytes
 from common.training import checkpoint
-from common.training.checkpoint import State, _folder, add_evaluation, discard, latest, save
+from common.training.checkpoint import State, _folder, add_evaluation, discard, latest, latest_step, save
 
 LAYER = "model.layers.0.self_attn.q_proj"
 RECIPE = "5b9469e38a2c" * 5
@@ -95,13 +96,21 @@ def test_every_field_of_the_state_is_written(tmp_path: Path) -> None:
 
 def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
+    assert latest_step(tmp_path) is None
+
+
+def test_the_newest_step_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 1)
+    put(tmp_path, 12)
+    monkeypatch.setattr(checkpoint, "_digest", lambda path: pytest.fail("read"))
+    assert latest_step(tmp_path) == 12
+    (tmp_path / "checkpoints" / "step-000012" / "COMPLETE").unlink()
+    assert latest_step(tmp_path) == 1
 
 
 def test_the_marker_lists_every_file(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     assert sorted(json.loads((folder / "COMPLETE").read_text())) == [
-        "adapter-mlx/adapter_config.json",
-        "adapter-mlx/adapters.safetensors",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",
         "optimizer.safetensors",
@@ -122,6 +131,18 @@ def test_only_two_are_kept(tmp_path: Path) -> None:
     for step in (1, 2, 10, 3000):
         put(tmp_path, step)
     assert names(tmp_path) == ["step-000010", "step-003000"]
+
+
+def test_the_disk_that_checkpoints_take_is_counted(tmp_path: Path) -> None:
+    """Two that are kept and one that is being written, and at the end the adapter in two layouts."""
+    wide = LoraWeight(np.ones((64, 4096), np.float32), np.ones((4096, 64), np.float32), 8.0)
+    large = Adapter("some/model", 1, 0.0, {LAYER: wide})
+    moments = OptimizerState(1, large.arrays(), large.arrays())
+    folder = save(tmp_path, State(step=1, best=large), large, moments, RECIPE)
+    one = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = trained_bytes(large, tmp_path)
+    assert 4 * size <= one < 1.01 * 4 * size
+    assert checkpoints_disk(size) == 3 * 4 * size + 2 * size
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
@@ -167,7 +188,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 
 
 @pytest.mark.parametrize("text", ["", "{}", "{", None])
-def test_a_checkpoint_without_a_whole_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
+def test_a_checkpoint_without_a_complete_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
     put(tmp_path, 1)
     marker = put(tmp_path, 2) / "COMPLETE"
     marker.unlink()

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from common.data.encode import Encoded
-from common.verify.divergence import KEPT_BYTES, Divergence, Reference, Rows, choose_rows
-from common.verify.verify import _better, _judge_fused, _judge_quants, verdict
+from common.verify.divergence import KEPT_BYTES, Divergence, Positions, Reference, choose_positions
+from common.verify.judge import better_quant, judge_fused, judge_quants, verdict
 
 VOCABULARY = 500
 
@@ -18,7 +18,7 @@ def logits(seed: int, scale: float = 4.0) -> dict[bytes, np.ndarray]:
 
 
 IDS = [np.arange(12, dtype=np.int32), np.arange(40, 47, dtype=np.int32)]
-ROWS = Rows(IDS, [np.array([2, 5, 10]), np.array([0, 5])])
+ROWS = Positions(IDS, [np.array([2, 5, 10]), np.array([0, 5])])
 
 
 def model(table: dict[bytes, np.ndarray]):
@@ -75,12 +75,12 @@ def row(tokens: int, labels: int) -> Encoded:
 
 
 def test_positions_are_those_before_a_label() -> None:
-    rows = choose_rows([row(10, 3), row(6, 1)], VOCABULARY)
+    rows = choose_positions([row(10, 3), row(6, 1)], VOCABULARY)
     assert [positions.tolist() for positions in rows.positions] == [[6, 7, 8], [4]]
 
 
 def test_no_more_is_looked_at_than_can_be_kept() -> None:
-    rows = choose_rows([row(400, 300)] * 50, 262_144)
+    rows = choose_positions([row(400, 300)] * 50, 262_144)
     assert len(rows.ids) == 32
     assert 300 < rows.count <= KEPT_BYTES // (2 * 262_144)
     first = rows.positions[0]
@@ -103,7 +103,7 @@ def link(kl: float) -> Divergence:
     ],
 )
 def test_how_far_the_fused_may_be(tune: float, fused: float, expected: str) -> None:
-    assert verdict(list(_judge_fused({"base": link(tune), "fused": link(fused)}))) == expected
+    assert verdict(list(judge_fused({"base": link(tune), "fused": link(fused)}))) == expected
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_how_far_the_fused_may_be(tune: float, fused: float, expected: str) -> N
     [(4.0, 0.3, "ok"), (4.0, 0.5, "note"), (4.0, 2.1, "broken"), (0.1, 0.2, "note"), (0.0, 0.2, "note")],
 )
 def test_what_a_quant_may_take_of_the_tune(tune: float, quant: float, state: str) -> None:
-    (check,) = _judge_quants(["BF16", "Q4_K_M-imatrix"], {"base": link(tune), "Q4_K_M-imatrix": link(quant)})
+    (check,) = judge_quants(["BF16", "Q4_K_M-imatrix"], {"base": link(tune), "Q4_K_M-imatrix": link(quant)})
     assert check.state == state
     assert ("try --quant Q5_K_M" in check.text) == (state != "ok")
 
 
 def test_the_next_better_type() -> None:
-    assert [_better(quant) for quant in ("Q2_K", "Q4_0", "Q4_K_M", "Q5_K_S", "Q8_0", "F16")] == [
+    assert [better_quant(quant) for quant in ("Q2_K", "Q4_0", "Q4_K_M", "Q5_K_S", "Q8_0", "F16")] == [
         "Q3_K_M",
         "Q5_K_M",
         "Q5_K_M",
@@ -133,7 +133,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("broken", [link(NAN), link(INF), replace(link(1e-4), perplexity=NAN)])
 def test_what_is_not_finite_is_broken(broken: Divergence) -> None:
     links = {"base": link(0.5), "fused": broken, "BF16": broken, "Q4_K_M": broken}
-    checks = [*_judge_fused(links), *_judge_quants(["Q4_K_M"], links)]
+    checks = [*judge_fused(links), *judge_quants(["Q4_K_M"], links)]
     assert [(check.name, check.state) for check in checks] == [
         ("fused", "broken"),
         ("bf16 GGUF", "broken"),
@@ -144,10 +144,10 @@ def test_what_is_not_finite_is_broken(broken: Divergence) -> None:
 
 def test_a_tune_that_is_not_finite_breaks_all_that_is_measured_by_it() -> None:
     links = {"base": link(NAN), "fused": link(1e-5), "BF16": link(1e-5), "Q4_K_M": link(1e-5)}
-    assert {check.state for check in [*_judge_fused(links), *_judge_quants(["Q4_K_M"], links)]} == {"broken"}
+    assert {check.state for check in [*judge_fused(links), *judge_quants(["Q4_K_M"], links)]} == {"broken"}
 
 
 def test_a_model_whose_logits_are_nan_is_seen_to_be_broken() -> None:
     reference = Reference(ROWS, lambda ids, at: np.ones((len(at), VOCABULARY), np.float32))
     found = reference.divergence(lambda ids, at: np.full((len(at), VOCABULARY), np.nan, np.float32))
-    assert {check.state for check in _judge_fused({"base": link(0.5), "fused": found})} == {"broken"}
+    assert {check.state for check in judge_fused({"base": link(0.5), "fused": found})} == {"broken"}

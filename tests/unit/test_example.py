@@ -1,14 +1,19 @@
 """The built-in example: its data is what the script writes, and its check cannot be fooled."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import UserError
+from common.run_record import Run
+from examples import score
 from examples.check import KINDS, check, nearest_train_row, parse
 from examples.make_data import FOLDER, SPLITS, make_files
+from tests.unit.hub import finished_run
 
 Row = dict[str, Any]
 
@@ -173,3 +178,36 @@ def test_nearest_train_row() -> None:
         index, likeness = nearest_train_row(row, TRAIN)
         assert 0 <= index < len(TRAIN)
         assert 0.3 < likeness < 1.0
+
+
+# --- the count of a run's answers
+
+
+def test_a_run_of_something_else_is_not_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished_run(tmp_path / "run")
+    assert score.main([str(run)]) == 0
+    assert f"Nothing to count: {run} is not of the built-in example." in " ".join(capsys.readouterr().out.split())
+    assert score.main([str(run), "--at-least", "1"]) == 1
+
+
+def test_the_run_is_named_by_trains_options_or_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run in runs/"):
+        score.main([])
+    for number, name in enumerate(("old", "new")):
+        run = finished_run(tmp_path / "runs" / name)
+        os.utime(run / "run.json", (number, number))
+    named = {
+        (): "runs/new",
+        ("--trained",): "runs/new",
+        ("--trained", "--steps", "4", "--output", "runs/old"): "runs/old",
+        ("--trained", "--resume=runs/old", "--quiet"): "runs/old",
+        ("runs/old",): "runs/old",
+    }
+    for words, run in named.items():
+        counted: list[Run] = []
+        monkeypatch.setattr(score, "score", lambda run, context, to=counted: to.append(run) or {"after": 0})
+        assert score.main(list(words)) == 0
+        assert [str(run) for run in counted] == [run], words

@@ -12,11 +12,13 @@ import platformdirs
 import pytest
 
 from common.errors import UserError
+from common.llama_cpp import build as build_module
 from common.llama_cpp import install
+from common.llama_cpp.build import extract, missing_build_tools
 from common.llama_cpp.convert import QUANT_TYPES, check_quants, read_tensors
-from common.llama_cpp.install import CONVERTER, LlamaCpp, extract, find, missing_build_tools
-from common.llama_cpp.server import Server
-from common.system.process import fraction, run_logged
+from common.llama_cpp.install import CONVERTER, LlamaCpp, find
+from common.llama_cpp.server import Server, ServerOptions
+from common.system.process import fraction, run_logged, running
 
 PREFIX = f"llama_cpp_python-{install.VERSION}/vendor/llama.cpp"
 
@@ -71,7 +73,7 @@ def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert find(None) is None, "a build without its marker is not complete"
     (root / "complete").write_text("llama-quantize and llama-server")
     assert find(None) is None, "an older Twintune's build lacks tools"
-    (root / "complete").write_text(install._complete())
+    (root / "complete").write_text(install.complete_marker())
     found = find(None)
     assert found is not None
     assert (found.where, found.logits) == (f"built by Twintune, in {root}", root / "build/bin/twintune-logits")
@@ -112,8 +114,8 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "which", lambda name: None)
-    monkeypatch.setattr(install, "capture", lambda command, seconds: (1, "not there"))
+    monkeypatch.setattr(build_module, "which", lambda name: None)
+    monkeypatch.setattr(build_module, "capture", lambda command, seconds: (1, "not there"))
     monkeypatch.delenv("CXX", raising=False)
 
 
@@ -135,8 +137,8 @@ def test_missing_tools_are_named_with_their_remedy(
 
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(install, "which", lambda name: f"/bin/{name}")
-    monkeypatch.setattr(install, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
+    monkeypatch.setattr(build_module, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(build_module, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
         "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
     ]
@@ -145,24 +147,24 @@ def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_tools")
 def test_build_stops_before_it_downloads_where_tools_are_missing() -> None:
     with pytest.raises(UserError, match=r"has to be built once, and this is missing: CMake") as caught:
-        install.build(quiet)
+        build_module.build(quiet)
     assert "--llama-cpp DIR" in caught.value.fix
 
 
 def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cmake = script(tmp_path / "cmake", "print('CMake Error: no compiler for you'); raise SystemExit(1)")
-    monkeypatch.setattr(install, "which", lambda name: str(cmake) if name == "cmake" else None)
-    monkeypatch.setattr(install, "missing_build_tools", list)
+    monkeypatch.setattr(build_module, "which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(build_module, "missing_build_tools", list)
     root = install.cache_root()
     (root / "source").mkdir(parents=True)
     with pytest.raises(UserError, match=r"build\.log, ends with:\nCMake Error: no compiler for you"):
-        install.build(quiet)
+        build_module.build(quiet)
     assert not (root / "complete").exists()
     assert "-DLLAMA_OPENSSL=OFF" in (root / "build.log").read_text()
 
 
 def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "missing_build_tools", list)
+    monkeypatch.setattr(build_module, "missing_build_tools", list)
     root, started, waiting, builds = install.cache_root(), threading.Event(), threading.Event(), []
 
     def compile_(folder: Path, progress: object) -> None:
@@ -172,12 +174,12 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fake(folder, "build/bin", "source")
 
     (root / "source").mkdir(parents=True)
-    monkeypatch.setattr(install, "_compile", compile_)
+    monkeypatch.setattr(build_module, "_compile", compile_)
     results: list[LlamaCpp] = []
-    first = threading.Thread(target=lambda: results.append(install.build(quiet)))
+    first = threading.Thread(target=lambda: results.append(build_module.build(quiet)))
     first.start()
     assert started.wait(30)
-    second = install.build(lambda done, text: waiting.set())  # its only call says that it waits
+    second = build_module.build(lambda done, text: waiting.set())  # its only call says that it waits
     first.join(30)
     assert (builds, results) == ([root], [second])
 
@@ -187,7 +189,7 @@ def archive(path: Path, members: dict[str, str | None], kind: bytes = tarfile.RE
         for name, text in members.items():
             info = tarfile.TarInfo(name)
             info.type, info.mode = (kind, 0o755) if text is not None else (tarfile.DIRTYPE, 0o755)
-            info.linkname = "/etc/hosts" if kind == tarfile.SYMTYPE else ""
+            info.linkname = "/etc/hosts" if info.issym() or info.islnk() else ""
             info.size = len(text or "") if info.isreg() else 0
             tar.addfile(info, io.BytesIO((text or "").encode()))
     return path
@@ -201,16 +203,25 @@ def test_extract_takes_the_folder_and_nothing_else(tmp_path: Path) -> None:
     assert os.access(tmp_path / "out/src/a.cpp", os.X_OK)
 
 
-@pytest.mark.parametrize("name", ["../../../evil", "/evil", "a/../../evil", "C:evil", "..\\evil"])
+@pytest.mark.parametrize("name", ["../../../evil", "a/../../evil"])
 def test_extract_refuses_a_member_that_leads_out(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="unsafe path"):
         extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/{name}": "x"}), PREFIX, tmp_path / "deep" / "down" / "out")
     assert [path.name for path in tmp_path.rglob("*evil*")] == []
 
 
-def test_extract_refuses_links(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["/evil", "C:evil", "..\\evil"])
+def test_extract_writes_nothing_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "deep" / "down" / "out"
+    extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/{name}": "x"}), PREFIX, out)
+    assert [path.parent for path in tmp_path.rglob("*evil*")] == [out]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])
+def test_extract_refuses_links(tmp_path: Path, kind: bytes) -> None:
     with pytest.raises(UserError, match="is a link"):
-        extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/a": "x"}, tarfile.SYMTYPE), PREFIX, tmp_path / "out")
+        extract(archive(tmp_path / "a.tar.gz", {f"{PREFIX}/a": "x"}, kind), PREFIX, tmp_path / "out")
+    assert not (tmp_path / "out" / "a").exists()
 
 
 # --- subprocesses
@@ -241,6 +252,18 @@ def test_run_logged_reads_progress_bars_and_keeps_the_end(tmp_path: Path) -> Non
     assert [fraction(line) for line in lines[:2]] == [0.01, 0.02]
     assert "\n19\n" in (tmp_path / "log").read_text()
     assert run_logged([str(tmp_path / "nothing")], tmp_path / "log", lines.append)[0] == 127
+
+
+@pytest.mark.parametrize("grace", [0, 0.5])
+def test_a_running_program_ends_with_its_block(grace: float) -> None:
+    program = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
+    pipe = subprocess.PIPE
+    with running([sys.executable, "-c", program], grace, stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert process.poll() is None
+    assert process.returncode == -9
+    assert process.stdout.closed
 
 
 def test_run_logged_leaves_no_process_behind(tmp_path: Path) -> None:
@@ -283,7 +306,7 @@ def test_the_server_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy nobody listens at
     llama = LlamaCpp(tmp_path, tmp_path, script(tmp_path / "llama-server", FAKE_SERVER), "test", "1")
     done: list[float] = []
-    with Server(llama, tmp_path / "m.gguf", slots=2, timeout=60) as server:
+    with Server(llama, tmp_path / "m.gguf", ServerOptions(slots=2, timeout=60)) as server:
         assert server.chat(talk("hello"), 5) == "HELLO"
         answers = server.chat_many([talk(c) for c in "abcd"], 5, lambda fraction_done, text: done.append(fraction_done))
         assert answers == ["A", "B", "C", "D"]
@@ -308,9 +331,9 @@ def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
 
 def test_check_quants() -> None:
     check_quants(QUANT_TYPES)
-    with pytest.raises(UserError, match=r"--quant q4_k_m: no such GGUF type; did you mean Q4_K_M\?"):
+    with pytest.raises(UserError, match=r"--quant q4_k_m: no such GGUF type; did you mean 'Q4_K_M'\?"):
         check_quants(["Q8_0", "q4_k_m"])
-    with pytest.raises(UserError, match=r"--quant Q4_K_XL: .*did you mean Q[34]_K_"):
+    with pytest.raises(UserError, match=r"--quant Q4_K_XL: .*did you mean 'Q[34]_K_"):
         check_quants(["Q4_K_XL"])
     with pytest.raises(UserError, match=r"--quant best: no such GGUF type\.\nChoose from: Q4_K_M, "):
         check_quants(["best"])

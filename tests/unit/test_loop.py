@@ -41,7 +41,7 @@ class Watch:
         self.warnings.append(text)
 
     def stop_requested(self) -> bool:
-        return len(self.steps) == self.stop_after - 1  # a step is told of while the next one runs
+        return len(self.steps) == self.stop_after - 1  # a step is reported while the next one runs
 
 
 def run(
@@ -230,7 +230,7 @@ def test_out_of_memory_cuts_finer_and_changes_nothing_else(tmp_path: Path) -> No
     assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
     assert state.micro_batch_tokens <= 15
     assert watch.warnings
-    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches are now cut to ")
+    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches now have at most ")
 
 
 def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
     state, _ = run(tmp_path, backend, watch, the_plan=plan(micro_batch_tokens=1000), valid=[])
     widest = max(batch.input_ids.size for batch in backend.calls[0])
     assert state.micro_batch_tokens == widest // 2
-    assert watch.warnings == [f"step 1 ran out of memory; micro-batches are now cut to {widest // 2} tokens"]
+    assert watch.warnings == [f"step 1 ran out of memory; micro-batches now have at most {widest // 2} tokens"]
     assert all(b.input_ids.size <= widest // 2 or len(b.lengths) == 1 for call in backend.calls[1:] for b in call)
 
 
@@ -294,8 +294,8 @@ def test_replan_cuts_finer_then_checkpoints_then_says_that_nothing_is_left(tmp_p
     state, _ = run(tmp_path / "b", backend, watch, the_plan=plan(micro_batch_tokens=16, on_swap="replan"), valid=[])
     assert state.micro_batch_tokens < 16
     assert state.gradient_checkpointing
-    assert "micro-batches are now cut to" in watch.warnings[0]
-    assert watch.warnings[-1].endswith("nothing is left to be cut; close other programs")
+    assert "micro-batches now have at most" in watch.warnings[0]
+    assert watch.warnings[-1].endswith("micro-batches cannot be smaller; close other programs")
     left_out = ("seconds", "valid_loss", "memory")
     assert metrics(tmp_path / "plain", *left_out) == metrics(tmp_path / "b", *left_out)
 
@@ -333,18 +333,18 @@ def test_out_of_memory_in_evaluation_cuts_finer_too(tmp_path: Path) -> None:
 def test_nan_loss_names_the_step_the_rows_and_the_kept_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         run(tmp_path, Bigram(nan_step=6))
-    said = caught.value.what
-    assert said.startswith("The loss or its gradient is not finite at step 6, on the rows train.jsonl:")
-    assert said.endswith("The checkpoint of step 4 is kept.")
+    what = caught.value.what
+    assert what.startswith("The loss or its gradient is not finite at step 6, on the rows train.jsonl:")
+    assert what.endswith("The checkpoint of step 4 is kept.")
     from common.data.batching import step_rows
 
     chosen = [TRAIN[i].source for i in step_rows(len(TRAIN), 4, 3, 6)]
-    assert ", ".join(chosen) in said
+    assert ", ".join(chosen) in what
     assert caught.value.fix.startswith("Lower --learning-rate or raise --warmup")
 
 
 def test_nan_loss_leaves_the_checkpoint_and_the_metrics_as_they_were(tmp_path: Path) -> None:
-    run(tmp_path / "whole", the_recipe=recipe(steps=8))
+    run(tmp_path / "complete", the_recipe=recipe(steps=8))
     with pytest.raises(UserError):
         run(tmp_path / "nan", Bigram(nan_step=6))
     found = checkpoint.latest(tmp_path / "nan")
@@ -352,7 +352,7 @@ def test_nan_loss_leaves_the_checkpoint_and_the_metrics_as_they_were(tmp_path: P
     assert found[0].step == 4
     assert [line["step"] for line in metrics(tmp_path / "nan")] == [1, 2, 3, 4, 4, 5]
     run(tmp_path / "nan", resume=True)
-    assert metrics(tmp_path / "nan", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "nan", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 def test_nan_loss_before_any_checkpoint(tmp_path: Path) -> None:
@@ -388,18 +388,18 @@ def test_a_stop_in_the_last_step_is_heeded_and_resuming_has_only_its_validation_
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(tmp_path: Path, stop_after: int) -> None:
-    whole_state, whole = run(tmp_path / "whole")
+    complete_state, complete = run(tmp_path / "complete")
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", watch=Watch(stop_after))
     state, resumed = run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
-    assert same(resumed.get_adapter(), whole.get_adapter())
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
+    assert same(resumed.get_adapter(), complete.get_adapter())
     assert state.best is not None
-    assert whole_state.best is not None
-    assert same(state.best, whole_state.best)
+    assert complete_state.best is not None
+    assert same(state.best, complete_state.best)
     counted = ("step", "tokens", "label_tokens", "padded_tokens", "train_loss", "best_valid_loss", "best_step")
     assert {k: v for k, v in vars(state).items() if k in counted} == {
-        k: v for k, v in vars(whole_state).items() if k in counted
+        k: v for k, v in vars(complete_state).items() if k in counted
     }
 
 
@@ -410,23 +410,23 @@ def test_a_killed_run_does_its_unsaved_steps_again_without_double_lines(tmp_path
             if line["step"] == 7:
                 raise KeyboardInterrupt  # as kill -9: nothing is saved
 
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", watch=Killed())
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 4, 5, 6, 7]
     run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 @pytest.mark.parametrize("torn", ['{"step": 5, "los', '{"step"', "{}", "\x00\x00\x00"])
 def test_a_torn_line_of_metrics_is_dropped(tmp_path: Path, torn: str) -> None:
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", watch=Watch(stop_after=4))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write(torn)
     run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 def test_checkpoints_come_at_their_interval_and_at_the_end(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_a_stop_within_a_validation_is_heard_saved_and_the_validation_done_at_re
     tmp_path: Path, saves: bool
 ) -> None:
     every = ONE_ROW.model_copy(update={"save_every": 4 if saves else 100})
-    _, whole = run(tmp_path / "whole", the_plan=every)
+    _, complete = run(tmp_path / "complete", the_plan=every)
 
     class Stopping(Bigram):
         evaluated = 0
@@ -483,8 +483,8 @@ def test_a_stop_within_a_validation_is_heard_saved_and_the_validation_done_at_re
     assert found is not None
     assert (found[0].step, found[0].evaluated) == (4, 0)
     state, resumed = run(tmp_path / "cut", the_plan=every, resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
-    assert same(resumed.get_adapter(), whole.get_adapter())
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
+    assert same(resumed.get_adapter(), complete.get_adapter())
     assert state.evaluated == 8
 
 
@@ -493,20 +493,20 @@ def test_a_kill_within_a_validation_loses_no_step(tmp_path: Path) -> None:
         def eval_step(self, batch: Batch) -> StepResult:
             raise KeyboardInterrupt  # as kill -9
 
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", Killed())
     found = checkpoint.latest(tmp_path / "cut")
     assert found is not None
     assert found[0].step == 4
     run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 def test_a_kill_between_a_validations_line_and_its_checkpoint_leaves_no_double_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
 
     def killed(run: Path, state: State) -> None:
         raise KeyboardInterrupt
@@ -517,7 +517,7 @@ def test_a_kill_between_a_validations_line_and_its_checkpoint_leaves_no_double_l
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4, 4]
     monkeypatch.undo()
     run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_from(tmp_path: Path) -> None:
@@ -526,11 +526,11 @@ def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_
             found = super().eval_step(batch)
             return StepResult(math.nan, 0.0, found.label_tokens, found.tokens, 1) if self.optimizer.step == 8 else found
 
-    run(tmp_path / "whole")
+    run(tmp_path / "complete")
     with pytest.raises(UserError, match=r"validation loss is not finite at step 8.*The checkpoint of step 4 is kept"):
         run(tmp_path / "cut", Once())
     run(tmp_path / "cut", resume=True)
-    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "whole", "seconds")
+    assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
 def test_checkpoints_come_by_time_too(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The Modelfile: read back as Ollama reads it, its template executed and compared with the chat template."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from common.data.encode import load_tokenizer
-from common.export.go_template import execute
+from common.export.go_template import TurnTexts
 from common.export.modelfile import modelfile, write_modelfile
+from tests.go_interpreter import execute
 from tests.tiny import CHATML, write_tokenizer
 from tests.unit.modelfile_parser import read_modelfile
 
@@ -70,7 +73,8 @@ def test_an_answer_begun_is_gone_on_with(fused: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "odd", ['"""', "{{ .Content }}", "\u200b\u00a0", "\ufeffa\tb", '\\n "q" \'', "#PARAMETER", "<|im_end|>\n\n", "é😀"]
+    "odd",
+    ['"""', "{{ .Content }}", "{", "\u200b\u00a0", "\ufeffa\tb", '\\n "q" \'', "#PARAMETER", "<|im_end|>\n\n", "é😀"],
 )
 def test_whatever_a_chat_template_writes_survives_the_modelfile(fused: Path, odd: str) -> None:
     written = "{{ " + json.dumps(odd, ensure_ascii=False) + " }}"
@@ -86,7 +90,7 @@ def test_whatever_a_chat_template_writes_survives_the_modelfile(fused: Path, odd
 def test_a_system_text_that_the_template_refuses_goes_into_the_users_turn(fused: Path) -> None:
     with_template(fused, FOLDING)
     made = modelfile(fused, "m.gguf", [2], "off", SAID)
-    assert made.notes == ("Spaces around a text stay in Ollama's prompts; the chat template takes them off.",)
+    assert made.notes == ("Spaces around a text stay in Ollama's prompts; the chat template removes them.",)
     template = dict(read_modelfile(made.text))["template"]
     assert execute(template, SAID[:2]) == '<|im_start|>user Be "brief".\n\nHi<|im_end|><|im_start|>assistant '
     assert execute(template, SAID[1:2]) == "<|im_start|>user Hi<|im_end|><|im_start|>assistant "
@@ -96,7 +100,7 @@ def test_a_system_text_that_the_template_refuses_goes_into_the_users_turn(fused:
     ("template", "why"),
     [
         (COUNTING, "the chat template renders a turn otherwise in a longer conversation"),
-        (LATE_SYSTEM, "the chat template leaves out, repeats or reorders what is said (the system text)"),
+        (LATE_SYSTEM, "the chat template leaves out, repeats or reorders contents (the system text)"),
         (CHATML.replace("m['content']", "(m['content'] | upper)"), "the chat template refuses or leaves out"),
         (CHATML.replace("m['content']", "(m['content'] | replace('Four', '4'))"), "it would write "),
     ],
@@ -145,7 +149,24 @@ def test_a_bos_that_the_tokenizer_writes_is_not_written_twice(fused: Path) -> No
     assert execute(template(), SAID[1:2]).startswith("<|im_start|>user")
 
 
-# --- the evaluator and the parser that all this rests on
+# --- the Go template, and the prompts that the export checks in its place
+
+FRAGMENTS = ["{", "{{", "}}", '"', '"""', "\\", "- ", "-}}", "{{- ", " ", "\n", "\t", "\u200b", "\ufeff", "é", "x", ""]
+TURNS = [{"role": role, "content": f"<{role} {{{{ .Role }}}}>"} for role in ("system", *("user", "assistant") * 2)]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_go_template_writes_the_prompts_that_were_checked(seed: int) -> None:
+    random = Random(seed)
+    parts = ["".join(random.choices(FRAGMENTS, k=random.randrange(5))) for _ in fields(TurnTexts)[1:]]
+    texts = TurnTexts(*parts, system_turn=seed % 2 == 0)
+    template = dict(read_modelfile(f'FROM x\nTEMPLATE """{texts.go_template()}"""\n'))["template"]
+    for start in (0, 1):
+        for count in range(start + 1, len(TURNS) + 1):
+            assert execute(template, TURNS[start:count]) == texts.prompt(TURNS[start:count])
+
+
+# --- the interpreter and the parser that the tests here rest on
 
 
 @pytest.mark.parametrize(

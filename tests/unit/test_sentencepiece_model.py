@@ -1,4 +1,4 @@
-"""A tokenizer.model rebuilt from tokenizer.json: the same ids, what is wrong caught, what has no equal refused."""
+"""A tokenizer.model rebuilt from tokenizer.json: the same ids, what is wrong caught, what has no equivalent refused."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import check_convertible
 from common.models.model_folder import ModelFolder
-from common.models.sentencepiece import prove, read_state, rebuild, rebuild_proven, settle_prefix, write
+from common.models.sentencepiece import adapt_space_prefix, check_model, read_state, rebuild, rebuild_checked, write
 from common.verify.tiny_models import write_tiny
 from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
 
@@ -51,7 +51,7 @@ def processor(model: bytes):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_give_the_same_ids(shape: str, tmp_path: Path) -> None:
     tokenizer = load(SHAPES[shape](tmp_path))
-    rebuilt = rebuild_proven(tmp_path, tokenizer, ["<s>the cat[INST] sat <bos>on<start_of_turn>the mat\n"])
+    rebuilt = rebuild_checked(tmp_path, tokenizer, ["<s>the cat[INST] sat <bos>on<start_of_turn>the mat\n"])
     assert rebuilt is not None
     model = processor(rebuilt.model)
     for text in TEXTS:
@@ -70,7 +70,7 @@ def test_both_give_the_same_ids(shape: str, tmp_path: Path) -> None:
 def test_pieces_have_their_types(tmp_path: Path) -> None:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-    rebuilt = rebuild_proven(write_gemma_like(tmp_path))
+    rebuilt = rebuild_checked(write_gemma_like(tmp_path))
     assert rebuilt is not None
     kinds = {piece.piece: piece.type for piece in ModelProto.FromString(rebuilt.model).pieces}
     of = ModelProto.SentencePiece
@@ -101,19 +101,19 @@ def broken(model: bytes, fault: str) -> bytes:
 @pytest.mark.parametrize("shape", ["gemma", "llama"])
 def test_a_wrong_rebuild_is_caught(shape: str, fault: str, tmp_path: Path) -> None:
     tokenizer = load(SHAPES[shape](tmp_path))
-    rebuilt = rebuild_proven(tmp_path, tokenizer)
+    rebuilt = rebuild_checked(tmp_path, tokenizer)
     assert rebuilt is not None
-    prove(rebuilt.model, tokenizer, TEXTS)
+    check_model(rebuilt.model, tokenizer, TEXTS)
     with pytest.raises(ValueError, match=r"rebuilt, it encodes .* with the ids \.\.\. \["):
-        prove(broken(rebuilt.model, fault), tokenizer, [*TEXTS, "hen at"])
+        check_model(broken(rebuilt.model, fault), tokenizer, [*TEXTS, "hen at"])
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda state: state.update(normalizer={"type": "NFKC"}), r"no equal of its \{\"type\": \"NFKC\"\}"),
+        (lambda state: state.update(normalizer={"type": "NFKC"}), r"no equivalent of its \{\"type\": \"NFKC\"\}"),
         (lambda state: state.update(normalizer=None, pre_tokenizer=None), "does not write spaces as ▁"),
-        (lambda state: state["model"].update(ignore_merges=True), "sentencepiece knows no ignore_merges"),
+        (lambda state: state["model"].update(ignore_merges=True), "sentencepiece has no ignore_merges"),
         (lambda state: state["model"]["vocab"].pop("<0x41>"), r"pieces are not numbered from 0"),
         (lambda state: state["model"]["vocab"].update({"<0x4>": state["model"]["vocab"].pop("<0x41>")}), "<0x41>"),
         (lambda state: state["model"].update(unk_token="<nothing>"), "has no <nothing>"),
@@ -144,9 +144,9 @@ def test_a_merge_that_is_missing_shows_in_the_users_rows(tmp_path: Path) -> None
 def test_a_byte_level_vocabulary_needs_none(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     before = sorted(path.name for path in tmp_path.iterdir())
-    assert rebuild_proven(tmp_path) is None
+    assert rebuild_checked(tmp_path) is None
     write(tmp_path)
-    settle_prefix(tmp_path)
+    adapt_space_prefix(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -174,7 +174,7 @@ def test_the_fused_folder_gets_one_and_loads_as_before(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": tokens}))  # as transformers 4
     out = fuse(base, None)
     before, after = load(base), load(out)
-    prove((out / "tokenizer.model").read_bytes(), after, TEXTS)
+    check_model((out / "tokenizer.model").read_bytes(), after, TEXTS)
     for text in [*TEXTS, "<start_of_turn>user\n\n\nHi<end_of_turn>", "a" + " " * 9 + "b"]:
         assert after.encode(text) == before.encode(text)
     decoder = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))["added_tokens_decoder"]
@@ -195,7 +195,7 @@ def test_a_fused_folder_without_one_is_whole_all_the_same(tmp_path: Path) -> Non
     out = fuse(base, None)
     assert (out / "model.safetensors").is_file()
     assert not (out / "tokenizer.model").exists()
-    with pytest.raises(UserError, match="no equal of its"):
+    with pytest.raises(UserError, match="no equivalent of its"):
         check_convertible(base)
 
 
@@ -212,4 +212,4 @@ def test_a_space_that_no_chat_had_is_not_served(scheme: str, template: str, sett
     chat = "<s>[INST] the cat [/INST]sat</s>"
     assert after.encode(chat) == before.encode(chat)
     assert (after.encode("the cat") == before.encode("the cat")) is not settled
-    prove((out / "tokenizer.model").read_bytes(), after, [chat])
+    check_model((out / "tokenizer.model").read_bytes(), after, [chat])

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server, free_port, read_events
+from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.sampling import Sampling
 
 STREAMING = """
@@ -23,18 +23,22 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         text = body["messages"][-1]["content"]
-        self.send_response(400 if text == "long" else 200); self.end_headers()
+        self.send_response(400 if text == "long" else 200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8"); self.end_headers()
         if text == "long":
             return self.wfile.write(b'{"error": {"message": "the request exceeds the available context size"}}')
         self.event({"choices": [{"delta": {"role": "assistant", "content": None}}]})
         self.delta("港の"); self.delta(f"{body['temperature']} {body['stream']} {body['chat_template_kwargs']}")
         if text == "error": return self.event({"error": {"message": "out of slots"}})
+        if text == "cut": return
         if text == "die": print("sorry", flush=True); os._exit(1)
         if text == "slow":
             try:
                 while True: self.delta("a"); time.sleep(0.01)
             except OSError: open(os.environ["NOTE"], "w").write("closed")
             return
+        self.wfile.write(b': comment\\r\\nevent: message\\r\\n')
+        self.wfile.write(b'data: {"choices":\\r\\ndata: []}\\r\\n\\r\\nretry: 5\\n\\n')
         self.event({"choices": [{"delta": {}, "finish_reason": "length"}]})
         self.wfile.write(b"data: [DONE]\\n\\n")
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
@@ -53,21 +57,10 @@ def ask(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_events_are_read_up_to_done() -> None:
-    lines = b': comment\r\nevent: message\r\ndata: {"a":\r\ndata: 1}\r\n\r\n\r\n'
-    lines += b'data:{"b": "\xe3\x81\x82"}\n\ndata: [DONE]\n\nx'
-    assert list(read_events(lines.splitlines(keepends=True))) == [{"a": 1}, {"b": "あ"}]
-
-
-def test_events_that_break_off() -> None:
-    found = read_events([b'data: {"a": 1}\n', b"\n", b'data: {"b"'])
-    assert next(found) == {"a": 1}
-    with pytest.raises(EOFError):
-        next(found)
-
-
 def test_an_answer_streams_and_says_how_it_ended(llama: LlamaCpp, tmp_path: Path) -> None:
-    with Server(llama, tmp_path / "m.gguf", timeout=60, template=tmp_path / "t.jinja", flags=("--x", "1")) as server:
+    with Server(
+        llama, tmp_path / "m.gguf", ServerOptions(timeout=60, template=tmp_path / "t.jinja", flags=("--x", "1"))
+    ) as server:
         pieces = list(server.stream(ask("a"), Sampling(temperature=0.25), enable_thinking=False))
         flags = server._log.read_text().split()
     assert pieces == [("港の", None), ("0.25 True {'enable_thinking': False}", None), ("", "length")]
@@ -77,13 +70,22 @@ def test_an_answer_streams_and_says_how_it_ended(llama: LlamaCpp, tmp_path: Path
     assert "--reasoning-format" not in flags
 
 
+def test_half_of_a_surrogate_pair_is_sent_as_it_is(llama: LlamaCpp, tmp_path: Path) -> None:
+    with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
+        assert len(list(server.stream(ask("\ud83d"), Sampling()))) == 3
+
+
 def test_faults_of_a_stream_are_told_in_the_servers_words(llama: LlamaCpp, tmp_path: Path) -> None:
-    with Server(llama, tmp_path / "m.gguf", timeout=60) as server:
+    with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
         with pytest.raises(UserError, match="exceeds the available context size") as caught:
             list(server.stream(ask("long"), Sampling()))
         assert "--context" in caught.value.fix
         with pytest.raises(UserError, match="llama-server refused to go on: out of slots"):
             list(server.stream(ask("error"), Sampling()))
+        pieces = server.stream(ask("cut"), Sampling())
+        assert next(pieces) == ("港の", None)
+        with pytest.raises(UserError, match=r"broke off its answer"):
+            list(pieces)  # it ends without [DONE]
         with pytest.raises(UserError, match=r"broke off its answer.*\n(.*\n)*sorry"):
             list(server.stream(ask("die"), Sampling()))
 
@@ -92,7 +94,7 @@ def test_closing_the_stream_stops_the_answer(llama: LlamaCpp, tmp_path: Path, mo
     import time
 
     monkeypatch.setenv("NOTE", str(tmp_path / "note"))
-    with Server(llama, tmp_path / "m.gguf", timeout=60) as server:
+    with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
         stream = server.stream(ask("slow"), Sampling())
         assert next(stream)[0] == "港の"
         stream.close()
@@ -116,7 +118,7 @@ def test_a_taken_port_is_refused_and_a_free_one_given() -> None:
 
 
 def test_a_servers_end_is_a_fault(llama: LlamaCpp, tmp_path: Path) -> None:
-    with Server(llama, tmp_path / "m.gguf", timeout=60) as server:
+    with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
         with pytest.raises(UserError):
             list(server.stream(ask("die"), Sampling()))
         with pytest.raises(UserError, match=r"m\.gguf ended\. It ended with:\n(.*\n)*sorry"):

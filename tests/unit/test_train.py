@@ -1,4 +1,4 @@
-"""What is looked at before the first step, and a whole run without a framework."""
+"""What is checked before the first step, and a complete run without a framework."""
 
 import json
 import shutil
@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import run_record
+from common.backend import Memory
+from common.commands import fuse as fuse_module
+from common.commands import prepare as prepare_module
 from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
+from common.export.budget import estimate_stages
 from common.export.upload import push
 from common.models.adapter_files import read_mlx, read_peft
 from common.options import Options
-from common.run_record import held
+from common.run_lock import held
+from common.run_record import GgufRecord, Run
+from common.training import checkpoint
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted
 from common.verify.verify import verify_run
@@ -85,22 +90,22 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     path = tmp_path / "rows.csv"
     path.write_text("question,answer\nWho?,I am {{name}}.\nWho?,Pip.\nWho?,\n")
     prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, context("plain"))
-    said = capsys.readouterr().out.replace("\n", " ")
-    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in said
-    assert "warning: 1 rows without an answer, left out: rows.csv:4" in said
-    assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in said
-    assert "warning: 1 rows with a placeholder left in: rows.csv:2" in said
-    assert "warning: nothing could be held out for validation: all rows have the same prompt" in said
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in printed
+    assert "warning: 1 rows without an answer, left out: rows.csv:4" in printed
+    assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in printed
+    assert "warning: 1 rows with a placeholder left in: rows.csv:2" in printed
+    assert "warning: nothing could be held out for validation: all rows have the same prompt" in printed
 
 
 def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = ready(given, max_length=50, valid_share=0.0)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     dropped = 24 - len(job.train)
     assert 0 < dropped < 24
-    assert f"warning: {dropped} rows longer than --max-length 50 are dropped: rows.jsonl:" in said.replace("\n", " ")
+    assert f"warning: {dropped} rows longer than --max-length 50 are dropped: rows.jsonl:" in printed.replace("\n", " ")
 
 
 def test_an_output_folder_that_holds_another_run(given: dict[str, Any], tmp_path: Path) -> None:
@@ -117,9 +122,9 @@ def test_an_output_folder_that_holds_something_else(given: dict[str, Any], tmp_p
 
 def test_without_output_a_new_folder_is_named(given: dict[str, Any], tmp_path: Path) -> None:
     given.pop("output")
-    assert ready(given).run == Path("runs/tiny-llama-rows-torch")
+    assert ready(given).run.path == Path("runs/tiny-llama-rows-torch")
     (tmp_path / "runs" / "tiny-llama-rows-torch").mkdir(parents=True)
-    assert ready(given).run == Path("runs/tiny-llama-rows-torch-2")
+    assert ready(given).run.path == Path("runs/tiny-llama-rows-torch-2")
 
 
 def test_not_enough_disk_is_found_before_training(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,14 +182,14 @@ def test_the_plan_is_not_in_the_recipes_hash(given: dict[str, Any], changes: dic
     assert (ready(given, **changes).recipe.hash() == ready(given).recipe.hash()) == same
 
 
-# --- a whole run
+# --- a complete run
 
 
 def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     folder, backend = run(given)
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "adapter", "adapter-mlx", "checkpoints", "environment.json"),
-        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json"),
+        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json", "verify-cases.json"),
     }
     known = json.loads((folder / "run.json").read_text())
     assert (known["status"], known["steps"], known["backend"]) == ("complete", 6, "torch")
@@ -242,7 +247,7 @@ class Stops(Bigram):
 
 
 def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dict[str, Any], tmp_path: Path) -> None:
-    whole, _ = run(given)
+    complete, _ = run(given)
     cut = tmp_path / "cut"
     with pytest.raises(Interrupted) as caught:
         run(given | {"output": str(cut)}, Stops())
@@ -250,10 +255,10 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dic
     assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
     assert [line["step"] for line in metrics(cut)] == [1, 2, 3]  # the validation that was due is left for later
     run({"resume": str(cut)})
-    assert metrics(cut) == metrics(whole)
-    one, other = (read_peft(folder / "adapter").weights for folder in (whole, cut))
+    assert metrics(cut) == metrics(complete)
+    one, other = (read_peft(folder / "adapter").weights for folder in (complete, cut))
     assert all(np.array_equal(one[n].A, other[n].A) and np.array_equal(one[n].B, other[n].B) for n in one)
-    records = [json.loads((folder / "run.json").read_text()) for folder in (whole, cut)]
+    records = [json.loads((folder / "run.json").read_text()) for folder in (complete, cut)]
     for name in ("recipe_hash", "steps", "tokens", "label_tokens", "final_train_loss", "best_valid_loss", "best_step"):
         assert records[0][name] == records[1][name], name
 
@@ -271,8 +276,8 @@ def test_every_way_to_stop_saves_first(
     found = latest(Path(given["output"]))
     assert found is not None
     assert found[0].step == 3
-    told = "stopping: the step is finished and saved first; a second Ctrl-C stops at once\n"
-    assert capfd.readouterr().err == told  # once, however many signals came
+    text = "stopping: the step is finished and saved first; a second Ctrl-C stops at once\n"
+    assert capfd.readouterr().err == text  # once, however many signals came
 
 
 def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str, Any]) -> None:
@@ -299,12 +304,43 @@ def test_a_stop_after_the_last_step_leaves_the_export_for_later(given: dict[str,
     assert (backend.calls, (folder / "fused").exists()) == ([], True)
 
 
+def test_a_resume_loads_its_checkpoint_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Interrupted):
+        run(given, Stops())
+    steps = []
+
+    def counted(*given: Any) -> Any:
+        point = latest(*given)
+        steps.append(point and point.state.step)
+        return point
+
+    monkeypatch.setattr(checkpoint, "latest", counted)
+    run({"resume": given["output"]})
+    assert steps == [3]
+
+
+def test_an_exports_stages_are_estimated_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(given)
+        return estimate_stages(*given)
+
+    for place in (prepare_module, fuse_module):
+        monkeypatch.setattr(place, "estimate_stages", counted)
+    folder, _ = run(given | {"export": "fused"})
+    assert len(calls) == 1
+    fuse_run(folder, {}, context(create=Bigram))
+    assert len(calls) == 2
+    assert Run(folder).record.export.stages["fuse"]["predicted_disk"] > 0
+
+
 def test_another_export_at_a_resume_leaves_the_ggufs_on_record(given: dict[str, Any]) -> None:
     folder, _ = run(given)
-    reports = [{"name": "Q4_K_M", "quant": "Q4_K_M", "file": "gguf/model-Q4_K_M.gguf"}]
-    run_record.update_run(folder, export={"gguf": reports})
+    reports = [GgufRecord(name="Q4_K_M", quant="Q4_K_M", file="gguf/model-Q4_K_M.gguf")]
+    Run(folder).update_export(gguf=reports)
     run({"resume": str(folder), "export": "fused"})
-    assert run_record.read_run(folder)["export"]["gguf"] == reports
+    assert Run(folder).record.export.gguf == reports
 
 
 def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
@@ -419,9 +455,9 @@ def test_two_that_want_the_same_output_do_not_mix(given: dict[str, Any], monkeyp
     monkeypatch.setattr(module, "prepare", overtaken)
     with pytest.raises(UserError, match="holds another run"):
         run(given)
-    recipe = run_record.read_recipe(Path(given["output"]))
-    assert recipe.rank == 4
-    assert run_record.read_run(Path(given["output"]))["recipe_hash"] == recipe.hash()
+    folder = Run(Path(given["output"]))
+    assert folder.recipe.rank == 4
+    assert folder.record.recipe_hash == folder.recipe.hash()
 
 
 def test_the_lock_stays_and_no_link_that_leads_out_of_a_run_is_written_through(
@@ -481,8 +517,8 @@ def test_resuming_takes_no_program_from_the_record(given: dict[str, Any], capsys
         options = Options.model_validate({"resume": str(folder)})
         run_training(options, context("plain", Bigram))
     assert [options.llama_cpp for options in taken] == [None]
-    said = " ".join(capsys.readouterr().out.split())
-    assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in said
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "The run was made with --llama-cpp 'evil/dir'. A program is never taken from a run's record" in printed
 
 
 def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
@@ -509,7 +545,7 @@ def test_nan_loss_leaves_an_interrupted_run_that_can_go_on(given: dict[str, Any]
 def test_a_resumed_runs_peaks_are_those_of_the_whole_run(given: dict[str, Any]) -> None:
     class Hungry(Stops):
         def memory(self) -> Any:
-            return module.Memory(1, 1_000_000, 3, "rss", 0)
+            return Memory(1, 1_000_000, 3, "rss", 0)
 
     with pytest.raises(Interrupted):
         run(given, Hungry())
@@ -552,7 +588,7 @@ def test_a_failed_upload_loses_nothing(given: dict[str, Any], hub: Hub) -> None:
     with pytest.raises(UserError) as caught:
         run(given | {"export": "fused", "push": "me/pip"})
     folder = Path(given["output"])
-    assert f"is whole. Try again: python cli.py push {folder} me/pip" in caught.value.fix
+    assert f"is complete. Try again: python cli.py push {folder} me/pip" in caught.value.fix
     assert json.loads((folder / "run.json").read_text())["status"] == "complete"
     assert (folder / "fused" / "model.safetensors").exists()
     hub.fail = ""

@@ -9,9 +9,8 @@ import pytest
 from common.commands.compare import compare
 from common.display import Display
 from common.errors import UserError
-from common.options import write_yaml
 from common.recipe import Recipe
-from common.run_record import read_plan, read_recipe, read_run, update_run
+from common.run_record import Run
 from common.system.environment import write_environment
 from common.training.checkpoint import State
 from common.training.metrics import figures
@@ -36,9 +35,11 @@ FIGURES = {
 
 def write_run(folder: Path, the_recipe: Recipe = RECIPE, **changes: Any) -> Path:
     folder.mkdir()
-    write_yaml(folder / "recipe.yaml", the_recipe, "recipe")
-    write_yaml(folder / "plan.yaml", PLAN, "plan")
-    update_run(folder, **(FIGURES | {"recipe_hash": the_recipe.hash()} | changes))
+    run = Run(folder)
+    run.write_recipe(the_recipe)
+    run.write_plan(PLAN)
+    begun = {"recipe_hash": the_recipe.hash(), "model_hash": "m", "options": {"model": "x/y"}, "stop_ids": [2]}
+    run.update(**(FIGURES | begun | changes))
     return folder
 
 
@@ -123,7 +124,7 @@ def test_a_folder_without_a_run(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as caught:
-        read_run(tmp_path / name)
+        _ = Run(tmp_path / name).record
     assert caught.value.what == f"{tmp_path / name} holds no run (no run.json)."
     assert caught.value.fix == "Give a folder that `train` made."
 
@@ -131,7 +132,7 @@ def test_a_folder_without_a_run(tmp_path: Path, name: str) -> None:
 def test_a_damaged_record(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"status": ')
     with pytest.raises(UserError, match=r"run\.json is not JSON: Expecting value: line 1"):
-        read_run(tmp_path)
+        _ = Run(tmp_path).record
 
 
 def test_a_recipe_that_is_gone_is_told(tmp_path: Path) -> None:
@@ -142,15 +143,15 @@ def test_a_recipe_that_is_gone_is_told(tmp_path: Path) -> None:
 
 
 def test_facts_join_the_record(tmp_path: Path) -> None:
-    update_run(tmp_path, steps=1, status="training")
-    assert update_run(tmp_path, status="complete") == {"steps": 1, "status": "complete"}
-    assert read_run(tmp_path) == {"steps": 1, "status": "complete"}
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    run = Run(write_run(tmp_path / "run", steps=1, status="training"))
+    run.update(status="complete")
+    assert (run.record.steps, run.record.status) == (1, "complete")
+    assert sorted(path.name for path in run.path.iterdir()) == ["plan.yaml", "recipe.yaml", "run.json"]
 
 
 def test_recipe_and_plan_come_back_as_they_were(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "one")
-    assert (read_recipe(run), read_plan(run)) == (RECIPE, PLAN)
+    run = Run(write_run(tmp_path / "one"))
+    assert (run.recipe, run.resumable_recipe(), run.plan) == (RECIPE, RECIPE, PLAN)
 
 
 def test_speeds_leave_out_first_steps() -> None:
@@ -189,10 +190,10 @@ def test_the_environment_names_versions_and_no_person_or_place(tmp_path: Path) -
 def test_a_records_program_is_never_among_its_options(tmp_path: Path) -> None:
     options = {"model": "x/y", "llama_cpp": "runs/theirs/llama"}
     run = write_run(tmp_path / "run", options=options)
-    known = read_run(run, "options")
-    assert known["options"] == {"model": "x/y"}
-    assert known["named_llama_cpp"] == "runs/theirs/llama"
-    update_run(run, steps=1)
+    record = Run(run).record
+    assert record.options == {"model": "x/y"}
+    assert record.named_llama_cpp == "runs/theirs/llama"
+    Run(run).update(steps=1)
     assert json.loads((run / "run.json").read_text())["options"] == options  # how it was made stays on record
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 
 import cli
-from common import run_record
 from common.commands.arguments import read_flags
 from common.commands.plan import estimate_run
 from common.commands.train import run_training
 from common.errors import UserError
 from common.option_sources import load_options
+from common.run_record import Run
 from tests.contexts import context
 from tests.tiny import write_rows
 
@@ -45,22 +45,20 @@ def test_the_plan_that_is_printed_is_the_plan_that_is_trained_by(flags, tmp_path
     assert event["largest_micro_batch_rows"] >= 4
     assert event["largest_row_tokens"] == 512  # the model's own limit
     options = load_options(read_flags([*flags, "--export", "none", "--output", str(tmp_path / "run")]))[0]
-    run = run_training(options, context("quiet"))
-    plan = run_record.read_plan(run).model_dump()
+    run = Run(run_training(options, context("quiet")))
+    plan, record = run.plan.model_dump(), run.record
     assert {**plan, "memory_budget": 0} == {**event["plan"], "memory_budget": 0}
-    assert run_record.read_run(run)["predicted_peak_bytes"] == event["predicted_peak_bytes"]
-    assert {"prepare", "tokenize", "load", "train", "evaluate", "save"} <= run_record.read_run(run)[
-        "stage_seconds"
-    ].keys()
+    assert record.predicted_peak_bytes == event["predicted_peak_bytes"]
+    assert {"prepare", "tokenize", "load", "train", "evaluate", "save"} <= record.stage_seconds.keys()
 
 
 def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["twintune", "plan", *flags[1:], "--no-probe"])
     cli.main()
-    said = capsys.readouterr().out
-    assert "predicted peak" in said
-    assert "plan: torch on cpu, fp32" in said
-    assert "probe:" not in said
+    printed = capsys.readouterr().out
+    assert "estimated peak" in printed
+    assert "plan: torch on cpu, fp32" in printed
+    assert "probe:" not in printed
 
 
 def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from common.option_aliases import EXPLAINED, SAME, translate
+from common.option_aliases import EXPLAINED, SAME
 from common.option_sources import load_options
+from common.option_translation import translate
 from common.options import Options
 
 

@@ -1,4 +1,4 @@
-"""What is talked to, looked at before anything is loaded; and a backend's model, prompted as trained."""
+"""The model that a chat command names, checked before anything is loaded; a backend's model, prompted as trained."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from common.inference.backend_chat import backend_chat_model, fitted
+from common.inference.backend_chat import ChatFormat, adapt_messages, backend_chat_model
 from common.inference.chat_models import choose
 from common.sampling import Sampling
 from tests.tiny import CHATML
@@ -16,8 +16,14 @@ from tests.tiny import CHATML
 
 def write_run(folder: Path, status: str = "complete", **more: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    known = {"status": status, "options": {"model": "x/y"}, "model_hash": "h", "stop_ids": [2]} | more
-    (folder / "run.json").write_text(json.dumps(known))
+    known = {
+        "status": status,
+        "options": {"model": "x/y"},
+        "model_hash": "h",
+        "recipe_hash": "r",
+        "stop_ids": [2],
+    } | more
+    (folder / "run.json").write_text(json.dumps(known | more))
     return folder
 
 
@@ -60,19 +66,19 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     assert fault(write_run(tmp_path / "half", "interrupted"), None, None).fix.endswith(f"--resume {tmp_path / 'half'}")
     assert "has no fused folder" in fault(with_ggufs(tmp_path / "run", "Q4_K_M"), "fused", None).what
     full = write_run(tmp_path / "full", options={"method": "full"})
-    assert "was trained whole" in fault(full, "adapter", None).what
+    assert "was trained in all its weights" in fault(full, "adapter", None).what
 
 
 def test_a_bare_gguf_and_a_runs_fused_folder(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     assert fault(path, None, None).what == f"{path}: no such file."
     path.write_bytes(b"GGUF")
-    assert (choose(path, None, None).path, choose(path, None, None).known) == (path, {})
-    assert "can only be talked to as it is" in fault(path, "adapter", None).what
+    assert (choose(path, None, None).path, choose(path, None, None).run) == (path, None)
+    assert "it answers only as it is" in fault(path, "adapter", None).what
     run = with_ggufs(tmp_path / "run", "Q4_K_M")
     (run / "fused").mkdir()
     (run / "fused" / "config.json").write_text("{}")
-    assert (choose(run / "fused", None, None).kind, choose(run / "fused", None, None).run) == ("fused", run)
+    assert (choose(run / "fused", None, None).kind, choose(run / "fused", None, None).path) == ("fused", run)
 
 
 def test_a_system_turn_goes_where_the_template_takes_it() -> None:
@@ -84,14 +90,14 @@ def test_a_system_turn_goes_where_the_template_takes_it() -> None:
             raise ValueError("no such role")
         return ""
 
-    assert fitted(messages, lambda form: "<S>") == messages
-    assert fitted(messages, lambda form: "<u>") == folded
-    assert fitted(messages, refuses) == folded
-    assert fitted(messages[1:], refuses) == messages[1:]
+    assert adapt_messages(messages, lambda form: "<S>") == messages
+    assert adapt_messages(messages, lambda form: "<u>") == folded
+    assert adapt_messages(messages, refuses) == folded
+    assert adapt_messages(messages[1:], refuses) == messages[1:]
 
 
 class Speaker:
-    """A backend that says `text`, a byte a token, and then the end of a turn."""
+    """A backend that writes `text`, a byte a token, and then the end of a turn."""
 
     def __init__(self, text: str) -> None:
         self.text, self.prompts, self.adapters = text, [], []
@@ -119,17 +125,18 @@ def speaker(tokenizer_folder: Path) -> Speaker:
 
 
 def model(speaker: Any, folder: Path, template: str | None = None, context: int = 200, adapter: bool = True):
-    return backend_chat_model(speaker, folder, template, [2], False, "tuned", adapter, context)
+    form = ChatFormat(folder, template, [2], think=False, context=context)
+    return backend_chat_model(speaker, form, "tuned", adapter)
 
 
 def test_a_backends_answer_comes_in_whole_letters(speaker: Any, tokenizer_folder: Path) -> None:
-    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
-    pieces = list(model(speaker, tokenizer_folder, adapter=False).answer(said, Sampling(), ()))
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    pieces = list(model(speaker, tokenizer_folder, adapter=False).answer(messages, Sampling(), ()))
     assert pieces == [("港", None), ("よ", None), ("", "stop")]
     assert speaker.adapters == [False]
     text = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
     assert speaker.prompts == [speaker.tokenizer(text, add_special_tokens=False)["input_ids"]]
-    cut = list(model(speaker, tokenizer_folder).answer(said, Sampling(max_tokens=4), ()))
+    cut = list(model(speaker, tokenizer_folder).answer(messages, Sampling(max_tokens=4), ()))
     assert cut == [("港", None), ("", "length")]
 
 

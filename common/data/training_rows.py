@@ -1,0 +1,99 @@
+"""The rows of a training: read, encoded, limited to --max-length, and the warnings about them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.backend import Progress
+from common.data.dataset import Dataset, Example, prompt_of
+from common.data.encode import Encoder, MaskingOptions, exported_template, stop_ids
+from common.data.load import check_fields, load_data
+from common.data.quality import quality_warnings
+from common.data.truncation import FilteredRows, encode_all, filter_by_length
+from common.display import Display
+from common.errors import UserError
+from common.options import Options
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """A data set as ids and label masks."""
+
+    data: Dataset
+    train: FilteredRows
+    valid: FilteredRows
+    stops: list[int]  # the ids that end trained turns
+    template: str | None  # that serves the model as it is trained; None for plain text
+    encoder: Encoder
+
+
+def read_data(options: Options, display: Display) -> Dataset:
+    """What --data names, with a warning for all that is suspicious. Raises UserError naming every faulty row."""
+    check_fields(options.field)
+    source = options.data or ""
+    data = load_data(source, options.valid_share, options.seed, options.field)
+    display.say(f"{source} read as: {data.described()}")
+    for warning in quality_warnings(data):
+        display.warn(str(warning))
+    if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
+        display.warn("nothing could be held out for validation: all rows have the same prompt")
+    return data
+
+
+def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> TrainingRows:
+    """Every row of `data` encoded. Raises UserError naming a row that cannot be labeled exactly."""
+    masking = MaskingOptions(options.train_on, options.thinking)
+    encoder = Encoder(tokenizer, masking)
+    train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
+    fitted, valid_fitted = (filter_by_length(part, options.max_length, options.overflow) for part in (train, valid))
+    chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
+    template = exported_template(tokenizer, masking) if chats else None
+    return TrainingRows(data, fitted, valid_fitted, stop_ids(train), template, encoder)
+
+
+def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
+    """Say what was changed and left out. Raises UserError where nothing is left to train on."""
+    parts = rows.train, rows.valid
+    for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
+        display.say(f"{count} rows: {note}")
+    if unlabeled := rows.train.unlabeled + rows.valid.unlabeled:
+        display.warn(f"{len(unlabeled)} rows are left out, nothing in them is trained: {unlabeled[0].source} ...")
+    if not rows.train.rows and not rows.train.dropped:
+        raise UserError(
+            f"--train-on {options.train_on}: nothing in {options.data} is trained.",
+            "Look at it with check-data --explain 1; train: false and weight: 0 take turns out.",
+        )
+    if not rows.train.rows:
+        raise UserError(
+            f"--max-length {options.max_length}: every row of {options.data} is longer "
+            f"(the shortest has {min(len(row.ids) for row in rows.train.every())} tokens).",
+            "Raise --max-length.",
+        )
+    if rows.data.valid and not rows.valid.rows:
+        display.warn("no validation row is left, so the last adapter is exported, not the best")
+    for what in ("dropped", "truncated"):
+        long = [row for part in parts for row in getattr(part, what)]
+        if long:
+            shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
+            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+            display.warn(
+                f"{len(long)} rows longer than --max-length {options.max_length} are {what}: {shown}{more} "
+                "(check-data lists them all)"
+            )
+
+
+def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
+    """`(the prompt of the first complete chat row, the tokens of that row)`; `([], 0)` where there is none.
+
+    Validation rows come first.
+    """
+    parts: Sequence[tuple[list[Example], FilteredRows]] = ((rows.data.valid, rows.valid), (rows.data.train, rows.train))
+    for examples, fitted in parts:
+        by_source = {example.source: example for example in examples}
+        cut = {row.source for row in fitted.truncated}
+        for row in fitted.rows:
+            if row.source not in cut and by_source[row.source].text is None:
+                return prompt_of(by_source[row.source]), len(row.ids)
+    return [], 0

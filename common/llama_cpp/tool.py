@@ -1,0 +1,45 @@
+"""A program of llama.cpp that writes one file: under a temporary name, which becomes the final one when it succeeds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.backend import Progress
+from common.errors import UserError
+from common.files import atomic_write
+from common.system.process import fraction, run_logged
+
+OUT = "<out>"  # in a command: where the path of the file to write belongs
+
+
+@dataclass(frozen=True)
+class ToolRun:
+    """One run of a program. title: what it does, for the display and errors. command: its arguments, OUT among them.
+
+    remedy: what the user can do where it fails. env, cwd: the process's; ours where None.
+    """
+
+    title: str
+    command: list[str]
+    remedy: str
+    env: dict[str, str] | None = None
+    cwd: Path | None = None
+
+
+def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
+    """Run the program and give `out` its name. UserError where it fails, with its last lines; its log stays then."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.with_name(f"{out.name}.log")
+    progress(0.0, run.title)
+
+    def advance(line: str) -> None:
+        done = fraction(line)
+        if done is not None:
+            progress(done, run.title)
+
+    with atomic_write(out.absolute()) as temporary:
+        command = [str(temporary) if word == OUT else word for word in run.command]
+        code, tail = run_logged(command, log, advance, run.env, run.cwd)
+        if code != 0 or not temporary.is_file():
+            raise UserError(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", run.remedy)
+    log.unlink(missing_ok=True)
+    progress(1.0, run.title)

@@ -1,0 +1,81 @@
+"""The base model of a training, looked at but not loaded, and the adapter that training starts from."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.backend import Adapter
+from common.display import Display
+from common.errors import UserError
+from common.models.adapter_files import read_any
+from common.models.lora_init import choose_layers, initial_adapter, layer_count, validate
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
+from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
+from common.options import Options
+from common.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Base:
+    model: ModelFolder  # in 16 or 32 bits
+    training_base: Path  # what the backend loads: the same, or a quantized model of MLX
+    scheme: str  # of its quantization, such as mlx-4bit-64, or none
+    shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
+    given: Adapter | None  # --adapter
+
+
+def find_base(options: Options, backend: str, scheme: str, display: Display) -> Base:
+    """The model that --model names. scheme: as --quantization asks. Raises UserError where it cannot be trained."""
+    model = resolve(options.model or "", display.say)
+    training_base, scheme = _quantized_base(options, model.path, backend, scheme, display)
+    shapes = linear_shapes(model, options.targets)
+    return Base(model, training_base, scheme, shapes, _given_adapter(options, model) if options.adapter else None)
+
+
+def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
+    """`(what the backend loads, its scheme)`: MLX's own quantized weights where the model came in them."""
+    if (found := quantized_source(folder)) is None:
+        return folder, scheme
+    quantized, known = found
+    if options.method == "full":
+        raise UserError(f"--method full: {options.model} is quantized ({known}).", "Give the 16-bit model.")
+    if options.fuse_into == "base":
+        raise UserError(f"--fuse-into base: {options.model} has no 16-bit weights.", "Leave --fuse-into out.")
+    if backend != "mlx":
+        display.warn(f"{options.model} is quantized by MLX ({known}); torch trains over its weights in 16 bits")
+        return folder, scheme
+    if options.quantization not in ("none", known.split("-")[1]):
+        raise UserError(f"--quantization {options.quantization}: the model is {known} already.", "Leave it out.")
+    return quantized, known
+
+
+def _given_adapter(options: Options, model: ModelFolder) -> Adapter:
+    """--adapter. Raises UserError where it does not fit the base model."""
+    every = linear_shapes(model, ["all-linear"])
+    adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))
+    validate(adapter, every, Path(options.adapter or ""))
+    return adapter
+
+
+def adapter_options(given: Adapter | None) -> dict[str, Any]:
+    """What --adapter determines of the recipe; the most common rank and alpha stand for all of them."""
+    if given is None:
+        return {}
+    rank, alpha = given.rank_and_alpha
+    return {
+        "rank": rank,
+        "alpha": alpha,
+        "rslora": next(iter(given.weights.values())).rslora,
+        "method": "dora" if given.dora else "lora",
+    }
+
+
+def start_adapter(recipe: Recipe, base: Base) -> Adapter | None:
+    """The adapter that training starts from; None where every weight is trained."""
+    if recipe.method == "full":
+        return None
+    if base.given is not None:
+        return replace(base.given, base_model=recipe.model, dropout=recipe.dropout)
+    return initial_adapter(choose_layers(base.shapes, recipe.layers), layer_count(base.shapes), recipe)

@@ -1,0 +1,48 @@
+"""Who may write into a run folder: one process at a time, and only inside of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+
+LOCK = ".lock"  # it stays in the folder: whoever removed it would let a third process lock another file of that name
+
+
+def refuse_links(run: Path) -> None:
+    """Raises UserError where something in the run folder is a link that leads out of it.
+
+    A run may be a stranger's: what is written there, under a name that is known beforehand, must not land elsewhere.
+    """
+    inside = run.resolve()
+    strays = [
+        path for path in sorted(run.rglob("*")) if path.is_symlink() and not path.resolve().is_relative_to(inside)
+    ]
+    if strays:
+        shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
+        raise UserError(
+            f"{run}: links in it lead out of the folder: {shown}.",
+            "Remove them; where you trust one, put the file itself in its place.",
+        )
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Hold the run folder. Raises UserError where another process holds it, and as refuse_links.
+
+    The system releases the lock when the process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    refuse_links(run)
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,55 @@
+"""Recipe and plan of a training, out of the options and what is known of model and data."""
+
+import math
+
+from common.backend import Progress
+from common.data.batching import steps_per_epoch
+from common.data.dataset import data_hash
+from common.data.encode import template_hash
+from common.data.training_rows import TrainingRows
+from common.models.adapter_files import adapter_hash
+from common.models.shapes import target_names
+from common.models.training_base import Base, adapter_options
+from common.option_fields import RecipeFields
+from common.options import Options
+from common.recipe import Plan, Recipe
+
+
+def make_recipe(
+    options: Options,
+    base: Base,
+    rows: TrainingRows,
+    precision: str,
+    progress: Progress = lambda share, text: None,
+) -> Recipe:
+    """The recipe, every `auto` resolved. precision: bf16 or fp32. progress: of hashing the model."""
+    per_epoch = steps_per_epoch(len(rows.train.rows), options.batch_size)
+    steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
+    as_given = {name: getattr(options, name) for name in RecipeFields.model_fields if name != "targets"}
+    return Recipe(
+        **as_given | adapter_options(base.given),
+        model=options.model or "",
+        data=options.data or "",
+        model_hash=base.model.content_hash(progress),
+        data_hash=data_hash(rows.data),
+        template_hash=template_hash(rows.encoder.tokenizer),
+        precision=precision,  # type: ignore[arg-type]  # pydantic checks it
+        targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
+        adapter_hash=adapter_hash(base.given) if base.given else "",
+        quantization=base.scheme,
+        steps=steps,
+        warmup_steps=round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps),
+        eval_every=options.eval_every or per_epoch,
+    )
+
+
+def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -> Plan:
+    """A plan whose micro-batches are still to be chosen: of one token, so of one row."""
+    return Plan(
+        backend=backend,  # type: ignore[arg-type]  # pydantic checks it
+        device=device,  # type: ignore[arg-type]
+        micro_batch_tokens=1,
+        on_swap=options.on_swap,
+        save_every=options.save_every or steps_per_epoch(len(rows.train.rows), options.batch_size),
+        save_minutes=options.save_minutes,
+    )

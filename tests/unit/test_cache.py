@@ -1,0 +1,77 @@
+"""The cache: one process at a time makes an artifact, and another artifact does not wait for it."""
+
+import threading
+from pathlib import Path
+
+import platformdirs
+import pytest
+
+from common.display import Display
+from common.llama_cpp import convert
+from common.llama_cpp.install import LlamaCpp
+from common.system.cache import artifact_lock, cache_folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path / name)
+
+
+def never(text: str) -> None:
+    raise AssertionError(text)
+
+
+def test_another_process_waits_and_says_so() -> None:
+    artifact, waiting, entered = cache_folder() / "models" / "a", threading.Event(), threading.Event()
+    texts: list[str] = []
+
+    def say(text: str) -> None:
+        texts.append(text)
+        waiting.set()
+
+    def second() -> None:
+        with artifact_lock(artifact, say):
+            entered.set()
+
+    with artifact_lock(artifact, never):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert waiting.wait(30)
+        assert not entered.is_set()
+    thread.join(30)
+    assert entered.is_set()
+    assert texts == ["waiting for another process, which is making a"]
+
+
+def test_other_artifacts_do_not_wait() -> None:
+    with artifact_lock(cache_folder() / "models" / "a", never), artifact_lock(cache_folder() / "b" / "a", never):
+        pass
+
+
+def test_a_failure_releases_the_lock() -> None:
+    for _ in range(2):
+        with pytest.raises(RuntimeError), artifact_lock(cache_folder() / "a", never):
+            raise RuntimeError
+
+
+def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(convert, "convert", lambda base, out, *rest: out.write_bytes(b"bf16"))
+
+    def quantize(source: Path, out: Path, quant: str, *rest: object) -> None:
+        made.append(quant)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(quant.encode())
+
+    monkeypatch.setattr(convert, "quantize", quantize)
+    llama = LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "1")
+    (cache_folder() / "base-gguf" / "f00d").mkdir(parents=True)
+    for quant in ("Q4_K_M", "Q4_K_M", "Q8_0"):
+        found = convert.base_gguf(tmp_path, "f00d", quant, llama, Display("quiet"))
+        assert found.read_text() == quant
+    assert made == ["Q4_K_M", "Q8_0"]
+    assert not found.with_name("BF16.gguf").exists()
+    with artifact_lock(found.parent, never):  # what is there is served while another type is made
+        assert convert.base_gguf(tmp_path, "f00d", "Q8_0", llama, Display("quiet")) == found

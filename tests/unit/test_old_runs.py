@@ -1,0 +1,211 @@
+"""Runs that another version made: version 0.1's go on, and none is lost by a field that this version does not know."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.commands.compare import compare
+from common.commands.fuse import fuse_run
+from common.commands.prepare import Job, prepare
+from common.commands.train import run_training
+from common.display import Display
+from common.errors import UserError
+from common.inference.chat_models import choose
+from common.options import Options
+from common.run_record import Run
+from common.verify import cases
+from common.verify.cases import cases_of
+from tests.contexts import context
+from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
+from tests.unit.old_run import edit_record, edit_yaml, make_old
+
+
+class Stops(Bigram):
+    """Fails at step 5, which is as good as a kill."""
+
+    def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+        if step == 5:
+            raise KeyboardInterrupt
+        return super().train_step(micro_batches, learning_rate, step)
+
+
+@pytest.fixture
+def given(tiny_llama: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "model": str(tiny_llama),
+        "data": str(write_rows(tmp_path / "rows.jsonl")),
+        "backend": "torch",
+        "device": "cpu",
+        "precision": "fp32",
+        "export": "none",
+        "rank": 2,
+        "steps": 6,
+        "eval_every": 2,
+        "save_every": 2,
+    }
+
+
+def run(given: dict[str, Any], output: Path, backend: Bigram | None = None) -> Path:
+    options = Options.model_validate(given | {"output": str(output)})
+    return run_training(options, context(create=lambda: backend or Bigram()))
+
+
+def prepared(given: dict[str, Any]) -> Job:
+    return prepare(Options.model_validate(given), None, context())
+
+
+def resume(folder: Path) -> None:
+    run_training(Options.model_validate({"resume": str(folder)}), context(create=Bigram))
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def half_trained(given: dict[str, Any], output: Path) -> Path:
+    with pytest.raises(KeyboardInterrupt):
+        run(given, output, Stops())
+    return output
+
+
+def test_a_half_trained_run_of_version_0_1_goes_on_to_the_last_bit(given: dict[str, Any], tmp_path: Path) -> None:
+    complete = run(given, tmp_path / "complete")
+    cut = make_old(half_trained(given, tmp_path / "cut"))
+    assert (cut / "checkpoints" / "step-000004" / "adapter-mlx").is_dir()
+    resume(cut)
+    assert metrics(cut) == metrics(complete)
+    assert (cut / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        complete / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert not (cut / "checkpoints" / "step-000006" / "adapter-mlx").exists()
+    assert (cut / "verify-cases.json").exists()
+
+
+def test_a_run_of_version_0_1_is_chatted_with_compared_fused_and_verified(
+    given: dict[str, Any], tmp_path: Path, tiny_llama: Path
+) -> None:
+    folder = run(given, tmp_path / "run")
+    kept = cases_of(Run(folder), tiny_llama)
+    make_old(folder)
+    assert choose(folder, "adapter", None).kind == "adapter"
+    compare([folder, folder], Display("quiet"))
+    fuse_run(folder, {"export": "fused"}, context(create=Bigram))
+    assert Run(folder).record.export.fused == "fused"
+    again = cases_of(Run(folder), tiny_llama)  # of its data
+    assert [row.ids.tolist() for row in again.rows] == [row.ids.tolist() for row in kept.rows]
+    assert [row.mask.tolist() for row in again.rows] == [row.mask.tolist() for row in kept.rows]
+    assert (again.held_out, again.texts) == (kept.held_out, kept.texts)
+    assert [vars(prompt) | {"row": 0} for prompt in again.prompts] == [
+        vars(prompt) | {"row": 0} for prompt in kept.prompts
+    ]
+    assert [prompt.ids for prompt in again.prompts] == [prompt.ids for prompt in kept.prompts]
+
+
+def test_fields_that_this_version_does_not_know_are_kept(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = run(given, tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    export = record["export"] | {"onnx": "onnx/model.onnx", "gguf": [{"file": "a.gguf", "quant": "Q9", "hue": 3}]}
+    edit_record(folder, colour="blue", export=export, options=record["options"] | {"sparkle": 1})
+    edit_yaml(folder / "plan.yaml", {"sparkle": 1})
+    fuse_run(folder, {"export": "fused"}, context(create=Bigram))
+    after = json.loads((folder / "run.json").read_text())
+    assert (after["colour"], after["options"]["sparkle"], after["export"]["onnx"]) == ("blue", 1, "onnx/model.onnx")
+    assert after["export"]["fused"] == "fused"
+    (gguf,) = Run(folder).record.export.gguf
+    assert (gguf.name, gguf.model_extra) == ("Q9", {"hue": 3})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": [{"ids": [1], "labels": [9], "source": ""}]}', "[" * 10**5])
+def test_cases_that_cannot_be_read_are_made_of_the_data(
+    given: dict[str, Any], tmp_path: Path, tiny_llama: Path, text: str
+) -> None:
+    folder = run(given, tmp_path / "run")
+    kept = cases_of(Run(folder), tiny_llama)
+    (folder / "verify-cases.json").write_text(text)
+    again = cases_of(Run(folder), tiny_llama)
+    assert [row.ids.tolist() for row in again.rows] == [row.ids.tolist() for row in kept.rows]
+    assert len(again.prompts) == len(kept.prompts) > 0
+
+
+def test_few_long_rows_are_kept(given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [len(row.ids) for row in prepared(given).cases.rows]
+    monkeypatch.setattr(cases, "_TOKENS", rows[0] + rows[1] - 1)
+    assert [len(row.ids) for row in prepared(given).cases.rows] == rows[:1]
+
+
+@pytest.mark.parametrize("change", [{"sparkle": 3}, {"lora_plus": None}], ids=["unknown", "missing"])
+def test_a_recipe_of_another_version_is_fused_and_not_resumed(
+    given: dict[str, Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    complete, cut = run(given, tmp_path / "complete"), half_trained(given, tmp_path / "cut")
+    for folder in (complete, cut):
+        edit_yaml(folder / "recipe.yaml", change)
+    fuse_run(complete, {"export": "fused"}, context(create=Bigram))
+    assert choose(complete, "fused", None).kind == "fused"
+    compare([complete, complete], Display("quiet"))
+    before = metrics(cut)
+    with pytest.raises(UserError) as caught:
+        resume(cut)
+    (name,) = change
+    assert caught.value.what == (
+        f"{cut} cannot be resumed: another version of Twintune wrote its recipe, which differs in {name}."
+    )
+    assert f"--adapter {cut}/checkpoints/step-" in caught.value.fix
+    assert metrics(cut) == before
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = run(given, tmp_path / "run")
+    edit_yaml(folder / "recipe.yaml", {"method": "qalora"})
+    for attempt in (lambda: fuse_run(folder, {"export": "fused"}, context(create=Bigram)), lambda: resume(folder)):
+        with pytest.raises(UserError, match=r"recipe\.yaml cannot be read by this version: method: Input should be"):
+            attempt()
+
+
+def test_an_option_of_another_version_does_not_stop_a_resume(given: dict[str, Any], tmp_path: Path) -> None:
+    cut = half_trained(given, tmp_path / "cut")
+    options = json.loads((cut / "run.json").read_text())["options"]
+    edit_record(cut, options=options | {"sparkle": 1})
+    resume(cut)
+    assert Run(cut).record.status == "complete"
+
+
+def test_an_option_with_a_value_of_another_version_is_named(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = run(given, tmp_path / "run")
+    options = json.loads((folder / "run.json").read_text())["options"]
+    edit_record(folder, options=options | {"export": "onnx"})
+    with pytest.raises(UserError, match="the run's export: Input should be"):
+        fuse_run(folder, {}, context(create=Bigram))
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"model_hash": None}, "model_hash"),
+        ({"export": {"gguf": [{}]}}, r"export\.gguf\.0\.file"),
+        ({"steps": "many"}, "steps: Input should be a valid integer"),
+    ],
+    ids=["gone", "nested", "type"],
+)
+def test_a_record_that_is_no_record_says_why(
+    given: dict[str, Any], tmp_path: Path, change: dict[str, Any], fault: str
+) -> None:
+    folder = run(given, tmp_path / "run")
+    edit_record(folder, **change)
+    with pytest.raises(UserError, match=rf"run\.json is no run's record: .*{fault}"):
+        _ = Run(folder).record
+
+
+def test_a_misspelled_field_is_a_fault_of_ours(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="status_"):
+        Run(run(given, tmp_path / "run")).update(status_="complete")
+
+
+def test_interrupted_is_not_complete(given: dict[str, Any], tmp_path: Path) -> None:
+    cut = half_trained(given, tmp_path / "cut")
+    with pytest.raises(UserError, match="has not finished training"):
+        fuse_run(cut, {}, context(create=Bigram))
