@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks.random_model import random_model
 from common.backend import IGNORE, Adapter, Backend, Batch
 from common.memory_terms import MicroBatchShape
-from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
+from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.training.memory_estimate import MemoryEstimate, TrainingMemory, model_dims
@@ -56,7 +56,7 @@ def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
 def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str, Any]]:
     """`(model folder, recipe, plan, adapter, text config)`; a model of random weights is made where none is there."""
     folder = random_model(case["model"], case.get("layers"), vocabulary=case.get("vocabulary"))
-    recipe, config = recipe_of(case), text_config(json.loads((folder / "config.json").read_text()))
+    recipe, config = recipe_of(case), ModelFolder(folder).config
     plan = Plan(
         backend=case["backend"],
         device=case.get("device", "cpu"),
@@ -68,7 +68,7 @@ def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str,
     if plan.device == "cuda":
         chunk = package_of(case).memory_terms.loss_chunk(config["vocab_size"], plan.device)
         plan = plan.model_copy(update={"loss_chunk": chunk})
-    shapes = linear_shapes(folder, ["all-linear"])
+    shapes = linear_shapes(ModelFolder(folder), ["all-linear"])
     return folder, recipe, plan, initial_adapter(shapes, layer_count(shapes), recipe), config
 
 

@@ -32,6 +32,7 @@ from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.adapter_files import read_any
 from common.models.lora_init import layer_count
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
@@ -42,7 +43,7 @@ from common.training.loop import evaluate
 
 def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, device: str) -> float:
     """By Twintune's torch backend in float32, for every adapter alike."""
-    found = read_any(adapter, layer_count(linear_shapes(folder, ["all-linear"])))
+    found = read_any(adapter, layer_count(linear_shapes(ModelFolder(folder), ["all-linear"])))
     backend = torch_backend.create()
     plan = Plan(backend="torch", device=device, micro_batch_tokens=1024, save_every=1)
     backend.load(recipe_of({"rows": 4, "width": 8, "precision": "fp32", "rank": rank}), plan, folder, found)
@@ -92,7 +93,7 @@ def main() -> None:
     arguments.precision = arguments.precision or torch_backend.choose_precision("auto", arguments.device).value
     for name in {PEERS[peer] for peer in arguments.peers} - {None}:
         environment(str(name))
-    folder = resolve(arguments.model, lambda text: print(text, file=sys.stderr))
+    folder = resolve(arguments.model, lambda text: print(text, file=sys.stderr)).path
     results: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

@@ -4,7 +4,6 @@ python -m benchmarks.step_time --data rows.jsonl [--model MODEL]
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
-from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
@@ -44,14 +42,14 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
     parser.add_argument("--batch", type=int, default=8)
     arguments = parser.parse_args()
-    folder = resolve(arguments.model, print)
+    model = resolve(arguments.model, print)
     recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
-    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(folder, None), MaskingOptions()))
-    shapes = linear_shapes(folder, ["all-linear"])
+    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(model.path, None), MaskingOptions()))
+    shapes = linear_shapes(model, ["all-linear"])
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
-    backend.load(recipe, plan, folder, initial_adapter(shapes, layer_count(shapes), recipe))
-    sizes = model_dims(text_config(json.loads((folder / "config.json").read_text())))
+    backend.load(recipe, plan, model.path, initial_adapter(shapes, layer_count(shapes), recipe))
+    sizes = model_dims(model.config)
     rate = peak_rate(800, sizes.hidden, sizes.inner)
 
     def step(number: int) -> tuple[int, int]:

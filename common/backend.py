@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -117,6 +118,11 @@ class Adapter:
     def method(self) -> str:
         """As --method names it: lora, dora or full."""
         return "full" if self.full else "dora" if self.dora else "lora"
+
+    @property
+    def rank_and_alpha(self) -> tuple[int, float]:
+        """The most frequent pair among its weights: patterns may give some modules others."""
+        return Counter((weight.rank, weight.alpha) for weight in self.weights.values()).most_common(1)[0][0]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All trained arrays: `<module>.lora_A` and so on, or the tensors of `full`; the names of optimizer state."""

@@ -1,7 +1,7 @@
-"""Which files of a model folder are read; a copy of the folder that holds nothing else, for tokenizers and converters.
+"""The files of a model folder that are read, and a copy of the folder without code for tokenizers and converters.
 
 A model folder may be a stranger's. llama.cpp's converter loads some tokenizer classes with `trust_remote_code=True`,
-whatever the user wants, so it must never see a folder that holds code or names code that lies elsewhere.
+whatever the user wants. So it must never see a folder that holds code, or that names code elsewhere.
 """
 
 import json
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json
 from common.errors import UserError
 
 
@@ -34,7 +35,7 @@ TOKENIZER_FILES = (
 )
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _INDEX = "model.safetensors.index.json"
-COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, as they are
+COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
 # The files in which `auto_map` names code.
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", *_PROCESSOR_FILES)
 
@@ -44,7 +45,7 @@ LICENSE_PATTERNS += ("SAFETY*", "*ACCEPTABLE_USE*", "*PROHIBITED_USE*", "*RESPON
 _LICENSE_SUFFIX = re.compile(r"|\.(txt|md|rst|pdf|html)|\.\d+", re.IGNORECASE)  # the last: LICENSE-APACHE-2.0
 
 HUB_FILES = ["*.json", "*.jinja", "*.txt", "model*.safetensors", "tokenizer.model", "README.md", *LICENSE_PATTERNS]
-HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns alone would take LICENSE.py along
+HUB_IGNORED = ["*.py*", "*.so"]  # the license patterns would match LICENSE.py
 
 
 def license_files(folder: Path) -> list[str]:
@@ -54,15 +55,15 @@ def license_files(folder: Path) -> list[str]:
 
 
 def known_files(folder: Path) -> list[Path]:
-    """Everything but the weights that is read of a model folder, as far as it is there."""
+    """The files, besides the weights, that are read of a model folder, as far as they exist."""
     names = dict.fromkeys((*_CONFIGS, *COPIED, "README.md", *license_files(folder)))
     return [folder / name for name in names if (folder / name).is_file()]
 
 
 def stray_links(folder: Path) -> list[Path]:
-    """The files read of the folder, weights included, that are links to a place outside of it.
+    """The files to be read, weights included, that are links to something outside of the folder.
 
-    The hub's cache is made of links to its own blobs: those are fine, from within it and from elsewhere.
+    Links to the blobs of a hub cache are fine, from within the cache and from elsewhere: the cache consists of them.
     """
     return [path for path in [*known_files(folder), *shard_files(folder)] if _leads_out(path)]
 
@@ -72,13 +73,13 @@ def _leads_out(path: Path) -> bool:
     if target.is_relative_to(folder):
         return False
     snapshot = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
-    if snapshot and target.is_relative_to(folder.parents[1] / "blobs"):  # of a hub cache somewhere else
+    if snapshot and target.is_relative_to(folder.parents[1] / "blobs"):  # of a hub cache that is not the user's
         return False
     return not _in_hub_cache(target)
 
 
 def _in_hub_cache(path: Path) -> bool:
-    """Whether it is one of the blobs of the user's hub cache, of one repository or shared by all."""
+    """Whether the path is a blob of the user's hub cache, of one repository or shared by all."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = Path(HF_HUB_CACHE).resolve()
@@ -92,28 +93,24 @@ def names_code(folder: Path) -> bool:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder as a dict, without the keys that name code. Raises UserError where it is none."""
-    return dict(_without_code(_read_json(path)))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path} is not JSON: {error}", "Fetch the model's files again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.", "Fetch the model's files again.")
+    """A JSON file of a model folder, without the keys that name code. Raises UserError where it is not an object."""
+    content: dict[str, Any] = without_code(_read_json(path))
     return content
 
 
-def _without_code(value: Any) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_json(path, "Fetch the model's files again.")
+
+
+def without_code(value: Any) -> Any:
+    """`value`, a part of a config, without the keys that name code."""
     if isinstance(value, dict):
-        return {key: _without_code(part) for key, part in value.items() if key != "auto_map"}
-    return [_without_code(part) for part in value] if isinstance(value, list) else value
+        return {key: without_code(part) for key, part in value.items() if key != "auto_map"}
+    return [without_code(part) for part in value] if isinstance(value, list) else value
 
 
 def copy_file(source: Path, out: Path) -> None:
-    """Copy a file of a model folder, a config without the keys that name code. Raises UserError for a stray link."""
+    """Copy a file of a model folder, a config without keys that name code. Raises UserError for a stray link."""
     _check_link(source)
     if source.name in _CONFIGS and (content := read_config(source)) != _read_json(source):
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -126,14 +123,14 @@ def _check_link(path: Path) -> None:
         raise UserError(f"{path} is a link that leads out of its folder, to {path.resolve()}.", LINK_REMEDY)
 
 
-LINK_REMEDY = "Where you trust it, put the file itself in the link's place."
+LINK_REMEDY = "If you trust it, replace the link by the file itself."
 
 
 @contextmanager
 def scrubbed(folder: Path, weights: bool = False) -> Iterator[Path]:
-    """A temporary folder of the same name with the configs and tokenizer files of `folder`, and nothing that is code.
+    """A temporary folder of the same name with the configs and tokenizer files of `folder`, without any code.
 
-    weights: link the weights too. Raises UserError for a stray link, or a config that is not JSON.
+    weights: with links to the weights. Raises UserError for a stray link, or a config that is not JSON.
     """
     with tempfile.TemporaryDirectory(prefix="twintune-") as temporary:
         clean = Path(temporary) / (folder.resolve().name or "model")

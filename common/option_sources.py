@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from common import documents
 from common.errors import UserError
 from common.option_aliases import FAMILIES, SAME
 from common.option_translation import translate
@@ -85,16 +86,10 @@ def options_over(kept: dict[str, Any], flags: dict[str, Any]) -> Options:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = documents.read_yaml(path, "Write one `name: value` a line, as in configs/quickstart.yaml.")
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file.", f"Look in {QUICKSTART.parent} for presets.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}", "Correct the file.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no options.", "Write one `name: value` a line, as in configs/quickstart.yaml.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 

@@ -3,7 +3,6 @@
 Only this module opens run.json, recipe.yaml and plan.yaml.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from common import strict_json
+from common.documents import read_json, read_yaml
 from common.errors import UserError
+from common.files import atomic_write
 from common.recipe import Plan, Recipe
 
 
@@ -240,14 +241,9 @@ class Run:
     def _content(self) -> dict[str, Any]:
         """run.json as it is. Raises UserError where it is missing, damaged, or no object."""
         try:
-            content = json.loads(self.record_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
+            return read_json(self.record_file, "Give another run.", allow_nan=True)  # an older version wrote NaN
+        except FileNotFoundError:
             raise UserError(f"{self} holds no run (no run.json).", "Give a folder that `train` made.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.record_file} is damaged: {error}", "Give another run.") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{self.record_file} is no run's record.", "Give a folder that `train` made.")
-        return content
 
     def _read(self, name: str, model: type[_Model]) -> _Model:
         content = self._yaml(name)
@@ -260,16 +256,10 @@ class Run:
             ) from None
 
     def _yaml(self, name: str) -> dict[str, Any]:
-        path = self.path / name
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            return read_yaml(self.path / name, "Give another run.")
         except FileNotFoundError:
             raise UserError(f"{self} is incomplete: it has no {name}.", "Give the complete folder.") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}", "Give another run.") from None
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is damaged: it holds no fields.", "Give another run.")
-        return content
 
 
 def _fault(error: ValidationError) -> str:
@@ -295,6 +285,5 @@ def _write_yaml(path: Path, content: BaseModel, comment: str) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Replace the file in one step: it holds the old text or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

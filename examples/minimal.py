@@ -27,7 +27,7 @@ def fine_tune(options: Options, out: Path, display: Display) -> None:
     """Train `options.model` on `options.data` in float32 on the CPU. Raises UserError naming what is wrong."""
     out.mkdir(parents=True)
     base = find_base(options, "torch", "none", display)
-    tokenizer = load_tokenizer(base.folder, options.chat_template)
+    tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with display.stage("encode") as progress:
         rows = encode_data(options, read_data(options, display), tokenizer, progress)
 
@@ -45,7 +45,7 @@ def fine_tune(options: Options, out: Path, display: Display) -> None:
 
     write_both(out, adapter)
     with display.stage("fuse") as progress:
-        write_fused(base.folder, adapter, out / "fused", ServingConfig(rows.stops, rows.template), progress)
+        write_fused(base.model, adapter, out / "fused", ServingConfig(rows.stops, rows.template), progress)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def score(run: Run, context: Context) -> dict[str, int]:
         return {"total": 0, "before": 0, "after": 0}
     target = choose(run.path, "gguf", None)
     llama = llama_of(target, context)
-    base = base_gguf(base_of(run, display), record.model_hash, target.quant, llama, display)
+    base = base_gguf(base_of(run, display).path, record.model_hash, target.quant, llama, display)
     prompts = [[dict(message) for message in row.messages[:-1]] for row in read_rows(EXAMPLE / "test.jsonl")]
     answers = {}
     for when, gguf in (("before", base), ("after", target.path)):

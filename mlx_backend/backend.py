@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult  # noqa: E402
 from common.models.mlx_quantized import is_quantized  # noqa: E402
-from common.models.resolve import tensor_names  # noqa: E402
+from common.models.model_folder import ModelFolder  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
 from common.sampling import Sampler, generate_tokens  # noqa: E402
 from common.system.memory import swap_used, total  # noqa: E402
@@ -44,10 +44,11 @@ class MlxBackend:
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
         self.limits = _set_limits(plan)
-        self.model: Any = load_base(folder, _DTYPES[recipe.precision])
-        self.names = tensor_names(folder)
+        base = ModelFolder(folder)
+        self.model: Any = load_base(base, _DTYPES[recipe.precision])
+        self.names = base.full_names
         with _memory_errors():
-            if recipe.quantization != "none" and not is_quantized(folder):
+            if recipe.quantization != "none" and not is_quantized(base):
                 quantize(self.model, recipe.quantization)
             self.layers: dict[str, Any] = {}
             if adapter is not None:

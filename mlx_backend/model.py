@@ -5,9 +5,7 @@ rounds Gemma 3's embedding scale to bf16, and reads RoPE from keys that a checkp
 are used; everything around them is computed here from the normalized config.
 """
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +13,8 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from common.errors import UserError
-from common.models.families import ForwardConfig, facts, language_tensor, text_config, text_name
+from common.models.families import ForwardConfig, forward_config, language_tensor, text_name
+from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
@@ -40,15 +39,15 @@ class _Rope(nn.Module):
         return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
-def load_base(folder: Path, dtype: mx.Dtype) -> Any:
+def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `facts`.
 
     Raises UserError where checkpoint and model do not have the same weights.
     """
     from mlx_lm.utils import _get_classes, load_model
 
-    config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    found = facts(config)
+    config = base.config
+    found = forward_config(config)
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, arguments = _get_classes(config)
@@ -64,10 +63,10 @@ def load_base(folder: Path, dtype: mx.Dtype) -> Any:
     # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
     plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
     try:
-        model = load_model(folder, lazy=True, model_config=plain, get_model_classes=classes)[0]
+        model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
     except ValueError as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
+        raise UserError(f"{base.path}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:

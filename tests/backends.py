@@ -17,6 +17,7 @@ from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.fuse import fuse
 from common.models.lora_init import choose_layers, initial_adapter, layer_count
+from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
@@ -76,7 +77,7 @@ def create(name: str) -> Backend:
 def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
     if recipe.method == "full":
         return None
-    shapes = linear_shapes(folder, recipe.targets)
+    shapes = linear_shapes(ModelFolder(folder), recipe.targets)
     return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
 
 
@@ -172,7 +173,7 @@ def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out
     assert np.abs(tuned - base).max() > 0.1, "the adapter must change something"
     out.mkdir()
     copy_all_but_weights(folder, out)
-    fuse(folder, adapter, out, lambda share, text: None)
+    fuse(ModelFolder(folder), adapter, out, lambda share, text: None)
     fused = load(name, out, make_recipe(folder))  # with an adapter of zeros
     np.testing.assert_allclose(fused.logits(rows[0].ids), tuned, atol=2e-4)
     fused.close()
@@ -323,10 +324,10 @@ def check_quantized_base(name: str, folder: Path, rows: list[Encoded], scheme: s
     losses = run_steps(backend, recipe, rows, 6)
     assert losses[-1] < losses[0]
     tuned, adapter, replaced = backend.logits(rows[0].ids), backend.get_adapter(), backend.dequantized()
-    assert set(replaced) == {f"{module}.weight" for module in linear_shapes(folder, TARGETS)}
+    assert set(replaced) == {f"{module}.weight" for module in linear_shapes(ModelFolder(folder), TARGETS)}
     out.mkdir()
     copy_all_but_weights(folder, out)
-    fuse(folder, adapter, out, lambda share, text: None, replaced)
+    fuse(ModelFolder(folder), adapter, out, lambda share, text: None, replaced)
     backend.close()
     fused = load(name, out, make_recipe(folder))
     difference = np.abs(fused.logits(rows[0].ids) - tuned).max()
@@ -351,7 +352,7 @@ def check_full_fusion(name: str, folder: Path, rows: list[Encoded], out: Path) -
     assert adapter.full.keys() == header.keys()
     out.mkdir()
     copy_all_but_weights(folder, out)
-    fuse(folder, adapter, out, lambda share, text: None)
+    fuse(ModelFolder(folder), adapter, out, lambda share, text: None)
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
     assert [key for key in before if np.array_equal(before[key], after[key])] == []
     fused = load(name, out, make_recipe(folder))

@@ -1,7 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.backend.Backend`."""
 
 import gc
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +13,8 @@ import psutil
 import torch
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
-from common.models.families import facts, text_config
-from common.models.resolve import tensor_names
+from common.models.families import forward_config
+from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
 from common.system.memory import ResidentSet, swap_used
@@ -56,11 +55,11 @@ class TorchBackend:
             _limit_threads()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        config = text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        self.rope_split = facts(config).rope_split
-        self.names = tensor_names(folder)
+        base = ModelFolder(folder)
+        config, self.names = base.config, base.full_names
+        self.rope_split = forward_config(config).rope_split
         with _memory_errors():
-            self.model: Any = _load_model(folder, recipe, self.device, adapter)
+            self.model: Any = _load_model(base, recipe, self.device, adapter)
             self.outer, self.parameters = self._trainable(adapter)
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::TRIM_EVERY]:
@@ -259,11 +258,11 @@ def _limit_threads() -> None:
         torch.set_num_threads(min(threads, psutil.cpu_count(logical=False) or threads))
 
 
-def _load_model(folder: Path, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
+def _load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
     """The base in the recipe's precision and quantization, on the device."""
     dtype, quantization = _DTYPES[recipe.precision], quantization_config(recipe.quantization)
     settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
-    model = load_base(folder, dtype, **settings)
+    model = load_base(base, dtype, **settings)
     if recipe.quantization == "nf4":
         quantize_nf4(model, dtype, device)
     if not quantization:

@@ -1,6 +1,5 @@
 """PEFT's LoRA and DoRA layers on a model, each with the rank and alpha of its own weight."""
 
-from collections import Counter
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
     """`(PEFT's model, trained parameters by canonical name)`: `<module>.lora_A`, `.lora_B`, `.magnitude`."""
     from peft import LoraConfig, get_peft_model
 
-    (rank, alpha), _ = Counter((w.rank, w.alpha) for w in adapter.weights.values()).most_common(1)[0]
+    rank, alpha = adapter.rank_and_alpha
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,

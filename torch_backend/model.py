@@ -1,15 +1,12 @@
 """The frozen base model: transformers' own, every weight read from the checkpoint and checked."""
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import UserError
-from common.models.families import text_config
-from common.models.resolve import stored_type
+from common.models.model_folder import ModelFolder
 from torch_backend.attention import register
 from torch_backend.host_memory import release_pages
 
@@ -21,7 +18,7 @@ _TEXT_NAMES = {
 }
 
 
-def load_base(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
+def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
     """The language model alone, in evaluation mode on the CPU, its weights in the stored type: `convert` makes `dtype`.
 
     `settings` are passed to `from_pretrained`, which then makes `dtype` itself. Of a multimodal model the other parts
@@ -31,17 +28,15 @@ def load_base(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    text = text_config(written)
-    config = AutoConfig.for_model(**{key: value for key, value in text.items() if key not in _NOT_SETTINGS})
+    config = AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NOT_SETTINGS})
     # in the stored type the weights stay in the mapped file until they are used
-    stored = getattr(torch, stored_type(folder))
-    names = {"key_mapping": _TEXT_NAMES} if "text_config" in written else {}
+    stored = getattr(torch, base.dtype)
+    names = {"key_mapping": _TEXT_NAMES} if "text_config" in base.written_config else {}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the vision tower's tensors; missing ones are reported below
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
+            base.path,
             config=config,
             dtype=dtype if settings else stored,
             attn_implementation=register(),
@@ -57,7 +52,7 @@ def load_base(folder: Path, dtype: torch.dtype, **settings: Any) -> Any:
     missing = sorted({*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])})
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} weights of its model, or has them in another shape, such as {missing[0]}.",
+            f"{base.path} lacks {len(missing)} weights of its model, or has them in another shape: {missing[0]} ...",
             "Fetch the model again.",
         )
     return model

@@ -77,12 +77,12 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
     shapes = linear_shapes(base, ["all-linear"])
     if path.suffix == ".gguf":
         adapter = replace(
-            read_gguf_lora(path, base, shapes, _llama(context)), layers=layer_count(shapes), base_model=model
+            read_gguf_lora(path, base.path, shapes, _llama(context)), layers=layer_count(shapes), base_model=model
         )
     else:
         adapter = read_any(path, layer_count(shapes))
     validate(adapter, shapes, path)
-    return adapter, base
+    return adapter, base.path
 
 
 def _llama(context: Context) -> LlamaCpp:

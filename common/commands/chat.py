@@ -21,6 +21,7 @@ from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
 from common.errors import PROGRAM, UserError
+from common.files import atomic_write
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
@@ -187,9 +188,8 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
     """The file with one more row; whole, or as it was."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     line = json.dumps(row, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + line, encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + line, encoding="utf-8")
 
 
 def chat(target: Target, system: str | None, length: int, sampling: Sampling, context: Context) -> None:

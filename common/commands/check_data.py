@@ -11,8 +11,8 @@ from common.context import Context
 from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import check_fields, load_data
-from common.data.quality import suspicious
-from common.data.truncation import encode_all, fit
+from common.data.quality import quality_warnings
+from common.data.truncation import encode_all, filter_by_length
 from common.display import Display
 from common.errors import UserError
 from common.models.resolve import resolve
@@ -31,7 +31,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     check_fields(options.field)
     source, max_length = options.data or "", options.max_length
     data = load_data(source, options.valid_share, options.seed, options.field)
-    tokenizer = load_tokenizer(resolve(options.model or "", display.say), options.chat_template)
+    tokenizer = load_tokenizer(resolve(options.model or "", display.say).path, options.chat_template)
     encoder = Encoder(tokenizer, MaskingOptions(options.train_on, options.thinking))
     if explain is not None:
         explain_row(data.train, explain, encoder, display)
@@ -42,7 +42,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         if not examples:
             continue
         every = encode_all(examples, encoder)
-        fitted = fit(every, max_length, "truncate" if options.overflow == "truncate" else "drop")
+        fitted = filter_by_length(every, max_length, "truncate" if options.overflow == "truncate" else "drop")
         sizes = [len(row.ids) for row in every]
         long += [[row.source, str(len(row.ids)), "dropped"] for row in fitted.dropped]
         long += [[row.source, str(len(row.ids)), "truncated"] for row in fitted.truncated]
@@ -61,8 +61,8 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     )
     for note in dict.fromkeys(notes):
         display.say(f"{notes.count(note)} training rows: {note}")
-    for finding in suspicious(data):
-        display.warn(str(finding))
+    for warning in quality_warnings(data):
+        display.warn(str(warning))
     if long:
         if options.overflow == "error":
             long = [[place, tokens, "not accepted: --overflow error"] for place, tokens, _ in long]
@@ -109,12 +109,12 @@ def explain_row(examples: list[Example], number: int, encoder: Encoder, display:
 
 def explain(example: Example, encoder: Encoder) -> list[str]:
     """Why each token of the row is a label or not, in the order of `encoder(example).ids`."""
-    row = encoder(example)
     if example.text is not None:
+        row = encoder(example)
         reasons = ["plain text: every token is learned"] * len(row.ids)
         reasons[-1] = "the end of the text, appended"
         return ["BOS: nothing predicts it", *reasons[1:]] if not row.mask[0] else reasons
-    conversation, example = encoder.placed(example)
+    row, conversation, example = encoder.encode_chat(example)
     encoding = encoder.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
     starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
     trained = encoder.trained(example, conversation)

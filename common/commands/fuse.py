@@ -1,7 +1,6 @@
 """After training: fuse, export, try the GGUF, verify; and `fuse RUN`, the same again."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -25,10 +24,10 @@ from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push, push
 from common.llama_cpp.convert import check_quants
-from common.models.families import text_config
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
 from common.option_sources import options_over
 from common.options import Options
 from common.run_lock import held
@@ -99,12 +98,12 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
     return merged
 
 
-def _check_inputs(run: Run, base: Path, options: Options, backends: Backends) -> None:
+def _check_inputs(run: Run, base: ModelFolder, options: Options, backends: Backends) -> None:
     """Raises UserError where the data or the backend that the end of a GGUF export needs are missing."""
     if options.imatrix:
         data_of(run, options)
     if not options.no_verify:
-        cases_of(run, base)
+        cases_of(run, base.path)
         runnable(run.plan, run.recipe, backends)
 
 
@@ -142,10 +141,9 @@ def export_run(job: ExportJob) -> None:
 
 def _record_base(job: ExportJob) -> Terms:
     """The base's license, on record with the form that its weights came in."""
-    kind = json.loads((job.base / "config.json").read_text(encoding="utf-8")).get("model_type", "")
-    model = job.options.model or ""
-    terms = find_terms(job.base, model, kind)
-    job.run.update(base=BaseRecord(terms=asdict(terms), form=base_form(job.base, model)))
+    folder, model = job.base.path, job.options.model or ""
+    terms = find_terms(folder, model, job.base.model_type)
+    job.run.update(base=BaseRecord(terms=asdict(terms), form=base_form(folder, model)))
     return terms
 
 
@@ -178,7 +176,7 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
     parts = parts_of(job.run)
     for part in {*parts, "gguf", "mlx"}:
         if (job.run.path / part).is_dir():
-            copy_terms(job.base, job.run.path / part, terms)
+            copy_terms(job.base.path, job.run.path / part, terms)
     if "fused" in parts:
         write_card(job.run, job.run.fused / "README.md", parts)
 
@@ -198,9 +196,8 @@ def _verified(job: ExportJob, meter: StageMeter) -> bool:
             bf16_gguf.unlink(missing_ok=True)
 
 
-def _estimated(run: Run, base: Path, adapter: Adapter, options: Options, backends: Backends) -> list[Stage]:
-    config = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
-    memory = TrainingMemory(backends(run.plan.backend), model_dims(config), run.recipe, adapter)
+def _estimated(run: Run, base: ModelFolder, adapter: Adapter, options: Options, backends: Backends) -> list[Stage]:
+    memory = TrainingMemory(backends(run.plan.backend), model_dims(base.config), run.recipe, adapter)
     held = reloaded(options, memory, base)
     size, verifies = trained_bytes(adapter, base), not options.no_verify
     return estimate_stages(options.export, options.quant, base, size, held, options.imatrix, verifies)
@@ -233,7 +230,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     run, display, recipe = job.run, job.display, job.run.recipe
     if recipe.quantization == "none":
         yield {}
-    elif source(job.base) is not None:
+    elif quantized_source(job.base.path) is not None:
         display.say(f"The adapter goes into the model's dequantized {recipe.quantization} weights: it has no others.")
         yield {}
     elif job.options.fuse_into != "dequantized":
@@ -250,7 +247,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
         backends = job.context.backends
         choose_backend(plan.backend, backends)  # a run may have come from another machine
         device = backends(plan.backend).choose_device("auto").value
-        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), job.base, job.adapter)
+        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), job.base.path, job.adapter)
         try:
             yield backend.dequantized()
         finally:

@@ -16,6 +16,7 @@ from common.commands.arguments import add_llama, add_sampling, add_system, add_t
 from common.context import Context
 from common.data.dataset import Example
 from common.errors import UserError
+from common.files import atomic_write
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
@@ -68,9 +69,8 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
 
             _ask_all(models.tuned, rows, left, sampling, slots, keep, progress)
     lines = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in range(len(rows))]
-    temporary = out.with_name(f"{out.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(out)
+    with atomic_write(out) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
     part.unlink()
     cut = sum(done[number]["finish"] == "length" for number in range(len(rows)))
     display.say(f"{len(rows)} answers in {out}" + (f"; {cut} were cut at --max-tokens or --context" if cut else ""))
@@ -134,9 +134,8 @@ def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
         )
     head = {"asked": asked}
     found = {line["number"]: line["row"] for line in map(json.loads, whole[1:])}
-    temporary = part.with_name(f"{part.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in (whole or [json.dumps(head)])), encoding="utf-8")
-    temporary.replace(part)
+    with atomic_write(part) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in (whole or [json.dumps(head)])), encoding="utf-8")
     return {-1: head, **found}
 
 

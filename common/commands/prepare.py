@@ -1,13 +1,12 @@
 """Everything that is checked and chosen before the first step: what could fail later fails here."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.backend import Adapter, Choice
 from common.context import Context
-from common.data.dataset import said
+from common.data.dataset import first_texts
 from common.data.encode import Encoded, load_tokenizer
 from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt
 from common.display import Display, gigabytes
@@ -20,8 +19,6 @@ from common.export.upload import check_push
 from common.llama_cpp.convert import check_quants
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
-from common.models.families import text_config
-from common.models.resolve import stored_type
 from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
 from common.recipe import Plan, Recipe
@@ -81,25 +78,24 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     run = resumed or Run(_output(options, hardware.backend.value))
     data = read_data(options, display)
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
-    tokenizer = load_tokenizer(base.folder, options.chat_template)
+    tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("read the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
     report_rows(options, rows, display)
     with display.stage("hash the model") as progress:
         recipe = make_recipe(options, base, rows, hardware.precision.value, progress)
     start = start_adapter(recipe, base)
-    config = text_config(json.loads((base.folder / "config.json").read_text(encoding="utf-8")))
-    config["dtype"] = stored_type(base.folder)
+    config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
     memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
     chosen = choose_plan(options, memory, plan, rows.train.rows)
     _warn_of_peak(chosen, display)
-    adapter_bytes, held = trained_bytes(start, base.folder), reloaded(options, memory, base.folder)
+    adapter_bytes, held = trained_bytes(start, base.model), reloaded(options, memory, base.model)
     verifies = not options.no_verify
-    stages = estimate_stages(options.export, options.quant, base.folder, adapter_bytes, held, options.imatrix, verifies)
+    stages = estimate_stages(options.export, options.quant, base.model, adapter_bytes, held, options.imatrix, verifies)
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *stages])
     warn_of_memory(stages, display)
-    llama = tools_for(options, recipe.method, base.folder, display, tokenizer, said(data.train, 200_000))
+    llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(data.train, 200_000))
     sample, sample_tokens = sample_prompt(rows)
     return Job(
         options=options,

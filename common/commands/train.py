@@ -68,7 +68,7 @@ def run_training(options: Options, context: Context) -> Path:
             if not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To go on: {PROGRAM} train --resume {job.run}")
             raise
-        validate(adapter, linear_shapes(job.base.folder, job.recipe.targets), job.run.path)
+        validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
         adapters.write_both(job.run.path, adapter)
         job.run.update(status="complete")
         try:
@@ -127,7 +127,7 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
     export_run(
         ExportJob(
             run=job.run,
-            base=job.base.folder,
+            base=job.base.model,
             adapter=adapter,
             options=job.options,
             served=job.served,
@@ -142,7 +142,9 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
 def _sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> None:
     """Show and keep the tuned model's answer to the sample prompt. A failure here costs nobody a training."""
     served, think = job.served, job.recipe.thinking == "keep"
-    form = ChatFormat(job.base.folder, served.template, served.stops, think, context=job.sample_tokens + SAMPLE_TOKENS)
+    form = ChatFormat(
+        job.base.model.path, served.template, served.stops, think, context=job.sample_tokens + SAMPLE_TOKENS
+    )
     with display.optional("no sample"):
         backend.set_adapter(adapter)
         model = backend_chat_model(backend, form, "", True)

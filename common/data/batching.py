@@ -1,4 +1,4 @@
-"""Seeded order, micro-batches cut by length, padding, shifted labels: numpy only, the same for every backend."""
+"""Seeded order, micro-batches of rows of similar length, padding, shifted labels: numpy only, for every backend."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import numpy as np
 from common.backend import IGNORE, Batch
 from common.data.encode import Encoded
 
-# What starting one more micro-batch costs, by device, and a padded position (attention alone computes it), in tokens.
+# In tokens: the cost of one more micro-batch, by device, and of a padded position, which only attention computes.
 # cuda: on an H200 1,000 (Gemma-3-1B) to 3,900 (SmolLM2-135M); of Apple's GPUs not measured.
 START_COST = {"cpu": 64, "cuda": 1024, "gpu": 512, "mps": 512}
 _PADDING_COST = 0.25
-# The sizes a CUDA graph is recorded for: the least, and how many between a power of two and the next.
+# The sizes that CUDA graphs are recorded for: the smallest, and how many from one power of two to the next.
 TOKEN_STEPS = (128, 8)
 LABEL_STEPS = (128, 2)
 
@@ -32,16 +32,16 @@ def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int, device: str = "cpu") -> list[Batch]:
-    """Sort by length and cut where it costs least, no cut above `micro_batch_tokens` padded tokens."""
+    """The rows sorted by length and split where it costs least, at most `micro_batch_tokens` padded tokens a batch."""
     ordered = sorted(rows, key=lambda row: len(row.ids))
     cuts = cut([len(row.ids) - 1 for row in ordered], micro_batch_tokens, device)
     return [make_batch(ordered[start:end]) for start, end in cuts]
 
 
 def cut(lengths: Sequence[int], micro_batch_tokens: int, device: str = "cpu") -> list[tuple[int, int]]:
-    """Where each micro-batch of rows of these rising lengths starts and ends. Exact, by dynamic programming.
+    """`(start, end)` of each micro-batch of rows with these ascending lengths. Optimal, by dynamic programming.
 
-    A row longer than `micro_batch_tokens` stands alone.
+    A row longer than `micro_batch_tokens` is a batch of its own.
     """
     best: list[tuple[float, int]] = [(0.0, 0)]  # least cost of the first i rows, and where their last batch starts
     for end in range(1, len(lengths) + 1):
@@ -60,7 +60,7 @@ def cut(lengths: Sequence[int], micro_batch_tokens: int, device: str = "cpu") ->
 
 
 def make_batch(rows: Sequence[Encoded]) -> Batch:
-    """Pad on the right. A pad's label is IGNORE by position, whatever the pad's id is."""
+    """The rows padded on the right, int32 [rows, width]. A pad's label is IGNORE by position, whatever its id is."""
     lengths = np.array([len(row.ids) - 1 for row in rows], np.int32)
     width = int(lengths.max())
     input_ids = np.zeros((len(rows), width), np.int32)
@@ -72,13 +72,13 @@ def make_batch(rows: Sequence[Encoded]) -> Batch:
 
 
 def rounded(size: int, least: int, steps: int) -> int:
-    """`size` or a little more: a multiple of `least`, and `steps` values between a power of two and the next."""
+    """`size` rounded up to a multiple of `least`, with `steps` values between a power of two and the next."""
     step = max(least, 2 ** max(0, size.bit_length() - 1) // steps)
     return -(-size // step) * step
 
 
 def split_batch(batch: Batch, limit: int | None) -> list[Batch]:
-    """The rows of up to `limit` tokens, then the longer ones: a row is turned by its own length, no neighbour's."""
+    """The rows of up to `limit` tokens, then the longer ones: RoPE of a row depends on its own length only."""
     longer = batch.lengths > (limit or batch.input_ids.shape[1])
     if longer.all() or not longer.any():
         return [batch]

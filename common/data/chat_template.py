@@ -1,4 +1,4 @@
-"""A chat template at work: prompts as the exported model is served, thinking on or off, the same on every day."""
+"""A model's chat template: prompts as the exported model is served, thinking on or off, the same on every day."""
 
 import json
 import re
@@ -6,12 +6,12 @@ from datetime import datetime
 from typing import Any
 
 Message = dict[str, Any]
-# Some templates write today's date otherwise: the same recipe would be other tokens tomorrow.
+# Some templates write today's date: the same recipe would have other tokens tomorrow.
 _DAY = datetime(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-MARK = "qTWINTUNE{}q{}q{}"
+PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
-# How families write where thinking begins and ends.
+# How model families write the start and the end of a thinking block.
 _TAGS = {
     "<think>": "</think>",
     "<seed:think>": "</seed:think>",
@@ -22,21 +22,22 @@ _TAGS = {
 _OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
 EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
 OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
-# What a generation prompt may have, and a finished turn not: a thinking block, opened or empty, or the end of one.
+# What a generation prompt may have and a finished turn may lack: a thinking block, opened or empty, or its end.
 THINKING_REST = re.compile(rf"\s*{_OPEN}?\s*{_SHUT}?\s*")
 
 
-def closed(opened: str) -> str:
+def closing(opened: str) -> str:
+    """The text that closes a thinking block which `opened` has started."""
     return f"\n{_TAGS[opened]}\n\n" if opened == "<think>" else _TAGS[opened]
 
 
-class Renderer:
-    """A tokenizer's chat template with its quirks found once. `thinking`: off or keep."""
+class ChatTemplate:
+    """A tokenizer's chat template, its quirks looked for once. `thinking`: off or keep."""
 
     def __init__(self, tokenizer: Any, thinking: str) -> None:
         self.tokenizer, self.thinking = tokenizer, thinking
-        self.template = _TODAY.sub(lambda call: json.dumps(_DAY.strftime(call[2])), str(tokenizer.chat_template))
-        self.marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.template))
+        self.source = _TODAY.sub(lambda call: json.dumps(_DAY.strftime(call[2])), str(tokenizer.chat_template))
+        self.has_generation_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source))
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
@@ -44,47 +45,48 @@ class Renderer:
         self._no_tools: list[Any] | None = None
         try:
             self.render([HELLO], (), False, False)
-        except Exception:  # some templates loop over tools that are not there
+        except Exception:  # some templates loop over the tools even where there are none
             self._no_tools = []
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
+        """The messages as text. prompt: with the generation prompt behind them."""
         return self.tokenizer.apply_chat_template(
-            self._said(messages),
-            chat_template=self.template,
+            self._with_reasoning(messages),
+            chat_template=self.source,
             tools=list(tools) or self._no_tools,
             tokenize=False,
             add_generation_prompt=prompt,
             **self._variables(think),
         )
 
-    def marks(
+    def generation_spans(
         self, messages: list[Message], tools: Any, think: bool, rendered: str
     ) -> tuple[tuple[int, int], ...] | None:
-        """What lies between the template's `{% generation %}` marks, in characters of `rendered`; None without."""
+        """Characters of `rendered` within the template's own `{% generation %}` tags; None without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if not self.marked:
+        if not self.has_generation_tags:
             return None
+        given = self._with_reasoning(messages)
         texts, spans = render_jinja_template(
-            [[{k: v for k, v in message.items() if v is not None} for message in self._said(messages)]],
+            [[{key: value for key, value in message.items() if value is not None} for message in given]],
             tools=list(tools) or self._no_tools,
-            chat_template=self.template,
+            chat_template=self.source,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
             **self._variables(think),
         )
         return tuple(spans[0]) if texts[0] == rendered else None
 
-    def _said(self, messages: list[Message]) -> list[Message]:
-        """Thoughts under each name that a template may look for."""
+    def _with_reasoning(self, messages: list[Message]) -> list[Message]:
+        """The reasoning under each name that a template may look for."""
         return [
-            {**m, "reasoning": thought, "thinking": thought} if (thought := m.get("reasoning_content")) else m
+            {**m, "reasoning": reasoning, "thinking": reasoning} if (reasoning := m.get("reasoning_content")) else m
             for m in messages
         ]
 
     def _variables(self, think: bool) -> dict[str, Any]:
-        day = f"{_DAY:%d %b %Y}"
-        return {"enable_thinking": think, "thinking": think, "date_string": day}
+        return {"enable_thinking": think, "thinking": think, "date_string": f"{_DAY:%d %b %Y}"}
 
     def prompt(self, messages: list[Message], tools: Any, think: bool) -> str:
         """The generation prompt as the exported model is served."""
@@ -92,18 +94,18 @@ class Renderer:
 
     @property
     def suffix(self) -> str:
-        """What thinking off adds to the generation prompt: an empty block, or the end of one that stands open."""
+        """What thinking off adds to the generation prompt: an empty block, or the end of one that the prompt opens."""
         if self._suffix is None:
-            mark = MARK.format("", 1, "c")
+            placeholder = PLACEHOLDER.format("", 1, "c")
             before = self.render([HELLO], (), True, False)
-            after = self.render([HELLO, {"role": "assistant", "content": mark}], (), False, False)
-            between = after[len(before) : after.find(mark)] if after.startswith(before) else ""
+            after = self.render([HELLO, {"role": "assistant", "content": placeholder}], (), False, False)
+            between = after[len(before) : after.find(placeholder)] if after.startswith(before) else ""
             opened = OPEN_BLOCK.search(before)
-            self._suffix = between if EMPTY_BLOCK.fullmatch(between) else closed(opened[1]) if opened else ""
+            self._suffix = between if EMPTY_BLOCK.fullmatch(between) else closing(opened[1]) if opened else ""
         return self._suffix
 
     def exported_template(self) -> str:
-        """The template that serves as training saw it: with thinking off nobody can switch it on by mistake."""
+        """The template that serves the model as it was trained: with thinking off, it cannot be switched on."""
         template = str(self.tokenizer.chat_template)
         suffix = self.suffix if self.thinking == "off" else ""
         for name in ("thinking", "enable_thinking"):

@@ -1,4 +1,4 @@
-"""What a row is once it is read, and what a set of rows is known by."""
+"""A row once it is read, the rows of a data set, and the keys and the hash that identify them."""
 
 import hashlib
 import json
@@ -26,24 +26,24 @@ class Dataset:
     train: list[Example]
     valid: list[Example]
     test: list[Example]
-    shapes: dict[str, int] = field(default_factory=dict)  # how many rows came in which shape
-    empty: list[str] = field(default_factory=list)  # where rows without an answer stood: they are left out
+    formats: dict[str, int] = field(default_factory=dict)  # how many rows came in which format
+    empty: list[str] = field(default_factory=list)  # the sources of rows without an answer: they are left out
 
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""
-        return ", ".join(f"{shape}, {count} rows" for shape, count in self.shapes.items())
+        return ", ".join(f"{format}, {count} rows" for format, count in self.formats.items())
 
 
 def prompt_of(row: Example) -> list[dict[str, Any]]:
-    """The turns before the row's last assistant turn; of plain text there are none."""
+    """The turns before the row's last assistant turn; none for plain text."""
     if row.text is not None:
         return []
     last = max(turn for turn, message in enumerate(row.messages) if message["role"] == "assistant")
     return [dict(message) for message in row.messages[:last]]
 
 
-def said(rows: list[Example], characters: int) -> list[str]:
-    """What the first rows say, turn by turn, about so many characters of it."""
+def first_texts(rows: list[Example], characters: int) -> list[str]:
+    """The texts of the first rows, turn by turn, about `characters` of them in all."""
     found: list[str] = []
     for row in rows:
         if characters <= 0:
@@ -56,12 +56,12 @@ def said(rows: list[Example], characters: int) -> list[str]:
 
 
 def content_key(row: Example) -> str:
-    """The row's contents as one text: equal for equal rows, wherever they came from."""
+    """The row's contents as one text: equal for equal rows, whatever their source."""
     return json.dumps([row.messages, row.tools, row.text], sort_keys=True, ensure_ascii=False)
 
 
 def prompt_key(row: Example) -> str:
-    """What is asked: equal where rows differ in their last answer alone."""
+    """The row without its last answer, as one text: equal for rows that ask the same."""
     asked = row.text if row.text is not None else prompt_of(row)
     return json.dumps([asked, row.tools], sort_keys=True, ensure_ascii=False)
 

@@ -1,4 +1,4 @@
-"""Example -> Encoded: rendered by the model's chat template, with an exact mask of the tokens that carry loss."""
+"""Example -> Encoded: rendered by the model's chat template, with an exact mask of the label tokens."""
 
 import hashlib
 import re
@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.data.assistant_spans import Conversation, Unlabeled, place
-from common.data.chat_template import Renderer
+from common.data.assistant_spans import Conversation, locate_turns
+from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
+from common.data.turn_edges import Unlabeled
 from common.errors import UserError
 from common.model_files import open_tokenizer
 
@@ -19,7 +20,7 @@ TEMPLATES = Path(__file__).with_name("chat_templates")
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """train_on: every assistant turn, the last alone, or every token. thinking: off or keep."""
+    """train_on: every assistant turn, only the last, or every token. thinking: off or keep."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     thinking: Literal["off", "keep"] = "off"
@@ -39,9 +40,9 @@ class Encoded:
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """The folder's tokenizer, with another chat template where one is named: our own by name, or a file.
+    """The folder's tokenizer; chat_template: one of our own by name, or a file, in place of its own.
 
-    Raises UserError where there is none, or where the vocabulary lacks a token that the named template writes.
+    Raises UserError where there is no tokenizer, or its vocabulary lacks a token that the given template writes.
     """
     try:
         tokenizer = open_tokenizer(folder)
@@ -90,49 +91,48 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
 
 
-def exported_template(tokenizer: Any, style: MaskingOptions) -> str | None:
+def exported_template(tokenizer: Any, masking: MaskingOptions) -> str | None:
     """The chat template that serves the model as it was trained; None where it has none."""
-    return Renderer(tokenizer, style.thinking).exported_template() if tokenizer.chat_template else None
+    return ChatTemplate(tokenizer, masking.thinking).exported_template() if tokenizer.chat_template else None
 
 
 class Encoder:
-    """Encodes rows by one tokenizer and style; the template's quirks are looked for once."""
+    """Encodes rows with one tokenizer; its chat template's quirks are looked for once."""
 
-    def __init__(self, tokenizer: Any, style: MaskingOptions) -> None:
-        self.tokenizer, self.style = tokenizer, style
-        self.renderer = Renderer(tokenizer, style.thinking) if tokenizer.chat_template else None
-        self.unlabeled_reason = "prompt" if style.train_on != "all" else "--train-on all: every token is learned"
+    def __init__(self, tokenizer: Any, masking: MaskingOptions) -> None:
+        self.tokenizer, self.masking = tokenizer, masking
+        self.template = ChatTemplate(tokenizer, masking.thinking) if tokenizer.chat_template else None
+        self.unlabeled_reason = "prompt" if masking.train_on != "all" else "--train-on all: every token is learned"
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
 
-    def place(self, example: Example) -> Conversation:
-        """The row as text with its turns. Raises UserError where it cannot be placed exactly."""
-        if self.renderer is None:
+    def locate_turns(self, example: Example) -> Conversation:
+        """The row as text with its assistant turns. Raises UserError where they cannot be located exactly."""
+        if self.template is None:
             raise UserError(
                 f"{example.source}: the model has no chat template, so chat rows cannot be rendered.",
                 f"Use its instruction-tuned (-it, -Instruct) version, or --chat-template NAME or FILE "
                 f"(ours that fit: {', '.join(_fitting(self.tokenizer.get_vocab())) or 'none'}).",
             )
-        return place(example, self.renderer)
+        return locate_turns(example, self.template)
 
     def __call__(self, example: Example) -> Encoded:
         """Token ids and label mask. Raises UserError naming the row where it cannot be labeled exactly."""
         if example.text is not None:
             return self._text(example)
-        return self._chosen(example)[0]
+        return self.encode_chat(example)[0]
 
-    def placed(self, example: Example) -> tuple[Conversation, Example]:
-        """A chat row's conversation, and the row as it was rendered: spaces around answers may be taken off."""
-        _, conversation, example = self._chosen(example)
-        return conversation, example
+    def encode_chat(self, example: Example) -> tuple[Encoded, Conversation, Example]:
+        """A chat row's ids and label mask, its text with the turns, and the row as it was rendered.
 
-    def _chosen(self, example: Example) -> tuple[Encoded, Conversation, Example]:
-        conversation = self.place(example)
+        Spaces around its answers may have been stripped. Raises UserError as `__call__`.
+        """
+        conversation = self.locate_turns(example)
         try:
             return self._chat(example, conversation), conversation, example
         except Unlabeled as why:
             stripped = replace(example, messages=tuple({**m, "content": _stripped(m)} for m in example.messages))
-            if stripped != example:  # a leading line break may melt into the prompt's last token
-                row, conversation, stripped = self._chosen(stripped)
+            if stripped != example:  # a leading line break may merge with the prompt's last token
+                row, conversation, stripped = self.encode_chat(stripped)
                 return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
             raise UserError(
                 f"{example.source}: this row cannot be labeled exactly: {why}.",
@@ -149,10 +149,10 @@ class Encoder:
         for turn in conversation.turns:
             inside = (starts >= turn.start) & (starts < turn.end) & (ends > starts)
             across = [(starts < edge) & (ends > edge) for edge in (turn.start, turn.stop)]
-            # an end token may take the spaces after it along (Phi-3's do); text may not
+            # an end token may include the spaces after it (Phi-3's do); text may not
             across.append((starts < turn.stop) & (ends > turn.end))
             if any(map(np.any, across)):
-                raise Unlabeled("a token lies across the edge of an assistant turn")
+                raise Unlabeled("a token crosses the edge of an assistant turn")
             first = int(np.argmax(inside))
             prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
             if prompt != ids[:first].tolist():
@@ -161,12 +161,12 @@ class Encoder:
                 mask |= inside
                 if turn.end > turn.stop:
                     stops.append(int(ids[inside][-1]))
-                    said = ids[(starts >= turn.start) & (starts < turn.stop)]
-                    if stops[-1] in said and not example.messages[turn.message].get("tool_calls"):
+                    content = ids[(starts >= turn.start) & (starts < turn.stop)]
+                    if stops[-1] in content and not example.messages[turn.message].get("tool_calls"):
                         where = f"turn {turn.message + 1}"
                         raise Unlabeled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
-        mask = self._by_marks(conversation, mask, starts)
-        if self.style.train_on == "all":
+        mask = self._within_generation(conversation, mask, starts)
+        if self.masking.train_on == "all":
             mask[:] = True
             for turn in conversation.turns:
                 if turn.message not in trained:
@@ -174,22 +174,22 @@ class Encoder:
         return self._with_bos(Encoded(ids, mask, example.source, tuple(stops), conversation.notes))
 
     def trained(self, example: Example, conversation: Conversation) -> set[int]:
-        """The messages, by their number in the row, whose turns carry loss."""
+        """The indices of the messages whose turns are trained."""
         turns = [turn.message for turn in conversation.turns]
-        chosen = turns[-1:] if self.style.train_on == "last" else turns
-        return {number for number in chosen if example.messages[number].get("train", True)}
+        selected = turns[-1:] if self.masking.train_on == "last" else turns
+        return {number for number in selected if example.messages[number].get("train", True)}
 
-    def _by_marks(self, conversation: Conversation, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Where the template marks what is generated, only that is a label, and the end of each turn."""
-        if not conversation.marks:
+    def _within_generation(self, conversation: Conversation, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """The mask within the template's own generation tags, where it has them, and at the end of each turn."""
+        if not conversation.generation_spans:
             return mask
         allowed = np.zeros(len(mask), bool)
-        for start, end in [*conversation.marks, *((turn.stop, turn.end) for turn in conversation.turns)]:
+        for start, end in [*conversation.generation_spans, *((turn.stop, turn.end) for turn in conversation.turns)]:
             allowed |= (starts >= start) & (starts < end)
         return mask & allowed
 
     def _text(self, example: Example) -> Encoded:
-        """Plain text: everything is a label, and the text's end; BOS where the tokenizer writes it."""
+        """Plain text: every token is a label, and so is the end token; with BOS where the tokenizer adds it."""
         ids = self.tokenizer(example.text, add_special_tokens=False)["input_ids"]
         stop = self.tokenizer.eos_token_id
         if stop is None:
@@ -198,10 +198,10 @@ class Encoder:
         try:
             return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
         except Unlabeled as why:
-            raise UserError(f"{example.source}: {why}.", "Take one of them away.") from None
+            raise UserError(f"{example.source}: {why}.", "Remove one of them.") from None
 
     def _with_bos(self, row: Encoded) -> Encoded:
-        """One BOS, never two, and none missing: llama.cpp adds it as the tokenizer does where a prompt lacks it."""
+        """The row with exactly one BOS, where there is one: llama.cpp, too, adds it where a prompt lacks it."""
         bos = self.tokenizer.bos_token_id
         ids, mask = row.ids, row.mask.copy()
         if bos is None:
@@ -222,11 +222,6 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 def _stripped(message: dict[str, Any]) -> str:
     return message["content"].strip() if message["role"] == "assistant" else message["content"]
-
-
-def encode(example: Example, tokenizer: Any, style: MaskingOptions = MaskingOptions()) -> Encoded:  # frozen
-    """One row by itself; see Encoder."""
-    return Encoder(tokenizer, style)(example)
 
 
 def stop_ids(rows: list[Encoded]) -> list[int]:

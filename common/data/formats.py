@@ -1,5 +1,6 @@
-"""The shapes that rows come in, told apart by looking: each becomes an Example, or words for what is wrong with it."""
+"""The formats that rows come in, recognized by their columns: each row becomes an Example, or a Fault says why not."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from common.data.dataset import Example
@@ -7,15 +8,15 @@ from common.data.messages import (
     Empty,
     Fault,
     Row,
+    check_characters,
     conversation,
     message_of,
     parsed,
     read_tool,
     read_turns,
-    whole_letters,
 )
 
-# What a shape's part may be called; `--field PART=COLUMN` says it where it is called otherwise.
+# What a format's part may be called; `--field PART=COLUMN` says it where it is called otherwise.
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
@@ -29,8 +30,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 _ALPACA = {"instruction": "prompt", "output": "completion"}  # two names for one part
 PARTS = (*NAMES, *_ALPACA)
-# Parts that only one shape has: naming one of them in --field settles the shape.
-_SHAPE_OF = {"messages": "messages", "conversations": "conversations", "text": "text"} | dict.fromkeys(
+# Parts that only one format has: naming one of them in --field determines the format.
+_FORMAT_OF = {"messages": "messages", "conversations": "conversations", "text": "text"} | dict.fromkeys(
     ("prompt", "input", "completion", "history"), "pair"
 )
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -38,117 +39,143 @@ _NOTHING: tuple[Any, ...] = (None, "", [], {})
 KNOWN = "messages, ShareGPT's conversations, Alpaca's instruction and output, prompt and completion, or text"
 
 
-def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example]:
-    """`(shape, example)`; `fields`: {part: its column}. Raises Fault, and Empty for an answer without words.
+@dataclass(frozen=True)
+class _Columns:
+    """A row, and which of its columns hold which part. fields: {part: its column}, as --field says."""
 
-    A whole conversation comes before a pair beside it, and a pair before `text`: that is how data sets that hold
-    several forms of the same row mean it. Two columns for one part are never chosen between.
+    row: Row
+    fields: dict[str, str]
+
+    def name(self, part: str) -> str | None:
+        """The column that holds the part: what --field says, else one of its usual names. Filled ones come first."""
+        if part in self.fields:
+            return self.fields[part] if self.fields[part] in self.row else None
+        there = [name for name in NAMES[part] if name in self.row and name not in self.fields.values()]
+        filled = [name for name in there if self.row[name] not in _NOTHING]
+        if len(filled) > 1:
+            raise Fault(f"has `{filled[0]}` and `{filled[1]}`: choose one with --field {part}={filled[0]}")
+        if filled:
+            return filled[0]
+        empty_is_a_fault = part in ("prompt", "completion", "text")  # of the row; other columns may be left empty
+        return there[0] if there and empty_is_a_fault else None
+
+    def value(self, part: str) -> Any:
+        return None if (name := self.name(part)) is None else self.row[name]
+
+    def may_be(self, format: str) -> bool:
+        """Whether --field leaves room for the format."""
+        wanted = {_FORMAT_OF[part] for part in self.fields if part in _FORMAT_OF}
+        return not wanted or format in wanted
+
+
+def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example]:
+    """`(name of its format, example)`; `fields`: {part: its column}. Raises Fault, and Empty for an empty answer.
+
+    A conversation comes before a pair beside it, and a pair before `text`: that is how data sets that hold several
+    forms of the same row mean it. Two columns for one part are never chosen between.
     """
     if not isinstance(row, dict):
-        raise Fault("is no object with named fields")
-    fields = {_ALPACA.get(part, part): column for part, column in fields.items()}
-    wanted = {_SHAPE_OF[part] for part in fields if part in _SHAPE_OF}
+        raise Fault("is not an object with named fields")
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
-
-    def column(part: str) -> str | None:
-        return _column(row, part, fields)
-
-    def get(part: str) -> Any:
-        return None if (name := column(part)) is None else row[name]
-
-    def may_be(shape: str) -> bool:
-        return not wanted or shape in wanted
-
-    tools = tuple(read_tool(tool) for tool in parsed(get("tools"), "tools", list) or ())
-    head = [message_of("system", text, 0)] if (text := get("system")) not in _NOTHING else []
-    chats = [(shape, name) for shape in ("messages", "conversations") if may_be(shape) and (name := column(shape))]
-    if len(chats) > 1:
-        raise Fault(f"has `{chats[0][1]}` and `{chats[1][1]}`: choose one with --field messages={chats[0][1]}")
-    if chats:
-        shape, name = chats[0]
-        turns = read_turns(row[name], name)
-        return ("messages" if shape == "messages" else "ShareGPT"), conversation(head, turns, source, tools)
-    if may_be("pair"):
-        asked, further, answered = column("prompt"), column("input"), column("completion")
-        if asked is None or (isinstance(row[asked], str) and not row[asked].strip() and further):
-            asked, further = further, None
-        if further and not str(row[further] or "").strip():
-            further = None
-        if asked and answered:
-            shape = "Alpaca" if asked == "instruction" or column("history") else "prompt and completion"
-            used = [name for name in (asked, further, answered) if name]
-            if not {*used} <= {"instruction", "input", "output", "prompt", "completion"}:
-                shape += f" ({', '.join(used)})"
-            turns = _history(get("history")) + _pair(row, asked, further, answered)
-            return shape, conversation(head, turns, source, tools)
-    if may_be("text") and (name := column("text")):
-        if not isinstance(text := row[name], str):
-            raise Fault(f"`{name}` is no text")
-        if not text.strip():
-            raise Empty(f"`{name}` is empty")
-        whole_letters(text, f"`{name}`")
+    columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
+    tools = tuple(read_tool(tool) for tool in parsed(columns.value("tools"), "tools", list) or ())
+    head = [message_of("system", text, 0)] if (text := columns.value("system")) not in _NOTHING else []
+    if found := _read_chat(columns) or _read_pair(columns):
+        name, turns = found
+        return name, conversation(head, turns, source, tools)
+    if (text := _read_text(columns)) is not None:
         return "plain text", Example((), source, text=text)
     if {"chosen", "rejected"} <= row.keys():
         part = "messages" if isinstance(row["chosen"], list) else "completion"
         raise Fault(f"holds a chosen and a rejected answer; to train on the chosen one: --field {part}=chosen")
-    if bare := [name for part in _SHAPE_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
+    if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
         raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")
 
 
+def _read_chat(columns: _Columns) -> tuple[str, list[Row]] | None:
+    found = [
+        (format, name)
+        for format in ("messages", "conversations")
+        if columns.may_be(format) and (name := columns.name(format))
+    ]
+    if len(found) > 1:
+        raise Fault(f"has `{found[0][1]}` and `{found[1][1]}`: choose one with --field messages={found[0][1]}")
+    if not found:
+        return None
+    format, name = found[0]
+    return "messages" if format == "messages" else "ShareGPT", read_turns(columns.row[name], name)
+
+
+def _read_pair(columns: _Columns) -> tuple[str, list[Row]] | None:
+    if not columns.may_be("pair"):
+        return None
+    row, (prompt, extra, answer) = columns.row, map(columns.name, ("prompt", "input", "completion"))
+    if prompt is None or (isinstance(row[prompt], str) and not row[prompt].strip() and extra):
+        prompt, extra = extra, None
+    if extra and not str(row[extra] or "").strip():
+        extra = None
+    if not prompt or not answer:
+        return None
+    format = "Alpaca" if prompt == "instruction" or columns.name("history") else "prompt and completion"
+    used = [name for name in (prompt, extra, answer) if name]
+    if not {*used} <= {"instruction", "input", "output", "prompt", "completion"}:
+        format += f" ({', '.join(used)})"
+    return format, _history(columns.value("history")) + _pair(row, prompt, extra, answer)
+
+
+def _read_text(columns: _Columns) -> str | None:
+    if not columns.may_be("text") or not (name := columns.name("text")):
+        return None
+    text = columns.row[name]
+    if not isinstance(text, str):
+        raise Fault(f"`{name}` is not a text")
+    if not text.strip():
+        raise Empty(f"`{name}` is empty")
+    check_characters(text, f"`{name}`")
+    return text
+
+
 def clashing(fields: dict[str, str]) -> str | None:
-    """How --field contradicts itself, if it does."""
+    """How --field contradicts itself; None where it does not."""
     for alias, part in _ALPACA.items():
         if alias in fields and part in fields:
             return f"{alias} and {part} are the same part"
-    shapes = {_SHAPE_OF[name]: part for part in fields if (name := _ALPACA.get(part, part)) in _SHAPE_OF}
-    return f"{' and '.join(shapes.values())} belong to different shapes" if len(shapes) > 1 else None
-
-
-def _column(row: Row, part: str, fields: dict[str, str]) -> str | None:
-    """The column that holds a part: what --field says, else what is called so. Empty ones yield to filled ones."""
-    if part in fields:
-        return fields[part] if fields[part] in row else None
-    there = [name for name in NAMES[part] if name in row and name not in fields.values()]
-    filled = [name for name in there if row[name] not in _NOTHING]
-    if len(filled) > 1:
-        raise Fault(f"has `{filled[0]}` and `{filled[1]}`: choose one with --field {part}={filled[0]}")
-    empty_is_said = part in ("prompt", "completion", "text")  # a fault of the row, not a lack of the column
-    return filled[0] if filled else there[0] if there and empty_is_said else None
+    formats = {_FORMAT_OF[name]: part for part in fields if (name := _ALPACA.get(part, part)) in _FORMAT_OF}
+    return f"{' and '.join(formats.values())} belong to different formats" if len(formats) > 1 else None
 
 
 def _history(value: Any) -> list[Row]:
     turns = []
     for number, pair in enumerate(parsed(value, "history", list) or [], 1):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise Fault(f"`history` {number} is no pair of question and answer")
+            raise Fault(f"`history` {number} is not a pair of question and answer")
         turns += [message_of("user", pair[0], number), message_of("assistant", pair[1], number)]
     return turns
 
 
-def _pair(row: Row, asked: str, further: str | None, answered: str) -> list[Row]:
-    """Texts become a turn each; lists of turns are joined, those of the prompt without loss."""
-    if isinstance(row[asked], list):
-        if further:
-            raise Fault(f"`{asked}` is a list of turns, so `{further}` cannot be added to it")
-        said = [
-            turn | {"train": False} if turn["role"] == "assistant" else turn for turn in read_turns(row[asked], asked)
-        ]
+def _pair(row: Row, prompt: str, extra: str | None, answer: str) -> list[Row]:
+    """The turns of prompt and answer, each a text or a list of turns; those of the prompt are not trained."""
+    if isinstance(row[prompt], list):
+        if extra:
+            raise Fault(f"`{prompt}` is a list of turns, so `{extra}` cannot be added to it")
+        given = read_turns(row[prompt], prompt)
+        turns = [turn | {"train": False} if turn["role"] == "assistant" else turn for turn in given]
     else:
-        text = _text(row[asked], asked)
-        said = [message_of("user", f"{text}\n\n{_text(row[further], further)}" if further else text, 1)]
-    if isinstance(row[answered], list) and row[answered]:
-        return said + read_turns(row[answered], answered)
-    if row[answered] in _NOTHING:
-        raise Empty(f"`{answered}` is empty")
-    return [*said, message_of("assistant", _text(row[answered], answered), len(said) + 1)]
+        text = _text(row[prompt], prompt)
+        turns = [message_of("user", f"{text}\n\n{_text(row[extra], extra)}" if extra else text, 1)]
+    if isinstance(row[answer], list) and row[answer]:
+        return turns + read_turns(row[answer], answer)
+    if row[answer] in _NOTHING:
+        raise Empty(f"`{answer}` is empty")
+    return [*turns, message_of("assistant", _text(row[answer], answer), len(turns) + 1)]
 
 
 def _text(value: Any, column: str) -> str:
-    """A whole number is written one way only; how a fraction or a date was written is lost."""
+    """The value as text. An integer is written in one way only; how a fraction or a date was written is lost."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise Fault(f"`{column}` is no text")
+        raise Fault(f"`{column}` is not a text")
     return value

@@ -1,4 +1,4 @@
-"""Where rows come from: files, a folder of them, or a data set of the hub."""
+"""The rows of a file, of a folder of files, or of a data set on the hub."""
 
 import logging
 import re
@@ -13,7 +13,7 @@ from common.data.dataset import Dataset, Example, data_hash, prompt_key
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.formats import KNOWN, PARTS, clashing, read_row
 from common.data.messages import Empty, Fault
-from common.data.readers import SUFFIXES, Places, read_places, without_none
+from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
 from common.errors import UserError
 from common.options import Options
 from common.recipe import Recipe
@@ -46,22 +46,22 @@ _HUB_FORM = "OWNER/NAME, OWNER/NAME:CONFIG@REVISION#SPLIT"
 
 @dataclass
 class _Seen:
-    """What reading found beside the rows, over all files of a source."""
+    """What reading found besides the rows, over all files of a source."""
 
-    shapes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     empty: list[str] = field(default_factory=list)  # rows without an answer, left out
 
     def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Dataset:
-        return Dataset(train, valid, test, dict(self.shapes), self.empty)
+        return Dataset(train, valid, test, dict(self.formats), self.empty)
 
 
 def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Dataset:
-    """Read a file (holding out `valid_share` of its rows), a folder with train and maybe valid and test files, or a
-    data set of the hub (`owner/name`, `owner/name:config@revision#split`). A path that exists comes first.
+    """The rows of a file, of a folder with train and maybe valid and test files, or of a data set on the hub.
 
-    `fields`: {part of a shape: the column it is called here}. Validation rows are drawn by seed, also of a hub data set
-    without a validation split; rows with the same prompt stay on one side. Rows without an answer are left out and
-    listed in `Dataset.empty`. Raises UserError naming every faulty row.
+    A hub name is `owner/name` or `owner/name:config@revision#split`; a path that exists comes first. Without a
+    validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt
+    stay together. fields: {part of a format: its column here}. Rows without an answer are left out and listed in
+    `Dataset.empty`. Raises UserError naming every faulty row.
     """
     path, fields, seen = Path(source).expanduser(), fields or {}, _Seen()
     if path.is_dir():
@@ -81,23 +81,21 @@ def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str]
         }
         train, valid = parts["train"], parts.get("valid", [])
         if not valid:
-            train, valid = _hold_out(train, valid_share, seed)
+            train, valid = _split_validation(train, valid_share, seed)
         return seen.data(train, valid, parts.get("test", []))
-    return seen.data(*_hold_out(_rows_of(path, fields, seen), valid_share, seed), [])
+    return seen.data(*_split_validation(_rows_of(path, fields, seen), valid_share, seed), [])
 
 
 def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     found = [path for path in found if path.exists()]
     if len(found) > 1:
-        raise UserError(
-            f"--data {folder}: both {found[0].name} and {found[1].name} are there.", "Take one of them away."
-        )
+        raise UserError(f"--data {folder}: both {found[0].name} and {found[1].name} are there.", "Remove one of them.")
     return found[0] if found else None
 
 
-def _hold_out(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """`(train, valid)`. Rows of one prompt go together: a prompt seen in training would flatter the validation."""
+def _split_validation(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(train, valid)`. Rows with one prompt stay together: its answers in training would lower the validation loss."""
     count = min(len(rows) - 1, max(1, round(len(rows) * share))) if share else 0
     groups: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
@@ -116,31 +114,31 @@ def _hold_out(rows: list[Example], share: float, seed: int) -> tuple[list[Exampl
 
 
 def read_rows(path: Path) -> list[Example]:
-    """Every row of a file, by its ending. Raises UserError naming the file and up to ten faulty lines or rows."""
+    """Every row of a file, read by its ending. Raises UserError naming the file and up to ten faulty lines or rows."""
     return _rows_of(path, {}, _Seen())
 
 
 def _rows_of(path: Path, fields: dict[str, str], seen: _Seen) -> list[Example]:
     unit = "row(s)" if path.suffix.lower() in (".parquet", ".json") else "line(s)"
-    return _examples(read_places(path), str(path), unit, fields, seen)
+    return _examples(read_file(path), str(path), unit, fields, seen)
 
 
-def _examples(places: Places, where: str, unit: str, fields: dict[str, str], seen: _Seen) -> list[Example]:
+def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str], seen: _Seen) -> list[Example]:
     rows, faults, empty, columns = [], [], [], dict[str, None]()
-    for place, source, row in places:
+    for place, source, row in located:
         if isinstance(row, dict):
             columns |= dict.fromkeys(map(str, row))
         try:
             if isinstance(row, Fault):
                 raise row
-            shape, example = read_row(row, source, fields)
+            format, example = read_row(row, source, fields)
         except Empty:
             empty.append(source)
             continue
         except Fault as fault:
             faults.append(f"{place}: {fault}")
             continue
-        seen.shapes[shape] += 1
+        seen.formats[format] += 1
         rows.append(example)
     if missing := [f"{part}={column}" for part, column in fields.items() if column not in columns and columns]:
         raise UserError(
@@ -162,21 +160,23 @@ def _examples(places: Places, where: str, unit: str, fields: dict[str, str], see
 
 
 def check_fields(fields: dict[str, str]) -> None:
-    """Raises UserError where --field names no part, one part twice, or parts of two shapes."""
+    """Raises UserError where --field names no part, one part twice, or parts of two formats."""
     fault = clashing(fields)
     if unknown := [part for part in fields if part not in PARTS]:
-        fault = f"{unknown[0]!r} is no part of a row; known: {', '.join(PARTS)}"
+        fault = f"{unknown[0]!r} is not a part of a row; known: {', '.join(PARTS)}"
     if fault:
         raise UserError(f"--field: {fault}.", "Write PART=COLUMN, as in --field instruction=question output=answer.")
 
 
 def _from_hub(source: str, name: str, config: str | None, revision: str | None, split: str | None) -> dict[str, Any]:
-    """The data set's train, valid and test splits, as far as it has them. No code of the data set is ever run: the
-    library has read data files alone since its version 4."""
+    """The data set's train, valid and test splits, as far as it has them.
+
+    No code of the data set is ever run: since its version 4 the library only reads data files.
+    """
     import datasets
 
     datasets.disable_progress_bars()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each try; the last one's error is told
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each attempt; the last error is reported
     try:
         found = datasets.load_dataset(name, config, revision=revision, split=split)
     except Exception as error:  # the library lets through its own errors, the hub's and the HTTP client's
@@ -198,8 +198,8 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
     return splits
 
 
-def _hub_rows(rows: Any, part: str) -> Places:
-    """Through Arrow, so that columns nobody reads, pictures say, are not decoded."""
+def _hub_rows(rows: Any, part: str) -> LocatedRows:
+    """The split's rows, through Arrow: columns that nobody reads, such as pictures, are not decoded."""
     number = 0
     for table in rows.with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():

@@ -1,4 +1,4 @@
-"""A turn as any data set writes it -> a message as `Example` has it, or words for what is wrong with it."""
+"""A turn as any data set writes it -> a message as `Example` has it, or a Fault that says what is wrong with it."""
 
 import json
 from typing import Any
@@ -24,15 +24,15 @@ _ROLES = {
 
 
 class Fault(Exception):
-    """What is wrong with a row, in words that go after its place."""
+    """What is wrong with a row, worded so that it follows the name of the row."""
 
 
 class Empty(Fault):
-    """The row is sound and answers nothing: it can be left out."""
+    """The row is sound but its answer is empty: it can be left out."""
 
 
 def parsed(value: Any, name: str, kind: type) -> Any:
-    """CSV and Parquet keep lists as JSON texts."""
+    """`value` as `kind`, or None where it is empty; CSV and Parquet keep lists as JSON texts. Raises Fault."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
             value = json.loads(value)
@@ -52,7 +52,7 @@ def read_turns(value: Any, name: str) -> list[Row]:
 
 def _turn(turn: Any, number: int) -> Row:
     if not isinstance(turn, dict):
-        raise Fault(f"turn {number} is no object")
+        raise Fault(f"turn {number} is not an object")
     turn = {key: value for key, value in turn.items() if value is not None}
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
@@ -64,9 +64,9 @@ def _turn(turn: Any, number: int) -> Row:
     if calls:
         message["tool_calls"] = [_call(call, number) for call in calls]
     for key in ("reasoning_content", "reasoning", "thinking"):
-        if isinstance(said := turn.get(key), str) and said.strip():
-            whole_letters(said, f"turn {number}")
-            message["reasoning_content"] = said
+        if isinstance(reasoning := turn.get(key), str) and reasoning.strip():
+            check_characters(reasoning, f"turn {number}")
+            message["reasoning_content"] = reasoning
             break
     message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
     if turn.get("weight", 1) not in (0, 1) or turn.get("train", True) not in (True, False):
@@ -81,7 +81,7 @@ def message_of(role: str, content: Any, number: int) -> Row:
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
         raise Fault(f"turn {number} has no text in `content`")
-    whole_letters(content, f"turn {number}")
+    check_characters(content, f"turn {number}")
     return {"role": role, "content": content}
 
 
@@ -92,7 +92,8 @@ def _part(part: Any, number: int) -> str:
     raise Fault(f"turn {number} holds {kind!r}, and only text is trained")
 
 
-def whole_letters(text: str, where: str) -> None:
+def check_characters(text: str, where: str) -> None:
+    """Raises Fault for half a character, which no tokenizer takes."""
     if any("\ud800" <= letter <= "\udfff" for letter in text):
         raise Fault(f"{where} holds half a character (a lone surrogate such as \\ud83d)")
 
@@ -109,39 +110,40 @@ def _call(call: Any, number: int) -> Row:
 def _arguments(value: Any, number: int) -> Row:
     try:
         found = parsed(value, "arguments", dict) or {}
-        _plain(found, "`arguments`")
+        _check_json(found, "`arguments`")
         return found
     except Fault as fault:
         raise Fault(f"turn {number}: {fault}") from None
 
 
 def read_tool(tool: Any) -> Row:
-    """A tool's schema; a bare function, as LLaMA-Factory writes it, gets the wrapping that templates expect."""
+    """A tool's schema as templates expect it; LLaMA-Factory writes the bare function, which is wrapped."""
     if not isinstance(tool, dict):
-        raise Fault("`tools` holds something that is no object")
-    _plain(tool, "`tools`")
+        raise Fault("`tools` holds something that is not an object")
+    _check_json(tool, "`tools`")
     return {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
 
 
-def _plain(value: Any, where: str) -> None:
-    """What a template will write as JSON must be JSON: Parquet may hold dates and bytes there."""
+def _check_json(value: Any, where: str) -> None:
+    """Raises Fault where a template could not write the value as JSON: Parquet may hold dates and bytes."""
     try:
-        whole_letters(json.dumps(value, ensure_ascii=False), where)
+        check_characters(json.dumps(value, ensure_ascii=False), where)
     except (TypeError, ValueError):
-        raise Fault(f"{where} holds a value that JSON cannot") from None
+        raise Fault(f"{where} holds a value that JSON cannot express") from None
 
 
 def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Row, ...]) -> Example:
+    """The row of `head`, its system message if any, and `turns`. Raises Fault, and Empty for an empty answer."""
     messages = [*head, *turns]
     for number, message in enumerate(messages, 1 - len(head)):
         if message["role"] == "system" and message is not messages[0]:
             raise Fault(f"turn {number} is a system turn; it can only be the first")
-        silent = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
-        if silent and message.get("train", True):
+        empty = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
+        if empty and message.get("train", True):
             raise Empty(f"turn {number}: the assistant's turn is empty, so there is nothing to learn")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise Fault("has no assistant turn, so there is nothing to learn")
     if not any(message.get("train", True) for message in answers):
-        raise Fault("has no assistant turn that is trained: all say train: false or weight: 0")
+        raise Fault("has no assistant turn that is trained: all have train: false or weight: 0")
     return Example(tuple(messages), source, tools)

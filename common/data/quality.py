@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from common.data.dataset import Dataset, Example, content_key, prompt_key
 
-# What stands in for something in single brackets; double ones are a template's whatever is in them.
+# Words that are placeholders in single brackets; in double brackets every word is one.
 _WORD = (
     r"(?:(?:your|user|first|last|full|company|product)[_ ])?name|username|author|company|email|phone[_ ]number|"
     r"date|city|country|topic|url|placeholder"
@@ -26,34 +26,36 @@ _PLACEHOLDERS = tuple(
     )
 )
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
-# A comma, a colon, an opening bracket that is no sad smiley, or a word that no sentence ends in.
+# A comma, a colon, an opening bracket that is not a smiley's, or a word that does not end a sentence.
 _BREAKS_OFF = re.compile(r"(?:[,、，:：]|(?<![:;=])(?<![:;=]-)[(（「『【\[{]|\S (?:and|or|the|an|because))\Z")
 _FENCE = re.compile(r"^ {0,3}```", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Finding:
+class QualityWarning:
     what: str
-    sources: list[str]
+    sources: list[str]  # of the rows
 
     def __str__(self) -> str:
         more = f" and {len(self.sources) - 5} more" if len(self.sources) > 5 else ""
         return f"{len(self.sources)} {self.what}: {', '.join(self.sources[:5])}{more}"
 
 
-def suspicious(data: Dataset) -> list[Finding]:
-    """Everything suspicious, the gravest first. Rows without an answer are left out; no other row is touched."""
+def quality_warnings(data: Dataset) -> list[QualityWarning]:
+    """Everything suspicious, the most serious first. Rows without an answer are left out; no other row is changed."""
     every = [*data.train, *data.valid, *data.test]
     found = [
-        Finding("validation or test rows that stand in training too", _shared(data, content_key)),
-        Finding("validation or test rows whose prompt is in training, with another answer", _shared_prompts(data)),
-        Finding("rows without an answer, left out", data.empty),
-        Finding("training rows that repeat another", _again(data.train)),
-        Finding("training rows with the same prompt and different answers", _contradicting(data.train)),
-        Finding("rows with a placeholder left in", [row.source for row in every if placeholder(_all_text(row))]),
-        Finding("rows whose answer seems to break off", [row.source for row in every if _breaks_off(row)]),
+        QualityWarning("validation or test rows that are in training too", _shared(data, content_key)),
+        QualityWarning(
+            "validation or test rows whose prompt is in training, with another answer", _shared_prompts(data)
+        ),
+        QualityWarning("rows without an answer, left out", data.empty),
+        QualityWarning("training rows that repeat another", _repeated(data.train)),
+        QualityWarning("training rows with the same prompt and different answers", _contradicting(data.train)),
+        QualityWarning("rows with a placeholder left in", [row.source for row in every if placeholder(_all_text(row))]),
+        QualityWarning("rows whose answer seems to break off", [row.source for row in every if _breaks_off(row)]),
     ]
-    return [finding for finding in found if finding.sources]
+    return [warning for warning in found if warning.sources]
 
 
 def placeholder(text: str) -> str | None:
@@ -67,7 +69,10 @@ def _all_text(row: Example) -> str:
 
 
 def _breaks_off(row: Example) -> bool:
-    """By its last letters, or a code fence that stays open. Plain text may have been cut anywhere on purpose."""
+    """Whether the last answer ends in the middle: by its last characters, or a code fence that stays open.
+
+    Plain text may have been cut anywhere on purpose.
+    """
     if row.text is not None or row.messages[-1]["role"] != "assistant" or row.messages[-1].get("tool_calls"):
         return False
     answer = row.messages[-1]["content"].rstrip()
@@ -80,14 +85,14 @@ def _shared(data: Dataset, key: Callable[[Example], str]) -> list[str]:
 
 
 def _shared_prompts(data: Dataset) -> list[str]:
-    """Plain text has no prompt apart from itself."""
+    """Sources of held-out rows whose prompt, but not whose answer, is in training; plain text has no prompt."""
     prompts = {prompt_key(row) for row in data.train if row.text is None}
     rows = {content_key(row) for row in data.train}
     others = [row for row in [*data.valid, *data.test] if content_key(row) not in rows]
     return [row.source for row in others if prompt_key(row) in prompts]
 
 
-def _again(rows: list[Example]) -> list[str]:
+def _repeated(rows: list[Example]) -> list[str]:
     seen: set[str] = set()
     found = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Files of rows, by their ending: each row with the place that a message or a source names."""
+"""The rows of a file, read by its ending, each with its place in the file."""
 
 import csv
 import io
@@ -12,10 +12,11 @@ from common.data.messages import Fault
 from common.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
-Places = Iterator[tuple[str, str, Any]]  # where for a message, where for a row's source, the row or its Fault
+# Each row, or its Fault, with its place as a message names it and as an Example's source does.
+LocatedRows = Iterator[tuple[str, str, Any]]
 
 
-def read_places(path: Path) -> Places:
+def read_file(path: Path) -> LocatedRows:
     """The rows of a file. Raises UserError where it cannot be read at all; a file without an ending holds JSONL."""
     kind = path.suffix.lower()
     if kind and kind not in SUFFIXES and path.exists():
@@ -27,7 +28,7 @@ def read_places(path: Path) -> Places:
     return read.get(kind, _lines)(path)
 
 
-def _lines(path: Path) -> Places:
+def _lines(path: Path) -> LocatedRows:
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
             yield f"{path.name} line {number}", f"{path.name}:{number}", _json_line(line)
@@ -41,8 +42,8 @@ def _json_line(line: str) -> Any:
         return Fault(f"is not JSON{where}")
 
 
-def _json(path: Path) -> Places:
-    """A list of rows, or an object that holds one; else lines of JSON under a wrong name."""
+def _json(path: Path) -> LocatedRows:
+    """The rows of a list, or of an object that holds one; else of JSON lines under a wrong name."""
     text = _read_text(path)
     try:
         content = json.loads(text)
@@ -62,14 +63,14 @@ def _json(path: Path) -> Places:
         yield f"{path.name} row {number}", f"{path.name}:{number}", row
 
 
-def _csv(path: Path) -> Places:
-    """Python's own reader: text stays text (`007`, `NA`), and lines can be named."""
+def _csv(path: Path) -> LocatedRows:
+    """The rows by Python's own reader: text stays text (`007`, `NA`), and lines can be named."""
     csv.field_size_limit(1 << 30)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
-        line = reader.line_num + 1  # where the row begins: a text in it may have lines of its own
+        line = reader.line_num + 1  # where the row begins: texts may contain line breaks
         try:
             cells = next(reader, None)
         except csv.Error as error:
@@ -83,17 +84,17 @@ def _csv(path: Path) -> Places:
         if not header:
             header = cells
             if twice := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"{path}: two columns are called {twice[0]!r}.", "Give each a name of its own.")
+                raise UserError(f"{path}: two columns are called {twice[0]!r}.", "Give every column its own name.")
             if len(header) == 1 and ";" in header[0]:
-                raise UserError(f"{path}: its columns are parted by semicolons.", "Save it with commas, or as .tsv.")
+                raise UserError(f"{path}: its columns are separated by semicolons.", "Save it with commas, or as .tsv.")
         elif len(cells) != len(header):
             yield f"{path.name} line {line}", "", Fault(f"has {len(cells)} columns, its header {len(header)}")
         else:
             yield f"{path.name} line {line}", f"{path.name}:{line}", dict(zip(header, cells, strict=True))
 
 
-def _paragraphs(path: Path) -> Places:
-    """Plain text: rows are parted by empty lines."""
+def _paragraphs(path: Path) -> LocatedRows:
+    """The paragraphs of plain text, separated by empty lines."""
     number = 1
     for part in re.split(r"((?:\n[ \t]*)+\n)", _read_text(path)):
         if part.strip():
@@ -101,7 +102,7 @@ def _paragraphs(path: Path) -> Places:
         number += part.count("\n")
 
 
-def _parquet(path: Path) -> Places:
+def _parquet(path: Path) -> LocatedRows:
     import pyarrow
     import pyarrow.parquet
 
@@ -116,7 +117,7 @@ def _parquet(path: Path) -> Places:
 
 
 def without_none(value: Any) -> Any:
-    """Arrow gives every struct the keys of all of them."""
+    """`value` without keys that hold None: Arrow gives every struct the keys of all of them."""
     if isinstance(value, dict):
         return {key: without_none(part) for key, part in value.items() if part is not None}
     return [without_none(part) for part in value] if isinstance(value, list) else value
@@ -151,7 +152,7 @@ def _guess_encoding(raw: bytes) -> str | None:
             text = raw.decode(codec)
         except UnicodeDecodeError:
             continue
-        # nearly every byte string is something in these: believe it only where there is kana
+        # nearly every byte string decodes in these: only kana make it likely
         if any("\u3040" <= letter <= "\u30ff" for letter in text):
             return name
     return None

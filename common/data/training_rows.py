@@ -10,8 +10,8 @@ from common.backend import Progress
 from common.data.dataset import Dataset, Example, prompt_of
 from common.data.encode import Encoder, MaskingOptions, exported_template, stop_ids
 from common.data.load import check_fields, load_data
-from common.data.quality import suspicious
-from common.data.truncation import FittedRows, encode_all, fit
+from common.data.quality import quality_warnings
+from common.data.truncation import FilteredRows, encode_all, filter_by_length
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
@@ -22,8 +22,8 @@ class TrainingRows:
     """A data set as ids and label masks."""
 
     data: Dataset
-    train: FittedRows
-    valid: FittedRows
+    train: FilteredRows
+    valid: FilteredRows
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
     encoder: Encoder
@@ -35,8 +35,8 @@ def read_data(options: Options, display: Display) -> Dataset:
     source = options.data or ""
     data = load_data(source, options.valid_share, options.seed, options.field)
     display.say(f"{source} read as: {data.described()}")
-    for finding in suspicious(data):
-        display.warn(str(finding))
+    for warning in quality_warnings(data):
+        display.warn(str(warning))
     if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")
     return data
@@ -47,7 +47,7 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     masking = MaskingOptions(options.train_on, options.thinking)
     encoder = Encoder(tokenizer, masking)
     train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
-    fitted, valid_fitted = (fit(part, options.max_length, options.overflow) for part in (train, valid))
+    fitted, valid_fitted = (filter_by_length(part, options.max_length, options.overflow) for part in (train, valid))
     chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
     return TrainingRows(data, fitted, valid_fitted, stop_ids(train), template, encoder)
@@ -89,7 +89,7 @@ def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
 
     Validation rows come first.
     """
-    parts: Sequence[tuple[list[Example], FittedRows]] = ((rows.data.valid, rows.valid), (rows.data.train, rows.train))
+    parts: Sequence[tuple[list[Example], FilteredRows]] = ((rows.data.valid, rows.valid), (rows.data.train, rows.train))
     for examples, fitted in parts:
         by_source = {example.source: example for example in examples}
         cut = {row.source for row in fitted.truncated}

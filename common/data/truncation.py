@@ -1,4 +1,4 @@
-"""Rows longer than --max-length: dropped, cut, or a reason to stop; a cut never looks like the end of a turn."""
+"""Rows longer than --max-length: dropped, truncated or refused. A truncated row never gets an end-of-turn token."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,14 +11,14 @@ from common.errors import UserError
 
 
 @dataclass(frozen=True)
-class FittedRows:
-    rows: list[Encoded]
-    dropped: list[Encoded]  # whole, as they were
-    truncated: list[Encoded]  # whole, as they were
+class FilteredRows:
+    rows: list[Encoded]  # what is trained on
+    dropped: list[Encoded]  # at full length
+    truncated: list[Encoded]  # at full length
     unlabeled: list[Encoded]  # left out: nothing in them is trained
 
     def every(self) -> list[Encoded]:
-        """All rows that were read, long ones at their full length."""
+        """All rows that were read, at full length."""
         cut = {row.source for row in self.truncated}
         return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabeled]
 
@@ -33,11 +33,12 @@ def encode_all(
     return rows
 
 
-def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]) -> FittedRows:
-    """Every row within `max_length` tokens. Raises UserError with overflow `error`, naming the rows that are longer.
+def filter_by_length(
+    rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]
+) -> FilteredRows:
+    """The rows of at most `max_length` tokens. Raises UserError with overflow `error`, naming the longer rows.
 
-    A truncated row keeps its first tokens, and no token is put in place of the rest: its last answer simply goes on. A
-    row that keeps no label is dropped.
+    A truncated row keeps its first tokens and gets no end token. A row that would keep no label is dropped.
     """
     kept: list[Encoded] = []
     dropped: list[Encoded] = []
@@ -62,4 +63,4 @@ def fit(rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncat
             f"--overflow error: {len(dropped)} rows have more than --max-length {max_length} tokens: {shown}{more}.",
             "Raise --max-length, shorten the rows, or choose --overflow drop or truncate.",
         )
-    return FittedRows(kept, dropped, truncated, unlabeled)
+    return FilteredRows(kept, dropped, truncated, unlabeled)

@@ -6,12 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.model_files import shard_files
-from common.models.safetensors_files import DTYPES, read_header
+from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import DTYPES, StoredTensor
 from common.system.memory import PeakMemory
 from common.training.metrics import timed
 
@@ -43,7 +42,7 @@ def needs_llama(export: str) -> bool:
 def estimate_stages(
     export: str,
     quants: list[str],
-    base: Path,
+    base: ModelFolder,
     adapter_bytes: int,
     held: int = 0,
     imatrix: bool = False,
@@ -55,12 +54,12 @@ def estimate_stages(
     into. The figures were measured (CONTRIBUTING.md): blocks of 16 MB fuse; llama.cpp's converter holds the largest
     tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will write, and the largest tensor.
     """
-    entries = [entry for shard in shard_files(base) for entry in read_header(shard)[0].values()]
-    sizes = {id(entry): math.prod(entry["shape"]) for entry in entries if entry["dtype"] in DTYPES}
-    largest, bf16_bytes = max(sizes.values()), 2 * sum(sizes.values())
-    quantized = sum(_in_4_bits(entry) for entry in entries if id(entry) in sizes)
-    weights = sum(shard.stat().st_size for shard in shard_files(base))
-    tokenizer = sum(file.stat().st_size for file in base.glob("tokenizer*"))
+    tensors = [tensor for tensor in base.tensors.values() if tensor.dtype in DTYPES]
+    sizes = [math.prod(tensor.shape) for tensor in tensors]
+    largest, bf16_bytes = max(sizes), 2 * sum(sizes)
+    quantized = sum(map(_in_4_bits, tensors))
+    weights = base.weight_bytes
+    tokenizer = sum(file.stat().st_size for file in base.path.glob("tokenizer*"))
     kept = [quant for quant in quants if quant != "BF16"]  # the conversion writes that one
     each = 6.0 if "F16" in kept else 5.1
     known = {
@@ -84,10 +83,10 @@ def estimate_stages(
     return [known[name] for name in through]
 
 
-def _in_4_bits(entry: dict[str, Any]) -> int:
+def _in_4_bits(tensor: StoredTensor) -> int:
     """Bytes of a tensor after mlx-lm's default quantization: rows of 64 values share a scale and a bias."""
-    size, each = math.prod(entry["shape"]), DTYPES[entry["dtype"]].itemsize
-    if len(entry["shape"]) == 2 and entry["shape"][1] % 64 == 0:
+    size, each = math.prod(tensor.shape), DTYPES[tensor.dtype].itemsize
+    if len(tensor.shape) == 2 and tensor.shape[1] % 64 == 0:
         return size // 2 + 2 * each * size // 64
     return size * each
 

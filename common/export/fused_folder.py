@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from common.backend import Adapter, Progress
+from common.documents import read_json
 from common.errors import UserError
-from common.model_files import COPIED, copy_file, license_files, read_config
+from common.files import atomic_folder
+from common.model_files import COPIED, copy_file, license_files, read_config, without_code
 from common.models import sentencepiece
 from common.models.families import normalize_config
 from common.models.fuse import fuse
-from common.models.shapes import parameter_count
+from common.models.model_folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ServingConfig:
 
 
 def write_fused(
-    base: Path,
+    base: ModelFolder,
     adapter: Adapter,
     out: Path,
     served: ServingConfig,
@@ -45,17 +46,14 @@ def write_fused(
     `replaced`: weights to take in place of the base's, as in fuse. Where the base has no `tokenizer.model` and its kind
     needs one, it is rebuilt.
     """
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as temporary:
         fuse(base, adapter, temporary, progress, replaced)
-        for name in (*COPIED, *license_files(base)):
-            if (base / name).is_file():
-                copy_file(base / name, temporary / name)
-        config = normalize_config(read_config(base / "config.json"))
+        for name in (*COPIED, *license_files(base.path)):
+            if (base.path / name).is_file():
+                copy_file(base.path / name, temporary / name)
+        config = normalize_config(without_code(base.written_config))
         _write_json(temporary / "config.json", config)
-        generation = _read_json(base / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
+        generation = _read_json(base.path / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
@@ -67,10 +65,6 @@ def write_fused(
             # Without one the folder is still complete; an export to GGUF was refused before training.
             with contextlib.suppress(UserError):
                 sentencepiece.write(temporary)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_served(out: Path, served: ServingConfig) -> None:
@@ -82,7 +76,7 @@ def _write_served(out: Path, served: ServingConfig) -> None:
         if config is not None:
             config.pop("chat_template", None)
     path = out / "tokenizer.json"
-    tokens = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    tokens = read_json(path, "Fetch the model's files again.") if path.exists() else {}
     added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
     if config is not None:
         decoder = config.get("added_tokens_decoder") or {}
@@ -96,10 +90,10 @@ def _write_served(out: Path, served: ServingConfig) -> None:
         _write_json(out / "tokenizer_config.json", config)
 
 
-def trained_bytes(adapter: Adapter | None, base: Path) -> int:
+def trained_bytes(adapter: Adapter | None, base: ModelFolder) -> int:
     """Bytes of the trained parameters in float32."""
     if adapter is None:
-        return 4 * parameter_count(base)
+        return 4 * base.parameter_count
     return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
 
 

@@ -18,9 +18,10 @@ from common.llama_cpp.convert import report as read_report
 from common.llama_cpp.imatrix import Calibration, calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
-from common.llama_cpp.mmproj import has_vision, vision_fault, write_mmproj
+from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
+from common.models.model_folder import ModelFolder
 from common.options import UNGUIDED, Options, source_name
 from common.run_record import GgufRecord
 
@@ -35,7 +36,7 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     calibration = None
     if options.imatrix:
         rows = data_of(run, options).train
-        calibration = calibration_of(rows, encoder_of(job.base, options, run.recipe))
+        calibration = calibration_of(rows, encoder_of(job.base.path, options, run.recipe))
     earlier = [report for report in run.record.export.gguf if (run.path / report.file).is_file()]
     reports: list[GgufRecord] = []
     with display.stage("gguf") as progress:
@@ -96,7 +97,7 @@ _SPARE = 64  # tokens that llama.cpp's prompt may have beyond training's count, 
 
 def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     """Make a GGUF of the adapter alone, put it on record, and show the command that runs it."""
-    out, folder, display = job.run.gguf / "adapter.gguf", job.base, job.display
+    out, folder, display = job.run.gguf / "adapter.gguf", job.base.path, job.display
     with meter.stage("lora", out), display.stage("lora-gguf"):
         write_gguf_lora(job.adapter, folder, out, llama)
     job.run.update_export(lora_gguf=str(out.relative_to(job.run.path)))
@@ -155,7 +156,7 @@ def convert_and_quantize(
         yield GgufRecord(name=target.stem.removeprefix("model-"), file=file, **asdict(report))
     if matrix:
         matrix.unlink()
-    if has_vision(fused) and not vision_fault(fused):
+    if ModelFolder(fused).has_vision and not vision_fault(fused):
         tower = out / MMPROJ
         with meter.stage("convert", tower):
             write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from common.data.assistant_spans import common_prefix
 from common.data.chat_template import Message
+from common.data.turn_edges import common_prefix
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A running export: what it is made from."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.backend import Adapter
 from common.context import Context
@@ -9,6 +8,7 @@ from common.display import Display
 from common.export.budget import Stage
 from common.export.fused_folder import ServingConfig
 from common.llama_cpp.install import LlamaCpp
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.run_record import Run
 
@@ -18,7 +18,7 @@ class ExportJob:
     """A finished run and what to export of it."""
 
     run: Run
-    base: Path  # the base model's folder
+    base: ModelFolder
     adapter: Adapter  # what was trained
     options: Options
     served: ServingConfig

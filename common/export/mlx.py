@@ -1,8 +1,6 @@
 """The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantizer, in a process of its own."""
 
-import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,10 @@ from typing import Any
 from common.backend import Progress
 from common.display import Display
 from common.errors import UserError
+from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models.families import facts, hf_name, language_tensor, mlx_name, text_config, text_name
+from common.models.families import forward_config, hf_name, language_tensor, mlx_name, text_name
+from common.models.model_folder import ModelFolder, is_model_folder
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
@@ -25,10 +25,9 @@ def check_installed() -> None:
         )
 
 
-def check_model(base: Path, display: Display) -> None:
+def check_model(base: ModelFolder, display: Display) -> None:
     """UserError where mlx-lm 0.32 would compute another model; a warning where it does beyond some length."""
-    text = text_config(json.loads((base / "config.json").read_text(encoding="utf-8")))
-    kind, found = text["model_type"], facts(text)
+    kind, found = base.config["model_type"], forward_config(base.config)
     for rope in filter(None, found.ropes):
         # mlx-lm uses longrope's long factors for every Phi-3 row, and has no scaling for Gemma 2
         if kind in ("phi3", "gemma2") and (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1):
@@ -50,15 +49,14 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     Of a multimodal model only the language model is written: mlx-lm has no other part. Raises UserError where mlx-lm
     fails.
     """
-    temporary, log = out.with_name(f"{out.name}.tmp"), out.with_name(f"{out.name}.log")
-    shutil.rmtree(temporary, ignore_errors=True)
+    log = out.with_name(f"{out.name}.log")
     progress(0.0, "quantizing to 4 bits")
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}
-    try:
+    with atomic_folder(out) as temporary:
         command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]
         code, tail = run_logged(command, log, lambda line: None, env)
-        if code or not (temporary / "config.json").is_file():
+        if code or not is_model_folder(temporary):
             raise UserError(
                 f"mlx-lm could not convert {fused} (exit status {code}). Its log, {log}, ends with:\n{tail}",
                 f"{fused} is complete. Look at the free disk space and memory, then export again.",
@@ -67,15 +65,11 @@ def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
         for file in [fused / name for name in (*kept, *license_files(fused))]:
             if file.is_file():
                 copy_file(file, temporary / file.name)
-        shutil.rmtree(out, ignore_errors=True)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.unlink(missing_ok=True)
     progress(1.0, "quantizing to 4 bits")
-    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    settings = ModelFolder(out).written_config["quantization"]
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return {"folder": out.name, "bytes": size, **{key: config["quantization"][key] for key in ("bits", "group_size")}}
+    return {"folder": out.name, "bytes": size, **{key: settings[key] for key in ("bits", "group_size")}}
 
 
 def quantize(fused: Path, out: Path) -> None:

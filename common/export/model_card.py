@@ -8,9 +8,10 @@ from typing import Any
 
 from common.display import gigabytes
 from common.errors import UserError
+from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
 from common.run_record import Run, RunRecord
 
@@ -21,7 +22,7 @@ _LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "adapt
 
 def base_form(folder: Path, model: str) -> str:
     """How the base's weights were stored, where that was not their authors' 16 bits; else ""."""
-    if found := source(folder):
+    if found := quantized_source(folder):
         return f"Its weights had been quantized by MLX ({found[1]}): the precision lost then is not restored."
     if (mirror := MIRRORS.get(model)) and folder.name.startswith(Path(mirror.file).stem):
         return f"Its weights come from a GGUF file, in which they had been quantized to 4 bits ({mirror.quantization})."
@@ -39,9 +40,8 @@ def parts_of(run: Run) -> list[str]:
 
 
 def write_card(run: Run, path: Path, parts: list[str]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(card(run, parts), encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(card(run, parts), encoding="utf-8")
 
 
 def card(run: Run, parts: list[str]) -> str:

@@ -6,17 +6,20 @@ prompts for other conversations equal the chat template's exactly.
 Source: Ollama's docs/modelfile.md, parser/parser.go and template/template.go.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.data.assistant_spans import common_prefix, fold_system, split_thinking
-from common.data.chat_template import MARK, Message, Renderer
+from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.message_forms import fold_system, split_thinking
+from common.data.turn_edges import common_prefix
+from common.documents import read_json
 from common.export.go_template import TurnTexts
+from common.files import atomic_write
+from common.models.model_folder import ModelFolder
 
 Prompt = Callable[[list[Message]], str]
 Thinking = Literal["off", "keep"]
@@ -51,9 +54,8 @@ class Modelfile:
 def write_modelfile(fused: Path, gguf: Path, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:
     """Write `Modelfile` beside `gguf` for the fused model. `stops`: ids that end a turn; `sample`: a prompt to try."""
     result = modelfile(fused, gguf.name, stops, thinking, sample)
-    temporary = gguf.with_name("Modelfile.tmp")
-    temporary.write_text(result.text, encoding="utf-8", newline="\n")
-    temporary.replace(gguf.with_name("Modelfile"))
+    with atomic_write(gguf.with_name("Modelfile")) as temporary:
+        temporary.write_text(result.text, encoding="utf-8", newline="\n")
     return result
 
 
@@ -61,7 +63,7 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     """The file's text for `gguf`, a file name; see write_modelfile."""
     encoder = Encoder(load_tokenizer(fused), MaskingOptions(thinking=thinking))
     tokenizer = encoder.tokenizer
-    config, generation = (_read(fused / name) for name in ("config.json", "generation_config.json"))
+    config, generation = ModelFolder(fused).written_config, _read(fused / "generation_config.json")
     ends = generation.get("eos_token_id")
     every = [*stops, *([ends] if isinstance(ends, int) else ends or [])]
     texts = list(dict.fromkeys(tokenizer.decode([stop], skip_special_tokens=False) for stop in every))
@@ -93,17 +95,17 @@ def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tup
     contents are not the same in every conversation, or where the prompt for `sample` or for one of the check's
     conversations differs.
     """
-    if encoder.renderer is None:
+    if encoder.template is None:
         raise Inexpressible("the model has no chat template, and takes text as it is")
-    think = encoder.style.thinking == "keep"
+    think = encoder.masking.thinking == "keep"
     bos = encoder.tokenizer.bos_token if encoder.bos is not None else ""
-    prompt = _prompt(encoder.renderer, think, bos)
+    prompt = _prompt(encoder.template, think, bos)
     between: dict[str, str] = {}
     for roles in ("u", "uau", "uauau", "su", "suau", "suauau"):
         for name, text in zip(_names(roles), _texts_between(prompt, roles), strict=True):
             if between.setdefault(name, text) != text:
                 raise Inexpressible("the chat template renders a turn otherwise in a longer conversation")
-    texts = TurnTexts.of(between, stops, encoder.renderer.special)
+    texts = TurnTexts.of(between, stops, encoder.template.special)
     cases = [{"role": role, "content": content} for role, content in _CASES]
     plain = [{"role": m["role"], "content": m["content"].strip()} for m in split_thinking(sample)]
     for case in (plain, *(cases[start:count] for start in (0, 1) for count in range(2, len(cases) + 1, 2))):
@@ -112,7 +114,7 @@ def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tup
     return texts, _notes(texts, prompt, think)
 
 
-def _prompt(renderer: Renderer, think: bool, bos: str) -> Prompt:
+def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> Prompt:
     """The prompt that the exported model is served, as training rendered it.
 
     A system text that the template does not take stands in the first user turn. The BOS that llama.cpp writes by itself
@@ -123,7 +125,7 @@ def _prompt(renderer: Renderer, think: bool, bos: str) -> Prompt:
         refusal: Exception | None = None
         for form in (messages, fold_system(messages)):
             try:
-                text = renderer.prompt(form, (), think) if form else ""
+                text = chat_template.prompt(form, (), think) if form else ""
             except Exception as error:  # a template may raise anything
                 refusal = refusal or error
                 continue
@@ -168,12 +170,12 @@ def _names(roles: str) -> list[str]:
 def _texts_between(prompt: Prompt, roles: str) -> list[str]:
     """The texts before, between and after the contents, in a conversation of such roles (`suau`: by first letters)."""
     full = {"s": "system", "u": "user", "a": "assistant"}
-    placeholders = [MARK.format("", number, role) for number, role in enumerate(roles)]
+    placeholders = [PLACEHOLDER.format("", number, role) for number, role in enumerate(roles)]
     messages = [
         {"role": full[role], "content": placeholder} for role, placeholder in zip(roles, placeholders, strict=True)
     ]
     text = prompt(messages)
-    if re.findall(MARK.format("", r"\d+", r"[sua]"), text) != placeholders:
+    if re.findall(PLACEHOLDER.format("", r"\d+", r"[sua]"), text) != placeholders:
         raise Inexpressible(
             "the chat template leaves out, repeats or reorders contents"
             + (" (the system text)" if roles.startswith("s") else "")
@@ -186,4 +188,4 @@ def _quoted(text: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path, "Fetch the model's files again.") if path.exists() else {}

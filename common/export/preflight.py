@@ -1,7 +1,6 @@
 """What an export needs, checked before training begins."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from common.display import Display
@@ -13,15 +12,18 @@ from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, lora_script
-from common.llama_cpp.mmproj import has_vision, vision_fault
-from common.models.mlx_quantized import source
+from common.llama_cpp.mmproj import vision_fault
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.training.memory_estimate import TrainingMemory
 
 
-def reloaded(options: Options, memory: TrainingMemory, folder: Path) -> int:
+def reloaded(options: Options, memory: TrainingMemory, base: ModelFolder) -> int:
     """Bytes of the quantized base that --fuse-into dequantized loads again."""
-    if options.fuse_into != "dequantized" or memory.recipe.quantization == "none" or source(folder) is not None:
+    if options.fuse_into != "dequantized" or memory.recipe.quantization == "none":
+        return 0
+    if quantized_source(base.path) is not None:
         return 0
     return memory.package.memory_terms.weight_bytes(memory.dims, memory.recipe)
 
@@ -29,7 +31,7 @@ def reloaded(options: Options, memory: TrainingMemory, folder: Path) -> int:
 def tools_for(
     options: Options,
     method: str,
-    folder: Path,
+    base: ModelFolder,
     display: Display,
     tokenizer: Any | None = None,
     texts: Sequence[str] = (),
@@ -42,16 +44,16 @@ def tools_for(
     through = EXPORT_STEPS[options.export]
     if "mlx" in through:
         check_installed()
-        check_model(folder, display)
+        check_model(base, display)
     if "lora" in through:
         check_lora(method)
     if "convert" in through:
         with display.stage("check the tokenizer"):
-            check_convertible(folder, tokenizer, texts)
-        if has_vision(folder) and (fault := vision_fault(folder)):
+            check_convertible(base.path, tokenizer, texts)
+        if base.has_vision and (fault := vision_fault(base.path)):
             display.warn(
-                f"{folder} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that file "
-                "from the base model into the folder"
+                f"{base.path} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that "
+                "file from the base model into the folder"
             )
     if not needs_llama(options.export):
         return None

@@ -1,6 +1,5 @@
 """A chat model that a backend computes, prompted as it was trained."""
 
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any, Literal
 import numpy as np
 
 from common.backend import Backend, OutOfMemory
-from common.data.assistant_spans import fold_system
-from common.data.chat_template import OPEN_BLOCK, Message, Renderer
+from common.data.chat_template import OPEN_BLOCK, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.message_forms import fold_system
+from common.documents import read_json
 from common.errors import UserError
 from common.sampling import Sampling, make_sampler
 
@@ -67,13 +67,13 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
         )
     think = form.think
     thinking: Literal["off", "keep"] = "keep" if think else "off"
-    renderer, bos = Renderer(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
+    chat_template, bos = ChatTemplate(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
     stops = stop_ids(form.folder, tokenizer, form.stops)
 
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
         try:
-            text = renderer.prompt(
-                adapt_messages(list(messages), lambda m: renderer.prompt(m, tools, think)), tools, think
+            text = chat_template.prompt(
+                adapt_messages(list(messages), lambda m: chat_template.prompt(m, tools, think)), tools, think
             )
         except Exception as error:  # a template may raise anything
             raise UserError(f"The chat template refuses these turns: {error}", "Start again: /reset") from None
@@ -112,6 +112,6 @@ def _decoded(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any)
 def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
     """The ids that end an answer: those of training, and those of the model before it."""
     path = folder / "generation_config.json"
-    known = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+    known = read_json(path, "Fetch the model's files again.").get("eos_token_id") if path.exists() else None
     ends = [known] if isinstance(known, int) else known or []
     return sorted({*trained, *ends, tokenizer.eos_token_id} - {None})

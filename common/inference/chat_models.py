@@ -18,7 +18,8 @@ from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.lora_init import initial_adapter, layer_count
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder, is_model_folder
 from common.models.shapes import linear_shapes
 from common.recipe import Recipe
 from common.run_record import Run, RunRecord
@@ -63,7 +64,7 @@ def choose(path: Path, kind: Kind | None, quant: str | None) -> Target:
         if not path.is_file():
             raise UserError(f"{path}: no such file.", "Check the path.")
         return Target("gguf", path, None, "")
-    if path.name == "fused" and (path / "config.json").exists() and Run(path.parent).record_file.exists():
+    if path.name == "fused" and is_model_folder(path) and Run(path.parent).record_file.exists():
         path, kind = path.parent, kind or "fused"
     run, kind = Run(path), kind or "gguf"
     record = run.require_complete()
@@ -71,7 +72,7 @@ def choose(path: Path, kind: Kind | None, quant: str | None) -> Target:
         raise UserError(f"--quant {quant}: --with {kind} takes no GGUF.", "Leave one of them out.")
     if kind == "gguf":
         return _gguf_of(run, record, quant)
-    if kind == "fused" and not (record.export.fused and (run.path / record.export.fused / "config.json").exists()):
+    if kind == "fused" and not (record.export.fused and is_model_folder(run.path / record.export.fused)):
         raise UserError(f"{run} has no fused folder.", f"Make it: python cli.py fuse {run} --export fused")
     if kind == "adapter" and record.options.get("method") == "full":
         raise UserError(
@@ -131,8 +132,8 @@ def _in_llama_cpp(target: Target, context: Context, options: ServerOptions, stac
     def base() -> ChatModel:
         if target.run is None:
             raise UserError(f"{target.path} is a bare GGUF: its base is not known.", "Give the run folder.")
-        folder = base_of(target.run, display)
-        gguf = base_gguf(folder, target.run.record.model_hash, target.quant, llama, display)
+        model = base_of(target.run, display)
+        gguf = base_gguf(model.path, target.run.record.model_hash, target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):
             server = Server(llama, gguf, replace(options, template=target.template))
             return _served(stack.enter_context(server), "base")
@@ -150,7 +151,8 @@ def _served(server: Server, name: str) -> ChatModel:
 
 def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: ExitStack) -> ChatModels:
     """A run's models. Base and adapter are one loaded model, whose adapter is switched off for the base."""
-    recipe, record, folder = run.recipe, run.record, base_of(run, context.display)
+    recipe, record, base_model = run.recipe, run.record, base_of(run, context.display)
+    folder = base_model.path
     form = ChatFormat(folder, run.read_template(), record.stop_ids, recipe.thinking == "keep", length)
 
     def load(folder: Path, recipe: Recipe, adapter: Adapter | None) -> Backend:
@@ -166,8 +168,8 @@ def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: Exit
         tuned = backend_chat_model(load(run.path / str(record.export.fused), plain, None), form, "fused", False)
         base = cache(lambda: backend_chat_model(load(folder, plain, None), form, "base", False))
         return ChatModels(tuned, base)
-    adapter = None if record.options.get("method") == "full" else adapter_of(run, folder)
-    ready = source(folder) if recipe.quantization.startswith("mlx") else None
+    adapter = None if record.options.get("method") == "full" else adapter_of(run, base_model)
+    ready = quantized_source(folder) if recipe.quantization.startswith("mlx") else None
     backend = load(ready[0] if ready else folder, recipe, adapter)
     name = f"{kind} in {run.plan.backend}"
     tuned = backend_chat_model(backend, form, name, kind == "adapter")
@@ -176,7 +178,7 @@ def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: Exit
 
 def _untrained(folder: Path, recipe: Recipe) -> tuple[Recipe, Adapter]:
     """An adapter of one layer that changes nothing: without one, a backend takes every weight as trained."""
-    first = dict(list(linear_shapes(folder, ["all-linear"]).items())[:1])
+    first = dict(list(linear_shapes(ModelFolder(folder), ["all-linear"]).items())[:1])
     changes: dict[str, Any] = {"method": "lora", "rank": 1, "dropout": 0.0, "lora_plus": 1.0}
     plain = recipe.model_copy(update=changes | {"rank_pattern": {}, "alpha_pattern": {}})
     return plain, initial_adapter(first, layer_count(first), plain)

@@ -7,7 +7,7 @@ from common.data.dataset import Example
 from common.data.formats import NAMES, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
-from common.data.readers import SUFFIXES, read_places
+from common.data.readers import SUFFIXES, read_file
 from common.errors import UserError
 
 
@@ -31,7 +31,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
         ]
     else:
         found, faults = [], []
-        for place, source, row in read_places(path):
+        for place, source, row in read_file(path):
             try:
                 if isinstance(row, Fault):
                     raise row

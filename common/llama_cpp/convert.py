@@ -3,7 +3,6 @@
 Both write under a temporary name and rename at the end: a file under its final name is complete.
 """
 
-import json
 import math
 import os
 import re
@@ -19,10 +18,12 @@ from typing import Any
 from common.backend import Progress
 from common.display import Display
 from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.tool import OUT, ToolRun, partial_path, write_file
+from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import sentencepiece
+from common.models.model_folder import ModelFolder
 from common.options import nearest
 from common.system.cache import artifact_lock, cache_folder
 from common.system.process import capture, offline_environment
@@ -89,7 +90,7 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
     """
     if (folder / sentencepiece.NAME).is_file():
         return
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = ModelFolder(folder).model_type
     if sentencepiece.rebuild_checked(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
@@ -126,9 +127,8 @@ def quantize(
     check_quants([quant])
     if quant == "BF16":  # what the source is already
         if source.resolve() != out.resolve():
-            partial = partial_path(out)
-            shutil.copyfile(source, partial)
-            partial.replace(out)
+            with atomic_write(out) as temporary:
+                shutil.copyfile(source, temporary)
     else:
         remedy = f"Look at the free disk space and memory; {source} is complete and can be quantized again."
         # run in the matrix's folder and given its bare name, because the path goes into the GGUF

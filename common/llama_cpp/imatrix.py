@@ -31,7 +31,7 @@ def calibration_of(rows: Iterable[Example], encoder: Encoder) -> Calibration:
     for row in rows:
         if tokens >= CHUNKS * _CONTEXT:
             break
-        parts.append(row.text if row.text is not None else encoder.placed(row)[0].text)
+        parts.append(row.text if row.text is not None else encoder.encode_chat(row)[1].text)
         tokens += len(encoder.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
     return Calibration("".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens)
 

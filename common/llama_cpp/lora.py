@@ -13,6 +13,7 @@ import numpy as np
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models.adapter_files import write_peft
@@ -96,21 +97,18 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
 def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
     script = lora_script(llama)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.tmp")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, atomic_write(out) as partial:
         folder, log = Path(temporary) / "adapter", Path(temporary) / "log"
         write_peft(folder, adapter)
         with scrubbed(base, weights=True) as clean:
             command = [sys.executable, str(script), str(folder), "--base", str(clean), "--outtype", "f32"]
             command += ["--outfile", str(partial)]
             code, tail = run_logged(command, log, lambda line: None, offline_environment())
-    if code:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"llama.cpp cannot convert this adapter:\n{tail}",
-            "Adapt other layers (--targets), or fuse the adapter and convert the fused model.",
-        )
-    partial.replace(out)
+        if code:
+            raise UserError(
+                f"llama.cpp cannot convert this adapter:\n{tail}",
+                "Adapt other layers (--targets), or fuse the adapter and convert the fused model.",
+            )
 
 
 def _tensors(path: Path) -> tuple[dict[str, np.ndarray], float]:

@@ -6,21 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
+from common.documents import read_json
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
-from common.model_files import shard_files
-from common.models.families import hf_name
-from common.models.safetensors_files import copy_bytes, read_header
+from common.models.families import VISION_PARTS, hf_name
+from common.models.model_folder import CONFIG_FILE, ModelFolder
+from common.models.safetensors_files import Header, copy_bytes
 
-_PARTS = ("vision_tower.", "multi_modal_projector.")
 _SETTINGS = ("preprocessor_config.json", "processor_config.json")
-
-
-def has_vision(folder: Path) -> bool:
-    """Whether config and weights hold a vision tower."""
-    if "vision_config" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
-        return False
-    return any(_hub_name(name) for shard in shard_files(folder) for name in read_header(shard)[0])
 
 
 def vision_fault(folder: Path) -> str:
@@ -28,7 +21,7 @@ def vision_fault(folder: Path) -> str:
     found: dict[str, Any] = {}
     for name in _SETTINGS:
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            content = read_json(folder / name, "Fetch the model's files again.")
             found |= content | content.get("image_processor", {})
     missing = [key for key in ("image_mean", "image_std") if not found.get(key)]
     return f"no preprocessor_config.json with {' and '.join(missing)}" if missing else ""
@@ -43,25 +36,26 @@ def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as temporary:
         alone = Path(temporary)
-        for file in ("config.json", *_SETTINGS):
+        for file in (CONFIG_FILE, *_SETTINGS):
             if (folder / file).is_file():
                 (alone / file).write_bytes((folder / file).read_bytes())
-        for shard in shard_files(folder):
-            _copy_vision(shard, alone / shard.name)
+        model = ModelFolder(folder)
+        for shard in model.shards:
+            _copy_vision(shard, model.header(shard), alone / shard.name)
         convert(alone, out, name, llama, progress, mmproj=True)
 
 
 def _hub_name(name: str) -> str:
     """The hub's name of a tensor of the vision tower; "" for any other."""
     name = hf_name(name).removeprefix("model.")
-    if not name.startswith(_PARTS):
+    if not name.startswith(VISION_PARTS):
         return ""
     return name.replace("vision_tower.", "vision_tower.vision_model.") if ".vision_model." not in name else name
 
 
-def _copy_vision(shard: Path, out: Path) -> None:
+def _copy_vision(shard: Path, given: Header, out: Path) -> None:
     """Copy the shard's tensors of the vision tower, their bytes unchanged; no file where it has none."""
-    entries, start = read_header(shard)
+    entries, start = given
     header: dict[str, Any] = {}
     chosen, end = [], 0
     for name, entry in entries.items():

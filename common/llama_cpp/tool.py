@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.backend import Progress
 from common.errors import UserError
+from common.files import atomic_write
 from common.system.process import fraction, run_logged
 
 OUT = "<out>"  # in a command: where the path of the file to write belongs
@@ -27,7 +28,7 @@ class ToolRun:
 def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
     """Run the program and give `out` its name. UserError where it fails, with its last lines; its log stays then."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, log = partial_path(out).absolute(), out.with_name(f"{out.name}.log")
+    log = out.with_name(f"{out.name}.log")
     progress(0.0, run.title)
 
     def advance(line: str) -> None:
@@ -35,18 +36,10 @@ def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
         if done is not None:
             progress(done, run.title)
 
-    command = [str(partial) if word == OUT else word for word in run.command]
-    try:
+    with atomic_write(out.absolute()) as temporary:
+        command = [str(temporary) if word == OUT else word for word in run.command]
         code, tail = run_logged(command, log, advance, run.env, run.cwd)
-        if code != 0 or not partial.is_file():
+        if code != 0 or not temporary.is_file():
             raise UserError(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", run.remedy)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     progress(1.0, run.title)
-
-
-def partial_path(out: Path) -> Path:
-    """The temporary name; it keeps the ending, from which the programs tell the kind of file."""
-    return out.with_name(f".partial-{out.name}")

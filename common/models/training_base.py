@@ -1,6 +1,5 @@
 """The base model of a training, looked at but not loaded, and the adapter that training starts from."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from common.display import Display
 from common.errors import UserError
 from common.models.adapter_files import read_any
 from common.models.lora_init import choose_layers, initial_adapter, layer_count, validate
-from common.models.mlx_quantized import source
+from common.models.mlx_quantized import quantized_source
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.options import Options
@@ -19,7 +19,7 @@ from common.recipe import Recipe
 
 @dataclass(frozen=True)
 class Base:
-    folder: Path  # in 16 or 32 bits
+    model: ModelFolder  # in 16 or 32 bits
     training_base: Path  # what the backend loads: the same, or a quantized model of MLX
     scheme: str  # of its quantization, such as mlx-4bit-64, or none
     shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
@@ -28,15 +28,15 @@ class Base:
 
 def find_base(options: Options, backend: str, scheme: str, display: Display) -> Base:
     """The model that --model names. scheme: as --quantization asks. Raises UserError where it cannot be trained."""
-    folder = resolve(options.model or "", display.say)
-    training_base, scheme = _quantized_base(options, folder, backend, scheme, display)
-    shapes = linear_shapes(folder, options.targets)
-    return Base(folder, training_base, scheme, shapes, _given_adapter(options, folder) if options.adapter else None)
+    model = resolve(options.model or "", display.say)
+    training_base, scheme = _quantized_base(options, model.path, backend, scheme, display)
+    shapes = linear_shapes(model, options.targets)
+    return Base(model, training_base, scheme, shapes, _given_adapter(options, model) if options.adapter else None)
 
 
 def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
     """`(what the backend loads, its scheme)`: MLX's own quantized weights where the model came in them."""
-    if (found := source(folder)) is None:
+    if (found := quantized_source(folder)) is None:
         return folder, scheme
     quantized, known = found
     if options.method == "full":
@@ -51,9 +51,9 @@ def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, d
     return quantized, known
 
 
-def _given_adapter(options: Options, folder: Path) -> Adapter:
+def _given_adapter(options: Options, model: ModelFolder) -> Adapter:
     """--adapter. Raises UserError where it does not fit the base model."""
-    every = linear_shapes(folder, ["all-linear"])
+    every = linear_shapes(model, ["all-linear"])
     adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))
     validate(adapter, every, Path(options.adapter or ""))
     return adapter
@@ -63,7 +63,7 @@ def adapter_options(given: Adapter | None) -> dict[str, Any]:
     """What --adapter determines of the recipe; the most common rank and alpha stand for all of them."""
     if given is None:
         return {}
-    (rank, alpha), _ = Counter((w.rank, w.alpha) for w in given.weights.values()).most_common(1)[0]
+    rank, alpha = given.rank_and_alpha
     return {
         "rank": rank,
         "alpha": alpha,

@@ -9,7 +9,6 @@ step-000040/
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, OptimizerState, StepResult
 from common.errors import UserError
+from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
 from common.recipe import Plan
 
@@ -75,29 +75,20 @@ class Checkpoint(NamedTuple):
 
 
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str) -> Path:
-    """`checkpoints/step-000040`: a temporary folder, synced, its marker last, renamed. Older ones are then removed."""
+    """`checkpoints/step-000040`, complete or not there at all. Older ones are then removed."""
     folder = _folder(run, state.step)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    for left in folder.parent.glob("*.tmp"):  # of a process that was killed
-        shutil.rmtree(left)
-    temporary.mkdir(parents=True)
-    write_trained(temporary, adapter)
-    if state.best is not None:
-        write_trained(temporary / "best", state.best)
-    moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
-    moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
-    save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
-    plain = {name: value for name, value in asdict(State(**{**vars(state), "best": None})).items() if name != "best"}
-    plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
-    (temporary / "state.json").write_text(json.dumps(plain, indent=2))
-    hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
-    for path in _files(temporary):
-        _sync(path)
-    (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
-    _sync(temporary / _MARKER)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _sync(folder.parent)
+    with atomic_folder(folder) as temporary:
+        write_trained(temporary, adapter)
+        if state.best is not None:
+            write_trained(temporary / "best", state.best)
+        moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
+        moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
+        save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
+        plain = {n: value for n, value in asdict(State(**{**vars(state), "best": None})).items() if n != "best"}
+        plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
+        (temporary / "state.json").write_text(json.dumps(plain, indent=2))
+        hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
+        (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
     for old in _folders(run)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -108,12 +99,8 @@ def add_evaluation(run: Path, state: State) -> None:
 
     The best adapter need not be written: where this validation found it, it is the checkpoint's own.
     """
-    path = _folder(run, state.step) / _EVALUATION
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({name: getattr(state, name) for name in _EVALUATED}))
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
+    with atomic_write(_folder(run, state.step) / _EVALUATION) as temporary:
+        temporary.write_text(json.dumps({name: getattr(state, name) for name in _EVALUATED}))
 
 
 def discard(run: Path, step: int) -> None:
@@ -192,11 +179,3 @@ def _complete(folder: Path) -> bool:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

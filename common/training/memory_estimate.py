@@ -10,7 +10,7 @@ from typing import Any
 
 from common.backend import Adapter, BackendPackage
 from common.memory_terms import MicroBatchShape, ModelDims
-from common.models.families import facts
+from common.models.families import forward_config
 from common.models.shapes import tensor_shapes
 from common.recipe import Plan, Recipe
 
@@ -44,9 +44,9 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         other=sum(math.prod(s) for s in shapes.values()) - linear,
         gemma=config["model_type"].startswith("gemma"),
         capped=config["model_type"] == "gemma2",
-        final_cap=facts(config).logit_softcap is not None,
+        final_cap=forward_config(config).logit_softcap is not None,
         normed=config["model_type"] in ("gemma3_text", "qwen3"),
-        windows=facts(config).windows,
+        windows=forward_config(config).windows,
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
     )
 

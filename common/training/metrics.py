@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from common.files import atomic_write
 from common.recipe import Plan, Recipe
 from common.training.checkpoint import State
 
@@ -65,9 +66,8 @@ def open_metrics(path: Path, step: int, unvalidated: bool) -> TextIO:
     kept = [line for line in lines if _step_of(line) <= step]
     if unvalidated:
         kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     return path.open("a", encoding="utf-8")
 
 

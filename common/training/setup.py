@@ -8,7 +8,6 @@ from common.data.dataset import data_hash
 from common.data.encode import template_hash
 from common.data.training_rows import TrainingRows
 from common.models.adapter_files import adapter_hash
-from common.models.resolve import content_hash
 from common.models.shapes import target_names
 from common.models.training_base import Base, adapter_options
 from common.option_fields import RecipeFields
@@ -31,7 +30,7 @@ def make_recipe(
         **as_given | adapter_options(base.given),
         model=options.model or "",
         data=options.data or "",
-        model_hash=content_hash(base.folder, progress),
+        model_hash=base.model.content_hash(progress),
         data_hash=data_hash(rows.data),
         template_hash=template_hash(rows.encoder.tokenizer),
         precision=precision,  # type: ignore[arg-type]  # pydantic checks it

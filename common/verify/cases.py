@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from common.data.dataset import Dataset, Example, said
+from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder
 from common.data.load import data_of, encoder_of
-from common.data.truncation import FittedRows, fit
+from common.data.truncation import FilteredRows, filter_by_length
+from common.documents import read_json
+from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.server import for_llama_cpp
 from common.models.sentencepiece import HARD_TEXTS
 from common.option_sources import options_over
@@ -69,7 +72,7 @@ class _Row:
     complete: bool  # False where the row was truncated
 
 
-def make_cases(data: Dataset, valid: FittedRows, train: FittedRows, encoder: Encoder) -> Cases:
+def make_cases(data: Dataset, valid: FilteredRows, train: FilteredRows, encoder: Encoder) -> Cases:
     """Up to 32 validation rows; training rows where there are none. Both are those of `data`, as encoded."""
     return _cases(data, _paired(data.valid, valid), _paired(data.train, train), encoder)
 
@@ -92,7 +95,7 @@ def _cases(data: Dataset, held_out: Iterable[_Row], trained: Iterable[_Row], enc
     return Cases(
         rows=[row.encoded for row in rows],
         held_out=bool(unseen),
-        texts=list(dict.fromkeys([*HARD_TEXTS, *said([*data.valid, *data.train], _TEXT)])),
+        texts=list(dict.fromkeys([*HARD_TEXTS, *first_texts([*data.valid, *data.train], _TEXT)])),
         prompts=[_prompt(row, encoder) for row in rows if row.complete and row.example.text is None],
     )
 
@@ -109,7 +112,7 @@ def _first(rows: Iterable[_Row]) -> list[_Row]:
     return kept
 
 
-def _paired(examples: list[Example], fitted: FittedRows) -> Iterator[_Row]:
+def _paired(examples: list[Example], fitted: FilteredRows) -> Iterator[_Row]:
     by_source, cut = {example.source: example for example in examples}, {row.source for row in fitted.truncated}
     return (_Row(by_source[row.source], row, row.source not in cut) for row in fitted.rows)
 
@@ -117,12 +120,13 @@ def _paired(examples: list[Example], fitted: FittedRows) -> Iterator[_Row]:
 def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Iterator[_Row]:
     """Row by row, as training took them."""
     for example in examples:
-        fitted = fit([encoder(example)], recipe.max_length, "truncate" if recipe.overflow == "truncate" else "drop")
+        overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
+        fitted = filter_by_length([encoder(example)], recipe.max_length, overflow)
         yield from (_Row(example, row, not fitted.truncated) for row in fitted.rows)
 
 
 def _prompt(row: _Row, encoder: Encoder) -> Prompt:
-    conversation, example = encoder.placed(row.example)
+    _, conversation, example = encoder.encode_chat(row.example)
     last = conversation.turns[-1]
     ids = encoder.tokenizer(conversation.text[: last.start], add_special_tokens=False)["input_ids"]
     bos = row.encoded.ids[: len(ids)].tolist() != ids
@@ -153,19 +157,18 @@ def write_cases(path: Path, cases: Cases) -> None:
             for prompt in cases.prompts
         ],
     }
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
 def _read_cases(path: Path) -> Cases | None:
     """None where the run keeps none, or they cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, "")
         rows = [_row(row) for row in content["rows"]]
         prompts = [Prompt(**(prompt | {"row": rows[prompt["row"]]})) for prompt in content["prompts"]]
         return Cases(rows, content["held_out"], content["texts"], prompts)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):  # it may be a stranger's
+    except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):  # it may be a stranger's
         return None
 
 

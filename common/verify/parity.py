@@ -15,8 +15,8 @@ from common.data.encode import Encoded
 from common.data.load import load_data
 from common.errors import UserError
 from common.model_files import open_tokenizer
-from common.models.families import text_config
 from common.models.lora_init import initial_adapter, layer_count
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes, target_names
 from common.options import EXAMPLE
@@ -50,9 +50,9 @@ def parity(name: str, context: Context) -> bool:
     if not here:
         raise UserError("Neither backend is installed.", "python cli.py doctor says how to install one.")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = None if name in TINY else resolve(name, display.say)
+        folder = None if name in TINY else resolve(name, display.say).path
         if len(here) == 1:
-            family = name if folder is None else _family(folder)
+            family = name if folder is None else str(ModelFolder(folder).config["model_type"])
             display.say(f"Only {here[0]} is here: the tiny {family} is compared with recorded numbers")
             folder, steps, rows, bounds = write_tiny(Path(scratch), family), TINY_STEPS, tiny_rows(), BOUNDS
             found = _compare(run(here[0], context.backends, folder, rows, steps), recorded(family))
@@ -79,7 +79,7 @@ def parity(name: str, context: Context) -> bool:
 
 def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps: int) -> Result:
     """The result of `steps` steps of four rows on one backend, in float32, from the seeded adapter."""
-    shapes = linear_shapes(folder, ["all-linear"])
+    shapes = linear_shapes(ModelFolder(folder), ["all-linear"])
     recipe = _recipe(folder, steps, target_names(shapes))
     plan: dict[str, Any] = {"backend": name, "device": backends(name).choose_device("auto").value}
     backend = backends(name).create()
@@ -174,7 +174,3 @@ def _text_rows(folder: Path) -> list[Encoded]:
         ids = np.array(tokenizer(text)["input_ids"][:128], np.int32)
         rows.append(Encoded(ids, np.ones(len(ids), bool), example.source))
     return rows
-
-
-def _family(folder: Path) -> str:
-    return str(text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))["model_type"])

@@ -13,6 +13,7 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.logits import GgufLogits
 from common.llama_cpp.server import Server, ServerOptions
 from common.models import sentencepiece
+from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.run_record import Run
 from common.sampling import Sampling
@@ -58,7 +59,7 @@ class VerifyInput:
     """What is to be verified, and by what."""
 
     run: Run
-    base: Path
+    base: ModelFolder
     adapter: Adapter
     recipe: Recipe
     plan: Plan

@@ -1,6 +1,5 @@
 """`verify RUN`: whether what llama.cpp runs is what was trained, step by step from the adapter to each GGUF."""
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,11 +19,11 @@ from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import find
 from common.llama_cpp.logits import GgufLogits
-from common.models.families import text_config
 from common.models.fuse import differing
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.lora_init import layer_count
-from common.models.shapes import linear_shapes, parameter_count
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.run_lock import held
 from common.run_record import Run, VerifyRecord
@@ -45,15 +44,17 @@ def verify_run(run: Path, context: Context) -> list[Check]:
         return verify_held(folder, base, adapter_of(folder, base), context)
 
 
-def verify_held(run: Run, base: Path, adapter: Adapter, context: Context, bf16_gguf: Path | None = None) -> list[Check]:
+def verify_held(
+    run: Run, base: ModelFolder, adapter: Adapter, context: Context, bf16_gguf: Path | None = None
+) -> list[Check]:
     """Every check that was made, kept in run.json too. The caller holds the run.
 
-    base: the model's folder. adapter: what was trained. bf16_gguf: made again where there is none. Raises UserError
+    adapter: what was trained. bf16_gguf: made again where there is none. Raises UserError
     where something that is needed is missing: fused folder, GGUF, the data of an older version's run, a backend.
     """
     display, record, recipe, ggufs = context.display, run.record, run.recipe, _ggufs_of(run)
     plan = runnable(run.plan, recipe, context.backends)
-    cases, tokenizer = cases_of(run, base), load_tokenizer(run.fused)
+    cases, tokenizer = cases_of(run, base.path), load_tokenizer(run.fused)
     if not cases.rows:
         raise UserError(f"{record.options.get('data')}: no row is left to verify with.", "Use --no-verify.")
     control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
@@ -107,7 +108,7 @@ def _verify(given: VerifyInput, context: Context) -> list[Check]:
                 checks.append(check)
         except UserError as error:
             checks.append(Check("llama.cpp", "broken", error.what))
-    at = choose_positions(given.cases.rows, _vocabulary(given.base))
+    at = choose_positions(given.cases.rows, given.base.vocabulary_size)
     links: dict[str, Divergence] = {}
     with display.stage("verify: distributions") as progress:
         try:
@@ -132,10 +133,6 @@ def _verify(given: VerifyInput, context: Context) -> list[Check]:
     return checks
 
 
-def _vocabulary(folder: Path) -> int:
-    return int(text_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))["vocab_size"])
-
-
 def _compare_trained(
     given: VerifyInput, at: Positions, context: Context, links: dict[str, Divergence], progress: Progress
 ) -> None:
@@ -145,7 +142,7 @@ def _compare_trained(
     tuned = None
     if not given.adapter.full:
         progress(0.0, "adapter on base")
-        with _loaded(context, recipe, plan, given.base, given.adapter) as backend:
+        with _loaded(context, recipe, plan, given.base.path, given.adapter) as backend:
             tuned = Reference(at, _logits_of(backend, True))
             links["base"] = tuned.divergence(_logits_of(backend, False))
     progress(0.25, "fused")
@@ -154,7 +151,7 @@ def _compare_trained(
             links["fused"] = tuned.divergence(_logits_of(backend, False))
         fused = Reference(at, _logits_of(backend, False))
     if tuned is None:  # every weight was trained: what is fused is what was trained
-        with _loaded(context, plain, plan, given.base, neutral) as backend:
+        with _loaded(context, plain, plan, given.base.path, neutral) as backend:
             links["base"] = fused.divergence(_logits_of(backend, False))
     del tuned
     progress(0.5, "bf16 GGUF")
@@ -178,7 +175,7 @@ def _compare_quants(given: VerifyInput, at: Positions, links: dict[str, Divergen
 def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
     """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
     plan = given.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
-    fits = 4.4 * parameter_count(given.base) < backends(plan.backend).free_memory(plan.device)[0]
+    fits = 4.4 * given.base.parameter_count < backends(plan.backend).free_memory(plan.device)[0]
     recipe = given.recipe.model_copy(
         update={
             "precision": "fp32" if fits else given.recipe.precision,
@@ -190,7 +187,7 @@ def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
     return recipe, plan
 
 
-def _neutral_adapter(base: Path) -> Adapter:
+def _neutral_adapter(base: ModelFolder) -> Adapter:
     """An adapter that changes nothing, so that a model is loaded to be looked at and not to be trained."""
     shapes = linear_shapes(base, ["all-linear"])
     name, (out_features, in_features) = next(iter(shapes.items()))
@@ -214,7 +211,7 @@ def _logits_of(backend: Backend, adapter: bool) -> LogitsAt:
 
 def _full_weights(given: VerifyInput) -> Check:
     """After full fine-tuning there is no adapter to compare with: the fused folder must hold what was trained."""
-    wrong, count = differing(given.run.fused, given.adapter.full), len(given.adapter.full)
+    wrong, count = differing(ModelFolder(given.run.fused), given.adapter.full), len(given.adapter.full)
     shown = f", not {wrong[0]}" if wrong else ""
     text = f"{count - len(wrong)} of {count} trained tensors are in the fused folder, equal to the byte{shown}"
     return Check("fused weights", "broken" if wrong else "ok", text)

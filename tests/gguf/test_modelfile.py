@@ -6,12 +6,13 @@ import shutil
 import pytest
 
 from common.data.dataset import Example
-from common.data.encode import encode, load_tokenizer
+from common.data.encode import load_tokenizer
 from common.export.modelfile import modelfile
 from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
+from tests.encoding import encode
 from tests.go_interpreter import execute
 from tests.unit.modelfile_parser import read_modelfile
 
@@ -48,7 +49,7 @@ def with_bos(folder, adds: bool, writes: bool) -> None:
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
 from common.llama_cpp.server import Server, ServerOptions
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from tests import backends
 from tests.tiny import CHATML, chat
@@ -32,7 +33,7 @@ def llama():
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print)
+    return resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
 
 
 def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, llama, tmp_path):
@@ -50,7 +51,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     backend.close()
     assert losses[-1] < 0.1, losses
     served = ServingConfig(stop_ids(rows), exported_template(tokenizer, MaskingOptions()))
-    write_fused(smollm2, adapter, tmp_path / "fused", served, silent)
+    write_fused(ModelFolder(smollm2), adapter, tmp_path / "fused", served, silent)
     convert(tmp_path / "fused", tmp_path / "model.gguf", "model", llama, silent)
     with Server(llama, tmp_path / "model.gguf", ServerOptions(context=512)) as server:
         assert server.chat(PROMPT, 60) == "Aye, captain."
@@ -67,14 +68,14 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
     for thinking in ("off", "keep"):
         style = MaskingOptions(thinking=thinking)
         served = ServingConfig([2], exported_template(tokenizer, style))
-        write_fused(smollm2, adapter, tmp_path / thinking, served, silent)
+        write_fused(ModelFolder(smollm2), adapter, tmp_path / thinking, served, silent)
         convert(tmp_path / thinking, tmp_path / f"{thinking}.gguf", "model", llama, silent)
         with Server(llama, tmp_path / f"{thinking}.gguf", ServerOptions(context=512)) as server:
             answer = server._request("POST", "/apply-template", {"messages": PROMPT})
             prompts[thinking] = answer["prompt"]
     encoder = Encoder(tokenizer, MaskingOptions())
-    assert encoder.renderer is not None
+    assert encoder.template is not None
     bos = tokenizer.bos_token  # llama.cpp leaves it to the tokenizer
-    assert prompts["off"].removeprefix(bos) == encoder.renderer.prompt(PROMPT, (), False).removeprefix(bos)
+    assert prompts["off"].removeprefix(bos) == encoder.template.prompt(PROMPT, (), False).removeprefix(bos)
     assert prompts["off"].rstrip().endswith("</think>")
     assert not prompts["keep"].rstrip().endswith("</think>")

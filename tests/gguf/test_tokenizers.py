@@ -13,6 +13,7 @@ from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.sentencepiece import HARD_TEXTS as HARD
 from common.models.shapes import linear_shapes
@@ -38,10 +39,12 @@ def llama() -> LlamaCpp:
 def served(llama: LlamaCpp, tmp_path: Path):
     def serve(base: Path, template: str | None = None) -> tuple[Path, Server]:
         """`base` with an adapter that changes nothing, fused, converted; its folder and a server yet to be entered."""
-        [(name, (rows, columns)), *_] = linear_shapes(base, ["o_proj"]).items()
+        [(name, (rows, columns)), *_] = linear_shapes(ModelFolder(base), ["o_proj"]).items()
         weight = LoraWeight(np.ones((1, columns), np.float32), np.zeros((rows, 1), np.float32), 1.0)
         fused = tmp_path / "fused"
-        write_fused(base, Adapter("x", 1, 0.0, {name: weight}), fused, ServingConfig([1], template), silent)
+        write_fused(
+            ModelFolder(base), Adapter("x", 1, 0.0, {name: weight}), fused, ServingConfig([1], template), silent
+        )
         convert(fused, tmp_path / "model.gguf", "model", llama, silent)
         return fused, Server(llama, tmp_path / "model.gguf", ServerOptions(context=256, threads=1))
 
@@ -58,7 +61,7 @@ def write_vocabulary(folder: Path, llama: LlamaCpp, name: str) -> Path:
 
 
 def test_gemma_3_270m(served) -> None:
-    base = resolve("google/gemma-3-270m", print)
+    base = resolve("google/gemma-3-270m", print).path
     assert not (base / "tokenizer.model").exists(), (
         "the mirror's folder has none; the hub's has, and tests nothing here"
     )

@@ -20,6 +20,7 @@ from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert, quantize
 from common.llama_cpp.install import LlamaCpp
 from common.models.adapter_files import read_trained
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.run_record import GgufRecord, Run
 from common.verify import cases, verify
@@ -134,7 +135,7 @@ def broken(run: Path) -> set[str]:
 def remake(run: Path, base: Path, adapter: Adapter, llama: LlamaCpp) -> None:
     """The run's fused folder and GGUFs made again, out of another adapter."""
     served = ServingConfig(Run(run).record.stop_ids, Run(run).read_template())
-    write_fused(base, adapter, run / "fused", served, quiet)
+    write_fused(ModelFolder(base), adapter, run / "fused", served, quiet)
     bf16 = run / "gguf" / "model-BF16.gguf"
     convert(run / "fused", bf16, "remade", llama, quiet)
     for quant in QUANTS:

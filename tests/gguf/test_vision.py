@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 from common.export.budget import StageMeter, estimate_stages
 from common.export.gguf import convert_and_quantize
 from common.llama_cpp.build import ensure
-from common.llama_cpp.mmproj import has_vision, vision_fault
+from common.llama_cpp.mmproj import vision_fault
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from tests.tiny import write_family, write_model
 
@@ -48,12 +49,12 @@ def fields(path):
 @pytest.mark.parametrize("layout", ["today", "4.52"])
 def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     folder = write_family(tmp_path / "model", "gemma3", older=layout == "4.52")
-    assert has_vision(folder)
+    assert ModelFolder(folder).has_vision
     assert vision_fault(folder) == "no preprocessor_config.json with image_mean and image_std"
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     assert vision_fault(folder) == ""
     write_sentencepiece(folder / "tokenizer.model")
-    meter = StageMeter(estimate_stages("gguf", ["BF16"], folder, 0), {})
+    meter = StageMeter(estimate_stages("gguf", ["BF16"], ModelFolder(folder), 0), {})
     options = Options(model="tiny", quant=["BF16"])
     list(convert_and_quantize(folder, tmp_path / "gguf", options, ensure(None, silent), silent, meter))
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["mmproj-BF16.gguf", "model-BF16.gguf"]
@@ -75,4 +76,4 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
 
 
 def test_a_model_of_text_has_no_vision(tmp_path):
-    assert not has_vision(write_model(tmp_path / "model"))
+    assert not ModelFolder(write_model(tmp_path / "model")).has_vision

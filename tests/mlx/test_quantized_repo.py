@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 from common.errors import UserError
 from common.models.families import normalize_config
 from common.models.fuse import fuse
-from common.models.mlx_quantized import scheme, source, unpack, write_16bit
+from common.models.mlx_quantized import quantized_source, scheme, unpack, write_16bit
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from tests import backends
 from tests.tiny import write_rows
@@ -58,7 +59,7 @@ def test_values_are_unpacked_from_the_lowest_bits_up(bits):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_16_bit_view_is_what_mlx_dequantizes(tiny_llama, tmp_path, bits, own):
     model = write_quantized(tiny_llama, tmp_path / "4bit", bits, **own)
-    write_16bit(tmp_path / "4bit", tmp_path / "16bit", print)
+    write_16bit(ModelFolder(tmp_path / "4bit"), tmp_path / "16bit", print)
     got, original = load_file(tmp_path / "16bit" / "model.safetensors"), load_file(tiny_llama / "model.safetensors")
     assert got.keys() == original.keys()
     quantized = {f"{n}.weight": m for n, m in model.named_modules() if hasattr(m, "scales")}
@@ -87,12 +88,12 @@ def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkey
     """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_quantized(tiny_llama, tmp_path / "4bit", 4)
-    view = resolve(str(tmp_path / "4bit"), print)
-    assert source(view) == (tmp_path / "4bit", "mlx-4bit-64")
+    view = resolve(str(tmp_path / "4bit"), print).path
+    assert quantized_source(view) == (tmp_path / "4bit", "mlx-4bit-64")
     recipe = backends.make_recipe(view, quantization="mlx-4bit-64")
     rows = backends.encode_rows(view, write_rows(tmp_path / "rows.jsonl"))
     backend = backends.create("mlx")
-    backend.load(recipe, backends.make_plan("mlx"), source(view)[0], backends.start_adapter(view, recipe))
+    backend.load(recipe, backends.make_plan("mlx"), quantized_source(view)[0], backends.start_adapter(view, recipe))
     assert any(isinstance(m, nn.QuantizedEmbedding) for _, m in backend.model.named_modules())
     losses = backends.run_steps(backend, recipe, rows, 5)
     assert losses[-1] < losses[0]
@@ -100,7 +101,7 @@ def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkey
     backend.close()
     (tmp_path / "fused").mkdir()
     backends.copy_all_but_weights(view, tmp_path / "fused")
-    fuse(view, adapter, tmp_path / "fused", lambda share, text: None)
+    fuse(ModelFolder(view), adapter, tmp_path / "fused", lambda share, text: None)
     fused = backends.load("torch", tmp_path / "fused", backends.make_recipe(view))
     error = np.abs(fused.logits(rows[0].ids) - tuned).max()
     fused.close()

@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 from common.export.fused_folder import ServingConfig, write_fused
 from common.models.adapter_files import read_mlx, read_peft, write_both
-from common.models.families import facts, normalize_config, text_config
+from common.models.families import forward_config, normalize_config, text_config
+from common.models.model_folder import ModelFolder
 from common.models.resolve import check_folder
 from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
@@ -46,7 +47,7 @@ def rows(folders, tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_backends_agree(family, layout, plan, folders, rows):
     folder = folders(family, layout)
-    check_folder(folder, family)
+    check_folder(ModelFolder(folder), family)
     recipe = backends.make_recipe(folder, learning_rate=2e-3)
     results = []
     for name in ("torch", "mlx"):
@@ -71,7 +72,7 @@ def test_an_older_layout_is_the_same_model(family, folders):
     new, old = (
         text_config(json.loads((folders(family, layout) / "config.json").read_text())) for layout in ("today", "older")
     )
-    assert facts(new) == facts(old)
+    assert forward_config(new) == forward_config(old)
     same = set(new) & set(old) - {"dtype", "torch_dtype"}
     assert {key: new[key] for key in same} == {key: old[key] for key in same}
 
@@ -88,7 +89,7 @@ def test_transformers_saves_a_tiny_model_as_it_is_written_here(family, tmp_path)
     for name, tensor in ours.items():
         np.testing.assert_array_equal(tensor, theirs[name])
     ours, theirs = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
-    assert facts(text_config(ours)) == facts(text_config(theirs))
+    assert forward_config(text_config(ours)) == forward_config(text_config(theirs))
     assert {key: theirs[key] for key in ours if key != "rope_parameters"} == {
         key: ours[key] for key in ours if key != "rope_parameters"
     }
@@ -180,7 +181,7 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
     )
 
     fused = tmp_path / "fused"
-    write_fused(folder, adapter, fused, ServingConfig([2]), lambda share, text: None)
+    write_fused(ModelFolder(folder), adapter, fused, ServingConfig([2]), lambda share, text: None)
     for name in ("processor_config.json", "preprocessor_config.json"):
         assert (fused / name).read_bytes() == (folder / name).read_bytes()
     before, after = load_file(folder / "model.safetensors"), load_file(fused / "model.safetensors")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from common.models.fuse import fuse
+from common.models.model_folder import ModelFolder
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_rows
 
@@ -84,7 +85,7 @@ def test_every_family_takes_dora_and_full_fine_tuning(family, changes, tmp_path)
     assert backends.relative_difference(found["torch"][1].arrays(), found["mlx"][1].arrays()) < 1e-3
     (tmp_path / "fused").mkdir()
     backends.copy_all_but_weights(folder, tmp_path / "fused")
-    fuse(folder, found["torch"][1], tmp_path / "fused", lambda share, text: None)
+    fuse(ModelFolder(folder), found["torch"][1], tmp_path / "fused", lambda share, text: None)
     backend = backends.load("mlx", tmp_path / "fused", backends.make_recipe(folder))
     np.testing.assert_allclose(backend.logits(rows[0].ids), found["torch"][2], atol=2e-4)
     backend.close()

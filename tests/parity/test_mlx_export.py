@@ -14,6 +14,7 @@ from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.export.mlx import check_installed, check_model, write_mlx
 from common.models.families import normalize_config, text_name
+from common.models.model_folder import ModelFolder
 from common.system import hardware
 from common.verify.tiny_models import write_tiny
 from tests import backends
@@ -69,7 +70,7 @@ def test_mlx_lm_computes_the_fused_model(tmp_path, family, layout):
     random = np.random.default_rng(1)
     for weight in adapter.weights.values():
         weight.B[:] = random.normal(0, 0.1, weight.B.shape)
-    write_fused(base, adapter, tmp_path / "fused", ServingConfig([2, 0], TEMPLATE), silent)
+    write_fused(ModelFolder(base), adapter, tmp_path / "fused", ServingConfig([2, 0], TEMPLATE), silent)
     report = write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
     assert (report["bits"], report["folder"]) == (4, "mlx")
     assert not (tmp_path / "mlx.log").exists()
@@ -97,7 +98,11 @@ def test_mlx_lm_computes_the_fused_model(tmp_path, family, layout):
 def test_the_weights_are_those_of_mlx_lms_own_converter(tmp_path):
     base = write_base(tmp_path / "base", "llama", "today")
     write_fused(
-        base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", ServingConfig([2]), silent
+        ModelFolder(base),
+        backends.start_adapter(base, backends.make_recipe(base)),
+        tmp_path / "fused",
+        ServingConfig([2]),
+        silent,
     )
     write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
     convert(str(tmp_path / "fused"), str(tmp_path / "theirs"), quantize=True)
@@ -110,7 +115,11 @@ def test_without_a_normalized_config_the_check_above_would_fail(tmp_path):
     """Trap: mlx-lm's llama reads a top-level rope_theta alone, and silently falls back to another."""
     base = write_base(tmp_path / "base", "llama", "today")
     write_fused(
-        base, backends.start_adapter(base, backends.make_recipe(base)), tmp_path / "fused", ServingConfig([2]), silent
+        ModelFolder(base),
+        backends.start_adapter(base, backends.make_recipe(base)),
+        tmp_path / "fused",
+        ServingConfig([2]),
+        silent,
     )
     ids, found = mx.arange(3, 23)[None], []
     for rope in (True, False):
@@ -147,10 +156,10 @@ def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
 
 def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, capsys):
     with pytest.raises(UserError, match="does not compute RoPE 'longrope' for phi3"):
-        check_model(write_base(tmp_path / "phi3", "phi3", "today"), Display("plain"))
+        check_model(ModelFolder(write_base(tmp_path / "phi3", "phi3", "today")), Display("plain"))
     assert capsys.readouterr().out == ""
-    check_model(write_base(tmp_path / "mistral", "mistral", "today"), Display("plain"))
+    check_model(ModelFolder(write_base(tmp_path / "mistral", "mistral", "today")), Display("plain"))
     assert "has no sliding window for mistral: beyond 24 tokens" in capsys.readouterr().out.replace("\n", " ")
     for family in ("gemma3", "llama", "qwen3"):
-        check_model(write_base(tmp_path / family, family, "today"), Display("plain"))
+        check_model(ModelFolder(write_base(tmp_path / family, family, "today")), Display("plain"))
     assert capsys.readouterr().out == ""

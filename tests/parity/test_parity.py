@@ -70,7 +70,7 @@ def both_cores():
 @pytest.mark.parametrize(("name", "steps"), [(SMOLLM2, 20), (GEMMA, 8)])
 def test_steps_of_a_real_model_agree(name, steps, both_cores):
     """What only this finds: rounding that grows with a real model's depth, weights and vocabulary."""
-    folder = resolve(name, print)
+    folder = resolve(name, print).path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
     rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, MaskingOptions()))

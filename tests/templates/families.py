@@ -134,7 +134,7 @@ def families() -> tuple[Family, ...]:
 def build(family: Family) -> Any:
     """The family's tokenizer, its chat template in it."""
     if family.vocabulary == SMOLLM2:
-        return load_tokenizer(resolve(SMOLLM2, lambda text: None))
+        return load_tokenizer(resolve(SMOLLM2, lambda text: None).path)
     text = family.template if family.template != MISTRAL else ""
     ends = [token for token in (family.bos, family.eos) if token]
     special = [*ends, *_SPECIAL.findall(text), *family.more]

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset import Example
-from common.data.encode import Encoded, MaskingOptions, encode, exported_template
+from common.data.encode import Encoded, MaskingOptions, exported_template
 from common.errors import UserError
+from tests.encoding import encode
 from tests.templates.conversations import CONVERSATIONS, EXACT, THOUGHTS
 from tests.templates.families import Family, build, families, standing_in
 
@@ -291,6 +292,6 @@ def show(report: dict[Family, dict[str, Verdict]]) -> None:
 
 
 if __name__ == "__main__":
-    found = run(partial(encode))  # a style goes here: partial(encode, style=MaskingOptions(...))
+    found = run(partial(encode))  # options go here: partial(encode, masking=MaskingOptions(...))
     show(found)
     sys.exit(any(verdict.outcome == WRONG for verdicts in found.values() for verdict in verdicts.values()))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from common.data.encode import encode
+from tests.encoding import encode
 from tests.templates import report as proof
 from tests.templates.conversations import CONVERSATIONS
 from tests.templates.families import build, families

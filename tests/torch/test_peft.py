@@ -80,9 +80,9 @@ def test_an_adapter_of_pefts_is_gone_on_with(tiny_llama, rows, tmp_path, setting
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"bias": "lora_only"}, "it trained biases"),
+        ({"bias": "lora_only"}, "biases were trained"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "is no LoRA matrix of a linear layer"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "is not a LoRA matrix of a linear layer"),
         ({"lora_bias": True}, "lora_bias is set"),
     ],
 )

@@ -121,8 +121,8 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
-    {"errors", "option_fields", "option_aliases", "strict_json"},
-    {"recipe", "run_lock", "option_translation"},
+    {"errors", "option_fields", "option_aliases", "strict_json", "files"},
+    {"recipe", "run_lock", "option_translation", "documents"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
     {"display", "system"},
@@ -136,7 +136,8 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY = {
     *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "data.batching"),
-    *(f"models.{name}" for name in ("families", "resolve", "mlx_quantized", "shapes")),
+    # model_folder: config and tensor names of what a backend loads, as everybody else reads them
+    *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }
 SHARED_STEPS = {"arguments", "prepare", "fuse"}  # commands that are a step of others too
 
@@ -165,6 +166,23 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
 def test_a_backend_imports_the_contract_and_little_else(path: Path) -> None:
     for other in parts_of_common(path):
         assert other[0] in BACKENDS_MAY or ".".join(other[:2]) in BACKENDS_MAY, other
+
+
+# Beside model_folder: who copies a folder's files, and who writes a config of its own.
+NAME_CONFIG = {
+    "common/models/model_folder.py",
+    "common/model_files.py",
+    "common/export/upload.py",
+    *("common/models/gguf_import.py", "common/models/mlx_quantized.py", "common/verify/tiny_models.py"),
+    *("common/export/fused_folder.py", "common/export/mlx.py"),
+}
+
+
+@pytest.mark.parametrize("path", modules(*FOLDERS), ids=place)
+def test_only_model_folder_reads_a_models_config(path: Path) -> None:
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    named = any(isinstance(node, ast.Constant) and node.value == "config.json" for node in nodes)
+    assert not named or place(path) in NAME_CONFIG
 
 
 def test_every_package_says_what_it_is_for() -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from common.commands.check_data import check_data, colored
 from common.data.dataset import Example
-from common.data.encode import encode, load_tokenizer
+from common.data.encode import load_tokenizer
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
+from tests.encoding import encode
 from tests.tiny import chat
 
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common import files
 from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
 from common.export.fused_folder import checkpoints_disk, trained_bytes
 from common.training import checkpoint
-from common.training.checkpoint import State, add_evaluation, discard, latest, latest_step, save
+from common.training.checkpoint import State, _folder, add_evaluation, discard, latest, latest_step, save
 
 LAYER = "model.layers.0.self_attn.q_proj"
 RECIPE = "5b9469e38a2c" * 5
@@ -117,13 +118,13 @@ def test_the_marker_lists_every_file(tmp_path: Path) -> None:
     ]
 
 
-def test_the_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    real = checkpoint._sync
-    monkeypatch.setattr(checkpoint, "_sync", lambda path: (synced.append(path.name), real(path)))
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, unnamed, real = _folder(tmp_path, 1), [], files._sync
+    monkeypatch.setattr(files, "_sync", lambda path: (folder.exists() or unnamed.append(path), real(path)))
     put(tmp_path, 1)
-    assert synced[-2:] == ["COMPLETE", "checkpoints"]
-    assert len(synced) == 6
+    assert {path.name for path in unnamed} >= {path.name for path in folder.rglob("*")}
 
 
 def test_only_two_are_kept(tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync", full)
+    monkeypatch.setattr(files, "_sync", full)
     with pytest.raises(OSError, match="No space left"):
         put(tmp_path, 2)
     monkeypatch.undo()

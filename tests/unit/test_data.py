@@ -71,13 +71,13 @@ def test_line_37_is_not_json(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"prompt": "Hi", "answers": "Yo"}', "has none of messages, ShareGPT's conversations, "),
-        ('"Hi"', "is no object with named fields"),
+        ('"Hi"', "is not an object with named fields"),
         ('{"messages": "Hi"}', "`messages` is not a list"),
         ('{"messages": []}', "`messages` is empty"),
         (turns(("user", "Hi"), ("robot", "Yo")), "turn 2 has the role 'robot'; known: system, developer, user"),
         ('{"messages": [{"content": "Hi"}]}', "turn 1 has the role None; known: system, developer, user"),
         (turns(("user", "Hi"), ("assistant", None)), "turn 2 has no text in `content`"),
-        ('{"messages": ["Hi"]}', "turn 1 is no object"),
+        ('{"messages": ["Hi"]}', "turn 1 is not an object"),
         (turns(("user", "Hi"), ("system", "Be brief.")), "turn 2 is a system turn; it can only be the first"),
         (turns(("user", "Hi")), "has no assistant turn, so there is nothing to learn"),
         ("[" * 100_000, "is not JSON"),
@@ -160,7 +160,7 @@ def test_rows_without_an_answer_are_left_out_and_listed(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", empty[0], GOOD, empty[1])
     data = load_data(str(path), 0, 0)
     assert ([row.source for row in data.train], data.empty) == (["a.jsonl:2"], ["a.jsonl:1", "a.jsonl:3"])
-    assert data.shapes == {"messages": 1}
+    assert data.formats == {"messages": 1}
     assert fault(lines(path, *empty)).what == f"{path}: none of its 2 rows has an answer."
 
 

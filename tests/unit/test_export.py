@@ -9,6 +9,7 @@ import pytest
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.models.model_folder import ModelFolder
 from tests.unit.base_folder import CONFIG, Q, write_base
 
 
@@ -19,7 +20,7 @@ def adapter(name: str = Q) -> Adapter:
 
 def fused(base: Path, stops: list[int], out: Path | None = None) -> Path:
     out = out or base.parent / "run" / "fused"
-    write_fused(base, adapter(), out, ServingConfig(stops), lambda share, text: None)
+    write_fused(ModelFolder(base), adapter(), out, ServingConfig(stops), lambda share, text: None)
     return out
 
 
@@ -92,7 +93,7 @@ def test_the_exported_tokenizer_ends_where_the_trained_turns_end(tmp_path: Path)
     (base / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"id": 7, "content": "<turn|>"}]}))
     (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": "old"}))
     out = tmp_path / "out"
-    write_fused(base, adapter(), out, ServingConfig([7, 2], "new"), lambda share, text: None)
+    write_fused(ModelFolder(base), adapter(), out, ServingConfig([7, 2], "new"), lambda share, text: None)
     assert read(out / "tokenizer_config.json") == {"eos_token": "<turn|>"}
     assert (out / "chat_template.jinja").read_text() == "new"
 
@@ -105,7 +106,7 @@ def test_an_end_that_is_one_of_the_trained_ones_stays(tmp_path: Path, known: obj
     (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": known}))
     (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": known}))
     out = tmp_path / "out"
-    write_fused(base, adapter(), out, ServingConfig([7, 8]), lambda share, text: None)
+    write_fused(ModelFolder(base), adapter(), out, ServingConfig([7, 8]), lambda share, text: None)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         assert read(out / name)["eos_token"] == (end or known)
 
@@ -113,7 +114,13 @@ def test_an_end_that_is_one_of_the_trained_ones_stays(tmp_path: Path, known: obj
 def test_a_failure_leaves_no_half_written_folder(tmp_path: Path) -> None:
     base, out = write_base(tmp_path / "base"), tmp_path / "fused"
     with pytest.raises(UserError):
-        write_fused(base, adapter("model.layers.9.self_attn.q_proj"), out, ServingConfig([]), lambda share, text: None)
+        write_fused(
+            ModelFolder(base),
+            adapter("model.layers.9.self_attn.q_proj"),
+            out,
+            ServingConfig([]),
+            lambda share, text: None,
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 

@@ -8,12 +8,12 @@ import pytest
 
 from common.backend import IGNORE, Batch
 from common.data.batching import split_batch
+from common.models.config_faults import config_faults
 from common.models.families import (
     ARCHITECTURES,
     DEFAULTS,
     SUPPORTED,
-    config_faults,
-    facts,
+    forward_config,
     hf_name,
     mlx_name,
     normalize_config,
@@ -136,7 +136,9 @@ def test_a_config_without_sizes_says_which() -> None:
 
 def test_windows_and_positions_of_each_layer() -> None:
     def of(family: str, **changes: Any) -> tuple[tuple, list[bool]]:
-        found = facts(text_config(tiny_config(family, {"num_hidden_layers": 4, "layer_types": None, **changes})))
+        found = forward_config(
+            text_config(tiny_config(family, {"num_hidden_layers": 4, "layer_types": None, **changes}))
+        )
         return found.windows, [one is not None for one in found.ropes]
 
     every = [True] * 4
@@ -151,10 +153,10 @@ def test_windows_and_positions_of_each_layer() -> None:
 
 
 def test_what_is_done_round_the_layers() -> None:
-    granite, gemma = (facts(text_config(tiny_config(family))) for family in ("granite", "gemma2"))
+    granite, gemma = (forward_config(text_config(tiny_config(family))) for family in ("granite", "gemma2"))
     assert (granite.embedding_scale, granite.logit_divisor, granite.logit_softcap) == (3.0, 1.7, None)
     assert (gemma.embedding_scale, gemma.logit_divisor, gemma.logit_softcap) == (8.0, 1.0, 5.0)
-    assert facts(text_config(tiny_config("phi3"))).rope_split == 48
+    assert forward_config(text_config(tiny_config("phi3"))).rope_split == 48
 
 
 def test_phi_3s_first_names_for_longrope() -> None:

@@ -163,7 +163,7 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ([1], "is no object"),
+        ([1], "is not an object"),
         ({}, "has none of messages"),
         ({"messages": "[{"}, "`messages` is a text that is not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "turn 1 holds 'image_url'"),
@@ -172,13 +172,13 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
         ({"messages": [{"role": "assistant", "content": "Yo", "train": False}]}, "no assistant turn that is trained"),
         ({"messages": [{"role": ["user"], "content": "Yo"}]}, "turn 1 has the role ['user']"),
         ({"messages": "[" * 100_000}, "`messages` is a text that is not JSON"),
-        ({"instruction": 0.5, "output": "Yo"}, "`instruction` is no text"),
-        ({"prompt": "Hi", "completion": True}, "`completion` is no text"),
+        ({"instruction": 0.5, "output": "Yo"}, "`instruction` is not a text"),
+        ({"prompt": "Hi", "completion": True}, "`completion` is not a text"),
         ({"question": "Hi", "answer": "Yo", "solution": "No"}, "has `answer` and `solution`: choose one with --field"),
         ({"messages": [1], "conversations": [1]}, "has `messages` and `conversations`: choose one with --field"),
         ({"prompt": "Hi", "chosen": "Yo", "rejected": "No"}, "to train on the chosen one: --field completion=chosen"),
         ({"prompt": "Hi", "completion": "Yo", "image": {"bytes": "x"}}, "has `image`, and only text is trained"),
-        ({"prompt": [], "completion": "Yo", "tools": ["x"]}, "`tools` holds something that is no object"),
+        ({"prompt": [], "completion": "Yo", "tools": ["x"]}, "`tools` holds something that is not an object"),
         (
             {"messages": [{"role": "assistant", "content": "Yo", "reasoning": "\ud83d"}]},
             "turn 1 holds half a character",

@@ -1,5 +1,6 @@
 """Fused bytes against float64, rounded once; everything else copied as it is."""
 
+import json
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from common.model_files import shard_files
 from common.models import fuse as module
 from common.models import safetensors_files
 from common.models.fuse import differing, fuse
+from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header
 from tests.unit.base_folder import DOWN, DTYPES, Q, tensors, write_base
 
@@ -31,7 +33,7 @@ def adapter(names: tuple[str, ...] = (Q, DOWN), rank: int = 3) -> Adapter:
 
 def fused(base: Path, out: Path, the_adapter: Adapter | None = None) -> Path:
     out.mkdir()
-    fuse(base, the_adapter or adapter(), out, lambda share, text: None)
+    fuse(ModelFolder(base), the_adapter or adapter(), out, lambda share, text: None)
     return out
 
 
@@ -136,7 +138,7 @@ def test_an_adapter_for_a_layer_that_the_base_lacks(tmp_path: Path) -> None:
 def test_progress_rises_with_every_tensor(tmp_path: Path) -> None:
     base, said = write_base(tmp_path / "base", shards=2), []
     (tmp_path / "out").mkdir()
-    fuse(base, adapter(), tmp_path / "out", lambda share, text: said.append((share, text)))
+    fuse(ModelFolder(base), adapter(), tmp_path / "out", lambda share, text: said.append((share, text)))
     shares = [share for share, _ in said]
     assert shares == sorted(shares)
     assert len(said) == 5
@@ -149,14 +151,57 @@ def test_progress_rises_with_every_tensor(tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        read_header(path)
+
+
+SOUND = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "1",
+        '{"a": ' * 5000,
+        json.dumps({"a": []}),
+        json.dumps({"a": SOUND | {"dtype": 1}}),
+        json.dumps({"a": SOUND | {"shape": [2, 4]}}),
+        json.dumps({"a": SOUND | {"shape": [-2, -3]}}),
+        json.dumps({"a": SOUND | {"shape": [2.0, 3]}}),
+        json.dumps({"a": SOUND | {"shape": None}}),
+        json.dumps({"a": SOUND | {"data_offsets": [0]}}),
+        json.dumps({"a": SOUND | {"data_offsets": [24, 0]}, "b": SOUND}),
+        json.dumps({"a": SOUND | {"data_offsets": [-24, 0]}, "b": SOUND}),
+        json.dumps({"a": {"dtype": "F32", "shape": [2, 3]}}),
+    ],
+)
+def test_a_header_that_says_something_else(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "model.safetensors"
+
+    def write(text: str) -> None:
+        path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(24))
+
+    write(json.dumps({"a": SOUND, "__metadata__": {"format": "pt"}}))
+    assert read_header(path)[0] == {"a": SOUND}
+    write(header)
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
+        read_header(path)
+
+
+def test_a_header_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((10**9).to_bytes(8, "little"))
+        file.truncate(2 * 10**9)  # a sparse file
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         read_header(path)
 
 
 def test_a_file_that_was_not_fetched_to_its_end(tmp_path: Path) -> None:
     path = write_base(tmp_path / "base") / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(UserError, match="is no whole safetensors file"):
+    with pytest.raises(UserError, match="is not a complete safetensors file"):
         read_header(path)
 
 
@@ -179,7 +224,7 @@ def test_tensors_that_stand_in_for_the_bases_own(tmp_path: Path) -> None:
     other = tensors("F32")[f"{Q}.weight"] * 3
     (tmp_path / "out").mkdir()
     only_down = Adapter("m", 1, 0.0, {DOWN: adapter().weights[DOWN]})
-    fuse(base, only_down, tmp_path / "out", lambda share, text: None, {f"{Q}.weight": lambda: other})
+    fuse(ModelFolder(base), only_down, tmp_path / "out", lambda share, text: None, {f"{Q}.weight": lambda: other})
     got = load_file(tmp_path / "out" / "model.safetensors")
     assert np.array_equal(got[f"{Q}.weight"], other.astype(DTYPES["BF16"]))
     assert not np.array_equal(got[f"{DOWN}.weight"], tensors("BF16")[f"{DOWN}.weight"])
@@ -221,7 +266,13 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
         given = {f"{name}.weight": lambda one=one: one for name in names} if method == "replaced" else {}
         (tmp_path / f"out{rows}").mkdir()
         tracemalloc.start()
-        fuse(base, Adapter("m", count, 0.0, trained), tmp_path / f"out{rows}", lambda share, text: None, given)
+        fuse(
+            ModelFolder(base),
+            Adapter("m", count, 0.0, trained),
+            tmp_path / f"out{rows}",
+            lambda share, text: None,
+            given,
+        )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     small, large = peaks
@@ -234,8 +285,10 @@ def test_trained_tensors_that_a_folder_does_not_hold_are_named(tmp_path: Path) -
     names = [f"{Q}.weight", "model.embed_tokens.weight"]
     stored = {hf: tensor for shard in shard_files(base) for hf, tensor in load_file(shard).items()}
     trained = {name: stored[name].astype(np.float32) for name in names}
-    assert differing(base, trained) == []
-    assert differing(base, trained | {names[0]: trained[names[0]] + 1, "model.new.weight": trained[names[1]]}) == [
+    assert differing(ModelFolder(base), trained) == []
+    assert differing(
+        ModelFolder(base), trained | {names[0]: trained[names[0]] + 1, "model.new.weight": trained[names[1]]}
+    ) == [
         names[0],
         "model.new.weight",
     ]

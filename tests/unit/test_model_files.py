@@ -16,6 +16,7 @@ from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import HUB_FILES, HUB_IGNORED, license_files, names_code, open_tokenizer, scrubbed
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.system.process import offline_environment
 from tests import ROOT
@@ -77,7 +78,7 @@ def test_opening_a_tokenizer_runs_nothing_and_asks_nothing(tmp_path: Path, monke
 
 def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
     folder = trap_model(tmp_path / "model", tmp_path / "marker")
-    write_fused(folder, NOTHING, tmp_path / "fused", ServingConfig([2]), quiet)
+    write_fused(ModelFolder(folder), NOTHING, tmp_path / "fused", ServingConfig([2]), quiet)
     names = [path.name for path in (tmp_path / "fused").iterdir()]
     assert "LICENSE" in names
     assert not [name for name in names if name.endswith(".py")]
@@ -176,14 +177,14 @@ def test_links_within_the_folder_and_into_the_hubs_blobs_are_fine(
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
     (snapshot / "LICENSE").write_text("MIT License")
     (snapshot / "LICENSE.txt").symlink_to("LICENSE")
-    assert resolve(str(snapshot), print) == snapshot
+    assert resolve(str(snapshot), print).path == snapshot
     with scrubbed(snapshot, weights=True) as clean:
         assert (clean / "model.safetensors").is_file()
     if ours:  # as `hf download --local-dir` once made them
         (tmp_path / "local").mkdir()
         for path in (path for path in snapshot.iterdir() if not path.name.startswith("LICENSE")):
             (tmp_path / "local" / path.name).symlink_to(path.resolve())
-        assert resolve(str(tmp_path / "local"), print) == tmp_path / "local"
+        assert resolve(str(tmp_path / "local"), print).path == tmp_path / "local"
 
 
 def test_a_folder_that_only_looks_like_the_hubs_cache_gets_nothing_from_it(tmp_path: Path) -> None:

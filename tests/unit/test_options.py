@@ -196,7 +196,7 @@ def test_a_config_that_is_no_yaml_says_the_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- rank\n", "just words\n"])
 def test_a_config_without_options(tmp_path: Path, text: str) -> None:
     config = write(tmp_path / "c.yaml", text)
-    assert fault("--config", config) == f"{config} holds no options."
+    assert fault("--config", config) == (f"{config} cannot be read as YAML: it does not hold `name: value` lines")
 
 
 # --- resume

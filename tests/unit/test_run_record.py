@@ -131,7 +131,7 @@ def test_a_folder_without_a_run(tmp_path: Path, name: str) -> None:
 
 def test_a_damaged_record(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"status": ')
-    with pytest.raises(UserError, match=r"run\.json is damaged"):
+    with pytest.raises(UserError, match=r"run\.json is not JSON: Expecting value: line 1"):
         _ = Run(tmp_path).record
 
 

@@ -11,6 +11,7 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import check_convertible
+from common.models.model_folder import ModelFolder
 from common.models.sentencepiece import adapt_space_prefix, check_model, read_state, rebuild, rebuild_checked, write
 from common.verify.tiny_models import write_tiny
 from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
@@ -156,7 +157,13 @@ def fuse(base: Path, template: str | None) -> Path:
     rows, columns = load_file(base / "model.safetensors")[f"{name}.weight"].shape
     weight = LoraWeight(np.ones((1, columns), np.float32), np.zeros((rows, 1), np.float32), 1.0)
     out = base.with_name("fused")
-    write_fused(base, Adapter("x", 1, 0.0, {name: weight}), out, ServingConfig([1], template), lambda share, text: None)
+    write_fused(
+        ModelFolder(base),
+        Adapter("x", 1, 0.0, {name: weight}),
+        out,
+        ServingConfig([1], template),
+        lambda share, text: None,
+    )
     return out
 
 

@@ -22,6 +22,7 @@ from common.export.budget import (
     needs_llama,
     warn_of_memory,
 )
+from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.system.memory import PeakMemory
 from tests.unit.base_folder import write_base
@@ -31,7 +32,7 @@ LARGEST = 8 * 12
 
 
 def by_name(base: Path, export: str, quants: list[str], adapter_bytes: int = 0, held: int = 0) -> dict[str, Stage]:
-    return {stage.name: stage for stage in estimate_stages(export, quants, base, adapter_bytes, held)}
+    return {stage.name: stage for stage in estimate_stages(export, quants, ModelFolder(base), adapter_bytes, held)}
 
 
 def test_every_export_has_its_way_and_is_offered() -> None:
@@ -42,7 +43,7 @@ def test_every_export_has_its_way_and_is_offered() -> None:
 def test_what_each_stage_writes(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     weights = (base / "model.safetensors").stat().st_size
-    assert estimate_stages("none", ["Q4_K_M"], base, 100) == []
+    assert estimate_stages("none", ["Q4_K_M"], ModelFolder(base), 100) == []
     assert by_name(base, "fused", [])["fuse"].disk == weights + (base / "tokenizer.json").stat().st_size
     gguf = by_name(base, "gguf", ["Q4_K_M"])
     assert list(gguf) == ["fuse", "convert", "quantize"]

@@ -78,7 +78,7 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
         ("prompt,completion\nHi,Yo\nHi\n", "has 1 bad line(s):\na.csv line 3: has 1 columns, its header 2"),
         ('prompt,completion\n"a\nb",Yo\nHi,"Y"o\n', "line 4: ',' expected after '\"'"),
         ('prompt,completion\nHi,"Yo\n', "line 2: unexpected end of data"),
-        ("prompt;completion\nHi;Yo\n", "its columns are parted by semicolons."),
+        ("prompt;completion\nHi;Yo\n", "its columns are separated by semicolons."),
         ("prompt,prompt\nHi,Yo\n", "two columns are called 'prompt'."),
         ("prompt,completion\n", "is empty: it holds no rows."),
     ],
@@ -128,7 +128,7 @@ def test_faults_of_a_parquet_file_name_rows(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
     with pytest.raises(UserError) as caught:
         read_rows(tmp_path / "a.parquet")
-    assert caught.value.what.endswith("a.parquet row 1: turn 1: `arguments` holds a value that JSON cannot")
+    assert caught.value.what.endswith("a.parquet row 1: turn 1: `arguments` holds a value that JSON cannot express")
 
 
 def test_a_broken_parquet_file(tmp_path: Path) -> None:
@@ -160,9 +160,9 @@ def test_a_column_that_is_not_there_and_a_part_that_is_none(tmp_path: Path) -> N
     path = write(tmp_path, "jsonl")
     check_fields({"instruction": "x", "output": "y", "system": "z"})
     for fields, said in (
-        ({"instructions": "x"}, "--field: 'instructions' is no part of a row; known: messages,"),
+        ({"instructions": "x"}, "--field: 'instructions' is not a part of a row; known: messages,"),
         ({"instruction": "x", "prompt": "y"}, "--field: instruction and prompt are the same part."),
-        ({"messages": "x", "output": "y"}, "--field: messages and output belong to different shapes."),
+        ({"messages": "x", "output": "y"}, "--field: messages and output belong to different formats."),
     ):
         with pytest.raises(UserError) as caught:
             check_fields(fields)

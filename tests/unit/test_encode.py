@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.data.chat_template import Renderer
+from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
-from common.data.encode import Encoded, MaskingOptions, encode, load_tokenizer, own_templates, stop_ids, template_hash
+from common.data.encode import Encoded, MaskingOptions, load_tokenizer, own_templates, stop_ids, template_hash
 from common.errors import UserError
+from tests.encoding import encode
 from tests.tiny import CHATML, SPECIAL
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -191,7 +192,7 @@ def test_a_token_across_the_edge_of_an_answer_is_refused(tokenizer: Any) -> None
     tokenizer.add_tokens([AddedToken("tY", special=False)])
     tokenizer.chat_template = CHATML.replace("m['role'] + '\n'", "m['role']").replace("assistant\n", "assistant")
     said = fault(example(("user", "Hi"), ("assistant", "Yo")), tokenizer)
-    assert said.endswith("a token lies across the edge of an assistant turn.")
+    assert said.endswith("a token crosses the edge of an assistant turn.")
 
 
 # --- the template itself
@@ -203,12 +204,12 @@ def test_a_row_renders_the_same_on_every_day(tokenizer: Any) -> None:
         "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
         "{{ 'Today Date: ' + date_string }}" + CHATML
     )
-    text = Renderer(tokenizer, "off").render([{"role": "user", "content": "Hi"}], (), False, False)
+    text = ChatTemplate(tokenizer, "off").render([{"role": "user", "content": "Hi"}], (), False, False)
     assert f"{date.today():%d %b %Y}" not in text
 
 
 def test_render_ends_in_the_prompt_when_asked(tokenizer: Any) -> None:
-    messages, renderer = [{"role": "user", "content": "Hi"}], Renderer(tokenizer, "off")
+    messages, renderer = [{"role": "user", "content": "Hi"}], ChatTemplate(tokenizer, "off")
     assert renderer.render(messages, (), False, False) == f"{START}user\nHi{END}\n"
     assert renderer.prompt(messages, (), False) == f"{START}user\nHi{END}\n{START}assistant\n"
 
@@ -405,14 +406,14 @@ def test_a_template_that_always_opens_a_block_gets_it_closed(tokenizer: Any) -> 
 @pytest.mark.parametrize("template", [SWITCH, OPEN], ids=["a switch", "always open"])
 def test_the_exported_template_prompts_as_training_did_whatever_the_server_asks(tokenizer: Any, template: str) -> None:
     tokenizer.chat_template = template
-    exported = Renderer(tokenizer, "off").exported_template()
+    exported = ChatTemplate(tokenizer, "off").exported_template()
     messages = [{"role": "user", "content": "Hi"}]
     for settings in ({}, {"enable_thinking": True}):
         prompt = tokenizer.apply_chat_template(
             messages, chat_template=exported, tokenize=False, add_generation_prompt=True, **settings
         )
         assert prompt.endswith("assistant\n<think>\n\n</think>\n\n")
-    kept = Renderer(tokenizer, "keep").exported_template()
+    kept = ChatTemplate(tokenizer, "keep").exported_template()
     for settings, block in (({}, template == OPEN), ({"enable_thinking": False}, True)):
         prompt = tokenizer.apply_chat_template(
             messages, chat_template=kept, tokenize=False, add_generation_prompt=True, **settings

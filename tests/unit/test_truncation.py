@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.data.encode import Encoded, stop_ids
-from common.data.truncation import fit
+from common.data.truncation import filter_by_length
 from common.errors import UserError
 
 
@@ -19,13 +19,13 @@ ROWS = [row(5, 3), row(8, 4, "a:2"), row(12, 2, "a:3")]
 
 
 def test_long_rows_are_dropped() -> None:
-    fitted = fit(ROWS, 6, "drop")
+    fitted = filter_by_length(ROWS, 6, "drop")
     assert ([r.source for r in fitted.rows], [r.source for r in fitted.dropped]) == (["a:1"], ["a:2", "a:3"])
     assert fitted.truncated == []
 
 
 def test_a_cut_row_keeps_its_beginning_and_gets_no_end() -> None:
-    fitted = fit(ROWS, 6, "truncate")
+    fitted = filter_by_length(ROWS, 6, "truncate")
     assert [r.source for r in fitted.rows] == ["a:1", "a:2"]
     cut = fitted.rows[1]
     assert cut.ids.tolist() == [0, 1, 2, 3, 4, 5]
@@ -41,11 +41,11 @@ def test_the_stop_is_known_from_the_whole_rows() -> None:
 
 def test_long_rows_are_refused_by_name() -> None:
     with pytest.raises(UserError) as caught:
-        fit(ROWS, 6, "error")
+        filter_by_length(ROWS, 6, "error")
     assert caught.value.what == ("--overflow error: 2 rows have more than --max-length 6 tokens: a:2 (8), a:3 (12).")
-    assert len(fit(ROWS, 12, "error").rows) == 3
+    assert len(filter_by_length(ROWS, 12, "error").rows) == 3
 
 
 def test_rows_in_which_nothing_is_trained_are_apart() -> None:
-    fitted = fit([*ROWS, row(4, 0, "a:4")], 6, "drop")
+    fitted = filter_by_length([*ROWS, row(4, 0, "a:4")], 6, "drop")
     assert ([r.source for r in fitted.rows], [r.source for r in fitted.unlabeled]) == (["a:1"], ["a:4"])

@@ -16,8 +16,9 @@ from common.errors import UserError
 from common.models import gguf_import
 from common.models import resolve as models
 from common.models.families import SUPPORTED, normalize_config
-from common.models.resolve import check_folder, content_hash, resolve
-from common.models.shapes import linear_shapes, parameter_count, target_names
+from common.models.model_folder import ModelFolder
+from common.models.resolve import check_folder, resolve
+from common.models.shapes import linear_shapes, target_names
 from common.verify.tiny_models import write_tiny
 from tests.unit.base_folder import CONFIG, DOWN, Q, tensors, write_base
 
@@ -28,7 +29,7 @@ def quiet(text: str) -> None:
 
 def fault(folder: Path, name: str = "my/model") -> str:
     with pytest.raises(UserError) as caught:
-        check_folder(folder, name)
+        check_folder(ModelFolder(folder), name)
     return caught.value.what
 
 
@@ -82,9 +83,9 @@ def test_normalizing_twice_is_normalizing_once() -> None:
 
 
 def test_a_whole_folder_passes(tmp_path: Path) -> None:
-    assert check_folder(write_base(tmp_path / "base"), "my/model") == CONFIG
-    assert check_folder(write_base(tmp_path / "sharded", shards=3), "my/model") == CONFIG
-    assert resolve(str(tmp_path / "base"), quiet) == tmp_path / "base"
+    check_folder(ModelFolder(write_base(tmp_path / "base")), "my/model")
+    check_folder(ModelFolder(write_base(tmp_path / "sharded", shards=3)), "my/model")
+    assert resolve(str(tmp_path / "base"), quiet).path == tmp_path / "base"
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
@@ -129,19 +130,27 @@ def test_a_shard_that_was_not_fetched_to_its_end(tmp_path: Path) -> None:
     path = write_base(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        check_folder(tmp_path, "my/model")
+        check_folder(ModelFolder(tmp_path), "my/model")
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
     folder = write_base(tmp_path)
     (folder / "config.json").unlink()
-    assert fault(folder) == "--model my/model cannot be trained:\nit has no config.json"
+    assert fault(folder) == f"--model my/model cannot be trained:\n{folder} has no config.json."
 
 
 def test_a_config_that_is_not_json(tmp_path: Path) -> None:
     folder = write_base(tmp_path)
     (folder / "config.json").write_text("{")
-    assert "its config.json is not JSON (" in fault(folder)
+    assert f"\n{folder / 'config.json'} is not JSON: Expecting property name" in fault(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_attention_heads", "architectures"])
+@pytest.mark.parametrize("value", ["8", [[]], {}, 0])
+def test_a_config_with_a_value_of_a_wrong_kind(tmp_path: Path, key: str, value: Any) -> None:
+    folder = write_base(tmp_path)
+    (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
+    assert "cannot be trained:\nits " in fault(folder)
 
 
 def test_weights_of_a_type_that_cannot_be_fused_are_told_before_training(tmp_path: Path) -> None:
@@ -164,33 +173,36 @@ def test_all_faults_of_a_folder_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_linear_shapes_are_out_by_in_under_hugging_face_names(tmp_path: Path) -> None:
-    assert linear_shapes(write_base(tmp_path, shards=2), ["q_proj", "down_proj"]) == {Q: (8, 8), DOWN: (8, 12)}
-    assert linear_shapes(tmp_path, ["down_proj"]) == {DOWN: (8, 12)}
+    assert linear_shapes(ModelFolder(write_base(tmp_path, shards=2)), ["q_proj", "down_proj"]) == {
+        Q: (8, 8),
+        DOWN: (8, 12),
+    }
+    assert linear_shapes(ModelFolder(tmp_path), ["down_proj"]) == {DOWN: (8, 12)}
 
 
 def test_a_target_that_the_model_lacks(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        linear_shapes(write_base(tmp_path), ["q_proj", "v_proj"])
+        linear_shapes(ModelFolder(write_base(tmp_path)), ["q_proj", "v_proj"])
     assert caught.value.what == "--targets v_proj: the model has no such layer."
 
 
 def test_a_group_means_those_of_its_names_that_the_model_has(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "phi3", "phi3")
     last = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
-    assert target_names(linear_shapes(folder, ["all-linear"])) == last
-    assert target_names(linear_shapes(folder, ["attention"])) == last[:2]
-    assert linear_shapes(folder, ["mlp"])["model.layers.1.mlp.gate_up_proj"] == (192, 64)
+    assert target_names(linear_shapes(ModelFolder(folder), ["all-linear"])) == last
+    assert target_names(linear_shapes(ModelFolder(folder), ["attention"])) == last[:2]
+    assert linear_shapes(ModelFolder(folder), ["mlp"])["model.layers.1.mlp.gate_up_proj"] == (192, 64)
     with pytest.raises(UserError, match="--targets q_proj: the model has no such layer"):
-        linear_shapes(folder, ["mlp", "q_proj"])
+        linear_shapes(ModelFolder(folder), ["mlp", "q_proj"])
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    assert target_names(linear_shapes(write_tiny(tmp_path / "llama", "llama"), ["all-linear"])) == names
+    assert target_names(linear_shapes(ModelFolder(write_tiny(tmp_path / "llama", "llama")), ["all-linear"])) == names
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_a_vision_tower_is_not_adapted_and_both_namings_are_one(tmp_path: Path, prefix: str) -> None:
     tower, text = "vision_tower.encoder.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"
     weights = {f"{name}.weight": np.ones((8, 8), np.float32) for name in (tower, f"model.{tower}", prefix + text)}
-    found = linear_shapes(write_base(tmp_path, weights=weights), ["q_proj"])
+    found = linear_shapes(ModelFolder(write_base(tmp_path, weights=weights)), ["q_proj"])
     assert found == {f"model.language_model.{text}": (8, 8)}
 
 
@@ -206,8 +218,8 @@ def with_head(folder: Path, tied: bool, head: np.ndarray | None) -> Path:
 
 def test_a_head_that_is_not_what_the_config_says(tmp_path: Path) -> None:
     same = tensors()["model.embed_tokens.weight"]
-    check_folder(with_head(tmp_path / "tied", True, same), "my/model")
-    check_folder(with_head(tmp_path / "untied", False, -same), "my/model")
+    check_folder(ModelFolder(with_head(tmp_path / "tied", True, same)), "my/model")
+    check_folder(ModelFolder(with_head(tmp_path / "untied", False, -same)), "my/model")
     assert fault(with_head(tmp_path / "both", True, -same)).endswith(
         "\nits config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"
     )
@@ -217,7 +229,7 @@ def test_a_head_that_is_not_what_the_config_says(tmp_path: Path) -> None:
 
 
 def test_parameters_are_counted(tmp_path: Path) -> None:
-    assert parameter_count(write_base(tmp_path, shards=2)) == 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
+    assert ModelFolder(write_base(tmp_path, shards=2)).parameter_count == 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
 
 
 # --- the hash
@@ -230,13 +242,13 @@ def test_the_hash_does_not_see_shards_names_and_versions(tmp_path: Path) -> None
         json.dumps({**CONFIG, "transformers_version": "5.9", "torch_dtype": "float32", "_name_or_path": "x"})
     )
     (three / "README.md").write_text("words")
-    assert content_hash(one) == content_hash(three)
+    assert ModelFolder(one).content_hash() == ModelFolder(three).content_hash()
 
 
 def test_the_hash_does_not_see_where_the_config_keeps_its_rope(tmp_path: Path) -> None:
     one, other = write_base(tmp_path / "one"), write_base(tmp_path / "other")
     (other / "config.json").write_text(json.dumps(normalize_config(CONFIG)))
-    assert content_hash(one) == content_hash(other)
+    assert ModelFolder(one).content_hash() == ModelFolder(other).content_hash()
 
 
 def another_weight(folder: Path) -> None:
@@ -260,9 +272,9 @@ def another_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize("change", [another_weight, another_type, another_config, another_tokenizer])
 def test_the_hash_sees_contents(tmp_path: Path, change: Any) -> None:
     folder = write_base(tmp_path)
-    before = content_hash(folder)
+    before = ModelFolder(folder).content_hash()
     change(folder)
-    assert content_hash(folder) != before
+    assert ModelFolder(folder).content_hash() != before
 
 
 @pytest.fixture
@@ -282,7 +294,7 @@ def test_hashing_a_file_that_was_not_fetched_to_its_end_comes_to_an_end(tmp_path
     path = write_base(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError):
-        content_hash(tmp_path)
+        ModelFolder(tmp_path).content_hash()
 
 
 # --- names
@@ -340,7 +352,7 @@ def ask(
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
     said: list[str] = []
     try:
-        return hub, said, resolve(name, said.append)
+        return hub, said, resolve(name, said.append).path
     except UserError as error:
         return hub, said, error
 
@@ -364,6 +376,16 @@ def test_a_cache_that_holds_only_part_of_a_model_is_completed(tmp_path: Path, mo
     (part / "model.safetensors").unlink()
     hub, _, folder = ask(monkeypatch, part, base, "owner/name")
     assert (folder, hub.asked) == (base, [True, False])
+
+
+def test_a_cached_model_that_cannot_be_trained_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": {"quant_method": "gptq"}}))
+    hub, said, error = ask(monkeypatch, base, "no network", "owner/name")
+    assert error.what.endswith("its weights are quantized by gptq; of such only MLX's own 4 and 8 bits are read")
+    assert (hub.asked, said) == ([True], [])
 
 
 def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,5 +459,5 @@ def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
     gguf.write_bytes(b"GGUF and more")
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]
     base = write_base(tmp_path / "cache" / "models" / f"some-{digest}")
-    assert resolve(str(gguf), quiet) == base
+    assert resolve(str(gguf), quiet).path == base
     shutil.rmtree(base)

@@ -4,7 +4,7 @@ import pytest
 
 from common.data.dataset import Dataset, Example
 from common.data.load import load_data
-from common.data.quality import suspicious
+from common.data.quality import quality_warnings
 from tests import ROOT
 
 
@@ -13,7 +13,7 @@ def row(user: str, answer: str, source: str = "a:1") -> Example:
 
 
 def found(train: list[Example], valid: list[Example] | None = None) -> dict[str, list[str]]:
-    return {finding.what: finding.sources for finding in suspicious(Dataset(train, valid or [], []))}
+    return {finding.what: finding.sources for finding in quality_warnings(Dataset(train, valid or [], []))}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_duplicates_contradictions_and_leakage() -> None:
     train = [row("Q", "A"), row("Q", "A", "a:2"), row("Q", "B", "a:3"), row("P", "C", "a:4")]
     valid = [row("P", "C", "v:1"), row("Q", "D", "v:2"), row("R", "E", "v:3")]
     assert found(train, valid) == {
-        "validation or test rows that stand in training too": ["v:1"],
+        "validation or test rows that are in training too": ["v:1"],
         "validation or test rows whose prompt is in training, with another answer": ["v:2"],
         "training rows that repeat another": ["a:2"],
         "training rows with the same prompt and different answers": ["a:1", "a:3"],
@@ -104,7 +104,7 @@ def test_duplicates_contradictions_and_leakage() -> None:
 
 
 def test_good_rows_raise_no_alarm() -> None:
-    assert suspicious(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
+    assert quality_warnings(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
 
 
 def test_calls_and_tools_are_part_of_a_row() -> None:
@@ -120,10 +120,10 @@ def test_calls_and_tools_are_part_of_a_row() -> None:
 
 
 def test_rows_without_an_answer_are_named() -> None:
-    (finding,) = suspicious(Dataset([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
+    (finding,) = quality_warnings(Dataset([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
     assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
 
 
 def test_plain_text_that_repeats_is_told() -> None:
     rows = [Example((), f"a:{n}", text="Once,") for n in (1, 2)]
-    assert found(rows[:1], rows[1:]) == {"validation or test rows that stand in training too": ["a:2"]}
+    assert found(rows[:1], rows[1:]) == {"validation or test rows that are in training too": ["a:2"]}

@@ -188,7 +188,7 @@ def test_a_folder_with_half_an_adapter(tmp_path: Path, name: str) -> None:
     (tmp_path / "adapter" / name).unlink()
     with pytest.raises(UserError) as caught:
         read_peft(tmp_path / "adapter")
-    assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: there is no whole adapter here:")
+    assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: there is no complete adapter here: it has no {name}.")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -198,7 +198,8 @@ def test_a_damaged_adapter(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError) as caught:
         read_peft(tmp_path / "adapter")
-    assert caught.value.what.startswith(f"{tmp_path / 'adapter'}: the adapter is damaged:")
+    damage = f"{path} is not JSON: " if name.endswith(".json") else f"{tmp_path / 'adapter'}: the adapter is damaged: "
+    assert caught.value.what.startswith(damage)
 
 
 # --- what formats of others have no place for
@@ -265,7 +266,7 @@ def test_a_run_folder_stands_for_its_adapter(tmp_path: Path) -> None:
 
 def test_a_folder_without_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"pickled")
-    with pytest.raises(UserError, match="there is no adapter here") as caught:
+    with pytest.raises(UserError, match="holds no adapter") as caught:
         read_any(tmp_path)
     assert "Pickled adapters" in caught.value.fix
 
@@ -292,7 +293,7 @@ def test_dora_without_its_magnitudes_is_a_fault(tmp_path: Path) -> None:
 def test_mlx_lm_without_a_scale_is_a_fault(tmp_path: Path) -> None:
     write_mlx(tmp_path / "adapter", adapter())
     change(tmp_path / "adapter", lora_parameters={"rank": 2})
-    with pytest.raises(UserError, match=r"lora_parameters\.scale is not there"):
+    with pytest.raises(UserError, match=r"lora_parameters\.scale is missing"):
         read_mlx(tmp_path / "adapter")
 
 
@@ -300,7 +301,7 @@ def test_mlx_lm_without_a_scale_is_a_fault(tmp_path: Path) -> None:
 def test_starts_that_change_the_base_are_refused(tmp_path: Path, start: str) -> None:
     write_peft(tmp_path / "adapter", adapter())
     change(tmp_path / "adapter", init_lora_weights=start)
-    with pytest.raises(UserError, match=f"it was started by {start}"):
+    with pytest.raises(UserError, match=f"its init_lora_weights is {start}"):
         read_peft(tmp_path / "adapter")
 
 
@@ -319,5 +320,5 @@ def test_odd_settings_are_one_clear_error(tmp_path: Path, changes: dict) -> None
 def test_a_config_that_is_no_object(tmp_path: Path) -> None:
     write_peft(tmp_path / "adapter", adapter())
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match="it is no object"):
+    with pytest.raises(UserError, match=r"adapter_config\.json is not a JSON object"):
         read_peft(tmp_path / "adapter")

@@ -1,0 +1,56 @@
+"""The forms in which chat templates take a row's messages: reasoning apart, tool calls as text, no system turn."""
+
+import itertools
+import json
+import re
+
+from common.data.chat_template import Message
+
+_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+
+
+def split_thinking(messages: list[Message]) -> list[Message]:
+    """`<think>...</think>` at the start of an answer becomes `reasoning_content`: data sets write it either way."""
+    result = []
+    for message in messages:
+        found = _THINK.match(message["content"]) if message["role"] == "assistant" else None
+        if found and not message.get("reasoning_content"):
+            message = message | {"content": message["content"][found.end() :], "reasoning_content": found[1].strip()}
+        result.append(message)
+    return result
+
+
+def without_reasoning(messages: list[Message]) -> list[Message]:
+    return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
+
+
+def ends_with_reasoning(messages: list[Message]) -> bool:
+    """Whether the row is one with reasoning: its last answer decides."""
+    return bool(next((m.get("reasoning_content") for m in reversed(messages) if m["role"] == "assistant"), None))
+
+
+def fold_system(messages: list[Message]) -> list[Message] | None:
+    """The system text at the head of the first user turn, for templates without a system role; None without one."""
+    if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user":
+        return None
+    first = messages[1] | {"content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+    return [first, *messages[2:]]
+
+
+def tool_call_forms(messages: list[Message]) -> list[list[Message]]:
+    """Arguments as an object or as JSON text, each with empty content as "" and as None: templates differ."""
+    if not any(message.get("tool_calls") for message in messages):
+        return [messages]
+    forms = itertools.product((False, True), repeat=2)
+    return [[_with_calls(message, none, text) for message in messages] for none, text in forms]
+
+
+def _with_calls(message: Message, none: bool, text: bool) -> Message:
+    if not (calls := message.get("tool_calls")):
+        return message
+    calls = [{**call, "function": {**call["function"]}} for call in calls]
+    for call in calls:
+        arguments = call["function"]["arguments"]
+        call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False) if text else arguments
+    content = None if none and not message["content"] else message["content"]
+    return message | {"tool_calls": calls, "content": content}

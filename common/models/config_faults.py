@@ -1,0 +1,57 @@
+"""What a config asks for that the two backends would compute differently, or not at all."""
+
+from typing import Any
+
+from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, text_config
+
+_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+
+
+def config_faults(config: dict[str, Any]) -> list[str]:
+    """What the two backends would compute differently, or not at all: a line each. config: not yet normalized."""
+    architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture not in ARCHITECTURES:
+        return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
+    kind = ARCHITECTURES[architecture]
+    given = config.get("text_config", {}) if "Conditional" in architecture else config
+    sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
+    if absent := [key for key, size in sizes.items() if size is None]:
+        return [f"its config.json lacks {', '.join(absent)}"]
+    if wrong := [f"{key} {size!r}" for key, size in sizes.items() if type(size) is not int or size < 1]:
+        return [f"its config.json has the size {', '.join(wrong)}"]
+    text, faults = text_config(config), []
+    if text["model_type"] != kind:
+        faults.append(f"its model_type {text['model_type']} is not {architecture}'s, {kind}")
+    faults += _rope_faults(text, kind)
+    wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
+    activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
+    if activation != wanted:
+        faults.append(f"its activation {activation} is not the family's own, {wanted}")
+    faults += _attention_faults(text, kind)
+    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
+        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is no Gemma 2")
+    return faults
+
+
+def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
+    ropes, faults = text["rope_parameters"], []
+    for rope in ropes.values() if "full_attention" in ropes else [ropes]:
+        if rope["rope_type"] not in _ROPES or (rope["rope_type"] == "longrope") > (kind == "phi3"):
+            faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
+            faults.append("its partial_rotary_factor is not computed by both backends")
+    return faults
+
+
+def _attention_faults(text: dict[str, Any], kind: str) -> list[str]:
+    faults = []
+    if kind in ("qwen3", "gemma2", "gemma3_text") and text["attention_bias"]:
+        faults.append("its attention has biases, which the MLX backend does not compute for this family")
+    if kind in ("qwen2", "phi3", "granite") and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
+        faults.append(f"its head_dim {text['head_dim']} is not hidden_size / num_attention_heads")
+    if text.get("use_bidirectional_attention"):
+        faults.append("its attention looks ahead (use_bidirectional_attention)")
+    if kind == "gemma3_text" and text["attn_logit_softcapping"]:
+        faults.append("its capped attention (attn_logit_softcapping) is not computed by both backends")
+    return faults

@@ -1,0 +1,98 @@
+"""Files and folders that appear complete or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import files
+from common.files import atomic_folder, atomic_write
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_gets_its_name_when_all_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.gguf"
+    path.write_text("old")
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == tmp_path
+        assert temporary.suffix == ".gguf"
+    assert (names(tmp_path), path.read_text()) == (["a.gguf"], "new")
+
+
+def test_a_file_stays_as_it_was_on_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def stopped() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (names(tmp_path), path.read_text()) == (["a"], "old")
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with atomic_write(path) as one, atomic_write(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (names(tmp_path), path.read_text()) == (["a"], "one")
+
+
+def test_a_folder_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a"
+    for word in ("old", "new"):
+        with atomic_folder(path) as temporary:
+            (temporary / word).mkdir()
+            (temporary / word / "file").write_text(word)
+            assert names(path.parent)[1:] == ([] if word == "old" else ["a"])
+    assert (names(path.parent), names(path)) == (["a"], ["new"])
+
+
+def test_a_folder_stays_as_it_was_on_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "file").write_text("old")
+
+    def stopped() -> None:
+        with atomic_folder(path) as temporary:
+            (temporary / "file").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        stopped()
+    assert (names(tmp_path), (path / "file").read_text()) == (["a"], "old")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_everything_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    synced, path, sync = [], tmp_path / "a", files._sync
+    monkeypatch.setattr(files, "_sync", lambda found: (synced.append((found.name, path.exists())), sync(found)))
+    with atomic_write(path) if kind == "file" else atomic_folder(path) as temporary:
+        (temporary if kind == "file" else temporary / "inside").write_text("x")
+    written = [temporary.name] if kind == "file" else ["inside", temporary.name]
+    assert synced == [*((name, False) for name in written), (tmp_path.name, True)]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from common.files import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1]) / 'a') as temporary:\n"
+        "    (temporary / 'large').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=files.__file__.rsplit("/", 2)[0], check=False)
+    (tmp_path / f".twintune-{os.getpid()}-1-b").write_text("of a process that runs")
+    (tmp_path / ".twintune-mine").write_text("of somebody else")
+    assert len(names(tmp_path)) == 3
+    with atomic_write(tmp_path / "c") as temporary:
+        temporary.touch()
+    assert names(tmp_path) == [f".twintune-{os.getpid()}-1-b", ".twintune-mine", "c"]
