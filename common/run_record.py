@@ -114,6 +114,8 @@ class RunRecord(_Record):
     final_train_loss: float | None = None
     best_valid_loss: float | None = None
     best_step: int | None = None
+    test_loss: float | None = None  # of the exported adapter
+    test_rows: int | None = None
     exported_adapter: str | None = None  # best or last
     exported_step: int | None = None
     predicted_peak_bytes: int | None = None

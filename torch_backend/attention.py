@@ -35,7 +35,7 @@ class RaggedRows:
         return (flat if self.indices is None else flat.index_select(0, self.indices))[None]
 
 
-def attend(
+def attend(  # noqa: PLR0913  # as transformers calls it
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -37,7 +37,7 @@ class GatedDown(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  # as torch.autograd.Function wants it
         ctx: Any,
         gate: torch.Tensor,
         up: torch.Tensor,

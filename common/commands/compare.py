@@ -28,6 +28,7 @@ def compare(runs: list[Path], display: Display) -> None:
         ("padding (in attention only)", "padding_fraction", "{:.2%}"),
         ("final train loss", "final_train_loss", "{:.4f}"),
         ("best valid loss", "best_valid_loss", "{:.4f}"),
+        ("test loss", "test_loss", "{:.4f}"),
         ("best step", "best_step", "{}"),
     ):
         rows.append([label, *_with_ratios([getattr(record, key) for record in records], show)])

@@ -56,6 +56,7 @@ class Job:
     memory: TrainingMemory
     train: list[Encoded]
     valid: list[Encoded]
+    test: list[Encoded]
     start: Adapter | None  # None: every weight is trained
     stages: list[Stage]  # of the export, estimated
     llama: LlamaCpp | None
@@ -108,6 +109,7 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
         memory=memory,
         train=rows.train.rows,
         valid=rows.valid.rows,
+        test=rows.test.rows,
         start=start,
         stages=stages,
         llama=llama,

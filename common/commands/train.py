@@ -31,7 +31,7 @@ from common.system.environment import write_environment
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
-from common.training.loop import Interrupted, TrainingLoop
+from common.training.loop import Interrupted, TrainingLoop, evaluate
 from common.training.metrics import deterministic, figures, timed
 from common.training.observer import DisplayObserver
 from common.training.planner import described
@@ -72,6 +72,7 @@ def run_training(options: Options, context: Context) -> Path:
         adapters.write_both(job.run.path, adapter)
         job.run.update(status="complete")
         try:
+            _score_test(job, backend, adapter, seconds, display)
             _export(job, backend, adapter, seconds, context)
         except BaseException:
             display.warn(f"training is complete and kept. To export it: {PROGRAM} fuse {job.run}")
@@ -117,6 +118,18 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     job.run.update(exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or backend.get_adapter()
+
+
+def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:
+    """Show and keep the loss of the exported adapter over the test rows. A failure here costs nobody a training."""
+    if not job.test:
+        return
+    with display.optional("the test rows are not scored"), timed(seconds, "test"):
+        backend.set_adapter(adapter)
+        with display.stage("score the test rows"):
+            loss = evaluate(backend, job.test, job.plan.micro_batch_tokens, job.plan.device)
+        job.run.update(test_loss=loss, test_rows=len(job.test))
+        display.say(f"test loss {loss:.4f} over {len(job.test)} rows")
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:

@@ -24,6 +24,7 @@ class TrainingRows:
     data: Dataset
     train: FilteredRows
     valid: FilteredRows
+    test: FilteredRows  # scored at the end, of no influence before
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
     encoder: Encoder
@@ -46,19 +47,20 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     """Every row of `data` encoded. Raises UserError naming a row that cannot be labeled exactly."""
     masking = MaskingOptions(options.train_on, options.thinking)
     encoder = Encoder(tokenizer, masking)
-    train, valid = encode_all(data.train, encoder, progress), encode_all(data.valid, encoder)
-    fitted, valid_fitted = (filter_by_length(part, options.max_length, options.overflow) for part in (train, valid))
+    train = encode_all(data.train, encoder, progress)
+    parts = (train, encode_all(data.valid, encoder), encode_all(data.test, encoder))
+    kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
     chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
-    return TrainingRows(data, fitted, valid_fitted, stop_ids(train), template, encoder)
+    return TrainingRows(data, kept, valid, test, stop_ids(train), template, encoder)
 
 
 def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     """Say what was changed and left out. Raises UserError where nothing is left to train on."""
-    parts = rows.train, rows.valid
+    parts = rows.train, rows.valid, rows.test
     for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
         display.say(f"{count} rows: {note}")
-    if unlabeled := rows.train.unlabeled + rows.valid.unlabeled:
+    if unlabeled := [row for part in parts for row in part.unlabeled]:
         display.warn(f"{len(unlabeled)} rows are left out, nothing in them is trained: {unlabeled[0].source} ...")
     if not rows.train.rows and not rows.train.dropped:
         raise UserError(

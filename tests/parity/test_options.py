@@ -13,6 +13,7 @@ from common.models.adapter_files import read_trained
 from common.option_sources import load_options
 from common.options import Options
 from common.run_record import Run
+from tests import ROOT
 from tests.contexts import context
 from tests.tiny import CHATML
 
@@ -65,9 +66,11 @@ NOT_THE_RESULT: dict[str, list[str]] = {
 }
 # Held by tests of their own.
 ELSEWHERE = {
-    **dict.fromkeys(("config", "data", "json", "model", "output", "quiet"), "tests/unit/test_train.py"),
+    **dict.fromkeys(("data", "model", "output", "quiet"), "tests/unit/test_train.py"),
+    **dict.fromkeys(("config", "json"), "tests/unit/test_options.py"),
     **dict.fromkeys(("backend", "device"), "tests/unit/test_hardware.py"),
-    **dict.fromkeys(("export", "resume", "quant", "llama_cpp"), "tests/e2e/test_commands.py"),
+    **dict.fromkeys(("export", "resume", "quant"), "tests/e2e/test_commands.py"),
+    "llama_cpp": "tests/gguf/test_strangers.py",
     **dict.fromkeys(("imatrix", "no_verify"), "tests/gguf/test_verify.py"),
     **dict.fromkeys(("push", "push_public"), "tests/unit/test_train.py"),
     "fuse_into": "tests/parity/test_options.py",
@@ -131,6 +134,9 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: fl
 def test_every_option_is_looked_at():
     names = {field.alias or name for name, field in Options.model_fields.items()}
     assert names == RESULT.keys() | NOT_THE_RESULT.keys() | ELSEWHERE.keys()
+    for name, file in ELSEWHERE.items():
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert f"--{name.replace('_', '-')}" in text or f'"{name}"' in text or f"{name}=" in text, (name, file)
 
 
 @pytest.mark.parametrize("option", RESULT)

@@ -185,6 +185,15 @@ def test_only_model_folder_reads_a_models_config(path: Path) -> None:
     assert not named or place(path) in NAME_CONFIG
 
 
+@pytest.mark.parametrize("path", [*modules(*FOLDERS, "examples", "benchmarks"), ROOT / "cli.py"], ids=place)
+def test_a_function_fits_a_screen_and_a_file_one_sitting(path: Path) -> None:
+    """Complexity and the number of parameters are ruff's to hold (C901, PLR0913)."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 310
+    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60] == []
+
+
 def test_every_package_says_what_it_is_for() -> None:
     for path in modules(*FOLDERS):
         if path.stem == "__init__":

@@ -22,13 +22,13 @@ from common.display import Display
 from common.errors import UserError
 from common.export.budget import estimate_stages
 from common.export.upload import push
-from common.models.adapter_files import read_mlx, read_peft
+from common.models.adapter_files import read_mlx, read_peft, read_trained
 from common.options import Options
 from common.run_lock import held
 from common.run_record import GgufRecord, Run
 from common.training import checkpoint
 from common.training.checkpoint import latest
-from common.training.loop import Interrupted
+from common.training.loop import Interrupted, evaluate
 from common.verify.verify import verify_run
 from tests.contexts import context
 from tests.tiny import chat, write_rows
@@ -215,6 +215,44 @@ def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, A
     for again in (read_peft(folder / "adapter"), read_mlx(folder / "adapter-mlx")):
         assert len(again.weights) == 14
         assert all(np.array_equal(again.weights[name].B, weight.B) for name, weight in best.weights.items())
+
+
+def split_into(given: dict[str, Any], **counts: int) -> Path:
+    """A data folder of the rows of `given`: so many for each file."""
+    folder, rows = Path(given["output"]).parent / "split", Path(given["data"]).read_text().splitlines(True)
+    folder.mkdir()
+    for name, count in counts.items():
+        (folder / f"{name}.jsonl").write_text("".join(rows[:count]))
+        rows = rows[count:]
+    return folder
+
+
+def test_the_exported_adapter_is_scored_on_the_test_rows(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is scored is the best adapter, not the last, and scoring changes nothing of the training."""
+    folder = split_into(given, train=14, valid=5, test=5)
+    backend = Bigram()
+    scored, _ = run(given | {"data": str(folder), "learning_rate": 0.5}, backend)
+    job = ready(given | {"data": str(folder), "output": None})
+    record = Run(scored).record
+    backend.set_adapter(read_trained(scored))
+    assert record.test_loss == pytest.approx(evaluate(backend, job.test, 300))
+    assert (record.test_rows, len(job.test)) == (5, 5)
+    assert "test" in record.stage_seconds
+    (folder / "test.jsonl").unlink()
+    plain, _ = run(given | {"data": str(folder), "output": f"{scored}-2", "learning_rate": 0.5})
+    assert Run(plain).record.test_loss is None
+    assert metrics(plain) == metrics(scored)
+
+
+def test_test_rows_that_cannot_be_scored_cost_no_training(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "evaluate", lambda *args: 1 / 0)
+    folder, _ = run(given | {"data": str(split_into(given, train=19, test=5))})
+    assert Run(folder).record.status == "complete"
+    assert "the test rows are not scored: ZeroDivisionError" in capsys.readouterr().out + capsys.readouterr().err
 
 
 def test_without_validation_the_last_adapter_is_exported(given: dict[str, Any]) -> None:
