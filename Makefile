@@ -13,7 +13,7 @@ test: check  ## everything, with real models and the real llama.cpp
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
 	$(PYTHON) -m pytest tests/parity/test_parity.py tests/e2e
 
-test-long: setup  ## what takes long by nature: the wheel in an environment of its own
+test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long
 
 check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes

@@ -5,7 +5,6 @@ import pytest
 
 from common.backend import LoraWeight
 from common.commands.adapter import convert_adapter
-from common.display import Display
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.build import ensure
@@ -17,6 +16,7 @@ from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from tests import backends
+from tests.contexts import context
 from tests.tiny import write_family
 
 CHANGES = {
@@ -50,9 +50,8 @@ def write_adapter(base, folder, size=0.3, **changes):
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
     base = tiny_llama if family == "llama" else write_family(tmp_path / "base", family)
     wanted = write_adapter(base, tmp_path / "peft", **changes)
-    display = Display("quiet")
-    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), None, display)
-    convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(base), None, display)
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), context())
+    convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(base), context())
     again = read_any(tmp_path / "again")
     assert again.weights.keys() == wanted.weights.keys()
     for name, weight in wanted.weights.items():
@@ -71,7 +70,7 @@ def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):
         adapter.weights[name] = LoraWeight(weight.A, weight.B, 8.0, False, np.ones(len(weight.B), np.float32))
     write_peft(tmp_path / "dora", adapter)
     with pytest.raises(UserError, match="cannot hold DoRA's row lengths"):
-        convert_adapter(tmp_path / "dora", tmp_path / "a.gguf", "gguf", str(tiny_llama), None, Display("quiet"))
+        convert_adapter(tmp_path / "dora", tmp_path / "a.gguf", "gguf", str(tiny_llama), context())
     assert not (tmp_path / "a.gguf").exists()
 
 
@@ -80,7 +79,7 @@ def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama
     smollm2 = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
     changes = CHANGES["patterns"] | {"rslora": True, "alpha": 2.0}
     adapter = write_adapter(smollm2, tmp_path / "peft", size=0.1, **changes)
-    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), None, Display("quiet"))
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(smollm2), context())
     write_fused(ModelFolder(smollm2), adapter, tmp_path / "fused", ServingConfig([2]), silent)
     for name, folder in (("base", smollm2), ("fused", tmp_path / "fused")):
         convert(folder, tmp_path / f"{name}.gguf", name, llama, silent)
