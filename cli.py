@@ -11,6 +11,7 @@ from common.commands.arguments import Parser, joined, unknown
 from common.context import Context
 from common.display import Display
 from common.errors import PROGRAM, UserError
+from common.options import nearest
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export it as a Q4 GGUF."
 # Each is a module of common/commands with `add_arguments(parser)` and `run(args, context)`.
@@ -58,13 +59,16 @@ def _version() -> str:
 
 def _run(argv: list[str]) -> int:
     command = next((word for word in argv if not word.startswith("-")), None)
+    if command is not None and command not in COMMANDS:
+        fix = f"`{PROGRAM} --help` lists the commands."
+        raise UserError(f"{command!r} is not a command; {nearest(command, list(COMMANDS))}".rstrip("; "), fix)
     parser = build_parser(command)
     args, extra = parser.parse_known_args(joined(argv) if command in ("train", "plan") else argv)
     if args.command is None:
         parser.print_help()
         return 2
     if extra and not hasattr(args, "flags"):
-        parser.error(f"{extra[0]!r} is not an option of {args.command}")
+        parser.error(f"{extra[0]!r} is not an argument of {args.command}")
     if hasattr(args, "flags"):
         args.flags |= unknown(extra)
     display = Display("json" if getattr(args, "json", False) else None)

@@ -8,12 +8,14 @@ from pydantic import BaseModel, Field
 HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
 
 
-def option(heading: str, default: Any, description: str, *, path: bool = False, **more: Any) -> Any:
+def option(heading: str, default: Any, description: str, *, value: str = "", path: bool = False, **more: Any) -> Any:
     """A pydantic field: a YAML key, a flag, a line of help under `heading`, an entry of the JSON schema.
 
-    path: the value may be a file or folder of this machine. more: the bounds and other arguments of pydantic's Field.
+    value: what help calls the value. path: the value may be a file or folder of this machine. more: bounds and other
+    arguments of pydantic's Field.
     """
-    return Field(default, description=description, json_schema_extra={"heading": heading, "path": path}, **more)
+    extra: dict[str, Any] = {"heading": heading, "value": value, "path": path}
+    return Field(default, description=description, json_schema_extra=extra, **more)
 
 
 in_model, in_data, in_training, in_adapter, in_memory, in_export, in_output = (
@@ -62,7 +64,7 @@ class RecipeFields(BaseModel):
         False, "multiply by alpha / sqrt(rank) instead, so that large ranks learn as small ones do"
     )
     layers: str | None = in_adapter(
-        None, "layers to adapt, all unless given: last:N, or numbers from 0 such as 8-15 or 0-3,12"
+        None, "layers to adapt, all unless given: last:N, or numbers from 0 such as 8-15 or 0-3,12", value="RANGE"
     )
     rank_pattern: dict[str, int] = in_adapter({}, "ranks by module name: q_proj=8 layers.0.*=4; the first match counts")
     alpha_pattern: dict[str, float] = in_adapter({}, "alphas by module name: q_proj=8; the first match counts")

@@ -33,12 +33,15 @@ class Options(RecipeFields, PlanFields):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config: str | None = in_model(None, "YAML file with these options; flags win over it")
-    model: str | None = in_model(None, "Hugging Face name, model folder or GGUF file of the base model", path=True)
+    config: str | None = in_model(None, "YAML file with these options; flags win over it", value="FILE")
+    model: str | None = in_model(
+        None, "Hugging Face name, model folder or GGUF file of the base model", path=True, value="NAME"
+    )
     adapter: str | None = in_model(
         None,
         "adapter to train further (PEFT, mlx-lm or a run folder); rank, alpha and layers are the adapter's",
         path=True,
+        value="PATH",
     )
     quantization: Literal["none", "4bit", "8bit"] = in_model(
         "none", "how the frozen base is held in memory: MLX's own quantization, or bitsandbytes' nf4 and int8"
@@ -47,12 +50,14 @@ class Options(RecipeFields, PlanFields):
         None,
         "chat template in place of the model's own, for base models without one: chatml, gemma, llama3 or a file",
         path=True,
+        value="NAME",
     )
 
     data: str | None = in_data(
         None,
         "training rows: JSONL, JSON, CSV, Parquet or text file, folder with train/valid/test files, or hub data set",
         path=True,
+        value="SOURCE",
     )
     valid_share: float = in_data(0.1, "share of the rows of one file that is kept for validation", ge=0, lt=1)
     field: dict[str, str] = in_data(
@@ -74,6 +79,7 @@ class Options(RecipeFields, PlanFields):
     memory_limit: str | None = in_memory(
         None,
         "memory that training may take, such as 16GB, for which a plan is chosen; most of what is free unless given",
+        value="SIZE",
     )
     micro_batch_tokens: int | None = in_memory(
         None, "tokens computed at once, as memory allows unless given; changes speed and memory, never the result", ge=1
@@ -95,13 +101,17 @@ class Options(RecipeFields, PlanFields):
     )
     no_verify: bool = in_export(False, "skip the check that the GGUF is what was trained (see the verify command)")
     llama_cpp: str | None = in_export(
-        None, "folder of the llama.cpp build to use; unless given, one is found or built once", path=True
+        None, "folder of the llama.cpp build to use; unless given, one is found or built once", path=True, value="DIR"
     )
-    push: str | None = in_export(None, "hub repository (owner/name) to upload the result to at the end")
+    push: str | None = in_export(
+        None, "hub repository (owner/name) to upload the result to at the end", value="OWNER/NAME"
+    )
     push_public: bool = in_export(False, "make the repository of --push public; a new one is private otherwise")
 
-    output: str | None = in_output(None, "run folder to make; runs/<model>-<data>-<backend> unless given")
-    resume: str | None = in_output(None, "run folder of a stopped run to continue, with its own recipe and plan")
+    output: str | None = in_output(None, "run folder to make; runs/<model>-<data>-<backend> unless given", value="DIR")
+    resume: str | None = in_output(
+        None, "run folder of a stopped run to continue, with its own recipe and plan", value="RUN"
+    )
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
     quiet: bool = in_output(False, "print only warnings, errors and the result")
     json_output: bool = in_output(False, "print one JSON object per event", alias="json")
@@ -181,7 +191,7 @@ def by_flag() -> dict[str, FieldInfo]:
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
-    """`heading` and `path`, as declared."""
+    """`heading`, `value` and `path`, as declared."""
     return dict(field.json_schema_extra)  # type: ignore[arg-type]
 
 

@@ -123,7 +123,7 @@ def metavar_of(field: FieldInfo) -> str:
         return "{" + ",".join(get_args(kind)) + "}"
     if get_origin(kind) in (list, dict):
         return "NAME [NAME ...]" if get_origin(kind) is list else "NAME=VALUE [NAME=VALUE ...]"
-    return {bool: "", int: "N", float: "X"}.get(kind, "TEXT")
+    return extra_of(field)["value"] or {bool: "", int: "N", float: "X"}[kind]
 
 
 def default_text(value: Any) -> str:
