@@ -179,6 +179,21 @@ def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out
     fused.close()
 
 
+def check_clipping(name: str, folder: Path, rows: list[Encoded]) -> None:
+    """A limit below every gradient's norm changes the adapter, one above changes nothing: 0 is no limit.
+
+    AdamW does not see the scale of gradients, but it does see that steps of other norms become alike.
+    """
+    trained = {}
+    for limit in (0.0, 1e9, 1e-3):
+        backend = load(name, folder, recipe := make_recipe(folder, max_grad_norm=limit, batch_size=1))
+        run_steps(backend, recipe, rows, 4)
+        trained[limit] = matrices(backend)
+        backend.close()
+    assert relative_difference(trained[0.0], trained[1e9]) == 0
+    assert relative_difference(trained[0.0], trained[1e-3]) > 1e-3
+
+
 def check_adapter_off_is_the_base(name: str, folder: Path, rows: list[Encoded]) -> None:
     recipe = make_recipe(folder)
     backend = load(name, folder, recipe)

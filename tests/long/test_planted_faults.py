@@ -155,7 +155,7 @@ FAULTS = [
         "torch_backend/optimizer.py",
         'max_grad_norm or float("inf")',
         'float("inf")',
-        "torch",
+        "torch/test_torch_backend.py",
     ),
     Fault(
         "the derivative of the logits' cap is lost (PyTorch)",

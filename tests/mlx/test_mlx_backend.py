@@ -41,6 +41,10 @@ def test_without_its_adapter_the_model_is_the_base(model, rows):
     backends.check_adapter_off_is_the_base("mlx", model, rows)
 
 
+def test_gradients_are_clipped(model, rows):
+    backends.check_clipping("mlx", model, rows)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows, tmp_path, dropout):
     backends.check_resume_is_bit_identical("mlx", model, rows, tmp_path, dropout)
