@@ -50,6 +50,10 @@ def build_parser(command: str | None) -> Parser:
     return parser
 
 
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"{name}_backend")
+
+
 def _version() -> str:
     try:
         return metadata.version("twintune")
@@ -63,18 +67,16 @@ def _run(argv: list[str]) -> int:
         fix = f"`{PROGRAM} --help` lists the commands."
         raise UserError(f"{command!r} is not a command; {nearest(command, list(COMMANDS))}".rstrip("; "), fix)
     parser = build_parser(command)
-    args, extra = parser.parse_known_args(joined(argv) if command in ("train", "plan") else argv)
+    args, extra = parser.parse_known_args(joined(argv) if command in ("train", "plan", "check-data", "fuse") else argv)
     if args.command is None:
         parser.print_help()
         return 2
     if extra and not hasattr(args, "flags"):
-        parser.error(f"{extra[0]!r} is not an argument of {args.command}")
+        fix = f"`{PROGRAM} {args.command} --help` says what it takes."
+        raise UserError(f"{extra[0]!r} is not an argument of {args.command}.", fix)
     if hasattr(args, "flags"):
         args.flags |= unknown(extra)
-    display = Display("json" if getattr(args, "json", False) else None)
-    context = Context(
-        lambda name: importlib.import_module(f"{name}_backend"), display, getattr(args, "llama_cpp", None)
-    )
+    context = Context(_backend, Display(), getattr(args, "llama_cpp", None))
     return _module(args.command).run(args, context) or 0
 
 

@@ -8,13 +8,22 @@ from pydantic import BaseModel, Field
 HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
 
 
-def option(heading: str, default: Any, description: str, *, value: str = "", path: bool = False, **more: Any) -> Any:
+def option(
+    heading: str,
+    default: Any,
+    description: str,
+    *,
+    value: str = "",
+    path: bool = False,
+    choices: tuple[str, ...] = (),
+    **more: Any,
+) -> Any:
     """A pydantic field: a YAML key, a flag, a line of help under `heading`, an entry of the JSON schema.
 
-    value: what help calls the value. path: the value may be a file or folder of this machine. more: bounds and other
-    arguments of pydantic's Field.
+    value: what help calls the value. path: the value may be a file or folder of this machine. choices: what a shell
+    completes, where the type does not say. more: bounds and other arguments of pydantic's Field.
     """
-    extra: dict[str, Any] = {"heading": heading, "value": value, "path": path}
+    extra: dict[str, Any] = {"heading": heading, "value": value, "path": path, "choices": list(choices)}
     return Field(default, description=description, json_schema_extra=extra, **more)
 
 

@@ -1,5 +1,6 @@
 """Options out of flags over a YAML file over defaults; every fault of both is named at once."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ class _Merged:
 
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
+    flags: set[str] = field(default_factory=set)  # options that were given as flags
     notes: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -32,36 +34,47 @@ class _Merged:
             self.values.pop("steps", None)
             self.values.pop("epochs", None)
         self.values.update(translated)
+        self.flags |= translated.keys() if file is None else set()
         for key in translated:
             name = names.get(key, key)
             self.sources[key] = f"{file}: {name}" if file else f"--{name.replace('_', '-')}"
 
+    def checked(self, command: str, allowed: Collection[str] | None) -> Options:
+        """The options. Raises UserError with all faults. allowed: the flags that `command` takes; None: all."""
+        options = _validated(self, allowed)
+        if options is not None and not options.resume:  # a resumed run's own options come first
+            self.faults += idle_faults(self.flags, options)
+        if options is None or self.faults:
+            fix = f"`python cli.py {command} --help` lists every option and its values."
+            raise UserError("\n".join(self.faults), fix)
+        return options
 
-def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
+
+def load_options(
+    flags: dict[str, Any], command: str = "train", allowed: Collection[str] | None = None
+) -> tuple[Options, list[str]]:
     """`(options, a line for every spelling that was translated)`. flags: values by name, as `read_flags` gives them.
 
     Without --config and --data the built-in example's preset stands in for the YAML file. Raises one UserError with all
-    faults.
+    faults. allowed: the flags that `command` takes; None: all.
     """
     config = flags.get("config")
     if config is None and "data" not in flags and "resume" not in flags:
         config = str(QUICKSTART)
     merged = _Merged()
     if isinstance(config, str):
-        written = read_yaml(Path(config))
+        written = read_config_file(Path(config))
         _anchor(written, Path(config))
         if written.pop("llama_cpp", None) is not None:  # the file may be a stranger's
             merged.faults.append(
                 f"{config}: llama_cpp names programs: give it by --llama-cpp or LLAMA_CPP_DIR, not in a file"
             )
+        if written.pop("config", None) is not None:
+            merged.faults.append(f"{config}: config: a file cannot name another one")
         flags = _joined(flags, written)
         merged.add(written, config)
     merged.add(flags, None)
-    options = _validated(merged)
-    if options is not None:
-        merged.faults += _idle(flags, options)
-    if options is None or merged.faults:
-        raise UserError("\n".join(merged.faults), "`python cli.py train --help` lists every option and its values.")
+    options = merged.checked(command, allowed)
     if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
         raise UserError(
             f"--resume goes on with the run's own recipe and plan; it cannot be combined with --{', --'.join(extra)}.",
@@ -70,27 +83,29 @@ def load_options(flags: dict[str, Any]) -> tuple[Options, list[str]]:
     return options, merged.notes
 
 
-def options_over(kept: dict[str, Any], flags: dict[str, Any]) -> Options:
+def options_over(
+    kept: dict[str, Any], flags: dict[str, Any], command: str = "train", allowed: Collection[str] | None = None
+) -> Options:
     """The options that a run was started with, and flags over them. Raises one UserError with all faults.
 
-    kept: of the run's record. Options that this version does not know are left out.
+    kept: of the run's record. Options that this version does not know are left out. allowed: as in load_options.
     """
     known = {name: value for name, value in kept.items() if name in by_flag()}
     merged = _Merged(known, {name: f"the run's {name}" for name in known})
-    merged.add(flags, None)
-    options = _validated(merged)
-    if options is None or merged.faults:
-        raise UserError("\n".join(merged.faults), "`--help` lists every option and its values.")
-    return options
+    merged.add({name: value for name, value in flags.items() if name != "resume"}, None)
+    return merged.checked(command, allowed)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
     try:
         content = documents.read_yaml(path, "Write one `name: value` a line, as in configs/quickstart.yaml.")
     except FileNotFoundError:
         raise UserError(f"--config {path}: no such file.", f"Look in {QUICKSTART.parent} for presets.") from None
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    names = [str(key).replace("-", "_") for key in content]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: {twice[0]} is given twice, with - and with _.", "Give it once.")
+    return dict(zip(names, content.values(), strict=True))
 
 
 def _joined(flags: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
@@ -113,11 +128,12 @@ def _anchor(written: dict[str, Any], config: Path) -> None:
             written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
 
 
-def _validated(merged: _Merged) -> Options | None:
+def _validated(merged: _Merged, allowed: Collection[str] | None) -> Options | None:
     """The options, or None where there are faults, which are added to `merged`."""
     known, values, sources, faults = by_flag(), merged.values, merged.sources, merged.faults
-    for key in [key for key in values if key not in known]:
-        faults.append(f"{sources[key]} is no option; {nearest(key, list(known))}".rstrip("; "))
+    taken = known if allowed is None else allowed
+    for key in [key for key in values if key not in known or (key in merged.flags and key not in taken)]:
+        faults.append(f"{sources[key]} is no option; {nearest(key, list(taken))}".rstrip("; "))
         del values[key]
     switches = (bool, bool | None)
     for key in [key for key, value in values.items() if value is True and known[key].annotation not in switches]:
@@ -137,7 +153,7 @@ def _validated(merged: _Merged) -> Options | None:
         return None
 
 
-def _idle(flags: dict[str, Any], options: Options) -> list[str]:
+def idle_faults(flags: Collection[str], options: Options) -> list[str]:
     """Faults of flags that can do nothing in this run; a YAML file may be used with several sets of flags."""
     exported, faults = options.export, []
     if exported != "gguf":

@@ -1,5 +1,6 @@
 """Options of mlx_lm.lora, TRL and Axolotl: translated where they mean the same, explained where they do not."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,8 +36,9 @@ class _Work:
 def translate(values: dict[str, Any]) -> tuple[dict[str, Any], list[str], list[str]]:
     """`(options, notes, faults)`: foreign spellings replaced, a note for each, a fault for what cannot be."""
     work = _Work(dict(values))
-    work.options = _batches(work.rest, work.notes, work.faults)
-    _lora_parameters(work.rest, work.options, work.notes, work.faults)
+    _mlx_lm_batches(work)
+    _trl_batches(work)
+    _lora_parameters(work)
     for key in list(work.rest):
         if rule := _rule_for(key, work.rest[key]):
             rule(work, key, work.rest.pop(key))
@@ -51,7 +53,7 @@ _Rule = Callable[[_Work, str, Any], None]
 def _rule_for(key: str, value: Any) -> _Rule | None:
     """What translates the key; None for Twintune's own options and for what nobody knows."""
     if key == "adapter":
-        return _axolotl_adapter if value in AXOLOTL_ADAPTERS else None
+        return _axolotl_adapter if isinstance(value, str) and value in AXOLOTL_ADAPTERS else None
     if key in _RULES:
         return _RULES[key]
     tables = ((SWITCHES, _switch), (EXPLAINED, _explained), (NEEDLESS, _needless), (AGREED, _agreed), (SAME, _rename))
@@ -160,58 +162,64 @@ def _rename(work: _Work, key: str, value: Any) -> None:
         work.notes.append(f"{key} -> {name} {value}")
 
 
-def _batches(rest: dict[str, Any], notes: list[str], faults: list[str]) -> dict[str, Any]:
-    """What means the same only together: rows a micro-batch, accumulation, and counts of micro-batches."""
-    options: dict[str, Any] = {}
-    micro_key = next((k for k in ("per_device_train_batch_size", "micro_batch_size") if k in rest), None)
-    if "iters" in rest or "grad_accumulation_steps" in rest:  # mlx_lm.lora counts micro-batches
-        parts = {
-            "iters": rest.pop("iters", None),
-            "batch_size": rest.pop("batch_size", _MLX_BATCH),
-            "grad_accumulation_steps": rest.pop("grad_accumulation_steps", 1),
-        }
-        numbers = _whole_numbers({name: value for name, value in parts.items() if value is not None}, faults)
-        if numbers is None:
-            return options
-        accumulate = numbers["grad_accumulation_steps"]
-        options["batch_size"] = numbers["batch_size"] * accumulate
-        written = f"batch_size {numbers['batch_size']} x grad_accumulation_steps {accumulate}"
-        notes.append(f"mlx_lm's {written} -> batch_size {options['batch_size']} rows a step")
-        if "iters" in numbers:
-            options["steps"] = max(1, numbers["iters"] // accumulate)
-            notes.append(f"mlx_lm's iters {numbers['iters']} micro-batches -> steps {options['steps']}")
-        for key, name in (("steps_per_eval", "eval_every"), ("save_every", "save_every")):
-            every = _number(rest.get(key)) if accumulate > 1 else None
-            if every is not None and every >= 1:
-                del rest[key]
-                options[name] = max(1, int(every) // accumulate)
-                notes.append(f"mlx_lm's {key} {every:g} micro-batches -> {name} {options[name]}")
-    elif micro_key or "gradient_accumulation_steps" in rest:  # TRL and Axolotl
-        if "batch_size" in rest:
-            name = micro_key or "gradient_accumulation_steps"
-            faults.append(
-                f"{name} beside batch_size: batch_size is all rows of an optimizer step; "
-                "give either batch_size, or micro batch and accumulation"
-            )
-            rest.pop("gradient_accumulation_steps", None)
-            rest.pop(micro_key or "", None)
-            return options
-        micro_name = micro_key or "per_device_train_batch_size"
-        parts = {
-            micro_name: rest.pop(micro_name, _TRL_BATCH),
-            "gradient_accumulation_steps": rest.pop("gradient_accumulation_steps", 1),
-        }
-        numbers = _whole_numbers(parts, faults)
-        if numbers is not None:
-            accumulate = numbers["gradient_accumulation_steps"]
-            options["batch_size"] = numbers[micro_name] * accumulate
-            written = f"{micro_name} {numbers[micro_name]} x gradient_accumulation_steps {accumulate}"
-            notes.append(f"{written} -> batch_size {options['batch_size']} rows a step")
-    return options
+def _mlx_lm_batches(work: _Work) -> None:
+    """mlx_lm.lora counts micro-batches: its iters, intervals and batch size mean the same only with accumulation."""
+    rest, notes = work.rest, work.notes
+    if "iters" not in rest and "grad_accumulation_steps" not in rest:
+        return
+    parts = {
+        "iters": rest.pop("iters", None),
+        "batch_size": rest.pop("batch_size", _MLX_BATCH),
+        "grad_accumulation_steps": rest.pop("grad_accumulation_steps", 1),
+    }
+    numbers = _whole_numbers({name: value for name, value in parts.items() if value is not None}, work.faults)
+    if numbers is None:
+        return
+    accumulate = numbers["grad_accumulation_steps"]
+    work.options["batch_size"] = numbers["batch_size"] * accumulate
+    written = f"batch_size {numbers['batch_size']} x grad_accumulation_steps {accumulate}"
+    notes.append(f"mlx_lm's {written} -> batch_size {work.options['batch_size']} rows a step")
+    if "iters" in numbers:
+        work.options["steps"] = max(1, numbers["iters"] // accumulate)
+        notes.append(f"mlx_lm's iters {numbers['iters']} micro-batches -> steps {work.options['steps']}")
+    for key, name in (("steps_per_eval", "eval_every"), ("save_every", "save_every")):
+        every = _number(rest.get(key)) if accumulate > 1 else None
+        if every is not None and every >= 1:
+            del rest[key]
+            work.options[name] = max(1, int(every) // accumulate)
+            notes.append(f"mlx_lm's {key} {every:g} micro-batches -> {name} {work.options[name]}")
 
 
-def _lora_parameters(rest: dict[str, Any], options: dict[str, Any], notes: list[str], faults: list[str]) -> None:
+def _trl_batches(work: _Work) -> None:
+    """TRL and Axolotl name the rows of a micro-batch and the accumulation; here the two are one batch size."""
+    rest = work.rest
+    found = next((k for k in ("per_device_train_batch_size", "micro_batch_size") if k in rest), None)
+    if found is None and "gradient_accumulation_steps" not in rest:
+        return
+    if "batch_size" in rest or "batch_size" in work.options:
+        work.faults.append(
+            f"{found or 'gradient_accumulation_steps'} beside batch_size: batch_size is all rows of an optimizer step; "
+            "give either batch_size, or micro batch and accumulation"
+        )
+        rest.pop("gradient_accumulation_steps", None)
+        rest.pop(found or "", None)
+        return
+    name = found or "per_device_train_batch_size"
+    parts = {
+        name: rest.pop(name, _TRL_BATCH),
+        "gradient_accumulation_steps": rest.pop("gradient_accumulation_steps", 1),
+    }
+    if (numbers := _whole_numbers(parts, work.faults)) is None:
+        return
+    accumulate = numbers["gradient_accumulation_steps"]
+    work.options["batch_size"] = numbers[name] * accumulate
+    written = f"{name} {numbers[name]} x gradient_accumulation_steps {accumulate}"
+    work.notes.append(f"{written} -> batch_size {work.options['batch_size']} rows a step")
+
+
+def _lora_parameters(work: _Work) -> None:
     """mlx_lm's `lora_parameters: {rank, scale, dropout, keys}`; its scale multiplies, ours is alpha / rank."""
+    rest, options, notes, faults = work.rest, work.options, work.notes, work.faults
     nested = rest.pop("lora_parameters", None)
     nested = dict(nested) if isinstance(nested, dict) else {}
     for key in [key for key in rest if key.startswith("lora_parameters.")]:
@@ -243,10 +251,12 @@ def _lora_parameters(rest: dict[str, Any], options: dict[str, Any], notes: list[
 
 
 def _number(value: object) -> float | None:
+    """A finite number, else None."""
     try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _whole_numbers(values: dict[str, Any], faults: list[str]) -> dict[str, int] | None:

@@ -25,13 +25,17 @@ QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the bu
 EXAMPLE = Path(str(resources.files("examples"))) / "data"  # its rows
 PATTERNS = ("rank_pattern", "alpha_pattern")
 _SIZE = TypeAdapter(ByteSize)
+QUANT_TYPES = (
+    *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
+)
 UNGUIDED = ("BF16", "F16", "Q8_0")  # GGUF types that take no importance matrix
 
 
 class Options(RecipeFields, PlanFields):
     """Everything `train` takes, from flags and YAML alike."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     config: str | None = in_model(None, "YAML file with these options; flags win over it", value="FILE")
     model: str | None = in_model(
@@ -94,7 +98,7 @@ class Options(RecipeFields, PlanFields):
         "gguf",
         "what to make: nothing, the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
     )
-    quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make")
+    quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make", value="TYPE [TYPE ...]", choices=QUANT_TYPES)
     imatrix: bool = in_export(False, "quantize with an importance matrix of the training rows")
     fuse_into: Literal["base", "dequantized"] | None = in_export(
         None, "with a quantized base: fuse into the 16-bit base (default), or into the dequantized weights of training"
@@ -164,6 +168,19 @@ class Options(RecipeFields, PlanFields):
             raise ValueError(f"{value!r} is neither last:N nor layer numbers such as 8-15 or 0-3,12")
         return value
 
+    @field_validator("quant")
+    @classmethod
+    def _known_quants(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in QUANT_TYPES:
+                known = ", ".join(QUANT_TYPES)
+                raise ValueError(
+                    f"{name!r} is not a GGUF type; {nearest(name.upper(), list(QUANT_TYPES))}known: {known}"
+                )
+        if not value:
+            raise ValueError("names no GGUF type")
+        return value
+
     @field_validator("targets")
     @classmethod
     def _known_targets(cls, value: list[str]) -> list[str]:
@@ -191,7 +208,7 @@ def by_flag() -> dict[str, FieldInfo]:
 
 
 def extra_of(field: FieldInfo) -> dict[str, Any]:
-    """`heading`, `value` and `path`, as declared."""
+    """`heading`, `value`, `path` and `choices`, as declared."""
     return dict(field.json_schema_extra)  # type: ignore[arg-type]
 
 

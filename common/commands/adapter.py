@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.backend import Adapter, LoraWeight
-from common.commands.arguments import add_llama
+from common.commands.arguments import add_llama, check_llama
 from common.context import Context
 from common.errors import UserError
 from common.llama_cpp.build import ensure
@@ -125,6 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
+    check_llama(args.path.suffix == ".gguf" or getattr(args, "to", None) == "gguf", context)
     if args.action == "inspect":
         inspect_adapter(args.path, args.model, context)
     else:

@@ -29,7 +29,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **settings)
 
     def error(self, message: str) -> Any:
-        raise UserError(f"{message[:1].upper()}{message[1:]}.", f"`{self.prog} --help` says what it takes.")
+        fix = f"`{self.prog} --help` says what it takes."
+        if "required" in message:  # `--quant Q8_0 RUN`: the option has taken it
+            fix += " What has no -- stands first: an option of several values takes all that follow it."
+        raise UserError(f"{message[:1].upper()}{message[1:]}.", fix)
 
 
 class _Help(argparse.HelpFormatter):
@@ -74,7 +77,7 @@ def add_options(
     """
     fields = by_flag()
     chosen = list(fields) if names is None else list(names)
-    parser.set_defaults(flags={})
+    parser.set_defaults(flags={}, allowed=None if names is None else chosen)
     for heading in HEADINGS:
         below = [name for name in chosen if extra_of(fields[name])["heading"] == heading]
         group = parser.add_argument_group(heading) if below else None
@@ -101,8 +104,8 @@ def _add(parser: Any, name: str, nargs: str, text: str, field: FieldInfo | None)
         metavar=metavar_of(field) if field else None,
         help=text,
     )
-    if field is not None and get_origin(_kind(field)) is Literal:
-        added.completer = lambda prefix, **more: get_args(_kind(field))  # of argcomplete
+    if field is not None and (choices := choices_of(field)):
+        added.completer = lambda prefix, **more: choices  # of argcomplete
 
 
 def _kind(field: FieldInfo) -> Any:
@@ -116,14 +119,28 @@ def nargs_of(field: FieldInfo) -> str:
     return "*" if get_origin(_kind(field)) in (list, dict) else "?"
 
 
+def heading_of(name: str) -> str | None:
+    """The heading of an option by the name of its flag; None for what other programs call it."""
+    field = by_flag().get(name)
+    return None if field is None else str(extra_of(field)["heading"])
+
+
+def choices_of(field: FieldInfo) -> list[str]:
+    """The values that the option takes, where they are few."""
+    kind = _kind(field)
+    return list(get_args(kind)) if get_origin(kind) is Literal else list(extra_of(field)["choices"])
+
+
 def metavar_of(field: FieldInfo) -> str:
     """What stands for the value in help; nothing for a switch."""
     kind = _kind(field)
     if get_origin(kind) is Literal:
         return "{" + ",".join(get_args(kind)) + "}"
+    if value := extra_of(field)["value"]:
+        return str(value)
     if get_origin(kind) in (list, dict):
         return "NAME [NAME ...]" if get_origin(kind) is list else "NAME=VALUE [NAME=VALUE ...]"
-    return extra_of(field)["value"] or {bool: "", int: "N", float: "X"}[kind]
+    return {bool: "", int: "N", float: "X"}[kind]
 
 
 def default_text(value: Any) -> str:
@@ -177,7 +194,7 @@ def read_flags(argv: list[str]) -> dict[str, Any]:
 
 def read_options(args: argparse.Namespace, context: Context) -> tuple[Options, Context]:
     """The options of `args.flags`, and the context that they ask for. Prints what was translated."""
-    options, notes = load_options(args.flags)
+    options, notes = load_options(args.flags, args.command)
     context = replace(context, display=Display(options.mode()), llama_cpp=options.llama_cpp)
     for note in notes:
         context.display.say(note)
@@ -210,6 +227,12 @@ def add_system(parser: argparse.ArgumentParser, text: str) -> None:
     """--system and --system-file."""
     parser.add_argument("--system", metavar="TEXT", help=f"{text}, or @FILE")
     parser.add_argument("--system-file", "--system_file", type=Path, metavar="FILE", help=f"file with the {text}")
+
+
+def check_llama(is_gguf: bool, context: Context) -> None:
+    """Raises UserError where --llama-cpp is given and no GGUF is read or written."""
+    if context.llama_cpp is not None and not is_gguf:
+        raise UserError("--llama-cpp is for a GGUF, and none is read or written here.", "Leave it out.")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

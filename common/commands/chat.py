@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
@@ -264,4 +264,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> None:
     sampling = sampling_of(args)
     target, system = choose(args.run, args.kind, args.quant), system_text(args.system, args.system_file)
+    check_llama(target.kind == "gguf", context)
     chat(target, system, args.context, sampling, context)

@@ -148,7 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
-    options, notes = load_options(_DEFAULTS | args.flags | {"data": args.data})
+    given = _DEFAULTS | args.flags | {"data": args.data}
+    options, notes = load_options(given, "check-data", [*args.allowed, "data"])
     for note in notes:
         context.display.say(note)
     check_data(options, args.explain, context.display)

@@ -23,7 +23,6 @@ from common.export.mlx import write_mlx
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push, push
-from common.llama_cpp.convert import check_quants
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.mlx_quantized import quantized_source
@@ -53,7 +52,6 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     display, record = context.display, run.require_complete()
     say_llama(record, context.llama_cpp, display)
     merged = _merged_options(run, record, options)
-    check_quants(merged.quant)
     if merged.push:
         check_push(merged.push, not merged.push_public, display)
     base = base_of(run, display)
@@ -88,13 +86,12 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
         )
     if given.get("export") == "none":
         raise UserError("--export none: fuse would make nothing.", "Leave --export out, or name what to make.")
-    if (given.get("quant") or given.get("imatrix")) and "export" not in given:
-        given = given | {"export": "gguf"}  # what those are for
+    asks_for_gguf = {"quant", "imatrix", "no_verify"} & given.keys() or record.options.get("export") == "none"
+    if asks_for_gguf and "export" not in given:
+        given = given | {"export": "gguf"}
     # What is verified, weighed and uploaded is asked for each time, not taken from how the run was started.
     fresh = {"imatrix": False, "no_verify": False, "push": None, "push_public": False}
-    merged = options_over(record.options | fresh, given)
-    if merged.export == "none":  # how the run was started; who asks for a fusion wants the complete export
-        merged = merged.model_copy(update={"export": "gguf"})
+    merged = options_over(record.options | fresh, given, "fuse", _OPTIONS)
     return merged
 
 

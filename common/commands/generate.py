@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
 from common.data.dataset import Example
 from common.errors import UserError
@@ -48,8 +48,6 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f"--out {out}: its folder is not there, or may not be written.", "Make the folder first.")
-    if target.kind != "gguf":
-        slots = 1
     part = out.with_name(f"{out.name}.part")
     done = _begun(part, _asked_for(target, rows, sampling, wanted.length))
     if len(done) > 1:
@@ -155,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
     )
     parser.add_argument(
-        "--slots", type=int, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
+        "--slots", type=int, metavar="N", help="answers that llama.cpp makes at once from a GGUF (default: 4)"
     )
     add_llama(parser)
     add_sampling(parser)
@@ -163,5 +161,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> None:
     sampling, target = sampling_of(args), choose(args.run, args.kind, args.quant)
+    check_llama(target.kind == "gguf", context)
     rows = read_prompts(args.prompts, system_text(args.system, args.system_file))
-    generate(target, Answers(rows, args.out, args.context, args.slots), sampling, context)
+    if target.kind != "gguf" and args.slots is not None:
+        raise UserError(
+            f"--slots is for a GGUF, and --with {target.kind} answers one prompt after the other.", "Leave it out."
+        )
+    slots = 1 if target.kind != "gguf" else 4 if args.slots is None else args.slots
+    generate(target, Answers(rows, args.out, args.context, slots), sampling, context)

@@ -4,7 +4,7 @@ import argparse
 import time
 
 from common.backend import OutOfMemory
-from common.commands.arguments import add_options, read_options
+from common.commands.arguments import add_options, heading_of, read_options
 from common.commands.prepare import Job, prepare
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
@@ -97,5 +97,9 @@ def run(args: argparse.Namespace, context: Context) -> None:
         if "model" in args.flags:
             raise UserError(f"The model is given twice: {args.named} and --model.", "Give it once.")
         args.flags["model"] = args.named
+    if "resume" in args.flags:
+        raise UserError("--resume: plan estimates a new training.", "Give the model and the data instead.")
     options, context = read_options(args, context)
+    if idle := [f"--{name.replace('_', '-')}" for name in args.flags if heading_of(name) == "Export"]:
+        context.display.say(f"plan estimates the training alone: {', '.join(idle)} is for what train does after it")
     estimate_run(options, not args.no_probe, context)

@@ -16,7 +16,6 @@ from common.export.fused_folder import ServingConfig, checkpoints_disk, trained_
 from common.export.mlx import check_installed
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push
-from common.llama_cpp.convert import check_quants
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.training_base import Base, find_base, start_adapter
@@ -122,7 +121,6 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
 
 def _check_request(options: Options, display: Display) -> None:
     """Raises UserError for what can be known to fail from the options alone."""
-    check_quants(options.quant)
     if options.push:
         check_push(options.push, not options.push_public, display)
     if not options.model:

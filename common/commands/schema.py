@@ -25,7 +25,10 @@ def run(args: argparse.Namespace, context: Context) -> None:
 
 def schema() -> dict[str, object]:
     """JSON schema (draft 2020-12) of a YAML file for --config."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Options.model_json_schema(by_alias=True)}
+    found = Options.model_json_schema(by_alias=True)
+    for name in ("config", "llama_cpp", "resume"):  # a file may not name another one, or programs; a run has its own
+        del found["properties"][name]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 
 def markdown() -> str:

@@ -24,7 +24,6 @@ from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
-from common.options import nearest
 from common.system.cache import artifact_lock, cache_folder
 from common.system.process import capture, offline_environment
 
@@ -46,11 +45,6 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
     return target
 
 
-QUANT_TYPES = (
-    *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
-)
-
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
@@ -69,17 +63,6 @@ class QuantReport:
     bits_per_weight: float
     tensors: dict[str, int]
     fallbacks: int
-
-
-def check_quants(quants: Sequence[str]) -> None:
-    """UserError, with the nearest name, where one is not in QUANT_TYPES."""
-    for quant in quants:
-        if quant not in QUANT_TYPES:
-            near = nearest(quant.upper(), list(QUANT_TYPES)).strip()
-            raise UserError(
-                f"--quant {quant}: no such GGUF type" + (f"; {near}" if near else "."),
-                f"Choose from: {', '.join(QUANT_TYPES)}.",
-            )
 
 
 def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> None:
@@ -124,7 +107,6 @@ def quantize(
     source: Path, out: Path, quant: str, llama: LlamaCpp, progress: Progress, imatrix: Path | None = None
 ) -> QuantReport:
     """Quantize the bf16 GGUF `source` to `out` with llama-quantize; UserError where that fails, its log kept."""
-    check_quants([quant])
     if quant == "BF16":  # what the source is already
         if source.resolve() != out.resolve():
             with atomic_write(out) as temporary:

@@ -169,7 +169,7 @@ def test_a_published_command_line() -> None:
 
 def test_the_schema_knows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed(capsys, monkeypatch, "schema"))
-    assert found["properties"].keys() == by_flag().keys()
+    assert found["properties"].keys() == by_flag().keys() - {"config", "llama_cpp", "resume"}
     assert found["properties"]["rank"]["minimum"] == 1
     assert found["properties"]["export"]["enum"] == ["none", "fused", "gguf", "lora-gguf", "mlx"]
     assert found["additionalProperties"] is False
@@ -203,6 +203,7 @@ def test_a_shell_is_told_how_to_complete(
         ("twintune train --learn", ["--learning-rate", "--learning_rate"]),
         ("twintune train --schedule c", ["constant", "cosine"]),
         ("twintune completion f", ["fish"]),
+        ("twintune fuse run --quant Q5_K_", ["Q5_K_M", "Q5_K_S"]),
     ],
 )
 def test_the_shell_gets_commands_options_and_values(line: str, wanted: list[str], tmp_path: Path) -> None:
@@ -221,3 +222,121 @@ def test_options_over_a_runs_own_are_checked_together() -> None:
     with pytest.raises(UserError) as caught:
         options_over(kept, {"exprt": "mlx", "quant": True})
     assert caught.value.what == "--exprt is no option; did you mean 'export'?\n--quant needs a value"
+
+
+# --- options that a command does not take, or that could do nothing
+
+
+def fault(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    monkeypatch.setattr(sys, "argv", ["cli.py", *argv])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> str:
+    """A finished run that was started with --export fused and --push."""
+    from tests.unit.test_run_record import write_run
+
+    options = Options(model="a/b", data="rows.jsonl", export="fused", push="me/x").model_dump(by_alias=True)
+    return str(write_run(tmp_path / "run", options=options))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--rank", "4", "--epochs", "9"], "--rank is no option\n--epochs is no option"),
+        (["--model", "other"], "--model is no option"),
+        (["--json"], "--json is no option"),
+        (["--exprt", "mlx"], "--exprt is no option; did you mean 'export'?"),
+        (["--export", "mlx", "--quant", "Q8_0"], "--quant is for a GGUF, and --export is mlx"),
+        (["--export", "fused", "--no-verify"], "--no-verify is for a GGUF, and --export is fused"),
+        (["--export", "fused", "--llama-cpp", "x"], "--llama-cpp is for a GGUF, and --export is fused"),
+        (["--push-public"], "--push-public is for what --push uploads, and there is no --push"),
+        (["--export", "none"], "--export none: fuse would make nothing."),
+        (["--quant", "Q9"], "--quant: 'Q9' is not a GGUF type; "),
+    ],
+)
+def test_fuse_refuses_what_it_does_not_use(
+    flags: list[str], text: str, run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fault(["fuse", run, *flags], monkeypatch, capsys)
+    assert text in error
+    assert "`python cli.py fuse --help`" in error or "--export none" in text
+
+
+def test_a_switch_leaves_the_run_to_fuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere holds no run" in fault(["fuse", "--no-verify", "nowhere"], monkeypatch, capsys)
+    assert "stands first" in fault(["fuse", "--quant", "Q8_0", "nowhere"], monkeypatch, capsys)
+
+
+def test_check_data_refuses_what_it_does_not_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fault(["check-data", "rows.jsonl", "--rank", "8", "--export", "mlx"], monkeypatch, capsys)
+    assert "--rank is no option\n--export is no option" in error
+    assert "`python cli.py check-data --help`" in error
+
+
+def test_plan_estimates_no_resumed_run_and_says_what_it_leaves_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "plan estimates a new training" in fault(["plan", "--resume", "run"], monkeypatch, capsys)
+    monkeypatch.setattr(sys, "argv", ["cli.py", "plan", "x/y", "--data", "nosuch.jsonl", "--quant", "Q8_0"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--quant is for what train does after it" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_resumed_runs_own_options_decide_what_is_idle() -> None:
+    from common.option_sources import options_over
+
+    kept = Options(model="a/b", data="x", export="fused", push="me/x").model_dump(by_alias=True)
+    assert options_over(kept, {"push_public": True, "resume": "run"}).push_public
+    with pytest.raises(UserError, match="--no-verify is for a GGUF, and --export is fused"):
+        options_over(kept, {"no_verify": True, "resume": "run"})
+    assert load_options({"resume": "run", "push_public": True})[0].push_public
+
+
+def test_llama_cpp_is_for_a_gguf() -> None:
+    from common.commands.arguments import check_llama
+    from tests.contexts import context
+
+    check_llama(True, context(llama_cpp="x"))
+    check_llama(False, context())
+    with pytest.raises(UserError, match="--llama-cpp is for a GGUF"):
+        check_llama(False, context(llama_cpp="x"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"iters": "inf"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": float("inf")},
+        {"lora_parameters": {"rank": float("inf")}},
+        {"lora_parameters.rank": "1e400"},
+        {"epochs": "inf"},
+        {"warmup": "nan"},
+        {"learning_rate": float("inf")},
+        {"alpha_pattern": ["q_proj=inf"]},
+        {"save_minutes": "inf"},
+        {"adapter": ["x"]},
+    ],
+)
+def test_what_is_no_finite_number_is_a_fault_of_the_user(flags: dict[str, Any]) -> None:
+    with pytest.raises(UserError):
+        load_options({"data": "x", **flags})
+
+
+def test_a_file_names_no_other_file_and_nothing_twice(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("config: other.yaml\n")
+    with pytest.raises(UserError, match="config: a file cannot name another one"):
+        load_options({"config": str(file)})
+    file.write_text("batch-size: 4\nbatch_size: 8\n")
+    with pytest.raises(UserError, match="batch_size is given twice"):
+        load_options({"config": str(file)})

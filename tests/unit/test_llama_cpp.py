@@ -15,7 +15,7 @@ from common.errors import UserError
 from common.llama_cpp import build as build_module
 from common.llama_cpp import install
 from common.llama_cpp.build import extract, missing_build_tools
-from common.llama_cpp.convert import QUANT_TYPES, check_quants, read_tensors
+from common.llama_cpp.convert import read_tensors
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.system.process import fraction, run_logged, running
@@ -327,16 +327,6 @@ def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
 
 
 # --- quants
-
-
-def test_check_quants() -> None:
-    check_quants(QUANT_TYPES)
-    with pytest.raises(UserError, match=r"--quant q4_k_m: no such GGUF type; did you mean 'Q4_K_M'\?"):
-        check_quants(["Q8_0", "q4_k_m"])
-    with pytest.raises(UserError, match=r"--quant Q4_K_XL: .*did you mean 'Q[34]_K_"):
-        check_quants(["Q4_K_XL"])
-    with pytest.raises(UserError, match=r"--quant best: no such GGUF type\.\nChoose from: Q4_K_M, "):
-        check_quants(["best"])
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import yaml
 
 from common.commands.arguments import read_flags
 from common.errors import UserError
-from common.option_sources import load_options, read_yaml
+from common.option_sources import load_options, read_config_file
 from common.options import QUICKSTART, Options
 from common.recipe import Recipe
 from common.run_record import Run
@@ -258,7 +258,7 @@ def test_every_recipe_in_configs_is_valid_and_short() -> None:
     for path in QUICKSTART.parent.glob("*.yaml"):
         load_options({"config": str(path)})
         assert len(path.read_text(encoding="utf-8").splitlines()) < 40, path
-        assert read_yaml(path), path
+        assert read_config_file(path), path
 
 
 def test_a_file_names_no_program(tmp_path: Path) -> None:

@@ -139,10 +139,6 @@ def test_what_must_be_given(given: dict[str, Any], name: str) -> None:
     assert fault(given, **{name: None}).what == f"No {name} is given."
 
 
-def test_an_unknown_quant_is_found_first_of_all(given: dict[str, Any]) -> None:
-    assert "Q4_KM" in fault(given, quant=["Q4_KM"], data=None).what
-
-
 # --- what the recipe holds
 
 
