@@ -149,6 +149,12 @@ class Display:
             table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
         self.console.print(table)
 
+    def show(self, text: Text) -> None:
+        """A result that is running text: shown even with --quiet."""
+        self.event("note", text=str(text))
+        if self.mode != "json":
+            self.console.print(text)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
         """Yields the function that takes the stage's progress."""

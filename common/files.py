@@ -1,13 +1,19 @@
 """Files and folders that appear under their name complete, or not at all."""
 
+import hashlib
 import os
+import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_PREFIX = ".twintune-"
+# A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked.
+_PREFIX, _REPLACED = ".twintune-", ".twintune-old-"
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_LEFT = re.compile(rf"{re.escape(_PREFIX)}(old-)?{_HOST}-(\d+)-[0-9a-f]+-(.+)", re.DOTALL)
 
 
 @contextmanager
@@ -16,7 +22,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     On an error `path` stays as it was, and nothing is left beside it.
     """
-    temporary = _beside(path)
+    _clean(path.parent)
+    temporary = _beside(path, _PREFIX)
     try:
         yield temporary
         _sync(temporary)
@@ -30,9 +37,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty temporary folder beside `path`, which replaces `path` at the end.
 
-    On an error `path` stays as it was, and nothing is left beside it.
+    On an error `path` stays as it was, and nothing is left beside it. Where a process was killed between the two
+    renames, the next write in that parent folder gives the earlier folder its name back.
     """
-    temporary, old = _beside(path), _beside(path)
+    _clean(path.parent)
+    temporary, old = _beside(path, _PREFIX), _beside(path, _REPLACED)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -45,17 +54,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _settle(old, path)
 
 
-def _beside(path: Path) -> Path:
-    """A name that nobody else uses, on the same disk. What killed processes left there is removed."""
-    for left in path.parent.glob(f"{_PREFIX}*"):
-        process = left.name.removeprefix(_PREFIX).partition("-")[0]
-        if process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _beside(path: Path, prefix: str) -> Path:
+    """A name that nobody else uses, on the same disk."""
     # the suffix stays: some tools choose the format by it
-    return path.with_name(f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    return path.with_name(f"{prefix}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+
+
+def _clean(parent: Path) -> None:
+    """Remove what this host's killed processes left in `parent`; a replaced folder whose successor is missing returns.
+
+    Other hosts may share the folder: their files stay.
+    """
+    for left in parent.glob(f"{_PREFIX}*"):
+        found = _LEFT.fullmatch(left.name)
+        if found is None or _runs(int(found[2])):
+            continue
+        if found[1]:
+            _settle(left, parent / found[3])
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def _settle(old: Path, path: Path) -> None:
+    """Remove the folder that was replaced; or give it its name `path` back, where nothing took that."""
+    if old.exists() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:

@@ -68,9 +68,9 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
             long = [[place, tokens, "not accepted: --overflow error"] for place, tokens, _ in long]
         display.table(f"Rows longer than {max_length} tokens", ["row", "tokens", "in training"], long)
     for row in shown:
-        display.console.print(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
-        display.console.print(colored(row, tokenizer))
-    display.console.print(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
+        display.show(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
+        display.show(colored(row, tokenizer))
+    display.show(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
 
 
 def colored(row: Encoded, tokenizer: Any) -> Text:

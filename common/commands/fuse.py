@@ -19,7 +19,7 @@ from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, es
 from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
 from common.export.gguf import BF16_GGUF, try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
-from common.export.mlx import write_mlx
+from common.export.mlx import write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push, push
@@ -161,7 +161,7 @@ def _write_fused(job: ExportJob, meter: StageMeter) -> None:
 def _write_mlx(job: ExportJob, meter: StageMeter) -> None:
     out = job.run.mlx
     with meter.stage("mlx", out), job.display.stage("mlx") as progress:
-        made = write_mlx(job.run.fused, out, progress)
+        made = write_mlx_model(job.run.fused, out, progress)
     job.run.update_export(mlx=made)
     job.display.say(
         f"mlx-lm, {made['bits']} bits, {gigabytes(made['bytes'])}: python -m mlx_lm generate --model {out} --prompt ..."

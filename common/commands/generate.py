@@ -15,6 +15,7 @@ from common.backend import Progress
 from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
 from common.data.dataset import Example
+from common.documents import parse_json
 from common.errors import UserError
 from common.files import atomic_write
 from common.inference.backend_chat import ChatModel
@@ -122,18 +123,24 @@ def _asked_for(target: Target, rows: list[Example], sampling: Sampling, length: 
 def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
     """The answers that an earlier process has written, by row; -1 holds what was asked. The file is made, or repaired.
 
-    Raises UserError where it was asked for something else.
+    Raises UserError where it was asked for something else, or a line is damaged.
     """
-    lines = part.read_text(encoding="utf-8").split("\n") if part.exists() else []
-    whole = lines[:-1]  # the last one has no end
-    if whole and json.loads(whole[0]).get("asked") != asked:
-        raise UserError(
-            f"{part} holds answers to other prompts, or other settings.", "Take it away, or give another --out."
-        )
-    head = {"asked": asked}
-    found = {line["number"]: line["row"] for line in map(json.loads, whole[1:])}
+    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # the last one has no end
+    head, remedy, found = {"asked": asked}, "Remove it, or give another --out.", {}
+    for number, line in enumerate(lines, 1):
+        try:
+            content = parse_json(line, allow_nan=True)
+        except ValueError as error:
+            raise UserError(f"{part} line {number} is {error}", remedy) from None
+        if number == 1:
+            if content != head:
+                raise UserError(f"{part} holds answers to other prompts, or other settings.", remedy)
+        elif isinstance(content.get("number"), int) and isinstance(content.get("row"), dict):
+            found[content["number"]] = content["row"]
+        else:
+            raise UserError(f"{part} line {number} holds no answer.", remedy)
     with atomic_write(part) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in (whole or [json.dumps(head)])), encoding="utf-8")
+        temporary.write_bytes(b"".join(line + b"\n" for line in lines or [json.dumps(head).encode()]))
     return {-1: head, **found}
 
 

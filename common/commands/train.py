@@ -17,6 +17,7 @@ from common.errors import PROGRAM, UserError
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import push
+from common.files import atomic_write
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
@@ -227,7 +228,8 @@ def _begin(job: Job) -> None:
     run.write_recipe(job.recipe)
     run.write_plan(job.plan)
     if job.served.template is not None:
-        run.template.write_text(job.served.template, encoding="utf-8")
+        with atomic_write(run.template) as temporary:
+            temporary.write_text(job.served.template, encoding="utf-8")
     write_environment(run.path)
     write_cases(run.verify_cases, job.cases)
     run.update(

@@ -43,7 +43,7 @@ def check_model(base: ModelFolder, display: Display) -> None:
         )
 
 
-def write_mlx(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
+def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
     """Write `fused` in 4 bits as an mlx-lm folder, with its tokenizer, template, end tokens and license; a report.
 
     Of a multimodal model only the language model is written: mlx-lm has no other part. Raises UserError where mlx-lm

@@ -21,7 +21,7 @@ from common.export.go_template import TurnTexts
 from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 
-Prompt = Callable[[list[Message]], str]
+RenderPrompt = Callable[[list[Message]], str]
 Thinking = Literal["off", "keep"]
 _CONTEXT = 8192  # the most that Ollama may take memory for by itself; less where the model has less
 _TEMPERATURE = 0.7
@@ -114,7 +114,7 @@ def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tup
     return texts, _notes(texts, prompt, think)
 
 
-def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> Prompt:
+def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> RenderPrompt:
     """The prompt that the exported model is served, as training rendered it.
 
     A system text that the template does not take stands in the first user turn. The BOS that llama.cpp writes by itself
@@ -136,7 +136,7 @@ def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> Prompt:
     return prompt
 
 
-def difference(texts: TurnTexts, prompt: Prompt, messages: list[Message]) -> str:
+def difference(texts: TurnTexts, prompt: RenderPrompt, messages: list[Message]) -> str:
     """How the prompt of `texts` for `messages` differs from the chat template's, or ""."""
     if not _ALTERNATING.fullmatch(" ".join(m["role"] for m in messages)):
         return ""  # our templates have no tools, and Ollama joins consecutive turns of one role
@@ -147,7 +147,7 @@ def difference(texts: TurnTexts, prompt: Prompt, messages: list[Message]) -> str
     return f"it would write {got[same : same + 20]!r} where the chat template writes {expected[same : same + 20]!r}"
 
 
-def _notes(texts: TurnTexts, prompt: Prompt, think: bool) -> list[str]:
+def _notes(texts: TurnTexts, prompt: RenderPrompt, think: bool) -> list[str]:
     """What the chat template does with a content, and a Go template in Ollama cannot do."""
     padded = [{"role": role, "content": _PADDED[role]} for role in ("system", "user", "assistant", "user")]
     reasoning = [
@@ -167,7 +167,7 @@ def _names(roles: str) -> list[str]:
     return [edges[at : at + 2] for at in range(len(edges) - 1)]
 
 
-def _texts_between(prompt: Prompt, roles: str) -> list[str]:
+def _texts_between(prompt: RenderPrompt, roles: str) -> list[str]:
     """The texts before, between and after the contents, in a conversation of such roles (`suau`: by first letters)."""
     full = {"s": "system", "u": "user", "a": "assistant"}
     placeholders = [PLACEHOLDER.format("", number, role) for number, role in enumerate(roles)]

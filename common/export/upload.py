@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.display import Display, gigabytes
+from common.documents import read_json
 from common.errors import UserError
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
@@ -102,7 +103,7 @@ def _public(path: Path) -> Path | bytes:
         return path
     content = read_config(path)  # without the keys that name code: an older version left them in
     private = [key for key in _PATH_KEYS if content.get(key) and not is_hub_name(str(content[key]))]
-    if not private and content == json.loads(path.read_text(encoding="utf-8")):
+    if not private and content == read_json(path, "Fetch the model's files again."):
         return path
     return (json.dumps(content | {key: Path(content[key]).name for key in private}, indent=2) + "\n").encode()
 

@@ -68,7 +68,7 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
     think = form.think
     thinking: Literal["off", "keep"] = "keep" if think else "off"
     chat_template, bos = ChatTemplate(tokenizer, thinking), Encoder(tokenizer, MaskingOptions(thinking=thinking)).bos
-    stops = stop_ids(form.folder, tokenizer, form.stops)
+    stops = answer_stop_ids(form.folder, tokenizer, form.stops)
 
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
         try:
@@ -109,7 +109,7 @@ def _decoded(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any)
     yield "", "length" if count == limit else "stop"
 
 
-def stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
+def answer_stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
     """The ids that end an answer: those of training, and those of the model before it."""
     path = folder / "generation_config.json"
     known = read_json(path, "Fetch the model's files again.").get("eos_token_id") if path.exists() else None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.backend import Progress
 from common.errors import UserError
+from common.files import atomic_write
 from common.llama_cpp.install import (
     LOGITS,
     OURS,
@@ -79,7 +80,8 @@ def build(progress: Progress) -> LlamaCpp:
             if not (root / "source").is_dir():
                 _fetch(root, progress)
             _compile(root, progress)
-            (root / "complete").write_text(complete_marker(), encoding="utf-8")
+            with atomic_write(root / "complete") as temporary:
+                temporary.write_text(complete_marker(), encoding="utf-8")
             ready = own_build()
     if ready is None:
         raise UserError(f"The build in {root} left no binaries.", "Delete that folder and try again.")

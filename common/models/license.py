@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from common.files import atomic_write
 from common.model_files import copy_file, license_files
 from common.models.gguf_import import MIRRORS
 
@@ -101,7 +102,8 @@ def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
     for name in names:
         copy_file(base / name, out / name)
     if terms.notice and not any(name.lower().startswith("notice") for name in names):
-        (out / "NOTICE").write_text(terms.notice + "\n", encoding="utf-8")
+        with atomic_write(out / "NOTICE") as temporary:
+            temporary.write_text(terms.notice + "\n", encoding="utf-8")
         names.append("NOTICE")
     return names
 

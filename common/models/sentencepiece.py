@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json
 from common.errors import UserError
 from common.model_files import open_tokenizer
 
@@ -58,10 +59,14 @@ class Rebuilt:
 
 def read_state(folder: Path) -> dict[str, Any] | None:
     """The folder's `tokenizer.json` where it is a sentencepiece BPE with byte fallback, else None."""
-    path = folder / "tokenizer.json"
-    state = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    state = _read(folder / "tokenizer.json")
     model = state.get("model") or {}
     return state if "merges" in model and model.get("byte_fallback") else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file's JSON object, empty where there is no file. Raises UserError for anything else."""
+    return read_json(path, "Copy the file from the base model again.") if path.is_file() else {}
 
 
 def rebuild_checked(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> Rebuilt | None:
@@ -96,7 +101,7 @@ def write(folder: Path) -> None:
     else:
         (folder / "added_tokens.json").unlink(missing_ok=True)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _read(path)
     if decoder := config.get("added_tokens_decoder"):
         # The converter would split texts at these before merging; to transformers a text's spaces are no ▁.
         config["added_tokens_decoder"] = {
@@ -129,7 +134,7 @@ def adapt_space_prefix(folder: Path) -> None:
     state["pre_tokenizer"] = part | {"prepend_scheme": "never"}
     (folder / "tokenizer.json").write_text(json.dumps(state, ensure_ascii=False), encoding="utf-8")
     path = folder / "tokenizer_config.json"  # the converter, and transformers' own class, read it here
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _read(path)
     path.write_text(json.dumps(config | {"add_prefix_space": False}, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from common.files import atomic_write
 from common.system.memory import total
 
 PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers", "twintune")
@@ -30,7 +31,8 @@ def write_environment(run: Path) -> None:
         "memory_bytes": total(),
         "packages": versions,
     }
-    (run / "environment.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with atomic_write(run / "environment.json") as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def chip() -> str:

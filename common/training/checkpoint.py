@@ -10,7 +10,7 @@ step-000040/
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, OptimizerState, StepResult
+from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
 from common.recipe import Plan
 
 KEPT = 2  # the newest checkpoints that stay on disk
+_STATE = "state.json"
 _MARKER = "COMPLETE"
 _EVALUATION = "evaluation.json"
 _EVALUATED = ("evaluated", "best_valid_loss", "best_step")  # what a validation changes of the state
@@ -86,7 +88,7 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, r
         save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
         plain = {n: value for n, value in asdict(State(**{**vars(state), "best": None})).items() if n != "best"}
         plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
-        (temporary / "state.json").write_text(json.dumps(plain, indent=2))
+        (temporary / _STATE).write_text(json.dumps(plain, indent=2))
         hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
         (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
     for old in _folders(run)[KEPT:]:
@@ -119,12 +121,15 @@ def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
             break
     else:
         return None
-    plain = json.loads((folder / "state.json").read_text())
-    optimizer_step, layers, own = plain.pop("optimizer_step"), plain.pop("layers"), plain.pop("recipe_hash", None)
+    remedy = f"Remove {folder} to go on from the checkpoint before it; or start a new run."
+    plain = read_json(folder / _STATE, remedy, allow_nan=True)
+    if missing := [name for name in ("step", "optimizer_step", "layers") if name not in plain]:
+        raise UserError(f"{folder / _STATE} has no {missing[0]}: another version of Twintune wrote it.", remedy)
+    own = plain.get("recipe_hash")
     if None not in (own, recipe_hash) and own != recipe_hash:
         raise UserError(
             f"{folder} was made by another recipe ({str(own)[:12]}) than the run's ({str(recipe_hash)[:12]}).",
-            f"Remove {folder} to go on from the checkpoint before it; or start a new run.",
+            remedy,
         )
     plain.setdefault("evaluated", plain["step"])  # an older version saved only after the validation
     plain |= _evaluation(folder)
@@ -135,8 +140,10 @@ def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
     def part(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): array for name, array in moments.items() if name.startswith(prefix)}
 
-    optimizer = OptimizerState(optimizer_step, part("exp_avg."), part("exp_avg_sq."))
-    state = State(**plain, best=read_trained(best, layers) if best.is_dir() else None)
+    layers, names = plain["layers"], {known.name for known in fields(State)} - {"best"}
+    optimizer = OptimizerState(plain["optimizer_step"], part("exp_avg."), part("exp_avg_sq."))
+    state = State(**{name: value for name, value in plain.items() if name in names})  # a newer version may have more
+    state.best = read_trained(best, layers) if best.is_dir() else None
     return Checkpoint(state, read_trained(folder, layers), optimizer)
 
 
@@ -149,9 +156,9 @@ def latest_step(run: Path) -> int | None:
 def _evaluation(folder: Path) -> dict[str, Any]:
     """The outcome of the validation after the checkpoint's step; nothing where it was not done, or is unreadable."""
     try:
-        found = json.loads((folder / _EVALUATION).read_text())
+        found = read_json(folder / _EVALUATION, "", allow_nan=True)
         return {name: found[name] for name in _EVALUATED}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, UserError, KeyError):
         return {}
 
 
@@ -170,9 +177,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _complete(folder: Path) -> bool:
     try:
-        hashes = json.loads((folder / _MARKER).read_text())
+        hashes = read_json(folder / _MARKER, "")
         return bool(hashes) and all(_digest(folder / name) == digest for name, digest in hashes.items())
-    except (OSError, json.JSONDecodeError):
+    except (OSError, UserError):
         return False
 
 

@@ -51,7 +51,7 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
     )
 
 
-def trained_bytes(adapter: Adapter | None, dims: ModelDims) -> tuple[int, int]:
+def training_state_bytes(adapter: Adapter | None, dims: ModelDims) -> tuple[int, int]:
     """`(weights beside the base, gradients and AdamW's two moments)`; all float32. adapter None: full fine-tuning."""
     if adapter is None:
         return 0, 12 * (dims.linear + dims.other)
@@ -71,7 +71,7 @@ class TrainingMemory:
     def estimate(self, plan: Plan, shapes: Sequence[MicroBatchShape]) -> MemoryEstimate:
         """The peak over micro-batches of `shapes`."""
         terms, dims, recipe = self.package.memory_terms, self.dims, self.recipe
-        beside, moments = trained_bytes(self.adapter, dims)
+        beside, moments = training_state_bytes(self.adapter, dims)
         parts: dict[str, int] = {
             "weights": terms.held_bytes(dims, recipe, plan.device),
             "adapter": beside * terms.adapter_copies(plan.device),

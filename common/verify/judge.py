@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from common.verify.divergence import Divergence
-from common.verify.server_checks import Check, State
+from common.verify.server_checks import Check, CheckState
 
 # KL below this is the rounding of bf16 weights, activations and of llama.cpp's float16 cache, not a fault.
 _ROUNDING = 2e-3
@@ -32,7 +32,7 @@ def judge_fused(links: dict[str, Divergence]) -> Iterator[Check]:
             text = f"KL {link.mean_kl:.2g} from {against}{far}; the tune itself is {tune:.2g}"
             # the effect of too small a tune cannot be distinguished from none
             hidden = not wrong and link.mean_kl > 0.5 * tune
-            state: State = "broken" if wrong else "note" if hidden else "ok"
+            state: CheckState = "broken" if wrong else "note" if hidden else "ok"
             yield Check(what, state, text + (": rounding is as large as the tune" if hidden else ""))
 
 

@@ -42,7 +42,7 @@ def verify_tokens(tokenizer: Any, texts: Sequence[str], server: Server) -> list[
     return differences
 
 
-State = Literal["ok", "note", "broken"]
+CheckState = Literal["ok", "note", "broken"]
 _ANSWERS = 8
 _ANSWER_TOKENS = 256
 
@@ -50,7 +50,7 @@ _ANSWER_TOKENS = 256
 @dataclass(frozen=True)
 class Check:
     name: str
-    state: State
+    state: CheckState
     text: str
 
 

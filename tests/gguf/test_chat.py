@@ -18,23 +18,21 @@ from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.sampling import Sampling
 from tests import ROOT
 from tests.gguf.test_gguf import TEMPLATE, model  # noqa: F401  # the fixture
+from tests.progress import silent
 
 ASK = [{"role": "user", "content": "Once upon a time"}]
 
 
-def quiet(share: float, text: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def llama() -> LlamaCpp:
-    return ensure(None, quiet)
+    return ensure(None, silent)
 
 
 @pytest.fixture(scope="module")
 def gguf(model: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("gguf")
-    convert(model, folder / "BF16.gguf", "tiny", llama, quiet)
-    quantize(folder / "BF16.gguf", folder / "tiny.gguf", "Q8_0", llama, quiet)
+    convert(model, folder / "BF16.gguf", "tiny", llama, silent)
+    quantize(folder / "BF16.gguf", folder / "tiny.gguf", "Q8_0", llama, silent)
     return folder / "tiny.gguf"
 
 

@@ -17,6 +17,7 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from tests import backends
 from tests.contexts import context
+from tests.progress import silent
 from tests.tiny import write_family
 
 CHANGES = {
@@ -25,9 +26,6 @@ CHANGES = {
     "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.mlp.*": 6}, "alpha_pattern": {"down_proj": 3.0}},
     "layers": {"layers": "last:1"},
 }
-
-
-def silent(share, text) -> None: ...
 
 
 @pytest.fixture(scope="module")

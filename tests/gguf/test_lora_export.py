@@ -15,12 +15,10 @@ from common.models.shapes import linear_shapes
 from common.option_sources import load_options
 from common.run_record import Run
 from tests.contexts import context
+from tests.progress import silent
 from tests.tiny import write_rows
 
 BASE = ["--backend", "torch", "--device", "cpu", "--precision", "fp32", "--steps", "2", "--rank", "4", "--rslora"]
-
-
-def silent(share, text) -> None: ...
 
 
 def train(model, folder, *more):

@@ -14,6 +14,7 @@ from common.llama_cpp.server import Server, ServerOptions
 from common.models.resolve import resolve
 from tests.encoding import encode
 from tests.go_interpreter import execute
+from tests.progress import silent
 from tests.unit.modelfile_parser import read_modelfile
 
 SAID = [
@@ -24,9 +25,6 @@ SAID = [
     {"role": "assistant", "content": "There."},
 ]
 BOS = "<|endoftext|>"
-
-
-def silent(share, text) -> None: ...
 
 
 def with_bos(folder, adds: bool, writes: bool) -> None:

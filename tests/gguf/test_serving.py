@@ -14,6 +14,7 @@ from common.llama_cpp.server import Server, ServerOptions
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from tests import backends
+from tests.progress import silent
 from tests.tiny import CHATML, chat
 
 # The two tokens of ChatML in each other's place: nobody takes <|im_start|> for the end of a turn. (SmolLM2's unused
@@ -21,9 +22,6 @@ from tests.tiny import CHATML, chat
 END = "<|im_start|>"
 SWAPPED = CHATML.replace("<|im_start|>", "<|im_x|>").replace("<|im_end|>", END).replace("<|im_x|>", "<|im_end|>")
 PROMPT = [{"role": "user", "content": "Hi"}]
-
-
-def silent(share, text) -> None: ...
 
 
 @pytest.fixture(scope="module")

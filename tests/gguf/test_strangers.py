@@ -15,18 +15,16 @@ import pytest
 from common.llama_cpp.build import own
 from common.llama_cpp.install import LlamaCpp
 from tests import ROOT
+from tests.progress import silent
 from tests.tiny import chat
 from tests.traps import DNA, trap_llama_cpp, trap_model
 
 COLORS = ("red", "green", "blue", "black")
 
 
-def quiet(share: float, text: str) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def llama() -> LlamaCpp:
-    return own(quiet)
+    return own(silent)
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,13 @@ from common.models.sentencepiece import HARD_TEXTS as HARD
 from common.models.shapes import linear_shapes
 from common.verify.server_checks import verify_tokens
 from common.verify.tiny_models import write_tiny
+from tests.progress import silent
 from tests.tiny_sentencepiece import write_llama_like
 
 CHAT = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
 GEMMA = "<bos><start_of_turn>user\nHi <td>there</td>\n\n\n<end_of_turn>\n<start_of_turn>model\n  Yes.<end_of_turn>\n"
 LLAMA_2 = "<s>[INST] Hi there [/INST] Yes.</s><s>[INST]\n x</s>"
 PHI_3 = "<s><|user|>\nHi there<|end|>\n<|assistant|>  Yes.<|end|></s>x<|endoftext|>"
-
-
-def silent(share, text) -> None: ...
 
 
 @pytest.fixture(scope="module")

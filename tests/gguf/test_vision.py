@@ -12,12 +12,10 @@ from common.llama_cpp.build import ensure
 from common.llama_cpp.mmproj import vision_fault
 from common.models.model_folder import ModelFolder
 from common.options import Options
+from tests.progress import silent
 from tests.tiny import write_family, write_model
 
 SETTINGS = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.6, 0.7], "image_seq_length": 4}
-
-
-def silent(share, text) -> None: ...
 
 
 def write_sentencepiece(path):

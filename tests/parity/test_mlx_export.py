@@ -12,20 +12,18 @@ from safetensors.numpy import load_file, save_file
 from common.display import Display
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
-from common.export.mlx import check_installed, check_model, write_mlx
+from common.export.mlx import check_installed, check_model, write_mlx_model
 from common.models.families import normalize_config, text_name
 from common.models.model_folder import ModelFolder
 from common.system import hardware
 from common.verify.tiny_models import write_tiny
 from tests import backends
+from tests.progress import silent
 from tests.tiny import FAMILIES, write_family, write_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 KINDS = [(family, layout) for family in FAMILIES if family != "phi3" for layout in ("today", "older")]
 KINDS.append(("phi3", "plain"))  # with longrope it is refused
-
-
-def silent(share, text) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +69,7 @@ def test_mlx_lm_computes_the_fused_model(tmp_path, family, layout):
     for weight in adapter.weights.values():
         weight.B[:] = random.normal(0, 0.1, weight.B.shape)
     write_fused(ModelFolder(base), adapter, tmp_path / "fused", ServingConfig([2, 0], TEMPLATE), silent)
-    report = write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
+    report = write_mlx_model(tmp_path / "fused", tmp_path / "mlx", silent)
     assert (report["bits"], report["folder"]) == (4, "mlx")
     assert not (tmp_path / "mlx.log").exists()
 
@@ -104,7 +102,7 @@ def test_the_weights_are_those_of_mlx_lms_own_converter(tmp_path):
         ServingConfig([2]),
         silent,
     )
-    write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
+    write_mlx_model(tmp_path / "fused", tmp_path / "mlx", silent)
     convert(str(tmp_path / "fused"), str(tmp_path / "theirs"), quantize=True)
     ours, theirs = (load_file(tmp_path / who / "model.safetensors") for who in ("mlx", "theirs"))
     assert ours.keys() == theirs.keys()
@@ -128,7 +126,7 @@ def test_without_a_normalized_config_the_check_above_would_fail(tmp_path):
         if not rope:
             del config["rope_theta"], config["rope_scaling"]
             path.write_text(json.dumps(config))
-        write_mlx(tmp_path / "fused", tmp_path / "mlx", silent)
+        write_mlx_model(tmp_path / "fused", tmp_path / "mlx", silent)
         found.append(np.array(load(str(tmp_path / "mlx"))[0](ids)[0]))
     assert np.abs(found[0] - found[1]).max() > 0.1
 
@@ -137,11 +135,11 @@ def test_a_failure_leaves_the_old_folder_and_names_the_log(tmp_path):
     base = write_base(tmp_path / "base", "llama", "today")
     config = normalize_config(json.loads((base / "config.json").read_text()))
     (base / "config.json").write_text(json.dumps(config))
-    write_mlx(base, tmp_path / "mlx", silent)
+    write_mlx_model(base, tmp_path / "mlx", silent)
     before = (tmp_path / "mlx" / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"mlx-lm could not convert .*mlx\.log, ends with:"):
-        write_mlx(base, tmp_path / "mlx", silent)
+        write_mlx_model(base, tmp_path / "mlx", silent)
     assert (tmp_path / "mlx" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mlx", "mlx.log"]
 

@@ -62,6 +62,21 @@ def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.C
     assert "[A<|im_end|>]" in out
 
 
+def test_with_json_the_rows_are_events_too(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_data(options(rows(tmp_path / "a.jsonl", "A"), tiny_llama), None, Display("json"))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [event["text"] for event in events if event["event"] == "note"]
+    assert "\na.jsonl:1: 24 tokens, 2 of them labels" in texts
+    assert any("[A<|im_end|>]" in text for text in texts)
+
+
+def test_with_quiet_the_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_data(options(rows(tmp_path / "a.jsonl", "A"), tiny_llama), None, Display("quiet"))
+    assert "[A<|im_end|>]" in capsys.readouterr().out
+
+
 def test_labels_are_colored_and_bracketed(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo [sic]"})

@@ -187,13 +187,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert same(found[1], adapter(1))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "{", None])
+@pytest.mark.parametrize("text", ["", "{}", "{", "[1]", "\udcff", None])
 def test_a_checkpoint_without_a_complete_marker_is_passed_over(tmp_path: Path, text: str | None) -> None:
     put(tmp_path, 1)
     marker = put(tmp_path, 2) / "COMPLETE"
     marker.unlink()
     if text is not None:
-        marker.write_text(text)
+        marker.write_bytes(text.encode(errors="surrogateescape"))
     found = latest(tmp_path)
     assert found is not None
     assert found[0].step == 1
@@ -287,11 +287,42 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_an_older_version_knows_no_recipe_and_is_taken(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
-    state = json.loads((folder / "state.json").read_text())
-    del state["recipe_hash"], state["evaluated"]
-    (folder / "state.json").write_text(json.dumps(state))
-    hashes = json.loads((folder / "COMPLETE").read_text()) | {"state.json": checkpoint._digest(folder / "state.json")}
-    (folder / "COMPLETE").write_text(json.dumps(hashes))
+    changed(folder, lambda state: [state.pop(name) for name in ("recipe_hash", "evaluated")])
     found = latest(tmp_path, RECIPE)
     assert found is not None
     assert (found[0].step, found[0].evaluated) == (1, 1)  # that version had validated before it saved
+
+
+def changed(folder: Path, change: Callable[[dict], object]) -> None:
+    """As another version of Twintune would have written the checkpoint's state.json, with its hash."""
+    state = json.loads((folder / "state.json").read_text())
+    change(state)
+    (folder / "state.json").write_text(json.dumps(state))
+    hashes = json.loads((folder / "COMPLETE").read_text()) | {"state.json": checkpoint._digest(folder / "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes))
+
+
+def test_fields_of_a_newer_version_are_passed_over(tmp_path: Path) -> None:
+    changed(put(tmp_path, 1), lambda state: state.update(ema_decay=0.9, best="x"))
+    found = latest(tmp_path, RECIPE)
+    assert found is not None
+    assert (found[0].step, found[0].tokens, found[0].best) == (1, 10, None)
+
+
+@pytest.mark.parametrize("name", ["step", "optimizer_step", "layers"])
+def test_a_checkpoint_without_a_field_that_is_needed_is_refused(tmp_path: Path, name: str) -> None:
+    folder = put(tmp_path, 1)
+    changed(folder, lambda state: state.pop(name))
+    with pytest.raises(UserError) as caught:
+        latest(tmp_path)
+    assert caught.value.what == f"{folder / 'state.json'} has no {name}: another version of Twintune wrote it."
+    assert str(folder) in caught.value.fix
+
+
+def test_a_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    folder = put(tmp_path, 1)
+    (folder / "state.json").write_text("[]")
+    hashes = {"state.json": checkpoint._digest(folder / "state.json")}
+    (folder / "COMPLETE").write_text(json.dumps(hashes))
+    with pytest.raises(UserError, match=r"state\.json is not a JSON object"):
+        latest(tmp_path)

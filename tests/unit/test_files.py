@@ -90,9 +90,56 @@ def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> 
         "    (temporary / 'large').write_text('x'); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=files.__file__.rsplit("/", 2)[0], check=False)
-    (tmp_path / f".twintune-{os.getpid()}-1-b").write_text("of a process that runs")
-    (tmp_path / ".twintune-mine").write_text("of somebody else")
-    assert len(names(tmp_path)) == 3
+    kept = [f".twintune-{files._HOST}-{os.getpid()}-1-b", ".twintune-ffffffff-999999999-1-b", ".twintune-mine"]
+    for name, of in zip(kept, ("a process that runs", "another host's process", "somebody else"), strict=True):
+        (tmp_path / name).write_text(f"of {of}")
+    assert len(names(tmp_path)) == 4
     with atomic_write(tmp_path / "c") as temporary:
         temporary.touch()
-    assert names(tmp_path) == [f".twintune-{os.getpid()}-1-b", ".twintune-mine", "c"]
+    assert names(tmp_path) == sorted([*kept, "c"])
+
+
+def replace_folder(path: Path) -> None:
+    with atomic_folder(path) as temporary:
+        (temporary / "file").write_text("new")
+
+
+def test_a_folder_gets_its_name_back_where_the_new_one_cannot_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename = tmp_path / "a", Path.rename
+    path.mkdir()
+    (path / "file").write_text("old")
+
+    def refused(source: Path, target: Path) -> Path:
+        if (source / "file").read_text() == "new":
+            raise OSError("no")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match="no"):
+        replace_folder(path)
+    assert (names(tmp_path), (path / "file").read_text()) == (["a"], "old")
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_process_killed_at_the_renames_loses_no_folder(tmp_path: Path, renames: int) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from common.files import atomic_folder\n"
+        "path, rename, done = Path(sys.argv[1]), Path.rename, []\n"
+        "def killed(source, target):\n"
+        "    done.append(rename(source, target))\n"
+        "    if len(done) == int(sys.argv[2]): os.kill(os.getpid(), 9)\n"
+        "Path.rename = killed\n"
+        "with atomic_folder(path) as temporary: (temporary / 'file').write_text('new')"
+    )
+    path, command = tmp_path / "a", [sys.executable, "-c", code]
+    path.mkdir()
+    (path / "file").write_text("old")
+    subprocess.run([*command, str(path), str(renames)], cwd=files.__file__.rsplit("/", 2)[0], check=False)
+    assert path.exists() == (renames == 2)
+    with atomic_write(tmp_path / "c") as temporary:
+        temporary.touch()
+    assert (names(tmp_path), (path / "file").read_text()) == (["a", "c"], "old" if renames == 1 else "new")
+    replace_folder(path)
+    assert (names(tmp_path), (path / "file").read_text()) == (["a", "c"], "new")

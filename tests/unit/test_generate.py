@@ -131,3 +131,27 @@ def test_faults_come_before_anything_is_loaded(job: Any) -> None:
     with pytest.raises(UserError, match="--slots 0"):
         job(slots=0)
     assert job.seen == []
+
+
+@pytest.mark.parametrize(
+    ("number", "line", "words"),
+    [
+        (0, b"{", "line 1 is not JSON"),
+        (0, b"[]", r"line 1 is not a JSON object\."),
+        (0, b"\xff", "line 1 is not JSON"),
+        (1, b'{"number": 0, "ro', "line 2 is not JSON"),
+        (1, b'{"number": 0}', r"line 2 holds no answer\."),
+        (1, b'{"number": "0", "row": {}}', r"line 2 holds no answer\."),
+    ],
+)
+def test_a_damaged_part_is_named(job: Any, number: int, line: bytes, words: str) -> None:
+    with pytest.raises(UserError, match="the server died"):
+        job(fail_at="b")
+    part = job.folder / "out.jsonl.part"
+    lines = part.read_bytes().split(b"\n")
+    lines[number] = line
+    part.write_bytes(b"\n".join(lines))
+    with pytest.raises(UserError, match=words) as caught:
+        job()
+    assert caught.value.fix == "Remove it, or give another --out."
+    assert part.read_bytes() == b"\n".join(lines)

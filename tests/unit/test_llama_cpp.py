@@ -11,6 +11,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
+from common import files
 from common.errors import UserError
 from common.llama_cpp import build as build_module
 from common.llama_cpp import install
@@ -19,6 +20,7 @@ from common.llama_cpp.convert import read_tensors
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.system.process import fraction, run_logged, running
+from tests.full_disk import full_disk
 
 PREFIX = f"llama_cpp_python-{install.VERSION}/vendor/llama.cpp"
 
@@ -182,6 +184,17 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     second = build_module.build(lambda done, text: waiting.set())  # its only call says that it waits
     first.join(30)
     assert (builds, results) == ([root], [second])
+
+
+def test_the_mark_of_a_complete_build_appears_complete_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = install.cache_root()
+    (root / "source").mkdir(parents=True)
+    monkeypatch.setattr(build_module, "missing_build_tools", list)
+    monkeypatch.setattr(build_module, "_compile", lambda folder, progress: fake(folder, "build/bin", "source"))
+    monkeypatch.setattr(files, "_sync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        build_module.build(quiet)
+    assert not (root / "complete").exists()
 
 
 def archive(path: Path, members: dict[str, str | None], kind: bytes = tarfile.REGTYPE) -> Path:

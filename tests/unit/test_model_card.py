@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common import files
 from common.export import model_card
 from common.export.model_card import base_form, parts_of
 from common.model_files import license_files
 from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
 from common.run_record import Run
+from tests.full_disk import full_disk
 from tests.unit.hub import TOKEN, finished_run
 
 ALL = ["fused", "adapter", "gguf"]
@@ -107,6 +109,14 @@ def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:
 
 
 # --- terms
+
+
+def test_a_notice_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(files, "_sync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        copy_terms(tmp_path, tmp_path / "out", KNOWN["gemma"])
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,11 @@ from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.system.process import offline_environment
 from tests import ROOT
+from tests.progress import silent
 from tests.tiny import write_model
 from tests.traps import trap_model
 
 NOTHING = Adapter("", 2, 0.0, {})
-
-
-def quiet(share: float, text: str) -> None: ...
 
 
 def refused(folder: Path) -> str:
@@ -78,7 +76,7 @@ def test_opening_a_tokenizer_runs_nothing_and_asks_nothing(tmp_path: Path, monke
 
 def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
     folder = trap_model(tmp_path / "model", tmp_path / "marker")
-    write_fused(ModelFolder(folder), NOTHING, tmp_path / "fused", ServingConfig([2]), quiet)
+    write_fused(ModelFolder(folder), NOTHING, tmp_path / "fused", ServingConfig([2]), silent)
     names = [path.name for path in (tmp_path / "fused").iterdir()]
     assert "LICENSE" in names
     assert not [name for name in names if name.endswith(".py")]
@@ -97,7 +95,7 @@ def test_the_converter_sees_a_scrubbed_folder_and_no_token(tmp_path: Path, monke
         f"open({str(seen)!r}, 'w').write(json.dumps(seen))\nopen(out, 'w').write('x')\n"
     )
     llama = LlamaCpp(converter, tmp_path, tmp_path, "test", "1")
-    convert(folder, tmp_path / "m.gguf", "m", llama, quiet)
+    convert(folder, tmp_path / "m.gguf", "m", llama, silent)
     found = json.loads(seen.read_text())
     assert not [name for name in found["files"] if name.endswith(".py")]
     assert "auto_map" not in found["config"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from common import files
 from common.commands.compare import compare
 from common.display import Display
 from common.errors import UserError
@@ -14,6 +15,7 @@ from common.run_record import Run
 from common.system.environment import write_environment
 from common.training.checkpoint import State
 from common.training.metrics import figures
+from tests.full_disk import full_disk
 from tests.unit.bigram import PLAN, RECIPE, recipe
 
 FIGURES = {
@@ -185,6 +187,13 @@ def test_the_environment_names_versions_and_no_person_or_place(tmp_path: Path) -
     assert content.keys() == {"python", "system", "machine", "processor", "cores", "memory_bytes", "packages"}
     assert content["packages"]["numpy"]
     assert content["memory_bytes"] > 0
+
+
+def test_the_environment_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_sync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_environment(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_records_program_is_never_among_its_options(tmp_path: Path) -> None:

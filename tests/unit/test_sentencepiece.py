@@ -11,6 +11,7 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.convert import check_convertible
+from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.models.sentencepiece import adapt_space_prefix, check_model, read_state, rebuild, rebuild_checked, write
 from common.verify.tiny_models import write_tiny
@@ -213,3 +214,17 @@ def test_a_space_that_no_chat_had_is_not_served(scheme: str, template: str, sett
     assert after.encode(chat) == before.encode(chat)
     assert (after.encode("the cat") == before.encode("the cat")) is not settled
     check_model((out / "tokenizer.model").read_bytes(), after, [chat])
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_is_named(name: str, text: str, tmp_path: Path) -> None:
+    write_llama_like(write_tiny(tmp_path, "llama", {"vocab_size": 600}), "first")
+    tokenizer = load(tmp_path)
+    tokenizer.chat_template = CHAT
+    (tmp_path / name).write_text(text)
+    with pytest.MonkeyPatch.context() as patch:  # the library's own message is another matter
+        patch.setattr(sentencepiece, "open_tokenizer", lambda folder: tokenizer)
+        for change in (write, adapt_space_prefix):
+            with pytest.raises(UserError, match=f"{name} is not"):
+                change(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import files
 from common.backend import Memory
 from common.commands import fuse as fuse_module
 from common.commands import prepare as prepare_module
@@ -31,6 +32,7 @@ from common.training.checkpoint import latest
 from common.training.loop import Interrupted, evaluate
 from common.verify.verify import verify_run
 from tests.contexts import context
+from tests.full_disk import full_disk
 from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
@@ -198,6 +200,16 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
         *("swap_growth_bytes", "final_train_loss", "best_valid_loss", "best_step"),
     }
     assert backend.closed
+
+
+def test_a_runs_chat_template_appears_complete_or_not_at_all(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = files._sync
+    monkeypatch.setattr(files, "_sync", lambda path: full_disk(path) if path.suffix == ".jinja" else sync(path))
+    with pytest.raises(OSError, match="No space left"):
+        run(given)
+    assert not [path.name for path in Path(given["output"]).iterdir() if path.suffix == ".jinja"]
 
 
 def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, Any]) -> None:
