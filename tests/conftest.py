@@ -13,6 +13,8 @@ from tests.tiny import write_model, write_tokenizer
 
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup: here and in what is started, hang-ups are tested
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
