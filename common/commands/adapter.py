@@ -56,7 +56,7 @@ def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
 def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: Context) -> None:
     """Rewrite an adapter as `peft`, `mlx` or `gguf`. Raises UserError before anything is written."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already.", "Give a new name.")
+        raise UserError(f"{out} exists already.", "Give a new name.")
     if to == "gguf" and model is None:
         raise UserError("A GGUF LoRA needs the base model's config.", "Add --model with the adapter's base model.")
     adapter, base = _read(path, model, context)

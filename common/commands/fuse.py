@@ -243,7 +243,10 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
         display.say(f"The adapter goes into the dequantized {recipe.quantization} weights that it was trained over.")
         plan = run.plan
         if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
-            raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
+            raise UserError(
+                f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.",
+                "Restore plan.yaml.",
+            )
         backends = job.context.backends
         choose_backend(plan.backend, backends)  # a run may have come from another machine
         device = backends(plan.backend).choose_device("auto").value

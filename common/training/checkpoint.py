@@ -67,7 +67,7 @@ class State:
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stood after a step: all that training needs to go on."""
+    """Where a run stood after a step: all that training needs to continue."""
 
     state: State
     adapter: Adapter
@@ -124,7 +124,7 @@ def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
     if None not in (own, recipe_hash) and own != recipe_hash:
         raise UserError(
             f"{folder} was made by another recipe ({str(own)[:12]}) than the run's ({str(recipe_hash)[:12]}).",
-            f"Remove {folder} to go on from the checkpoint before it; or start a new run.",
+            f"Remove {folder} to continue from the checkpoint before it; or start a new run.",
         )
     plain.setdefault("evaluated", plain["step"])  # an older version saved only after the validation
     plain |= _evaluation(folder)

@@ -56,7 +56,7 @@ def verify_held(
     plan = runnable(run.plan, recipe, context.backends)
     cases, tokenizer = cases_of(run, base.path), load_tokenizer(run.fused)
     if not cases.rows:
-        raise UserError(f"{record.options.get('data')}: no row is left to verify with.", "Use --no-verify.")
+        raise UserError(f"{record.options.get('data')}: no row is left for verification.", "Use --no-verify.")
     control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
     if control:
         cases = replace(cases, texts=[*cases.texts, f"a{control}b"])

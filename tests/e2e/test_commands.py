@@ -395,7 +395,7 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
     twintune("adapter", "convert", tmp_path / "run", tmp_path / "theirs", "--to", "mlx", "--model", model)
     more = ["--steps", 3, "--adapter", tmp_path / "theirs"]
     out = twintune(*tiny_train(tiny, tmp_path / "next", "mlx", *more))
-    assert "going on from a given adapter" in out
+    assert "continuing from a given adapter" in out
     first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
     assert last < first
     assert "there is no adapter here" in twintune("adapter", "inspect", tmp_path, code=1)

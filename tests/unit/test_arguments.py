@@ -220,4 +220,4 @@ def test_options_over_a_runs_own_are_checked_together() -> None:
     assert options_over(kept, {"fuse_into": "base", "quant": "Q8_0"}).quant == ["Q8_0"]
     with pytest.raises(UserError) as caught:
         options_over(kept, {"exprt": "mlx", "quant": True})
-    assert caught.value.what == "--exprt is no option; did you mean 'export'?\n--quant needs a value"
+    assert caught.value.what == "--exprt is not an option; did you mean 'export'?\n--quant needs a value"

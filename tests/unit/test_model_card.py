@@ -139,7 +139,7 @@ def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:
         ({"README.md": "---\nlicense: [broken\n---\n"}, "a/b", "llama", "other", "see-base-model"),
     ],
 )
-def test_where_the_licence_is_found(
+def test_where_the_license_is_found(
     tmp_path: Path, files: dict[str, str], model: str, kind: str, license: str, name: str
 ) -> None:
     for file, text in files.items():
@@ -148,7 +148,7 @@ def test_where_the_licence_is_found(
     assert (terms.license, terms.name) == (license, name)
 
 
-def test_an_unknown_licence_is_not_invented(tmp_path: Path) -> None:
+def test_an_unknown_license_is_not_invented(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", find_terms(tmp_path, "some/base", "llama"))
     text = card(run, ALL)
     assert front(text)["license"] == "other"
@@ -185,7 +185,7 @@ def test_llamas_terms_are_carried_over(tmp_path: Path, version: str, built: str,
     assert (f"its name begins with “{begins}”" in text) == bool(begins)
 
 
-def test_licence_and_safety_files_are_copied(tmp_path: Path) -> None:
+def test_license_and_safety_files_are_copied(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
     out.mkdir()
