@@ -227,7 +227,7 @@ def _faults_of_export(options: Options) -> list[str]:
     if options.imatrix and options.export != "gguf":
         faults.append(f"imatrix is for a GGUF, and export is {options.export}")
     if options.imatrix and all(quant in UNGUIDED for quant in options.quant):
-        faults.append(f"imatrix means nothing for {', '.join(options.quant)}")
+        faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
     if options.fuse_into and options.quantization == "none":
         faults.append("fuse_into is for a quantized base; there is none (quantization none)")
     return faults

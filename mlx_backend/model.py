@@ -66,7 +66,9 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
     except ValueError as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{base.path}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
+        raise UserError(
+            f"{base.path}: weights and config.json do not match: {first}", "Fetch the model again."
+        ) from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:

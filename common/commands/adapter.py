@@ -71,7 +71,7 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
     """The adapter, and its base model's folder with which it was compared where that is given."""
     if model is None:
         if path.suffix == ".gguf":
-            raise UserError(f"{path}: a GGUF's names mean something only beside its base model.", "Add --model.")
+            raise UserError(f"{path}: the tensor names of a GGUF LoRA are read with its base model.", "Add --model.")
         return read_any(path), None
     base = resolve(model, context.display.say)
     shapes = linear_shapes(base, ["all-linear"])

@@ -60,7 +60,7 @@ def _push_held(run: Run, repo: str, what: list[str] | None, private: bool, dry_r
     kind = "private" if private else "public"
     display.table(f"{len(files)} files, {total}, for the model repository {repo}", ["file", "bytes"], rows)
     if dry_run:
-        display.say(f"dry run: nothing was asked or uploaded. {repo} would be made, {kind}, where it is not there yet.")
+        display.say(f"dry run: nothing was sent. {repo} would be created, {kind}, if it does not exist.")
         return
     again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
     with display.stage(f"upload {total} to {repo}"):

@@ -224,7 +224,7 @@ class TrainingLoop:
         elif not self.state.gradient_checkpointing:
             self.state.gradient_checkpointing = True
             self._checkpoint_gradients(True)
-            self.observer.warn(f"{what}; each layer is now computed twice to hold less (gradient checkpointing)")
+            self.observer.warn(f"{what}; each layer is now computed twice, to save memory (gradient checkpointing)")
         else:
             longest = max(batch.input_ids.size for batch in batches)
             raise UserError(

@@ -1,4 +1,4 @@
-"""The real llama.cpp, built where it is not there yet: convert, quantize, count types, compare tokens, answer.
+"""The real llama.cpp, built if it does not exist: convert, quantize, count types, compare tokens, answer.
 
 The model is tiny and random; its vocabulary is GPT-2's own, which lies in llama.cpp's source, with the texts that
 llama.cpp tests its tokenizers on.

@@ -123,7 +123,7 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
     for name in FUSED | ADAPTER | GGUF:
         assert name in done.stdout
     assert "12 files" in done.stdout
-    assert "me/model would be made, private, where it is not there yet." in " ".join(done.stdout.split())
+    assert "me/model would be created, private, if it does not exist." in " ".join(done.stdout.split())
     assert (run / "run.json").read_bytes() == before
 
 
