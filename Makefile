@@ -9,7 +9,7 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) cli.py train $(ARGS)
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
-test: check  ## everything, with real models and the real llama.cpp
+test: check  ## then the tests with real models and the real llama.cpp
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/templates tests/gguf tests/parity --ignore tests/parity/test_parity.py
 	$(PYTHON) -m pytest tests/parity/test_parity.py tests/e2e
 

@@ -77,7 +77,7 @@ def load_options(
     options = merged.checked(command, allowed)
     if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
         raise UserError(
-            f"--resume goes on with the run's own recipe and plan; it cannot be combined with --{', --'.join(extra)}.",
+            f"--resume continues with the run's own recipe and plan; it does not combine with --{', --'.join(extra)}.",
             "Leave those out, or start a new run without --resume.",
         )
     return options, merged.notes
@@ -133,7 +133,7 @@ def _validated(merged: _Merged, allowed: Collection[str] | None) -> Options | No
     known, values, sources, faults = by_flag(), merged.values, merged.sources, merged.faults
     taken = known if allowed is None else allowed
     for key in [key for key in values if key not in known or (key in merged.flags and key not in taken)]:
-        faults.append(f"{sources[key]} is no option; {nearest(key, list(taken))}".rstrip("; "))
+        faults.append(f"{sources[key]} is not an option; {nearest(key, list(taken))}".rstrip("; "))
         del values[key]
     switches = (bool, bool | None)
     for key in [key for key, value in values.items() if value is True and known[key].annotation not in switches]:
@@ -162,7 +162,7 @@ def idle_faults(flags: Collection[str], options: Options) -> list[str]:
     if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
     if "push_public" in flags and options.push is None:
-        faults.append("--push-public is for what --push uploads, and there is no --push")
+        faults.append("--push-public needs --push")
     one_file = options.data is None or not Path(options.data).expanduser().is_dir()
     if "valid_share" in flags and options.valid_share > 0 and not one_file:
         faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")

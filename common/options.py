@@ -139,7 +139,7 @@ class Options(RecipeFields, PlanFields):
         if isinstance(parts, list):
             pairs = [str(part).partition("=") for part in parts]
             if bad := [name for name, equals, _ in pairs if not equals]:
-                raise ValueError(f"{bad[0]!r} is no NAME=VALUE")
+                raise ValueError(f"{bad[0]!r} is not NAME=VALUE")
             names = [name for name, _, _ in pairs]
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"{twice[0]} is given twice")
@@ -187,7 +187,7 @@ class Options(RecipeFields, PlanFields):
         known = [*TARGET_GROUPS, *TARGET_GROUPS["all-linear"]]
         for name in value:
             if name not in known:
-                raise ValueError(f"{name!r} is no target; {nearest(name, known)}known: {', '.join(known)}")
+                raise ValueError(f"{name!r} is not a target; {nearest(name, known)}known: {', '.join(known)}")
         if not value:
             raise ValueError("names no module")
         return value
@@ -228,7 +228,7 @@ def _faults_of_method(options: Options) -> list[str]:
     changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
     faults = []
     if options.method == "full":
-        faults += [f"{name} means nothing with method full: there is no adapter" for name in SHAPE if name in changed]
+        faults += [f"{name} has no effect with method full: there is no adapter" for name in SHAPE if name in changed]
         if options.quantization != "none":
             faults.append("quantization cannot be combined with method full: quantized weights cannot be trained")
         if options.precision == "bf16":
@@ -244,7 +244,7 @@ def _faults_of_export(options: Options) -> list[str]:
     if options.imatrix and options.export != "gguf":
         faults.append(f"imatrix is for a GGUF, and export is {options.export}")
     if options.imatrix and all(quant in UNGUIDED for quant in options.quant):
-        faults.append(f"imatrix means nothing for {', '.join(options.quant)}")
+        faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
     if options.fuse_into and options.quantization == "none":
         faults.append("fuse_into is for a quantized base; there is none (quantization none)")
     return faults
@@ -257,7 +257,7 @@ def read_size(text: str) -> int:
     except ValidationError:
         size = 0
     if size < 1:
-        raise ValueError(f"{text!r} is no size such as 16GB or 900MB")
+        raise ValueError(f"{text!r} is not a size such as 16GB or 900MB")
     return size
 
 

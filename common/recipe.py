@@ -28,7 +28,7 @@ class Recipe(RecipeFields):
     template_hash: str
     precision: Literal["bf16", "fp32"]
     targets: list[str]  # the layers by name
-    adapter_hash: str = ""  # contents of the adapter that training went on from
+    adapter_hash: str = ""  # contents of the adapter that training started from
     quantization: str = "none"  # the scheme: mlx-4bit-64, nf4, ...
     steps: int
     warmup_steps: int

@@ -22,7 +22,7 @@ def refuse_links(run: Path) -> None:
         shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
         raise UserError(
             f"{run}: links in it lead out of the folder: {shown}.",
-            "Remove them; where you trust one, put the file itself in its place.",
+            "Remove them; where you trust one, replace it by the file itself.",
         )
 
 

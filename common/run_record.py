@@ -188,7 +188,7 @@ class Run:
             return RunRecord.model_validate(content)
         except ValidationError as error:
             raise UserError(
-                f"{self.record_file} is no run's record{_fault(error)}.", "Give a folder that `train` made."
+                f"{self.record_file} is not the record of a run{_fault(error)}.", "Give a folder that `train` made."
             ) from None
 
     def require_complete(self) -> RunRecord:

@@ -146,7 +146,8 @@ class MlxBackend:
                 hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
                 return np.array(head(self.model, hidden[-1:])[0])
 
-        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.model.facts.rope_split)
+        rope_split = self.model.forward_config.rope_split
+        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, rope_split)
 
     @contextmanager
     def _adapter(self, wanted: bool) -> Iterator[None]:

@@ -19,7 +19,7 @@ def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
     chunk: label positions whose logits are held at once.
     """
     total = mx.array(0.0)
-    for part in split_batch(batch, model.facts.rope_split):
+    for part in split_batch(batch, model.forward_config.rope_split):
         real = np.arange(part.labels.shape[1]) < part.lengths[:, None]
         labels = part.labels[real]
         label_positions = (labels != IGNORE).nonzero()[0]
@@ -88,7 +88,7 @@ def _loss_and_gradients(model: Any, arguments: list[mx.array], targets: mx.array
 def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
     """`(logits, the log of the sum of their exponentials, their derivative by raw or None where that is 1)`."""
     logits = finish(model, raw)
-    divisor, cap = model.facts.logit_divisor, model.facts.logit_softcap
+    divisor, cap = model.forward_config.logit_divisor, model.forward_config.logit_softcap
     derivative = None
     if cap or divisor != 1.0:
         derivative = (1 - mx.square(logits / cap) if cap else mx.array(1.0)) / divisor

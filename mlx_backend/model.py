@@ -40,7 +40,7 @@ class _Rope(nn.Module):
 
 
 def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
-    """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `facts`.
+    """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `forward_config`.
 
     Raises UserError where checkpoint and model do not have the same weights.
     """
@@ -66,13 +66,15 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
     except ValueError as error:
         first = str(error).strip().split("\n")[0]
-        raise UserError(f"{base.path}: weights and config.json do not fit: {first}", "Fetch the model again.") from None
+        raise UserError(
+            f"{base.path}: weights and config.json do not match: {first}", "Fetch the model again."
+        ) from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:
             layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
     install(model, config["model_type"].startswith("gemma"))
-    model.facts = found
+    model.forward_config = found
     return model
 
 
@@ -88,7 +90,7 @@ def hidden_states(model: Any, input_ids: mx.array, rows: RaggedRows, caches: lis
     With `caches`, a KVCache for each layer, the ids continue the one row whose keys and values the caches hold, and
     are added to them.
     """
-    config: ForwardConfig = model.facts
+    config: ForwardConfig = model.forward_config
     h = model.model.embed_tokens(input_ids)
     if config.embedding_scale != 1.0:
         h = h * config.embedding_scale  # a Python number: it takes h's type, as in transformers
@@ -127,9 +129,9 @@ def project(model: Any, hidden: mx.array, weight: mx.array | None = None) -> mx.
 def finish(model: Any, raw: mx.array) -> mx.array:
     """Logits in float32 from the head's products: what a family does after its head."""
     logits = raw.astype(mx.float32)
-    if model.facts.logit_divisor != 1.0:
-        logits = logits / model.facts.logit_divisor
-    if cap := model.facts.logit_softcap:
+    if model.forward_config.logit_divisor != 1.0:
+        logits = logits / model.forward_config.logit_divisor
+    if cap := model.forward_config.logit_softcap:
         logits = mx.tanh(logits / cap) * cap
     return logits
 

@@ -21,7 +21,8 @@ def quantize(model: Any, scheme: str) -> None:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear) and module.weight.shape[-1] % group:
                 raise UserError(
-                    f"--quantization {bits}bit: {name} has rows of {module.weight.shape[-1]}, no multiple of {group}.",
+                    f"--quantization {bits}bit: {name} has {module.weight.shape[-1]} columns, "
+                    f"which is not a multiple of {group}.",
                     "Leave --quantization out.",
                 )
         nn.quantize(layer, group, bits, class_predicate=lambda _, module: isinstance(module, nn.Linear))

@@ -180,7 +180,7 @@ def check_fused_equals_adapter(name: str, folder: Path, rows: list[Encoded], out
 
 
 def check_clipping(name: str, folder: Path, rows: list[Encoded]) -> None:
-    """A limit below every gradient's norm changes the adapter, one above changes nothing: 0 is no limit.
+    """A limit below every gradient's norm changes the adapter, one above changes nothing: 0 sets no limit.
 
     AdamW does not see the scale of gradients, but it does see that steps of other norms become alike.
     """

@@ -56,7 +56,7 @@ def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
 def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: Context) -> None:
     """Rewrite an adapter as `peft`, `mlx` or `gguf`. Raises UserError before anything is written."""
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise UserError(f"{out} is there already.", "Give a new name.")
+        raise UserError(f"{out} exists already.", "Give a new name.")
     if to == "gguf" and model is None:
         raise UserError("A GGUF LoRA needs the base model's config.", "Add --model with the adapter's base model.")
     adapter, base = _read(path, model, context)
@@ -71,7 +71,7 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
     """The adapter, and its base model's folder with which it was compared where that is given."""
     if model is None:
         if path.suffix == ".gguf":
-            raise UserError(f"{path}: a GGUF's names mean something only beside its base model.", "Add --model.")
+            raise UserError(f"{path}: the tensor names of a GGUF LoRA are read with its base model.", "Add --model.")
         return read_any(path), None
     base = resolve(model, context.display.say)
     shapes = linear_shapes(base, ["all-linear"])

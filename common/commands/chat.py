@@ -1,4 +1,4 @@
-"""`chat RUN`: a talk in the terminal, whose good turns become training rows."""
+"""`chat RUN`: a chat session in the terminal, which can be saved as a training row."""
 
 import argparse
 import json
@@ -30,9 +30,9 @@ from common.system.cache import cache_folder
 
 HELP = """/system TEXT or @FILE   another system prompt (/system none: without)
 /compare [TEXT]         the base's answer beside the tuned one's, to TEXT or the last question
-/save FILE.jsonl        add this talk to FILE as a training row; answers that were cut off carry no loss
-/load FILE.jsonl [N]    go on with row N of FILE, or its last
-/reset                  forget the turns, keep the system prompt
+/save FILE.jsonl        add this session to FILE as a training row; answers that were cut off carry no loss
+/load FILE.jsonl [N]    continue with row N of FILE, or its last
+/reset                  remove the turns, keep the system prompt
 /quit, or Ctrl-D        end
 Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops an answer"""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # an answer must not steer the terminal
@@ -52,11 +52,11 @@ class ChatSession:
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
 
-    def said(self) -> list[Message]:
+    def messages(self) -> list[Message]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def handle(self, line: str) -> bool:
-        """One line of the user's. False: the talk is over."""
+        """One line of the user's. False: the session is over."""
         line = line.strip()
         name, _, rest = line.partition(" ")
         if not line.startswith("/"):
@@ -67,7 +67,7 @@ class ChatSession:
         elif name in (commands := self._commands()):
             commands[name](rest.strip())
         else:
-            raise UserError(f"{name} is no command.", f"Known: {', '.join(commands)}, /quit")
+            raise UserError(f"{name} is not a command.", f"Known: {', '.join(commands)}, /quit")
         return True
 
     def _commands(self) -> dict[str, Callable[[str], None]]:
@@ -81,11 +81,11 @@ class ChatSession:
         }
 
     def ask(self, question: str) -> None:
-        """Stream the answer, and keep both. Ctrl-C ends it: what was said by then stays, but carries no loss."""
+        """Stream the answer, and keep both. Ctrl-C ends it: the text so far stays, but carries no loss."""
         asked = {"role": "user", "content": question}
         text, finish = "", None
         try:
-            with closing(self.models.tuned.answer([*self.said(), asked], self.sampling, ())) as pieces:
+            with closing(self.models.tuned.answer([*self.messages(), asked], self.sampling, ())) as pieces:
                 for piece, end in pieces:
                     text, finish = text + piece, end
                     self.display.console.out(shown(piece), end="", highlight=False)
@@ -110,21 +110,21 @@ class ChatSession:
 
     def reset(self, rest: str) -> None:
         self.turns = []
-        self.display.say("the turns are forgotten")
+        self.display.say("the turns are removed")
 
     def row(self) -> dict[str, Any]:
-        """The talk up to its last answer, as training reads it. Raises UserError where no answer is whole."""
+        """The session as a training row. Raises UserError where no answer is complete."""
         if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in self.turns):
-            raise UserError("There is no whole answer yet that could be learned from.", "Ask something first.")
-        return {"messages": self.said()}
+            raise UserError("There is no complete answer yet to train on.", "Ask something first.")
+        return {"messages": self.messages()}
 
     def save(self, rest: str) -> None:
         path = Path(rest).expanduser()
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
-            raise UserError(f"/save {rest}: talks are kept as JSONL.", "/save FILE.jsonl")
+            raise UserError(f"/save {rest}: sessions are saved as JSONL.", "/save FILE.jsonl")
         row = self.row()
         if path.exists():
-            read_rows(path)  # before anything is written: a file with faults is named, and stays as it is
+            read_rows(path)  # before anything is written: a file with faults raises here, unchanged
         add_row(path, row)
         self.display.say(f"saved to {path}, row {len(read_rows(path))}: {PROGRAM} check-data {path}")
 
@@ -142,17 +142,17 @@ class ChatSession:
         turns = [dict(message) for message in row.messages]
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         self.turns = turns
-        for turn in self.said():
+        for turn in self.messages():
             self.display.say(f"{turn['role']}: {shown(turn['content'])}")
 
     def compare(self, rest: str) -> None:
-        """Both answers, one after the other, in two columns; only a new question enters the talk."""
+        """Both answers, one after the other, in two columns; only a new question enters the session."""
         questions = [number for number, turn in enumerate(self.turns) if turn["role"] == "user"]
         if not rest and not questions:
-            raise UserError("/compare: nothing was asked yet.", "/compare TEXT")
+            raise UserError("/compare: there is no question yet.", "/compare TEXT")
         asked = {"role": "user", "content": rest} if rest else self.turns[questions[-1]]
         before = self.turns if rest else self.turns[: questions[-1]]
-        messages = [*self.said()[: len(self.said()) - len(self.turns)], *before, asked]
+        messages = [*self.messages()[: len(self.messages()) - len(self.turns)], *before, asked]
         columns: list[tuple[ChatModel, str]] = [(self.models.base(), ""), (self.models.tuned, "")]
         finish = None
         with self._side_by_side(columns) as update:
@@ -185,7 +185,7 @@ class ChatSession:
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:
-    """The file with one more row; whole, or as it was."""
+    """Add one row to the file, completely or not at all."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     line = json.dumps(row, ensure_ascii=False) + "\n"
     with atomic_write(path) as temporary:
@@ -200,20 +200,20 @@ def chat(target: Target, system: str | None, length: int, sampling: Sampling, co
         converse(session, _reader())
 
 
-def converse(talk: ChatSession, read: Callable[[], str]) -> None:
-    """Line after line; a fault is told and the talk goes on."""
+def converse(session: ChatSession, read: Callable[[], str]) -> None:
+    """Handle line after line until the session ends; an error is shown as a warning."""
     while True:
         try:
-            if not talk.handle(read()):
+            if not session.handle(read()):
                 return
         except EOFError:
             return
         except KeyboardInterrupt:
-            talk.display.say("(Ctrl-D or /quit ends the talk)")
+            session.display.say("(Ctrl-D or /quit ends the session)")
         except UserError as error:
-            talk.display.warn(f"{error.what}\n  {error.fix}")
+            session.display.warn(f"{error.what}\n  {error.fix}")
         except OSError as error:
-            talk.display.warn(f"{error.strerror or error}: {error.filename or ''}")
+            session.display.warn(f"{error.strerror or error}: {error.filename or ''}")
 
 
 def _reader() -> Callable[[], str]:
@@ -251,7 +251,7 @@ def _ended_by_signal() -> Iterator[None]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "In the chat, /help lists the commands: compare with the base, save as training rows, and others."
+    parser.epilog = "In the chat, /help lists the commands, such as /compare with the base and /save as a training row."
     add_target(parser)
     add_system(parser, "system prompt")
     parser.add_argument(

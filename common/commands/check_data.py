@@ -94,8 +94,8 @@ def explain_row(examples: list[Example], number: int, encoder: Encoder, display:
     pieces = encoder.tokenizer.convert_ids_to_tokens(row.ids.tolist())
     lines: list[list[str | Text]] = []
     for at, (token, piece, reason) in enumerate(zip(row.ids.tolist(), pieces, reasons, strict=True)):
-        said = encoder.tokenizer.decode([token])
-        shown = repr(said)[1:-1] if "\ufffd" not in said else piece  # part of a letter: as the vocabulary writes it
+        text = encoder.tokenizer.decode([token])
+        shown = repr(text)[1:-1] if "\ufffd" not in text else piece  # part of a letter: as the vocabulary writes it
         style = "black on green" if row.mask[at] else ""
         lines.append([str(at), str(token), Text(shown, style), "label" if row.mask[at] else "", reason])
     display.table(

@@ -41,12 +41,14 @@ def compare(runs: list[Path], display: Display) -> None:
     for run, record in zip(runs, records, strict=True):
         if len(record.plans) > 1:
             moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in record.plans)
-            display.say(f"{run.name} changed its plan on the way ({moves}): its speed and memory are a mixture.")
+            display.say(
+                f"{run.name} changed its plan during training ({moves}): its speed and memory are of both plans."
+            )
     kinds = {record.memory_kind for record in records}
     if len(kinds) > 1:
         display.say(
-            f"peak memory is counted in different ways here ({', '.join(sorted(map(str, kinds)))}): "
-            "compare peak RSS, the process's peak in every run."
+            f"peak memory was measured in different ways ({', '.join(sorted(map(str, kinds)))}): "
+            "compare peak RSS instead, which is the same in every run."
         )
 
 

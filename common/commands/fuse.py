@@ -228,19 +228,24 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     if recipe.quantization == "none":
         yield {}
     elif quantized_source(job.base.path) is not None:
-        display.say(f"The adapter goes into the model's dequantized {recipe.quantization} weights: it has no others.")
+        display.say(
+            f"The adapter is fused into the model's dequantized {recipe.quantization} weights: it has no others."
+        )
         yield {}
     elif job.options.fuse_into != "dequantized":
         display.say(
-            f"The adapter goes into the 16-bit base, which is better than the {recipe.quantization} one it was trained "
-            "over, but not the same; --fuse-into dequantized gives what training saw."
+            f"The adapter is fused into the 16-bit base, which is better than the {recipe.quantization} one of "
+            "training, but not the same; --fuse-into dequantized gives what training saw."
         )
         yield {}
     else:
-        display.say(f"The adapter goes into the dequantized {recipe.quantization} weights that it was trained over.")
+        display.say(f"The adapter is fused into the dequantized {recipe.quantization} weights that it was trained on.")
         plan = run.plan
         if (plan.backend == "mlx") != recipe.quantization.startswith("mlx"):
-            raise UserError(f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.", "Undo that.")
+            raise UserError(
+                f"{run}: plan.yaml says {plan.backend}, its base is {recipe.quantization}.",
+                "Restore plan.yaml.",
+            )
         backends = job.context.backends
         choose_backend(plan.backend, backends)  # a run may have come from another machine
         device = backends(plan.backend).choose_device("auto").value

@@ -36,7 +36,7 @@ class Answers:
 
 
 def generate(target: Target, wanted: Answers, sampling: Sampling, context: Context) -> None:
-    """Write `wanted.out` completely or not at all; a stopped job continues from its .part when the same is asked again.
+    """Write `wanted.out` completely or not at all; the same command continues a stopped job from its .part file.
 
     Raises UserError before anything is loaded where something is missing.
     """
@@ -44,15 +44,15 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
     if slots < 1:
         raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
     if out.exists():
-        raise UserError(f"--out {out} is there already.", "Give another name, or take it away.")
+        raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise UserError(f"--out {out}: its folder is not there, or may not be written.", "Make the folder first.")
+        raise UserError(f"--out {out}: its folder does not exist, or cannot be written to.", "Make the folder first.")
     part = out.with_name(f"{out.name}.part")
     done = _begun(part, _asked_for(target, rows, sampling, wanted.length))
     if len(done) > 1:
-        display.say(f"{part}: {len(done) - 1} of {len(rows)} answers are there already")
+        display.say(f"{part}: {len(done) - 1} of {len(rows)} answers exist already")
     left = [number for number in range(len(rows)) if number not in done]
     if left:
         with (
@@ -94,10 +94,10 @@ def _ask_all(
         with closing(model.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
             for piece, end in pieces:
                 text, finish = text + piece, end
-        whole = {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish}
-        return whole | ({"tools": list(row.tools)} if row.tools else {})
+        answered = {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish}
+        return answered | ({"tools": list(row.tools)} if row.tools else {})
 
-    if slots == 1:  # in this thread: a backend's framework wants no other
+    if slots == 1:  # in this thread: a backend's framework may not be called from another
         for count, number in enumerate(left, finished + 1):
             keep(number, ask(number))
             progress(count / len(rows), f"{count} of {len(rows)}")
@@ -113,7 +113,7 @@ def _ask_all(
 
 
 def _asked_for(target: Target, rows: list[Example], sampling: Sampling, length: int) -> str:
-    """A hash of all that makes the answers: a part of other ones is no beginning of these."""
+    """A hash of everything that the answers depend on; a .part with another hash cannot be continued."""
     file = target.path if target.kind == "gguf" else Run(target.path).record_file
     model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
     asked = [model, asdict(sampling), length, [[row.messages, row.tools] for row in rows]]
@@ -145,7 +145,7 @@ def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "A stopped job continues when the same is asked again."
+    parser.epilog = "A stopped job continues when the same command is given again."
     add_target(parser)
     parser.add_argument(
         "--prompts",

@@ -61,7 +61,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
                 progress(step / 2, f"step {step}")
         peak = backend.memory().peak
     except OutOfMemory as error:
-        display.warn(f"the probe ran out of memory ({error}): train would use smaller micro-batches and go on")
+        display.warn(f"the probe ran out of memory ({error}): train would continue with smaller micro-batches")
         return {}
     finally:
         backend.close()

@@ -176,7 +176,7 @@ def check_unused(run: Path) -> None:
     if Run(run).record_file.exists():
         raise UserError(
             f"--output {run} holds another run.",
-            f"Go on with it (python cli.py train --resume {run}), or give another folder.",
+            f"Continue it (python cli.py train --resume {run}), or give another folder.",
         )
 
 

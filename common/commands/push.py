@@ -17,13 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what", nargs="+", choices=PARTS, default=[], help="parts to upload; all that there are unless given"
     )
-    seen = parser.add_mutually_exclusive_group()
-    seen.add_argument("--public", action="store_true", help="make a new repository public")
-    seen.add_argument(
-        "--private", action="store_true", help="make a new repository private, as it is unless --public is given"
-    )
+    parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="list every file with its size and place; upload nothing"
+        "--dry-run", "--dry_run", action="store_true", help="list every file with its size and target; upload nothing"
     )
 
 

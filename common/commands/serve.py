@@ -33,12 +33,12 @@ class Address:
 def serve(target: Target, address: Address, length: int, slots: int, context: Context) -> None:
     """Serve until Ctrl-C. length: tokens of a prompt and its answer; slots: requests answered at once.
 
-    Raises UserError where the target is no GGUF, the port is taken, or the server dies.
+    Raises UserError where the target is not a GGUF, the port is taken, or the server dies.
     """
     display, host, port, key = context.display, address.host, address.port, address.key
     if target.kind != "gguf":
         raise UserError(
-            f"{target.run} is no GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file."
+            f"{target.run} is not a GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file."
         )
     if length < 1 or slots < 1:
         raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
@@ -70,7 +70,7 @@ def key_of(host: str, api_key: str | None, no_auth: bool) -> str | None:
     if key is None and not no_auth and not is_loopback(host):
         raise UserError(
             f"--host {host}: whoever reaches this machine over the network could use the model.",
-            "Give a key that they must bring, by LLAMA_API_KEY in the environment or --api-key; or say --no-auth.",
+            "Require a key, by LLAMA_API_KEY in the environment or --api-key; or say --no-auth.",
         )
     return key
 
@@ -86,7 +86,7 @@ def _flags(llama: LlamaCpp, display: Display) -> list[str]:
     """_SAFER as far as this llama-server knows them: an older one would not start."""
     known = capture([str(llama.server), "--help"], 60, lines=10_000, env=llama_environment())[1]
     if missing := [flag for flag in _SAFER if flag not in known]:
-        display.warn(f"{llama.server} knows no {' or '.join(missing)}: it is served without")
+        display.warn(f"{llama.server} lacks the option {' and '.join(missing)}; the server runs without it")
     return [flag for flag in _SAFER if flag not in missing]
 
 

@@ -67,7 +67,7 @@ def run_training(options: Options, context: Context) -> Path:
             job.run.update(status="interrupted")
             record_seconds(job.run, seconds)
             if not isinstance(error, (Interrupted, UserError)):
-                display.warn(f"training was stopped. To go on: {PROGRAM} train --resume {job.run}")
+                display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
         validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
         adapters.write_both(job.run.path, adapter)
@@ -202,7 +202,7 @@ def _method(recipe: Recipe, start: Adapter | None) -> str:
         f"alpha {', '.join(f'{a:g}' for a in alphas)}{' / sqrt(rank)' if recipe.rslora else ''} on "
         f"{len(start.weights)} layers"
         + (f" of a {recipe.quantization} base" if recipe.quantization != "none" else "")
-        + (", going on from a given adapter" if recipe.adapter_hash else "")
+        + (", continuing from a given adapter" if recipe.adapter_hash else "")
     )
 
 
@@ -271,6 +271,6 @@ def run(args: argparse.Namespace, context: Context) -> int:
         run_training(options, context)
     except Interrupted as stop:
         command = f"{PROGRAM} train --resume {stop}"
-        context.display.warn(f"stopped after a finished step, saved. Go on with: {command}")
+        context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")
         return 130
     return 0

@@ -79,11 +79,11 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
     if isinstance(refusal, Unlabeled):
         raise UserError(
             f"{example.source}: this row cannot be labeled exactly: {refusal}.",
-            "Take the row out, or use another template (--chat-template).",
+            "Remove the row, or use another template (--chat-template).",
         )
     raise UserError(
         f"{example.source}: the model's chat template refuses this row: {refusal}",
-        "Bring the row's turns into the order that the template wants.",
+        "Reorder the row's turns as the template requires.",
     )
 
 

@@ -40,7 +40,7 @@ class Encoded:
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """The folder's tokenizer; chat_template: one of our own by name, or a file, in place of its own.
+    """The folder's tokenizer; chat_template: a built-in one by name, or a file, in place of its own.
 
     Raises UserError where there is no tokenizer, or its vocabulary lacks a token that the given template writes.
     """
@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
         if missing := [token for token in written if token not in known]:
             raise UserError(
                 f"--chat-template {chat_template}: it writes {', '.join(missing)}, which the model's vocabulary lacks.",
-                f"Choose one that fits: {', '.join(_fitting(known)) or 'none of our own does; give a file'}.",
+                f"Choose one that fits: {', '.join(_fitting(known)) or 'no built-in one does; give a file'}.",
             )
     return tokenizer
 
@@ -76,8 +76,8 @@ def _named_template(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--chat-template {name}: neither a name of ours nor a file that can be read ({error}).",
-            f"Our own: {', '.join(own_templates())}.",
+            f"--chat-template {name}: neither a built-in template nor a readable file ({error}).",
+            f"Built in: {', '.join(own_templates())}.",
         ) from None
 
 
@@ -111,7 +111,7 @@ class Encoder:
             raise UserError(
                 f"{example.source}: the model has no chat template, so chat rows cannot be rendered.",
                 f"Use its instruction-tuned (-it, -Instruct) version, or --chat-template NAME or FILE "
-                f"(ours that fit: {', '.join(_fitting(self.tokenizer.get_vocab())) or 'none'}).",
+                f"(built-in ones that fit: {', '.join(_fitting(self.tokenizer.get_vocab())) or 'none'}).",
             )
         return locate_turns(example, self.template)
 
@@ -136,7 +136,7 @@ class Encoder:
                 return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
             raise UserError(
                 f"{example.source}: this row cannot be labeled exactly: {why}.",
-                "Take the row out, or use another template (--chat-template).",
+                "Remove the row, or use another template (--chat-template).",
             ) from None
 
     def _chat(self, example: Example, conversation: Conversation) -> Encoded:
@@ -193,7 +193,7 @@ class Encoder:
         ids = self.tokenizer(example.text, add_special_tokens=False)["input_ids"]
         stop = self.tokenizer.eos_token_id
         if stop is None:
-            raise UserError(f"{example.source}: the tokenizer has no end of text.", "Use chat rows.")
+            raise UserError(f"{example.source}: the tokenizer has no end-of-text token.", "Use chat rows.")
         ids = np.asarray([*ids, stop], np.int32)
         try:
             return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))

@@ -26,9 +26,9 @@ def data_of(run: Run, options: Options) -> Dataset:
     try:
         data = load_data(options.data or "", options.valid_share, options.seed, options.field)
     except UserError as error:
-        raise UserError(error.what, f"Bring the data of {run} back, {without}") from None
+        raise UserError(error.what, f"Restore the data of {run}, {without}") from None
     if data_hash(data) != run.recipe.data_hash:
-        raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Bring that back, {without}")
+        raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Restore that data, {without}")
     return data
 
 
@@ -90,7 +90,7 @@ def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     found = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     found = [path for path in found if path.exists()]
     if len(found) > 1:
-        raise UserError(f"--data {folder}: both {found[0].name} and {found[1].name} are there.", "Remove one of them.")
+        raise UserError(f"--data {folder}: it holds both {found[0].name} and {found[1].name}.", "Remove one of them.")
     return found[0] if found else None
 
 
@@ -149,10 +149,10 @@ def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str
         shown = faults[:SHOWN_FAULTS] + ([f"... and {more} more"] if more > 0 else [])
         raise UserError(
             f"{where} has {len(faults)} bad {unit}:\n" + "\n".join(shown),
-            f"Correct them; {FORM}\n       Also read: {KNOWN}. Columns called otherwise: --field PART=COLUMN.",
+            f"Correct them; {FORM}\n       Also read: {KNOWN}. Columns with other names: --field PART=COLUMN.",
         )
     if not rows and empty:
-        raise UserError(f"{where}: none of its {len(empty)} rows has an answer.", "Give rows with something to learn.")
+        raise UserError(f"{where}: none of its {len(empty)} rows has an answer.", "Give rows with answers.")
     if not rows:
         raise UserError(f"{where} is empty: it holds no rows.", f"Put rows in it; {FORM}")
     seen.empty += empty

@@ -84,7 +84,7 @@ def _csv(path: Path) -> LocatedRows:
         if not header:
             header = cells
             if twice := [name for name in header if header.count(name) > 1]:
-                raise UserError(f"{path}: two columns are called {twice[0]!r}.", "Give every column its own name.")
+                raise UserError(f"{path}: two columns are named {twice[0]!r}.", "Rename one of them.")
             if len(header) == 1 and ";" in header[0]:
                 raise UserError(f"{path}: its columns are separated by semicolons.", "Save it with commas, or as .tsv.")
         elif len(cells) != len(header):
@@ -132,7 +132,9 @@ def _read_text(path: Path) -> str:
             "Give a file, a folder with a train file in it, or a hub data set (owner/name).",
         ) from None
     except OSError as error:
-        raise UserError(f"--data {path}: cannot be read: {error.strerror}.", "Check the path and its rights.") from None
+        raise UserError(
+            f"--data {path}: cannot be read: {error.strerror}.", "Check the path and its permissions."
+        ) from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

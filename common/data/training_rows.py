@@ -61,10 +61,10 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
         display.say(f"{count} rows: {note}")
     if unlabeled := [row for part in parts for row in part.unlabeled]:
-        display.warn(f"{len(unlabeled)} rows are left out, nothing in them is trained: {unlabeled[0].source} ...")
+        display.warn(f"{len(unlabeled)} rows without a label token are left out: {unlabeled[0].source} ...")
     if not rows.train.rows and not rows.train.dropped:
         raise UserError(
-            f"--train-on {options.train_on}: nothing in {options.data} is trained.",
+            f"--train-on {options.train_on}: no token of {options.data} is trained.",
             "Look at it with check-data --explain 1; train: false and weight: 0 take turns out.",
         )
     if not rows.train.rows:

@@ -1,4 +1,4 @@
-"""A complete Hugging Face folder of the fused model, and its GGUFs."""
+"""A complete Hugging Face folder of the fused model."""
 
 import contextlib
 import json

@@ -106,12 +106,12 @@ def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     command = [llama.server, "-m", base, "--lora", out]
     if job.served.template is not None:  # the base's own may give other prompts than training had
         command += ["--jinja", "--chat-template-file", job.run.template]
-    display.say(f"run it over the base model's GGUF: {shlex.join(map(str, command))}")
+    display.say(f"run it with the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
-        display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: see to that first")
+        display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: review it first")
     elif base == "BASE.gguf":
         command = ["python", llama.converter, folder, "--outfile", base]
-        display.say(f"which is made by: {shlex.join(map(str, command))}")
+        display.say(f"make that GGUF by: {shlex.join(map(str, command))}")
 
 
 def _write_modelfile(job: ExportJob, gguf: Path, prompt: list[dict[str, Any]]) -> None:

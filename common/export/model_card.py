@@ -46,22 +46,22 @@ def write_card(run: Run, path: Path, parts: list[str]) -> None:
 
 def card(run: Run, parts: list[str]) -> str:
     """The text of README.md for those of PARTS that `parts` names."""
-    facts, recipe = run.record, run.recipe
-    if facts.base is None:
+    record, recipe = run.record, run.recipe
+    if record.base is None:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
-    terms = Terms(**facts.base.terms)
-    model = str(facts.options["model"])  # a local model is on record by its absolute path, never a hub name
+    terms = Terms(**record.base.terms)
+    model = str(record.options["model"])  # a local model is on record by its absolute path, never a hub name
     base = model if is_hub_name(model) else ""
-    data = _data_name(str(facts.options["data"]))
+    data = _data_name(str(record.options["data"]))
     sections = [
         f"---\n{_front_matter(terms, base, data, recipe, parts)}\n---",
         f"# {base.rpartition('/')[2] or 'A local model'}, fine-tuned",
-        _about(facts, facts.base.form, recipe, base),
-        "## Data\n\n" + _data(facts, recipe, data),
-        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(facts, recipe).items()}),
-        "## Figures\n\n" + _table(_figures(run, facts)),
-        "## Files\n\n" + _files(facts, parts),
-        "## How to run it\n\n" + _usage(facts, parts, base),
+        _about(record, record.base.form, recipe, base),
+        "## Data\n\n" + _data(record, recipe, data),
+        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(record, recipe).items()}),
+        "## Figures\n\n" + _table(_figures(run, record)),
+        "## Files\n\n" + _files(record, parts),
+        "## How to run it\n\n" + _usage(record, parts, base),
         "## License\n\n" + _license(terms, base),
     ]
     return "\n\n".join(sections) + "\n"
@@ -83,7 +83,7 @@ def _front_matter(terms: Terms, base: str, data: str, recipe: Recipe, parts: lis
     ).to_yaml(original_order=order)
 
 
-def _about(facts: RunRecord, form: str, recipe: Recipe, base: str) -> str:
+def _about(record: RunRecord, form: str, recipe: Recipe, base: str) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if base else "a local model folder"
     how = {"lora": "with LoRA", "dora": "with DoRA", "full": "in full"}[recipe.method]
     lines = [
@@ -91,7 +91,7 @@ def _about(facts: RunRecord, form: str, recipe: Recipe, base: str) -> str:
         form,
     ]
     if recipe.quantization != "none":
-        into = facts.export.fuse_into or "base"
+        into = record.export.fuse_into or "base"
         lines.append(
             f"In training the base was quantized ({recipe.quantization}); the adapter is fused into "
             + ("those dequantized weights." if into == "dequantized" else "the original weights.")
@@ -105,9 +105,9 @@ def _data_name(source: str) -> str:
     return name if is_hub_name(name) and not Path(source).exists() else ""
 
 
-def _data(facts: RunRecord, recipe: Recipe, name: str) -> str:
+def _data(record: RunRecord, recipe: Recipe, name: str) -> str:
     what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "A local data set"
-    counts = facts.data.model_dump()
+    counts = record.data.model_dump()
     known = [f"{counts[key]:,} {text}" for key, text in _COUNTS.items() if counts.get(key)]
     details = f": {', '.join(known)}" if known else ""
     return f"{what}{details}. SHA-256 of the rows: `{recipe.data_hash}`."
@@ -121,9 +121,9 @@ _COUNTS = {
 }
 
 
-def _recipe_rows(facts: RunRecord, recipe: Recipe) -> dict[str, Any]:
+def _recipe_rows(record: RunRecord, recipe: Recipe) -> dict[str, Any]:
     fields = recipe.model_dump(exclude=_LEFT_OUT | (set(_SHAPE) if recipe.method == "full" else set()))
-    return {"recipe hash": f"`{facts.recipe_hash}`"} | {
+    return {"recipe hash": f"`{record.recipe_hash}`"} | {
         name: value for name, value in fields.items() if value not in (None, {})
     }
 
@@ -138,9 +138,9 @@ def _shown(value: Any) -> str:
     )
 
 
-def _figures(run: Run, facts: RunRecord) -> dict[str, str]:
+def _figures(run: Run, record: RunRecord) -> dict[str, str]:
     def number(key: str, show: str) -> str:
-        value = getattr(facts, key)
+        value = getattr(record, key)
         return show.format(value) if value is not None else ""
 
     plan = run.plan
@@ -154,13 +154,13 @@ def _figures(run: Run, facts: RunRecord) -> dict[str, str]:
         "exported step": number("exported_step", "{}"),
         "training time": number("train_seconds", "{:.0f} s"),
         "tokens/s": number("tokens_per_second", "{:.1f}"),
-        "peak memory": gigabytes(facts.peak_memory_bytes) if facts.peak_memory_bytes else "",
+        "peak memory": gigabytes(record.peak_memory_bytes) if record.peak_memory_bytes else "",
         "backend": f"{plan.backend} on {plan.device}",
     }
     return {name: text for name, text in rows.items() if text}
 
 
-def _files(facts: RunRecord, parts: list[str]) -> str:
+def _files(record: RunRecord, parts: list[str]) -> str:
     lines = []
     if "fused" in parts:
         lines.append(
@@ -169,7 +169,7 @@ def _files(facts: RunRecord, parts: list[str]) -> str:
     if "adapter" in parts:
         lines.append("- `adapter/`: the adapter alone, for PEFT")
     if "gguf" in parts:
-        for report in facts.export.gguf:
+        for report in record.export.gguf:
             larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""
             lines.append(
                 f"- `{report.file}`: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
@@ -179,10 +179,10 @@ def _files(facts: RunRecord, parts: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _usage(facts: RunRecord, parts: list[str], base: str) -> str:
+def _usage(record: RunRecord, parts: list[str], base: str) -> str:
     blocks = []
     if "gguf" in parts:
-        first = facts.export.gguf[0].file
+        first = record.export.gguf[0].file
         blocks.append(f"llama.cpp:\n\n    llama-server -m {first} --jinja")
         blocks.append("Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model")
     if "fused" in parts:

@@ -61,7 +61,7 @@ def _push_held(run: Run, repo: str, what: list[str] | None, private: bool, dry_r
     kind = "private" if private else "public"
     display.table(f"{len(files)} files, {total}, for the model repository {repo}", ["file", "bytes"], rows)
     if dry_run:
-        display.say(f"dry run: nothing was asked or uploaded. {repo} would be made, {kind}, where it is not there yet.")
+        display.say(f"dry run: nothing was sent. {repo} would be created, {kind}, if it does not exist.")
         return
     again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
     with display.stage(f"upload {total} to {repo}"):
@@ -128,12 +128,12 @@ def check_push(repo: str, private: bool, display: Display) -> str:
 
     check_name(repo)
     if get_token() is None:
-        raise UserError(f"push to {repo}: no token of the hub is here.", _LOGIN)
+        raise UserError(f"push to {repo}: no hub token was found.", _LOGIN)
     try:
         who = HfApi().whoami()
     except Exception as error:  # the hub's library lets its HTTP client's errors through
         raise UserError(
-            f"push to {repo}: the hub does not answer to your token: {_first_line(error)}",
+            f"push to {repo}: the hub does not accept your token: {_first_line(error)}",
             f"{_LOGIN} Or leave the upload for later: python cli.py push RUN {repo}",
         ) from None
     owner, _, name = repo.rpartition("/")
@@ -142,7 +142,7 @@ def check_push(repo: str, private: bool, display: Display) -> str:
     if owner not in owners:
         raise UserError(f"push to {repo}: your token is for {', '.join(owners)}.", "Give one of these as the owner.")
     if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise UserError(f"push to {repo}: your token may only read.", _LOGIN)
+        raise UserError(f"push to {repo}: your token is read-only.", _LOGIN)
     display.say(f"the result goes to {owner}/{name} on the hub, {'private' if private else 'public'} if it is new")
     return f"{owner}/{name}"
 

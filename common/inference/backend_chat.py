@@ -80,12 +80,12 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        room = form.context - len(ids)
-        if room < 1:
+        remaining = form.context - len(ids)
+        if remaining < 1:
             raise UserError(
-                f"These turns have {len(ids)} tokens, and --context is {form.context}.", "/reset, or --context"
+                f"These turns have {len(ids)} tokens, and --context is {form.context}.", "/reset, or a larger --context"
             )
-        limit = min(sampling.max_tokens, room)
+        limit = min(sampling.max_tokens, remaining)
         made = backend.generate(np.array(ids, np.int32), limit, stops, make_sampler(sampling), adapter)
         try:
             yield from _decoded(made, tokenizer, limit, OPEN_BLOCK.search(text))

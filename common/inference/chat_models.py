@@ -60,7 +60,7 @@ def choose(path: Path, kind: Kind | None, quant: str | None) -> Target:
     """
     if path.suffix == ".gguf":
         if kind not in (None, "gguf") or quant:
-            raise UserError(f"{path} is a GGUF file: it answers only as it is.", "Leave --with and --quant out.")
+            raise UserError(f"{path} is a GGUF file, which has no other forms.", "Leave --with and --quant out.")
         if not path.is_file():
             raise UserError(f"{path}: no such file.", "Check the path.")
         return Target("gguf", path, None, "")
@@ -69,14 +69,14 @@ def choose(path: Path, kind: Kind | None, quant: str | None) -> Target:
     run, kind = Run(path), kind or "gguf"
     record = run.require_complete()
     if quant and kind != "gguf":
-        raise UserError(f"--quant {quant}: --with {kind} takes no GGUF.", "Leave one of them out.")
+        raise UserError(f"--quant {quant}: --with {kind} does not use a GGUF.", "Leave one of them out.")
     if kind == "gguf":
         return _gguf_of(run, record, quant)
     if kind == "fused" and not (record.export.fused and is_model_folder(run.path / record.export.fused)):
         raise UserError(f"{run} has no fused folder.", f"Make it: python cli.py fuse {run} --export fused")
     if kind == "adapter" and record.options.get("method") == "full":
         raise UserError(
-            f"{run} was trained in all its weights: it has no adapter.", "Use --with fused, or leave --with out."
+            f"{run} was trained with --method full: it has no adapter.", "Use --with fused, or leave --with out."
         )
     return Target(kind, path, run, "")
 
@@ -131,7 +131,7 @@ def _in_llama_cpp(target: Target, context: Context, options: ServerOptions, stac
     @cache
     def base() -> ChatModel:
         if target.run is None:
-            raise UserError(f"{target.path} is a bare GGUF: its base is not known.", "Give the run folder.")
+            raise UserError(f"{target.path} is a GGUF without a run: its base is unknown.", "Give the run folder.")
         model = base_of(target.run, display)
         gguf = base_gguf(model.path, target.run.record.model_hash, target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):

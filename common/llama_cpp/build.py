@@ -84,7 +84,7 @@ def build(progress: Progress) -> LlamaCpp:
                 temporary.write_text(complete_marker(), encoding="utf-8")
             ready = own_build()
     if ready is None:
-        raise UserError(f"The build in {root} left no binaries.", "Delete that folder and try again.")
+        raise UserError(f"The build in {root} produced no binaries.", "Delete that folder and try again.")
     return ready
 
 

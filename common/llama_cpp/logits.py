@@ -75,4 +75,4 @@ class GgufLogits:
         self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().splitlines()[-10:]
-        return UserError(f"llama.cpp gave no logits of {self.gguf}:\n" + "\n".join(lines), _REMEDY)
+        return UserError(f"llama.cpp returned no logits for {self.gguf}:\n" + "\n".join(lines), _REMEDY)

@@ -220,7 +220,7 @@ def _json(body: dict[str, Any]) -> dict[str, Any]:
 def _pieces(event: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
     """What one event of a streamed answer holds, as `Server.stream` yields it."""
     if "error" in event:
-        raise _refusal("to go on", json.dumps(event).encode())
+        raise _refusal("to continue", json.dumps(event).encode())
     for choice in event.get("choices", []):
         if text := choice["delta"].get("content"):
             yield text, None
@@ -229,7 +229,7 @@ def _pieces(event: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
 
 
 def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises UserError where it is taken, or `host` is no address of this machine."""
+    """`port`, or a free one for 0. Raises UserError where it is taken, or `host` is not an address of this machine."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family) as test:
@@ -248,12 +248,12 @@ def _refusal(path: str, answer: bytes) -> UserError:
         text = str(error.get("error", error).get("message"))
     except (ValueError, AttributeError):
         text = answer.decode(errors="replace")
-    fix = "Start again (/reset), or give it more room: --context." if "context size" in text else _REMEDY
+    fix = "Start again (/reset), or give a larger --context." if "context size" in text else _REMEDY
     return UserError(f"llama-server refused {path}: {text[:500]}", fix)
 
 
 def for_llama_cpp(message: Message) -> Message:
-    """The message as llama-server takes it: a tool call's arguments are a JSON text, and `train` is no key of it."""
+    """The message as llama-server takes it: a tool call's arguments are a JSON text, and `train` is not a key of it."""
     message = {key: value for key, value in message.items() if key != "train"}
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [

@@ -30,7 +30,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
         faults.append(f"its activation {activation} is not the family's own, {wanted}")
     faults += _attention_faults(text, kind)
     if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
-        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is no Gemma 2")
+        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2")
     return faults
 
 

@@ -13,7 +13,7 @@ from common.models.gguf_import import MIRRORS
 
 _LLAMA = (
     "It is a derivative of {name} and stands under the {name} Community License ({link}): its recipients get a copy of "
-    "the licence, and its use must keep to the Acceptable Use Policy ({policy}).{more}\n\n"
+    "the license, and its use must keep to the Acceptable Use Policy ({policy}).{more}\n\n"
 )
 _BUILT = " Whoever passes it on shows “Built with {mark}” prominently, and its name begins with “{begins}”."
 

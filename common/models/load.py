@@ -22,7 +22,7 @@ def base_of(run: Run, display: Display) -> ModelFolder:
     model = record.options.get("model") or ""
     base = resolve(model, display.say)
     if base.content_hash() != record.model_hash:
-        raise UserError(f"{model} is not the model that {run} was trained on.", "Bring that model back.")
+        raise UserError(f"{model} is not the model that {run} was trained on.", "Restore that model.")
     return base
 
 

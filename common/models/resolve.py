@@ -169,7 +169,7 @@ def _download(name: str, say: Say) -> ModelFolder:
         return ModelFolder(Path(snapshot_download(name, **_WANTED)))
     except GatedRepoError:
         raise UserError(
-            f"--model {name}: its makers ask you to accept their terms first, and no token of yours opens it.",
+            f"--model {name}: this model is gated, and no token of yours has access to it.",
             "Accept the terms on the model's page, then log in: `hf auth login` (or set HF_TOKEN).",
         ) from None
     except RepositoryNotFoundError:

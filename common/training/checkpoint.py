@@ -69,7 +69,7 @@ class State:
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stood after a step: all that training needs to go on."""
+    """Where a run stood after a step: all that training needs to continue."""
 
     state: State
     adapter: Adapter
@@ -121,7 +121,7 @@ def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
             break
     else:
         return None
-    remedy = f"Remove {folder} to go on from the checkpoint before it; or start a new run."
+    remedy = f"Remove {folder} to continue from the checkpoint before it; or start a new run."
     plain = read_json(folder / _STATE, remedy, allow_nan=True)
     if missing := [name for name in ("step", "optimizer_step", "layers") if name not in plain]:
         raise UserError(f"{folder / _STATE} has no {missing[0]}: another version of Twintune wrote it.", remedy)

@@ -1,4 +1,4 @@
-"""THE training loop: one for both backends."""
+"""The training loop, one for both backends."""
 
 import math
 import time
@@ -47,7 +47,7 @@ class TrainingLoop:
     """A run's training, from `state` on: steps, validations, checkpoints and metrics.
 
     A step is saved before it is validated, so that a stop or a kill during a long validation loses nothing. A
-    validation that was interrupted is done again when the run goes on.
+    validation that was interrupted is repeated when the run continues.
 
     valid: rows to validate on; without any, nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
     seconds: gets the time of training, validation and saving.
@@ -202,7 +202,7 @@ class TrainingLoop:
         if loss is None:
             return False
         if not math.isfinite(loss):
-            checkpoint.discard(self.run, state.step)  # nothing can go on from such weights
+            checkpoint.discard(self.run, state.step)  # nothing can continue from such weights
             raise _not_finite(self.run, state.step, self.valid, "validation loss")
         state.evaluated = state.step
         if state.best_valid_loss is None or loss < state.best_valid_loss:
@@ -224,7 +224,7 @@ class TrainingLoop:
         elif not self.state.gradient_checkpointing:
             self.state.gradient_checkpointing = True
             self._checkpoint_gradients(True)
-            self.observer.warn(f"{what}; each layer is now computed twice to hold less (gradient checkpointing)")
+            self.observer.warn(f"{what}; each layer is now computed twice, to save memory (gradient checkpointing)")
         else:
             longest = max(batch.input_ids.size for batch in batches)
             raise UserError(
@@ -264,7 +264,7 @@ def _read(step: _Pending) -> tuple[float, float]:
     except RuntimeError as error:
         raise UserError(
             f"Step {step.number} failed on the device: {str(error).splitlines()[0]}",
-            "Go on with --resume RUN and a lower --memory-limit.",
+            "Continue with --resume RUN and a lower --memory-limit.",
         ) from None
 
 
@@ -294,5 +294,5 @@ def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or 
     return UserError(
         f"The {what} is not finite at step {step}, on the rows {sources}. {kept}.",
         "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
-        "--memory-limit (Metal has been seen to go on with wrong numbers where memory ran out).",
+        "--memory-limit (Metal was seen to continue with wrong numbers where memory ran out).",
     )

@@ -1,4 +1,4 @@
-"""How a stopped run goes on: by its own recipe, from its newest checkpoint, by its own plan or another."""
+"""How a stopped run continues: by its own recipe, from its newest checkpoint, by its own plan or another."""
 
 from common.errors import UserError
 from common.option_sources import options_over
@@ -25,14 +25,14 @@ def resumed_options(options: Options, run: Run) -> Options:
             raise UserError(
                 f"--backend {given['backend']}: {run} has a base quantized by {plan.backend} ({recipe.quantization}), "
                 "which another backend cannot compute.",
-                "Go on with the backend it was started with.",
+                "Continue with the backend it was started with.",
             )
         kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None}
     return options_over(run.record.options | kept, given)
 
 
 def resume_run(run: Run, recipe: Recipe, plan: Plan) -> Checkpoint | None:
-    """The checkpoint to go on from, None before the first; the record is brought up to date.
+    """The checkpoint to continue from, None before the first; the record is brought up to date.
 
     recipe, plan: as prepared now. Another plan than the run's takes its place. Raises UserError for another recipe.
     """
@@ -41,8 +41,8 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan) -> Checkpoint | None:
         old, new = run.recipe.model_dump(), recipe.model_dump()
         changed = ", ".join(name for name in new if new[name] != old[name] and name not in ("model", "data"))
         raise UserError(
-            f"{run}: it is another recipe than when it began (changed: {changed or 'its recipe.yaml'}).",
-            "Bring the old files back, or start a new run.",
+            f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
+            "Restore the old files, or start a new run.",
         )
     found, plans = checkpoint.latest(run.path, recipe.hash()), record.plans
     if _without_budget(plan) != _without_budget(run.plan):

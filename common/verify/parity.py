@@ -53,7 +53,7 @@ def parity(name: str, context: Context) -> bool:
         folder = None if name in TINY else resolve(name, display.say).path
         if len(here) == 1:
             family = name if folder is None else str(ModelFolder(folder).config["model_type"])
-            display.say(f"Only {here[0]} is here: the tiny {family} is compared with recorded numbers")
+            display.say(f"Only {here[0]} is installed: the tiny {family} is compared with recorded numbers")
             folder, steps, rows, bounds = write_tiny(Path(scratch), family), TINY_STEPS, tiny_rows(), BOUNDS
             found = _compare(run(here[0], context.backends, folder, rows, steps), recorded(family))
             title = f"{family}: {here[0]} and the record"

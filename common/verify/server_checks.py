@@ -142,7 +142,7 @@ def _stops(given: VerifyInput, gguf: Path, server: Server) -> Check:
     continued = next((text for ids in meant if (text := _continued(server, ids)) is not None), None)
     if continued is not None:
         end = given.tokenizer.decode(given.stops[:1])
-        return Check("stop", "broken", f"the model writes its end, {end!r}, and llama.cpp goes on: {continued!r}")
+        return Check("stop", "broken", f"the model writes its end, {end!r}, and llama.cpp continues: {continued!r}")
     if not meant:
         return Check("stop", "note", f"after none of {len(ends)} complete answers is an end the model's first choice")
     return Check(

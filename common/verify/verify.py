@@ -56,7 +56,7 @@ def verify_held(
     plan = runnable(run.plan, recipe, context.backends)
     cases, tokenizer = cases_of(run, base.path), load_tokenizer(run.fused)
     if not cases.rows:
-        raise UserError(f"{record.options.get('data')}: no row is left to verify with.", "Use --no-verify.")
+        raise UserError(f"{record.options.get('data')}: no row is left for verification.", "Use --no-verify.")
     control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
     if control:
         cases = replace(cases, texts=[*cases.texts, f"a{control}b"])
@@ -239,9 +239,9 @@ def _show(given: VerifyInput, checks: list[Check], links: dict[str, Divergence],
         )
     if (base := given.run.record.base) and base.form:
         display.say(
-            f"About the base: {base.form} Quantized again on the same grid such weights lose nothing, which flatters "
-            "the figures; but what the tune moves by less than half a step of that grid is rounded away, which does "
-            "not."
+            f"About the base: {base.form} Such weights lose nothing when they are quantized again on the same grid, so "
+            "the figures look better than for another base. Changes of training below half a step of that grid are "
+            "rounded away."
         )
     mark = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "broken": Text("BROKEN", "bold red")}
     display.table("Checks", ["", "", "found"], [[check.name, mark[check.state], check.text] for check in checks])

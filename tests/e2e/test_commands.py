@@ -195,7 +195,7 @@ def test_the_run_is_ready_for_the_hub(trained):
     for name in ("README.md", "model.safetensors", "adapter/adapter_model.safetensors", "gguf/model-Q8_0.gguf"):
         assert name in out
     assert "checkpoints" not in out
-    assert "dry run: nothing was asked or uploaded." in out
+    assert "dry run: nothing was sent." in out
 
 
 def test_fuse_makes_the_export_again(trained):
@@ -383,7 +383,7 @@ def test_a_run_moves_to_the_other_backend(tiny, tmp_path):
     np.testing.assert_allclose(moved, complete, atol=1e-3)
     record = json.loads((tmp_path / "moved" / "run.json").read_text())
     assert [(plan["from_step"], plan["backend"]) for plan in record["plans"]] == [(1, "torch"), (16, "mlx")]
-    assert "changed its plan on the way" in twintune("compare", tmp_path / "complete", tmp_path / "moved")
+    assert "changed its plan during training" in twintune("compare", tmp_path / "complete", tmp_path / "moved")
 
 
 def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
@@ -395,7 +395,7 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
     twintune("adapter", "convert", tmp_path / "run", tmp_path / "theirs", "--to", "mlx", "--model", model)
     more = ["--steps", 3, "--adapter", tmp_path / "theirs"]
     out = twintune(*tiny_train(tiny, tmp_path / "next", "mlx", *more))
-    assert "going on from a given adapter" in out
+    assert "continuing from a given adapter" in out
     first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
     assert last < first
     assert "there is no adapter here" in twintune("adapter", "inspect", tmp_path, code=1)
@@ -404,10 +404,10 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
 def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
     words = tiny_train(tiny, tmp_path / "run", "mlx", "--steps", 3, "--quantization", "4bit")
     words[words.index("none")] = "fused"
-    assert "goes into the 16-bit base" in twintune(*words)
+    assert "is fused into the 16-bit base" in twintune(*words)
     before = (tmp_path / "run" / "fused" / "model.safetensors").read_bytes()
     out = twintune("fuse", tmp_path / "run", "--export", "fused", "--fuse-into", "dequantized")
-    assert "goes into the dequantized mlx-4bit-64 weights" in out
+    assert "is fused into the dequantized mlx-4bit-64 weights" in out
     assert (tmp_path / "run" / "fused" / "model.safetensors").read_bytes() != before
 
 

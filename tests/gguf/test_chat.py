@@ -36,7 +36,7 @@ def gguf(model: Path, llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory)
     return folder / "tiny.gguf"
 
 
-def said(server: Server, **sampling) -> tuple[str, str | None]:
+def streamed(server: Server, **sampling) -> tuple[str, str | None]:
     pieces = list(server.stream(ASK, Sampling(**({"max_tokens": 24} | sampling))))
     assert [finish for _, finish in pieces[:-1]] == [None] * (len(pieces) - 1)
     return "".join(text for text, _ in pieces), pieces[-1][1]
@@ -44,18 +44,19 @@ def said(server: Server, **sampling) -> tuple[str, str | None]:
 
 def test_a_stream_is_the_answer_in_pieces(gguf: Path, llama: LlamaCpp, tmp_path: Path) -> None:
     with Server(llama, gguf, ServerOptions(context=256, threads=1)) as server:
-        text, finish = said(server, temperature=0)
+        text, finish = streamed(server, temperature=0)
         assert text == server.chat(ASK, 24)
         assert finish == "length"
-        assert said(server, temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1)[0] != text
+        assert streamed(server, temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=1)[0] != text
         drawn = {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        assert said(server, **drawn, seed=1) == said(server, **drawn, seed=1) != said(server, **drawn, seed=2)
-        assert said(server, temperature=1.5, top_k=1, seed=1)[0] == text
+        first = streamed(server, **drawn, seed=1)
+        assert first == streamed(server, **drawn, seed=1) != streamed(server, **drawn, seed=2)
+        assert streamed(server, temperature=1.5, top_k=1, seed=1)[0] == text
         assert server.prompt(ASK) == "user: Once upon a time\nassistant:"
         stream = server.stream(ASK, Sampling(max_tokens=200))
         next(stream)
         stream.close()  # and the server is ready for the next
-        assert said(server, temperature=0)[0] == text
+        assert streamed(server, temperature=0)[0] == text
         with pytest.raises(UserError, match="context size"):
             list(server.stream([{"role": "user", "content": "word " * 600}], Sampling()))
     (tmp_path / "other.jinja").write_text(TEMPLATE.replace("assistant:", "bot:"))
@@ -107,12 +108,12 @@ def test_serve_is_an_endpoint_until_ctrl_c(gguf: Path) -> None:
         process.kill()
 
 
-def test_a_piped_talk_saves_what_was_said(gguf: Path, tmp_path: Path) -> None:
-    lines = f"Hello\n/save {tmp_path / 'talks.jsonl'}\n/compare x\n"
+def test_a_piped_session_saves_its_turns(gguf: Path, tmp_path: Path) -> None:
+    lines = f"Hello\n/save {tmp_path / 'chats.jsonl'}\n/compare x\n"
     words = ("chat", gguf, "--max-tokens", 200, "--context", 128, "--temperature", 0, "--system", "Be short.")
     done = subprocess.run(command(*words), input=lines, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "(cut at --max-tokens or --context)" in done.stdout
-    assert "There is no whole answer yet" in done.stdout  # nothing that was cut off is learned from
-    assert "its base is not known" in done.stdout
+    assert "There is no complete answer yet" in done.stdout  # nothing that was cut off is trained
+    assert "its base is unknown" in done.stdout
     assert list(tmp_path.iterdir()) == []

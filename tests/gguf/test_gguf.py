@@ -1,4 +1,4 @@
-"""The real llama.cpp, built where it is not there yet: convert, quantize, count types, compare tokens, answer.
+"""The real llama.cpp, built if it does not exist: convert, quantize, count types, compare tokens, answer.
 
 The model is tiny and random; its vocabulary is GPT-2's own, which lies in llama.cpp's source, with the texts that
 llama.cpp tests its tokenizers on.
@@ -61,7 +61,7 @@ def model(llama: LlamaCpp, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
-        intermediate_size=384,  # no multiple of 256: each layer's ffn_down cannot be a K-quant
+        intermediate_size=384,  # not a multiple of 256: each layer's ffn_down cannot be a K-quant
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -61,7 +61,7 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     assert all(name.startswith(("blk.", "token_embd.", "output_norm.")) for name in text), sorted(text)
     assert all(name.startswith(("v.", "mm.")) for name in tower), sorted(tower)
     stored = load_file(folder / "model.safetensors")
-    # SigLIP's pooling head is no part of Gemma's tower
+    # SigLIP's pooling head is not a part of Gemma's tower
     kept = [n for n in stored if ("vision_tower" in n or "multi_modal" in n) and ".head." not in n]
     assert len(tower) == len(kept)
     by_name = {name.rsplit("vision_tower.", 1)[-1]: tensor for name, tensor in stored.items()}

@@ -32,7 +32,7 @@ class Model(nn.Module):
         else:
             self.lm_head = nn.Linear(H, V, bias=False)
             self.lm_head.weight = weight
-        self.facts = SimpleNamespace(logit_divisor=divisor, logit_softcap=cap)
+        self.forward_config = SimpleNamespace(logit_divisor=divisor, logit_softcap=cap)
 
 
 def inputs(n=N):

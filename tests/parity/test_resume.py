@@ -1,4 +1,4 @@
-"""A run that moves: a checkpoint written by one backend goes on in the other."""
+"""A run that moves: a checkpoint written by one backend continues in the other."""
 
 import json
 

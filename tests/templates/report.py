@@ -207,7 +207,7 @@ def _fault_of_run(run: str, example: Example, turn: int, tokenizer: Any) -> str:
     if not ends and not last and followed[:1] != wanted[:1]:
         return ""  # what ends a turn that is past is not where the model must stop
     if wanted and not ends:
-        return f"the end of turn is no label: the template writes {ending!r}"
+        return f"the end of turn is not a label: the template writes {ending!r}"
     if len(ends) > len(wanted) or (last and ends != wanted[: len(ends)]):
         return f"{tail!r} is labeled as the end of turn, the template writes {ending!r}"
     return ""
@@ -227,7 +227,7 @@ def _opening(example: Example, turn: int, tokenizer: Any) -> str:
 
 
 def _followed(example: Example, turn: int, tokenizer: Any) -> str:
-    """What the template writes behind the answer of `turn` when the user goes on."""
+    """What the template writes behind the answer of `turn` when the user continues."""
     marked = {k: v for k, v in example.messages[turn].items() if k != "tool_calls"} | {"content": MARKER}
     text = rendered([*example.messages[:turn], marked, {"role": "user", "content": "?"}], example, tokenizer)
     return text.rpartition(MARKER)[2]

@@ -78,7 +78,7 @@ class Hub:
         if "/commit/" in path:
             self.commits.append(self._committed([json.loads(line) for line in body.decode().splitlines()]))
             return {"commitUrl": f"{self.url}/me/model/commit/{'a' * 40}", "commitOid": "a" * 40}
-        raise AssertionError(f"{path} is no part of this stand-in")
+        raise AssertionError(f"{path} is not a part of this stand-in")
 
     def _committed(self, lines: list[dict[str, Any]]) -> dict[str, bytes]:
         files = {}

@@ -15,7 +15,7 @@ def read_modelfile(text: str) -> list[tuple[str, str]]:
         else:
             name, at = _word(text, at)
             if name.lower() not in COMMANDS:
-                raise ValueError(f"{name!r} is no command")
+                raise ValueError(f"{name!r} is not a command")
             if name.lower() == "parameter":
                 name, at = _word(text, at)
             value, at = _value(text, at)

@@ -221,7 +221,7 @@ def test_options_over_a_runs_own_are_checked_together() -> None:
     assert options_over(kept, {"fuse_into": "base", "quant": "Q8_0"}).quant == ["Q8_0"]
     with pytest.raises(UserError) as caught:
         options_over(kept, {"exprt": "mlx", "quant": True})
-    assert caught.value.what == "--exprt is no option; did you mean 'export'?\n--quant needs a value"
+    assert caught.value.what == "--exprt is not an option; did you mean 'export'?\n--quant needs a value"
 
 
 # --- options that a command does not take, or that could do nothing
@@ -247,14 +247,14 @@ def run(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--rank", "4", "--epochs", "9"], "--rank is no option\n--epochs is no option"),
-        (["--model", "other"], "--model is no option"),
-        (["--json"], "--json is no option"),
-        (["--exprt", "mlx"], "--exprt is no option; did you mean 'export'?"),
+        (["--rank", "4", "--epochs", "9"], "--rank is not an option\n--epochs is not an option"),
+        (["--model", "other"], "--model is not an option"),
+        (["--json"], "--json is not an option"),
+        (["--exprt", "mlx"], "--exprt is not an option; did you mean 'export'?"),
         (["--export", "mlx", "--quant", "Q8_0"], "--quant is for a GGUF, and --export is mlx"),
         (["--export", "fused", "--no-verify"], "--no-verify is for a GGUF, and --export is fused"),
         (["--export", "fused", "--llama-cpp", "x"], "--llama-cpp is for a GGUF, and --export is fused"),
-        (["--push-public"], "--push-public is for what --push uploads, and there is no --push"),
+        (["--push-public"], "--push-public needs --push"),
         (["--export", "none"], "--export none: fuse would make nothing."),
         (["--quant", "Q9"], "--quant: 'Q9' is not a GGUF type; "),
     ],
@@ -278,7 +278,7 @@ def test_check_data_refuses_what_it_does_not_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = fault(["check-data", "rows.jsonl", "--rank", "8", "--export", "mlx"], monkeypatch, capsys)
-    assert "--rank is no option\n--export is no option" in error
+    assert "--rank is not an option\n--export is not an option" in error
     assert "`python cli.py check-data --help`" in error
 
 

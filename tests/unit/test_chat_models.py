@@ -48,7 +48,7 @@ def test_the_first_gguf_of_a_run_or_the_one_named(tmp_path: Path) -> None:
     error = fault(run, None, "BF16")
     assert error.what == f"--quant BF16: {run} has Q4_K_M, Q8_0."
     assert error.fix.endswith(f"python cli.py fuse {run} --export gguf --quant BF16")
-    assert "--with adapter takes no GGUF" in fault(run, "adapter", "Q8_0").what
+    assert "--with adapter does not use a GGUF" in fault(run, "adapter", "Q8_0").what
 
 
 def test_a_run_without_a_gguf_says_how_to_make_one(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     assert fault(write_run(tmp_path / "half", "interrupted"), None, None).fix.endswith(f"--resume {tmp_path / 'half'}")
     assert "has no fused folder" in fault(with_ggufs(tmp_path / "run", "Q4_K_M"), "fused", None).what
     full = write_run(tmp_path / "full", options={"method": "full"})
-    assert "was trained in all its weights" in fault(full, "adapter", None).what
+    assert "was trained with --method full" in fault(full, "adapter", None).what
 
 
 def test_a_bare_gguf_and_a_runs_fused_folder(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_bare_gguf_and_a_runs_fused_folder(tmp_path: Path) -> None:
     assert fault(path, None, None).what == f"{path}: no such file."
     path.write_bytes(b"GGUF")
     assert (choose(path, None, None).path, choose(path, None, None).run) == (path, None)
-    assert "it answers only as it is" in fault(path, "adapter", None).what
+    assert "which has no other forms" in fault(path, "adapter", None).what
     run = with_ggufs(tmp_path / "run", "Q4_K_M")
     (run / "fused").mkdir()
     (run / "fused" / "config.json").write_text("{}")

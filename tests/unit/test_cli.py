@@ -55,7 +55,7 @@ def test_an_output_folder_that_holds_another_run(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: --output old holds another run.\n"
-        "fix:   Go on with it (python cli.py train --resume old), or give another folder.\n"
+        "fix:   Continue it (python cli.py train --resume old), or give another folder.\n"
     )
     assert (tmp_path / "old" / "run.json").read_text() == "{}"
 
@@ -64,7 +64,7 @@ def test_two_faults_come_in_one_go(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     code, out, err = main(monkeypatch, capsys, "train", "--data", "x", "--rank", "0", "--bach-size", "4")
     assert (code, out) == (1, "")
     assert err == (
-        "error: --bach-size is no option; did you mean 'batch_size'?\n"
+        "error: --bach-size is not an option; did you mean 'batch_size'?\n"
         "--rank: Input should be greater than or equal to 1 (got '0')\n"
         "fix:   `python cli.py train --help` lists every option and its values.\n"
     )
@@ -77,7 +77,10 @@ def test_two_faults_come_in_one_go(monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["compare", "nowhere", "elsewhere"], "error: nowhere holds no run (no run.json).\n"),
         (["fuse", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
         (["train", "--resume", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
-        (["train", "--resume", "nowhere", "--rank", "2"], "error: --resume goes on with the run's own recipe and plan"),
+        (
+            ["train", "--resume", "nowhere", "--rank", "2"],
+            "error: --resume continues with the run's own recipe",
+        ),
         (["chat", "nowhere"], "error: nowhere holds no run (no run.json).\n"),
         (["chat", "nowhere", "--temperature", "-1"], "error: --temperature -1.0: must be 0 or more\n"),
         (["generate", "nowhere", "--prompts", "p", "--out", "o"], "error: nowhere holds no run (no run.json).\n"),

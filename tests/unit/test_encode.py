@@ -227,7 +227,7 @@ def test_a_tokenizer_without_a_template(tokenizer: Any, tmp_path: Path) -> None:
         encode(example(("user", "Hi"), ("assistant", "Yo")), load_tokenizer(tmp_path))
     assert caught.value.what == "train.jsonl:17: the model has no chat template, so chat rows cannot be rendered."
     assert "-it, -Instruct" in caught.value.fix
-    assert "--chat-template NAME or FILE (ours that fit: chatml)" in caught.value.fix
+    assert "--chat-template NAME or FILE (built-in ones that fit: chatml)" in caught.value.fix
 
 
 def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -474,7 +474,7 @@ def test_a_named_template_whose_tokens_the_vocabulary_lacks(tokenizer_folder: Pa
         "--chat-template gemma: it writes <end_of_turn>, <start_of_turn>, which the model's vocabulary lacks."
     )
     assert caught.value.fix == "Choose one that fits: chatml."
-    with pytest.raises(UserError, match="neither a name of ours nor a file"):
+    with pytest.raises(UserError, match="neither a built-in template nor a readable file"):
         load_tokenizer(tokenizer_folder, "nonesuch")
 
 

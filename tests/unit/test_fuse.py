@@ -79,7 +79,7 @@ def test_in_bf16_nearly_every_number_is_the_exact_rounding(tmp_path: Path) -> No
     assert np.mean(got == wanted) > 0.98
 
 
-def test_ulps_counts_neighbours() -> None:
+def test_ulps_counts_neighbors() -> None:
     one = np.array([1.0, -1.0, 0.0], np.float32)
     assert ulps(one, np.nextafter(one, np.float32(9)), "F32") == 1
     assert ulps(np.array([0.0], np.float32), np.array([-0.0], np.float32), "F32") <= 1

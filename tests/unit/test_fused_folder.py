@@ -60,7 +60,7 @@ def test_the_config_is_normalized(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE"])
-def test_the_licence_goes_along(tmp_path: Path, name: str) -> None:
+def test_the_license_goes_along(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")
     (base / name).write_text("terms")
     assert (fused(base, []) / name).read_text() == "terms"

@@ -1,4 +1,4 @@
-"""`generate RUN`: prompts in every shape, an output that is whole or not there, a stopped job that goes on."""
+"""`generate RUN`: prompts in every shape, an output that is complete or absent, a stopped job that continues."""
 
 import json
 from contextlib import contextmanager
@@ -108,7 +108,7 @@ def test_answers_are_rows_in_the_order_of_the_prompts(job: Any, slots: int, caps
     assert sorted(job.seen) == [("a", 5), ("b", 6), ("c", 7)]
     assert "1 were cut at --max-tokens" in capsys.readouterr().out
     assert sorted(path.name for path in job.folder.iterdir()) == ["m.gguf", "out.jsonl", "p.txt"]
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         job()
 
 

@@ -79,7 +79,7 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
         ('prompt,completion\n"a\nb",Yo\nHi,"Y"o\n', "line 4: ',' expected after '\"'"),
         ('prompt,completion\nHi,"Yo\n', "line 2: unexpected end of data"),
         ("prompt;completion\nHi;Yo\n", "its columns are separated by semicolons."),
-        ("prompt,prompt\nHi,Yo\n", "two columns are called 'prompt'."),
+        ("prompt,prompt\nHi,Yo\n", "two columns are named 'prompt'."),
         ("prompt,completion\n", "is empty: it holds no rows."),
     ],
 )
@@ -143,7 +143,7 @@ def test_a_folder_of_mixed_kinds(tmp_path: Path) -> None:
     data = load_data(str(tmp_path), 0.5, 0)
     assert (len(data.train), len(data.valid), len(data.test)) == (4, 4, 0)
     write(tmp_path, "jsonl").rename(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match=r"both train\.jsonl and train\.csv are there"):
+    with pytest.raises(UserError, match=r"it holds both train\.jsonl and train\.csv"):
         load_data(str(tmp_path), 0.5, 0)
 
 

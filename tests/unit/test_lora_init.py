@@ -93,10 +93,10 @@ def test_patterns_from_flags_and_from_yaml(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--rank-pattern", "q_proj"], "'q_proj' is no NAME=VALUE"),
+        (["--rank-pattern", "q_proj"], "'q_proj' is not NAME=VALUE"),
         (["--rank-pattern", "q_proj=x"], "--rank-pattern"),
         (["--alpha-pattern", "q_proj=0"], "q_proj=0.0: must be above 0"),
-        (["--method", "full", "--rank", "4"], "rank means nothing with method full"),
+        (["--method", "full", "--rank", "4"], "rank has no effect with method full"),
         (["--method", "full", "--quantization", "4bit"], "quantized weights cannot be trained"),
         (["--method", "full", "--precision", "bf16"], "method full keeps its weights in float32"),
         (["--adapter", "a", "--rank", "4"], "rank is taken from --adapter"),

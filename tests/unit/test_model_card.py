@@ -149,7 +149,7 @@ def test_a_notice_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
         ({"README.md": "---\nlicense: [broken\n---\n"}, "a/b", "llama", "other", "see-base-model"),
     ],
 )
-def test_where_the_licence_is_found(
+def test_where_the_license_is_found(
     tmp_path: Path, files: dict[str, str], model: str, kind: str, license: str, name: str
 ) -> None:
     for file, text in files.items():
@@ -158,7 +158,7 @@ def test_where_the_licence_is_found(
     assert (terms.license, terms.name) == (license, name)
 
 
-def test_an_unknown_licence_is_not_invented(tmp_path: Path) -> None:
+def test_an_unknown_license_is_not_invented(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run", find_terms(tmp_path, "some/base", "llama"))
     text = card(run, ALL)
     assert front(text)["license"] == "other"
@@ -195,7 +195,7 @@ def test_llamas_terms_are_carried_over(tmp_path: Path, version: str, built: str,
     assert (f"its name begins with “{begins}”" in text) == bool(begins)
 
 
-def test_licence_and_safety_files_are_copied(tmp_path: Path) -> None:
+def test_license_and_safety_files_are_copied(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     base.mkdir()
     out.mkdir()

@@ -1,4 +1,4 @@
-"""Runs that another version made: version 0.1's go on, and none is lost by a field that this version does not know."""
+"""Runs of another version: those of 0.1 continue, and a field that this version does not know loses none."""
 
 import json
 from pathlib import Path
@@ -109,11 +109,11 @@ def test_fields_that_this_version_does_not_know_are_kept(given: dict[str, Any], 
     folder = run(given, tmp_path / "run")
     record = json.loads((folder / "run.json").read_text())
     export = record["export"] | {"onnx": "onnx/model.onnx", "gguf": [{"file": "a.gguf", "quant": "Q9", "hue": 3}]}
-    edit_record(folder, colour="blue", export=export, options=record["options"] | {"sparkle": 1})
+    edit_record(folder, color="blue", export=export, options=record["options"] | {"sparkle": 1})
     edit_yaml(folder / "plan.yaml", {"sparkle": 1})
     fuse_run(folder, {"export": "fused"}, context(create=Bigram))
     after = json.loads((folder / "run.json").read_text())
-    assert (after["colour"], after["options"]["sparkle"], after["export"]["onnx"]) == ("blue", 1, "onnx/model.onnx")
+    assert (after["color"], after["options"]["sparkle"], after["export"]["onnx"]) == ("blue", 1, "onnx/model.onnx")
     assert after["export"]["fused"] == "fused"
     (gguf,) = Run(folder).record.export.gguf
     assert (gguf.name, gguf.model_extra) == ("Q9", {"hue": 3})
@@ -196,7 +196,7 @@ def test_a_record_that_is_no_record_says_why(
 ) -> None:
     folder = run(given, tmp_path / "run")
     edit_record(folder, **change)
-    with pytest.raises(UserError, match=rf"run\.json is no run's record: .*{fault}"):
+    with pytest.raises(UserError, match=rf"run\.json is not the record of a run: .*{fault}"):
         _ = Run(folder).record
 
 

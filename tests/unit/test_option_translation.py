@@ -219,7 +219,7 @@ def test_an_explanation_and_a_misspelling_are_both_named(tmp_path: Path) -> None
     with pytest.raises(UserError) as caught:
         load_options({"config": str(config)})
     assert f"{config}: packing: rows of like length" in caught.value.what
-    assert f"{config}: rnak is no option; did you mean 'rank'?" in caught.value.what
+    assert f"{config}: rnak is not an option; did you mean 'rank'?" in caught.value.what
 
 
 def test_a_whole_trl_recipe() -> None:

@@ -108,7 +108,7 @@ def test_steps_and_epochs_in_one_place_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_target_names_the_nearest() -> None:
     said = fault("--data", "x", "--targets", "q_porj")
-    assert said.startswith("--targets: 'q_porj' is no target; did you mean 'q_proj'? known: ")
+    assert said.startswith("--targets: 'q_porj' is not a target; did you mean 'q_proj'? known: ")
 
 
 # --- faults
@@ -116,21 +116,21 @@ def test_an_unknown_target_names_the_nearest() -> None:
 
 def test_a_misspelt_option_in_yaml_names_the_nearest(tmp_path: Path) -> None:
     config = write(tmp_path / "c.yaml", "learning_rte: 1e-3\n")
-    assert fault("--config", config) == f"{config}: learning_rte is no option; did you mean 'learning_rate'?"
+    assert fault("--config", config) == f"{config}: learning_rte is not an option; did you mean 'learning_rate'?"
 
 
 def test_a_misspelt_flag_names_the_nearest() -> None:
-    assert fault("--data", "x", "--bach-size", "4") == "--bach-size is no option; did you mean 'batch_size'?"
+    assert fault("--data", "x", "--bach-size", "4") == "--bach-size is not an option; did you mean 'batch_size'?"
 
 
 def test_an_option_like_no_other_names_none() -> None:
-    assert fault("--data", "x", "--zzz", "4") == "--zzz is no option"
+    assert fault("--data", "x", "--zzz", "4") == "--zzz is not an option"
 
 
 def test_two_faults_in_yaml_are_both_named(tmp_path: Path) -> None:
     config = write(tmp_path / "c.yaml", "ranke: 8\nschedule: cosin\n")
     said = fault("--config", config)
-    assert f"{config}: ranke is no option; did you mean 'rank'?" in said
+    assert f"{config}: ranke is not an option; did you mean 'rank'?" in said
     assert f"{config}: schedule: Input should be 'cosine', 'linear' or 'constant' (got 'cosin')" in said
 
 
@@ -207,7 +207,7 @@ def test_resume_with_other_options_is_refused(tmp_path: Path, flags: list[str]) 
     write(tmp_path / "c.yaml", "rank: 4\n")
     flags = [str(tmp_path / flag) if flag.endswith(".yaml") else flag for flag in flags]
     said = fault("--resume", "runs/a", *flags)
-    assert said.startswith("--resume goes on with the run's own recipe and plan; it cannot be combined with")
+    assert said.startswith("--resume continues with the run's own recipe and plan; it does not combine with")
     assert flags[0] in said
 
 
@@ -276,7 +276,7 @@ def test_a_file_names_no_program(tmp_path: Path) -> None:
         (["--export", "mlx", "--quant", "Q8_0"], "--quant is for a GGUF, and --export is mlx"),
         (["--export", "none", "--no-verify"], "--no-verify is for a GGUF, and --export is none"),
         (["--export", "fused", "--llama-cpp", "x"], "--llama-cpp is for a GGUF, and --export is fused"),
-        (["--push-public"], "--push-public is for what --push uploads, and there is no --push"),
+        (["--push-public"], "--push-public needs --push"),
         (["--valid-share", "0.2"], "--valid-share is for one file, and --data"),
     ],
 )

@@ -76,7 +76,7 @@ def test_a_size_is_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["much", "GB", "-3GB", "0", "3 XB", "1e9"])
 def test_what_is_no_size_is_told(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no size such as 16GB or 900MB|greater"):
+    with pytest.raises(ValueError, match=r"is not a size such as 16GB or 900MB|greater"):
         Options(memory_limit=text)
 
 

@@ -390,9 +390,7 @@ def test_a_cached_model_that_cannot_be_trained_is_not_fetched_again(
 
 def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, error = ask(monkeypatch, "not cached", "gated", "google/gemma-3-1b-it")
-    assert error.what == (
-        "--model google/gemma-3-1b-it: its makers ask you to accept their terms first, and no token of yours opens it."
-    )
+    assert error.what == ("--model google/gemma-3-1b-it: this model is gated, and no token of yours has access to it.")
     assert error.fix == ("Accept the terms on the model's page, then log in: `hf auth login` (or set HF_TOKEN).")
 
 

@@ -107,7 +107,7 @@ def test_a_figure_that_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.Ca
 def test_memory_that_is_counted_in_two_ways_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_run(tmp_path / "one", memory_kind="unified")
     _, notes = compared(capsys, one, write_run(tmp_path / "other"))
-    assert notes[-1].startswith("peak memory is counted in different ways here (rss, unified)")
+    assert notes[-1].startswith("peak memory was measured in different ways (rss, unified)")
 
 
 def test_a_run_that_has_not_finished_is_not_compared(tmp_path: Path) -> None:

@@ -82,4 +82,4 @@ def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
     said = " ".join(capsys.readouterr().out.split())
     assert "secret" not in said
     assert '-H "Authorization: Bearer KEY"' in said
-    assert ("knows no --no-cors-credentials" in said) == (not also)
+    assert ("lacks the option --no-cors-credentials" in said) == (not also)

@@ -80,7 +80,7 @@ def test_faults_of_a_stream_are_told_in_the_servers_words(llama: LlamaCpp, tmp_p
         with pytest.raises(UserError, match="exceeds the available context size") as caught:
             list(server.stream(ask("long"), Sampling()))
         assert "--context" in caught.value.fix
-        with pytest.raises(UserError, match="llama-server refused to go on: out of slots"):
+        with pytest.raises(UserError, match="llama-server refused to continue: out of slots"):
             list(server.stream(ask("error"), Sampling()))
         pieces = server.stream(ask("cut"), Sampling())
         assert next(pieces) == ("港の", None)

@@ -574,9 +574,9 @@ def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         run({"resume": given["output"]})
     assert caught.value.what.startswith(
-        f"{given['output']}: it is another recipe than when it began (changed: data_hash)"
+        f"{given['output']}: its recipe has changed since it began (changed: data_hash)"
     )
-    assert caught.value.fix == "Bring the old files back, or start a new run."
+    assert caught.value.fix == "Restore the old files, or start a new run."
 
 
 def test_nan_loss_leaves_an_interrupted_run_that_can_go_on(given: dict[str, Any]) -> None:

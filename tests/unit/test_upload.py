@@ -123,7 +123,7 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
     for name in FUSED | ADAPTER | GGUF:
         assert name in done.stdout
     assert "12 files" in done.stdout
-    assert "me/model would be made, private, where it is not there yet." in " ".join(done.stdout.split())
+    assert "me/model would be created, private, if it does not exist." in " ".join(done.stdout.split())
     assert (run / "run.json").read_bytes() == before
 
 
@@ -136,7 +136,7 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
         (["fused"], FUSED),
     ],
 )
-def test_a_part_brings_the_licence_along(run: Path, what: list[str], names: set[str]) -> None:
+def test_a_part_brings_the_license_along(run: Path, what: list[str], names: set[str]) -> None:
     assert {file.target for file in files_of(Run(run), what)} == names
 
 
@@ -167,13 +167,13 @@ def test_a_failure_leaves_the_run_whole_and_says_how_to_go_on(hub: Hub, run: Pat
     [
         ("me/a--b", TOKEN, {}, "error: push to 'me/a--b': Cannot have -- or .. in repo_id"),
         ("a/b/c", TOKEN, {}, "error: push to 'a/b/c': Repo id must be in the form"),
-        ("me/model", None, {}, "error: push to me/model: no token of the hub is here."),
+        ("me/model", None, {}, "error: push to me/model: no hub token was found."),
         ("you/model", TOKEN, {}, "error: push to you/model: your token is for me, team."),
         (
             "me/model",
             TOKEN,
             {"auth": {"accessToken": {"role": "read"}}},
-            "error: push to me/model: your token may only",
+            "error: push to me/model: your token is read-only",
         ),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_hub_that_refuses_the_token(hub: Hub, push: Push) -> None:
     hub.fail = "/api/whoami"
     done = push("me/model")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: push to me/model: the hub does not answer to your token: ")
+    assert done.stderr.startswith("error: push to me/model: the hub does not accept your token: ")
     assert TOKEN not in done.stderr
 
 
@@ -204,7 +204,7 @@ def test_train_looks_at_the_token_before_it_reads_a_row(
     monkeypatch.setattr(sys, "argv", ["cli.py", *argv, "--device", "cpu"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert capsys.readouterr().err.startswith("error: push to me/model: no token of the hub is here.\nfix:   Log in")
+    assert capsys.readouterr().err.startswith("error: push to me/model: no hub token was found.\nfix:   Log in")
     assert hub.asked == []
 
 
@@ -225,7 +225,7 @@ def test_a_run_that_is_not_ready(run: Path, push: Push, change: dict, said: str)
     assert "fix:   " in done.stderr
 
 
-def test_a_name_that_the_licence_does_not_want_is_told(run: Path, push: Push) -> None:
+def test_a_name_that_the_license_does_not_want_is_told(run: Path, push: Push) -> None:
     finished_run(run, KNOWN["llama3.2"])
     warning = "warning: the base's license asks that a derived model's name begin with 'Llama'; me/pip's does not"
     assert warning in " ".join(push("me/pip", "--dry-run").stdout.split())
