@@ -1,5 +1,6 @@
 """Every option does something, on both backends: none is read and forgotten."""
 
+import ast
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ from common.options import Options
 from common.run_record import Run
 from tests import ROOT
 from tests.contexts import context
-from tests.tiny import CHATML
+from tests.tiny import CHATML, write_model
 
 BASE = ["--steps", "3", "--batch-size", "2", "--rank", "4", "--export", "none", "--learning-rate", "5e-3"]
 BASE += ["--device", "cpu", "--precision", "fp32", "--max-grad-norm", "0.5"]
@@ -28,6 +29,7 @@ RESULT: dict[str, list[str]] = {
     "beta1": ["--beta1", "0.5"],
     "beta2": ["--beta2", "0.5"],
     "chat_template": ["--chat-template", "{template}"],
+    "data": ["--data", "{thoughtful}"],
     "dropout": ["--dropout", "0.3"],
     "epochs": ["--epochs", "1"],
     "epsilon": ["--epsilon", "1e-3"],
@@ -38,6 +40,7 @@ RESULT: dict[str, list[str]] = {
     "max_grad_norm": ["--max-grad-norm", "0.01"],
     "max_length": ["--max-length", "36"],
     "method": ["--method", "dora"],
+    "model": ["--model", "{model}"],
     "overflow": ["--overflow", "truncate", "--max-length", "36"],
     "precision": ["--precision", "bf16"],
     "quantization": ["--quantization", "8bit"],
@@ -64,16 +67,23 @@ NOT_THE_RESULT: dict[str, list[str]] = {
     "save_every": ["--save-every", "1"],
     "save_minutes": ["--save-minutes", "1e-9"],
 }
-# Held by tests of their own.
+# Held by tests of their own: `file::function`, in whose text the option stands.
 ELSEWHERE = {
-    **dict.fromkeys(("data", "model", "output", "quiet"), "tests/unit/test_train.py"),
-    **dict.fromkeys(("config", "json"), "tests/unit/test_options.py"),
-    **dict.fromkeys(("backend", "device"), "tests/unit/test_hardware.py"),
-    **dict.fromkeys(("export", "resume", "quant"), "tests/e2e/test_commands.py"),
-    "llama_cpp": "tests/gguf/test_strangers.py",
-    **dict.fromkeys(("imatrix", "no_verify"), "tests/gguf/test_verify.py"),
-    **dict.fromkeys(("push", "push_public"), "tests/unit/test_train.py"),
-    "fuse_into": "tests/parity/test_options.py",
+    "backend": "unit/test_hardware.py::test_a_backend_that_is_asked_for",
+    "config": "unit/test_options.py::test_yaml_wins_over_defaults_and_flags_over_yaml",
+    "device": "unit/test_hardware.py::test_a_gpu_that_is_not_here_says_what_to_install",
+    "export": "e2e/test_commands.py::test_fuse_exports_a_run_that_was_only_trained",
+    "fuse_into": "parity/test_options.py::test_what_the_adapter_is_fused_into",
+    "imatrix": "gguf/test_verify.py::test_an_importance_matrix_guides_a_quant_beside_the_plain_one",
+    "json": "e2e/test_commands.py::test_json_mode_prints_one_event_a_line",
+    "llama_cpp": "unit/test_llama_cpp.py::test_a_folder_in_each_layout",
+    "no_verify": "gguf/test_strangers.py::test_fuse_and_resume_take_no_program_of_theirs",
+    "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
+    "push": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
+    "push_public": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
+    "quant": "e2e/test_commands.py::test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops",
+    "quiet": "e2e/test_commands.py::test_quiet_mode_is_quiet",
+    "resume": "unit/test_train.py::test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends",
 }
 
 
@@ -92,6 +102,7 @@ def files(tmp_path_factory) -> dict[str, str]:
         "rows": str(folder / "rows.jsonl"),
         "thoughtful": str(folder / "thoughtful.jsonl"),
         "template": str(folder / "own.jinja"),
+        "model": str(write_model(folder / "model", seed=1)),
     }
 
 
@@ -134,9 +145,17 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray], tolerance: fl
 def test_every_option_is_looked_at():
     names = {field.alias or name for name, field in Options.model_fields.items()}
     assert names == RESULT.keys() | NOT_THE_RESULT.keys() | ELSEWHERE.keys()
-    for name, file in ELSEWHERE.items():
-        text = (ROOT / file).read_text(encoding="utf-8")
-        assert f"--{name.replace('_', '-')}" in text or f'"{name}"' in text or f"{name}=" in text, (name, file)
+
+
+@pytest.mark.parametrize("option", ELSEWHERE)
+def test_an_option_that_is_held_elsewhere_is_used_there(option):
+    file, function = ELSEWHERE[option].split("::")
+    text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+    found = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == function]
+    assert len(found) == 1
+    source = ast.get_source_segment(text, found[0])
+    words = (f"--{option.replace('_', '-')}", f'"{option}"', f"{option}=", f"choose_{option}", f"{{{option}}}")
+    assert any(word in source for word in words)
 
 
 @pytest.mark.parametrize("option", RESULT)
