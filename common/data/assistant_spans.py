@@ -93,10 +93,11 @@ def _locate(messages: list[Message], tools: Any, template: ChatTemplate) -> Conv
     if think and (inline := _inlined(messages, masked, tools, template)):
         messages, masked = inline
     row = MaskedRow(template, tools, think, masked)
-    text, rendered = row.render(masked), row.render(messages)
+    text = row.render(masked)
     for number, message in enumerate(masked):
         if message["role"] == "assistant" and message["content"] and message["content"] not in text:
             raise Unlabeled(f"the template leaves out or changes the answer of turn {number + 1}")
+    rendered = row.render(messages)
     contents = _contents(text, rendered, answers)
     spans: list[Turn] = []
     for number, message in enumerate(masked):
