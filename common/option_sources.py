@@ -161,7 +161,7 @@ def idle_faults(flags: Collection[str], options: Options) -> list[str]:
         faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
     if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
-    if "push_public" in flags and options.push is None:
+    if "push_public" in flags and options.push_public and options.push is None:
         faults.append("--push-public needs --push")
     one_file = options.data is None or not Path(options.data).expanduser().is_dir()
     if "valid_share" in flags and options.valid_share > 0 and not one_file:

@@ -69,7 +69,7 @@ def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, 
         write_fused(ModelFolder(smollm2), adapter, tmp_path / thinking, served, silent)
         convert(tmp_path / thinking, tmp_path / f"{thinking}.gguf", "model", llama, silent)
         with Server(llama, tmp_path / f"{thinking}.gguf", ServerOptions(context=512)) as server:
-            answer = server._request("POST", "/apply-template", {"messages": PROMPT})
+            answer = server._request("/apply-template", {"messages": PROMPT})
             prompts[thinking] = answer["prompt"]
     encoder = Encoder(tokenizer, MaskingOptions())
     assert encoder.template is not None
