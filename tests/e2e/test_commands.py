@@ -228,13 +228,12 @@ def test_the_built_in_example_counts_before_and_after(tmp_path):
     options = ["--steps", 4, "--output", tmp_path / "run", "--backend", "torch"]
     twintune("train", *options)
     assert "example" not in json.loads((tmp_path / "run" / "run.json").read_text())
-    out = score(0, "--trained", *options)
+    out = score(1, "--at-least", 61, "--trained", *options)  # of 60: it exits with status 1
     assert "Test answers that follow the form" in out
     counts = {when: int(n) for when, n in re.findall(r"(before|after)\D+(\d+)\D+60\D+\d+%", out)}
     assert counts.keys() == {"before", "after"}
     assert counts["before"] <= 3
     assert len((tmp_path / "run" / "example.jsonl").read_text(encoding="utf-8").splitlines()) == 60
-    score(1, tmp_path / "run", "--at-least", counts["after"] + 1)
 
 
 def test_without_a_gguf_of_the_example_there_is_nothing_to_count(tiny, tmp_path):
