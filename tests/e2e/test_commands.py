@@ -397,7 +397,7 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
     assert "continuing from a given adapter" in out
     first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
     assert last < first
-    assert "there is no adapter here" in twintune("adapter", "inspect", tmp_path, code=1)
+    assert "holds no adapter" in twintune("adapter", "inspect", tmp_path, code=1)
 
 
 def test_a_quantized_base_exports_both_ways(tiny, tmp_path):
