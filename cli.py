@@ -67,13 +67,13 @@ def _run(argv: list[str]) -> int:
         fix = f"`{PROGRAM} --help` lists the commands."
         raise UserError(f"{command!r} is not a command; {nearest(command, list(COMMANDS))}".rstrip("; "), fix)
     parser = build_parser(command)
-    args, extra = parser.parse_known_args(joined(argv) if command in ("train", "plan", "check-data", "fuse") else argv)
+    args, extra = parser.parse_known_args(joined(argv))
     if args.command is None:
         parser.print_help()
         return 2
     if extra and not hasattr(args, "flags"):
         fix = f"`{PROGRAM} {args.command} --help` says what it takes."
-        raise UserError(f"{extra[0]!r} is not an argument of {args.command}.", fix)
+        raise UserError(f"{extra[0].partition('=')[0]!r} is not an argument of {args.command}.", fix)
     if hasattr(args, "flags"):
         args.flags |= unknown(extra)
     context = Context(_backend, Display(), getattr(args, "llama_cpp", None))
