@@ -27,7 +27,7 @@ class Dataset:
     valid: list[Example]
     test: list[Example]
     formats: dict[str, int] = field(default_factory=dict)  # how many rows came in which format
-    empty: list[str] = field(default_factory=list)  # the sources of rows without an answer: they are left out
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
 
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""

@@ -8,8 +8,10 @@ from common.data.messages import (
     Empty,
     Fault,
     Row,
+    Untrained,
     check_characters,
     conversation,
+    is_trained,
     message_of,
     parsed,
     read_tool,
@@ -69,7 +71,7 @@ class _Columns:
 
 
 def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example]:
-    """`(name of its format, example)`; `fields`: {part: its column}. Raises Fault, and Empty for an empty answer.
+    """`(name of its format, example)`; `fields`: {part: its column}. Raises Fault, LeftOut where nothing is trained.
 
     A conversation comes before a pair beside it, and a pair before `text`: that is how data sets that hold several
     forms of the same row mean it. Two columns for one part are never chosen between.
@@ -78,6 +80,8 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         raise Fault("is not an object with named fields")
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
+    if not is_trained(row, ""):
+        raise Untrained("has train: false or weight: 0")
     columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
     tools = tuple(read_tool(tool) for tool in parsed(columns.value("tools"), "tools", list) or ())
     head = [message_of("system", text, 0)] if (text := columns.value("system")) not in _NOTHING else []

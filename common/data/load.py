@@ -12,7 +12,7 @@ import numpy as np
 from common.data.dataset import Dataset, Example, data_hash, prompt_key
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.formats import KNOWN, PARTS, clashing, read_row
-from common.data.messages import Empty, Fault
+from common.data.messages import Fault, LeftOut
 from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
 from common.errors import UserError
 from common.options import Options
@@ -49,10 +49,10 @@ class _Seen:
     """What reading found besides the rows, over all files of a source."""
 
     formats: Counter[str] = field(default_factory=Counter)
-    empty: list[str] = field(default_factory=list)  # rows without an answer, left out
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
 
     def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Dataset:
-        return Dataset(train, valid, test, dict(self.formats), self.empty)
+        return Dataset(train, valid, test, dict(self.formats), self.left_out)
 
 
 def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Dataset:
@@ -60,8 +60,8 @@ def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str]
 
     A hub name is `owner/name` or `owner/name:config@revision#split`; a path that exists comes first. Without a
     validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt
-    stay together. fields: {part of a format: its column here}. Rows without an answer are left out and listed in
-    `Dataset.empty`. Raises UserError naming every faulty row.
+    stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
+    in `Dataset.left_out`. Raises UserError naming every faulty row.
     """
     path, fields, seen = Path(source).expanduser(), fields or {}, _Seen()
     if path.is_dir():
@@ -124,7 +124,7 @@ def _rows_of(path: Path, fields: dict[str, str], seen: _Seen) -> list[Example]:
 
 
 def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str], seen: _Seen) -> list[Example]:
-    rows, faults, empty, columns = [], [], [], dict[str, None]()
+    rows, faults, left_out, columns = [], [], dict[str, list[str]](), dict[str, None]()
     for place, source, row in located:
         if isinstance(row, dict):
             columns |= dict.fromkeys(map(str, row))
@@ -132,8 +132,8 @@ def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str
             if isinstance(row, Fault):
                 raise row
             format, example = read_row(row, source, fields)
-        except Empty:
-            empty.append(source)
+        except LeftOut as why:
+            left_out.setdefault(why.kind, []).append(source)
             continue
         except Fault as fault:
             faults.append(f"{place}: {fault}")
@@ -151,11 +151,13 @@ def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str
             f"{where} has {len(faults)} bad {unit}:\n" + "\n".join(shown),
             f"Correct them; {FORM}\n       Also read: {KNOWN}. Columns with other names: --field PART=COLUMN.",
         )
-    if not rows and empty:
-        raise UserError(f"{where}: none of its {len(empty)} rows has an answer.", "Give rows with answers.")
+    if not rows and left_out:
+        counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in left_out.items())
+        raise UserError(f"{where} holds nothing to train on: {counts}.", "Give rows with answers that are trained.")
     if not rows:
         raise UserError(f"{where} is empty: it holds no rows.", f"Put rows in it; {FORM}")
-    seen.empty += empty
+    for kind, sources in left_out.items():
+        seen.left_out.setdefault(kind, []).extend(sources)
     return rows
 
 

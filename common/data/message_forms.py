@@ -20,6 +20,16 @@ def split_thinking(messages: list[Message]) -> list[Message]:
     return result
 
 
+def after_reasoning(content: str) -> str:
+    """What an answer says after the reasoning at its start."""
+    return content[found.end() :] if (found := _THINK.match(content)) else content
+
+
+def reasoning_is_open(content: str) -> bool:
+    """Whether an answer starts with reasoning that never ends: its generation was cut."""
+    return content.lstrip().startswith("<think>") and "</think>" not in content
+
+
 def without_reasoning(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 

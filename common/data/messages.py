@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from common.data.dataset import Example
+from common.data.message_forms import after_reasoning, reasoning_is_open
 
 Row = dict[str, Any]
 _ROLES = {
@@ -21,14 +22,25 @@ _ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+_SWITCHES = {"": None, "true": True, "false": False}
 
 
 class Fault(Exception):
     """What is wrong with a row, worded so that it follows the name of the row."""
 
 
-class Empty(Fault):
-    """The row is sound but its answer is empty: it can be left out."""
+class LeftOut(Fault):
+    """Why a sound row is not trained: it is left out, and counted with others of its `kind`."""
+
+    kind = ""
+
+
+class Empty(LeftOut):
+    kind = "rows without an answer"
+
+
+class Untrained(LeftOut):
+    kind = "rows with train: false or weight: 0"
 
 
 def parsed(value: Any, name: str, kind: type) -> Any:
@@ -69,11 +81,30 @@ def _turn(turn: Any, number: int) -> Row:
             message["reasoning_content"] = reasoning
             break
     message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
-    if turn.get("weight", 1) not in (0, 1) or turn.get("train", True) not in (True, False):
-        raise Fault(f"turn {number}: `weight` can be 0 or 1, `train` true or false")
-    if not (turn.get("weight", 1) and turn.get("train", True)):
+    if not is_trained(turn, f"turn {number}: "):
         message["train"] = False
     return message
+
+
+def is_trained(given: Row, where: str) -> bool:
+    """Whether a turn, or a row, carries loss by its own `train` and `weight`. Raises Fault."""
+    weight, train = (_from_csv(given.get(name)) for name in ("weight", "train"))
+    if weight not in (None, 0, 1) or train not in (None, True, False):
+        raise Fault(f"{where}`weight` can be 0 or 1, `train` true or false")
+    return weight not in (0, False) and train not in (0, False)
+
+
+def _from_csv(value: Any) -> Any:
+    """A number or a switch, which CSV holds as text; None for an empty cell."""
+    if not isinstance(value, str):
+        return value
+    word = value.strip().lower()
+    if word in _SWITCHES:
+        return _SWITCHES[word]
+    try:
+        return float(word)
+    except ValueError:
+        return value
 
 
 def message_of(role: str, content: Any, number: int) -> Row:
@@ -138,12 +169,15 @@ def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Ro
     for number, message in enumerate(messages, 1 - len(head)):
         if message["role"] == "system" and message is not messages[0]:
             raise Fault(f"turn {number} is a system turn; it can only be the first")
-        empty = message["role"] == "assistant" and not message["content"].strip() and not message.get("tool_calls")
-        if empty and message.get("train", True):
+        if message["role"] != "assistant" or not message.get("train", True):
+            continue
+        if reasoning_is_open(message["content"]):
+            raise Empty(f"turn {number}: the assistant's turn breaks off within its reasoning")
+        if not after_reasoning(message["content"]).strip() and not message.get("tool_calls"):
             raise Empty(f"turn {number}: the assistant's turn is empty, so there is nothing to learn")
     answers = [message for message in messages if message["role"] == "assistant"]
     if not answers:
         raise Fault("has no assistant turn, so there is nothing to learn")
     if not any(message.get("train", True) for message in answers):
-        raise Fault("has no assistant turn that is trained: all have train: false or weight: 0")
+        raise Untrained("has no assistant turn that is trained: all have train: false or weight: 0")
     return Example(tuple(messages), source, tools)

@@ -42,14 +42,14 @@ class QualityWarning:
 
 
 def quality_warnings(data: Dataset) -> list[QualityWarning]:
-    """Everything suspicious, the most serious first. Rows without an answer are left out; no other row is changed."""
+    """Everything suspicious, the most serious first. Nothing is changed here."""
     every = [*data.train, *data.valid, *data.test]
     found = [
         QualityWarning("validation or test rows that are in training too", _shared(data, content_key)),
         QualityWarning(
             "validation or test rows whose prompt is in training, with another answer", _shared_prompts(data)
         ),
-        QualityWarning("rows without an answer, left out", data.empty),
+        *(QualityWarning(f"{kind}, left out", sources) for kind, sources in data.left_out.items()),
         QualityWarning("training rows that repeat another", _repeated(data.train)),
         QualityWarning("training rows with the same prompt and different answers", _contradicting(data.train)),
         QualityWarning("rows with a placeholder left in", [row.source for row in every if placeholder(_all_text(row))]),

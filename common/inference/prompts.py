@@ -54,7 +54,9 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
 
 
 def _prompt(row: Any, source: str) -> Example:
-    """The prompt of a row. Raises Fault where it has none."""
+    """The prompt of a row, trained or not. Raises Fault where it has none."""
+    if isinstance(row, dict):
+        row = {name: value for name, value in row.items() if name not in ("train", "weight")}
     try:
         example = read_row(row, source, {})[1]
     except Fault as fault:

@@ -159,9 +159,29 @@ def test_rows_without_an_answer_are_left_out_and_listed(tmp_path: Path) -> None:
     empty = [turns(("user", "Hi"), ("assistant", text)) for text in ("", " \n")]
     path = lines(tmp_path / "a.jsonl", empty[0], GOOD, empty[1])
     data = load_data(str(path), 0, 0)
-    assert ([row.source for row in data.train], data.empty) == (["a.jsonl:2"], ["a.jsonl:1", "a.jsonl:3"])
+    assert [row.source for row in data.train] == ["a.jsonl:2"]
+    assert data.left_out == {"rows without an answer": ["a.jsonl:1", "a.jsonl:3"]}
     assert data.formats == {"messages": 1}
-    assert fault(lines(path, *empty)).what == f"{path}: none of its 2 rows has an answer."
+    assert fault(lines(path, *empty)).what == f"{path} holds nothing to train on: 2 rows without an answer."
+
+
+def test_answers_that_are_only_reasoning_are_left_out_and_listed(tmp_path: Path) -> None:
+    answers = ("<think>2 + 2 is 4</think>", "\n<think>\n3 + 3 is", "<think>5</think>\n\nFive", "What is <think>?")
+    path = lines(tmp_path / "a.jsonl", *(turns(("user", "Hi"), ("assistant", answer)) for answer in answers))
+    data = load_data(str(path), 0, 0)
+    assert [row.messages[1]["content"] for row in data.train] == list(answers[2:])
+    assert data.left_out == {"rows without an answer": ["a.jsonl:1", "a.jsonl:2"]}
+
+
+def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path) -> None:
+    row = chat("Hi", "Yo")
+    rows = [row | given for given in ({"weight": 0}, {"train": False}, {"weight": 1, "train": True}, {"weight": None})]
+    untrained = {"messages": [message | {"weight": 0} for message in row["messages"]]}
+    data = load_data(str(lines(tmp_path / "a.jsonl", *map(json.dumps, [*rows, untrained]))), 0, 0)
+    assert [row.source for row in data.train] == ["a.jsonl:3", "a.jsonl:4"]
+    assert data.left_out == {"rows with train: false or weight: 0": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5"]}
+    path = lines(tmp_path / "b.jsonl", json.dumps(row | {"weight": 0.5}))
+    assert fault(path).what.endswith("b.jsonl line 1: `weight` can be 0 or 1, `train` true or false")
 
 
 # --- what is held out

@@ -28,6 +28,7 @@ def asked(path: Path, system: str | None = None) -> list[list[str]]:
         ({"prompt": "p"}, ["user: p"]),
         ({"prompt": "p", "completion": "c"}, ["user: p"]),
         ({"question": "p", "answer": ""}, ["user: p"]),
+        ({"prompt": "p", "completion": "c", "train": False, "weight": 7}, ["user: p"]),
         ({"instruction": "i", "input": "x", "output": "o", "system": "S"}, ["system: S", "user: i\n\nx"]),
         ({"instruction": "i", "input": ""}, ["user: i"]),
         ({"messages": [{"role": "user", "content": "u"}]}, ["user: u"]),

@@ -96,7 +96,15 @@ def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
     path.write_text("instruction,input,output\nHi,,Yo\nHo,,\n")
     data = load_data(str(path), 0, 0)
     assert [m["content"] for m in data.train[0].messages] == ["Hi", "Yo"]
-    assert data.empty == ["a.CSV:3"]
+    assert data.left_out == {"rows without an answer": ["a.CSV:3"]}
+
+
+def test_a_csv_says_which_rows_are_trained(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,train,weight\nHi,a,True,\nHi,b,FALSE,1\nHi,c,,0.0\nHi,d,,1\n")
+    data = load_data(str(path), 0, 0)
+    assert [row.messages[1]["content"] for row in data.train] == ["a", "d"]
+    assert data.left_out == {"rows with train: false or weight: 0": ["a.csv:3", "a.csv:4"]}
 
 
 def test_a_file_of_an_unknown_ending(tmp_path: Path) -> None:

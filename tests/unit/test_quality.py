@@ -120,7 +120,9 @@ def test_calls_and_tools_are_part_of_a_row() -> None:
 
 
 def test_rows_without_an_answer_are_named() -> None:
-    (finding,) = quality_warnings(Dataset([row("Q", "A")], [], [], {}, [f"a:{n}" for n in range(2, 9)]))
+    (finding,) = quality_warnings(
+        Dataset([row("Q", "A")], [], [], {}, {"rows without an answer": [f"a:{n}" for n in range(2, 9)]})
+    )
     assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
 
 
