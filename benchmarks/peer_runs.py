@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from common.system.cache import cache_folder
-from common.system.hardware import nvidia_gpu
+from common.system.hardware import nvidia_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
-    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpu() else [])],
+    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpus() else [])],
     "mlx-lm": ["mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
     "unsloth": ["unsloth==2026.10.9"],

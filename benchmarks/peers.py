@@ -37,7 +37,7 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
 from common.system.environment import chip
-from common.system.hardware import nvidia_gpu
+from common.system.hardware import nvidia_gpus
 from common.training.loop import evaluate
 
 
@@ -122,8 +122,8 @@ def main() -> None:
 def machine(device: str) -> str:
     if device == "cpu":
         return f"{chip()}, {os.cpu_count()} cores, {platform.system()}, a CPU's figures"
-    gpu = nvidia_gpu()
-    return f"{gpu.name if gpu else 'a GPU'}, {platform.system()}"
+    gpus = nvidia_gpus()
+    return f"{gpus[0].name if gpus else 'a GPU'}, {platform.system()}"
 
 
 def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], tokens: int, labels: int) -> None:

@@ -74,8 +74,12 @@ class Options(RecipeFields, PlanFields):
     eval_every: int = in_training(0, "steps between validations; 0: at the end of each epoch", ge=0)
 
     backend: Literal["auto", "mlx", "torch"] = in_memory("auto", "auto: MLX on Apple silicon, else PyTorch")
-    device: Literal["auto", "cpu", "gpu", "cuda", "mps"] = in_memory(
-        "auto", "auto: the GPU where the backend has one (mps only when asked for)"
+    device: str = in_memory(
+        "auto",
+        "auto: the GPU where the backend has one, the freest of several (mps only when asked for); "
+        "cuda:1: PyTorch's second NVIDIA GPU",
+        value="{auto,cpu,gpu,cuda,cuda:N,mps}",
+        choices=("auto", "cpu", "gpu", "cuda", "mps"),
     )
     precision: Literal["auto", "bf16", "fp32"] = in_memory(
         "auto", "type of the frozen base's weights; the adapter and its optimizer are always float32"
@@ -152,6 +156,13 @@ class Options(RecipeFields, PlanFields):
         for name, number in value.items():
             if number <= 0:
                 raise ValueError(f"{name}={number}: must be above 0")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", value, re.ASCII):
+            raise ValueError("must be auto, cpu, gpu, cuda, cuda:N (N counts from 0) or mps")
         return value
 
     @field_validator("memory_limit")

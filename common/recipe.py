@@ -47,8 +47,19 @@ class Plan(PlanFields):
 
     backend: Literal["mlx", "torch"]
     device: Literal["cpu", "gpu", "cuda", "mps"]
+    device_index: int = 0  # of several NVIDIA GPUs the one that torch counts by this number
     micro_batch_tokens: int
     gradient_checkpointing: bool = False
     loss_chunk: int = 128  # label positions whose logits are held at once
     memory_budget: int = 0  # bytes that training may take; 0: not known
     save_every: int
+
+    @property
+    def device_name(self) -> str:
+        """The device as --device names it: cuda:1 where it is not the first."""
+        return f"{self.device}:{self.device_index}" if self.device_index else self.device
+
+    def on(self, device_name: str) -> "Plan":
+        """The same plan on the device of this name."""
+        device, _, index = device_name.partition(":")
+        return self.model_copy(update={"device": device, "device_index": int(index or 0)})

@@ -44,7 +44,13 @@ class MlxBackend:
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
         self.limits = _set_limits(plan)
-        base = ModelFolder(folder)
+        try:
+            return self._load(recipe, plan, ModelFolder(folder), adapter)
+        except BaseException:  # nobody closes what was never loaded
+            self._restore()
+            raise
+
+    def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
         self.model: Any = load_base(base, _DTYPES[recipe.precision])
         self.names = base.full_names
         with _memory_errors():
@@ -166,6 +172,10 @@ class MlxBackend:
 
     def close(self) -> None:
         del self.model, self.layers, self.optimizer, self.gradient
+        self._restore()
+
+    def _restore(self) -> None:
+        """What MLX keeps for the process, as it was before `load`."""
         mx.clear_cache()
         for set_limit, before in self.limits:
             set_limit(before)
@@ -177,10 +187,11 @@ def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
     """Set MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
     if not plan.memory_budget:
         return []
-    wanted = [(mx.set_memory_limit, plan.memory_budget), (mx.set_cache_limit, plan.memory_budget // 16)]
+    limit = min(plan.memory_budget, mx.get_memory_limit())  # MLX's own is below what the device has
+    wanted = [(mx.set_memory_limit, limit), (mx.set_cache_limit, limit // 16)]
     if plan.device == "gpu" and mx.metal.is_available():
-        recommended = int(mx.device_info()["max_recommended_working_set_size"])
-        wanted.append((mx.set_wired_limit, min(plan.memory_budget, recommended)))
+        recommended = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
+        wanted.append((mx.set_wired_limit, min(limit, recommended)))
     return [(set_limit, set_limit(value)) for set_limit, value in wanted]
 
 

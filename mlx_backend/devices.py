@@ -2,14 +2,16 @@
 
 import ctypes
 import ctypes.util
+import os
 import sys
 from typing import Any
 
 from common.backend import Choice
 from common.errors import UserError
 from common.memory_terms import ModelDims
-from common.system.hardware import gpu_precision, mlx_fault, mlx_install
-from common.system.memory import available
+from common.system.cgroup import core_limit
+from common.system.hardware import apple_precision, apple_silicon, cores, mlx_fault, mlx_install, nvidia_precision
+from common.system.memory import available, available_to_gpu
 
 _GROUP_SIZE = 64  # weights that share a scale, mlx-lm's default
 _INSTALL_BLAS = "apt install libopenblas0-pthread (Debian, Ubuntu) or dnf install openblas (Fedora)"
@@ -20,19 +22,29 @@ def fault() -> UserError | None:
 
 
 def choose_device(wanted: str) -> Choice:
-    if wanted in ("cuda", "mps"):
-        raise UserError(f"--device {wanted} is torch's; MLX has cpu and gpu.", "Use --device gpu, or auto.")
+    if wanted.startswith(("cuda", "mps")):
+        other = f" with CUDA_VISIBLE_DEVICES={wanted[5:]} in the environment" if ":" in wanted else ", or auto"
+        raise UserError(f"--device {wanted} is torch's; MLX has cpu and gpu.", f"Use --device gpu{other}.")
     blas, mx = preload(), import_mlx()
     gpu = mx.is_available(mx.gpu)
     if wanted == "gpu" and not gpu:
         raise UserError("--device gpu: this MLX sees no GPU.", "Use --device cpu, or install mlx-cuda12 or -13.")
     if wanted == "gpu" or (wanted == "auto" and gpu):
-        return Choice("gpu", "asked for" if wanted == "gpu" else "MLX has a GPU here")
+        return Choice("gpu", ("asked for" if wanted == "gpu" else "MLX has a GPU here") + _first_of(mx))
     why = "asked for" if wanted == "cpu" else "MLX has no GPU here"
     if blas is None:
         slow = f"MLX will be about 15 times slower than it could be: no OpenBLAS was found. {_INSTALL_BLAS}"
         return Choice("cpu", why, slow)
     return Choice("cpu", f"{why}; {blas} computes its products")
+
+
+def _first_of(mx: Any) -> str:
+    """Which GPU MLX computes on, where it has several."""
+    count = mx.device_count(mx.gpu)
+    if count < 2:
+        return ""
+    name = mx.device_info(mx.gpu)["device_name"]
+    return f"; the first of {count}, {name}: CUDA_VISIBLE_DEVICES chooses another"
 
 
 def import_mlx() -> Any:
@@ -48,16 +60,23 @@ def import_mlx() -> Any:
 def choose_precision(wanted: str, device: str) -> Choice:
     if wanted != "auto":
         return Choice(wanted, "asked for")
-    return Choice("fp32", "MLX's bf16 products are very slow on a CPU") if device == "cpu" else gpu_precision()
+    if device == "cpu":
+        return Choice("fp32", "MLX's bf16 products are very slow on a CPU")
+    if apple_silicon():
+        return apple_precision()
+    card = import_mlx().device_info(import_mlx().gpu)
+    return nvidia_precision(card["device_name"], (card["compute_capability_major"], card["compute_capability_minor"]))
 
 
 def free_memory(device: str) -> tuple[int, str]:
-    free = available()
-    if device != "gpu":
-        return free, "the free memory"
+    if device == "cpu":
+        return available(), "the free memory"
     preload()
-    recommended = int(import_mlx().device_info().get("max_recommended_working_set_size", free))
-    return min(recommended, free), "the GPU's recommended working set"
+    mx = import_mlx()
+    card = mx.device_info(mx.gpu)
+    if "free_memory" in card:  # CUDA's; it names no recommended size
+        return min(int(card["free_memory"]), mx.get_memory_limit()), "the GPU's free memory"
+    return min(int(card["max_recommended_working_set_size"]), available_to_gpu()), "what a GPU may take of the memory"
 
 
 def quantization_scheme(wanted: str) -> str:
@@ -82,6 +101,8 @@ def preload() -> str | None:
     name = ctypes.util.find_library("openblas")
     if name is None or "mlx.core" in sys.modules:
         return None
+    if core_limit() is not None:  # OpenBLAS starts a thread for every core of the machine
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(cores()))
     try:
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
     except OSError:

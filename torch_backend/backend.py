@@ -1,7 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.backend.Backend`."""
 
 import gc
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
@@ -17,9 +15,9 @@ from common.models.families import forward_config
 from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
-from common.system.memory import ResidentSet, swap_used
 from torch_backend.attention import has_flash
 from torch_backend.cuda_graphs import Graphs, Layout, can_graph
+from torch_backend.device_settings import DeviceSettings, empty_cache
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
 from torch_backend.layers import install
 from torch_backend.lora import attach, set_arrays
@@ -48,15 +46,16 @@ class TorchBackend:
         logging.disable_progress_bar()  # ours is the only display
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         return_large_blocks()
-        self.resident = ResidentSet()
-        self.recipe, self.start = recipe, adapter
-        self.device, dtype = torch.device(plan.device), _DTYPES[recipe.precision]
-        if self.device.type == "cpu":
-            _limit_threads()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        base = ModelFolder(folder)
-        config, self.names = base.config, base.full_names
+        self.recipe, self.start, self.device = recipe, adapter, torch.device(plan.device_name)
+        self.settings = DeviceSettings(self.device, plan.memory_budget)
+        try:
+            return self._load(recipe, plan, ModelFolder(folder), adapter)
+        except BaseException:  # nobody closes what was never loaded
+            self.settings.restore()
+            raise
+
+    def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
+        config, self.names, dtype = base.config, base.full_names, _DTYPES[recipe.precision]
         self.rope_split = forward_config(config).rope_split
         with _memory_errors():
             self.model: Any = _load_model(base, recipe, self.device, adapter)
@@ -69,7 +68,8 @@ class TorchBackend:
         capped = config["model_type"] == "gemma2"
         packs = packs_attention(config["head_dim"], capped, plan.device, recipe.precision)
         self.flash = packs and has_flash(self.device)
-        self._make_deterministic()
+        if self.flash:
+            self.settings.make_deterministic()
         self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
         with _memory_errors():
@@ -93,16 +93,6 @@ class TorchBackend:
         install(self.model, adapter)
         return outer, parameters
 
-    def _make_deterministic(self) -> None:
-        """The same run gives the same bits again, where attention's kernels can; undone by `close`."""
-        self.before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
-        )
-        if self.flash:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants; older torch insists on it
-            _deterministic(True, False)  # filling is for debugging
-
     def _with_memory(self, compute: Callable[[], _T]) -> _T:
         """The result of `compute`, repeated without graphs where memory runs out: only they can use what they hold."""
         held = self.graphs is not None and bool(self.graphs.graphs)
@@ -112,7 +102,7 @@ class TorchBackend:
         except OutOfMemory:
             if self.graphs is not None:
                 self.graphs = Graphs(self._micro_step, self.device)
-                torch.cuda.empty_cache()
+                empty_cache()
             if not held:
                 raise
         return self._with_memory(compute)
@@ -232,30 +222,12 @@ class TorchBackend:
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.rope_split)
 
     def memory(self) -> Memory:
-        if self.device.type != "cuda":
-            return self.resident.memory()
-        return Memory(
-            used=torch.cuda.memory_allocated(self.device),
-            peak=torch.cuda.max_memory_allocated(self.device),
-            total=torch.cuda.get_device_properties(self.device).total_memory,
-            kind="cuda",
-            swap=swap_used(),
-        )
+        return self.settings.memory()
 
     def close(self) -> None:
-        cuda = self.device.type == "cuda"
         del self.model, self.outer, self.parameters, self.optimizer, self.graphs
         gc.collect()  # layers whose forward is replaced refer to themselves
-        if cuda:
-            _deterministic(*self.before)
-            torch.cuda.empty_cache()
-
-
-def _limit_threads() -> None:
-    """One thread a physical core, unless the user says otherwise: two threads of a core wait for each other."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(min(threads, psutil.cpu_count(logical=False) or threads))
+        self.settings.restore()
 
 
 def _load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
@@ -272,11 +244,6 @@ def _load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter
     return model
 
 
-def _deterministic(algorithms: bool, fill: bool) -> None:
-    torch.use_deterministic_algorithms(algorithms)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
 @contextmanager
 def _memory_errors() -> Iterator[None]:
     """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError)."""
@@ -285,7 +252,6 @@ def _memory_errors() -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            empty_cache()
             raise OutOfMemory(text.split("\n")[0]) from None
         raise

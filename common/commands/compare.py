@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from common.context import Context
 from common.display import Display, gigabytes
@@ -40,7 +41,7 @@ def compare(runs: list[Path], display: Display) -> None:
         display.say(_agreement(runs[0], recipes[0], run, recipe))
     for run, record in zip(runs, records, strict=True):
         if len(record.plans) > 1:
-            moves = ", ".join(f"{p['backend']} on {p['device']} from step {p['from_step']}" for p in record.plans)
+            moves = ", ".join(map(_moved, record.plans))
             display.say(
                 f"{run.name} changed its plan during training ({moves}): its speed and memory are of both plans."
             )
@@ -50,6 +51,11 @@ def compare(runs: list[Path], display: Display) -> None:
             f"peak memory was measured in different ways ({', '.join(sorted(map(str, kinds)))}): "
             "compare peak RSS instead, which is the same in every run."
         )
+
+
+def _moved(plan: dict[str, Any]) -> str:
+    card = f":{plan['device_index']}" if plan.get("device_index") else ""
+    return f"{plan['backend']} on {plan['device']}{card} from step {plan['from_step']}"
 
 
 def stage_shares(record: RunRecord) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """`doctor`: what is here, and what is missing for which step."""
 
 import argparse
-import os
 import platform
 import shutil
 from importlib import metadata
@@ -13,27 +12,26 @@ from common.errors import UserError
 from common.llama_cpp.build import missing_build_tools
 from common.llama_cpp.install import find, which
 from common.system.cache import cache_folder
+from common.system.cgroup import core_limit, memory_limit
 from common.system.environment import chip
-from common.system.hardware import choose_backend, mlx_install, nvidia_gpu
-from common.system.memory import available, swap_used, total
+from common.system.hardware import choose_backend, mlx_install, nvidia_gpus, physical_cores
+from common.system.memory import available, physical, swap_used, total
 from common.verify.parity import parity
 
 
 def doctor(context: Context) -> None:
     """Print two tables: the machine, and each step with what it lacks. The hub token is never printed."""
-    import psutil
-
-    display, gpu = context.display, nvidia_gpu()
+    display, gpus = context.display, nvidia_gpus()
     cmake = which("cmake")
     display.table(
         "This machine",
         ["", ""],
         [
-            ["chip", f"{chip()}, {psutil.cpu_count(logical=False) or os.cpu_count()} cores"],
+            ["chip", _cores()],
             ["system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"],
-            ["memory", f"{gigabytes(total())}, {gigabytes(available())} available"],
+            ["memory", _memory()],
             ["swap in use", gigabytes(swap_used())],
-            ["NVIDIA GPU", f"{gpu.name}, {gigabytes(gpu.memory)}" if gpu else "none"],
+            ["NVIDIA GPU", "; ".join(f"{gpu.name}, {gigabytes(gpu.memory)}" for gpu in gpus) or "none"],
             *[[name, _version(name)] for name in ("torch", "transformers", "peft", "mlx", "mlx-lm")],
             ["CMake", cmake or "none"],
             ["llama.cpp", _llama()],
@@ -67,6 +65,19 @@ def doctor(context: Context) -> None:
     display.table("Steps", ["step", "state"], rows)
     auto = choose_backend("auto", context.backends)
     display.say(f"--backend auto is {auto.value}: {auto.why}")
+
+
+def _cores() -> str:
+    limit = core_limit()
+    limited = f" ({limit.file} allows {limit.amount:g})" if limit else ""
+    return f"{chip()}, {physical_cores()} cores{limited}"
+
+
+def _memory() -> str:
+    """The memory that counts, and what limits it to less than the machine has."""
+    limit = memory_limit()
+    limited = f" (of the machine's {gigabytes(physical())}, by {limit.file})" if limit else ""
+    return f"{gigabytes(total())}{limited}, {gigabytes(available())} available"
 
 
 def _llama() -> str:

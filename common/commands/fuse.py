@@ -249,7 +249,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
         backends = job.context.backends
         choose_backend(plan.backend, backends)  # a run may have come from another machine
         device = backends(plan.backend).choose_device("auto").value
-        backend, _ = loaded(job.context, recipe, plan.model_copy(update={"device": device}), job.base.path, job.adapter)
+        backend, _ = loaded(job.context, recipe, plan.on(device), job.base.path, job.adapter)
         try:
             yield backend.dequantized()
         finally:

@@ -25,7 +25,7 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
     rows.append(["budget", f"{gigabytes(chosen.budget)} ({chosen.why})"])
     known = "" if chosen.prediction.measured else f", {plan.backend} on {plan.device}: coefficients not yet measured"
     display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
-    display.say(f"plan: {plan.backend} on {plan.device}, {recipe.precision}, {described(plan)}")
+    display.say(f"plan: {plan.backend} on {plan.device_name}, {recipe.precision}, {described(plan)}")
     longest = max(len(row.ids) - 1 for row in job.train)
     batch, length = largest(job.memory, plan, longest, job.config["max_position_embeddings"], chosen.budget)
     display.say(

@@ -177,7 +177,7 @@ def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
         {
             "model": f"{recipe.model} ({info.architecture}, {info.layers} layers)",
             "backend": f"{plan.backend}: {hardware.backend.why}",
-            "device": f"{plan.device}: {hardware.device.why}",
+            "device": f"{plan.device_name}: {hardware.device.why}",
             "precision": f"{recipe.precision}: {hardware.precision.why}",
             "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "

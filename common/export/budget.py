@@ -11,7 +11,7 @@ from common.display import Display, gigabytes
 from common.errors import UserError
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
-from common.system.memory import PeakMemory
+from common.system.memory import PeakMemory, available
 from common.training.metrics import timed
 
 # The stages of each `--export` after training, in order; stated here only.
@@ -105,9 +105,7 @@ def check_disk(folder: Path, stages: list[Stage]) -> None:
 
 def warn_of_memory(stages: list[Stage], display: Display) -> None:
     """Warn before training of stages after it that need more memory than is free."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
+    free = available()
     for stage in stages:
         if stage.memory > free:
             display.warn(

@@ -29,6 +29,7 @@ from common.llama_cpp.install import (
     which,
 )
 from common.system.cache import artifact_lock
+from common.system.hardware import cores
 from common.system.process import capture, fraction, run_logged
 
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -163,8 +164,18 @@ def _compile(root: Path, progress: Progress) -> None:
             if done is not None:
                 progress(0.03 + 0.97 * done, name)
 
-        jobs = str(os.cpu_count() or 1)
-        make = [cmake, "--build", str(folder), "--config", "Release", "--parallel", jobs, "--target", *TARGETS, *OURS]
+        make = [
+            cmake,
+            "--build",
+            str(folder),
+            "--config",
+            "Release",
+            "--parallel",
+            str(cores()),
+            "--target",
+            *TARGETS,
+            *OURS,
+        ]
         last = run_logged(configure, log, lambda line: None)
         if last[0] == 0:
             last = run_logged(make, log, advance)

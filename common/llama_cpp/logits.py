@@ -4,7 +4,6 @@ Why a tool of our own: llama-server gives probabilities of the tokens it generat
 llama-perplexity writes its logits in 16 bits, and for one long text in place of rows.
 """
 
-import os
 import subprocess
 import tempfile
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from typing import IO, cast
 import numpy as np
 
 from common.errors import UserError
+from common.system.hardware import physical_cores
 from common.system.process import running
 
 _REMEDY = "Close other programs where memory is short; see whether llama.cpp runs the file: python cli.py serve RUN"
@@ -32,10 +32,7 @@ class GgufLogits:
         self._stack = ExitStack()
 
     def __enter__(self) -> "GgufLogits":
-        import psutil
-
-        threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-        command = [str(self.tool), str(self.gguf), str(self.context), str(threads)]
+        command = [str(self.tool), str(self.gguf), str(self.context), str(physical_cores())]
         with ExitStack() as stack:
             self._errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             pipe = subprocess.PIPE

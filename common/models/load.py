@@ -41,8 +41,8 @@ def runnable(plan: Plan, recipe: Recipe, backends: Backends) -> Plan:
     """
     movable = recipe.quantization == "none" and backends(plan.backend).fault() is not None
     name = choose_backend("auto" if movable else plan.backend, backends).value
-    changes = {"backend": name, "device": backends(name).choose_device("auto").value, "memory_budget": 0}
-    return plan.model_copy(update=changes)
+    device = backends(name).choose_device("auto").value
+    return plan.model_copy(update={"backend": name, "memory_budget": 0}).on(device)
 
 
 def loaded(
@@ -53,7 +53,7 @@ def loaded(
         return backend, backend.load(recipe, plan, folder, adapter)
     except OutOfMemory as error:
         raise UserError(
-            f"{recipe.model} does not fit into memory on {plan.device}: {error}",
+            f"{recipe.model} does not fit into memory on {plan.device_name}: {error}",
             "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
         ) from None
 

@@ -1,7 +1,6 @@
 """What machine and which packages a run was made with."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common.files import atomic_write
+from common.system.hardware import cores
 from common.system.memory import total
 
 PACKAGES = ("torch", "transformers", "peft", "mlx", "mlx-lm", "numpy", "safetensors", "tokenizers", "twintune")
@@ -27,7 +27,7 @@ def write_environment(run: Path) -> None:
         "system": platform.system(),
         "machine": platform.machine(),
         "processor": chip(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "memory_bytes": total(),
         "packages": versions,
     }

@@ -1,20 +1,21 @@
 """What the machine has, and which backend to use on it. No framework is loaded here: backends answer for theirs."""
 
 import importlib.util
+import math
+import os
 import platform
 import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from common.backend import Backends, Choice
 from common.errors import UserError
+from common.system.cgroup import core_limit
 
 
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    capability: tuple[int, int]
     memory: int  # bytes
 
 
@@ -26,30 +27,52 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-@cache
-def nvidia_gpu() -> Gpu | None:
-    """The first NVIDIA GPU as its driver reports it; None where there is no driver."""
+def cores() -> int:
+    """How many logical cores this process may use: those of its affinity, or less by its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = core_limit()
+    return max(1, min(allowed, math.ceil(limit.amount))) if limit else allowed
+
+
+def physical_cores() -> int:
+    """As many threads as compute best: two threads of one core wait for each other."""
+    import psutil
+
+    return min(cores(), psutil.cpu_count(logical=False) or cores())
+
+
+def nvidia_gpus() -> list[Gpu]:
+    """All NVIDIA GPUs in their driver's order, which need not be CUDA's; none where there is no driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        name = pynvml.nvmlDeviceGetName(handle)
-        capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        return [Gpu(pynvml.nvmlDeviceGetName(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total)) for h in handles]
+    except pynvml.NVMLError:
+        return []
+
+
+def nvidia_free(uuid: str) -> int | None:
+    """Free bytes of the GPU with this identifier, without a context on it; None where the driver cannot tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")).free)
     except pynvml.NVMLError:
         return None
-    return Gpu(name if isinstance(name, str) else name.decode(), tuple(capability), int(memory))
 
 
-def gpu_precision() -> Choice:
-    """bf16 where the GPU computes it (M1 and M2 emulate it), else float32."""
-    if apple_silicon():
-        return Choice("bf16", "an Apple GPU takes it (M1 and M2 emulate it: slower but right)")
-    gpu = nvidia_gpu()
-    if gpu is not None and gpu.capability >= (8, 0):
-        return Choice("bf16", f"{gpu.name} is Ampere or later")
-    return Choice("fp32", "the GPU is older than Ampere and has no bf16")
+def apple_precision() -> Choice:
+    return Choice("bf16", "an Apple GPU takes it (M1 and M2 emulate it: slower but right)")
+
+
+def nvidia_precision(name: str, capability: tuple[int, int]) -> Choice:
+    """bf16 where the GPU that will compute has it, else float32."""
+    if capability >= (8, 0):
+        return Choice("bf16", f"{name} is Ampere or later")
+    return Choice("fp32", f"{name} is older than Ampere and has no bf16")
 
 
 def cpu_bf16() -> str:
@@ -87,7 +110,7 @@ def _auto(backends: Backends) -> Choice:
     if apple and mlx:
         return Choice("torch", f"this is Apple silicon, but {mlx.what.rstrip('.')}", warning)
     device = backends("torch").choose_device("auto")
-    why = device.why if device.value == "cuda" else f"no Apple silicon and {device.why}: the CPU"
+    why = device.why if device.value.startswith("cuda") else f"no Apple silicon and {device.why}: the CPU"
     return Choice("torch", why, warning)
 
 

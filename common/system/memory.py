@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 from common.backend import Memory
+from common.system import cgroup
 
 
 class ResidentSet:
@@ -49,16 +50,37 @@ def reset_peak_rss() -> None:
 
 
 def total() -> int:
+    """The machine's memory, or the part of it that this process's container or job may take."""
+    limit = cgroup.memory_limit()
+    return min(physical(), int(limit.amount)) if limit else physical()
+
+
+def physical() -> int:
     import psutil
 
     return int(psutil.virtual_memory().total)
 
 
 def available() -> int:
-    """What the system could still give to processes without swapping."""
+    """What the system could still give to this process without swapping."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    left, free = cgroup.memory_left(), int(psutil.virtual_memory().available)
+    return free if left is None else min(free, left)
+
+
+def available_to_gpu() -> int:
+    """What a GPU that shares the machine's memory could take.
+
+    macOS counts only free and inactive pages as available, though it compresses pages of idle programs at need. All
+    but a quarter of the memory, and what is wired, counts here instead. Estimated: it never ran on a Mac.
+    """
+    import psutil
+
+    if sys.platform != "darwin":
+        return available()
+    memory = psutil.virtual_memory()
+    return max(int(memory.available), int(memory.total - memory.wired - memory.total // 4))
 
 
 def swap_used() -> int:

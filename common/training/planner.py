@@ -124,7 +124,7 @@ def described(plan: Plan) -> str:
 def _budget(options: Options, memory: TrainingMemory, plan: Plan) -> tuple[int, str]:
     if options.memory_limit is not None:
         return read_size(options.memory_limit), "asked for"
-    free, what = memory.package.free_memory(plan.device)
+    free, what = memory.package.free_memory(plan.device_name)
     return round(0.85 * free), f"85 % of {what}, {gigabytes(free)}"
 
 

@@ -18,6 +18,8 @@ def resumed_options(options: Options, run: Run) -> Options:
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
     kept["precision"] = recipe.precision
+    if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
+        del kept["device"]  # a GPU that was asked for, not the freest of that day
     if "memory_limit" in given:  # a new plan
         kept |= {"micro_batch_tokens": None, "gradient_checkpointing": None}
     if given.get("backend", plan.backend) != plan.backend:

@@ -47,9 +47,9 @@ def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -
     """A plan whose micro-batches are still to be chosen: of one token, so of one row."""
     return Plan(
         backend=backend,  # type: ignore[arg-type]  # pydantic checks it
-        device=device,  # type: ignore[arg-type]
+        device="cpu",  # `on` replaces it
         micro_batch_tokens=1,
         on_swap=options.on_swap,
         save_every=options.save_every or steps_per_epoch(len(rows.train.rows), options.batch_size),
         save_minutes=options.save_minutes,
-    )
+    ).on(device)

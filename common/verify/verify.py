@@ -175,7 +175,7 @@ def _compare_quants(given: VerifyInput, at: Positions, links: dict[str, Divergen
 def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
     """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
     plan = given.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
-    fits = 4.4 * given.base.parameter_count < backends(plan.backend).free_memory(plan.device)[0]
+    fits = 4.4 * given.base.parameter_count < backends(plan.backend).free_memory(plan.device_name)[0]
     recipe = given.recipe.model_copy(
         update={
             "precision": "fp32" if fits else given.recipe.precision,

@@ -4,6 +4,7 @@ import mlx.core as mx
 import pytest
 
 from common.data.batching import make_batch
+from mlx_backend import backend as backend_module
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
@@ -110,3 +111,25 @@ def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tm
     derivative = (loss(step) - loss(-step)) / (2 * step)
     assert abs(derivative / length**2 - 1) < 0.02
     backend.close()
+
+
+def test_the_limit_is_never_raised_above_mlxs_own(model):
+    before = mx.get_memory_limit()
+    backend = backends.load("mlx", model, backends.make_recipe(model), memory_budget=before * 2)
+    assert mx.get_memory_limit() == before
+    backend.close()
+    backend = backends.load("mlx", model, backends.make_recipe(model), memory_budget=before // 2)
+    assert mx.get_memory_limit() == before // 2
+    backend.close()
+    assert mx.get_memory_limit() == before
+
+
+def test_a_load_that_fails_leaves_mlx_as_it_was(model, monkeypatch):
+    def fails(*given):
+        raise RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes.")
+
+    before = mx.get_memory_limit(), mx.default_device()
+    monkeypatch.setattr(backend_module, "load_base", fails)
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        backends.load("mlx", model, backends.make_recipe(model), memory_budget=10**9)
+    assert (mx.get_memory_limit(), mx.default_device()) == before

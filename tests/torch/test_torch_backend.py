@@ -7,7 +7,6 @@ import torch
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
-from torch_backend import backend as backend_module
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +66,6 @@ def test_a_gemma_stored_in_bf16_is_scaled_in_float32(tmp_path):
     import json
 
     import ml_dtypes
-    import torch
     from safetensors.numpy import load_file, save_file
     from transformers import AutoModelForCausalLM
 
@@ -91,8 +89,6 @@ def test_a_gemma_stored_in_bf16_is_scaled_in_float32(tmp_path):
 def test_a_closed_backend_holds_no_model(model):
     import gc
 
-    import torch
-
     backend = backends.load("torch", model, backends.make_recipe(model))
     shape = backend.model.model.embed_tokens.weight.shape
     backend.close()
@@ -102,19 +98,3 @@ def test_a_closed_backend_holds_no_model(model):
     finally:
         gc.enable()
     assert alive == []
-
-
-@pytest.mark.cpu
-@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
-def test_one_thread_a_physical_core_unless_the_user_says_otherwise(model, monkeypatch, variable, threads):
-    before = torch.get_num_threads()
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if variable:
-        monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    monkeypatch.setattr(backend_module.psutil, "cpu_count", lambda logical: 8 if logical else 1)
-    torch.set_num_threads(2)
-    try:
-        backends.load("torch", model, backends.make_recipe(model)).close()
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)

@@ -165,6 +165,16 @@ def test_a_failed_compilation_names_the_log(tmp_path: Path, monkeypatch: pytest.
     assert "-DLLAMA_OPENSSL=OFF" in (root / "build.log").read_text()
 
 
+def test_a_build_runs_as_many_compilers_as_it_may_use_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cmake = script(tmp_path / "cmake", f"import sys; print(*sys.argv, file=open({str(tmp_path / 'calls')!r}, 'a'))")
+    monkeypatch.setattr(build_module, "which", lambda name: str(cmake) if name == "cmake" else None)
+    monkeypatch.setattr(build_module, "cores", lambda: 3)
+    root = install.cache_root()
+    root.mkdir(parents=True)
+    build_module._compile(root, quiet)
+    assert "--parallel 3 " in (tmp_path / "calls").read_text()
+
+
 def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "missing_build_tools", list)
     root, started, waiting, builds = install.cache_root(), threading.Event(), threading.Event(), []

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import torch_backend
 from common import files
 from common.backend import Memory
 from common.commands import fuse as fuse_module
@@ -36,6 +37,7 @@ from tests.full_disk import full_disk
 from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
+from torch_backend.devices import Card
 
 
 @pytest.fixture
@@ -75,6 +77,32 @@ def run(given: dict[str, Any], backend: Bigram | None = None) -> tuple[Path, Big
 def metrics(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def plan_of(folder: Path) -> tuple[str, int]:
+    plan = Run(folder).plan
+    return plan.device, plan.device_index
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_run_keeps_the_gpu_that_was_asked_for_and_else_takes_the_freest(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, asked: bool
+) -> None:
+    free = {"a": 9, "b": 5, "c": 7}
+    cards = [Card("NVIDIA A100", (8, 0), uuid) for uuid in free]
+    monkeypatch.setattr(torch_backend.devices, "cards", lambda: cards)
+    monkeypatch.setattr(torch_backend.devices, "nvidia_free", lambda uuid: free[uuid] * 10**9)
+    asked_of: list[str] = []
+    budget = (10**10, "the GPU's free memory")
+    monkeypatch.setattr(torch_backend, "free_memory", lambda device: asked_of.append(device) or budget)
+    with pytest.raises(Interrupted):
+        run(given | {"device": "cuda:1" if asked else "auto"}, Stops())
+    folder = Path(given["output"])
+    assert plan_of(folder) == ("cuda", 1 if asked else 0)
+    free["c"] = 20
+    run({"resume": str(folder)})
+    assert plan_of(folder) == ("cuda", 1 if asked else 2)
+    assert asked_of == (["cuda:1", "cuda:1"] if asked else ["cuda", "cuda:2"])
 
 
 # --- faults before the first step

@@ -1,0 +1,90 @@
+"""What torch keeps for the process while a GPU computes: neither is here, so torch's own functions are stood in for."""
+
+import psutil
+import pytest
+import torch
+
+from common.backend import OutOfMemory
+from torch_backend import backend as backend_module
+from torch_backend.device_settings import DeviceSettings
+
+pytestmark = pytest.mark.cpu
+GB = 10**9
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls that reach torch.cuda and torch.mps, in order."""
+    made = []
+
+    def record(module, name, result=None):
+        monkeypatch.setattr(module, name, lambda *given: made.append((name, *given)) or result)
+
+    for name in ("set_device", "reset_peak_memory_stats"):
+        record(torch.cuda, name)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("set_per_process_memory_fraction", "empty_cache"):
+        record(torch.mps, name)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10 * GB)
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", raising=False)
+    return made
+
+
+def test_the_gpu_that_computes_is_the_current_one_until_the_end(calls):
+    device = torch.device("cuda:1")
+    settings = DeviceSettings(device, 8 * GB)
+    assert calls == [("set_device", device), ("reset_peak_memory_stats", device)]
+    settings.restore()
+    assert calls[2:] == [("set_device", 0)]
+
+
+def test_the_budget_is_a_real_limit_on_mps_until_the_end(calls):
+    settings = DeviceSettings(torch.device("mps"), 4 * GB)
+    settings.restore()
+    assert calls == [("set_per_process_memory_fraction", 0.4), ("set_per_process_memory_fraction", 1.7)]
+
+
+def test_torchs_own_ceiling_is_not_raised(calls):
+    DeviceSettings(torch.device("mps"), 100 * GB)
+    assert calls == [("set_per_process_memory_fraction", 1.7)]
+
+
+@pytest.mark.parametrize(("budget", "variable"), [(0, None), (4 * GB, "0.5")])
+def test_without_a_budget_or_with_the_users_own_ceiling_nothing_is_set(calls, monkeypatch, budget, variable):
+    if variable:
+        monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", variable)
+    DeviceSettings(torch.device("mps"), budget).restore()
+    assert calls == []
+
+
+def test_memory_on_mps_is_what_its_driver_counts(calls, monkeypatch):
+    held = iter([3 * GB, 5 * GB, 4 * GB])
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: next(held))
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 2 * GB)
+    settings = DeviceSettings(torch.device("mps"), 0)
+    found = [settings.memory() for _ in range(3)]
+    assert [memory.peak for memory in found] == [3 * GB, 5 * GB, 5 * GB]
+    assert {(memory.used, memory.kind) for memory in found} == {(2 * GB, "unified")}
+
+
+def test_out_of_memory_on_mps_gives_unused_blocks_back(calls, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    text = "MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB)"
+    with pytest.raises(OutOfMemory, match="MPS backend out of memory"), backend_module._memory_errors():
+        raise RuntimeError(text)
+    assert calls == [("empty_cache",)]
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+def test_one_thread_a_core_unless_the_user_says_otherwise(monkeypatch, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8 if logical else 1)
+    torch.set_num_threads(2)
+    try:
+        DeviceSettings(torch.device("cpu"), 0)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
