@@ -10,7 +10,7 @@ from typing import Any
 from common.commands.arguments import Parser, joined, unknown
 from common.context import Context
 from common.display import Display
-from common.errors import PROGRAM, UserError
+from common.errors import PROGRAM, UserError, os_fault
 from common.options import nearest
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export it as a Q4 GGUF."
@@ -110,10 +110,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _complain("stopped")
         return 130
-    if isinstance(error, UserError):
-        what, fix = error.what, error.fix
-    elif isinstance(error, OSError):  # a full disk, a folder that may not be written
-        what, fix = f"{error.strerror or error}: {error.filename or ''}", "Look at that path."
+    fault = os_fault(error, "give the command again.") if isinstance(error, OSError) else error
+    if isinstance(fault, UserError):
+        what, fix = fault.what, fault.fix
     else:
         first = (str(error).strip() or "no message").splitlines()[0]
         what, fix = f"this is a bug: {type(error).__name__}: {first}", "Report it. TWINTUNE_TRACEBACK=1 shows where."

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
+from common.errors import UserError
+
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.errors import UserError
     from common.memory_terms import MemoryTerms, ModelDims
     from common.recipe import Plan, Recipe
     from common.sampling import Sampler
@@ -43,7 +44,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss_sum` is summed over label tokens. Scalars may be lazy: float() waits for them."""
+    """`loss_sum` is summed over label tokens.
+
+    Scalars may be lazy: float() waits for them, and raises OutOfMemory where the step failed and was undone.
+    """
 
     loss_sum: SupportsFloat
     grad_norm: SupportsFloat  # the global norm before clipping; 0 in evaluation
@@ -155,8 +159,19 @@ class OptimizerState:
     exp_avg_sq: dict[str, np.ndarray] = field(repr=False)
 
 
-class OutOfMemory(Exception):
-    """Raised in place of the framework's own error; the loop repeats the step in smaller micro-batches."""
+class OutOfMemory(UserError):
+    """Raised in place of the framework's own error; the loop repeats the step in smaller micro-batches.
+
+    undid_previous: the step before this one is undone too, because the device had not written what it computed.
+    """
+
+    def __init__(self, reason: str = "", undid_previous: bool = False) -> None:
+        fix = "Close other programs; a run continues with --resume RUN and a lower --memory-limit."
+        super().__init__(f"Memory ran out: {reason}", fix)
+        self.reason, self.undid_previous = reason, undid_previous
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 class Backend(Protocol):
@@ -173,7 +188,8 @@ class Backend(Protocol):
         """The result of one optimizer step over the sum of token losses, divided by the label tokens of all batches.
 
         `step` (from 1) seeds the dropout masks, so that a resumed run draws the same ones.
-        Raises OutOfMemory with weights and optimizer state as they were before the call.
+        Raises OutOfMemory with weights and optimizer state as they were before the call, or before the one before it
+        whose result has not been read: `undid_previous`.
         """
         ...
 
@@ -199,7 +215,7 @@ class Backend(Protocol):
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         """Logits [T, vocabulary] float32 of one row of token ids [T], or [P, vocabulary] at `positions` [P] alone.
 
-        adapter: False gives the base model's. Random states are left untouched.
+        adapter: False gives the base model's. Random states are left untouched. Raises OutOfMemory.
         """
         ...
 

@@ -1,5 +1,6 @@
 """The one exception a user ever sees, and how commands are named to users."""
 
+import errno
 import sys
 from pathlib import Path
 
@@ -20,3 +21,21 @@ class UserError(Exception):
         super().__init__(f"{what}\n{fix}")
         self.what = what
         self.fix = fix
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file allowed
+
+
+def os_fault(error: OSError, afterwards: str) -> UserError:
+    """What the system refused, with the file's name. afterwards: what to do when the cause is gone."""
+    reason = error.strerror or str(error)
+    first = "Free space on that disk" if error.errno in _FULL else "Look at that path"
+    return UserError(f"{reason}: {error.filename or 'no file is named'}", f"{first}, then {afterwards}")
+
+
+def device_fault(error: Exception) -> UserError:
+    """For a device that failed, and not for want of memory."""
+    return UserError(
+        f"The device failed: {str(error).splitlines()[0]}",
+        "A run continues with --resume RUN; where it fails again, with a lower --memory-limit.",
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 # A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked.
 _PREFIX, _REPLACED = ".twintune-", ".twintune-old-"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-_LEFT = re.compile(rf"{re.escape(_PREFIX)}(old-)?{_HOST}-(\d+)-[0-9a-f]+-(.+)", re.DOTALL)
+_LEFT = re.compile(rf"{re.escape(_PREFIX)}(old-)?([0-9a-f]{{8}})-(\d+)-[0-9a-f]+-(.+)", re.DOTALL)
 
 
 @contextmanager
@@ -25,10 +25,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
     _clean(path.parent)
     temporary = _beside(path, _PREFIX)
     try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
+        with errors_naming(path, temporary):
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,19 +43,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     _clean(path.parent)
     temporary, old = _beside(path, _PREFIX), _beside(path, _REPLACED)
-    temporary.mkdir(parents=True)
     try:
-        yield temporary
-        for inner in temporary.rglob("*"):
-            _sync(inner)
-        _sync(temporary)
-        if path.exists():  # moved first: to remove a large folder takes time, and a kill would leave a part of it
-            path.rename(old)
-        temporary.rename(path)
-        _sync(path.parent)
+        with errors_naming(path, temporary):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for inner in temporary.rglob("*"):
+                _sync(inner)
+            _sync(temporary)
+            if path.exists():  # moved first: to remove a large folder takes time, and a kill would leave a part of it
+                path.rename(old)
+            temporary.rename(path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _settle(old, path)
+
+
+@contextmanager
+def errors_naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Within it an OSError names the file that is written: `path`, in place of none or of what is in `temporary`.
+
+    A write to an open file fails without a name, a copy or a rename with two.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.filename2 = str(_named(error, path, temporary)), None
+        raise
+
+
+def _named(error: OSError, path: Path, temporary: Path | None) -> object:
+    name = error.filename2 or error.filename
+    if not isinstance(name, (str, os.PathLike)):  # none, or the number of an open file
+        return path
+    if temporary is not None and Path(name).is_relative_to(temporary):
+        return path / Path(name).relative_to(temporary)
+    return name
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes left anywhere in `folder`, which no other process may be writing to.
+
+    So those of other hosts go too, and of an earlier process of the same number: a container's is always the same.
+    """
+    lefts = [path for path in folder.rglob(f"{_PREFIX}*") if _LEFT.fullmatch(path.name)]
+    for left in [*lefts, *folder.glob("checkpoints/step-*.tmp")]:  # the latter are version 0.1's
+        _remove(left)
 
 
 def _beside(path: Path, prefix: str) -> Path:
@@ -70,14 +105,19 @@ def _clean(parent: Path) -> None:
     """
     for left in parent.glob(f"{_PREFIX}*"):
         found = _LEFT.fullmatch(left.name)
-        if found is None or _runs(int(found[2])):
-            continue
-        if found[1]:
-            _settle(left, parent / found[3])
-        elif left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+        if found and found[2] == _HOST and not _runs(int(found[3])):
+            _remove(left)
+
+
+def _remove(left: Path) -> None:
+    """Remove a temporary file or folder; a replaced folder whose successor is missing gets its name back."""
+    found = _LEFT.fullmatch(left.name)
+    if found and found[1]:
+        _settle(left, left.with_name(found[4]))
+    elif left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def _settle(old: Path, path: Path) -> None:

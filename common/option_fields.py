@@ -91,3 +91,4 @@ class PlanFields(BaseModel):
     save_minutes: float = in_output(
         10.0, "minutes after which a checkpoint is written between two due ones; 0: never", ge=0
     )
+    keep_checkpoints: int = in_output(2, "newest checkpoints to keep; each holds the best adapter too", ge=1)

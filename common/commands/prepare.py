@@ -93,7 +93,8 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     adapter_bytes, held = trained_bytes(start, base.model), reloaded(options, memory, base.model)
     verifies = not options.no_verify
     stages = estimate_stages(options.export, options.quant, base.model, adapter_bytes, held, options.imatrix, verifies)
-    check_disk(run.path, [Stage("checkpoints", 0, checkpoints_disk(adapter_bytes)), *stages])
+    checkpoints = checkpoints_disk(adapter_bytes, options.keep_checkpoints)
+    check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages])
     warn_of_memory(stages, display)
     llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(data.train, 200_000))
     sample, sample_tokens = sample_prompt(rows)

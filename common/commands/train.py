@@ -6,18 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter, Backend, ModelInfo
+from common.backend import Adapter, Backend, Memory, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.prepare import Job, check_unused, free_name, prepare
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
-from common.errors import PROGRAM, UserError
+from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import push
-from common.files import atomic_write
+from common.files import atomic_write, sweep
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
@@ -25,13 +25,14 @@ from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Recipe
-from common.run_lock import held
+from common.run_lock import LOCK, held
 from common.run_record import DataRecord, Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
+from common.training.faults import unsaved
 from common.training.loop import Interrupted, TrainingLoop, evaluate
 from common.training.metrics import deterministic, figures, timed
 from common.training.observer import DisplayObserver
@@ -49,13 +50,14 @@ def run_training(options: Options, context: Context) -> Path:
         if resumed:
             record = resumed.record
             lock.enter_context(held(resumed.path))
+            sweep(resumed.path)
             say_llama(record, context.llama_cpp, display)
             options = resumed_options(options, resumed)
         with timed(seconds, "prepare"):
             job = prepare(options, resumed, context, seconds)
         seconds["prepare"] -= seconds["tokenize"]
         if resumed:
-            found = resume_run(resumed, job.recipe, job.plan)
+            found = resume_run(resumed, job.recipe, job.plan, display.warn)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
         else:
@@ -63,20 +65,25 @@ def run_training(options: Options, context: Context) -> Path:
             _begin(job)
         try:
             backend, adapter = _train(job, found, context, seconds)
+            validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
+            adapters.write_both(job.run.path, adapter)
+            job.run.update(status="complete")
         except BaseException as error:
-            job.run.update(status="interrupted")
-            record_seconds(job.run, seconds)
+            with display.optional("run.json is not up to date"):
+                job.run.update(status="interrupted")
+                record_seconds(job.run, seconds)
+            if isinstance(error, OSError):
+                raise unsaved(job.run.path, error) from None
             if not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
-        validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
-        adapters.write_both(job.run.path, adapter)
-        job.run.update(status="complete")
         try:
             _score_test(job, backend, adapter, seconds, display)
             _export(job, backend, adapter, seconds, context)
-        except BaseException:
+        except BaseException as error:
             display.warn(f"training is complete and kept. To export it: {PROGRAM} fuse {job.run}")
+            if isinstance(error, OSError):
+                raise os_fault(error, f"export again: {PROGRAM} fuse {job.run}") from None
             raise
     if job.options.push:
         push(job.run.path, job.options.push, None, not job.options.push_public, False, display)
@@ -101,17 +108,11 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
             TrainingLoop(
                 backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
             ).train()
-        finally:
-            memory, before = backend.memory(), job.run.record  # a resumed run's peaks are of all its processes
-            job.run.update(
-                **figures(state, recipe, job.plan),
-                predicted_peak_bytes=job.chosen.prediction.peak,
-                predicted_parts=job.chosen.prediction.parts,
-                memory_kind=memory.kind,
-                peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
-                peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
-                swap_growth_bytes=max(swap_used() - swap, before.swap_growth_bytes or 0),
-            )
+        except BaseException:
+            with display.optional("run.json lacks the figures of this process"):
+                _record(job, state, backend.memory(), swap_used() - swap)
+            raise
+        _record(job, state, backend.memory(), swap_used() - swap)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)
     exported = "best" if state.best is not None else "last"
@@ -119,6 +120,20 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     job.run.update(exported_adapter=exported, exported_step=step)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or backend.get_adapter()
+
+
+def _record(job: Job, state: State, memory: Memory, swap_growth: int) -> None:
+    """Put on record what training determines; the peaks of a resumed run are of all its processes."""
+    before = job.run.record
+    job.run.update(
+        **figures(state, job.recipe, job.plan),
+        predicted_peak_bytes=job.chosen.prediction.peak,
+        predicted_parts=job.chosen.prediction.parts,
+        memory_kind=memory.kind,
+        peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
+        peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
+        swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
+    )
 
 
 def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:
@@ -223,7 +238,17 @@ def _claimed(job: Job, lock: ExitStack) -> Job:
 
 
 def _begin(job: Job) -> None:
-    """Write a new run's files, in its folder that is held."""
+    """Write a new run's files, in its folder that is held; where one is refused, none stays."""
+    try:
+        _write_new(job)
+    except OSError:
+        for path in job.run.path.iterdir():
+            if path.name != LOCK:
+                path.unlink()
+        raise
+
+
+def _write_new(job: Job) -> None:
     run = job.run
     run.write_recipe(job.recipe)
     run.write_plan(job.plan)

@@ -97,10 +97,10 @@ def trained_bytes(adapter: Adapter | None, base: ModelFolder) -> int:
     return sum(part.nbytes for weight in adapter.weights.values() for part in weight.parts().values())
 
 
-def checkpoints_disk(adapter_bytes: int) -> int:
-    """Upper bound of the bytes that training writes."""
-    # three checkpoints while one is written: adapter, best adapter and two moments each; at the end both layouts
-    return (3 * 4 + 2) * adapter_bytes
+def checkpoints_disk(adapter_bytes: int, keep: int) -> int:
+    """Upper bound of the bytes that training writes. keep: how many checkpoints stay."""
+    # one more while it is written: adapter, best adapter and two moments each; at the end both layouts
+    return ((keep + 1) * 4 + 2) * adapter_bytes
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.backend import Adapter, LoraWeight
 from common.documents import read_json
@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
+from common.models.safetensors_files import save_tensors
 
 _PEFT_PREFIX = "base_model.model."
 PEFT_FILE = "adapter_model.safetensors"
@@ -283,7 +284,7 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
 
 def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:
     with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / name, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / name, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.model_files import copy_file, known_files
 from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import save_tensors
 from common.system.cache import artifact_lock, cache_folder
 
 _MODES = ("affine",)
@@ -92,7 +93,7 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
         index: dict[str, str] = {}
         for shard in model.shards:
             tensors = _shard(load_file(shard), settings)
-            save_file(tensors, temporary / shard.name, metadata={"format": "pt"})
+            save_tensors(tensors, temporary / shard.name, {"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
         if len(set(index.values())) > 1:
             content = {"metadata": {}, "weight_map": dict(sorted(index.items()))}

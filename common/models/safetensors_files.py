@@ -4,6 +4,8 @@ Mapped pages would count as this process's memory, a complete shard of them.
 """
 
 import math
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 from common.documents import parse_json
 from common.errors import UserError
@@ -95,3 +99,17 @@ def copy_bytes(source: BinaryIO, file: BinaryIO, size: int) -> None:
     """Copy `size` bytes from the current position of `source`, a few at a time."""
     for left in range(size, 0, -_COPY_BYTES):
         file.write(source.read(min(left, _COPY_BYTES)))
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, readable by whom the umask allows. Raises OSError with the file's name."""
+    path.touch()
+    allowed = path.stat().st_mode
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+    path.chmod(allowed)  # the library's own is 0600

@@ -9,22 +9,25 @@ step-000040/
 
 import hashlib
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.backend import Adapter, OptimizerState, StepResult
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
+from common.models.safetensors_files import save_tensors
 from common.recipe import Plan
 
-KEPT = 2  # the newest checkpoints that stay on disk
+_STEP = re.compile(r"step-\d{6,}")
 _STATE = "state.json"
 _MARKER = "COMPLETE"
 _EVALUATION = "evaluation.json"
@@ -76,8 +79,8 @@ class Checkpoint(NamedTuple):
     optimizer: OptimizerState
 
 
-def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str) -> Path:
-    """`checkpoints/step-000040`, complete or not there at all. Older ones are then removed."""
+def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str, keep: int) -> Path:
+    """`checkpoints/step-000040`, complete or not there at all. It and the `keep - 1` before it stay, no others."""
     folder = _folder(run, state.step)
     with atomic_folder(folder) as temporary:
         write_trained(temporary, adapter)
@@ -85,14 +88,19 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, r
             write_trained(temporary / "best", state.best)
         moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
         moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
-        save_file(moments, temporary / "optimizer.safetensors", metadata={"step": str(optimizer.step)})
+        save_tensors(moments, temporary / "optimizer.safetensors", {"step": str(optimizer.step)})
         plain = {n: value for n, value in asdict(State(**{**vars(state), "best": None})).items() if n != "best"}
         plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
         (temporary / _STATE).write_text(json.dumps(plain, indent=2))
         hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
         (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
-    for old in _folders(run)[KEPT:]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = _folders(run)
+    kept = [other for other in found if _step_of(other) <= state.step][
+        :keep
+    ]  # a later one was damaged, and passed over
+    for other in found:
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
     return folder
 
 
@@ -110,16 +118,22 @@ def discard(run: Path, step: int) -> None:
     shutil.rmtree(_folder(run, step), ignore_errors=True)
 
 
-def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
-    """The newest checkpoint that is complete; None where there is none.
+def latest(
+    run: Path, recipe_hash: str | None = None, warn: Callable[[str], None] = lambda text: None
+) -> Checkpoint | None:
+    """The newest checkpoint that is complete, None where there is none; `warn` is told of newer ones that are not.
 
     Raises UserError where it was made by another recipe than that of `recipe_hash`. A checkpoint of an older version
     does not know its recipe, and is taken.
     """
-    for folder in _folders(run):
-        if _complete(folder):
-            break
-    else:
+    folders = _folders(run)
+    folder = next((folder for folder in folders if _complete(folder)), None)
+    damaged = folders[0] if folders and folder != folders[0] else None
+    if damaged is not None:
+        lost = _step_of(damaged) - (_step_of(folder) if folder else 0)
+        after = f"from step {_step_of(folder)}" if folder else "from the start"
+        warn(f"{damaged} is damaged: training continues {after}, and at least {lost} steps are done again")
+    if folder is None:
         return None
     remedy = f"Remove {folder} to continue from the checkpoint before it; or start a new run."
     plain = read_json(folder / _STATE, remedy, allow_nan=True)
@@ -149,7 +163,7 @@ def latest(run: Path, recipe_hash: str | None = None) -> Checkpoint | None:
 
 def latest_step(run: Path) -> int | None:
     """The step of the newest checkpoint, whose contents are not looked at; None where there is none."""
-    steps = [int(folder.name.removeprefix("step-")) for folder in _folders(run) if (folder / _MARKER).exists()]
+    steps = [_step_of(folder) for folder in _folders(run) if (folder / _MARKER).exists()]
     return steps[0] if steps else None
 
 
@@ -168,7 +182,12 @@ def _folder(run: Path, step: int) -> Path:
 
 def _folders(run: Path) -> list[Path]:
     """Newest first, unfinished ones left out."""
-    return sorted((run / "checkpoints").glob("step-??????"), reverse=True)
+    found = [folder for folder in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(folder.name)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,18 +3,21 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.backend import Backend, Batch, Memory, OutOfMemory, StepResult
+from common.backend import Backend, Batch, OutOfMemory, StepResult
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.metrics import open_metrics, timed, write_line
+from common.training.faults import not_finite, unsaved
+from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
+from common.training.short_memory import ShortMemory
 
 
 class Interrupted(Exception):
@@ -72,11 +75,11 @@ class TrainingLoop:
         self.seconds.setdefault("train", 0.0)
         self._pending: _Pending | None = None
         self._warm = False  # whether this process has finished a step
-        self._saved_at, self._swap = time.monotonic(), self.backend.memory().swap
-        if self.state.gradient_checkpointing != self.plan.gradient_checkpointing:
-            self._checkpoint_gradients(self.state.gradient_checkpointing)
+        self._saved_at, self._refused = time.monotonic(), False
+        self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
         unvalidated = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
-        with open_metrics(self.run / "metrics.jsonl", self.state.step, unvalidated) as self._metrics:
+        path = self.run / "metrics.jsonl"
+        with closing(Metrics(path, self.state.step, unvalidated, self.observer.warn)) as self._metrics:
             if unvalidated:
                 self._validate(saved=True)
             ready = self._split(self.state.step + 1)
@@ -86,12 +89,13 @@ class TrainingLoop:
                 saves = stop or self._saves(number)
                 if evaluates or saves or not self._warm:  # the first step's time is its own: it warms up
                     self._finish_pending()
-                if saves:
-                    self._save()
+                saved = saves and self._save(stop)
                 if stop:
                     raise Interrupted(self.run)
                 if evaluates:
-                    self._validate(saves)
+                    self._validate(saved)
+            if self._refused:
+                self._save()
         return self.state
 
     def _evaluates(self, step: int) -> bool:
@@ -120,7 +124,8 @@ class TrainingLoop:
             result, batches = self._step(step, rate, rows, batches)
         except UserError:
             if self._pending is not None:  # the step before this one is complete
-                self._finish(self._pending, started)
+                with suppress(OutOfMemory):
+                    self._finish(self._pending, started)
             raise
         before, self._pending = self._pending, _Pending(step, rate, rows, batches, result, started)
         size, ready = self.state.micro_batch_tokens, self._split(step + 1)
@@ -137,13 +142,27 @@ class TrainingLoop:
         while True:
             try:
                 return self.backend.train_step(batches, rate, step), batches
-            except OutOfMemory:
-                self._use_less_memory(batches, f"step {step} ran out of memory")
+            except OutOfMemory as error:
+                if error.undid_previous and self._pending is not None:
+                    self._repeat(self._pending)
+                else:
+                    self._memory.use_less(batches, f"step {step} ran out of memory")
                 batches = self._micro_batches(rows)
 
+    def _repeat(self, step: _Pending) -> None:
+        """Do the step again, which was undone: the device had not written what it computed."""
+        self._pending = None
+        self._memory.use_less(step.batches, f"step {step.number} ran out of memory")
+        result, batches = self._step(step.number, step.rate, step.rows, self._micro_batches(step.rows))
+        self._pending = replace(step, result=result, batches=batches)
+
     def _finish_pending(self) -> None:
-        if self._pending is not None:
-            _read(self._pending)
+        while self._pending is not None:
+            try:
+                _read(self._pending)
+            except OutOfMemory:
+                self._repeat(self._pending)
+                continue
             self._finish(self._pending, time.perf_counter())
             self._pending = None
 
@@ -151,7 +170,9 @@ class TrainingLoop:
         """Wait for the step, check its figures, report them."""
         loss, norm = _read(step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite(self.run, step.number, step.rows)
+            raise not_finite(self.run, step.number, step.rows)
+        if 0.0 in (loss, norm) and not self._nothing_to_learn(step.rows):
+            raise not_finite(self.run, step.number, step.rows, is_="exactly 0")
         seconds = ended - step.started
         self.state.count(step.number, step.result, loss, seconds, timed=self._warm)
         self.seconds["train"] += seconds
@@ -167,26 +188,44 @@ class TrainingLoop:
             "seconds": seconds,
             "memory": memory.used,
         }
-        write_line(self._metrics, line)
+        self._metrics.write(line)
         self.observer.step(line, memory)
-        self._watch_swap(memory, step.batches)
+        self._memory.watch_swap(memory, step.batches)
 
-    def _save(self) -> None:
-        with timed(self.seconds, "save"):
-            adapter, optimizer = self.backend.get_adapter(), self.backend.get_optimizer()
-            checkpoint.save(self.run, self.state, adapter, optimizer, self.recipe.hash())
+    def _save(self, stop: bool = False) -> bool:
+        """Whether the checkpoint was written. Where the disk refuses it, it is tried again when the next is due.
+
+        Raises UserError at a `stop`, for which there is no next one.
+        """
         self._saved_at = time.monotonic()
+        try:
+            with timed(self.seconds, "save"):
+                adapter, optimizer = self.backend.get_adapter(), self.backend.get_optimizer()
+                keep = self.plan.keep_checkpoints
+                checkpoint.save(self.run, self.state, adapter, optimizer, self.recipe.hash(), keep)
+        except OSError as error:
+            fault = unsaved(self.run, error)
+            if stop:
+                raise fault from None
+            self.observer.warn(f"no checkpoint of step {self.state.step}: {fault.what}; it is tried again later")
+            self._refused = True
+            return False
+        self._saved_at, self._refused = time.monotonic(), False
+        return True
 
     def _validate(self, saved: bool) -> None:
         """Validate, and complete the checkpoint where the step was `saved`. Raises Interrupted for a stop."""
         with timed(self.seconds, "evaluate"):
             done = self._evaluate()
-        if done and saved:
-            checkpoint.add_evaluation(self.run, self.state)
         if not done:
             if not saved:
-                self._save()
+                self._save(stop=True)
             raise Interrupted(self.run)
+        if saved:
+            try:
+                checkpoint.add_evaluation(self.run, self.state)
+            except OSError as error:
+                self.observer.warn(f"{unsaved(self.run, error).what}; a resumed run repeats this validation")
 
     def _evaluate(self) -> bool:
         """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for."""
@@ -197,64 +236,33 @@ class TrainingLoop:
                 break
             except OutOfMemory:
                 what = f"the validation after step {state.step} ran out of memory"
-                self._use_less_memory(self._micro_batches(self.valid), what)
+                self._memory.use_less(self._micro_batches(self.valid), what)
                 size = state.micro_batch_tokens
         if loss is None:
             return False
         if not math.isfinite(loss):
             checkpoint.discard(self.run, state.step)  # nothing can continue from such weights
-            raise _not_finite(self.run, state.step, self.valid, "validation loss")
+            raise not_finite(self.run, state.step, self.valid, "validation loss")
+        if loss == 0 and not self._nothing_to_learn(self.valid):
+            raise not_finite(self.run, state.step, self.valid, "validation loss", "exactly 0")
         state.evaluated = state.step
         if state.best_valid_loss is None or loss < state.best_valid_loss:
             state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter()
         line = {"step": state.step, "valid_loss": loss}
-        write_line(self._metrics, line)
+        self._metrics.write(line)
         self.observer.evaluation(line)
         return True
 
-    def _use_less_memory(self, batches: list[Batch], what: str) -> None:
-        """Halve the largest micro-batch; where each is one row, checkpoint gradients.
+    def _nothing_to_learn(self, rows: list[Encoded]) -> bool:
+        """Whether a loss of exactly 0 may be true: the rows, one at a time, have hardly any.
 
-        The mathematics stays the same. Raises UserError where nothing is left to do, so this ends.
+        A device that ran out of memory leaves arrays unwritten, and an unwritten figure reads as 0.
         """
-        splittable = [batch.input_ids.size for batch in batches if len(batch.lengths) > 1]
-        if splittable:
-            self.state.micro_batch_tokens = min(self.state.micro_batch_tokens, max(splittable)) // 2
-            self.observer.warn(f"{what}; micro-batches now have at most {self.state.micro_batch_tokens} tokens")
-        elif not self.state.gradient_checkpointing:
-            self.state.gradient_checkpointing = True
-            self._checkpoint_gradients(True)
-            self.observer.warn(f"{what}; each layer is now computed twice, to save memory (gradient checkpointing)")
-        else:
-            longest = max(batch.input_ids.size for batch in batches)
-            raise UserError(
-                f"{what.capitalize()} with one row at a time; its longest row has {longest} tokens.",
-                "Lower --max-length or --rank, or train a smaller model.",
-            ) from None
-
-    def _checkpoint_gradients(self, on: bool) -> None:
-        self.backend.apply_plan(self.plan.model_copy(update={"gradient_checkpointing": on}))
-
-    def _watch_swap(self, memory: Memory, batches: list[Batch]) -> None:
-        """Warn where swap has grown; with --on-swap replan, use smaller micro-batches from the next step on.
-
-        A step that waits for the disk takes minutes.
-        """
-        growth = memory.swap - self._swap
-        if growth < _SWAP_GROWTH:
-            return
-        self._swap = memory.swap
-        what = f"swap has grown by {growth / 1e6:.0f} MB at step {self.state.step}: the machine is short of memory"
-        if self.plan.on_swap == "warn":
-            self.observer.warn(f"{what}. Close programs; or Ctrl-C, then --resume RUN --memory-limit SIZE")
-            return
         try:
-            self._use_less_memory(batches, what)
-        except UserError:
-            self.observer.warn(f"{what}, and micro-batches cannot be smaller; close other programs")
-
-
-_SWAP_GROWTH = 256 * 10**6  # bytes; smaller changes come and go by themselves
+            loss = evaluate(self.backend, rows, 1, self.plan.device)
+        except OutOfMemory:
+            return False
+        return loss is not None and loss < _HARDLY_ANY
 
 
 def _read(step: _Pending) -> tuple[float, float]:
@@ -286,13 +294,4 @@ def evaluate(
     return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
 
 
-def _not_finite(run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient") -> UserError:
-    saved = checkpoint.latest_step(run)
-    kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
-    more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
-    sources = ", ".join(row.source for row in rows[:32]) + more
-    return UserError(
-        f"The {what} is not finite at step {step}, on the rows {sources}. {kept}.",
-        "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
-        "--memory-limit (Metal was seen to continue with wrong numbers where memory ran out).",
-    )
+_HARDLY_ANY = 1e-3  # mean loss

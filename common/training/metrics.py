@@ -3,10 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from common.files import atomic_write
 from common.recipe import Plan, Recipe
@@ -57,18 +57,42 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def open_metrics(path: Path, step: int, unvalidated: bool) -> TextIO:
-    """metrics.jsonl, open for appending, without the lines of what a resumed run will do again.
+class Metrics:
+    """metrics.jsonl of a run, open for appending. What the disk refuses is written with the next line."""
 
-    Those are the steps after `step` and, where `step` is `unvalidated`, the validation after it.
-    """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    if unvalidated:
-        kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, step: int, unvalidated: bool, warn: Callable[[str], None]) -> None:
+        """The lines of what a resumed run will do again are removed.
+
+        Those are the steps after `step` and, where `step` is `unvalidated`, the validation after it. `warn` hears once
+        of a disk that refuses lines.
+        """
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        if unvalidated:
+            kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._path, self._warn, self._left, self._refused = path, warn, b"", False
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._left += json.dumps(line).encode() + b"\n"
+        try:
+            while self._left:
+                self._left = self._left[self._file.write(self._left) :]
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self._warn(f"{self._path}: {error.strerror}; training continues, and its lines are written later")
+            self._refused = True
+
+    def close(self) -> None:
+        try:
+            self._file.write(self._left)
+        except OSError:
+            lines = self._left.count(b"\n")
+            self._warn(f"{self._path} lacks its last {lines} lines: the disk refuses them")
+        self._file.close()
 
 
 def _step_of(line: str) -> float:
@@ -76,8 +100,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
         return math.inf  # the last line of a killed run may be cut
-
-
-def write_line(metrics: TextIO, line: dict[str, Any]) -> None:
-    metrics.write(json.dumps(line) + "\n")
-    metrics.flush()

@@ -1,10 +1,13 @@
 """How a stopped run continues: by its own recipe, from its newest checkpoint, by its own plan or another."""
 
+from collections.abc import Callable
+
 from common.errors import UserError
 from common.option_sources import options_over
 from common.options import Options
 from common.recipe import Plan, Recipe
 from common.run_record import Run
+from common.system.environment import environment_changes
 from common.training import checkpoint
 from common.training.checkpoint import Checkpoint
 
@@ -33,10 +36,11 @@ def resumed_options(options: Options, run: Run) -> Options:
     return options_over(run.record.options | kept, given)
 
 
-def resume_run(run: Run, recipe: Recipe, plan: Plan) -> Checkpoint | None:
+def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from, None before the first; the record is brought up to date.
 
-    recipe, plan: as prepared now. Another plan than the run's takes its place. Raises UserError for another recipe.
+    recipe, plan: as prepared now. Another plan than the run's takes its place. `warn` hears of a checkpoint that is
+    passed over, and of another environment. Raises UserError for another recipe.
     """
     record = run.record
     if record.recipe_hash != recipe.hash():
@@ -46,7 +50,9 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan) -> Checkpoint | None:
             f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
             "Restore the old files, or start a new run.",
         )
-    found, plans = checkpoint.latest(run.path, recipe.hash()), record.plans
+    if changes := environment_changes(run.path):
+        warn(f"not the environment that the run began in, so the last digits may differ: {', '.join(changes)}")
+    found, plans = checkpoint.latest(run.path, recipe.hash(), warn), record.plans
     if _without_budget(plan) != _without_budget(run.plan):
         if found:
             found.state.micro_batch_tokens = plan.micro_batch_tokens

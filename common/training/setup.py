@@ -52,4 +52,5 @@ def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -
         on_swap=options.on_swap,
         save_every=options.save_every or steps_per_epoch(len(rows.train.rows), options.batch_size),
         save_minutes=options.save_minutes,
+        keep_checkpoints=options.keep_checkpoints,
     ).on(device)

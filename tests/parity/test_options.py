@@ -66,6 +66,7 @@ NOT_THE_RESULT: dict[str, list[str]] = {
     "on_swap": ["--on-swap", "replan"],
     "save_every": ["--save-every", "1"],
     "save_minutes": ["--save-minutes", "1e-9"],
+    "keep_checkpoints": ["--save-every", "1", "--keep-checkpoints", "3"],
 }
 # Held by tests of their own: `file::function`, in whose text the option stands.
 ELSEWHERE = {
@@ -183,8 +184,9 @@ def test_an_option_of_the_plan_changes_the_plan_and_no_more(option, plain, tiny_
     assert same(result(run), result(other), 1e-3)
     assert Run(run).plan != Run(other).plan
     assert Run(run).recipe.hash() == Run(other).recipe.hash()
-    if option in ("save_every", "save_minutes"):
-        assert len(list((other / "checkpoints").iterdir())) == 2
+    kept = {"save_every": 2, "save_minutes": 2, "keep_checkpoints": 3}
+    if option in kept:
+        assert len(list((other / "checkpoints").iterdir())) == kept[option]
         assert len(list((run / "checkpoints").iterdir())) == 1
 
 

@@ -18,7 +18,7 @@ RECORD = (
     *("predicted_peak_bytes", "predicted_parts", "memory_kind", "peak_memory_bytes", "peak_rss_bytes"),
     *("swap_growth_bytes", "export", "exported_adapter", "exported_step", "base", "verify", "stage_seconds"),
 )
-NEWER = ("save_minutes", "device_index")  # of options and plan
+NEWER = ("save_minutes", "keep_checkpoints", "device_index")  # of options and plan
 
 
 def make_old(run: Path) -> Path:

@@ -1,7 +1,10 @@
 """Checkpoints: complete or skipped, the marker last, two kept."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +18,7 @@ from common.errors import UserError
 from common.export.fused_folder import checkpoints_disk, trained_bytes
 from common.training import checkpoint
 from common.training.checkpoint import State, _folder, add_evaluation, discard, latest, latest_step, save
+from tests import ROOT
 
 LAYER = "model.layers.0.self_attn.q_proj"
 RECIPE = "5b9469e38a2c" * 5
@@ -34,7 +38,7 @@ def optimizer(seed: int, step: int) -> OptimizerState:
 
 
 def put(run: Path, step: int) -> Path:
-    return save(run, State(step=step, tokens=10 * step), adapter(step), optimizer(step, step), RECIPE)
+    return save(run, State(step=step, tokens=10 * step), adapter(step), optimizer(step, step), RECIPE, 2)
 
 
 def same(one: Adapter, other: Adapter) -> bool:
@@ -64,7 +68,7 @@ def test_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
         best_step=20,
         best=adapter(1),
     )
-    assert save(tmp_path, state, adapter(2), optimizer(3, 39), RECIPE) == tmp_path / "checkpoints" / "step-000040"
+    assert save(tmp_path, state, adapter(2), optimizer(3, 39), RECIPE, 2) == tmp_path / "checkpoints" / "step-000040"
     found = latest(tmp_path)
     assert found is not None
     again, current, moments = found
@@ -127,10 +131,49 @@ def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
     assert {path.name for path in unnamed} >= {path.name for path in folder.rglob("*")}
 
 
-def test_only_two_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_as_many_are_kept_as_were_asked_for(tmp_path: Path, keep: int) -> None:
     for step in (1, 2, 10, 3000):
+        save(tmp_path, State(step=step), adapter(step), optimizer(step, step), RECIPE, keep)
+    assert names(tmp_path) == ["step-000002", "step-000010", "step-003000"][-keep:]
+
+
+def test_from_the_millionth_step_on_they_are_found_and_removed(tmp_path: Path) -> None:
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
         put(tmp_path, step)
-    assert names(tmp_path) == ["step-000010", "step-003000"]
+    assert names(tmp_path) == ["step-1000000", "step-1000001"]
+    assert latest_step(tmp_path) == 1_000_001
+    found = latest(tmp_path)
+    assert found is not None
+    assert found[0].step == 1_000_001
+
+
+def test_one_that_was_damaged_and_passed_over_is_not_counted(tmp_path: Path) -> None:
+    flip(put(tmp_path, 40) / "state.json")
+    save(tmp_path, State(step=30), adapter(3), optimizer(3, 30), RECIPE, 1)
+    assert names(tmp_path) == ["step-000030"]
+
+
+def test_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        folder = put(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.rglob("*") if path.is_file()} == {"0o640"}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """The file that safetensors writes by itself, and not the temporary one."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from tests.unit.test_checkpoint import put\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
+        "try: put(Path(sys.argv[1]), 1)\n"
+        "except OSError as error: sys.exit(error.filename)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == str(tmp_path / "checkpoints/step-000001/adapter/adapter_model.safetensors")
+    assert names(tmp_path) == []
 
 
 def test_the_disk_that_checkpoints_take_is_counted(tmp_path: Path) -> None:
@@ -138,16 +181,16 @@ def test_the_disk_that_checkpoints_take_is_counted(tmp_path: Path) -> None:
     wide = LoraWeight(np.ones((64, 4096), np.float32), np.ones((4096, 64), np.float32), 8.0)
     large = Adapter("some/model", 1, 0.0, {LAYER: wide})
     moments = OptimizerState(1, large.arrays(), large.arrays())
-    folder = save(tmp_path, State(step=1, best=large), large, moments, RECIPE)
+    folder = save(tmp_path, State(step=1, best=large), large, moments, RECIPE, 2)
     one = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     size = trained_bytes(large, tmp_path)
     assert 4 * size <= one < 1.01 * 4 * size
-    assert checkpoints_disk(size) == 3 * 4 * size + 2 * size
+    assert checkpoints_disk(size, 2) == 3 * 4 * size + 2 * size
 
 
 def test_the_same_step_may_be_saved_again(tmp_path: Path) -> None:
     put(tmp_path, 5)
-    save(tmp_path, State(step=5, tokens=99), adapter(7), optimizer(7, 5), RECIPE)
+    save(tmp_path, State(step=5, tokens=99), adapter(7), optimizer(7, 5), RECIPE, 2)
     found = latest(tmp_path)
     assert found is not None
     assert found[0].tokens == 99
@@ -179,12 +222,21 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, name: str, harm: Callable[[Path], None]
 ) -> None:
     put(tmp_path, 1)
-    folder = save(tmp_path, State(step=2, best=adapter(9)), adapter(2), optimizer(2, 2), RECIPE)
+    folder = save(tmp_path, State(step=2, best=adapter(9)), adapter(2), optimizer(2, 2), RECIPE, 2)
     harm(folder / name)
-    found = latest(tmp_path)
+    heard: list[str] = []
+    found = latest(tmp_path, warn=heard.append)
     assert found is not None
     assert found[0].step == 1
     assert same(found[1], adapter(1))
+    assert heard == [f"{folder} is damaged: training continues from step 1, and at least 1 steps are done again"]
+
+
+def test_a_damaged_checkpoint_with_none_before_it_is_said_to_begin_again(tmp_path: Path) -> None:
+    folder, heard = put(tmp_path, 2), []
+    flip(folder / "state.json")
+    assert latest(tmp_path, warn=heard.append) is None
+    assert heard == [f"{folder} is damaged: training continues from the start, and at least 2 steps are done again"]
 
 
 @pytest.mark.parametrize("text", ["", "{}", "{", "[1]", "\udcff", None])
@@ -233,7 +285,12 @@ def evaluated(run: Path, step: int, best: int) -> None:
 
 def test_a_validation_after_the_save_is_added_to_the_checkpoint(tmp_path: Path) -> None:
     save(
-        tmp_path, State(step=8, best_valid_loss=0.7, best_step=4, best=adapter(4)), adapter(8), optimizer(8, 8), RECIPE
+        tmp_path,
+        State(step=8, best_valid_loss=0.7, best_step=4, best=adapter(4)),
+        adapter(8),
+        optimizer(8, 8),
+        RECIPE,
+        2,
     )
     before = latest(tmp_path)
     assert before is not None
@@ -249,7 +306,12 @@ def test_a_validation_after_the_save_is_added_to_the_checkpoint(tmp_path: Path) 
 
 def test_a_validation_that_was_not_the_best_leaves_the_best_as_it_was(tmp_path: Path) -> None:
     save(
-        tmp_path, State(step=8, best_valid_loss=0.5, best_step=4, best=adapter(4)), adapter(8), optimizer(8, 8), RECIPE
+        tmp_path,
+        State(step=8, best_valid_loss=0.5, best_step=4, best=adapter(4)),
+        adapter(8),
+        optimizer(8, 8),
+        RECIPE,
+        2,
     )
     evaluated(tmp_path, 8, best=4)
     found = latest(tmp_path)

@@ -1,14 +1,17 @@
 """Files and folders that appear complete or not at all."""
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from common import files
-from common.files import atomic_folder, atomic_write
+from common.files import atomic_folder, atomic_write, sweep
 
 
 def names(folder: Path) -> list[str]:
@@ -143,3 +146,51 @@ def test_a_process_killed_at_the_renames_loses_no_folder(tmp_path: Path, renames
     assert (names(tmp_path), (path / "file").read_text()) == (["a", "c"], "old" if renames == 1 else "new")
     replace_folder(path)
     assert (names(tmp_path), (path / "file").read_text()) == (["a", "c"], "new")
+
+
+def no_space(*arguments: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def write_nameless(folder: Path) -> None:
+    (folder / "file").write_text("x")
+    no_space()  # as a write to an open file, which has no name
+
+
+def copy_over_a_folder(folder: Path) -> None:
+    (folder / "source").write_text("x")
+    (folder / "target" / "source").mkdir(parents=True)
+    shutil.copyfile(folder / "source", folder / "target" / "source")
+
+
+@pytest.mark.parametrize(("harm", "named"), [(write_nameless, "a"), (copy_over_a_folder, "a/target/source")])
+def test_an_error_names_the_file_by_its_final_name(tmp_path: Path, harm: Callable[[Path], None], named: str) -> None:
+    with pytest.raises(OSError, match=r".") as caught, atomic_folder(tmp_path / "a") as temporary:
+        harm(temporary)
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / named), None)
+
+
+def test_a_rename_that_is_refused_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError, match=r".") as caught, atomic_write(tmp_path / "a") as temporary:
+        temporary.touch()
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_an_error_that_names_another_file_keeps_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, atomic_write(tmp_path / "a"):
+        (tmp_path / "source").read_text()
+    assert caught.value.filename == str(tmp_path / "source")
+
+
+def test_a_sweep_removes_what_any_killed_process_left(tmp_path: Path) -> None:
+    """Of another host, too, and of this process's own number: a container's processes have the same each time."""
+    deep = tmp_path / "checkpoints" / "step-000001"
+    deep.mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000002.tmp").mkdir()
+    for name in (f".twintune-{files._HOST}-{os.getpid()}-1-b", ".twintune-ffffffff-7-1-b"):
+        (deep / name).write_text("half")
+    (deep / ".twintune-old-ffffffff-7-1-best").mkdir()
+    (deep / ".twintune-mine").write_text("somebody's own")
+    sweep(tmp_path)
+    assert (names(tmp_path / "checkpoints"), names(deep)) == (["step-000001"], [".twintune-mine", "best"])

@@ -2,12 +2,16 @@
 
 import json
 import math
-from dataclasses import asdict
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from common import files
 from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult
 from common.data.batching import make_batch
 from common.data.encode import Encoded
@@ -17,6 +21,7 @@ from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop, evaluate, learning_rate
+from tests.full_disk import full_disk
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
 
 TRAIN, VALID = rows(14, seed=1), rows(5, seed=2)
@@ -266,6 +271,256 @@ def test_where_no_cut_is_left_gradients_are_checkpointed_and_the_step_done_again
     assert watch.warnings[0].endswith("(gradient checkpointing)")
     _, other = run(tmp_path / "b", Lean(), the_plan=plan(micro_batch_tokens=1), resume=True)
     assert other.plan.gradient_checkpointing, "it does not stay switched on"
+
+
+# --- a device whose errors come late
+
+
+class Late(Bigram):
+    """A device that leaves a step's results unwritten, as zeros, and says so at its next use, or not at all.
+
+    fails: the steps that fail, once each. at: who hears of it: the next step, whoever reads the loss, or nobody.
+    """
+
+    def __init__(self, at: str, *fails: int) -> None:
+        super().__init__()
+        self.at, self.fails = at, list(fails)
+        self.before: tuple[dict, object] | None = None  # what was before the step that failed
+        self.done: list[int] = []
+
+    def undo(self) -> None:
+        assert self.before is not None
+        self.parameters, self.optimizer = self.before[0], self.before[1]  # type: ignore[assignment]
+        self.before = None
+
+    def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+        if self.before is not None and self.at == "the next step":
+            self.undo()
+            raise OutOfMemory("late", undid_previous=True)
+        before = ({name: array.copy() for name, array in self.parameters.items()}, self.optimizer)
+        result = super().train_step(micro_batches, learning_rate, step)
+        self.done.append(step)
+        if step not in self.fails:
+            return result
+        self.fails.remove(step)
+        self.before = before
+        self.parameters = {name: np.zeros_like(array) for name, array in self.parameters.items()}
+        loss = Unwritten(self) if self.at == "the reader" else 0.0
+        return StepResult(loss, 0.0, result.label_tokens, result.tokens, result.padded_tokens)
+
+
+class Unwritten:
+    def __init__(self, backend: Late) -> None:
+        self.backend = backend
+
+    def __float__(self) -> float:
+        self.backend.undo()
+        raise OutOfMemory("late")
+
+
+@pytest.mark.parametrize(
+    ("at", "step"), [("the next step", 2), ("the next step", 6), ("the reader", 1), ("the reader", 4)]
+)
+def test_a_step_that_was_never_written_is_done_again_before_anything_else(tmp_path: Path, at: str, step: int) -> None:
+    """Nobody hears of steps 1, 4 and 8 but their reader: the first warms up, the others are validated and saved."""
+    sound, _ = run(tmp_path / "sound")
+    watch, backend = Watch(), Late(at, step)
+    state, _ = run(tmp_path / "late", backend, watch)
+    assert backend.done == [*range(1, step + 1), *range(step, 9)]
+    left_out = ("seconds", "valid_loss")  # cut otherwise: it rounds otherwise
+    assert metrics(tmp_path / "late", *left_out) == metrics(tmp_path / "sound", *left_out)
+    assert (state.best_step, state.best_valid_loss) == (sound.best_step, pytest.approx(sound.best_valid_loss))
+    assert [text.partition(";")[0] for text in watch.warnings] == [f"step {step} ran out of memory"]
+
+
+def test_a_step_that_fails_twice_is_undone_twice(tmp_path: Path) -> None:
+    run(tmp_path / "sound")
+    backend = Late("the next step", 2, 2, 3)
+    run(tmp_path / "late", backend)
+    assert backend.done == [1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8]
+    left_out = ("seconds", "valid_loss")
+    assert metrics(tmp_path / "late", *left_out) == metrics(tmp_path / "sound", *left_out)
+
+
+def test_where_a_step_undone_cannot_be_smaller_it_is_not_reported(tmp_path: Path) -> None:
+    backend = Late("the next step", *[2] * 9)
+    with pytest.raises(UserError, match="Step 2 ran out of memory with one row at a time"):
+        run(tmp_path, backend, the_plan=plan(micro_batch_tokens=1))
+    assert [line["step"] for line in metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_zeros_of_which_nobody_hears_are_not_believed(tmp_path: Path, step: int) -> None:
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, Late("nobody", step), the_recipe=recipe(learning_rate=1e-6))
+    assert caught.value.what.startswith(f"The loss or its gradient is exactly 0 at step {step}, on the rows train.")
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("part", ["loss_sum", "grad_norm"])
+def test_one_zero_is_enough(tmp_path: Path, part: str) -> None:
+    class Zero(Bigram):
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            return replace(super().train_step(micro_batches, learning_rate, step), **{part: 0.0})
+
+    with pytest.raises(UserError, match="exactly 0 at step 1"):
+        run(tmp_path, Zero())
+
+
+def test_a_zero_is_believed_where_nothing_is_left_to_learn(tmp_path: Path) -> None:
+    class Learned(Bigram):
+        """It knows every row by heart."""
+
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            return replace(super().train_step(micro_batches, learning_rate, step), loss_sum=0.0, grad_norm=0.0)
+
+        def eval_step(self, batch: Batch) -> StepResult:
+            return replace(super().eval_step(batch), loss_sum=0.0)
+
+    state, _ = run(tmp_path, Learned())
+    assert (state.step, state.best_valid_loss, state.best_step) == (8, 0.0, 4)
+
+
+def test_a_validation_of_zero_is_not_taken_for_the_best(tmp_path: Path) -> None:
+    class Once(Bigram):
+        """The micro-batches of the second validation were never written."""
+
+        def eval_step(self, batch: Batch) -> StepResult:
+            found = super().eval_step(batch)
+            unwritten = self.optimizer.step == 8 and len(batch.lengths) > 1
+            return replace(found, loss_sum=0.0) if unwritten else found
+
+    with pytest.raises(UserError, match=r"validation loss is exactly 0 at step 8.*The checkpoint of step 8 is kept"):
+        run(tmp_path, Once(), the_plan=plan(micro_batch_tokens=1000), valid=rows(2, seed=2))
+
+
+# --- a disk that is full
+
+
+class Disk:
+    """Refuses to make durable what `refuses` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Path], bool]) -> None:
+        self.sync, self.refuses = files._sync, refuses
+        monkeypatch.setattr(files, "_sync", self)
+
+    def __call__(self, path: Path) -> None:
+        if self.refuses(path):
+            full_disk(path)
+        self.sync(path)
+
+
+def test_a_checkpoint_that_the_disk_refuses_is_tried_again_when_the_next_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the_plan, watch = plan(save_every=2), Watch()
+    run(tmp_path / "sound", the_plan=the_plan)
+    Disk(monkeypatch, lambda path: "step-000002" in str(path) or "step-000004" in str(path))
+    state, _ = run(tmp_path / "full", watch=watch, the_plan=the_plan)
+    assert [text.partition(":")[0] for text in watch.warnings] == [
+        "no checkpoint of step 2",
+        "no checkpoint of step 4",
+    ]
+    assert (
+        f"No space left on device: {tmp_path}/full/checkpoints/step-000002/adapter; it is tried again"
+        in watch.warnings[0]
+    )
+    assert sorted(path.name for path in (tmp_path / "full" / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
+    assert metrics(tmp_path / "full", "seconds") == metrics(tmp_path / "sound", "seconds")
+    assert state.best_step is not None
+
+
+def test_the_last_checkpoint_is_tried_again_after_the_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusals = [True]
+    Disk(monkeypatch, lambda path: "step-000008" in str(path) and bool(refusals and refusals.pop()))
+    run(tmp_path)
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert (found[0].step, found[0].evaluated) == (8, 8)
+
+
+def test_a_stop_on_a_full_disk_says_which_file_and_from_where_it_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Disk(monkeypatch, lambda path: "step-000006" in str(path))
+    with pytest.raises(UserError) as caught:
+        run(tmp_path, watch=Watch(stop_after=6))
+    assert caught.value.what == f"No space left on device: {tmp_path}/checkpoints/step-000006/adapter"
+    assert caught.value.fix.startswith("Free space on that disk, then continue from step 4: ")
+    assert caught.value.fix.endswith(f"train --resume {tmp_path}")
+
+
+def test_a_validation_that_the_disk_refuses_is_repeated_at_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "sound")
+    disk, watch = Disk(monkeypatch, lambda path: path.name.endswith("evaluation.json")), Watch()
+    run(tmp_path / "full", watch=watch)
+    assert [text.partition("; ")[2] for text in watch.warnings] == ["a resumed run repeats this validation"] * 2
+    disk.refuses = lambda path: False
+    run(tmp_path / "full", watch=(again := Watch()), resume=True)
+    assert [line["step"] for line in again.evaluations] == [8]
+    assert metrics(tmp_path / "full", "seconds") == metrics(tmp_path / "sound", "seconds")
+
+
+class Choked:
+    """metrics.jsonl on a disk that takes `takes` bytes of each line of the steps `refuses`, and then refuses."""
+
+    def __init__(self, file: Any, refuses: set[int], takes: int = 0) -> None:
+        self.file, self.refuses, self.takes, self.closed = file, refuses, takes, False
+
+    def write(self, content: bytes) -> int:
+        step = max(int(number) for number in re.findall(rb'"step": (\d+)', content) or [0])
+        if step not in self.refuses:
+            return int(self.file.write(content))
+        if not self.takes:
+            full_disk(Path())
+        self.file.write(content[: self.takes])
+        taken, self.takes = self.takes, 0
+        return taken
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("takes", [0, 3])
+def test_lines_that_the_disk_refuses_are_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: int
+) -> None:
+    run(tmp_path / "sound")
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", *a, **k: (
+            Choked(opened(path, mode, *a, **k), {2, 3}, takes) if mode == "ab" else opened(path, mode, *a, **k)
+        ),
+    )
+    watch = Watch()
+    run(tmp_path / "full", watch=watch)
+    path = tmp_path / "full" / "metrics.jsonl"
+    said = "No space left on device; training continues, and its lines are written later"
+    assert watch.warnings == [f"{path}: {said}"]
+    assert metrics(tmp_path / "full", "seconds") == metrics(tmp_path / "sound", "seconds")
+
+
+def test_lines_that_never_find_room_cost_nothing_but_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda path, mode="r", *a, **k: (
+            Choked(opened(path, mode, *a, **k), {7, 8}) if mode == "ab" else opened(path, mode, *a, **k)
+        ),
+    )
+    watch = Watch()
+    state, _ = run(tmp_path, watch=watch)
+    assert state.step == 8
+    assert watch.warnings[-1] == f"{tmp_path / 'metrics.jsonl'} lacks its last 3 lines: the disk refuses them"
 
 
 # --- swap

@@ -184,7 +184,16 @@ def test_a_run_of_one_step_has_no_speed() -> None:
 def test_the_environment_names_versions_and_no_person_or_place(tmp_path: Path) -> None:
     write_environment(tmp_path)
     content = json.loads((tmp_path / "environment.json").read_text())
-    assert content.keys() == {"python", "system", "machine", "processor", "cores", "memory_bytes", "packages"}
+    assert content.keys() == {
+        "python",
+        "system",
+        "machine",
+        "processor",
+        "cores",
+        "threads",
+        "memory_bytes",
+        "packages",
+    }
     assert content["packages"]["numpy"]
     assert content["memory_bytes"] > 0
 

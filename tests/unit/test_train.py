@@ -240,6 +240,70 @@ def test_a_runs_chat_template_appears_complete_or_not_at_all(
     assert not [path.name for path in Path(given["output"]).iterdir() if path.suffix == ".jinja"]
 
 
+def refusing(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Path], bool]) -> None:
+    """A disk that refuses to make durable what `refuses` says."""
+    sync = files._sync
+    monkeypatch.setattr(files, "_sync", lambda path: full_disk(path) if refuses(path) else sync(path))
+
+
+def test_a_run_that_cannot_begin_leaves_its_folder_as_it_was(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, lambda path: path.name.endswith("run.json"))
+    with pytest.raises(OSError, match="No space left"):
+        run(given)
+    assert [path.name for path in Path(given["output"]).iterdir()] == [".lock"]
+    monkeypatch.undo()
+    run(given)
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_a_record_that_the_disk_refuses_hides_no_other_error_and_says_how_to_continue(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stops: bool
+) -> None:
+    refusing(monkeypatch, lambda path: path.name.endswith("run.json") and (path.parent / "metrics.jsonl").exists())
+    with pytest.raises(Interrupted if stops else UserError) as caught:
+        run(given, Stops() if stops else None)
+    folder = given["output"]
+    if not stops:
+        assert isinstance(caught.value, UserError)
+        assert caught.value.what == f"No space left on device: {folder}/run.json"
+        assert caught.value.fix.endswith(f"continue from step 6: python cli.py train --resume {folder}")
+    assert "warning: run.json is not up to date" in capsys.readouterr().out
+    monkeypatch.undo()
+    run({"resume": folder})
+    record = json.loads((Path(folder) / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("complete", 6)
+
+
+def test_an_export_that_the_disk_refuses_is_made_by_fuse(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing(monkeypatch, lambda path: path.name == "model.safetensors" and "fused" in str(path))
+    with pytest.raises(UserError) as caught:
+        run(given | {"export": "fused"})
+    assert caught.value.what == f"No space left on device: {given['output']}/fused"
+    assert caught.value.fix == (f"Free space on that disk, then export again: python cli.py fuse {given['output']}")
+
+
+def test_a_resume_removes_what_a_killed_process_left_and_names_another_environment(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interrupted):
+        run(given, Stops())
+    folder = Path(given["output"])
+    (folder / "checkpoints" / ".twintune-ffffffff-7-1-step-000003").mkdir()
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["packages"]["numpy"], environment["threads"] = "1.0", "64"
+    (folder / "environment.json").write_text(json.dumps(environment))
+    capsys.readouterr()
+    run({"resume": str(folder)})
+    assert not [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: not the environment that the run began in, so the last digits may differ: numpy 1.0 -> " in printed
+    assert ", threads 64 -> " in printed
+
+
 def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, Any]) -> None:
     folder, _ = run(given)
     known = json.loads((folder / "run.json").read_text())

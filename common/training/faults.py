@@ -1,0 +1,28 @@
+"""Errors that end a training, each with the checkpoint that it continues from."""
+
+from pathlib import Path
+
+from common.data.encode import Encoded
+from common.errors import PROGRAM, UserError, os_fault
+from common.training import checkpoint
+
+
+def not_finite(
+    run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient", is_: str = "not finite"
+) -> UserError:
+    saved = checkpoint.latest_step(run)
+    kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
+    more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
+    sources = ", ".join(row.source for row in rows[:32]) + more
+    return UserError(
+        f"The {what} is {is_} at step {step}, on the rows {sources}. {kept}.",
+        "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
+        "--memory-limit (Metal was seen to continue with wrong numbers where memory ran out).",
+    )
+
+
+def unsaved(run: Path, error: OSError) -> UserError:
+    """For a checkpoint, or another file of the run, that the disk refused."""
+    saved = checkpoint.latest_step(run)
+    place = "" if saved is None else f" from step {saved}"
+    return os_fault(error, f"continue{place}: {PROGRAM} train --resume {run}")
