@@ -88,7 +88,7 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
     memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
-    chosen = choose_plan(options, memory, plan, rows.train.rows)
+    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.valid.rows)
     _warn_of_peak(chosen, display)
     adapter_bytes, held = trained_bytes(start, base.model), reloaded(options, memory, base.model)
     verifies = not options.no_verify

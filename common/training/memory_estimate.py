@@ -5,7 +5,7 @@ Each backend's `memory_terms.py` counts what its own code holds; here the terms 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.backend import Adapter, BackendPackage
@@ -68,8 +68,10 @@ class TrainingMemory:
     recipe: Recipe
     adapter: Adapter | None  # None: full fine-tuning
 
-    def estimate(self, plan: Plan, shapes: Sequence[MicroBatchShape]) -> MemoryEstimate:
-        """The peak over micro-batches of `shapes`."""
+    def estimate(
+        self, plan: Plan, shapes: Sequence[MicroBatchShape], validation: MicroBatchShape | None = None
+    ) -> MemoryEstimate:
+        """The peak over micro-batches of `shapes` in training, and of `validation`, which has no backward pass."""
         terms, dims, recipe = self.package.memory_terms, self.dims, self.recipe
         beside, moments = training_state_bytes(self.adapter, dims)
         parts: dict[str, int] = {
@@ -77,7 +79,9 @@ class TrainingMemory:
             "adapter": beside * terms.adapter_copies(plan.device),
             "gradients and moments": moments,
         }
-        steps = [self._step(plan, shape) for shape in shapes]
+        steps = [self._step(plan, shape, dims) for shape in shapes]
+        if validation:
+            steps.append(self._validation(plan, validation))
         largest: dict[str, int] = max(steps, key=lambda step: sum(step.values()))
         parts |= largest
         loading = terms.loading_bytes(dims, recipe)
@@ -87,9 +91,14 @@ class TrainingMemory:
         parts["slack"] = measured.overhead + round(measured.slack * sum(parts.values()))
         return MemoryEstimate(parts, measured.known)
 
-    def _step(self, plan: Plan, shape: MicroBatchShape) -> dict[str, int]:
+    def _validation(self, plan: Plan, shape: MicroBatchShape) -> dict[str, int]:
+        """What a micro-batch adds without a backward pass: one layer's share, since each is freed in its turn."""
+        plain = plan.model_copy(update={"gradient_checkpointing": False})
+        return {"validation": sum(self._step(plain, shape, replace(self.dims, layers=1)).values())}
+
+    def _step(self, plan: Plan, shape: MicroBatchShape, dims: ModelDims) -> dict[str, int]:
         """What one micro-batch adds at its peak: in a layer's backward pass, or in the loss."""
-        step = self.package.memory_terms.step_memory(self.dims, self.recipe, plan, shape)
+        step = self.package.memory_terms.step_memory(dims, self.recipe, plan, shape)
         if step.working > step.loss:
             return {"saved activations": round(step.saved), "working memory": round(step.working)}
         return {"saved activations": round(step.saved), "loss chunk": round(step.loss)}

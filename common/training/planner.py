@@ -33,14 +33,15 @@ class Work:
 
     steps: list[list[tuple[int, int]]]  # each step's rows, rising: (tokens, label tokens)
     worst: list[tuple[int, int]]  # the longest rows together, where not every step is looked at
+    validation: list[tuple[int, int]]  # the validation rows, rising
 
     @staticmethod
-    def of(rows: Sequence[Encoded], recipe: Recipe) -> "Work":
-        sizes = [(len(row.ids) - 1, int(row.mask[1:].sum())) for row in rows]
+    def of(rows: Sequence[Encoded], recipe: Recipe, validation: Sequence[Encoded] = ()) -> "Work":
+        sizes, held_out = _sizes(rows), sorted(_sizes(validation))
         looked_at = min(recipe.steps, max(20, _ROWS // recipe.batch_size))
         chosen = [step_rows(len(rows), recipe.batch_size, recipe.seed, step) for step in range(1, looked_at + 1)]
         worst = sorted(sizes)[-recipe.batch_size :] if recipe.steps > looked_at else []
-        return Work([sorted(sizes[i] for i in step) for step in chosen], worst)
+        return Work([sorted(sizes[i] for i in step) for step in chosen], worst, held_out)
 
     def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[MicroBatchShape], int, int]:
         """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
@@ -49,11 +50,27 @@ class Work:
         for step in [*self.steps, self.worst]:
             cuts = cut([length for length, _ in step], micro_batch_tokens, device)
             for start, end in cuts:
-                part = step[start:end]
-                shapes.add(MicroBatchShape(len(part), part[-1][0], sum(t for t, _ in part), sum(n for _, n in part)))
+                shapes.add(_shape(step[start:end]))
             if step is not self.worst:
                 tokens, count = tokens + sum(length for length, _ in step), count + len(cuts)
         return list(shapes), tokens, count
+
+    def longest_validation(self, micro_batch_tokens: int) -> MicroBatchShape | None:
+        """The micro-batch of the longest validation rows; None where there are none."""
+        if not self.validation:
+            return None
+        return _shape(self.validation[-max(1, micro_batch_tokens // self.validation[-1][0]) :])
+
+
+def _sizes(rows: Sequence[Encoded]) -> list[tuple[int, int]]:
+    """`(tokens, label tokens)` of each row."""
+    return [(len(row.ids) - 1, row.label_tokens) for row in rows]
+
+
+def _shape(rows: list[tuple[int, int]]) -> MicroBatchShape:
+    """Of a micro-batch of rows with such sizes, rising."""
+    tokens, labels = (sum(column) for column in zip(*rows, strict=True))
+    return MicroBatchShape(len(rows), rows[-1][0], tokens, labels)
 
 
 @dataclass(frozen=True)
@@ -67,16 +84,22 @@ class _Candidate:
         return self.prediction.peak
 
 
-def choose_plan(options: Options, memory: TrainingMemory, base: Plan, rows: Sequence[Encoded]) -> ChosenPlan:
+def choose_plan(
+    options: Options,
+    memory: TrainingMemory,
+    base: Plan,
+    rows: Sequence[Encoded],
+    validation: Sequence[Encoded] = (),
+) -> ChosenPlan:
     """`base` with micro-batches, checkpointing and loss chunk chosen; what the user typed stays.
 
-    Raises UserError where --memory-limit cannot be kept.
+    rows, validation: what is trained on, and validated on. Raises UserError where --memory-limit cannot be kept.
     """
     budget, why = _budget(options, memory, base)
     deterministic = memory.package.is_deterministic(memory.dims, base.device, memory.recipe.precision)
     chunk = memory.package.memory_terms.loss_chunk(memory.dims.vocabulary, base.device)
     base = base.model_copy(update={"loss_chunk": chunk, "memory_budget": budget})
-    candidates = _candidates(options, memory, base, Work.of(rows, memory.recipe))
+    candidates = _candidates(options, memory, base, Work.of(rows, memory.recipe, validation))
     fitting = [candidate for candidate in candidates if candidate.peak <= budget]
     if fitting:
         fastest = min(candidate.cost for candidate in fitting)
@@ -100,7 +123,8 @@ def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work
         for recompute in checkpointing:
             plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": recompute})
             cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if recompute else 1)
-            found.append(_Candidate(plan, memory.estimate(plan, shapes), cost))
+            prediction = memory.estimate(plan, shapes, work.longest_validation(size))
+            found.append(_Candidate(plan, prediction, cost))
     return found
 
 

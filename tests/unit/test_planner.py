@@ -193,6 +193,21 @@ def test_the_longest_rows_of_all_steps_are_looked_at() -> None:
     assert max(s.tokens for s in Work.of(rows(*range(1, 101)), many).cut(10_000)[0]) == sum(range(93, 101))
 
 
+def test_long_validation_rows_count_without_a_backward_pass() -> None:
+    short, long = rows(*[50] * 40), rows(*[50] * 9, 6000)
+    options = Options.model_validate({})
+    peaks = [choose_plan(options, MEMORY, PLAN, short, valid).prediction.peak for valid in ([], rows(50), long)]
+    trained = choose_plan(options, MEMORY, PLAN, [*short, *long]).prediction.peak
+    assert peaks[0] == peaks[1] < peaks[2] < trained
+
+
+def test_the_micro_batch_of_the_longest_validation_rows() -> None:
+    work = Work.of(rows(5), recipe(), rows(30, 10, 90, 80, 20))
+    assert work.longest_validation(200) == MicroBatchShape(2, 90, 170, 4)
+    assert work.longest_validation(1) == MicroBatchShape(1, 90, 90, 2)
+    assert Work.of(rows(5), recipe()).longest_validation(200) is None
+
+
 def test_the_largest_that_fits_is_the_largest() -> None:
     budget = 10**9
     count, length = largest(MEMORY, PLAN, 300, 4096, budget)
