@@ -24,7 +24,7 @@ def make_recipe(
 ) -> Recipe:
     """The recipe, every `auto` resolved. precision: bf16 or fp32. progress: of hashing the model."""
     per_epoch = steps_per_epoch(len(rows.train.rows), options.batch_size)
-    steps = options.steps or math.ceil((options.epochs or 3) * per_epoch)
+    steps = options.steps or max(1, math.ceil(round((options.epochs or 3) * per_epoch, 6)))  # 0.07 * 100 is above 7
     as_given = {name: getattr(options, name) for name in RecipeFields.model_fields if name != "targets"}
     return Recipe(
         **as_given | adapter_options(base.given),

@@ -180,6 +180,13 @@ def test_epochs_become_steps_and_a_share_becomes_warm_up_steps(given: dict[str, 
     assert (recipe.steps, recipe.warmup_steps) == (2, 2)
 
 
+@pytest.mark.parametrize(("epochs", "steps"), [(0.07, 7), (0.071, 8), (1e-9, 1)])
+def test_epochs_are_not_rounded_up_by_the_last_bit(given: dict[str, Any], epochs: float, steps: int) -> None:
+    given.pop("steps")
+    write_rows(Path(given["data"]), 100)
+    assert ready(given, epochs=epochs, batch_size=1, valid_share=0.0).recipe.steps == steps
+
+
 def test_without_steps_and_epochs_there_are_three_epochs(given: dict[str, Any]) -> None:
     given.pop("steps")
     assert ready(given, batch_size=8, valid_share=0.0).recipe.steps == 9
