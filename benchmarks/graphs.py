@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.one_step import job_of
 from benchmarks.random_model import CONFIGS
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from torch_backend.backend import TorchBackend
 
 
@@ -23,10 +23,10 @@ def batches(rows: int, tokens: tuple[int, int], vocabulary: int) -> list[Batch]:
     random, found = np.random.default_rng(0), []
     for _ in range(10):
         lengths = np.sort(random.integers(tokens[0], tokens[1] + 1, rows)).astype(np.int32)
-        ids, labels = random.integers(3, vocabulary, (2, rows, lengths.max())).astype(np.int32)
+        ids, targets = random.integers(3, vocabulary, (2, rows, lengths.max())).astype(np.int32)
         positions = np.arange(lengths.max())
-        labels[(positions < lengths[:, None] // 2) | (positions >= lengths[:, None])] = IGNORE
-        found.append(Batch(ids, labels, lengths))
+        labeled = (positions >= lengths[:, None] // 2) & (positions < lengths[:, None])
+        found.append(Batch(ids, targets, labeled.astype(np.float32), lengths))
     return found
 
 

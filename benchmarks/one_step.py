@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.random_model import random_model
-from common.backend import IGNORE, Adapter, Backend, Batch
+from common.backend import Adapter, Backend, Batch
 from common.memory_terms import MicroBatchShape
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.model_folder import ModelFolder
@@ -48,9 +48,9 @@ def batch_of(case: dict[str, Any], vocabulary: int) -> Batch:
     """Rows of equal length; the share `labeled` of each, at its end, carries loss."""
     shape = (case["rows"], case["width"])
     ids = np.random.default_rng(0).integers(3, vocabulary, (2, *shape)).astype(np.int32)
-    labels = ids[1]
-    labels[:, : round(case["width"] * (1 - case.get("labeled", 0.5)))] = IGNORE
-    return Batch(ids[0], labels, np.full(case["rows"], case["width"], np.int32))
+    loss_weights = np.ones(shape, np.float32)
+    loss_weights[:, : round(case["width"] * (1 - case.get("labeled", 0.5)))] = 0
+    return Batch(ids[0], ids[1], loss_weights, np.full(case["rows"], case["width"], np.int32))
 
 
 def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str, Any]]:
@@ -99,7 +99,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     for step in range(1, case.get("steps", 1) + 1):
         started = time.perf_counter()
         result = backend.train_step([batch], 1e-4, step)
-        loss = float(result.loss_sum) / result.label_tokens
+        loss = float(result.loss_sum) / result.weight_sum
     memory = backend.memory()
     seconds = time.perf_counter() - started
     backend.close()

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from common.recipe import Plan, Recipe
     from common.sampling import Sampler
 
-IGNORE = -100  # the label of a position that carries no loss
 Progress = Callable[[float, str], None]  # a fraction in 0..1 and a short text
 
 
@@ -25,12 +24,14 @@ Progress = Callable[[float, str], None]  # a fraction in 0..1 and a short text
 class Batch:
     """One micro-batch, padded on the right; causal attention makes a padding mask needless.
 
-    `labels` are already shifted: `labels[b, t]` is the token that must follow `input_ids[b, t]`, or IGNORE.
-    A row's last token predicts nothing, so it is not among the inputs.
+    `targets` are already shifted: `targets[b, t]` is the token that must follow `input_ids[b, t]`. Its loss counts
+    `loss_weights[b, t]` times, and is a label where that is not 0. A row's last token predicts nothing, so it is not
+    among the inputs.
     """
 
     input_ids: np.ndarray  # [B, T] int32
-    labels: np.ndarray  # [B, T] int32
+    targets: np.ndarray  # [B, T] int32
+    loss_weights: np.ndarray  # [B, T] float32, none below 0; 0 for padding
     lengths: np.ndarray  # [B] int32, real tokens in each row
 
     @property
@@ -39,21 +40,33 @@ class Batch:
 
     @property
     def label_tokens(self) -> int:
-        return int((self.labels != IGNORE).sum())
+        return int((self.loss_weights > 0).sum())
+
+
+def weight_sum(batches: Sequence[Batch]) -> float:
+    """Of the labels of a step: what its loss is divided by."""
+    return sum(float(batch.loss_weights.sum(dtype="float64")) for batch in batches)
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`loss_sum` is summed over label tokens.
+    """`loss_sum / weight_sum` is the loss.
 
     Scalars may be lazy: float() waits for them, and raises OutOfMemory where the step failed and was undone.
     """
 
-    loss_sum: SupportsFloat
+    loss_sum: SupportsFloat  # over label tokens, each times its weight
+    weight_sum: float
     grad_norm: SupportsFloat  # the global norm before clipping; 0 in evaluation
     label_tokens: int
     tokens: int
     padded_tokens: int  # positions that attention computes: the tokens, and the padding of rows or of rounded shapes
+
+    @staticmethod
+    def of(batches: Sequence[Batch], loss_sum: SupportsFloat, grad_norm: SupportsFloat, padded: int) -> StepResult:
+        """The result over `batches`, whose tokens and weights are counted here."""
+        labels, tokens = sum(batch.label_tokens for batch in batches), sum(batch.tokens for batch in batches)
+        return StepResult(loss_sum, weight_sum(batches), grad_norm, labels, tokens, padded)
 
 
 @dataclass(frozen=True)
@@ -185,8 +198,9 @@ class Backend(Protocol):
         ...
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        """The result of one optimizer step over the sum of token losses, divided by the label tokens of all batches.
+        """The result of one optimizer step: the sum of weighted token losses by the sum of weights, over all batches.
 
+        The weights' sum is above 0.
         `step` (from 1) seeds the dropout masks, so that a resumed run draws the same ones.
         Raises OutOfMemory with weights and optimizer state as they were before the call, or before the one before it
         whose result has not been read: `undid_previous`.

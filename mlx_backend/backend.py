@@ -15,7 +15,16 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
-from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult  # noqa: E402
+from common.backend import (  # noqa: E402
+    Adapter,
+    Batch,
+    Memory,
+    ModelInfo,
+    OptimizerState,
+    OutOfMemory,
+    StepResult,
+    weight_sum,
+)
 from common.models.mlx_quantized import is_quantized  # noqa: E402
 from common.models.model_folder import ModelFolder  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
@@ -80,28 +89,27 @@ class MlxBackend:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self.model.train()
-        count = sum(batch.label_tokens for batch in micro_batches)
+        total_weight = weight_sum(micro_batches)
         total_loss, gradients = mx.array(0.0), None
         with _memory_errors():
             for number, batch in enumerate(micro_batches):
                 if self.recipe.dropout:
                     mx.random.seed((self.recipe.seed << 32) + (step << 12) + number)
                 loss, part = self.gradient(batch)
-                part = tree_map(lambda g: g / count, part)
+                part = tree_map(lambda g: g / total_weight, part)
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 total_loss = total_loss + loss
                 mx.async_eval(total_loss, gradients)  # each micro-batch's activations are freed as soon as possible
         with _memory_errors():
             norm = self.optimizer.step(self.model, gradients, learning_rate, self.recipe.max_grad_norm)
-        tokens, padded = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
-        return StepResult(total_loss, norm, count, tokens, padded)
+        return StepResult.of(micro_batches, total_loss, norm, sum(batch.input_ids.size for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.model.eval()
         with _memory_errors():
             loss = loss_sum(self.model, batch, self.plan.loss_chunk)
             mx.eval(loss)  # here, where running out of memory is still caught
-        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size)
+        return StepResult.of([batch], loss, 0.0, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
         trained = dict(tree_flatten(self.model.trainable_parameters()))

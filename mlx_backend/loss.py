@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from common.data.batching import split_batch
 from mlx_backend.attention import RaggedRows
 from mlx_backend.model import finish, head_weight, hidden_states, project
@@ -14,28 +14,31 @@ _BLOCK = 256
 
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
-    """Sum of the token losses of a micro-batch, a float32 scalar. `model` is load_base's.
+    """Weighted sum of the token losses of a micro-batch, a float32 scalar. `model` is load_base's.
 
     chunk: label positions whose logits are held at once.
     """
     total = mx.array(0.0)
     for part in split_batch(batch, model.forward_config.rope_split):
-        real = np.arange(part.labels.shape[1]) < part.lengths[:, None]
-        labels = part.labels[real]
-        label_positions = (labels != IGNORE).nonzero()[0]
+        real = np.arange(part.targets.shape[1]) < part.lengths[:, None]
+        loss_weights = part.loss_weights[real]
+        label_positions = loss_weights.nonzero()[0]
         if len(label_positions) == 0:
             continue
         indices = None if real.all() else mx.array(real.ravel().nonzero()[0])
         rows = RaggedRows(real.shape[0], real.shape[1], indices)
         hidden = hidden_states(model, mx.array(part.input_ids[real]), rows)
-        targets = mx.array(labels[label_positions])
-        total = total + linear_cross_entropy(model, hidden[mx.array(label_positions)], targets, chunk)
+        targets, weights = mx.array(part.targets[real][label_positions]), mx.array(loss_weights[label_positions])
+        total = total + linear_cross_entropy(model, hidden[mx.array(label_positions)], targets, weights, chunk)
     return total
 
 
-def linear_cross_entropy(model: Any, hidden: mx.array, targets: mx.array, chunk: int) -> mx.array:
-    """`sum(-log softmax(head(hidden))[target])`, float32, of hidden [N, H] and targets [N], `chunk` logits at a time.
+def linear_cross_entropy(
+    model: Any, hidden: mx.array, targets: mx.array, loss_weights: mx.array, chunk: int
+) -> mx.array:
+    """`sum(-w * log softmax(head(hidden))[target])`, float32, the logits of `chunk` rows at a time.
 
+    hidden [N, H], targets [N]; w: loss_weights [N], above 0.
     In training each chunk's gradient is computed with its loss, so that its logits can be freed: what is kept for the
     backward pass has the shape of `hidden` (and of the head's weight, where that is trained).
     """
@@ -44,7 +47,8 @@ def linear_cross_entropy(model: Any, hidden: mx.array, targets: mx.array, chunk:
         total = mx.array(0.0)
         for start, end in chunks:
             part, _ = mx.depends([hidden[start:end], total], [total])  # one chunk after the other
-            total = total + _loss(*_logits(model, project(model, part))[:2], targets[start:end])
+            logits, sums, _ = _logits(model, project(model, part))
+            total = total + _loss(logits, sums, targets[start:end], loss_weights[start:end])
         return total
     weight = head_weight(model)
     inputs: list[Any] = [hidden] if weight is None else [hidden, weight]
@@ -57,7 +61,7 @@ def linear_cross_entropy(model: Any, hidden: mx.array, targets: mx.array, chunk:
             # a chunk waits for the one before, or several would be held at once
             part = mx.depends([inputs[0][start:end]], [total, *parts[-1:], grad_weight])[0]
             arguments = [part, *inputs[1:]]
-            loss, gradients = _loss_and_gradients(model, arguments, targets[start:end])
+            loss, gradients = _loss_and_gradients(model, arguments, targets[start:end], loss_weights[start:end])
             total = total + loss
             parts.append(gradients[0])
             if inputs[1:]:
@@ -72,17 +76,19 @@ def linear_cross_entropy(model: Any, hidden: mx.array, targets: mx.array, chunk:
     return outputs[0]
 
 
-def _loss_and_gradients(model: Any, arguments: list[mx.array], targets: mx.array) -> tuple[mx.array, list[mx.array]]:
+def _loss_and_gradients(
+    model: Any, arguments: list[mx.array], targets: mx.array, loss_weights: mx.array
+) -> tuple[mx.array, list[mx.array]]:
     """`(a chunk's loss, its gradients by the arguments of project)`."""
     raw = project(model, *arguments)
     logits, sums, derivative = _logits(model, raw)
-    error = mx.exp(logits - sums[:, None])
+    error = mx.exp(logits - (sums - mx.log(loss_weights))[:, None])  # weighted without another array of logits
     at_target = mx.take_along_axis(error, targets[:, None], axis=-1)
-    error = mx.put_along_axis(error, targets[:, None], at_target - 1, axis=-1)
+    error = mx.put_along_axis(error, targets[:, None], at_target - loss_weights[:, None], axis=-1)
     if derivative is not None:
         error = error * derivative
     gradients: Any = mx.vjp(lambda *a: project(model, *a), arguments, [error.astype(raw.dtype)])[1]
-    return _loss(logits, sums, targets), gradients
+    return _loss(logits, sums, targets, loss_weights), gradients
 
 
 def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | None]:
@@ -95,8 +101,9 @@ def _logits(model: Any, raw: mx.array) -> tuple[mx.array, mx.array, mx.array | N
     return logits, log_sum_exp(logits), derivative
 
 
-def _loss(logits: mx.array, sums: mx.array, targets: mx.array) -> mx.array:
-    return sums.sum() - mx.take_along_axis(logits, targets[:, None], axis=-1).sum()
+def _loss(logits: mx.array, sums: mx.array, targets: mx.array, loss_weights: mx.array) -> mx.array:
+    at_target = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return (sums * loss_weights).sum() - (at_target * loss_weights).sum()
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:

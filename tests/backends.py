@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -99,12 +100,27 @@ def run_steps(
     for step in range(1, steps + 1):
         chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
         result = backend.train_step(micro_batches(chosen, micro_batch_tokens), recipe.learning_rate, step)
-        losses.append(float(result.loss_sum) / result.label_tokens)
+        losses.append(float(result.loss_sum) / result.weight_sum)
     return losses
 
 
+def weighted(rows: list[Encoded]) -> list[Encoded]:
+    """The rows with fractions as loss weights, other ones at the end of each row."""
+    found = []
+    for number, row in enumerate(rows):
+        loss_weights = row.loss_weights * np.float32((0.5, 1.0, 0.1, 3.0)[number % 4])
+        loss_weights[-4:] *= np.float32(0.3)
+        found.append(replace(row, loss_weights=loss_weights))
+    return found
+
+
 def plain_loss(
-    hidden: np.ndarray, weight: np.ndarray, labels: np.ndarray, divisor: float, cap: float | None
+    hidden: np.ndarray,
+    weight: np.ndarray,
+    labels: np.ndarray,
+    loss_weights: np.ndarray,
+    divisor: float,
+    cap: float | None,
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """The loss with all its logits in float64, and its gradients by hidden [N, H] and weight [V, H]."""
     hidden, weight = hidden.astype(np.float64), weight.astype(np.float64)
@@ -117,8 +133,8 @@ def plain_loss(
     sums = np.log(np.exp(logits - top).sum(1, keepdims=True)) + top
     error = np.exp(logits - sums)
     error[np.arange(len(labels)), labels] -= 1
-    error *= derivative / divisor
-    loss = (sums[:, 0] - logits[np.arange(len(labels)), labels]).sum()
+    error *= loss_weights[:, None] * derivative / divisor
+    loss = ((sums[:, 0] - logits[np.arange(len(labels)), labels]) * loss_weights).sum()
     return loss, error @ weight, error.T @ hidden
 
 
@@ -151,8 +167,54 @@ class Quiet:
         return self.at == self.stop_at - 1  # a step is reported while the next one runs
 
 
+def check_loss_weights(name: str, folder: Path, rows: list[Encoded]) -> None:
+    """The loss and its gradient's norm are those of a plain loop over weighted rows, with transformers' own model."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM
+
+    rows, recipe = weighted(rows[:6]), make_recipe(folder, method="full", max_grad_norm=0.0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.get_input_embeddings().padding_idx = None  # the end of a turn, which is a label, serves as pad too
+    loss, total = torch.zeros(()), 0.0
+    for row in rows:
+        ids, loss_weights = torch.from_numpy(row.ids).long(), torch.from_numpy(row.loss_weights[1:])
+        losses = cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        loss, total = loss + (losses * loss_weights).sum(), total + float(loss_weights.sum())
+    (loss / total).backward()
+    norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+    backend, batches = load(name, folder, recipe, loss_chunk=7), micro_batches(rows, 120)
+    evaluated = [backend.eval_step(batch) for batch in batches]
+    result = backend.train_step(batches, 1e-3, 1)
+    assert len(batches) > 1
+    for results in (evaluated, [result]):
+        assert sum(r.weight_sum for r in results) == pytest.approx(total)
+        assert sum(r.label_tokens for r in results) == sum(int((row.loss_weights > 0).sum()) for row in rows)
+        assert sum(float(r.loss_sum) for r in results) == pytest.approx(loss.item(), rel=1e-5)
+    assert float(result.grad_norm) == pytest.approx(norm.item(), rel=1e-4)
+    backend.close()
+
+
+def check_equal_weights(name: str, folder: Path, rows: list[Encoded]) -> None:
+    """All rows by half are all rows; a row that weighs 2 is that row twice."""
+    half = [replace(row, loss_weights=row.loss_weights * np.float32(0.5)) for row in rows]
+    double = replace(rows[0], loss_weights=rows[0].loss_weights * np.float32(2))
+    found = []
+    for chosen in (rows[:4], half[:4], [double, *rows[1:3]], [rows[0], *rows[:3]]):
+        backend = load(name, folder, make_recipe(folder))
+        losses = []
+        for step in (1, 2, 3):
+            result = backend.train_step(micro_batches(chosen, 120), 1e-2, step)
+            losses.append(float(result.loss_sum) / result.weight_sum)
+        found.append(losses)
+        backend.close()
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
+    np.testing.assert_allclose(found[2], found[3], rtol=1e-5)
+    assert abs(found[0][0] - found[2][0]) > 1e-3
+
+
 def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) -> None:
-    recipe = make_recipe(folder)
+    rows, recipe = weighted(rows), make_recipe(folder)
     results = []
     for budget in (1, 60, 10_000):
         backend = load(name, folder, recipe)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult, weight_sum
 from common.models.families import forward_config
 from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
@@ -129,11 +129,10 @@ class TorchBackend:
         self.outer.train()
         if self.recipe.dropout:
             torch.manual_seed((self.recipe.seed << 32) + step)
-        count = sum(batch.label_tokens for batch in micro_batches)
 
         def compute() -> None:
             self.total.zero_()
-            self.share.fill_(1 / count)
+            self.share.fill_(1 / weight_sum(micro_batches))
             self.optimizer.zero_grad()  # also those of a step that ran out of memory
             for batch in micro_batches:
                 if self.graphs is not None:
@@ -143,8 +142,7 @@ class TorchBackend:
 
         self._with_memory(compute)
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
-        tokens, padded = sum(b.tokens for b in micro_batches), sum(map(self._padded_tokens, micro_batches))
-        return StepResult(self.total.clone(), norm, count, tokens, padded)
+        return StepResult.of(micro_batches, self.total.clone(), norm, sum(map(self._padded_tokens, micro_batches)))
 
     def _padded_tokens(self, batch: Batch) -> int:
         if self.graphs is not None:
@@ -167,7 +165,7 @@ class TorchBackend:
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
         loss = self._with_memory(lambda: self._loss(batch))
-        return StepResult(loss, 0.0, batch.label_tokens, batch.tokens, self._padded_tokens(batch))
+        return StepResult.of([batch], loss, 0.0, self._padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
         arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}

@@ -2,7 +2,7 @@
 
 On a small model a GPU waits for the program that starts its kernels: some 200 a layer. A graph starts them all at
 once. Its shapes and addresses are fixed, so a micro-batch is copied into memory that stays, its sizes rounded up. The
-tokens that are added are a row of their own without labels; labels that are added are IGNORE, and change no loss.
+tokens that are added are a row of their own without labels; labels that are added weigh 0, and change no loss.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
 from torch_backend.attention import RaggedRows
 from torch_backend.loss import PackedBatch
@@ -40,30 +40,32 @@ class Layout:
         labels, rows = rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 8, 1)
         return Layout(tokens, labels, rows, rounded(widest, 512, 1))
 
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """Of ids, positions, label positions, targets and cu_seqlens (with a row for the added tokens), in order."""
-        return self.tokens, self.tokens, self.labels, self.labels, self.rows + 2
+    def sizes(self) -> tuple[int, ...]:
+        """Of `PackedBatch`'s arrays, in order; the last is cu_seqlens, with a row for the added tokens."""
+        return self.tokens, self.tokens, self.labels, self.labels, self.labels, self.rows + 2
 
     def pack(self, batch: Batch) -> np.ndarray:
-        """Everything that the graph reads, in one array: one copy to the device."""
-        real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
-        targets = batch.labels[real]
-        labeled = (targets != IGNORE).nonzero()[0]
+        """Everything that the graph reads, in one array: one copy to the device. A weight is kept as its 32 bits."""
+        real = np.arange(batch.targets.shape[1]) < batch.lengths[:, None]
+        loss_weights = batch.loss_weights[real]
+        labeled = loss_weights.nonzero()[0]
         added, ends = self.tokens - batch.tokens, np.cumsum(batch.lengths)
         parts = (
             _padded(batch.input_ids[real], self.tokens, 0),
             np.concatenate([real.nonzero()[1], np.arange(added)]),
             _padded(labeled, self.labels, 0),
-            _padded(targets[labeled], self.labels, IGNORE),
+            _padded(batch.targets[real][labeled], self.labels, 0),
+            _padded(loss_weights[labeled].view(np.int32), self.labels, 0),
             _padded(np.concatenate([[0], ends]), self.rows + 2, self.tokens),
         )
         return np.concatenate(parts).astype(np.int64)
 
     def unpack(self, memory: torch.Tensor) -> PackedBatch:
-        """Views of `memory`, which holds `pack`'s array; cu_seqlens are converted."""
-        ids, positions, label_positions, targets, cu_seqlens = memory.split(self.sizes())
+        """Views of `memory`, which holds `pack`'s array; weights and cu_seqlens are converted."""
+        ids, positions, label_positions, targets, bits, cu_seqlens = memory.split(self.sizes())
+        loss_weights = bits.to(torch.int32).view(torch.float32)
         rows = RaggedRows(self.rows + 1, self.width, None, cu_seqlens.to(torch.int32))
-        return PackedBatch(ids, positions, label_positions, targets, rows)
+        return PackedBatch(ids, positions, label_positions, targets, loss_weights, rows)
 
 
 def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:

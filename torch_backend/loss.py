@@ -6,16 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from common.data.batching import split_batch
 from torch_backend.attention import RaggedRows, cu_seqlens, to_device
 from torch_backend.matmul import linear_grad_input, linear_transposed
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """`sum(-log softmax(cap(hidden @ weight.T / divisor))[target])`, float32, the logits of `chunk` rows at a time.
+    """`sum(-w * log softmax(cap(hidden @ weight.T / divisor))[target])`, float32, the logits of `chunk` rows at a time.
 
-    hidden [N, H], weight [V, H], targets [N] int64, of which IGNORE adds nothing; cap(x): x, or `cap * tanh(x / cap)`.
+    hidden [N, H], weight [V, H], targets [N] int64; w: loss_weights [N] float32; scaling:
+    (divisor, cap), with cap(x) = `cap * tanh(x / cap)`, or x where cap is None.
     Each chunk's gradient is computed with its loss, so that its logits can be freed: what is kept for the backward
     pass has the shape of `hidden` (and of `weight`, where that is trained). Products are computed in the weight's type,
     in float32 where it is widened; everything between is float32.
@@ -31,34 +32,34 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        divisor: float,
-        cap: float | None,
+        loss_weights: torch.Tensor,
+        scaling: tuple[float, float | None],
         chunk: int,
     ) -> torch.Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        divisor, cap = scaling
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         memory = hidden.new_empty(len(weight), min(chunk, len(hidden)), dtype=torch.float32)  # one for all chunks
         for start in range(0, len(hidden), chunk):
-            part, target = hidden[start : start + chunk], targets[None, start : start + chunk]
-            kept = (target != IGNORE).float()  # [1, n]
-            target = target.clamp_min(0)
+            end = start + chunk
+            part, target, weights = hidden[start:end], targets[None, start:end], loss_weights[None, start:end]
             logits = linear_transposed(part, weight, memory)  # [V, n]
             derivative = _finish(logits, divisor, cap, needs_hidden)
             logits -= logits.amax(0)
-            total -= (logits.gather(0, target) * kept).sum()
+            total -= (logits.gather(0, target) * weights).sum()
             sums = logits.exp_().sum(0)
-            total += (sums.log() * kept).sum()
+            total += (sums.log() * weights).sum()
             if not needs_hidden:
                 continue
-            logits *= kept / sums
-            logits[target[0], torch.arange(len(part), device=target.device)] -= kept[0]
+            logits *= weights / sums
+            logits[target[0], torch.arange(len(part), device=target.device)] -= weights[0]
             if derivative is not None:
                 logits *= derivative
             if divisor != 1.0:
                 logits /= divisor
-            grad_hidden[start : start + chunk] = linear_grad_input(logits.T, weight, hidden.dtype)  # type: ignore[index]
+            grad_hidden[start:end] = linear_grad_input(logits.T, weight, hidden.dtype)  # type: ignore[index]
             if needs_weight:
                 grad_weight += (logits.to(weight.dtype) @ part).float()  # type: ignore[operator]
             del derivative  # or the next chunk's would be held beside it
@@ -90,43 +91,47 @@ def _finish(logits: torch.Tensor, divisor: float, cap: float | None, wanted: boo
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A micro-batch with its rows packed, as int64 tensors on the device; CUDA graphs round all its sizes up."""
+    """A micro-batch with its rows packed, as tensors of int64 on the device; CUDA graphs round all its sizes up."""
 
     ids: torch.Tensor  # [tokens]
     positions: torch.Tensor  # [tokens]
     label_positions: torch.Tensor  # [N], of the tokens that carry loss
-    targets: torch.Tensor  # [N], the tokens that follow those; IGNORE where N is padded
+    targets: torch.Tensor  # [N], the tokens that follow those
+    loss_weights: torch.Tensor  # [N] float32; 0 where N is padded
     rows: RaggedRows
 
 
 def pack(batch: Batch, device: torch.device, flash: bool, pad_multiple: int = 1) -> PackedBatch:
     """`batch` packed, its tokens, labels and width padded to multiples of `pad_multiple`, which changes no loss."""
-    real = np.arange(batch.labels.shape[1]) < batch.lengths[:, None]
-    labels = batch.labels[real]
-    labeled = (labels != IGNORE).nonzero()[0]
+    real = np.arange(batch.targets.shape[1]) < batch.lengths[:, None]
+    loss_weights = batch.loss_weights[real]
+    labeled = loss_weights.nonzero()[0]
     row, column = real.nonzero()
     extra = np.arange(-len(row) % pad_multiple)  # at the end of the last row: no token before them sees these
-    extra_labels = np.arange(-len(labeled) % pad_multiple)
     row, column = np.append(row, np.full_like(extra, row[-1])), np.append(column, batch.lengths[-1] + extra)
-    ids = to_device(np.append(batch.input_ids[real], np.zeros_like(extra)), device)
-    positions = to_device(column, device)
-    label_positions = to_device(np.append(labeled, np.zeros_like(extra_labels)), device)
-    targets = to_device(np.append(labels[labeled], np.full_like(extra_labels, IGNORE)), device)
+
+    def padded(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return to_device(np.append(array, np.zeros(-len(array) % pad_multiple, array.dtype)), device, dtype)
+
+    ids, positions = padded(batch.input_ids[real]), to_device(column, device)
+    label_positions, targets = padded(labeled), padded(batch.targets[real][labeled])
+    weights = padded(loss_weights[labeled], torch.float32)
     count, width = len(batch.lengths), -(-int(column.max() + 1) // pad_multiple) * pad_multiple
     if flash:
         rows = RaggedRows(count, width, None, cu_seqlens(batch.lengths, device))
     else:
         indices = row * width + column
         rows = RaggedRows(count, width, None if len(indices) == count * width else to_device(indices, device))
-    return PackedBatch(ids, positions, label_positions, targets, rows)
+    return PackedBatch(ids, positions, label_positions, targets, weights, rows)
 
 
 def loss_sum(
     model: Any, batch: Batch, device: torch.device, chunk: int, flash: bool, pad_multiple: int = 1
 ) -> torch.Tensor:
-    """Sum of the token losses of a micro-batch, a float32 scalar. `model` is a causal language model of transformers.
+    """Weighted sum of the token losses of a micro-batch, a float32 scalar.
 
-    chunk: label positions whose logits are held at once. flash: attention reads packed rows.
+    model: a causal language model of transformers. chunk: label positions whose logits are held at once. flash:
+    attention reads packed rows.
     """
     rope = getattr(model.config, "rope_parameters", None) or {}
     limit = rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
@@ -142,4 +147,5 @@ def loss_of(model: Any, packed: PackedBatch, chunk: int) -> torch.Tensor:
     hidden = found.index_select(0, packed.label_positions)
     divisor = getattr(model.config, "logits_scaling", 1.0)  # what the family's own forward does to logits
     cap = getattr(model.config, "final_logit_softcapping", None)
-    return LinearCrossEntropy.apply(hidden, model.lm_head.weight, packed.targets, divisor, cap, chunk)
+    head = model.lm_head.weight
+    return LinearCrossEntropy.apply(hidden, head, packed.targets, packed.loss_weights, (divisor, cap), chunk)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from common.data.encode import Encoded
 
 # In tokens: the cost of one more micro-batch, by device, and of a padded position, which only attention computes.
@@ -60,15 +60,15 @@ def cut(lengths: Sequence[int], micro_batch_tokens: int, device: str = "cpu") ->
 
 
 def make_batch(rows: Sequence[Encoded]) -> Batch:
-    """The rows padded on the right, int32 [rows, width]. A pad's label is IGNORE by position, whatever its id is."""
+    """The rows padded on the right, [rows, width]. Padding weighs 0 by its position, whatever its id is."""
     lengths = np.array([len(row.ids) - 1 for row in rows], np.int32)
     width = int(lengths.max())
-    input_ids = np.zeros((len(rows), width), np.int32)
-    labels = np.full((len(rows), width), IGNORE, np.int32)
+    input_ids, targets = np.zeros((2, len(rows), width), np.int32)
+    loss_weights = np.zeros((len(rows), width), np.float32)
     for i, row in enumerate(rows):
-        input_ids[i, : lengths[i]] = row.ids[:-1]
-        labels[i, : lengths[i]] = np.where(row.mask[1:], row.ids[1:], IGNORE)
-    return Batch(input_ids, labels, lengths)
+        input_ids[i, : lengths[i]], targets[i, : lengths[i]] = row.ids[:-1], row.ids[1:]
+        loss_weights[i, : lengths[i]] = row.loss_weights[1:]
+    return Batch(input_ids, targets, loss_weights, lengths)
 
 
 def rounded(size: int, least: int, steps: int) -> int:
@@ -85,5 +85,6 @@ def split_batch(batch: Batch, limit: int | None) -> list[Batch]:
     parts = []
     for rows in (~longer, longer):
         width = int(batch.lengths[rows].max())
-        parts.append(Batch(batch.input_ids[rows, :width], batch.labels[rows, :width], batch.lengths[rows]))
+        ids, targets, weights = (array[rows, :width] for array in (batch.input_ids, batch.targets, batch.loss_weights))
+        parts.append(Batch(ids, targets, weights, batch.lengths[rows]))
     return parts

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +12,15 @@ class Example:
     """A conversation, or plain text (then `messages` is empty).
 
     A message has `role` and `content`, and may have `reasoning_content`, `tool_calls` (arguments parsed),
-    `tool_call_id`, `name`, and `train: False` where its tokens carry no loss.
-    `tools` are JSON schemas for the template.
+    `tool_call_id`, `name`, `train: False` where its tokens carry no loss, and `weight` where their losses do not count
+    once. `tools` are JSON schemas for the template.
     """
 
     messages: tuple[dict[str, Any], ...]
     source: str  # "train.jsonl:17"
     tools: tuple[dict[str, Any], ...] = ()
     text: str | None = None
+    weight: float = 1.0  # of the row's losses
 
 
 @dataclass(frozen=True)
@@ -56,22 +58,32 @@ def first_texts(rows: list[Example], characters: int) -> list[str]:
 
 
 def content_key(row: Example) -> str:
-    """The row's contents as one text: equal for equal rows, whatever their source."""
-    return json.dumps([row.messages, row.tools, row.text], sort_keys=True, ensure_ascii=False)
+    """The row's contents as one text: equal for equal rows, whatever their source and weights."""
+    return json.dumps([_unweighted(row.messages), row.tools, row.text], sort_keys=True, ensure_ascii=False)
 
 
 def prompt_key(row: Example) -> str:
     """The row without its last answer, as one text: equal for rows that ask the same."""
-    asked = row.text if row.text is not None else prompt_of(row)
+    asked = row.text if row.text is not None else _unweighted(prompt_of(row))
     return json.dumps([asked, row.tools], sort_keys=True, ensure_ascii=False)
 
 
+def _unweighted(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
+
+
 def data_hash(data: Dataset) -> str:
-    """SHA-256 over the contents of training and validation rows in order; names and formatting do not enter."""
+    """SHA-256 over the contents of training and validation rows in order; names and formatting do not enter.
+
+    Weights do where they are not 1.
+    """
     digest = hashlib.sha256()
     for part in (data.train, data.valid):
         for row in part:
             digest.update(content_key(row).encode())
+            weights = [row.weight, *(message.get("weight", 1.0) for message in row.messages)]
+            if any(weight != 1 for weight in weights):
+                digest.update(json.dumps(weights).encode())
             digest.update(b"\n")
         digest.update(b"\0")
     return digest.hexdigest()

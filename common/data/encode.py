@@ -29,14 +29,24 @@ class MaskingOptions:
 @dataclass(frozen=True)
 class Encoded:
     ids: np.ndarray  # [T] int32
-    mask: np.ndarray  # [T] bool: True where the token is a label
+    loss_weights: np.ndarray  # [T], of each token; 0: not a label. As bool where all labels weigh 1, to save memory
     source: str
     ends: tuple[int, ...] = ()  # the ids that end its trained turns
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
 
     @property
+    def mask(self) -> np.ndarray:
+        """[T] bool: True where the token is a label."""
+        return self.loss_weights > 0
+
+    @property
     def label_tokens(self) -> int:
         return int(self.mask[1:].sum())  # nothing predicts the first token
+
+
+def compact(weights: np.ndarray) -> np.ndarray:
+    """`loss_weights` of `Encoded`, from float32."""
+    return weights if np.any((weights != 0) & (weights != 1)) else weights > 0
 
 
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
@@ -116,13 +126,13 @@ class Encoder:
         return locate_turns(example, self.template)
 
     def __call__(self, example: Example) -> Encoded:
-        """Token ids and label mask. Raises UserError naming the row where it cannot be labeled exactly."""
+        """Token ids and loss weights. Raises UserError naming the row where it cannot be labeled exactly."""
         if example.text is not None:
             return self._text(example)
         return self.encode_chat(example)[0]
 
     def encode_chat(self, example: Example) -> tuple[Encoded, Conversation, Example]:
-        """A chat row's ids and label mask, its text with the turns, and the row as it was rendered.
+        """A chat row's ids and loss weights, its text with the turns, and the row as it was rendered.
 
         Spaces around its answers may have been stripped. Raises UserError as `__call__`.
         """
@@ -144,7 +154,7 @@ class Encoder:
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = np.asarray(encoding["input_ids"], np.int32)
         starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
-        mask, stops = np.zeros(len(ids), bool), []
+        weights, stops = np.zeros(len(ids), np.float32), []
         trained = self.trained(example, conversation)
         for turn in conversation.turns:
             inside = (starts >= turn.start) & (starts < turn.end) & (ends > starts)
@@ -158,35 +168,35 @@ class Encoder:
             if prompt != ids[:first].tolist():
                 raise Unlabeled("the prompt's tokens are not a prefix of the conversation's")
             if turn.message in trained:
-                mask |= inside
+                weights[inside] = trained[turn.message]
                 if turn.end > turn.stop:
                     stops.append(int(ids[inside][-1]))
                     content = ids[(starts >= turn.start) & (starts < turn.stop)]
                     if stops[-1] in content and not example.messages[turn.message].get("tool_calls"):
                         where = f"turn {turn.message + 1}"
                         raise Unlabeled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
-        mask = self._within_generation(conversation, mask, starts)
+        weights = self._within_generation(conversation, weights, starts)
         if self.masking.train_on == "all":
-            mask[:] = True
+            weights[:] = example.weight
             for turn in conversation.turns:
-                if turn.message not in trained:
-                    mask[(starts >= turn.start) & (starts < turn.end)] = False
-        return self._with_bos(Encoded(ids, mask, example.source, tuple(stops), conversation.notes))
+                weights[(starts >= turn.start) & (starts < turn.end)] = trained.get(turn.message, 0)
+        return self._with_bos(Encoded(ids, compact(weights), example.source, tuple(stops), conversation.notes))
 
-    def trained(self, example: Example, conversation: Conversation) -> set[int]:
-        """The indices of the messages whose turns are trained."""
+    def trained(self, example: Example, conversation: Conversation) -> dict[int, float]:
+        """The indices of the messages whose turns are trained, and what their tokens weigh in the loss."""
         turns = [turn.message for turn in conversation.turns]
         selected = turns[-1:] if self.masking.train_on == "last" else turns
-        return {number for number in selected if example.messages[number].get("train", True)}
+        given = ((number, example.messages[number]) for number in selected)
+        return {n: example.weight * message.get("weight", 1.0) for n, message in given if message.get("train", True)}
 
-    def _within_generation(self, conversation: Conversation, mask: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """The mask within the template's own generation tags, where it has them, and at the end of each turn."""
+    def _within_generation(self, conversation: Conversation, weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Those within the template's own generation tags, where it has them, and at the end of each turn; others 0."""
         if not conversation.generation_spans:
-            return mask
-        allowed = np.zeros(len(mask), bool)
+            return weights
+        allowed = np.zeros(len(weights), bool)
         for start, end in [*conversation.generation_spans, *((turn.stop, turn.end) for turn in conversation.turns)]:
             allowed |= (starts >= start) & (starts < end)
-        return mask & allowed
+        return np.where(allowed, weights, np.float32(0))
 
     def _text(self, example: Example) -> Encoded:
         """Plain text: every token is a label, and so is the end token; with BOS where the tokenizer adds it."""
@@ -195,24 +205,25 @@ class Encoder:
         if stop is None:
             raise UserError(f"{example.source}: the tokenizer has no end-of-text token.", "Use chat rows.")
         ids = np.asarray([*ids, stop], np.int32)
+        weights = compact(np.full(len(ids), example.weight, np.float32))
         try:
-            return self._with_bos(Encoded(ids, np.ones(len(ids), bool), example.source, (stop,)))
+            return self._with_bos(Encoded(ids, weights, example.source, (stop,)))
         except Unlabeled as why:
             raise UserError(f"{example.source}: {why}.", "Remove one of them.") from None
 
     def _with_bos(self, row: Encoded) -> Encoded:
         """The row with exactly one BOS, where there is one: llama.cpp, too, adds it where a prompt lacks it."""
         bos = self.tokenizer.bos_token_id
-        ids, mask = row.ids, row.mask.copy()
+        ids, weights = row.ids, row.loss_weights.copy()
         if bos is None:
             return row
         if self.bos is not None and ids[0] != bos:
-            ids, mask = np.insert(ids, 0, bos), np.insert(mask, 0, False)
+            ids, weights = np.insert(ids, 0, bos), np.insert(weights, 0, 0)
         if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self.tokenizer.eos_token_id:
             raise Unlabeled("it starts with two BOS tokens")
         if ids[0] == bos:
-            mask[0] = False
-        return replace(row, ids=ids, mask=mask)
+            weights[0] = 0
+        return replace(row, ids=ids, loss_weights=weights)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -50,7 +50,7 @@ def filter_by_length(
         if len(row.ids) <= max_length:
             kept.append(row)
             continue
-        cut = replace(row, ids=row.ids[:max_length], mask=row.mask[:max_length])
+        cut = replace(row, ids=row.ids[:max_length], loss_weights=row.loss_weights[:max_length])
         if overflow == "truncate" and cut.label_tokens:
             kept.append(cut)
             truncated.append(row)

@@ -253,8 +253,8 @@ def _refusal(path: str, answer: bytes) -> UserError:
 
 
 def for_llama_cpp(message: Message) -> Message:
-    """The message as llama-server takes it: a tool call's arguments are a JSON text, and `train` is not a key of it."""
-    message = {key: value for key, value in message.items() if key != "train"}
+    """The message as llama-server takes it: a tool call's arguments are a JSON text, and no key is ours."""
+    message = {key: value for key, value in message.items() if key not in ("train", "weight")}
     if calls := message.get("tool_calls"):
         message["tool_calls"] = [
             {"id": "0", **c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}

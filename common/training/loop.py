@@ -7,7 +7,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.backend import Backend, Batch, OutOfMemory, StepResult
+from common.backend import Backend, Batch, OutOfMemory, StepResult, weight_sum
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
@@ -74,6 +74,7 @@ class TrainingLoop:
         """
         self.seconds.setdefault("train", 0.0)
         self._pending: _Pending | None = None
+        self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
         self._saved_at, self._refused = time.monotonic(), False
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
@@ -119,6 +120,8 @@ class TrainingLoop:
 
     def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
         """Start the step, and finish the one before while the device computes. Returns the next step's rows."""
+        if not weight_sum(batches):
+            return self._skip(step)
         started, rate = time.perf_counter(), learning_rate(self.recipe, step)
         try:
             result, batches = self._step(step, rate, rows, batches)
@@ -155,6 +158,14 @@ class TrainingLoop:
         self._memory.use_less(step.batches, f"step {step.number} ran out of memory")
         result, batches = self._step(step.number, step.rate, step.rows, self._micro_batches(step.rows))
         self._pending = replace(step, result=result, batches=batches)
+
+    def _skip(self, step: int) -> tuple[list[Encoded], list[Batch]]:
+        """Pass over a step whose rows all weigh nothing: only the schedule goes on. Returns the next step's rows."""
+        self._finish_pending()
+        if not self._skipped:
+            self.observer.warn(f"step {step} is skipped: its loss weights sum to 0, as those of later steps may")
+        self._skipped, self.state.step = True, step
+        return self._split(step + 1)
 
     def _finish_pending(self) -> None:
         while self._pending is not None:
@@ -268,7 +279,7 @@ class TrainingLoop:
 def _read(step: _Pending) -> tuple[float, float]:
     """`(mean loss, gradient norm)`, after waiting for them. Raises UserError for a fault that the device reports."""
     try:
-        return float(step.result.loss_sum) / step.result.label_tokens, float(step.result.grad_norm)
+        return float(step.result.loss_sum) / step.result.weight_sum, float(step.result.grad_norm)
     except RuntimeError as error:
         raise UserError(
             f"Step {step.number} failed on the device: {str(error).splitlines()[0]}",
@@ -283,7 +294,7 @@ def evaluate(
     device: str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """Mean loss over all label tokens of `rows`; None where `stop` asked for it between two micro-batches."""
+    """Weighted mean loss over all label tokens of `rows`; None where `stop` asked for it between two micro-batches."""
     results: list[StepResult] = []
     for batch in micro_batches(rows, micro_batch_tokens, device):
         if stop():
@@ -291,7 +302,7 @@ def evaluate(
         results.append(backend.eval_step(batch))
         if len(results) > 1:
             float(results[-2].loss_sum)  # stay one micro-batch ahead of the device, so that a stop comes in time
-    return sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)
+    return sum(float(r.loss_sum) for r in results) / sum(r.weight_sum for r in results)
 
 
 _HARDLY_ANY = 1e-3  # mean loss

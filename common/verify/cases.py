@@ -174,6 +174,6 @@ def _read_cases(path: Path) -> Cases | None:
 
 def _row(content: dict[str, Any]) -> Encoded:
     ids = np.array(content["ids"], np.int32)
-    mask = np.zeros(len(ids), bool)
-    mask[content["labels"]] = True
-    return Encoded(ids, mask, content["source"])
+    labels = np.zeros(len(ids), bool)  # what a label weighed in training is nothing to compare models by
+    labels[content["labels"]] = True
+    return Encoded(ids, labels, content["source"])

@@ -89,7 +89,7 @@ def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps:
     for step in range(1, steps + 1):
         chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
         result = backend.train_step(micro_batches(chosen, 1024), recipe.learning_rate, step)
-        losses.append(float(result.loss_sum) / result.label_tokens)
+        losses.append(float(result.loss_sum) / result.weight_sum)
     trained = backend.get_adapter().arrays()
     backend.close()
     return Result(logits, np.array(losses), trained)

@@ -27,15 +27,15 @@ FAULTS = [
     Fault(
         "the label mask is off by one",
         "common/data/batching.py",
-        "np.where(row.mask[1:], row.ids[1:]",
-        "np.where(row.mask[:-1], row.ids[1:]",
+        "= row.loss_weights[1:]",
+        "= row.loss_weights[:-1]",
         "unit/test_batching.py",
     ),
     Fault(
         "labels are not shifted",
         "common/data/batching.py",
-        "row.ids[1:], IGNORE",
-        "row.ids[:-1], IGNORE",
+        "= row.ids[:-1], row.ids[1:]",
+        "= row.ids[:-1], row.ids[:-1]",
         "unit/test_batching.py",
     ),
     Fault(
@@ -48,8 +48,8 @@ FAULTS = [
     Fault(
         "a truncated row is a token too long",
         "common/data/truncation.py",
-        "ids=row.ids[:max_length], mask=row.mask[:max_length]",
-        "ids=row.ids[: max_length + 1], mask=row.mask[: max_length + 1]",
+        "ids=row.ids[:max_length], loss_weights=row.loss_weights[:max_length]",
+        "ids=row.ids[: max_length + 1], loss_weights=row.loss_weights[: max_length + 1]",
         "unit/test_truncation.py",
     ),
     Fault(
@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "the validation loss is a mean of means",
         "common/training/loop.py",
-        "sum(float(r.loss_sum) for r in results) / sum(r.label_tokens for r in results)",
-        "sum(float(r.loss_sum) / r.label_tokens for r in results) / len(results)",
+        "sum(float(r.loss_sum) for r in results) / sum(r.weight_sum for r in results)",
+        "sum(float(r.loss_sum) / r.weight_sum for r in results) / len(results)",
         "unit/test_loop.py",
     ),
     Fault(
@@ -132,8 +132,8 @@ FAULTS = [
     Fault(
         "gradients are averaged by micro-batch (MLX)",
         "mlx_backend/backend.py",
-        "lambda g: g / count",
-        "lambda g: g / (batch.label_tokens * len(micro_batches))",
+        "lambda g: g / total_weight",
+        "lambda g: g / (weight_sum([batch]) * len(micro_batches))",
         "mlx/test_mlx_backend.py",
     ),
     Fault(
@@ -156,6 +156,13 @@ FAULTS = [
         'max_grad_norm or float("inf")',
         'float("inf")',
         "torch/test_torch_backend.py",
+    ),
+    Fault(
+        "a label's weight is lost in its gradient (PyTorch)",
+        "torch_backend/loss.py",
+        "-= weights[0]",
+        "-= 1",
+        "torch/test_loss.py",
     ),
     Fault(
         "the derivative of the logits' cap is lost (PyTorch)",

@@ -36,37 +36,41 @@ class Model(nn.Module):
 
 
 def inputs(n=N):
+    """Hidden states, labels and what each of them weighs."""
     random = np.random.default_rng(0)
-    return random.normal(size=(n, H)).astype(np.float32) * 2, random.integers(0, V, n)
+    hidden, labels = random.normal(size=(n, H)).astype(np.float32) * 2, random.integers(0, V, n)
+    return hidden, labels, random.choice([0.1, 0.5, 1, 3], n).astype(np.float32)
 
 
 def layer(model, tied):
     return model.model.embed_tokens if tied else model.lm_head
 
 
-def by_hidden(model, hidden, labels, chunk):
-    return mx.value_and_grad(lambda h: linear_cross_entropy(model, h, mx.array(labels), chunk) * 2)(hidden)
+def by_hidden(model, hidden, *rest):
+    return mx.value_and_grad(lambda h: loss_of(model, h, *rest) * 2)(hidden)
+
+
+def loss_of(model, hidden, labels, loss_weights, chunk):
+    return linear_cross_entropy(model, hidden, mx.array(labels), mx.array(loss_weights), chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, N - 1, N, N + 5])
 @pytest.mark.parametrize(("divisor", "cap"), [(1.0, None), (1.0, 5.0), (4.0, None), (2.0, 5.0)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_value_and_gradients_are_those_of_the_plain_loss(chunk, divisor, cap, tied):
-    model, (hidden, labels) = Model(tied, divisor, cap), inputs()
+    model, (hidden, *labels) = Model(tied, divisor, cap), inputs()
     weight = np.array(layer(model, tied).weight)
-    loss, expected, by_weight = plain_loss(hidden, weight, labels, divisor, cap)
-    both = nn.value_and_grad(model, lambda h: linear_cross_entropy(model, h, mx.array(labels), chunk))
+    loss, expected, by_weight = plain_loss(hidden, weight, *labels, divisor, cap)
+    both = nn.value_and_grad(model, lambda h: loss_of(model, h, *labels, chunk))
     got, gradients = both(mx.array(hidden))
     assert got.item() == pytest.approx(loss, rel=1e-6)
     np.testing.assert_allclose(np.array(weight_of(gradients)), by_weight, atol=5e-5)
     model.freeze()
-    got, gradient = by_hidden(model, mx.array(hidden), labels, chunk)
+    got, gradient = by_hidden(model, mx.array(hidden), *labels, chunk)
     assert got.item() == pytest.approx(2 * loss, rel=1e-6)
     np.testing.assert_allclose(np.array(gradient), 2 * expected, atol=5e-5)
     model.eval()
-    assert linear_cross_entropy(model, mx.array(hidden), mx.array(labels), chunk).item() == pytest.approx(
-        loss, rel=1e-6
-    )
+    assert loss_of(model, mx.array(hidden), *labels, chunk).item() == pytest.approx(loss, rel=1e-6)
 
 
 def weight_of(gradients):
@@ -76,24 +80,24 @@ def weight_of(gradients):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantized_head_has_the_loss_of_its_dequantized_weights(tied, bits):
-    model, (hidden, labels) = Model(tied), inputs()
+    model, (hidden, *labels) = Model(tied), inputs()
     nn.quantize(model, 64, bits)
     model.freeze()
     kept = layer(model, tied)
     weight = np.array(mx.dequantize(kept.weight, kept.scales, kept.biases, 64, bits))
-    loss, expected, _ = plain_loss(hidden, weight, labels, 1.0, None)
-    got, gradient = by_hidden(model, mx.array(hidden), labels, 7)
+    loss, expected, _ = plain_loss(hidden, weight, *labels, 1.0, None)
+    got, gradient = by_hidden(model, mx.array(hidden), *labels, 7)
     assert got.item() == pytest.approx(2 * loss, rel=1e-5)
     np.testing.assert_allclose(np.array(gradient), 2 * expected, atol=1e-3)
 
 
 def test_bf16_products_are_added_up_in_float32():
-    model, (hidden, labels) = Model(True, dtype=mx.bfloat16), inputs()
+    model, (hidden, *labels) = Model(True, dtype=mx.bfloat16), inputs()
     model.freeze()
     rounded = mx.array(hidden).astype(mx.bfloat16)
     weight = np.array(model.model.embed_tokens.weight.astype(mx.float32))
-    loss, expected, _ = plain_loss(np.array(rounded.astype(mx.float32)), weight, labels, 1.0, None)
-    got, gradient = by_hidden(model, rounded, labels, 7)
+    loss, expected, _ = plain_loss(np.array(rounded.astype(mx.float32)), weight, *labels, 1.0, None)
+    got, gradient = by_hidden(model, rounded, *labels, 7)
     assert (got.dtype, gradient.dtype) == (mx.float32, mx.bfloat16)
     assert got.item() == pytest.approx(2 * loss, rel=3e-3)
     difference = np.array(gradient.astype(mx.float32)) - 2 * expected
@@ -101,11 +105,11 @@ def test_bf16_products_are_added_up_in_float32():
 
 
 def test_no_array_of_tokens_by_vocabulary_exists():
-    model, (hidden, labels) = Model(True), inputs(4000)
+    model, (hidden, *labels) = Model(True), inputs(4000)
     model.freeze()
     h = mx.array(hidden)
     mx.eval(h, model.parameters())
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(by_hidden(model, h, labels, 40))
+    mx.eval(by_hidden(model, h, *labels, 40))
     assert mx.get_peak_memory() - before < 4000 * V * 4 / 1.5

@@ -24,6 +24,14 @@ def test_how_a_step_is_cut_does_not_change_it(model, rows):
     backends.check_cutting_changes_nothing("mlx", model, rows)
 
 
+def test_loss_and_gradient_of_weighted_labels_are_those_of_a_plain_loop(model, rows):
+    backends.check_loss_weights("mlx", model, rows)
+
+
+def test_only_the_ratio_of_weights_counts(model, rows):
+    backends.check_equal_weights("mlx", model, rows)
+
+
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
     backends.check_fused_equals_adapter("mlx", model, rows, tmp_path / "fused", **changes)

@@ -39,6 +39,16 @@ def test_the_backends_agree(method, checkpointing, tiny_llama, rows):
     assert torch[0][-1] < torch[0][0]
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_backends_agree_on_loss_weights(method, tiny_llama, rows):
+    recipe, weighted = backends.make_recipe(tiny_llama, **METHODS[method]), backends.weighted(rows)
+    torch, mlx = (trained(name, tiny_llama, weighted, recipe) for name in ("torch", "mlx"))
+    np.testing.assert_allclose(mlx[0], torch[0], rtol=1e-4)
+    assert backends.relative_difference(torch[1], mlx[1]) < 1e-3
+    plain = trained("torch", tiny_llama, rows, recipe)
+    assert np.abs(np.subtract(plain[0], torch[0])).max() > 1e-2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_is_another_computation(method, tiny_llama, rows):
     """None is the plain one under another name."""

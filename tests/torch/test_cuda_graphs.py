@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from common.backend import IGNORE, Batch, OutOfMemory
+from common.backend import Batch, OutOfMemory
 from common.data.batching import make_batch, micro_batches, step_rows
 from tests import backends
 from tests.tiny import write_family, write_rows
@@ -45,7 +45,7 @@ def test_what_a_graph_is_padded_with_adds_nothing(model, rows, monkeypatch):
     backend = backends.load("torch", model, backends.make_recipe(model, lora_plus=2.0))
     for parameter in backend.parameters.values():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    batch = make_batch(rows[:3])
+    batch = make_batch(backends.weighted(rows[:3]))
     layout = Layout.of(batch)
     assert layout.tokens > batch.tokens
     assert layout.labels > batch.label_tokens
@@ -94,7 +94,8 @@ def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypat
         for _ in range(count):
             lengths = np.sort(random.integers(least, most, 8)).astype(np.int32)
             ids = np.ones((8, lengths[-1]), np.int32)
-            unrecorded.run(Batch(ids, np.where(np.arange(lengths[-1]) < lengths[:, None], ids, IGNORE), lengths))
+            weights = (np.arange(lengths[-1]) < lengths[:, None]).astype(np.float32)
+            unrecorded.run(Batch(ids, ids, weights, lengths))
 
     def fails(packed):
         raise RuntimeError("out of memory")
@@ -159,7 +160,7 @@ def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quanti
         for step in range(1, 9):
             chosen = [rows[i] for i in step_rows(len(rows), 4, 0, step)]
             result = backend.train_step(micro_batches(chosen, 300), 1e-3, step)
-            losses.append(float(result.loss_sum) / result.label_tokens)
+            losses.append(float(result.loss_sum) / result.weight_sum)
         found.append((losses, backends.matrices(backend)))
         backend.close()
     assert 0 < len(recorded) < 16, "graphs are few, and replayed"

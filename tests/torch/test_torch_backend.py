@@ -23,6 +23,14 @@ def test_how_a_step_is_cut_does_not_change_it(model, rows):
     backends.check_cutting_changes_nothing("torch", model, rows)
 
 
+def test_loss_and_gradient_of_weighted_labels_are_those_of_a_plain_loop(model, rows):
+    backends.check_loss_weights("torch", model, rows)
+
+
+def test_only_the_ratio_of_weights_counts(model, rows):
+    backends.check_equal_weights("torch", model, rows)
+
+
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)
 def test_fused_logits_equal_adapter_logits(model, rows, tmp_path, changes):
     backends.check_fused_equals_adapter("torch", model, rows, tmp_path / "fused", **changes)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.backend import IGNORE, Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
+from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from common.data.encode import Encoded
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
@@ -109,7 +109,7 @@ class Bigram:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self._remember(micro_batches)
-        loss, grads, count = self._loss(micro_batches)
+        loss, grads = self._loss(micro_batches)
         norm = float(np.sqrt(sum(float(np.square(grad).sum()) for grad in grads.values())))
         limit = self.recipe.max_grad_norm
         shrink = min(1.0, limit / norm) if limit and norm else 1.0
@@ -125,13 +125,11 @@ class Bigram:
         self.optimizer = OptimizerState(step, first, second)
         if step == self.nan_step:
             loss = float("nan")
-        tokens, padded = sum(b.tokens for b in micro_batches), sum(b.input_ids.size for b in micro_batches)
-        return StepResult(loss, norm, count, tokens, padded)
+        return StepResult.of(micro_batches, loss, norm, sum(batch.input_ids.size for batch in micro_batches))
 
     def eval_step(self, batch: Batch) -> StepResult:
         self._remember([batch])
-        loss, _, count = self._loss([batch])
-        return StepResult(loss, 0.0, count, batch.tokens, batch.input_ids.size)
+        return StepResult.of([batch], self._loss([batch])[0], 0.0, batch.input_ids.size)
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
@@ -163,21 +161,21 @@ class Bigram:
         if self.memory_limit and any(batch.input_ids.size > self.memory_limit for batch in micro_batches):
             raise OutOfMemory
 
-    def _loss(self, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, np.ndarray], int]:
-        """Summed loss, gradients of its mean, and the label tokens."""
+    def _loss(self, micro_batches: Sequence[Batch]) -> tuple[float, dict[str, np.ndarray]]:
+        """Summed loss, and the gradients of its mean."""
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
         scale = self.adapter.weights[self.layer].scale
         counts = np.zeros((A.shape[1], B.shape[0]))
         for batch in micro_batches:
-            there = batch.labels != IGNORE
-            pairs = batch.input_ids[there] % A.shape[1], batch.labels[there] % B.shape[0]
-            np.add.at(counts, pairs, 1)
+            there = batch.loss_weights > 0
+            pairs = batch.input_ids[there] % A.shape[1], batch.targets[there] % B.shape[0]
+            np.add.at(counts, pairs, batch.loss_weights[there])
         logits = scale * (A.T.astype(np.float64) @ B.T.astype(np.float64))  # [in, out]
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         error = counts.sum(1, keepdims=True) * np.exp(log_p) - counts
-        total = int(counts.sum())
+        total = counts.sum()
         grads = {
             f"{self.layer}.lora_A": scale * (B.T @ error.T) / total,
             f"{self.layer}.lora_B": scale * (error.T @ A.T) / total,
         }
-        return float(-(counts * log_p).sum()), grads, total
+        return float(-(counts * log_p).sum()), grads

@@ -1,11 +1,12 @@
 """Row order and micro-batches: every row once, no pad labeled, the cut as good as any."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from common.backend import IGNORE
+from common.backend import weight_sum
 from common.data.batching import make_batch, micro_batches, rounded, step_rows, steps_per_epoch
 from common.data.encode import Encoded
 from tests.unit.bigram import row
@@ -43,26 +44,38 @@ def test_a_batch_larger_than_the_data_takes_all_rows() -> None:
 def test_labels_are_shifted_and_pads_carry_none() -> None:
     batch = make_batch([row([11, 12, 13, 14], 2), row([21, 22], 1)])
     assert batch.input_ids.tolist() == [[11, 12, 13], [21, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORE, 13, 14], [22, IGNORE, IGNORE]]
+    assert batch.targets.tolist() == [[12, 13, 14], [22, 0, 0]]
+    assert batch.loss_weights.tolist() == [[0, 1, 1], [1, 0, 0]]
     assert batch.lengths.tolist() == [3, 1]
     assert (batch.tokens, batch.label_tokens) == (4, 3)
-    assert (batch.input_ids.dtype, batch.labels.dtype) == (np.int32, np.int32)
+    assert (batch.input_ids.dtype, batch.targets.dtype, batch.loss_weights.dtype) == (np.int32, np.int32, np.float32)
+
+
+def test_weights_are_kept_and_what_weighs_nothing_is_no_label() -> None:
+    rows = [row([1, 2, 3, 4], 3), row([5, 6, 7], 2)]
+    rows[0] = replace(rows[0], loss_weights=np.array([0, 0.25, 0, 2], np.float32))
+    batch = make_batch(rows)
+    assert batch.loss_weights.tolist() == [[0.25, 0, 2], [1, 1, 0]]
+    assert (batch.label_tokens, weight_sum([batch, batch])) == (4, 8.5)
+    assert [r.label_tokens for r in rows] == [2, 2]
 
 
 def test_a_real_token_with_id_0_is_labeled_and_a_pad_is_not() -> None:
     batch = make_batch([row([5, 0, 0, 7], 3), row([5, 0], 1)])
-    assert batch.labels.tolist() == [[0, 0, 7], [0, IGNORE, IGNORE]]
+    assert batch.targets.tolist() == [[0, 0, 7], [0, 0, 0]]
+    assert batch.loss_weights.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_an_end_token_that_serves_as_pad_is_still_a_label() -> None:
     end = 2  # the tiny tokenizer's eos and pad
     batch = make_batch([row([9, 8, end], 2), row([9, 7, 6, 5, end], 4)])
-    assert batch.labels.tolist() == [[8, end, IGNORE, IGNORE], [7, 6, 5, end]]
+    assert batch.targets.tolist() == [[8, end, 0, 0], [7, 6, 5, end]]
+    assert batch.loss_weights.tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def test_the_first_token_is_never_a_label() -> None:
     batch = make_batch([row([4, 5], 2)])
-    assert batch.labels.tolist() == [[5]]
+    assert (batch.targets.tolist(), batch.loss_weights.tolist()) == ([[5]], [[1]])
     assert row([4, 5], 2).label_tokens == 1
 
 

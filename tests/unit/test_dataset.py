@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.dataset import Dataset, Example, data_hash
+from common.data.dataset import Dataset, Example, content_key, data_hash, prompt_key
 from common.data.load import load_data, read_rows
 from common.errors import UserError
 from tests.tiny import chat
@@ -240,6 +240,14 @@ def test_the_data_hash_sees_content_order_and_split() -> None:
         for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
     ]
     assert len(set(hashes)) == 5
+
+
+def test_weights_are_in_the_hash_and_not_in_the_keys() -> None:
+    messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"})
+    plain = Example(messages, "")
+    rows = [plain, Example(messages, "", weight=0.5), Example((messages[0], messages[1] | {"weight": 0.5}), "")]
+    assert len({data_hash(Dataset([row], [], [])) for row in rows}) == 3
+    assert len({content_key(row) for row in rows}) == len({prompt_key(row) for row in rows}) == 1
 
 
 def test_the_data_hash_sees_tools_thoughts_loss_and_text() -> None:

@@ -1,5 +1,6 @@
 """Which tokens carry loss, by hand-written lists. The tokenizer knows bytes only: a letter is a token."""
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,14 @@ import pytest
 
 from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
-from common.data.encode import Encoded, MaskingOptions, load_tokenizer, own_templates, stop_ids, template_hash
+from common.data.encode import (
+    Encoded,
+    MaskingOptions,
+    load_tokenizer,
+    own_templates,
+    stop_ids,
+    template_hash,
+)
 from common.errors import UserError
 from tests.encoding import encode
 from tests.tiny import CHATML, SPECIAL
@@ -53,6 +61,30 @@ def test_every_token_and_its_label_of_one_answer(tokenizer: Any) -> None:
     ]
     assert encoded.mask.tolist() == [False] * 21 + [True, True, True, False]
     assert (encoded.ids.dtype, encoded.source, encoded.label_tokens) == (np.int32, "train.jsonl:17", 3)
+
+
+def test_weights_of_row_and_turn_are_multiplied(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "A"), ("user", "Hi"), ("assistant", "B"), ("assistant", "C"))
+    row.messages[1]["weight"] = 0.5
+    row.messages[4]["train"] = False
+    row = replace(row, weight=0.2)
+    encoded = encode(row, tokenizer)
+    assert encoded.loss_weights.dtype == np.float32
+    assert labels(encoded, tokenizer) == ["A", END, "B", END]
+    assert encoded.loss_weights[encoded.mask].tolist() == pytest.approx([0.1, 0.1, 0.2, 0.2])
+    everything = encode(row, tokenizer, MaskingOptions(train_on="all"))
+    assert set(everything.loss_weights.round(3).tolist()) == {np.float32(0.1), np.float32(0.2), 0.0}
+    assert everything.loss_weights[0] == np.float32(0.2)
+    last = encode(replace(row, messages=row.messages[:4]), tokenizer, MaskingOptions(train_on="last"))
+    assert labels(last, tokenizer) == ["B", END]
+    text = encode(Example((), "x:1", text="Hi", weight=0.5), tokenizer)
+    assert text.loss_weights.tolist() == [0.5] * 3
+
+
+def test_rows_of_weight_1_keep_a_mask_of_bytes(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"))
+    assert encode(row, tokenizer).loss_weights.dtype == bool
+    assert encode(Example((), "x:1", text="Hi"), tokenizer).loss_weights.dtype == bool
 
 
 def test_every_answer_of_several_turns_is_labeled_and_nothing_else(tokenizer: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.backend import IGNORE, Batch
+from common.backend import Batch
 from common.data.batching import split_batch
 from common.models.config_faults import config_faults
 from common.models.families import (
@@ -196,11 +196,12 @@ def test_names_of_multimodal_models(name: str, hf: str, text: str, mlx: str) -> 
 
 def test_a_batch_is_parted_by_the_rows_own_lengths() -> None:
     ids = np.arange(12, dtype=np.int32).reshape(3, 4)
-    labels = np.where(ids % 2, ids, IGNORE)
-    batch = Batch(ids, labels, np.array([2, 4, 1], np.int32))
+    targets, weights = ids + 1, ids.astype(np.float32) / 2
+    batch = Batch(ids, targets, weights, np.array([2, 4, 1], np.int32))
     short, long = split_batch(batch, 2)
     np.testing.assert_array_equal(short.input_ids, [[0, 1], [8, 9]])
-    np.testing.assert_array_equal(short.labels, labels[[0, 2], :2])
+    np.testing.assert_array_equal(short.targets, targets[[0, 2], :2])
+    np.testing.assert_array_equal(short.loss_weights, weights[[0, 2], :2])
     np.testing.assert_array_equal(long.input_ids, [[4, 5, 6, 7]])
     for limit in (None, 4, 0):
         assert split_batch(batch, limit) == [batch]

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from common import files
-from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult
-from common.data.batching import make_batch
+from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult, weight_sum
+from common.data.batching import make_batch, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
 from common.models.lora_init import initial_adapter
@@ -154,14 +154,49 @@ def test_the_cut_changes_nothing_but_the_padding(tmp_path: Path, budget: int) ->
 def test_evaluate_is_the_mean_over_label_tokens_and_not_over_rows() -> None:
     class Fixed(Bigram):
         def eval_step(self, batch: Batch) -> StepResult:  # a row's tokens cost what its first id says
-            cost = sum(int(ids[0]) * int((labels >= 0).sum()) for ids, labels in zip(*astuple(batch), strict=True))
-            return StepResult(cost, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size)
+            cost = sum(int(ids[0]) * weights.sum() for ids, weights in zip(*astuple(batch), strict=True))
+            return StepResult.of([batch], cost, 0.0, 0)
 
     def astuple(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-        return batch.input_ids, batch.labels
+        return batch.input_ids, batch.loss_weights
 
     two = [row([1, 9, 9, 9], 3), row([5, 9], 1)]
     assert evaluate(Fixed(), two, 1) == evaluate(Fixed(), two, 100) == (3 * 1 + 1 * 5) / 4
+
+
+def test_evaluate_weighs_tokens() -> None:
+    class Fixed(Bigram):
+        def eval_step(self, batch: Batch) -> StepResult:
+            return StepResult.of([batch], float((batch.input_ids[:, :1] * batch.loss_weights).sum()), 0.0, 0)
+
+    light = replace(row([1, 9, 9, 9], 3), loss_weights=np.array([0, 0.5, 0.5, 0.5], np.float32))
+    two = [light, row([5, 9], 1)]
+    assert evaluate(Fixed(), two, 1) == evaluate(Fixed(), two, 100) == (1.5 * 1 + 1 * 5) / 2.5
+
+
+@pytest.mark.parametrize("stop_after", [0, 6])
+def test_a_step_whose_weights_sum_to_0_is_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int
+) -> None:
+    skipped = {3, 6}
+    of_no_weight = {i for step in skipped for i in step_rows(len(TRAIN), 2, 3, step)}
+    train = [replace(r, loss_weights=r.loss_weights * (i not in of_no_weight)) for i, r in enumerate(TRAIN)]
+    monkeypatch.setattr("tests.unit.test_loop.TRAIN", train)
+    chosen, watch = recipe(batch_size=2, steps=7), Watch(stop_after)
+    if stop_after:
+        with pytest.raises(Interrupted):
+            run(tmp_path, watch=watch, the_recipe=chosen)
+        state, backend = run(tmp_path, the_recipe=chosen, resume=True)
+    else:
+        state, backend = run(tmp_path, watch=watch, the_recipe=chosen)
+        assert [text for text in watch.warnings if "skipped" in text] == [
+            "step 3 is skipped: its loss weights sum to 0, as those of later steps may"
+        ]
+        assert all(weight_sum(batches) > 0 for batches in backend.calls)
+    steps = [line for line in metrics(tmp_path) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 4, 5, 7]
+    assert [line["learning_rate"] for line in steps] == [learning_rate(chosen, n) for n in (1, 2, 4, 5, 7)]
+    assert (state.step, state.label_tokens) == (7, sum(line["label_tokens"] for line in steps))
 
 
 def test_what_is_counted(tmp_path: Path) -> None:
@@ -205,9 +240,7 @@ class Scripted(Bigram):
 
     def eval_step(self, batch: Batch) -> StepResult:
         self.seen.append(self.get_adapter())
-        return StepResult(
-            self.losses.pop(0) * batch.label_tokens, 0.0, batch.label_tokens, batch.tokens, batch.input_ids.size
-        )
+        return StepResult.of([batch], self.losses.pop(0) * batch.label_tokens, 0.0, 0)
 
 
 def test_the_adapter_of_the_best_validation_loss_is_kept(tmp_path: Path) -> None:
@@ -306,7 +339,7 @@ class Late(Bigram):
         self.before = before
         self.parameters = {name: np.zeros_like(array) for name, array in self.parameters.items()}
         loss = Unwritten(self) if self.at == "the reader" else 0.0
-        return StepResult(loss, 0.0, result.label_tokens, result.tokens, result.padded_tokens)
+        return replace(result, loss_sum=loss, grad_norm=0.0)
 
 
 class Unwritten:
@@ -591,8 +624,6 @@ def test_nan_loss_names_the_step_the_rows_and_the_kept_checkpoint(tmp_path: Path
     what = caught.value.what
     assert what.startswith("The loss or its gradient is not finite at step 6, on the rows train.jsonl:")
     assert what.endswith("The checkpoint of step 4 is kept.")
-    from common.data.batching import step_rows
-
     chosen = [TRAIN[i].source for i in step_rows(len(TRAIN), 4, 3, 6)]
     assert ", ".join(chosen) in what
     assert caught.value.fix.startswith("Lower --learning-rate or raise --warmup")
@@ -701,8 +732,8 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
 def test_the_backend_is_never_shown_a_labeled_pad(tmp_path: Path) -> None:
     _, backend = run(tmp_path)
     for batch in (batch for call in backend.calls for batch in call):
-        beyond = np.arange(batch.labels.shape[1]) >= batch.lengths[:, None]
-        assert (batch.labels[beyond] == -100).all()
+        beyond = np.arange(batch.targets.shape[1]) >= batch.lengths[:, None]
+        assert (batch.loss_weights[beyond] == 0).all()
     assert make_batch(TRAIN[:2]).tokens == sum(len(r.ids) - 1 for r in TRAIN[:2])
 
 
@@ -779,7 +810,7 @@ def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_
     class Once(Bigram):
         def eval_step(self, batch: Batch) -> StepResult:
             found = super().eval_step(batch)
-            return StepResult(math.nan, 0.0, found.label_tokens, found.tokens, 1) if self.optimizer.step == 8 else found
+            return replace(found, loss_sum=math.nan) if self.optimizer.step == 8 else found
 
     run(tmp_path / "complete")
     with pytest.raises(UserError, match=r"validation loss is not finite at step 8.*The checkpoint of step 4 is kept"):
