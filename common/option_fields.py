@@ -49,7 +49,9 @@ class RecipeFields(BaseModel):
     batch_size: int = in_training(8, "rows of an optimizer step", ge=1)
     learning_rate: float = in_training(2e-4, "highest learning rate of the schedule", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")
-    weight_decay: float = in_training(0.0, "decoupled weight decay of AdamW", ge=0)
+    weight_decay: float = in_training(
+        0.0, "decoupled weight decay of AdamW; norms, biases, embeddings and DoRA's magnitudes are spared", ge=0
+    )
     beta1: float = in_training(0.9, "decay of AdamW's average of gradients", ge=0, lt=1)
     beta2: float = in_training(0.999, "decay of AdamW's average of squared gradients", ge=0, lt=1)
     epsilon: float = in_training(1e-8, "number that AdamW adds to its denominator", gt=0)

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -14,6 +15,11 @@ TARGET_GROUPS = {
     "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
+_NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # how the names of such parameters end
+
+
+VERSION = 2  # of recipes; raised where the same fields come to give another result
+SINCE_2 = {"version", "rows_hash"}  # fields that a recipe of version 1 lacks
 
 
 class Recipe(RecipeFields):
@@ -21,11 +27,13 @@ class Recipe(RecipeFields):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    version: int = VERSION
     model: str  # not hashed
     data: str  # not hashed
     model_hash: str  # contents of weights, config and tokenizer
     data_hash: str  # contents of training and validation rows
     template_hash: str
+    rows_hash: str = ""  # ids and loss weights of the training and validation rows, as encoded
     precision: Literal["bf16", "fp32"]
     targets: list[str]  # the layers by name
     adapter_hash: str = ""  # contents of the adapter that training started from
@@ -35,9 +43,25 @@ class Recipe(RecipeFields):
     eval_every: int
 
     def hash(self) -> str:
-        """SHA-256 over the canonical JSON of every field but the names; 64 hex digits."""
-        content = self.model_dump(exclude={"model", "data"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """SHA-256 over the canonical JSON of `hashed()`; 64 hex digits."""
+        return hashlib.sha256(json.dumps(self.hashed(), sort_keys=True).encode()).hexdigest()
+
+    def hashed(self) -> dict[str, Any]:
+        """Every field but the names, as far as the recipe's version has it."""
+        return self.model_dump(exclude={"model", "data"} | (SINCE_2 if self.version == 1 else set()))
+
+    def optimizer_groups(self, names: Iterable[str]) -> list[tuple[list[str], float, float]]:
+        """`(names, ratio of their learning rate to the recipe's, weight decay)` of each group of trained parameters.
+
+        With LoRA+ the B matrices have a rate of their own. Weight decay spares norms, biases, embeddings and DoRA's
+        magnitudes, as is usual: drawing these towards 0 does not regularize.
+        """
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name in names:
+            ratio = self.lora_plus if name.endswith(".lora_B") else 1.0
+            decay = 0.0 if name.endswith(_NOT_DECAYED) else self.weight_decay
+            groups.setdefault((ratio, decay), []).append(name)
+        return [(members, *settings) for settings, members in groups.items()]
 
 
 class Plan(PlanFields):

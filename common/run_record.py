@@ -14,7 +14,7 @@ from common import strict_json
 from common.documents import read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
-from common.recipe import Plan, Recipe
+from common.recipe import SINCE_2, VERSION, Plan, Recipe
 
 
 class _Record(BaseModel):
@@ -216,7 +216,7 @@ class Run:
 
         Raises UserError where it is missing, or lacks what this version needs.
         """
-        return self._read("recipe.yaml", Recipe)
+        return self._read("recipe.yaml", Recipe, {"version": 1})
 
     @property
     def plan(self) -> Plan:
@@ -224,15 +224,22 @@ class Run:
         return self._read("plan.yaml", Plan)
 
     def resumable_recipe(self) -> Recipe:
-        """The recipe, whose every field this version knows. Raises UserError where another version wrote it."""
-        if other := sorted(self._yaml("recipe.yaml").keys() ^ Recipe.model_fields.keys()):
+        """The recipe, by which this version trains as its writer did. Raises UserError where it would not."""
+        recipe, fields = self.recipe, self._yaml("recipe.yaml").keys()
+        known = Recipe.model_fields.keys() - (SINCE_2 if recipe.version == 1 else set())
+        other = sorted(fields ^ known)
+        if recipe.version > VERSION:
+            other.append("version")
+        if recipe.version == 1 and recipe.weight_decay and recipe.method != "lora":
+            other.append("weight_decay, which fell on every parameter")
+        if other:
             raise UserError(
                 f"{self} cannot be resumed: another version of Twintune wrote its recipe, which differs in "
                 f"{', '.join(other)}.",
                 "Resume it with that version (environment.json names it); or start a new run from its last checkpoint: "
                 f"--adapter {self.checkpoints / 'step-...'}",
             )
-        return self.recipe
+        return recipe
 
     def write_recipe(self, recipe: Recipe) -> None:
         _write_yaml(self.path / "recipe.yaml", recipe, f"recipe {recipe.hash()}")
@@ -247,8 +254,8 @@ class Run:
         except FileNotFoundError:
             raise UserError(f"{self} holds no run (no run.json).", "Give a folder that `train` made.") from None
 
-    def _read(self, name: str, model: type[_Model]) -> _Model:
-        content = self._yaml(name)
+    def _read(self, name: str, model: type[_Model], defaults: dict[str, Any] | None = None) -> _Model:
+        content = (defaults or {}) | self._yaml(name)
         try:
             return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
         except ValidationError as error:

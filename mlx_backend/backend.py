@@ -74,7 +74,7 @@ class MlxBackend:
                 mx.eval(parameter)  # one by one: what a weight is converted from is freed before the next is read
         trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
-        self.optimizer = Optimizer({path: name for name, path in self.paths.items()}, recipe)
+        self.optimizer = Optimizer(self.paths, recipe)
         self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch, self.plan.loss_chunk))
         return ModelInfo(
             layers=len(self.model.layers),

@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, in two groups with LoRA+, whose B has a learning rate of its own."""
+"""AdamW over the trained parameters, in groups that differ in learning rate or weight decay."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,21 +21,22 @@ class _Group:
 
 
 class Optimizer:
-    """AdamW of the parameters that `names` lists: their path in the model -> their canonical name."""
+    """AdamW of the parameters in `paths`: their canonical name -> their path in the model."""
 
-    def __init__(self, names: dict[str, str], recipe: Recipe) -> None:
-        self.names, self.recipe = names, recipe
-        fast = {p for p, name in names.items() if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
-        ratios = ((1.0, set(names) - fast), (recipe.lora_plus, fast))
-        self.groups = [_Group(self._adamw(), ratio, paths) for ratio, paths in ratios if paths]
+    def __init__(self, paths: dict[str, str], recipe: Recipe) -> None:
+        self.names, self.recipe = {path: name for name, path in paths.items()}, recipe
+        self.groups = [
+            _Group(self._adamw(decay), ratio, {paths[name] for name in names})
+            for names, ratio, decay in recipe.optimizer_groups(paths)
+        ]
 
-    def _adamw(self) -> optim.AdamW:
+    def _adamw(self, weight_decay: float) -> optim.AdamW:
         recipe = self.recipe
         return optim.AdamW(
             recipe.learning_rate,
             betas=[recipe.beta1, recipe.beta2],
             eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
+            weight_decay=weight_decay,
             bias_correction=True,  # off by default, unlike in every other AdamW
         )
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from common.backend import Adapter, Backend, OutOfMemory
-from common.data.batching import micro_batches, step_rows
+from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
@@ -211,6 +211,27 @@ def check_equal_weights(name: str, folder: Path, rows: list[Encoded]) -> None:
     np.testing.assert_allclose(found[0], found[1], rtol=1e-5)
     np.testing.assert_allclose(found[2], found[3], rtol=1e-5)
     assert abs(found[0][0] - found[2][0]) > 1e-3
+
+
+def check_what_weight_decay_spares(name: str, folder: Path, rows: list[Encoded], **changes) -> set[str]:
+    """Norms, biases, embeddings and magnitudes train as without decay; all else is `rate * decay` of itself less.
+
+    Returns the names of what is spared.
+    """
+    trained = []
+    for decay in (0.0, 0.5):
+        backend = load(name, folder, make_recipe(folder, weight_decay=decay, **changes))
+        before = matrices(backend)
+        backend.train_step([make_batch(rows[:4])], 1e-2, 1)
+        trained.append(matrices(backend))
+        backend.close()
+    plain, decayed = trained
+    spared = {n for n, array in before.items() if array.ndim == 1 or n.endswith("embed_tokens.weight")}
+    for key, array in before.items():
+        share = 0.0 if key in spared else 1e-2 * 0.5
+        np.testing.assert_allclose(decayed[key], plain[key] - share * array, atol=1e-6, err_msg=key)
+    assert any(np.abs(before[key]).max() > 0.1 for key in before.keys() - spared)
+    return spared
 
 
 def check_cutting_changes_nothing(name: str, folder: Path, rows: list[Encoded]) -> None:

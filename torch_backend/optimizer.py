@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters; an adapter's matrices are views of one tensor, so that a few kernels suffice."""
+"""AdamW over the trained parameters; an adapter's matrices are views of few tensors, so that a few kernels suffice."""
 
 from collections.abc import Sequence
 
@@ -15,23 +15,21 @@ class Optimizer:
     """AdamW of parameters by canonical name, which inside are parts of `tensors`."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, join: bool) -> None:
-        """join: parameters become views of one tensor, or of two with LoRA+, whose B has another learning rate."""
+        """join: the parameters of a group become views of one tensor."""
         self.parameters, self.joined = parameters, join
         self.parts: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the tensor, and where the part begins
-        fast = {name for name in parameters if name.endswith(".lora_B")} if recipe.lora_plus != 1 else set()
         groups = []
-        for names, ratio in ((parameters.keys() - fast, 1.0), (fast, recipe.lora_plus)):
-            chosen = {name: p for name, p in parameters.items() if name in names}
-            parts = _join(list(chosen.values())) if join and chosen else [(p, 0) for p in chosen.values()]
-            self.parts |= dict(zip(chosen, parts, strict=True))
+        for names, ratio, decay in recipe.optimizer_groups(parameters):
+            chosen = [parameters[name] for name in names]
+            parts = _join(chosen) if join else [(parameter, 0) for parameter in chosen]
+            self.parts |= dict(zip(names, parts, strict=True))
             tensors = list({id(tensor): tensor for tensor, _ in parts}.values())
-            groups += [{"params": tensors, "ratio": ratio}] if tensors else []
+            groups.append({"params": tensors, "ratio": ratio, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(
             groups,
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.epsilon,
-            weight_decay=recipe.weight_decay,
             fused=True,
         )
         self.tensors = [tensor for group in self.adamw.param_groups for tensor in group["params"]]

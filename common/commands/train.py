@@ -57,6 +57,7 @@ def run_training(options: Options, context: Context) -> Path:
             job = prepare(options, resumed, context, seconds)
         seconds["prepare"] -= seconds["tokenize"]
         if resumed:
+            job = replace(job, recipe=job.recipe.model_copy(update={"version": resumed.recipe.version}))
             found = resume_run(resumed, job.recipe, job.plan, display.warn)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +100,18 @@ def _fitting(vocabulary: dict[str, int]) -> list[str]:
 
 def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
+
+
+def rows_hash(*parts: Sequence[Encoded]) -> str:
+    """SHA-256 over ids and loss weights of the rows of all parts, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        for row in part:
+            digest.update(len(row.ids).to_bytes(8, "little"))
+            digest.update(row.ids.astype("<i4").tobytes())
+            digest.update(row.loss_weights.astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def exported_template(tokenizer: Any, masking: MaskingOptions) -> str | None:

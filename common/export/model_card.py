@@ -17,7 +17,7 @@ from common.run_record import Run, RunRecord
 
 PARTS = ("fused", "adapter", "gguf")
 _SHAPE = ("rank", "alpha", "rslora", "dropout", "layers", "rank_pattern", "alpha_pattern", "lora_plus", "targets")
-_LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "adapter_hash"}
+_LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "rows_hash", "adapter_hash"}
 
 
 def base_form(folder: Path, model: str) -> str:

@@ -44,8 +44,8 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]
     """
     record = run.record
     if record.recipe_hash != recipe.hash():
-        old, new = run.recipe.model_dump(), recipe.model_dump()
-        changed = ", ".join(name for name in new if new[name] != old[name] and name not in ("model", "data"))
+        old, new = run.recipe.hashed(), recipe.hashed()
+        changed = ", ".join(name for name in new if new[name] != old[name])
         raise UserError(
             f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
             "Restore the old files, or start a new run.",

@@ -5,7 +5,7 @@ import math
 from common.backend import Progress
 from common.data.batching import steps_per_epoch
 from common.data.dataset import data_hash
-from common.data.encode import template_hash
+from common.data.encode import rows_hash, template_hash
 from common.data.training_rows import TrainingRows
 from common.models.adapter_files import adapter_hash
 from common.models.shapes import target_names
@@ -33,6 +33,7 @@ def make_recipe(
         model_hash=base.model.content_hash(progress),
         data_hash=data_hash(rows.data),
         template_hash=template_hash(rows.encoder.tokenizer),
+        rows_hash=rows_hash(rows.train.rows, rows.valid.rows),
         precision=precision,  # type: ignore[arg-type]  # pydantic checks it
         targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
         adapter_hash=adapter_hash(base.given) if base.given else "",

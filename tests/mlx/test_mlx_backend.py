@@ -7,7 +7,7 @@ from common.data.batching import make_batch
 from mlx_backend import backend as backend_module
 from tests import backends
 from tests.backends import METHODS
-from tests.tiny import write_model, write_rows
+from tests.tiny import write_family, write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,22 @@ def test_loss_and_gradient_of_weighted_labels_are_those_of_a_plain_loop(model, r
 
 def test_only_the_ratio_of_weights_counts(model, rows):
     backends.check_equal_weights("mlx", model, rows)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "spared"),
+    [
+        ("llama", {}, set()),
+        ("llama", {"method": "dora", "lora_plus": 2.0}, {"magnitude"}),
+        ("qwen2", {"method": "full"}, {"weight", "bias"}),
+        ("gemma3", {"method": "full"}, {"weight"}),
+    ],
+)
+def test_weight_decay_spares_norms_biases_embeddings_and_magnitudes(family, changes, spared, tmp_path):
+    folder = write_family(tmp_path / "model", family)
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    found = backends.check_what_weight_decay_spares("mlx", folder, rows, **changes)
+    assert {key.rsplit(".", 1)[-1] for key in found} == spared
 
 
 @pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS)

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from common.models.adapter_files import read_peft, write_mlx
+from common.recipe import SINCE_2
+from common.run_record import Run
 from common.training import checkpoint
 
 # Keys of its run.json; later versions have added others.
@@ -29,6 +31,8 @@ def make_old(run: Path) -> Path:
     record["plans"] = [{key: value for key, value in plan.items() if key not in NEWER} for plan in record["plans"]]
     if "stage_seconds" in record:
         record["stage_seconds"]["tokenise"] = record["stage_seconds"].pop("tokenize")
+    edit_yaml(run / "recipe.yaml", dict.fromkeys(SINCE_2))
+    record["recipe_hash"] = Run(run).recipe.hash()
     (run / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     edit_yaml(run / "plan.yaml", dict.fromkeys(NEWER))
     for name in (".lock", "verify-cases.json"):

@@ -15,6 +15,7 @@ from common.data.encode import (
     MaskingOptions,
     load_tokenizer,
     own_templates,
+    rows_hash,
     stop_ids,
     template_hash,
 )
@@ -85,6 +86,19 @@ def test_rows_of_weight_1_keep_a_mask_of_bytes(tokenizer: Any) -> None:
     row = example(("user", "Hi"), ("assistant", "Yo"))
     assert encode(row, tokenizer).loss_weights.dtype == bool
     assert encode(Example((), "x:1", text="Hi"), tokenizer).loss_weights.dtype == bool
+
+
+def test_the_hash_of_the_rows_sees_ids_weights_order_and_part(tokenizer: Any) -> None:
+    one, two = (encode(example(("user", "Hi"), ("assistant", answer)), tokenizer) for answer in "AB")
+    ones = replace(one, loss_weights=one.loss_weights.astype(np.float32))
+    parts = [
+        ([one, two], []),
+        ([two, one], []),
+        ([one], [two]),
+        ([one, replace(two, loss_weights=two.loss_weights / 2)], []),
+    ]
+    assert len({rows_hash(*part) for part in parts}) == 4
+    assert rows_hash([ones, replace(two, source="elsewhere")], []) == rows_hash(*parts[0])
 
 
 def test_every_answer_of_several_turns_is_labeled_and_nothing_else(tokenizer: Any) -> None:

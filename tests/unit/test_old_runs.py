@@ -1,10 +1,12 @@
 """Runs of another version: those of 0.1 continue, and a field that this version does not know loses none."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from common.commands.compare import compare
 from common.commands.fuse import fuse_run
@@ -135,6 +137,37 @@ def test_few_long_rows_are_kept(given: dict[str, Any], tmp_path: Path, monkeypat
     rows = [len(row.ids) for row in prepared(given).cases.rows]
     monkeypatch.setattr(cases, "_TOKENS", rows[0] + rows[1] - 1)
     assert [len(row.ids) for row in prepared(given).cases.rows] == rows[:1]
+
+
+def test_the_hash_of_a_recipe_of_version_0_1_is_the_one_it_was_given(given: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_old(run(given, tmp_path / "run"))
+    recipe = Run(folder).recipe
+    assert recipe.version == 1
+    fields = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert not fields.keys() & {"version", "rows_hash"}
+    text = json.dumps({k: v for k, v in fields.items() if k not in ("model", "data")}, sort_keys=True)
+    assert recipe.hash() == hashlib.sha256(text.encode()).hexdigest()
+    assert recipe.hash() != recipe.model_copy(update={"version": 2}).hash()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_weight_decay_is_not_changed_within_a_run(given: dict[str, Any], tmp_path: Path, method: str) -> None:
+    cut = make_old(half_trained(given | {"weight_decay": 0.1}, tmp_path / "cut"))
+    edit_yaml(cut / "recipe.yaml", {"method": method})
+    if method == "lora":
+        resume(cut)
+        assert Run(cut).record.status == "complete"
+        return
+    with pytest.raises(UserError) as caught:
+        resume(cut)
+    assert caught.value.what.endswith("which differs in weight_decay, which fell on every parameter.")
+
+
+def test_a_recipe_of_a_newer_version_is_not_resumed(given: dict[str, Any], tmp_path: Path) -> None:
+    cut = half_trained(given, tmp_path / "cut")
+    edit_yaml(cut / "recipe.yaml", {"version": 3})
+    with pytest.raises(UserError, match="another version of Twintune wrote its recipe, which differs in version"):
+        resume(cut)
 
 
 @pytest.mark.parametrize("change", [{"sparkle": 3}, {"lora_plus": None}], ids=["unknown", "missing"])

@@ -198,6 +198,18 @@ def test_where_the_files_lie_does_not_change_the_recipe(given: dict[str, Any], t
     assert ready(given).recipe.hash() == ready(given, model=str(moved), data=str(rows)).recipe.hash()
 
 
+def test_whatever_file_changes_a_rows_tokens_changes_the_recipe(given: dict[str, Any], tmp_path: Path) -> None:
+    """Here tokenizer_config.json, whose end-of-text token is appended to plain text."""
+    Path(given["data"]).write_text('{"text": "ab"}\n{"text": "cd"}\n')
+    other = shutil.copytree(given["model"], tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": config["bos_token"]}))
+    one, two = ready(given).recipe, ready(given, model=str(other)).recipe
+    assert (one.model_hash, one.template_hash, one.data_hash) == (two.model_hash, two.template_hash, two.data_hash)
+    assert one.rows_hash != two.rows_hash
+    assert one.hash() != two.hash()
+
+
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
@@ -673,7 +685,7 @@ def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
         run({"resume": given["output"]})
     assert caught.value.what.startswith(
-        f"{given['output']}: its recipe has changed since it began (changed: data_hash)"
+        f"{given['output']}: its recipe has changed since it began (changed: data_hash, rows_hash)"
     )
     assert caught.value.fix == "Restore the old files, or start a new run."
 
