@@ -46,6 +46,15 @@ class RecipeFields(BaseModel):
         "drop", "rows longer than --max-length: leave them out and count them, cut them, or refuse the data"
     )
 
+    on_bad_row: Literal["error", "drop"] = in_data(
+        "error", "rows that cannot be read or labeled: refuse the data, or leave them out and count them"
+    )
+    tools: Literal["error", "drop", "system"] = in_data(
+        "error",
+        "rows with tools, where the chat template takes none: refuse them, leave the tools' definitions out, or write "
+        "tools and calls as text, the tools into the system message",
+    )
+
     batch_size: int = in_training(8, "rows of an optimizer step", ge=1)
     learning_rate: float = in_training(2e-4, "highest learning rate of the schedule", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")

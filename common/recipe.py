@@ -19,7 +19,7 @@ _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # 
 
 
 VERSION = 2  # of recipes; raised where the same fields come to give another result
-SINCE_2 = {"version", "rows_hash"}  # fields that a recipe of version 1 lacks
+SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
 
 
 class Recipe(RecipeFields):

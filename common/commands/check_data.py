@@ -1,7 +1,7 @@
 """`check-data`: what training will see of data, before it is trained on."""
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.text import Text
@@ -9,12 +9,13 @@ from rich.text import Text
 from common.commands.arguments import add_options
 from common.context import Context
 from common.data.dataset import Example
-from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
-from common.data.load import check_fields, load_data
-from common.data.quality import quality_warnings
-from common.data.truncation import encode_all, filter_by_length
+from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
+from common.data.quality import control_tokens, quality_warnings
+from common.data.training_rows import load, warn_of_context
+from common.data.truncation import FilteredRows, encode_parts, filter_by_length
 from common.display import Display
 from common.errors import UserError
+from common.models.families import context_length
 from common.models.resolve import resolve
 from common.option_sources import load_options
 from common.options import Options
@@ -28,49 +29,63 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
 
     `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
-    check_fields(options.field)
-    source, max_length = options.data or "", options.max_length
-    data = load_data(source, options.valid_share, options.seed, options.field)
-    tokenizer = load_tokenizer(resolve(options.model or "", display.say).path, options.chat_template)
-    encoder = Encoder(tokenizer, MaskingOptions(options.train_on, options.thinking))
+    data = load(options, display)
+    model = resolve(options.model or "", display.say)
+    tokenizer = load_tokenizer(model.path, options.chat_template)
+    encoder = Encoder(tokenizer, masking_of(options))
     if explain is not None:
         explain_row(data.train, explain, encoder, display)
         return
-    display.say(f"{source} read as: {data.described()}")
-    rows, lengths, long, shown = [], [], [], []
-    for name, examples in (("train", data.train), ("valid", data.valid), ("test", data.test)):
-        if not examples:
-            continue
-        every = encode_all(examples, encoder)
-        fitted = filter_by_length(every, max_length, "truncate" if options.overflow == "truncate" else "drop")
+    encoded, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row)
+    overflow: Literal["drop", "truncate"] = "truncate" if options.overflow == "truncate" else "drop"
+    parts = {
+        name: filter_by_length(part, options.max_length, overflow)
+        for name, part in zip(("train", "valid", "test"), encoded, strict=True)
+        if part
+    }
+    _show_counts(options, parts, display)
+    notes = [note for row in (parts["train"].every() if "train" in parts else ()) for note in row.notes]
+    for note in dict.fromkeys(notes):
+        display.say(f"{notes.count(note)} training rows: {note}")
+    warnings = [control_tokens([*data.train, *data.valid, *data.test], encoder.template), *quality_warnings(data)]
+    for warning in filter(None, warnings):
+        display.warn(str(warning))
+    warn_of_context([row for part in parts.values() for row in part.rows], context_length(model.config), display)
+    if left_out := [*map(list, data.bad), *([row.source, row.reason] for row in bad)]:
+        display.table("Rows that cannot be read or labeled: dropped", ["row", "why"], left_out)
+    _show_long(options, parts, display)
+    for row in parts["train"].rows[:_SHOWN_ROWS] if "train" in parts else ():
+        display.show(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
+        display.show(colored(row, tokenizer))
+    display.show(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
+
+
+def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Display) -> None:
+    """How many rows and tokens each part has, and how long its rows are."""
+    rows, lengths = [], []
+    for name, part in parts.items():
+        every = part.every()
         sizes = [len(row.ids) for row in every]
-        long += [[row.source, str(len(row.ids)), "dropped"] for row in fitted.dropped]
-        long += [[row.source, str(len(row.ids)), "truncated"] for row in fitted.truncated]
         rows.append([name, str(len(every)), f"{sum(sizes):,}", f"{sum(row.label_tokens for row in every):,}"])
-        rows[-1].append(str(len(fitted.dropped) + len(fitted.truncated)))
+        rows[-1].append(str(len(part.dropped) + len(part.truncated)))
         lengths.append([name, *(f"{np.percentile(sizes, p):.0f}" for p in _PERCENTILES)])
-        if name == "train":
-            shown = fitted.rows[:_SHOWN_ROWS]
-            notes = [note for row in every for note in row.notes]
-    columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {max_length}"]
-    display.table(f"{source} by {options.model}", columns, rows)
+    columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {options.max_length}"]
+    display.table(f"{options.data} by {options.model}", columns, rows)
     display.table(
         "Tokens a row, percentiles",
         ["", *("shortest" if p == 0 else "longest" if p == 100 else f"{p} %" for p in _PERCENTILES)],
         lengths,
     )
-    for note in dict.fromkeys(notes):
-        display.say(f"{notes.count(note)} training rows: {note}")
-    for warning in quality_warnings(data):
-        display.warn(str(warning))
-    if long:
-        if options.overflow == "error":
-            long = [[place, tokens, "not accepted: --overflow error"] for place, tokens, _ in long]
-        display.table(f"Rows longer than {max_length} tokens", ["row", "tokens", "in training"], long)
-    for row in shown:
-        display.show(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
-        display.show(colored(row, tokenizer))
-    display.show(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
+
+
+def _show_long(options: Options, parts: dict[str, FilteredRows], display: Display) -> None:
+    """The rows longer than --max-length, and what becomes of them."""
+    long = [(row, "dropped") for part in parts.values() for row in part.dropped]
+    long += [(row, "truncated") for part in parts.values() for row in part.truncated]
+    refused = "not accepted: --overflow error"
+    lines = [[row.source, str(len(row.ids)), refused if options.overflow == "error" else how] for row, how in long]
+    if lines:
+        display.table(f"Rows longer than {options.max_length} tokens", ["row", "tokens", "in training"], lines)
 
 
 def colored(row: Encoded, tokenizer: Any) -> Text:
@@ -135,7 +150,10 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
 
 
 _DEFAULTS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "valid_share": 0.0}
-_OPTIONS = ("model", "chat_template", "valid_share", "field", "train_on", "thinking", "max_length", "overflow", "seed")
+_OPTIONS = (
+    *("model", "chat_template", "valid_share", "field", "train_on", "thinking", "tools"),
+    *("max_length", "overflow", "on_bad_row", "seed"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from common.backend import Adapter, Choice
 from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import Encoded, load_tokenizer
-from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt
+from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt, warn_of_context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
@@ -18,6 +18,7 @@ from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
+from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
 from common.recipe import Plan, Recipe
@@ -82,6 +83,8 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     with timed(seconds, "tokenize"), display.stage("read the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
     report_rows(options, rows, display)
+    kept = [row for part in (rows.train, rows.valid, rows.test) for row in part.rows]
+    warn_of_context(kept, context_length(base.model.config), display)
     with display.stage("hash the model") as progress:
         recipe = make_recipe(options, base, rows, hardware.precision.value, progress)
     start = start_adapter(recipe, base)

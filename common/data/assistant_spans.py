@@ -19,9 +19,10 @@ from common.data.message_forms import (
     tool_call_forms,
     without_reasoning,
 )
-from common.data.turn_edges import MaskedRow, Unlabeled, find_end, find_start
-from common.errors import UserError
+from common.data.tool_text import uses_tools
+from common.data.turn_edges import BadRow, MaskedRow, Unlabeled, find_end, find_start
 
+REMEDY = "Remove the row, or use another template (--chat-template)."
 # How templates strip an answer.
 _STRIPPED = (
     lambda text: text,
@@ -56,7 +57,7 @@ class Conversation:
 def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
     """The row as text with its assistant turns.
 
-    Raises UserError naming the row where the template refuses it, or its turns cannot be located exactly.
+    Raises BadRow where the template refuses it, or its turns cannot be located exactly.
     """
     messages = split_thinking([dict(message) for message in example.messages])
     notes: list[str] = []
@@ -77,14 +78,13 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
             notes += ["system text put into the first user turn"] * folded
             return replace(found, turns=turns, notes=tuple(notes), messages=tuple(given))
     if isinstance(refusal, Unlabeled):
-        raise UserError(
-            f"{example.source}: this row cannot be labeled exactly: {refusal}.",
-            "Remove the row, or use another template (--chat-template).",
-        )
-    raise UserError(
-        f"{example.source}: the model's chat template refuses this row: {refusal}",
-        "Reorder the row's turns as the template requires.",
-    )
+        reason, fix = f"this row cannot be labeled exactly: {refusal}.", REMEDY
+    else:
+        reason = f"the model's chat template refuses this row: {refusal}"
+        fix = "Reorder the row's turns as the template requires."
+    if uses_tools(example) and not template.takes_tools:
+        fix = "The template takes no tools: --tools system writes them as text, --tools drop leaves them out."
+    raise BadRow(example.source, reason, fix)
 
 
 def _locate(messages: list[Message], tools: Any, template: ChatTemplate) -> Conversation:
@@ -199,7 +199,7 @@ def _check_complete(messages: list[Message], tools: Any, text: str, turns: list[
             raise Unlabeled(f"the template leaves out the tool's answer of turn {number}")
     for tool in tools:
         if str(tool.get("function", tool).get("name", "")) not in text[: turns[0].start if turns else None]:
-            raise Unlabeled("the template leaves out the row's tools (take them out of the row to train without)")
+            raise Unlabeled("the template leaves out the row's tools")
     for turn in turns:
         for call in messages[turn.message].get("tool_calls") or []:
             if call["function"]["name"] not in text[turn.start : turn.stop]:

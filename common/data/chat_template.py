@@ -3,6 +3,7 @@
 import json
 import re
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 Message = dict[str, Any]
@@ -11,6 +12,14 @@ _DAY = datetime(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
+_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "qTWINTUNEq",
+        "description": "q",
+        "parameters": {"type": "object", "properties": {"q": {"type": "string", "description": "q"}}},
+    },
+}
 # How model families write the start and the end of a thinking block.
 _TAGS = {
     "<think>": "</think>",
@@ -47,6 +56,15 @@ class ChatTemplate:
             self.render([HELLO], (), False, False)
         except Exception:  # some templates loop over the tools even where there are none
             self._no_tools = []
+
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether it writes the definition of a tool."""
+        name = _TOOL["function"]["name"]
+        try:
+            return name in self.render([HELLO], (_TOOL,), True, False)
+        except Exception:  # a template may raise anything
+            return False
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         """The messages as text. prompt: with the generation prompt behind them."""

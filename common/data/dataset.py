@@ -30,6 +30,8 @@ class Dataset:
     test: list[Example]
     formats: dict[str, int] = field(default_factory=dict)  # how many rows came in which format
     left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
+    bad: list[tuple[str, str]] = field(default_factory=list)  # places and faults of rows that --on-bad-row drops
+    unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""

@@ -9,22 +9,29 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.data.assistant_spans import Conversation, locate_turns
+from common.data.assistant_spans import REMEDY, Conversation, locate_turns
 from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
-from common.data.turn_edges import Unlabeled
+from common.data.tool_text import tools_as_text, uses_tools
+from common.data.turn_edges import BadRow, Unlabeled
 from common.errors import UserError
 from common.model_files import open_tokenizer
+from common.option_fields import RecipeFields
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 
 
 @dataclass(frozen=True)
 class MaskingOptions:
-    """train_on: every assistant turn, only the last, or every token. thinking: off or keep."""
+    """As the options of these names: train_on, thinking, and tools under a template that takes none."""
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
     thinking: Literal["off", "keep"] = "off"
+    tools: Literal["error", "drop", "system"] = "error"
+
+
+def masking_of(options: RecipeFields) -> MaskingOptions:
+    return MaskingOptions(options.train_on, options.thinking, options.tools)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ class Encoder:
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
 
     def locate_turns(self, example: Example) -> Conversation:
-        """The row as text with its assistant turns. Raises UserError where they cannot be located exactly."""
+        """The row as text with its assistant turns. Raises BadRow where they cannot be located exactly."""
         if self.template is None:
             raise UserError(
                 f"{example.source}: the model has no chat template, so chat rows cannot be rendered.",
@@ -139,7 +146,7 @@ class Encoder:
         return locate_turns(example, self.template)
 
     def __call__(self, example: Example) -> Encoded:
-        """Token ids and loss weights. Raises UserError naming the row where it cannot be labeled exactly."""
+        """Token ids and loss weights. Raises BadRow where the row cannot be labeled exactly."""
         if example.text is not None:
             return self._text(example)
         return self.encode_chat(example)[0]
@@ -147,8 +154,13 @@ class Encoder:
     def encode_chat(self, example: Example) -> tuple[Encoded, Conversation, Example]:
         """A chat row's ids and loss weights, its text with the turns, and the row as it was rendered.
 
-        Spaces around its answers may have been stripped. Raises UserError as `__call__`.
+        Spaces around its answers may have been stripped, and its tools written as text. Raises BadRow as `__call__`.
         """
+        if changed := self._without_tools(example):
+            row, conversation, rendered = self.encode_chat(changed)
+            where = "left out" if self.masking.tools == "drop" else "written as text"
+            note = f"tools {where}, which the template does not take (--tools {self.masking.tools})"
+            return replace(row, notes=(note, *row.notes)), conversation, rendered
         conversation = self.locate_turns(example)
         try:
             return self._chat(example, conversation), conversation, example
@@ -157,10 +169,16 @@ class Encoder:
             if stripped != example:  # a leading line break may merge with the prompt's last token
                 row, conversation, stripped = self.encode_chat(stripped)
                 return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
-            raise UserError(
-                f"{example.source}: this row cannot be labeled exactly: {why}.",
-                "Remove the row, or use another template (--chat-template).",
-            ) from None
+            raise BadRow(example.source, f"this row cannot be labeled exactly: {why}.", REMEDY) from None
+
+    def _without_tools(self, example: Example) -> Example | None:
+        """The row as --tools asks for it, where the template takes no tools and that is another row."""
+        mode = self.masking.tools
+        if mode == "error" or not uses_tools(example) or self.template is None or self.template.takes_tools:
+            return None
+        if mode == "system":
+            return tools_as_text(example)
+        return replace(example, tools=()) if example.tools else None
 
     def _chat(self, example: Example, conversation: Conversation) -> Encoded:
         text = conversation.text
@@ -222,7 +240,7 @@ class Encoder:
         try:
             return self._with_bos(Encoded(ids, weights, example.source, (stop,)))
         except Unlabeled as why:
-            raise UserError(f"{example.source}: {why}.", "Remove one of them.") from None
+            raise BadRow(example.source, f"{why}.", "Remove one of them.") from None
 
     def _with_bos(self, row: Encoded) -> Encoded:
         """The row with exactly one BOS, where there is one: llama.cpp, too, adds it where a prompt lacks it."""

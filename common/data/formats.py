@@ -17,6 +17,7 @@ from common.data.messages import (
     read_tool,
     read_turns,
 )
+from common.data.other_training import other_training
 
 # What a format's part may be called; `--field PART=COLUMN` says it where it is called otherwise.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -64,17 +65,23 @@ class _Columns:
     def value(self, part: str) -> Any:
         return None if (name := self.name(part)) is None else self.row[name]
 
+    def unread(self, used: list[str | None]) -> list[str]:
+        """The filled columns but those."""
+        known = {*used, "train", "weight"}
+        return [str(name) for name, value in self.row.items() if name not in known and value not in _NOTHING]
+
     def may_be(self, format: str) -> bool:
         """Whether --field leaves room for the format."""
         wanted = {_FORMAT_OF[part] for part in self.fields if part in _FORMAT_OF}
         return not wanted or format in wanted
 
 
-def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example]:
-    """`(name of its format, example)`; `fields`: {part: its column}. Raises Fault, LeftOut where nothing is trained.
+def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Example, list[str]]:
+    """`(name of its format, example, filled columns that are not read)`; `fields`: {part: its column}.
 
-    A conversation comes before a pair beside it, and a pair before `text`: that is how data sets that hold several
-    forms of the same row mean it. Two columns for one part are never chosen between.
+    Raises Fault, and LeftOut where nothing is trained. A conversation comes before a pair beside it, and a pair before
+    `text`: data sets that hold several forms of the same row mean it so. Two columns for one part are never chosen
+    between.
     """
     if not isinstance(row, dict):
         raise Fault("is not an object with named fields")
@@ -83,22 +90,25 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
     if not is_trained(row, ""):
         raise Untrained("has train: false or weight: 0")
     columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
+    if other := other_training(row, columns.fields):
+        raise Fault(other)
     tools = tuple(read_tool(tool) for tool in parsed(columns.value("tools"), "tools", list) or ())
     head = [message_of("system", text, 0)] if (text := columns.value("system")) not in _NOTHING else []
     if found := _read_chat(columns) or _read_pair(columns):
-        name, turns = found
-        return name, conversation(head, turns, source, tools)
-    if (text := _read_text(columns)) is not None:
-        return "plain text", Example((), source, text=text)
-    if {"chosen", "rejected"} <= row.keys():
-        part = "messages" if isinstance(row["chosen"], list) else "completion"
-        raise Fault(f"holds a chosen and a rejected answer; to train on the chosen one: --field {part}=chosen")
+        format, turns, used = found
+        used += [columns.name("system"), columns.name("tools")]
+        return format, conversation(head, turns, source, tools), columns.unread(used)
+    if columns.may_be("text") and (name := columns.name("text")):
+        return "plain text", Example((), source, text=_read_text(row, name)), columns.unread([name])
     if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
         raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")
 
 
-def _read_chat(columns: _Columns) -> tuple[str, list[Row]] | None:
+_Found = tuple[str, list[Row], list[str | None]]  # the format, its turns, the columns that they are from
+
+
+def _read_chat(columns: _Columns) -> _Found | None:
     found = [
         (format, name)
         for format in ("messages", "conversations")
@@ -109,10 +119,10 @@ def _read_chat(columns: _Columns) -> tuple[str, list[Row]] | None:
     if not found:
         return None
     format, name = found[0]
-    return "messages" if format == "messages" else "ShareGPT", read_turns(columns.row[name], name)
+    return "messages" if format == "messages" else "ShareGPT", read_turns(columns.row[name], name), [name]
 
 
-def _read_pair(columns: _Columns) -> tuple[str, list[Row]] | None:
+def _read_pair(columns: _Columns) -> _Found | None:
     if not columns.may_be("pair"):
         return None
     row, (prompt, extra, answer) = columns.row, map(columns.name, ("prompt", "input", "completion"))
@@ -123,16 +133,15 @@ def _read_pair(columns: _Columns) -> tuple[str, list[Row]] | None:
     if not prompt or not answer:
         return None
     format = "Alpaca" if prompt == "instruction" or columns.name("history") else "prompt and completion"
-    used = [name for name in (prompt, extra, answer) if name]
+    used = [prompt, *([extra] if extra else []), answer]
     if not {*used} <= {"instruction", "input", "output", "prompt", "completion"}:
         format += f" ({', '.join(used)})"
-    return format, _history(columns.value("history")) + _pair(row, prompt, extra, answer)
+    turns = _history(columns.value("history")) + _pair(row, prompt, extra, answer)
+    return format, turns, [*used, columns.name("history")]
 
 
-def _read_text(columns: _Columns) -> str | None:
-    if not columns.may_be("text") or not (name := columns.name("text")):
-        return None
-    text = columns.row[name]
+def _read_text(row: Row, name: str) -> str:
+    text = row[name]
     if not isinstance(text, str):
         raise Fault(f"`{name}` is not a text")
     if not text.strip():

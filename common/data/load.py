@@ -5,12 +5,12 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from common.data.dataset import Dataset, Example, data_hash, prompt_key
-from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.encode import Encoder, load_tokenizer, masking_of
 from common.data.formats import KNOWN, PARTS, clashing, read_row
 from common.data.messages import Fault, LeftOut
 from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
@@ -24,7 +24,7 @@ def data_of(run: Run, options: Options) -> Dataset:
     """The run's data, read again. Raises UserError where it has changed since, or is gone."""
     without = "or do without it: --no-verify, no --imatrix."
     try:
-        data = load_data(options.data or "", options.valid_share, options.seed, options.field)
+        data = load_data(options.data or "", options.valid_share, options.seed, options.field, options.on_bad_row)
     except UserError as error:
         raise UserError(error.what, f"Restore the data of {run}, {without}") from None
     if data_hash(data) != run.recipe.data_hash:
@@ -34,10 +34,11 @@ def data_of(run: Run, options: Options) -> Dataset:
 
 def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
     """As in training. `base` is the model's folder: its tokenizer is the one that training used."""
-    return Encoder(load_tokenizer(base, options.chat_template), MaskingOptions(recipe.train_on, recipe.thinking))
+    return Encoder(load_tokenizer(base, options.chat_template), masking_of(recipe))
 
 
 SHOWN_FAULTS = 10
+OnBadRow = Literal["error", "drop"]
 FORM = 'each line: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 _PARTS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^@#]+))?(@(?P<revision>[^#]+))?(#(?P<split>.+))?")
@@ -45,25 +46,35 @@ _HUB_FORM = "OWNER/NAME, OWNER/NAME:CONFIG@REVISION#SPLIT"
 
 
 @dataclass
-class _Seen:
-    """What reading found besides the rows, over all files of a source."""
+class _Reading:
+    """How the files of a source are read, and what is found in them besides the rows."""
 
+    fields: dict[str, str]
+    on_bad_row: OnBadRow | None  # None: no option says so
     formats: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
+    bad: list[tuple[str, str]] = field(default_factory=list)  # rows that are dropped, each with its fault
+    unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
     def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Dataset:
-        return Dataset(train, valid, test, dict(self.formats), self.left_out)
+        return Dataset(train, valid, test, dict(self.formats), self.left_out, self.bad, self.unread)
 
 
-def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str] | None = None) -> Dataset:
+def load_data(
+    source: str,
+    valid_share: float,
+    seed: int,
+    fields: dict[str, str] | None = None,
+    on_bad_row: OnBadRow = "error",
+) -> Dataset:
     """The rows of a file, of a folder with train and maybe valid and test files, or of a data set on the hub.
 
     A hub name is `owner/name` or `owner/name:config@revision#split`; a path that exists comes first. Without a
     validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt
     stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
-    in `Dataset.left_out`. Raises UserError naming every faulty row.
+    in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one UserError.
     """
-    path, fields, seen = Path(source).expanduser(), fields or {}, _Seen()
+    path, reading = Path(source).expanduser(), _Reading(fields or {}, on_bad_row)
     if path.is_dir():
         found = {part: _file_of(path, names) for part, names in _PARTS.items()}
         if found["train"] is None:
@@ -72,18 +83,18 @@ def load_data(source: str, valid_share: float, seed: int, fields: dict[str, str]
                 "Name the training file train.jsonl (valid.jsonl and test.jsonl beside it are optional), "
                 "or give one file.",
             )
-        parts = {part: _rows_of(file, fields, seen) if file else [] for part, file in found.items()}
-        return seen.data(parts["train"], parts["valid"], parts["test"])
+        parts = {part: _rows_of(file, reading) if file else [] for part, file in found.items()}
+        return reading.data(parts["train"], parts["valid"], parts["test"])
     if not path.exists() and (hub := _HUB_NAME.fullmatch(source)) and path.suffix not in SUFFIXES:
         parts = {
-            part: _examples(_hub_rows(rows, part), f"{source} ({part})", "row(s)", fields, seen)
+            part: _examples(_hub_rows(rows, part), f"{source} ({part})", "row(s)", reading)
             for part, rows in _from_hub(source, **hub.groupdict()).items()
         }
         train, valid = parts["train"], parts.get("valid", [])
         if not valid:
             train, valid = _split_validation(train, valid_share, seed)
-        return seen.data(train, valid, parts.get("test", []))
-    return seen.data(*_split_validation(_rows_of(path, fields, seen), valid_share, seed), [])
+        return reading.data(train, valid, parts.get("test", []))
+    return reading.data(*_split_validation(_rows_of(path, reading), valid_share, seed), [])
 
 
 def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -115,50 +126,72 @@ def _split_validation(rows: list[Example], share: float, seed: int) -> tuple[lis
 
 def read_rows(path: Path) -> list[Example]:
     """Every row of a file, read by its ending. Raises UserError naming the file and up to ten faulty lines or rows."""
-    return _rows_of(path, {}, _Seen())
+    return _rows_of(path, _Reading({}, None))
 
 
-def _rows_of(path: Path, fields: dict[str, str], seen: _Seen) -> list[Example]:
+def _rows_of(path: Path, reading: _Reading) -> list[Example]:
     unit = "row(s)" if path.suffix.lower() in (".parquet", ".json") else "line(s)"
-    return _examples(read_file(path), str(path), unit, fields, seen)
+    return _examples(read_file(path), str(path), unit, reading)
 
 
-def _examples(located: LocatedRows, where: str, unit: str, fields: dict[str, str], seen: _Seen) -> list[Example]:
-    rows, faults, left_out, columns = [], [], dict[str, list[str]](), dict[str, None]()
+def _examples(located: LocatedRows, where: str, unit: str, reading: _Reading) -> list[Example]:
+    rows: list[Example] = []
+    faults: list[tuple[str, str]] = []
+    left_out: dict[str, list[str]] = {}
+    columns, unread = dict[str, None](), dict[str, None]()
     for place, source, row in located:
         if isinstance(row, dict):
             columns |= dict.fromkeys(map(str, row))
         try:
             if isinstance(row, Fault):
                 raise row
-            format, example = read_row(row, source, fields)
+            format, example, others = read_row(row, source, reading.fields)
         except LeftOut as why:
             left_out.setdefault(why.kind, []).append(source)
             continue
         except Fault as fault:
-            faults.append(f"{place}: {fault}")
+            faults.append((place, str(fault)))
             continue
-        seen.formats[format] += 1
+        reading.formats[format] += 1
+        unread |= dict.fromkeys(others)
         rows.append(example)
-    if missing := [f"{part}={column}" for part, column in fields.items() if column not in columns and columns]:
+    if missing := [f"{part}={column}" for part, column in reading.fields.items() if column not in columns and columns]:
         raise UserError(
             f"--field {' '.join(missing)}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
         )
-    if faults:
-        more = len(faults) - SHOWN_FAULTS
-        shown = faults[:SHOWN_FAULTS] + ([f"... and {more} more"] if more > 0 else [])
-        raise UserError(
-            f"{where} has {len(faults)} bad {unit}:\n" + "\n".join(shown),
-            f"Correct them; {FORM}\n       Also read: {KNOWN}. Columns with other names: --field PART=COLUMN.",
-        )
-    if not rows and left_out:
-        counts = ", ".join(f"{len(sources)} {kind}" for kind, sources in left_out.items())
-        raise UserError(f"{where} holds nothing to train on: {counts}.", "Give rows with answers that are trained.")
+    if faults and reading.on_bad_row != "drop":
+        raise UserError(f"{where} has {len(faults)} bad {unit}:\n{_listed(faults)}", _remedy(reading))
     if not rows:
-        raise UserError(f"{where} is empty: it holds no rows.", f"Put rows in it; {FORM}")
+        raise _nothing_left(where, left_out, faults)
     for kind, sources in left_out.items():
-        seen.left_out.setdefault(kind, []).extend(sources)
+        reading.left_out.setdefault(kind, []).extend(sources)
+    reading.bad += faults
+    if unread:
+        reading.unread[where] = list(unread)
     return rows
+
+
+def _listed(faults: list[tuple[str, str]]) -> str:
+    more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    return "\n".join([*(f"{place}: {fault}" for place, fault in faults[:SHOWN_FAULTS]), *more])
+
+
+def _remedy(reading: _Reading) -> str:
+    """What to do about faulty rows."""
+    drop = ", or leave such rows out: --on-bad-row drop" if reading.on_bad_row else ""
+    known = f"Also read: {KNOWN}. Columns with other names: --field PART=COLUMN."
+    return f"Correct them{drop}; {FORM}\n       {known}"
+
+
+def _nothing_left(where: str, left_out: dict[str, list[str]], faults: list[tuple[str, str]]) -> UserError:
+    """The error of a file in which no row can be trained on."""
+    counts = [f"{len(sources)} {kind}" for kind, sources in left_out.items()]
+    if faults:
+        counts.append(f"{len(faults)} bad rows (--on-bad-row drop):\n{_listed(faults)}")
+    if not counts:
+        return UserError(f"{where} is empty: it holds no rows.", f"Put rows in it; {FORM}")
+    why = ", ".join(counts) + ("" if faults else ".")
+    return UserError(f"{where} holds nothing to train on: {why}", "Give rows with answers that are trained.")
 
 
 def check_fields(fields: dict[str, str]) -> None:

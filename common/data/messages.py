@@ -77,7 +77,6 @@ def _turn(turn: Any, number: int) -> Row:
         message["tool_calls"] = [_call(call, number) for call in calls]
     for key in ("reasoning_content", "reasoning", "thinking"):
         if isinstance(reasoning := turn.get(key), str) and reasoning.strip():
-            check_characters(reasoning, f"turn {number}")
             message["reasoning_content"] = reasoning
             break
     message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
@@ -112,7 +111,6 @@ def message_of(role: str, content: Any, number: int) -> Row:
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
         raise Fault(f"turn {number} has no text in `content`")
-    check_characters(content, f"turn {number}")
     return {"role": role, "content": content}
 
 
@@ -125,8 +123,10 @@ def _part(part: Any, number: int) -> str:
 
 def check_characters(text: str, where: str) -> None:
     """Raises Fault for half a character, which no tokenizer takes."""
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise Fault(f"{where} holds half a character (a lone surrogate such as \\ud83d)")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Fault(f"{where} holds half a character (a lone surrogate such as \\ud83d)") from None
 
 
 def _call(call: Any, number: int) -> Row:
@@ -167,6 +167,7 @@ def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Ro
     """The row of `head`, its system message if any, and `turns`. Raises Fault, and Empty for an empty answer."""
     messages = [*head, *turns]
     for number, message in enumerate(messages, 1 - len(head)):
+        check_characters(json.dumps(message, ensure_ascii=False), f"turn {number}")  # names and ids too
         if message["role"] == "system" and message is not messages[0]:
             raise Fault(f"turn {number} is a system turn; it can only be the first")
         if message["role"] != "assistant" or not message.get("train", True):

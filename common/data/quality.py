@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from common.data.chat_template import ChatTemplate
 from common.data.dataset import Dataset, Example, content_key, prompt_key
 
 # Words that are placeholders in single brackets; in double brackets every word is one.
@@ -19,12 +20,12 @@ _PLACEHOLDERS = tuple(
         # {name}, on a line that neither calls nor assigns nor marks up: there it is code
         rf"^(?!.*(?:\w\(|=|<\w|\bf[\"'])).*(?<![\\$^_{{A-Za-z0-9])\{{(?:{_WORD})\}}(?!\}})",
         rf"(?<![A-Za-z0-9_\])\\$])\[(?-i:{_WORD.upper()})\](?![\[(:])",  # [NAME]; [name] may be an index or a link
-        rf"<({_WORD})>(?![\s\S]*</\1>)",  # <name>, never closed
         r"(?i:[\[<](?:your|insert|enter)[_ ][\w ]{1,30}[\]>])",
-        r"^\s*(?:TODO|TBD)(?=:|\s*$)",
+        r"^[^\S\n]*(?:TODO|TBD)(?=:|\s*$)",
         r"(?i:\blorem ipsum\b)",
     )
 )
+_OPENED, _CLOSED = (re.compile(rf"<{slash}({_WORD})>") for slash in ("", "/"))
 _CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]+`", re.DOTALL)
 # A comma, a colon, an opening bracket that is not a smiley's, or a word that does not end a sentence.
 _BREAKS_OFF = re.compile(r"(?:[,、，:：]|(?<![:;=])(?<![:;=]-)[(（「『【\[{]|\S (?:and|or|the|an|because))\Z")
@@ -58,10 +59,31 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
     return [warning for warning in found if warning.sources]
 
 
+def control_tokens(rows: list[Example], template: ChatTemplate | None) -> QualityWarning | None:
+    """The rows with control tokens of the model in a prompt's text, which the model reads as such; None without any."""
+    if template is None:
+        return None
+    tokens, sources = dict[str, None](), []
+    for row in rows:
+        texts = [message["content"] for message in row.messages if message["role"] != "assistant"]
+        if found := [token for text in texts for token in template.special.findall(text)]:
+            tokens |= dict.fromkeys(found)
+            sources.append(row.source)
+    what = f"rows with control tokens in a prompt's text, read as such ({', '.join(list(tokens)[:3])})"
+    return QualityWarning(what, sources) if sources else None
+
+
 def placeholder(text: str) -> str | None:
     """The first placeholder outside of code, if any."""
     prose = _CODE.sub("``", text)
-    return next((found[0] for pattern in _PLACEHOLDERS if (found := pattern.search(prose))), None)
+    found = next((match[0] for pattern in _PLACEHOLDERS if (match := pattern.search(prose))), None)
+    return found or _never_closed(prose)
+
+
+def _never_closed(text: str) -> str | None:
+    """The first tag such as <name> that no </name> follows. Each text is read once: a search from each tag is slow."""
+    last = {match[1]: match.start() for match in _CLOSED.finditer(text)}
+    return next((match[0] for match in _OPENED.finditer(text) if last.get(match[1], -1) < match.start()), None)
 
 
 def _all_text(row: Example) -> str:

@@ -95,8 +95,8 @@ def _csv(path: Path) -> LocatedRows:
 
 def _paragraphs(path: Path) -> LocatedRows:
     """The paragraphs of plain text, separated by empty lines."""
-    number = 1
-    for part in re.split(r"((?:\n[ \t]*)+\n)", _read_text(path)):
+    number, text = 1, _read_text(path).replace("\r\n", "\n")
+    for part in re.split(r"((?:\n[ \t]*)+\n)", text):
         if part.strip():
             yield f"{path.name} line {number}", f"{path.name}:{number}", {"text": part.strip("\n")}
         number += part.count("\n")

@@ -1,20 +1,23 @@
 """The rows of a training: read, encoded, limited to --max-length, and the warnings about them."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
 from common.data.dataset import Dataset, Example, prompt_of
-from common.data.encode import Encoder, MaskingOptions, exported_template, stop_ids
+from common.data.encode import Encoded, Encoder, exported_template, masking_of, stop_ids
 from common.data.load import check_fields, load_data
-from common.data.quality import quality_warnings
-from common.data.truncation import FilteredRows, encode_all, filter_by_length
+from common.data.quality import control_tokens, quality_warnings
+from common.data.truncation import SHOWN, FilteredRows, encode_parts, filter_by_length
+from common.data.turn_edges import BadRow
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
+
+_SHOWN_COLUMNS = 12
 
 
 @dataclass(frozen=True)
@@ -28,31 +31,40 @@ class TrainingRows:
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
     encoder: Encoder
+    bad: list[BadRow]  # dropped: they cannot be labeled
 
 
 def read_data(options: Options, display: Display) -> Dataset:
-    """What --data names, with a warning for all that is suspicious. Raises UserError naming every faulty row."""
-    check_fields(options.field)
-    source = options.data or ""
-    data = load_data(source, options.valid_share, options.seed, options.field)
-    display.say(f"{source} read as: {data.described()}")
+    """What --data names, with a warning for all that is suspicious. Raises UserError naming faulty rows."""
+    data = load(options, display)
     for warning in quality_warnings(data):
         display.warn(str(warning))
-    if options.valid_share and not data.valid and not Path(source).expanduser().is_dir():
+    if options.valid_share and not data.valid and not Path(options.data or "").expanduser().is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")
     return data
 
 
+def load(options: Options, display: Display) -> Dataset:
+    """What --data names; says its format, and which columns are not read. Raises UserError naming faulty rows."""
+    check_fields(options.field)
+    source = options.data or ""
+    data = load_data(source, options.valid_share, options.seed, options.field, options.on_bad_row)
+    display.say(f"{source} read as: {data.described()}")
+    for file, columns in data.unread.items():
+        more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""
+        display.say(f"{file}: columns not read: {', '.join(columns[:_SHOWN_COLUMNS])}{more}")
+    return data
+
+
 def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> TrainingRows:
-    """Every row of `data` encoded. Raises UserError naming a row that cannot be labeled exactly."""
-    masking = MaskingOptions(options.train_on, options.thinking)
+    """Every row of `data` encoded. Raises UserError naming rows that cannot be labeled exactly."""
+    masking = masking_of(options)
     encoder = Encoder(tokenizer, masking)
-    train = encode_all(data.train, encoder, progress)
-    parts = (train, encode_all(data.valid, encoder), encode_all(data.test, encoder))
+    parts, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
     kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
     chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
-    return TrainingRows(data, kept, valid, test, stop_ids(train), template, encoder)
+    return TrainingRows(data, kept, valid, test, stop_ids(parts[0]), template, encoder, bad)
 
 
 def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
@@ -60,8 +72,15 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     parts = rows.train, rows.valid, rows.test
     for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
         display.say(f"{count} rows: {note}")
+    _warn_of_bad(rows, display)
+    if warning := control_tokens([*rows.data.train, *rows.data.valid, *rows.data.test], rows.encoder.template):
+        display.warn(str(warning))
     if unlabeled := [row for part in parts for row in part.unlabeled]:
         display.warn(f"{len(unlabeled)} rows without a label token are left out: {unlabeled[0].source} ...")
+    if not rows.train.every():
+        raise UserError(
+            f"--on-bad-row drop: no row of {options.data} is left to train on.", "Look at it with check-data."
+        )
     if not rows.train.rows and not rows.train.dropped:
         raise UserError(
             f"--train-on {options.train_on}: no token of {options.data} is trained.",
@@ -86,6 +105,25 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
             )
 
 
+def _warn_of_bad(rows: TrainingRows, display: Display) -> None:
+    bad = [*(f"{place}: {fault}" for place, fault in rows.data.bad), *(row.what for row in rows.bad)]
+    if bad:
+        more = [f"... and {len(bad) - SHOWN} more (check-data --on-bad-row drop lists all)"] if len(bad) > SHOWN else []
+        lines = [f"{len(bad)} rows that cannot be read or labeled are dropped:", *bad[:SHOWN], *more]
+        display.warn("\n".join(lines))
+
+
+def warn_of_context(rows: Iterable[Encoded], context: int, display: Display) -> None:
+    """Warn of rows longer than `context`, the tokens that the model's positions were made for (0: not known)."""
+    if long := [row for row in rows if len(row.ids) > context > 0]:
+        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
+        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+        display.warn(
+            f"{len(long)} rows are longer than the model's context of {context} tokens: {shown}{more}. "
+            f"It was not made for such positions: --max-length {context} keeps within it"
+        )
+
+
 def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
     """`(the prompt of the first complete chat row, the tokens of that row)`; `([], 0)` where there is none.
 
@@ -97,5 +135,6 @@ def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
         cut = {row.source for row in fitted.truncated}
         for row in fitted.rows:
             if row.source not in cut and by_source[row.source].text is None:
-                return prompt_of(by_source[row.source]), len(row.ids)
+                rendered = rows.encoder.encode_chat(by_source[row.source])[2]  # its tools may be text now
+                return prompt_of(rendered), len(row.ids)
     return [], 0

@@ -1,13 +1,19 @@
-"""Rows longer than --max-length: dropped, truncated or refused. A truncated row never gets an end-of-turn token."""
+"""Rows that cannot be labeled, or are longer than --max-length: dropped, truncated or refused.
 
-from collections.abc import Callable
+A truncated row never gets an end-of-turn token.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from common.backend import Progress
 from common.data.dataset import Example
 from common.data.encode import Encoded
+from common.data.turn_edges import BadRow
 from common.errors import UserError
+
+SHOWN = 10  # bad rows in an error
 
 
 @dataclass(frozen=True)
@@ -23,14 +29,44 @@ class FilteredRows:
         return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabeled]
 
 
-def encode_all(
-    examples: list[Example], encode: Callable[[Example], Encoded], progress: Progress = lambda share, text: None
-) -> list[Encoded]:
-    rows = []
-    for number, example in enumerate(examples):
-        rows.append(encode(example))
-        progress(number / len(examples), example.source)
+def encode_all(examples: list[Example], encode: Callable[[Example], Encoded]) -> list[Encoded]:
+    """The rows encoded. Raises UserError naming up to ten that cannot be labeled."""
+    (rows,), _ = encode_parts([examples], encode, "error")
     return rows
+
+
+def encode_parts(
+    parts: Sequence[list[Example]],
+    encode: Callable[[Example], Encoded],
+    on_bad_row: Literal["error", "drop"],
+    progress: Progress = lambda share, text: None,
+) -> tuple[list[list[Encoded]], list[BadRow]]:
+    """`(the rows of each part encoded, the rows that are dropped)`.
+
+    With on_bad_row `error` no more rows are tried once ten cannot be labeled. Raises UserError naming these.
+    """
+    count, bad = sum(map(len, parts)), list[BadRow]()
+    encoded: list[list[Encoded]] = [[] for _ in parts]
+    numbered = ((number, example) for number, examples in enumerate(parts) for example in examples)
+    for done, (number, example) in enumerate(numbered):
+        progress(done / count, example.source)
+        try:
+            encoded[number].append(encode(example))
+        except BadRow as why:
+            bad.append(why)
+            if on_bad_row == "error" and len(bad) == SHOWN:
+                break
+    if bad and on_bad_row == "error":
+        raise _refused(bad)
+    return encoded, bad
+
+
+def _refused(bad: list[BadRow]) -> UserError:
+    """The error of rows that cannot be labeled."""
+    fixes = " ".join(dict.fromkeys(row.fix for row in bad))
+    title = f"{len(bad)} rows cannot be trained on" + (", and maybe more" if len(bad) == SHOWN else "")
+    what = bad[0].what if len(bad) == 1 else "\n".join([f"{title}:", *(row.what for row in bad)])
+    return UserError(what, f"{fixes} Or leave such rows out: --on-bad-row drop.")
 
 
 def filter_by_length(

@@ -5,10 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.data.chat_template import EMPTY_BLOCK, HELLO, PLACEHOLDER, THINKING_REST, ChatTemplate, Message
+from common.errors import UserError
 
 
 class Unlabeled(Exception):
     """Why a row's turns cannot be located exactly."""
+
+
+class BadRow(UserError):
+    """A row that cannot be trained on, and why."""
+
+    def __init__(self, source: str, reason: str, fix: str) -> None:
+        super().__init__(f"{source}: {reason}", fix)
+        self.source, self.reason = source, reason
 
 
 @dataclass(frozen=True)

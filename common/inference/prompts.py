@@ -7,6 +7,7 @@ from common.data.dataset import Example
 from common.data.formats import NAMES, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
+from common.data.other_training import OTHER_TRAINING
 from common.data.readers import SUFFIXES, read_file
 from common.errors import UserError
 
@@ -21,7 +22,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
         raise UserError(f"--prompts {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
     if path.suffix.lower() == ".txt":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # as splitlines, but not at form feeds or U+2028
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts {path} is not UTF-8 text (byte {error.start}).", "Convert it.") from None
         found = [
@@ -56,7 +57,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
 def _prompt(row: Any, source: str) -> Example:
     """The prompt of a row, trained or not. Raises Fault where it has none."""
     if isinstance(row, dict):
-        row = {name: value for name, value in row.items() if name not in ("train", "weight")}
+        row = {name: value for name, value in row.items() if name not in ("train", "weight", *OTHER_TRAINING)}
     try:
         example = read_row(row, source, {})[1]
     except Fault as fault:

@@ -8,6 +8,7 @@ from pathlib import Path
 from common.backend import Progress
 from common.data.dataset import Example
 from common.data.encode import Encoder
+from common.data.turn_edges import BadRow
 from common.errors import UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
@@ -31,7 +32,10 @@ def calibration_of(rows: Iterable[Example], encoder: Encoder) -> Calibration:
     for row in rows:
         if tokens >= CHUNKS * _CONTEXT:
             break
-        parts.append(row.text if row.text is not None else encoder.encode_chat(row)[1].text)
+        try:
+            parts.append(row.text if row.text is not None else encoder.encode_chat(row)[1].text)
+        except BadRow:  # left out of training, too
+            continue
         tokens += len(encoder.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
     return Calibration("".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens)
 

@@ -112,6 +112,18 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+def context_length(config: dict[str, Any]) -> int:
+    """The tokens that the model's positions were made for, RoPE scaling included; 0 where the config says nothing.
+
+    config: normalized.
+    """
+    ropes = config["rope_parameters"]
+    rope, longest = ropes.get("full_attention", ropes), config.get("max_position_embeddings")
+    given = (longest, rope.get("original_max_position_embeddings", longest), rope.get("factor", 1))
+    longest, original, factor = (value if isinstance(value, int | float) else 0 for value in given)
+    return int(max(longest, original * factor))
+
+
 def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config with every setting explicit, under the keys of both newer and older readers.
 

@@ -15,7 +15,7 @@ import numpy as np
 from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder
 from common.data.load import data_of, encoder_of
-from common.data.truncation import FilteredRows, filter_by_length
+from common.data.truncation import FilteredRows, encode_parts, filter_by_length
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_write
@@ -121,7 +121,8 @@ def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Itera
     """Row by row, as training took them."""
     for example in examples:
         overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
-        fitted = filter_by_length([encoder(example)], recipe.max_length, overflow)
+        (rows,), _ = encode_parts([[example]], encoder, recipe.on_bad_row)
+        fitted = filter_by_length(rows, recipe.max_length, overflow)
         yield from (_Row(example, row, not fitted.truncated) for row in fitted.rows)
 
 

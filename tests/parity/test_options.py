@@ -41,6 +41,7 @@ RESULT: dict[str, list[str]] = {
     "max_length": ["--max-length", "36"],
     "method": ["--method", "dora"],
     "model": ["--model", "{model}"],
+    "on_bad_row": ["--on-bad-row", "drop", "--data", "{faulty}"],
     "overflow": ["--overflow", "truncate", "--max-length", "36"],
     "precision": ["--precision", "bf16"],
     "quantization": ["--quantization", "8bit"],
@@ -52,6 +53,7 @@ RESULT: dict[str, list[str]] = {
     "steps": ["--steps", "4"],
     "targets": ["--targets", "q_proj"],
     "thinking": ["--thinking", "keep", "--data", "{thoughtful}"],
+    "tools": ["--tools", "system", "--data", "{tooled}"],
     "train_on": ["--train-on", "all"],
     "valid_share": ["--valid-share", "0.5"],
     "warmup": ["--warmup", "0.9"],
@@ -96,12 +98,13 @@ def files(tmp_path_factory) -> dict[str, str]:
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"{i}", "reasoning": "Hm"}]}
         for i in range(8)
     ]
-    for name, content in (("rows", rows), ("thoughtful", thoughts)):
+    tooled = [row | {"tools": [{"name": "f"}]} for row in rows]
+    faulty = [*rows[:4], {"prompt": "Hi"}]
+    files = {"rows": rows, "thoughtful": thoughts, "tooled": tooled, "faulty": faulty}
+    for name, content in files.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (folder / "own.jinja").write_text(CHATML.replace("<|im_start|>", "<|endoftext|>"))
-    return {
-        "rows": str(folder / "rows.jsonl"),
-        "thoughtful": str(folder / "thoughtful.jsonl"),
+    return {name: str(folder / f"{name}.jsonl") for name in files} | {
         "template": str(folder / "own.jinja"),
         "model": str(write_model(folder / "model", seed=1)),
     }

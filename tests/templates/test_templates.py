@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from common.data.chat_template import ChatTemplate
+from common.data.tool_text import tools_as_text
 from tests.encoding import encode
 from tests.templates import report as proof
 from tests.templates.conversations import CONVERSATIONS
@@ -21,6 +23,12 @@ NAMED = {
     *("Mistral 7B layout", "microsoft-Phi-3.5-mini-instruct", "SmolLM2-135M-Instruct", "HuggingFaceTB-SmolLM3-3B"),
     *("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "openai-gpt-oss-120b"),
     *("ibm-granite-granite-3.3-2B-Instruct", "ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "ChatML"),
+}
+# Of those that are labeled at all.
+TAKE_NO_TOOLS = {
+    *("HuggingFaceTB-SmolLM3-3B", "SmolLM2-135M-Instruct", "google-gemma-2-2b-it", "Gemma 3 layout", "ChatML"),
+    *("Mistral 7B layout", "microsoft-Phi-3.5-mini-instruct", "deepseek-ai-DeepSeek-R1-Distill-Llama-8B"),
+    *("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "deepseek-ai-DeepSeek-V3.1", "llama-cpp-deepseek-r1"),
 }
 PLAIN = ("single", "multi", "system", "japanese")
 # Every other template of the folder is labeled in all four plain conversations. Those that are not: the prompt has
@@ -64,6 +72,14 @@ def test_the_same_templates_are_labeled_as_before(verdicts):
         NOT_LABELED
     )
     assert not NAMED & NOT_LABELED
+
+
+def test_tools_are_labeled_as_text_where_a_template_takes_none():
+    row = next(row for row in CONVERSATIONS if row.source == "tools")
+    tokenizers = {family.name: build(family) for family in families() if family.name in TAKE_NO_TOOLS}
+    assert not any(ChatTemplate(tokenizer, "off").takes_tools for tokenizer in tokenizers.values())
+    found = {name: proof.judge(tools_as_text(row), tokenizer).outcome for name, tokenizer in tokenizers.items()}
+    assert found == dict.fromkeys(TAKE_NO_TOOLS, LABELED)
 
 
 def _mutants(mask):

@@ -55,6 +55,32 @@ def test_a_folder_is_counted_part_by_part(tiny_llama: Path, tmp_path: Path, caps
     assert [row[:2] for row in tables(capsys)[0]["rows"]] == [["train", "2"], ["valid", "1"]]
 
 
+def test_what_is_dropped_obeyed_and_not_read_is_named(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = chat("Hi", "Yo") | {"id": 1}
+    lines = [good, chat("Hi", "a<|im_end|>b"), chat("a<|im_end|>b", "Yo"), chat("Hi", "Yo" * 300), {"texts": "Hi"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    with pytest.raises(UserError, match="line 5: has none of"):
+        check_data(options(path, tiny_llama), None, Display("json"))
+    capsys.readouterr()
+    check_data(options(path, tiny_llama, on_bad_row="drop"), None, Display("json"))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [event["text"] for event in events if "text" in event]
+    assert f"{path}: columns not read: id" in texts
+    assert "1 rows with control tokens in a prompt's text, read as such (<|im_end|>): a.jsonl:3" in texts
+    long = "1 rows are longer than the model's context of 512 tokens: a.jsonl:4 (623). It was not made"
+    assert any(text.startswith(long) for text in texts)
+    counts, _, bad = [event for event in events if event["event"] == "table"]
+    assert counts["rows"][0][:2] == ["train", "3"]
+    assert [row[0] for row in bad["rows"]] == ["a.jsonl line 5", "a.jsonl:2"]
+    assert bad["rows"][1][1].startswith("this row cannot be labeled exactly: turn 2 has the end-of-turn token")
+    path.write_text(json.dumps(lines[1]) + "\n")
+    check_data(options(path, tiny_llama, on_bad_row="drop"), None, Display("json"))
+    assert tables(capsys)[2]["rows"][0][0] == "a.jsonl:1"
+
+
 def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_data(options(rows(tmp_path / "a.jsonl", *"ABCD"), tiny_llama), None, Display("plain"))
     out = capsys.readouterr().out

@@ -64,7 +64,7 @@ def test_line_37_is_not_json(tmp_path: Path) -> None:
     path = lines(tmp_path / "train.jsonl", *[GOOD] * 36, '{"messages": [', *[GOOD] * 3)
     error = fault(path)
     assert error.what == (f"{path} has 1 bad line(s):\ntrain.jsonl line 37: is not JSON at column 15: Expecting value")
-    assert error.fix.startswith('Correct them; each line: {"messages": [{"role": "user"')
+    assert error.fix.startswith("Correct them, or leave such rows out: --on-bad-row drop; each line: ")
 
 
 @pytest.mark.parametrize(

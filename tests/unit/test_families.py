@@ -13,6 +13,7 @@ from common.models.families import (
     ARCHITECTURES,
     DEFAULTS,
     SUPPORTED,
+    context_length,
     forward_config,
     hf_name,
     mlx_name,
@@ -132,6 +133,29 @@ def test_a_config_without_sizes_says_which() -> None:
     assert config_faults({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}) == [
         "its config.json lacks num_attention_heads, num_hidden_layers, vocab_size"
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({}, 1000),
+        ({"max_position_embeddings": None}, 0),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 4000),
+        # the config states the length before scaling, or behind it
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}}, 4000),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, 1000),
+    ],
+)
+def test_the_context_of_a_model(changes: dict[str, Any], length: int) -> None:
+    given = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 1000, **SIZES}
+    assert context_length(normalize_config(given | changes)) == length
 
 
 def test_windows_and_positions_of_each_layer() -> None:

@@ -77,7 +77,7 @@ def test_alpacas_input_and_history() -> None:
 
 
 def test_plain_text() -> None:
-    shape, example = read_row({"text": " Once "}, "a:1", {})
+    shape, example, _ = read_row({"text": " Once "}, "a:1", {})
     assert (shape, example.text, example.messages) == ("plain text", " Once ", ())
 
 
@@ -183,6 +183,20 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
             {"messages": [{"role": "assistant", "content": "Yo", "reasoning": "\ud83d"}]},
             "turn 1 holds half a character",
         ),
+        ({"messages": [{"role": "assistant", "content": "Yo", "name": "\ud83d"}]}, "turn 1 holds half a character"),
+        (
+            {"messages": [{"role": "tool", "content": "Yo", "tool_call_id": "\ud83d"}]},
+            "turn 1 holds half a character",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "\ud83d"}]}]},
+            "turn 1 holds half a character",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "id": "\ud83d"}]}]},
+            "turn 1 holds half a character",
+        ),
+        ({"system": "\ud83d", "prompt": "Hi", "completion": "Yo"}, "turn 0 holds half a character"),
         ({"instruction": "Hi", "output": " "}, "the assistant's turn is empty"),
         ({"text": " "}, "`text` is empty"),
         ({"text": "Yo \ud83d"}, "`text` holds half a character"),

@@ -29,6 +29,8 @@ def asked(path: Path, system: str | None = None) -> list[list[str]]:
         ({"prompt": "p", "completion": "c"}, ["user: p"]),
         ({"question": "p", "answer": ""}, ["user: p"]),
         ({"prompt": "p", "completion": "c", "train": False, "weight": 7}, ["user: p"]),
+        ({"prompt": "p", "chosen": "c", "rejected": "r"}, ["user: p"]),
+        ({"prompt": "p", "completion": "c", "label": False}, ["user: p"]),
         ({"instruction": "i", "input": "x", "output": "o", "system": "S"}, ["system: S", "user: i\n\nx"]),
         ({"instruction": "i", "input": ""}, ["user: i"]),
         ({"messages": [{"role": "user", "content": "u"}]}, ["user: u"]),
@@ -51,6 +53,8 @@ def test_prompts_of_every_shape(tmp_path: Path, row: dict, turns: list[str]) -> 
 def test_a_prompt_a_line_and_a_system_prompt_for_those_without(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\n\n  \n二つ目\n", encoding="utf-8")
     assert asked(tmp_path / "p.txt", "S") == [["system: S", "user: one"], ["system: S", "user: 二つ目"]]
+    (tmp_path / "p.txt").write_bytes("one\x0ctwo\u2028three\x85four\r\nfive".encode())
+    assert asked(tmp_path / "p.txt") == [["user: one\x0ctwo\u2028three\x85four"], ["user: five"]]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "p", "system": "own"}) + "\n")
     assert asked(tmp_path / "p.jsonl", "S") == [["system: own", "user: p"]]
 

@@ -70,6 +70,47 @@ def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\nOnce\nupon\n\n \nA time\n")
     assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
+    path.write_bytes(b"\r\nOnce\r\nupon\r\n\r\n \r\nA time\r\n")
+    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
+
+
+BAD = ['{"messages": [', '{"texts": "Hi"}', '"Hi"', '{"prompt": "Hi", "chosen": "a", "rejected": "b"}']
+
+
+def test_faulty_rows_are_dropped_and_listed_when_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps(row) for row in ROWS]
+    path.write_text("\n".join([good[0], *BAD, *good[1:]]))
+    data = load_data(str(path), 0, 0, on_bad_row="drop")
+    assert [row.source for row in data.train] == ["a.jsonl:1", *(f"a.jsonl:{n}" for n in (6, 7, 8))]
+    assert [place for place, _ in data.bad] == [f"a.jsonl line {n}" for n in (2, 3, 4, 5)]
+    assert data.bad[0][1] == "is not JSON at column 15: Expecting value"
+    path.write_text("\n".join(BAD))
+    with pytest.raises(UserError) as caught:
+        load_data(str(path), 0, 0, on_bad_row="drop")
+    assert caught.value.what.startswith(
+        f"{path} holds nothing to train on: 4 bad rows (--on-bad-row drop):\na.jsonl line 1: is not JSON"
+    )
+    with pytest.raises(UserError) as caught:
+        load_data(str(path), 0, 0)
+    assert caught.value.fix.startswith("Correct them, or leave such rows out: --on-bad-row drop; each line:")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)  # what no option drops
+    assert "--on-bad-row" not in caught.value.fix
+
+
+def test_columns_that_nothing_reads_are_known(tmp_path: Path) -> None:
+    rows = [
+        {"messages": chat("Hi", "Yo")["messages"], "tools": [], "id": 7, "prompt": "Hi", "source": ""},
+        {"system": "Be", "messages": chat("Hi", "Ho")["messages"], "weight": 1, "source": "web"},
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "valid.csv").write_text("instruction,input,output,system,score\nHi,,Yo,Be,5\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    unread = {tmp_path / "train.jsonl": ["id", "prompt", "source"], tmp_path / "valid.csv": ["score"]}
+    assert load_data(str(tmp_path), 0, 0).unread == {str(path): columns for path, columns in unread.items()}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Once", "prompt": "Hi", "system": "Be"}))
+    assert load_data(str(tmp_path / "a.jsonl"), 0, 0).unread == {str(tmp_path / "a.jsonl"): ["prompt", "system"]}
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,41 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     assert "warning: nothing could be held out for validation: all rows have the same prompt" in printed
 
 
+def test_bad_rows_are_dropped_counted_and_listed(
+    given: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "more.jsonl"
+    bad = [chat("Hi", f"a<|im_end|>{number}") for number in range(12)]
+    lines = [*map(json.dumps, bad), "{", json.dumps(chat("Say <|im_end|>", "Yo" * 300) | {"id": 1})]
+    path.write_text(Path(given["data"]).read_text() + "\n".join(lines))
+    settings = given | {"data": str(path), "valid_share": 0.0, "on_bad_row": "drop"}
+    job = prepare(Options.model_validate(settings), None, context("plain"))
+    assert len(job.train) == 25
+    assert job.recipe.on_bad_row == "drop"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "warning: 13 rows that cannot be read or labeled are dropped: more.jsonl line 37: is not JSON" in printed
+    assert "more.jsonl:33: this row cannot be labeled exactly" in printed
+    assert "... and 3 more (check-data --on-bad-row drop lists all)" in printed
+    assert f"{path}: columns not read: id" in printed
+    assert "warning: 1 rows with control tokens in a prompt's text, read as such (<|im_end|>): more.jsonl:38" in printed
+    assert "warning: 1 rows are longer than the model's context of 512 tokens: more.jsonl:38" in printed
+    path.write_text("".join(json.dumps(row) + "\n" for row in bad))
+    assert fault(settings).what == f"--on-bad-row drop: no row of {path} is left to train on."
+    refused = fault(given, data=str(path))
+    assert refused.what.startswith("10 rows cannot be trained on, and maybe more:\nmore.jsonl:")
+    assert refused.fix.endswith("Or leave such rows out: --on-bad-row drop.")
+
+
+def test_the_sample_of_a_row_whose_tools_are_text(given: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tools.jsonl"
+    row = chat("Hi", "Yo") | {"tools": [{"name": "weather"}]}
+    path.write_text(json.dumps(row) + "\n")
+    system, asked = ready(given, data=str(path), tools="system").sample
+    assert (system["role"], asked["content"]) == ("system", "Hi")
+    assert '"name": "weather"' in system["content"]
+    assert ready(given, data=str(path), tools="drop").sample == [asked]
+
+
 def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

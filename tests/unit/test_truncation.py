@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from common.data.dataset import Example
 from common.data.encode import Encoded, stop_ids
-from common.data.truncation import filter_by_length
+from common.data.truncation import encode_all, encode_parts, filter_by_length
+from common.data.turn_edges import BadRow
 from common.errors import UserError
 
 
@@ -16,6 +18,38 @@ def row(length: int, labels: int, source: str = "a:1") -> Encoded:
 
 
 ROWS = [row(5, 3), row(8, 4, "a:2"), row(12, 2, "a:3")]
+
+
+def numbered(count: int) -> list[Example]:
+    return [Example((), f"a:{number}", text=str(number)) for number in range(1, count + 1)]
+
+
+def even(example: Example) -> Encoded:
+    if int(example.text or 0) % 2:
+        raise BadRow(example.source, "is odd.", "Remove the row.")
+    return row(5, 3, example.source)
+
+
+def test_rows_that_cannot_be_labeled_are_refused_together() -> None:
+    with pytest.raises(UserError) as caught:
+        encode_all(numbered(5), even)
+    assert caught.value.what == "3 rows cannot be trained on:\na:1: is odd.\na:3: is odd.\na:5: is odd."
+    assert caught.value.fix == "Remove the row. Or leave such rows out: --on-bad-row drop."
+    with pytest.raises(UserError) as caught:
+        encode_all(numbered(1), even)
+    assert caught.value.what == "a:1: is odd."
+    tried = []
+    with pytest.raises(UserError, match="10 rows cannot be trained on, and maybe more:\na:1: is odd"):
+        encode_parts([numbered(5), numbered(5000)], lambda row: tried.append(row) or even(row), "error")
+    assert len(tried) == 5 + 13
+
+
+def test_rows_that_cannot_be_labeled_are_dropped() -> None:
+    shares = []
+    parts, bad = encode_parts([numbered(5), [], numbered(2)], even, "drop", lambda share, text: shares.append(share))
+    assert [[row.source for row in part] for part in parts] == [["a:2", "a:4"], [], ["a:2"]]
+    assert [(row.source, row.reason) for row in bad] == [(f"a:{n}", "is odd.") for n in (1, 3, 5, 1)]
+    assert shares == [number / 7 for number in range(7)]
 
 
 def test_long_rows_are_dropped() -> None:
