@@ -83,7 +83,7 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
         reason = f"the model's chat template refuses this row: {refusal}"
         fix = "Reorder the row's turns as the template requires."
     if uses_tools(example) and not template.takes_tools:
-        fix = "The template takes no tools: --tools system writes them as text, --tools drop leaves them out."
+        fix = "It takes no tools: --tools system writes tools and calls as text, --tools drop leaves out the tools."
     raise BadRow(example.source, reason, fix)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from common.data.dataset import Example
 from common.data.messages import (
+    TURN_KEYS,
     Empty,
     Fault,
     Row,
@@ -66,9 +67,15 @@ class _Columns:
         return None if (name := self.name(part)) is None else self.row[name]
 
     def unread(self, used: list[str | None]) -> list[str]:
-        """The filled columns but those."""
+        """The filled columns but those, and keys of their turns that nothing reads, such as `messages[].loss`."""
         known = {*used, "train", "weight"}
-        return [str(name) for name, value in self.row.items() if name not in known and value not in _NOTHING]
+        columns = [str(name) for name, value in self.row.items() if name not in known and value not in _NOTHING]
+        read = {name: value for name, value in self.row.items() if name in used and name != self.name("tools")}
+        turns = [(name, turn) for name, held in read.items() if isinstance(held, list) for turn in held]
+        filled = [
+            (name, key) for name, turn in turns if isinstance(turn, dict) for key in turn if turn[key] not in _NOTHING
+        ]
+        return [*columns, *sorted({f"{name}[].{key}" for name, key in filled if key not in TURN_KEYS})]
 
     def may_be(self, format: str) -> bool:
         """Whether --field leaves room for the format."""

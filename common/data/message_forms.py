@@ -2,32 +2,45 @@
 
 import itertools
 import json
-import re
 
 from common.data.chat_template import Message
 
-_THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_OPEN, _CLOSE = "<think>", "</think>"
 
 
 def split_thinking(messages: list[Message]) -> list[Message]:
-    """`<think>...</think>` at the start of an answer becomes `reasoning_content`: data sets write it either way."""
+    """Reasoning at the start of an answer becomes `reasoning_content`: data sets write it either way."""
     result = []
     for message in messages:
-        found = _THINK.match(message["content"]) if message["role"] == "assistant" else None
+        found = _split(message["content"]) if message["role"] == "assistant" else None
         if found and not message.get("reasoning_content"):
-            message = message | {"content": message["content"][found.end() :], "reasoning_content": found[1].strip()}
+            message = message | {"content": found[1], "reasoning_content": found[0]}
         result.append(message)
     return result
 
 
+def _split(content: str) -> tuple[str, str] | None:
+    """`(reasoning, the answer after it)` of `<think>...</think>` at the start; None without reasoning.
+
+    Where the prompt opens the block, data sets lack the first tag; the other then stands on a line of its own.
+    """
+    before, closed, after = content.partition(_CLOSE)
+    if not closed:
+        return None
+    if (opened := before.lstrip()).startswith(_OPEN):
+        return opened.removeprefix(_OPEN).strip(), after.lstrip()
+    alone = before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
+    return (before.strip(), after.lstrip()) if alone else None
+
+
 def after_reasoning(content: str) -> str:
     """What an answer says after the reasoning at its start."""
-    return content[found.end() :] if (found := _THINK.match(content)) else content
+    return found[1] if (found := _split(content)) else content
 
 
 def reasoning_is_open(content: str) -> bool:
     """Whether an answer starts with reasoning that never ends: its generation was cut."""
-    return content.lstrip().startswith("<think>") and "</think>" not in content
+    return content.lstrip().startswith(_OPEN) and _CLOSE not in content
 
 
 def without_reasoning(messages: list[Message]) -> list[Message]:

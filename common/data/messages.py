@@ -25,6 +25,13 @@ _ROLES = {
 _SWITCHES = {"": None, "true": True, "false": False}
 
 
+# What is read of a turn.
+TURN_KEYS = {
+    *("role", "from", "content", "value", "tool_calls", "reasoning_content", "reasoning", "thinking"),
+    *("name", "tool_call_id", "weight", "train"),
+}
+
+
 class Fault(Exception):
     """What is wrong with a row, worded so that it follows the name of the row."""
 

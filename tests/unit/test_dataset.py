@@ -7,6 +7,7 @@ import pytest
 
 from common.data.dataset import Dataset, Example, content_key, data_hash, prompt_key
 from common.data.load import load_data, read_rows
+from common.data.message_forms import split_thinking
 from common.errors import UserError
 from tests.tiny import chat
 
@@ -171,6 +172,16 @@ def test_answers_that_are_only_reasoning_are_left_out_and_listed(tmp_path: Path)
     data = load_data(str(path), 0, 0)
     assert [row.messages[1]["content"] for row in data.train] == list(answers[2:])
     assert data.left_out == {"rows without an answer": ["a.jsonl:1", "a.jsonl:2"]}
+
+
+def test_reasoning_whose_first_tag_stood_in_the_prompt(tmp_path: Path) -> None:
+    answers = ("2 + 2 is\n</think>\n\nFour", "2 + 2 is\n</think>", "Write </think> behind\nit", "It ends\n</think>!")
+    path = lines(tmp_path / "a.jsonl", *(turns(("user", "Hi"), ("assistant", answer)) for answer in answers))
+    data = load_data(str(path), 0, 0)
+    assert data.left_out == {"rows without an answer": ["a.jsonl:2"]}
+    split = [split_thinking([dict(message) for message in row.messages])[1] for row in data.train]
+    assert split[0] == {"role": "assistant", "content": "Four", "reasoning_content": "2 + 2 is"}
+    assert [message["content"] for message in split[1:]] == list(answers[2:])
 
 
 def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path) -> None:

@@ -104,10 +104,14 @@ def test_columns_that_nothing_reads_are_known(tmp_path: Path) -> None:
         {"messages": chat("Hi", "Yo")["messages"], "tools": [], "id": 7, "prompt": "Hi", "source": ""},
         {"system": "Be", "messages": chat("Hi", "Ho")["messages"], "weight": 1, "source": "web"},
     ]
+    rows[0]["messages"][1] |= {"loss": False, "id": 1, "images": []}
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "valid.csv").write_text("instruction,input,output,system,score\nHi,,Yo,Be,5\n")
     (tmp_path / "test.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
-    unread = {tmp_path / "train.jsonl": ["id", "prompt", "source"], tmp_path / "valid.csv": ["score"]}
+    unread = {
+        tmp_path / "train.jsonl": ["id", "prompt", "messages[].id", "messages[].loss", "source"],
+        tmp_path / "valid.csv": ["score"],
+    }
     assert load_data(str(tmp_path), 0, 0).unread == {str(path): columns for path, columns in unread.items()}
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "Once", "prompt": "Hi", "system": "Be"}))
     assert load_data(str(tmp_path / "a.jsonl"), 0, 0).unread == {str(tmp_path / "a.jsonl"): ["prompt", "system"]}

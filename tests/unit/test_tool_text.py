@@ -42,7 +42,7 @@ def test_the_refusal_names_both_ways(tokenizer: Any) -> None:
     for row in (ROW, ONLY_TALK):
         with pytest.raises(UserError, match="the template leaves out the row's tools") as caught:
             encode(example(row), tokenizer)
-        assert "--tools system writes them as text, --tools drop leaves them out." in caught.value.fix
+        assert "--tools system writes tools and calls as text, --tools drop leaves out the tools." in caught.value.fix
 
 
 def test_tools_calls_and_results_as_text(tokenizer: Any) -> None:
