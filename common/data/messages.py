@@ -163,10 +163,10 @@ def read_tool(tool: Any) -> Row:
 
 
 def _check_json(value: Any, where: str) -> None:
-    """Raises Fault where a template could not write the value as JSON: Parquet may hold dates and bytes."""
+    """Raises Fault where a template could not write the value as JSON: Parquet may hold dates, JSON half characters."""
     try:
         check_characters(json.dumps(value, ensure_ascii=False), where)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise Fault(f"{where} holds a value that JSON cannot express") from None
 
 
@@ -174,7 +174,7 @@ def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Ro
     """The row of `head`, its system message if any, and `turns`. Raises Fault, and Empty for an empty answer."""
     messages = [*head, *turns]
     for number, message in enumerate(messages, 1 - len(head)):
-        check_characters(json.dumps(message, ensure_ascii=False), f"turn {number}")  # names and ids too
+        _check_json(message, f"turn {number}")  # its names and ids, too
         if message["role"] == "system" and message is not messages[0]:
             raise Fault(f"turn {number} is a system turn; it can only be the first")
         if message["role"] != "assistant" or not message.get("train", True):

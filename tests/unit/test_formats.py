@@ -205,3 +205,12 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
 )
 def test_what_cannot_be_read_is_said(row: Any, words: str) -> None:
     assert words in fault(row)
+
+
+def test_arguments_that_nest_too_deep() -> None:
+    nested: list = []
+    for _ in range(5000):
+        nested = [nested]
+    call = {"name": "f", "arguments": {"a": nested}}
+    said = fault({"messages": [{"role": "assistant", "content": "", "tool_calls": [call]}]})
+    assert said == "turn 1: `arguments` holds a value that JSON cannot express"
