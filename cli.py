@@ -1,15 +1,17 @@
 """Twintune's front door: parses, runs one command, turns a UserError into text and an exit status."""
 
 import importlib
+import logging
 import os
 import signal
 import sys
+import traceback
 from importlib import metadata
 from typing import Any
 
 from common.commands.arguments import Parser, joined, unknown
 from common.context import Context
-from common.display import Display
+from common.display import Display, shown
 from common.errors import PROGRAM, UserError, os_fault
 from common.options import nearest
 
@@ -86,9 +88,23 @@ def _terminated(number: int, frame: object) -> None:
 
 def _complain(text: str) -> None:
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
     except OSError:
         pass  # the terminal is gone; the exit status still says what happened
+
+
+class _ShownRecord(logging.LogRecord):
+    """A library's log line, which may quote a stranger's file."""
+
+    def getMessage(self) -> str:
+        return shown(super().getMessage())
+
+
+def _show_all() -> None:
+    """What Python and libraries print by themselves is shown like everything else: it steers no terminal."""
+    logging.setLogRecordFactory(_ShownRecord)
+    logging.captureWarnings(True)
+    sys.excepthook = lambda *raised: _complain("".join(traceback.format_exception(*raised)).rstrip())
 
 
 def _handle_signals() -> None:
@@ -124,6 +140,7 @@ def _report(error: BaseException) -> int:
 
 def main() -> None:
     _handle_signals()
+    _show_all()
     try:
         if "_ARGCOMPLETE" in os.environ:
             _complete()

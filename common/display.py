@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, cast
 
@@ -22,6 +22,9 @@ from common.backend import Memory, Progress
 from common.errors import UserError
 
 Mode = Literal["rich", "plain", "json", "quiet"]
+Styled = str | tuple[str, str]  # a text, or a text and its style
+# What could steer a terminal or hide text: escape sequences, reversed writing, half characters of file names.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _FIGURE = re.compile(r"[-\d.,]+( ?[a-zA-Z%]+)?(  \(.*\))?")  # a number, its unit, a ratio behind it
 _PLAIN_SECONDS = 10.0  # between plain lines of one stage
 _SHOWN_PROMPT = 300  # characters
@@ -29,6 +32,16 @@ _SHOWN_PROMPT = 300  # characters
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def shown(text: str) -> str:
+    """`text` as it may be printed, whoever wrote it: control characters as `\\x1b`; lines and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _text(given: Styled) -> Text:
+    text, style = (given, "") if isinstance(given, str) else given
+    return Text(shown(text), style)
 
 
 class _Lasting:
@@ -72,7 +85,9 @@ class Display:
     def __init__(self, mode: Mode | None = None) -> None:
         self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
         self._out = _Lasting()
-        self.console = Console(file=cast(TextIO, self._out), highlight=False, soft_wrap=self.mode == "plain")
+        self.console = Console(
+            file=cast(TextIO, self._out), highlight=False, markup=False, emoji=False, soft_wrap=self.mode == "plain"
+        )
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._memory = Text(style="dim")
@@ -87,23 +102,27 @@ class Display:
 
     def event(self, kind: str, **facts: Any) -> None:
         if self.mode == "json":
-            self._out.write(strict_json.dumps({"event": kind, **facts}) + "\n")
+            line = strict_json.dumps({"event": kind, **facts})
+            self._out.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
             self._out.flush()
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.console.print(_text((text, style)))
 
     def say(self, text: str) -> None:
         self.event("note", text=text)
         if self.mode in ("rich", "plain"):
-            self.console.print(text, markup=False)
+            self._print(text)
 
     def warn(self, text: str) -> None:
         self.event("warning", text=text)
         if self.mode != "json":
-            self.console.print(f"warning: {text}", style="yellow", markup=False)
+            self._print(f"warning: {text}", "yellow")
 
     def sample(self, by: str, prompt: str, answer: str) -> None:
         """Show the tuned model's answer to a prompt, cut where it is long. by: what runs the model."""
-        shown = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
-        self.say(f"{by}: {shown!r} -> {answer!r}")
+        short = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
+        self.say(f"{by}: {short!r} -> {answer!r}")
 
     @contextmanager
     def optional(self, what: str) -> Iterator[None]:
@@ -130,30 +149,56 @@ class Display:
         if self.mode == "rich":
             grid = Table.grid(padding=(0, 2))
             for name, value in facts.items():
-                grid.add_row(Text(name, "bold"), Text(value))
-            self.console.print(Panel(grid, title=title, title_align="left", expand=False))
+                grid.add_row(_text((name, "bold")), _text(value))
+            self.console.print(Panel(grid, title=_text(title), title_align="left", expand=False))
         elif self.mode == "plain":
             for name, value in facts.items():
-                self.console.print(f"{name:<10} {value}", markup=False)
+                self._print(f"{name:<10} {value}")
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Styled]]) -> None:
         """A result: shown even with --quiet."""
-        self.event("table", title=title, columns=list(columns), rows=[list(map(str, row)) for row in rows])
+        texts = [[cell if isinstance(cell, str) else cell[0] for cell in row] for row in rows]
+        self.event("table", title=title, columns=list(columns), rows=texts)
         if self.mode == "json":
             return
-        table = Table(title=title, title_justify="left", title_style="bold")
+        table = Table(title=_text(title), title_justify="left", title_style="bold")
         for number, column in enumerate(columns):
-            figures = all(_FIGURE.fullmatch(str(row[number])) for row in rows)
-            table.add_column(column, justify="right" if figures else "left", overflow="fold")
+            figures = all(_FIGURE.fullmatch(row[number]) for row in texts)
+            table.add_column(_text(column), justify="right" if figures else "left", overflow="fold")
         for row in rows:
-            table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in row))
+            table.add_row(*map(_text, row))
         self.console.print(table)
 
-    def show(self, text: Text) -> None:
+    def show(self, *parts: Styled) -> None:
         """A result that is running text: shown even with --quiet."""
-        self.event("note", text=str(text))
+        text = Text().join(map(_text, parts))
+        self.event("note", text=text.plain)
         if self.mode != "json":
             self.console.print(text)
+
+    def stream(self, piece: str, end: str = "") -> None:
+        """A piece of an answer, as soon as it is there."""
+        self.console.out(shown(piece), end=end)
+        self.console.file.flush()
+
+    @contextmanager
+    def side_by_side(self, names: Sequence[str]) -> Iterator[Callable[[list[str]], None]]:
+        """Yields the function that takes a text for each column; on a terminal they are seen as they grow."""
+
+        def table(texts: list[str]) -> Table:
+            made = Table(expand=True)
+            for name in names:
+                made.add_column(_text(name), ratio=1, overflow="fold")
+            made.add_row(*map(_text, texts))
+            return made
+
+        if self.mode == "rich":
+            with Live(console=self.console, auto_refresh=False, vertical_overflow="visible") as live:
+                yield lambda texts: live.update(table(texts), refresh=True)
+        else:
+            last = dict.fromkeys(range(len(names)), "")
+            yield lambda texts: last.update(enumerate(texts))
+            self.console.print(table(list(last.values())))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
@@ -167,26 +212,26 @@ class Display:
                 TextColumn("{task.percentage:>3.0f}%"),
                 console=self.console,
             ) as bars:
-                task = bars.add_task(name, total=1.0)
+                task = bars.add_task(shown(name), total=1.0)
 
                 def update(share: float, text: str) -> None:
-                    bars.update(task, completed=share, description=f"{name}: {text}"[:60])
+                    bars.update(task, completed=share, description=shown(f"{name}: {text}")[:60])
 
                 yield update
-                bars.update(task, completed=1.0, description=name)
+                bars.update(task, completed=1.0, description=shown(name))
         else:
             last = [started]
 
             def line(share: float, text: str) -> None:
                 if self.mode == "plain" and time.perf_counter() - last[0] > _PLAIN_SECONDS:
                     last[0] = time.perf_counter()
-                    self.console.print(f"{name} {share:4.0%}  {text}", markup=False)
+                    self._print(f"{name} {share:4.0%}  {text}")
 
             yield line
         seconds = time.perf_counter() - started
         self.event("stage_done", name=name, seconds=seconds)
         if self.mode == "plain":
-            self.console.print(f"{name} done in {seconds:.1f} s", markup=False)
+            self._print(f"{name} done in {seconds:.1f} s")
 
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[None]:
@@ -227,10 +272,9 @@ class Display:
             if now - self._printed > _PLAIN_SECONDS or line["step"] == self._total:
                 self._printed = now
                 left = (self._total - line["step"]) * (self._seconds / max(1, self._steps - 1))
-                self.console.print(
+                self._print(
                     f"step {line['step']}/{self._total}  loss {line['loss']:.4f}  valid {self._valid}  {speed}  "
-                    f"{left:.0f} s left  {held}",
-                    markup=False,
+                    f"{left:.0f} s left  {held}"
                 )
 
     def evaluation(self, line: dict) -> None:
@@ -239,4 +283,4 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, figures=self._figures.format(self._valid))
         if self.mode in ("plain", "rich"):
-            self.console.print(f"step {line['step']}: validation loss {self._valid}", markup=False)
+            self._print(f"step {line['step']}: validation loss {self._valid}")

@@ -11,10 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
-
 from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
 from common.data.chat_template import Message
@@ -22,7 +18,6 @@ from common.data.load import read_rows
 from common.display import Display
 from common.errors import PROGRAM, UserError
 from common.files import atomic_write
-from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
 from common.sampling import Sampling
@@ -35,11 +30,6 @@ HELP = """/system TEXT or @FILE   another system prompt (/system none: without)
 /reset                  remove the turns, keep the system prompt
 /quit, or Ctrl-D        end
 Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops an answer"""
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # an answer must not steer the terminal
-
-
-def shown(text: str) -> str:
-    return _CONTROL.sub("", text)
 
 
 @dataclass
@@ -88,12 +78,11 @@ class ChatSession:
             with closing(self.models.tuned.answer([*self.messages(), asked], self.sampling, ())) as pieces:
                 for piece, end in pieces:
                     text, finish = text + piece, end
-                    self.display.console.out(shown(piece), end="", highlight=False)
-                    self.display.console.file.flush()
+                    self.display.stream(piece)
         except KeyboardInterrupt:
             finish = "interrupted"
         finally:
-            self.display.console.out("")
+            self.display.stream("", end="\n")
         if note := {"length": "cut at --max-tokens or --context", "interrupted": "stopped"}.get(finish or ""):
             self.display.say(f"({note})")
         self._keep(asked, text, finish)
@@ -143,7 +132,7 @@ class ChatSession:
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
         self.turns = turns
         for turn in self.messages():
-            self.display.say(f"{turn['role']}: {shown(turn['content'])}")
+            self.display.say(f"{turn['role']}: {turn['content']}")
 
     def compare(self, rest: str) -> None:
         """Both answers, one after the other, in two columns; only a new question enters the session."""
@@ -153,35 +142,18 @@ class ChatSession:
         asked = {"role": "user", "content": rest} if rest else self.turns[questions[-1]]
         before = self.turns if rest else self.turns[: questions[-1]]
         messages = [*self.messages()[: len(self.messages()) - len(self.turns)], *before, asked]
-        columns: list[tuple[ChatModel, str]] = [(self.models.base(), ""), (self.models.tuned, "")]
-        finish = None
-        with self._side_by_side(columns) as update:
+        models, texts, finish = (self.models.base(), self.models.tuned), ["", ""], None
+        with self.display.side_by_side([model.name for model in models]) as update:
             try:
-                for number, (model, _) in enumerate(columns):
+                for number, model in enumerate(models):
                     with closing(model.answer(messages, self.sampling, ())) as pieces:
                         for piece, end in pieces:
-                            columns[number], finish = (model, columns[number][1] + piece), end
-                            update()
+                            texts[number], finish = texts[number] + piece, end
+                            update(texts)
             except KeyboardInterrupt:
                 finish = "interrupted"
         if rest:
-            self._keep(asked, columns[1][1], finish)
-
-    @contextmanager
-    def _side_by_side(self, columns: list[tuple[ChatModel, str]]) -> Iterator[Callable[[], None]]:
-        def table() -> Table:
-            made = Table(expand=True)
-            for model, _ in columns:
-                made.add_column(model.name, ratio=1, overflow="fold")
-            made.add_row(*(Text(shown(text)) for _, text in columns))
-            return made
-
-        if self.display.mode == "rich":
-            with Live(console=self.display.console, auto_refresh=False, vertical_overflow="visible") as live:
-                yield lambda: live.update(table(), refresh=True)
-        else:
-            yield lambda: None
-            self.display.console.print(table())
+            self._keep(asked, texts[1], finish)
 
 
 def add_row(path: Path, row: dict[str, Any]) -> None:

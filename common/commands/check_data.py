@@ -4,7 +4,6 @@ import argparse
 from typing import Any, Literal
 
 import numpy as np
-from rich.text import Text
 
 from common.commands.arguments import add_options
 from common.context import Context
@@ -13,7 +12,7 @@ from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
 from common.data.quality import control_tokens, quality_warnings
 from common.data.training_rows import load, warn_of_context
 from common.data.truncation import FilteredRows, encode_parts, filter_by_length
-from common.display import Display
+from common.display import Display, Styled
 from common.errors import UserError
 from common.models.families import context_length
 from common.models.resolve import resolve
@@ -55,9 +54,9 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         display.table("Rows that cannot be read or labeled: dropped", ["row", "why"], left_out)
     _show_long(options, parts, display)
     for row in parts["train"].rows[:_SHOWN_ROWS] if "train" in parts else ():
-        display.show(Text(f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
-        display.show(colored(row, tokenizer))
-    display.show(Text("\nlabel tokens", "black on green") + Text(" carry loss; the others are only read", ""))
+        display.show((f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
+        display.show(*colored(row, tokenizer))
+    display.show(("\nlabel tokens", "black on green"), " carry loss; the others are only read")
 
 
 def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Display) -> None:
@@ -88,15 +87,15 @@ def _show_long(options: Options, parts: dict[str, FilteredRows], display: Displa
         display.table(f"Rows longer than {options.max_length} tokens", ["row", "tokens", "in training"], lines)
 
 
-def colored(row: Encoded, tokenizer: Any) -> Text:
-    """The rendered row, its labeled tokens on green (in brackets where there is no color)."""
-    text = Text()
+def colored(row: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
+    """The rendered row in parts, its labeled tokens on green (in brackets where there is no color)."""
+    parts: list[tuple[str, str]] = []
     edges = np.flatnonzero(np.diff(row.mask.astype(np.int8))) + 1
     for part in np.split(np.arange(len(row.ids)), edges):
         label = bool(row.mask[part[0]])
         piece = tokenizer.decode(row.ids[part].tolist())
-        text.append(f"[{piece}]" if label else piece, "black on green" if label else "dim")
-    return text
+        parts.append((f"[{piece}]", "black on green") if label else (piece, "dim"))
+    return parts
 
 
 def explain_row(examples: list[Example], number: int, encoder: Encoder, display: Display) -> None:
@@ -107,12 +106,12 @@ def explain_row(examples: list[Example], number: int, encoder: Encoder, display:
     row = encoder(example)
     reasons = explain(example, encoder)
     pieces = encoder.tokenizer.convert_ids_to_tokens(row.ids.tolist())
-    lines: list[list[str | Text]] = []
+    lines: list[list[Styled]] = []
     for at, (token, piece, reason) in enumerate(zip(row.ids.tolist(), pieces, reasons, strict=True)):
         text = encoder.tokenizer.decode([token])
         shown = repr(text)[1:-1] if "\ufffd" not in text else piece  # part of a letter: as the vocabulary writes it
         style = "black on green" if row.mask[at] else ""
-        lines.append([str(at), str(token), Text(shown, style), "label" if row.mask[at] else "", reason])
+        lines.append([str(at), str(token), (shown, style), "label" if row.mask[at] else "", reason])
     display.table(
         f"{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels",
         ["", "id", "text", "", "why"],

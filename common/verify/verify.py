@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from rich.text import Text
 
 from common.backend import Adapter, Backend, Backends, LoraWeight, Progress
 from common.context import Context
@@ -243,6 +242,6 @@ def _show(given: VerifyInput, checks: list[Check], links: dict[str, Divergence],
             "the figures look better than for another base. Changes of training below half a step of that grid are "
             "rounded away."
         )
-    mark = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "broken": Text("BROKEN", "bold red")}
+    mark = {"ok": ("ok", "green"), "note": ("note", "yellow"), "broken": ("BROKEN", "bold red")}
     display.table("Checks", ["", "", "found"], [[check.name, mark[check.state], check.text] for check in checks])
     display.say(f"Verdict: {verdict(checks)}.")

@@ -200,6 +200,18 @@ def test_every_package_says_what_it_is_for() -> None:
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
+def test_only_the_display_prints() -> None:
+    """It shows what strangers wrote, control characters and all; what else is printed is ours."""
+    paths = [ROOT / "cli.py", *modules(*FOLDERS)]
+    assert [place(path) for path in paths if "rich" in roots(everywhere(path))] == ["common/display.py"]
+    ours = {"cli.py", "common/commands/schema.py", "common/commands/completion.py"}
+    calls = {
+        path: re.search(r"(?<![.\w])print\(|sys\.std(out|err)\.write", path.read_text(encoding="utf-8"))
+        for path in paths
+    }
+    assert {place(path) for path, found in calls.items() if found} == ours
+
+
 def test_nobody_imports_the_examples() -> None:
     paths = [ROOT / "cli.py", *modules(*FOLDERS)]
     assert [place(path) for path in paths if "examples" in roots(everywhere(path))] == []

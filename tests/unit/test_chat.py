@@ -211,7 +211,7 @@ def test_an_error_is_shown_and_nothing_is_kept(
 def test_an_answer_cannot_steer_the_terminal(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:
     session.handle("\x1b[2Jred\x07")
     out = capsys.readouterr().out
-    assert "tuned heard [2Jred" in out
+    assert r"tuned heard \x1b[2Jred\x07" in out
     assert "\x1b" not in out
     assert session.turns[1]["content"] == "tuned heard \x1b[2Jred\x07"
 

@@ -106,9 +106,9 @@ def test_with_quiet_the_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys:
 def test_labels_are_colored_and_bracketed(tokenizer_folder: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_folder)
     messages = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo [sic]"})
-    text = colored(encode(Example(messages, "a:1"), tokenizer), tokenizer)
-    assert text.plain.endswith("<|im_start|>assistant\n[Yo [sic]<|im_end|>]\n")
-    assert [text.plain[s.start : s.end] for s in text.spans if "green" in str(s.style)] == ["[Yo [sic]<|im_end|>]"]
+    parts = colored(encode(Example(messages, "a:1"), tokenizer), tokenizer)
+    assert "".join(text for text, _ in parts).endswith("<|im_start|>assistant\n[Yo [sic]<|im_end|>]\n")
+    assert [text for text, style in parts if "green" in style] == ["[Yo [sic]<|im_end|>]"]
 
 
 def test_a_file_that_training_would_refuse(tiny_llama: Path, tmp_path: Path) -> None:
