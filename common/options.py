@@ -274,9 +274,9 @@ def read_size(text: str) -> int:
 
 def valid_layers(text: str) -> bool:
     """Whether `--layers` can be read: `last:N`, or numbers and ranges with commas."""
-    if re.fullmatch(r"last:[1-9]\d*", text):
+    if re.fullmatch(r"last:[1-9]\d{,8}", text):
         return True
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", text):
         return False
     return all(int(a) <= int(b or a) for a, _, b in (part.partition("-") for part in text.split(",")))
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,6 +15,7 @@ from common.backend import Adapter, LoraWeight
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder
+from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
 from common.models.safetensors_files import save_tensors
@@ -28,12 +28,6 @@ CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MLX_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 _IN_LAYERS = re.compile(r"\.layers\.\d+\.")
-# PEFT settings that change what the same weights compute: a file that sets one is refused.
-_PEFT_OTHER = (
-    *("loftq_config", "lora_ga_config", "eva_config", "corda_config", "velora_config", "monteclora_config"),
-    *("modules_to_save", "trainable_token_indices", "layer_replication", "megatron_config", "lora_bias"),
-    *("fan_in_fan_out", "use_qalora", "alora_invocation_tokens"),
-)
 
 
 def write_peft(folder: Path, adapter: Adapter) -> None:
@@ -113,42 +107,24 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
     """
     config, tensors = _read(folder, PEFT_FILE)
     where = folder / CONFIG_FILE
-    if strange := [key for key in _PEFT_OTHER if config.get(key)]:
-        raise _refused(where, f"{strange[0]} is set")
-    if (start := config.get("init_lora_weights", True)) not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise _refused(where, f"its init_lora_weights is {start}, which changes the base model's own weights")
-    if config.get("peft_type", "LORA") != "LORA":
-        raise _refused(where, f"its peft_type is {config['peft_type']}, not LORA")
-    if config.get("bias", "none") != "none":
-        raise _refused(where, f"biases were trained (bias: {config['bias']})")
+    check_peft_settings(where, config)
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name = hf_name(key.removeprefix(_PEFT_PREFIX))
         part = next((p for p, ending in _PEFT_NAMES.items() if name.endswith(f".{ending}")), None)
         if part is None or not _IN_LAYERS.search(name):
-            raise _refused(folder / PEFT_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
+            raise refused(folder / PEFT_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
         found.setdefault(name.removesuffix(f".{_PEFT_NAMES[part]}"), {})[part] = tensor
-    rslora = bool(config.get("use_rslora"))
+    ranks = by_pattern(where, "rank_pattern", config, found, config.get("r", 8))
+    alphas = by_pattern(where, "alpha_pattern", config, found, config.get("lora_alpha", 8))
     weights = {}
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / PEFT_FILE, name, parts, bool(config.get("use_dora")))
-        try:
-            alpha = float(_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
-            rank = _pattern(config.get("rank_pattern"), name, config.get("r", 8))
-        except (TypeError, ValueError, AttributeError, re.error) as error:
-            raise _refused(where, f"its rank or alpha cannot be read ({error})") from None
-        if rank != A.shape[0]:
-            raise _refused(where, f"it says rank {rank} for {name}, whose lora_A has {A.shape[0]} rows")
-        weights[name] = LoraWeight(A, B, alpha, rslora, magnitude)
+        if ranks[name] != A.shape[0]:
+            raise refused(where, f"it says rank {ranks[name]} for {name}, whose lora_A has {A.shape[0]} rows")
+        alpha = number(where, "alpha", alphas[name])
+        weights[name] = LoraWeight(A, B, alpha, bool(config.get("use_rslora")), magnitude)
     return _adapter(where, config.get("base_model_name_or_path"), layers, config.get("lora_dropout", 0.0), weights)
-
-
-def _pattern(patterns: dict[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """The value of the first key that matches the end of `name`, as a regular expression: PEFT's own rule."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return otherwise
 
 
 def read_mlx(folder: Path, layers: int = 0) -> Adapter:
@@ -156,23 +132,24 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     config, tensors = _read(folder, MLX_FILE)
     kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise _refused(folder / CONFIG_FILE, f"its fine_tune_type is {kind}")
+        raise refused(folder / CONFIG_FILE, f"its fine_tune_type is {kind}")
     settings = config.get("lora_parameters")
-    if not isinstance(settings, dict) or not isinstance(settings.get("scale"), (int, float)):
-        raise _refused(folder / CONFIG_FILE, "lora_parameters.scale is missing, and it cannot be guessed")
+    if not isinstance(settings, dict) or "scale" not in settings:
+        raise refused(folder / CONFIG_FILE, "lora_parameters.scale is missing, and it cannot be guessed")
+    scale = number(folder / CONFIG_FILE, "scale", settings["scale"])
     found: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in sorted(tensors.items()):
         name, _, ending = key.rpartition(".")
         part = next((p for p, theirs in _MLX_NAMES.items() if theirs == ending), None)
         if part is None or not _IN_LAYERS.search(name):
-            raise _refused(folder / MLX_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
+            raise refused(folder / MLX_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
         if part != "magnitude" and tensor.ndim != 2:
-            raise _refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
+            raise refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
         found.setdefault(hf_name(name), {})[part] = np.ascontiguousarray(tensor.T)
     weights = {}
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")
-        weights[name] = LoraWeight(A, B, float(settings["scale"]) * A.shape[0], False, magnitude)
+        weights[name] = LoraWeight(A, B, scale * A.shape[0], False, magnitude)
     return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), weights)
 
 
@@ -185,7 +162,7 @@ def _complete(
         raise UserError(f"{where}: {name} has no {absent[0]}.", "Fetch or train the adapter again.")
     if parts["lora_A"].ndim != 2 or parts["lora_B"].ndim != 2 or not parts["lora_A"].shape[0]:
         shapes = " and ".join(str(parts[part].shape) for part in ("lora_A", "lora_B"))
-        raise _refused(where, f"{name} does not hold matrices of a linear layer: {shapes}")
+        raise refused(where, f"{name} does not hold matrices of a linear layer: {shapes}")
     if parts["lora_A"].shape[0] != parts["lora_B"].shape[1]:
         raise UserError(
             f"{where}: {name} has a lora_A of rank {parts['lora_A'].shape[0]} and a lora_B of rank "
@@ -197,15 +174,9 @@ def _complete(
 
 def _adapter(where: Path, base: str | None, layers: int, dropout: object, weights: dict[str, LoraWeight]) -> Adapter:
     if not weights:
-        raise _refused(where, "it holds no LoRA weights")
-    if not isinstance(dropout, (int, float)):
-        raise _refused(where, f"its dropout is {dropout!r}")
+        raise refused(where, "it holds no LoRA weights")
     dora = any(weight.magnitude is not None for weight in weights.values())
-    return Adapter(base or "", layers, float(dropout), weights, dora=dora)
-
-
-def _refused(where: Path, why: str) -> UserError:
-    return UserError(f"{where}: this adapter cannot be read: {why}.", "Give a LoRA or DoRA adapter of linear layers.")
+    return Adapter(base or "", layers, dropout_of(where, dropout), weights, dora=dora)
 
 
 def read_any(folder: Path, layers: int = 0) -> Adapter:

@@ -40,12 +40,12 @@ def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
     else:
         for part in layers.split(","):
             first, _, end = part.partition("-")
+            if int(end or first) >= count:  # before a set is made of a range that fills the memory
+                raise UserError(
+                    f"--layers {layers}: the model has no layer {end or first}; its layers are 0 to {count - 1}.",
+                    "Count from 0; ranges include both ends.",
+                )
             chosen |= set(range(int(first), int(end or first) + 1))
-        if max(chosen) >= count:
-            raise UserError(
-                f"--layers {layers}: the model has no layer {max(chosen)}; its layers are 0 to {count - 1}.",
-                "Count from 0; ranges include both ends.",
-            )
     return {module: shape for module, shape in shapes.items() if layer_number(module) in chosen}
 
 
@@ -100,6 +100,8 @@ def validate(adapter: Adapter, shapes: Shapes, where: Path) -> None:
         out_features, in_features = shapes[name]
         wanted = {"lora_A": (weight.rank, in_features), "lora_B": (out_features, weight.rank)}
         wanted["magnitude"] = (out_features,)  # type: ignore[assignment]  # a vector
+        if not math.isfinite(weight.alpha):
+            faults.append(f"{name}: its alpha is {weight.alpha}")
         for part, array in weight.parts().items():
             if array.shape != wanted[part]:
                 faults.append(f"{name}.{part}: shape {array.shape}, the base model wants {wanted[part]}")

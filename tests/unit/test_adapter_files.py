@@ -1,6 +1,9 @@
 """The adapter's two layouts: names, shapes, values, and what does not fit."""
 
+import contextlib
 import json
+import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -307,14 +310,74 @@ def test_starts_that_change_the_base_are_refused(tmp_path: Path, start: str) -> 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"lora_alpha": None}, {"lora_dropout": None}, {"rank_pattern": {"(": 2}}, {"rank_pattern": [1]}],
-    ids=str,
+    [
+        *({"lora_alpha": None}, {"lora_alpha": True}, {"lora_alpha": "inf"}, {"lora_alpha": 10**400}),
+        *({"alpha_pattern": {"q_proj": False}}, {"alpha_pattern": {"(" * 5000: 2}}),
+        *({"lora_dropout": None}, {"lora_dropout": 5}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}),
+        *({"rank_pattern": {"(": 2}}, {"rank_pattern": [1]}, {"rank_pattern": {"a{" + "9" * 30 + "}": 2}}),
+        {"rank_pattern": {"(?R)": 2}},
+    ],
+    ids=lambda changes: str(changes)[:40],
 )
 def test_odd_settings_are_one_clear_error(tmp_path: Path, changes: dict) -> None:
     write_peft(tmp_path / "adapter", adapter())
     change(tmp_path / "adapter", **changes)
     with pytest.raises(UserError, match="this adapter cannot be read"):
         read_peft(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("key", ["lora_alpha", "lora_dropout"])
+def test_numbers_that_nothing_computes_with(tmp_path: Path, key: str, number: str) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", **{key: "HERE"})
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"HERE"', number))
+    with pytest.raises(UserError, match="adapter_config"):
+        read_peft(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("changes", [{"scale": True}, {"scale": "2"}, {"scale": 1e40}, {"dropout": 2}], ids=str)
+def test_mlx_lms_numbers_are_looked_at_too(tmp_path: Path, changes: dict) -> None:
+    write_mlx(tmp_path / "adapter", adapter())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    change(tmp_path / "adapter", lora_parameters=config["lora_parameters"] | changes)
+    with pytest.raises(UserError, match=f"its {next(iter(changes))} is"):
+        read_mlx(tmp_path / "adapter")
+
+
+def test_an_alpha_that_is_not_finite_fits_no_model(tmp_path: Path) -> None:
+    """A GGUF LoRA states one in a format that has NaN."""
+    made = adapter(alpha=math.nan)
+    shapes = {name: (w.B.shape[0], w.A.shape[1]) for name, w in made.weights.items()}
+    with pytest.raises(UserError, match="its alpha is nan"):
+        validate(made, shapes, tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+X", "(a|a|[a-z_.0-9])*" * 8 + "X"])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_cannot_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, pattern: str) -> None:
+    monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.2)
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", **{key: {pattern: 8}})
+    started = time.monotonic()
+    with contextlib.suppress(UserError):  # regex answers some of them at once
+        read_peft(tmp_path / "adapter")
+    assert time.monotonic() - started < 5
+
+
+def test_patterns_are_pefts_regular_expressions(tmp_path: Path) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", alpha_pattern={r"layers\.\d+\.self_attn\.(q|k)_proj": 3.0, "q_proj": 4.0})
+    assert read_peft(tmp_path / "adapter").weights[Q].alpha == 3.0
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern", "layers_to_transform"])
+def test_other_patterns_are_not_read(tmp_path: Path, key: str) -> None:
+    """The tensors' names say what is adapted."""
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", **{key: "(" + "[a-z_.0-9]+)+X"})
+    assert same(read_peft(tmp_path / "adapter", 4), adapter())
 
 
 def test_a_config_that_is_no_object(tmp_path: Path) -> None:

@@ -34,14 +34,19 @@ def test_layers(layers: str | None, chosen: list[int]) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "words"),
-    [("last:13", "the model has 12 layers"), ("3-12", "no layer 12; its layers are 0 to 11"), ("99", "no layer 99")],
+    [
+        ("last:13", "the model has 12 layers"),
+        ("3-12", "no layer 12; its layers are 0 to 11"),
+        ("99", "no layer 99"),
+        ("0-999999999", "no layer 999999999"),
+    ],
 )
 def test_layers_that_are_not_there(layers: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         choose_layers(SHAPES, layers)
 
 
-@pytest.mark.parametrize("text", ["last:0", "last", "4-2", "a", "1,,2", "-1", ""])
+@pytest.mark.parametrize("text", ["last:0", "last", "4-2", "a", "1,,2", "-1", "", "0-3000000000", "last:" + "9" * 5000])
 def test_layers_that_cannot_be_read(text: str) -> None:
     with pytest.raises(UserError, match="is neither last:N nor layer numbers"):
         load_options(read_flags([f"--layers={text}"]))
