@@ -34,6 +34,10 @@ def is_quantized(model: ModelFolder) -> bool:
     return isinstance(settings, dict) and "bits" in settings and "group_size" in settings
 
 
+def _views() -> Path:
+    return cache_folder() / "models"
+
+
 def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
     """The model's 16-bit view, made once and cached by its contents. Raises UserError for unsupported schemes."""
     try:
@@ -44,7 +48,7 @@ def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    out = cache_folder() / "models" / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
+    out = _views() / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
     with artifact_lock(out, say):
         if not out.is_dir():
             write_16bit(model, out, say)
@@ -54,8 +58,11 @@ def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
 
 
 def quantized_source(folder: Path) -> tuple[Path, str] | None:
-    """For a view, the folder with the quantized weights, and their scheme; None for any other folder."""
-    if not (folder / _SOURCE).is_file():
+    """For a view, the folder with the quantized weights, and their scheme; None for any other folder.
+
+    A view lies in the cache. The same file in a stranger's folder could name any path.
+    """
+    if folder.resolve().parent != _views().resolve() or not (folder / _SOURCE).is_file():
         return None
     known = read_json(folder / _SOURCE, f"Remove {folder}: it is made again.")
     return Path(known["path"]), known["scheme"]
