@@ -81,11 +81,14 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
             f"# No TEMPLATE: {' '.join(missing.split())}.",
             "# Ollama then goes by the chat template in the GGUF, as far as it knows it.",
         ]
-    lines += [f"PARAMETER stop {_quoted(text)}" for text in texts]
+    unheld = [text for text in texts if not _holds(text)]
+    lines += [f"PARAMETER stop {_quoted(text)}" for text in texts if text not in unheld]
+    lost = [f"The stop text {text!a} is missing: a Modelfile cannot hold it." for text in unheld]
+    lines += [f"# {note}" for note in lost]
     longest = (config.get("text_config") or config).get("max_position_embeddings") or _CONTEXT
     lines.append(f"PARAMETER num_ctx {min(longest, _CONTEXT)}")
     lines.append(f"PARAMETER temperature {generation.get('temperature') or _TEMPERATURE:g}")
-    return Modelfile("\n".join(lines) + "\n", missing, tuple(notes))
+    return Modelfile("\n".join(lines) + "\n", missing, (*notes, *lost))
 
 
 def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tuple[TurnTexts, list[str]]:
@@ -181,6 +184,11 @@ def _texts_between(prompt: RenderPrompt, roles: str) -> list[str]:
             + (" (the system text)" if roles.startswith("s") else "")
         )
     return re.split("|".join(map(re.escape, placeholders)), text)
+
+
+def _holds(text: str) -> bool:
+    """Whether Ollama reads the text back: three quotes would end it early, and what is not printable is dropped."""
+    return '"""' not in text and all(letter.isprintable() or letter in "\t\r\n" for letter in text)
 
 
 def _quoted(text: str) -> str:
