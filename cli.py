@@ -12,7 +12,7 @@ from typing import Any
 from common.commands.arguments import Parser, joined, unknown
 from common.context import Context
 from common.display import Display, shown
-from common.errors import PROGRAM, UserError, os_fault
+from common.errors import PROGRAM, UserError, first_line, masked, os_fault
 from common.options import nearest
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export it as a Q4 GGUF."
@@ -97,7 +97,7 @@ class _ShownRecord(logging.LogRecord):
     """A library's log line, which may quote a stranger's file."""
 
     def getMessage(self) -> str:
-        return shown(super().getMessage())
+        return shown(masked(super().getMessage()))
 
 
 def _show_all() -> None:
@@ -130,8 +130,8 @@ def _report(error: BaseException) -> int:
     if isinstance(fault, UserError):
         what, fix = fault.what, fault.fix
     else:
-        first = (str(error).strip() or "no message").splitlines()[0]
-        what, fix = f"this is a bug: {type(error).__name__}: {first}", "Report it. TWINTUNE_TRACEBACK=1 shows where."
+        what = f"this is a bug: {type(error).__name__}: {first_line(error)}"
+        fix = "Report it. TWINTUNE_TRACEBACK=1 shows where."
     _complain(f"error: {what}\nfix:   {fix}")
     if os.environ.get("TWINTUNE_TRACEBACK"):
         raise error

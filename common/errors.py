@@ -1,6 +1,7 @@
-"""The one exception a user ever sees, and how commands are named to users."""
+"""The one exception a user ever sees, and what may be shown of others."""
 
 import errno
+import re
 import sys
 from pathlib import Path
 
@@ -23,12 +24,25 @@ class UserError(Exception):
         self.fix = fix
 
 
+def masked(text: str) -> str:
+    """`text` without the hub's token and without the user and password of a URL, such as a proxy's or a mirror's."""
+    hub = sys.modules.get("huggingface_hub")  # a token of which nobody has asked is in no text
+    token = hub.get_token() if hub else None
+    text = text.replace(token, "***") if token else text
+    return re.sub(r"(?<=://)[^/\s]*@", "***@", text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the kind of error where it has none; masked."""
+    return masked((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file allowed
 
 
 def os_fault(error: OSError, afterwards: str) -> UserError:
     """What the system refused, with the file's name. afterwards: what to do when the cause is gone."""
-    reason = error.strerror or str(error)
+    reason = error.strerror or first_line(error)
     first = "Free space on that disk" if error.errno in _FULL else "Look at that path"
     return UserError(f"{reason}: {error.filename or 'no file is named'}", f"{first}, then {afterwards}")
 
@@ -36,6 +50,6 @@ def os_fault(error: OSError, afterwards: str) -> UserError:
 def device_fault(error: Exception) -> UserError:
     """For a device that failed, and not for want of memory."""
     return UserError(
-        f"The device failed: {str(error).splitlines()[0]}",
+        f"The device failed: {first_line(error)}",
         "A run continues with --resume RUN; where it fails again, with a lower --memory-limit.",
     )

@@ -14,7 +14,7 @@ from common.data.encode import Encoder, load_tokenizer, masking_of
 from common.data.formats import KNOWN, PARTS, clashing, read_row
 from common.data.messages import Fault, LeftOut
 from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.options import Options
 from common.recipe import Recipe
 from common.run_record import Run
@@ -215,9 +215,8 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
     try:
         found = datasets.load_dataset(name, config, revision=revision, split=split)
     except Exception as error:  # the library lets through its own errors, the hub's and the HTTP client's
-        first = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"--data {source}: no such file or folder, and the hub's data set cannot be loaded: {first}",
+            f"--data {source}: no such file or folder, and the hub's data set cannot be loaded: {first_line(error)}",
             f"Check spelling and network; for a private one `hf auth login`. The form is {_HUB_FORM}.",
         ) from None
     if split:

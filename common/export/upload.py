@@ -7,11 +7,10 @@ requests; it goes nowhere else.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.display import Display, gigabytes
 from common.documents import read_json
-from common.errors import UserError
+from common.errors import UserError, first_line, masked
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import Terms, is_hub_name
@@ -133,7 +132,7 @@ def check_push(repo: str, private: bool, display: Display) -> str:
         who = HfApi().whoami()
     except Exception as error:  # the hub's library lets its HTTP client's errors through
         raise UserError(
-            f"push to {repo}: the hub does not accept your token: {_first_line(error)}",
+            f"push to {repo}: the hub does not accept your token: {first_line(error)}",
             f"{_LOGIN} Or leave the upload for later: python cli.py push RUN {repo}",
         ) from None
     owner, _, name = repo.rpartition("/")
@@ -158,14 +157,5 @@ def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
         additions = [CommitOperationAdd(file.target, file.source) for file in files]
         api.create_commit(repo, additions, commit_message="Fine-tuned by Twintune")
     except Exception as error:  # as above
-        raise UserError(f"the upload to {repo} failed: {_first_line(error)}", again) from None
-    return str(made)
-
-
-def _first_line(error: Exception) -> str:
-    """The error's first line; the token, should it occur there, is masked."""
-    from huggingface_hub import get_token
-
-    text = (str(error).strip() or type(error).__name__).split("\n")[0]
-    token: Any = get_token()
-    return text.replace(token, "***") if token else text
+        raise UserError(f"the upload to {repo} failed: {first_line(error)}", again) from None
+    return masked(str(made))

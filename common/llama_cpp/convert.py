@@ -94,7 +94,7 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
                 check_convertible(folder)
             else:
                 sentencepiece.write(clean)
-        command = [sys.executable, str(llama.converter), str(clean), "--model-name", name, "--outtype", "bf16"]
+        command = [sys.executable, str(llama.converter), str(clean), f"--model-name={name}", "--outtype", "bf16"]
         command += [*(["--mmproj"] if mmproj else []), "--outfile", OUT]
         remedy = (
             f"The model in {folder} is complete. A newer llama.cpp may know its architecture: --llama-cpp DIR, then "
@@ -122,7 +122,7 @@ def quantize(
 
 def estimated_bpw(source: Path, quant: str, llama: LlamaCpp) -> float | None:
     """Bits per weight that `quant` would take, by llama-quantize's dry run; None where an older one has no such run."""
-    code, tail = capture([str(llama.quantize), "--dry-run", str(source), quant], 120)
+    code, tail = capture([str(llama.quantize), "--dry-run", str(source.absolute()), quant], 120)
     match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
     return float(match[1]) if code == 0 and match else None
 

@@ -91,15 +91,19 @@ def test_the_converter_sees_a_scrubbed_folder_and_no_token(tmp_path: Path, monke
     converter.write_text(
         "import json, os, sys\nfolder, out = sys.argv[1], sys.argv[sys.argv.index('--outfile') + 1]\n"
         "config = open(folder + '/config.json').read()\n"
-        "seen = {'files': os.listdir(folder), 'env': dict(os.environ), 'config': config}\n"
+        "seen = {'files': os.listdir(folder), 'env': dict(os.environ), 'config': config, 'argv': sys.argv[1:]}\n"
         f"open({str(seen)!r}, 'w').write(json.dumps(seen))\nopen(out, 'w').write('x')\n"
     )
     llama = LlamaCpp(converter, tmp_path, tmp_path, "test", "1")
-    convert(folder, tmp_path / "m.gguf", "m", llama, silent)
+    convert(folder, tmp_path / "m.gguf", "-evil", llama, silent)
     found = json.loads(seen.read_text())
     assert not [name for name in found["files"] if name.endswith(".py")]
     assert "auto_map" not in found["config"]
     assert "hf_secret" not in str(found["env"])
+    # no name is taken for an option
+    assert "--model-name=-evil" in found["argv"]
+    plain = [word for word in found["argv"] if not word.startswith("--") and word != "bf16"]
+    assert [word for word in plain if not Path(word).is_absolute()] == []
 
 
 def test_the_tools_environment_has_no_token(monkeypatch: pytest.MonkeyPatch) -> None:

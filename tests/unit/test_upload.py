@@ -230,3 +230,14 @@ def test_a_name_that_the_license_does_not_want_is_told(run: Path, push: Push) ->
     warning = "warning: the base's license asks that a derived model's name begin with 'Llama'; me/pip's does not"
     assert warning in " ".join(push("me/pip", "--dry-run").stdout.split())
     assert "warning" not in push("me/Llama-3.2-pip", "--dry-run").stdout
+
+
+@pytest.mark.parametrize("fail", ["/api/whoami", "/api/repos/create", "/commit/", "nothing"])
+def test_credentials_in_the_hubs_address_are_not_shown(
+    hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch, fail: str
+) -> None:
+    hub.fail, hub.url = fail, hub.url.replace("http://", "http://someone:hush-hush@")
+    done = push("me/model")
+    assert done.returncode == (fail != "nothing")
+    assert "hush-hush" not in done.stdout + done.stderr
+    assert "someone" not in done.stdout + done.stderr
