@@ -1,5 +1,6 @@
 """Who may write into a run folder: one process at a time, and only inside of it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,10 @@ def refuse_links(run: Path) -> None:
 
     A run may be a stranger's: what is written there, under a name that is known beforehand, must not land elsewhere.
     """
-    inside = run.resolve()
-    strays = [
-        path for path in sorted(run.rglob("*")) if path.is_symlink() and not path.resolve().is_relative_to(inside)
-    ]
-    if strays:
-        shown = ", ".join(f"{path.relative_to(run)} to {path.resolve()}" for path in strays)
+    inside, links = run.resolve(), [path for path in sorted(run.rglob("*")) if path.is_symlink()]
+    targets = {path: Path(os.path.realpath(path)) for path in links}  # unlike resolve, it takes a link to itself
+    if strays := {path: target for path, target in targets.items() if not target.is_relative_to(inside)}:
+        shown = ", ".join(f"{path.relative_to(run)} to {target}" for path, target in strays.items())
         raise UserError(
             f"{run}: links in it lead out of the folder: {shown}.",
             "Remove them; where you trust one, replace it by the file itself.",

@@ -15,6 +15,7 @@ from common.documents import read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
 from common.recipe import SINCE_2, VERSION, Plan, Recipe
+from common.verify_record import VerifyRecord
 
 
 class _Record(BaseModel):
@@ -53,16 +54,6 @@ class ExportRecord(_Record):
     mlx: dict[str, Any] | None = None
     sample: dict[str, Any] | None = None  # a prompt and the tuned model's answer
     stages: dict[str, dict[str, int]] = {}  # bytes of memory and disk, by stage
-
-
-class VerifyRecord(_Record):
-    """What `verify` found."""
-
-    verdict: str = ""
-    checks: list[dict[str, Any]] = []
-    divergence: dict[str, dict[str, Any]] = {}  # by what was compared
-    rows: int = 0
-    held_out: bool = False
 
 
 class BaseRecord(_Record):

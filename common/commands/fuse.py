@@ -22,7 +22,7 @@ from common.export.job import ExportJob
 from common.export.mlx import write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
-from common.export.upload import check_push, push
+from common.export.upload import Upload, check_push, push
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.mlx_quantized import quantized_source
@@ -45,7 +45,7 @@ def fuse_run(run: Path, options: dict[str, Any], context: Context) -> None:
     with held(run):
         merged = _fuse_held(Run(run), options, context)
     if merged.push:
-        push(run, merged.push, None, not merged.push_public, False, context.display)
+        push(run, merged.push, Upload(private=not merged.push_public), context.display)
 
 
 def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
@@ -174,8 +174,7 @@ def _write_documents(job: ExportJob, terms: Terms) -> None:
     for part in {*parts, "gguf", "mlx"}:
         if (job.run.path / part).is_dir():
             copy_terms(job.base.path, job.run.path / part, terms)
-    if "fused" in parts:
-        write_card(job.run, job.run.fused / "README.md", parts)
+    write_card(job.run)
 
 
 def _verified(job: ExportJob, meter: StageMeter) -> bool:
@@ -187,6 +186,7 @@ def _verified(job: ExportJob, meter: StageMeter) -> bool:
             return True
         with meter.stage("verify", run.gguf / "none"):
             checks = verify_held(run, job.base, job.adapter, job.context, bf16_gguf)
+        write_card(run)  # again, with the verdict
         return verdict(checks) != "broken"
     finally:
         if str(bf16_gguf.relative_to(run.path)) not in [gguf.file for gguf in run.record.export.gguf]:

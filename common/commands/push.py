@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.context import Context
 from common.export.model_card import PARTS
-from common.export.upload import push
+from common.export.upload import Upload, push
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--public", action="store_true", help="make a new repository public; it is private by default")
     parser.add_argument(
+        "--anyway", action="store_true", help="upload also a run that `verify` calls broken; its card says so"
+    )
+    parser.add_argument(
         "--dry-run", "--dry_run", action="store_true", help="list every file with its size and target; upload nothing"
     )
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
-    push(args.run, args.repo, args.what, not args.public, args.dry_run, context.display)
+    asked = Upload(tuple(args.what), not args.public, args.dry_run, args.anyway)
+    push(args.run, args.repo, asked, context.display)

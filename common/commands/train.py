@@ -16,7 +16,7 @@ from common.display import Display, gigabytes
 from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
-from common.export.upload import push
+from common.export.upload import Upload, push
 from common.files import atomic_write, sweep
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.models import adapter_files as adapters
@@ -87,7 +87,7 @@ def run_training(options: Options, context: Context) -> Path:
                 raise os_fault(error, f"export again: {PROGRAM} fuse {job.run}") from None
             raise
     if job.options.push:
-        push(job.run.path, job.options.push, None, not job.options.push_public, False, display)
+        push(job.run.path, job.options.push, Upload(private=not job.options.push_public), display)
     return job.run.path
 
 

@@ -14,6 +14,7 @@ from common.models.license import Terms, is_hub_name
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
 from common.run_record import Run, RunRecord
+from common.verify_record import COMPARED, VerifyRecord
 
 PARTS = ("fused", "adapter", "gguf")
 _SHAPE = ("rank", "alpha", "rslora", "dropout", "layers", "rank_pattern", "alpha_pattern", "lora_plus", "targets")
@@ -39,9 +40,12 @@ def parts_of(run: Run) -> list[str]:
     return [part for part in PARTS if complete.get(part, (run.path / part).is_dir())]
 
 
-def write_card(run: Run, path: Path, parts: list[str]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(card(run, parts), encoding="utf-8")
+def write_card(run: Run) -> None:
+    """Write the card of all that the run holds into its fused folder, where it has one."""
+    parts = parts_of(run)
+    if "fused" in parts and run.record.base is not None:
+        with atomic_write(run.fused / "README.md") as temporary:
+            temporary.write_text(card(run, parts), encoding="utf-8")
 
 
 def card(run: Run, parts: list[str]) -> str:
@@ -60,6 +64,7 @@ def card(run: Run, parts: list[str]) -> str:
         "## Data\n\n" + _data(record, recipe, data),
         "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(record, recipe).items()}),
         "## Figures\n\n" + _table(_figures(run, record)),
+        "## Verification\n\n" + _verification(record.verify),
         "## Files\n\n" + _files(record, parts),
         "## How to run it\n\n" + _usage(record, parts, base),
         "## License\n\n" + _license(terms, base),
@@ -158,6 +163,31 @@ def _figures(run: Run, record: RunRecord) -> dict[str, str]:
         "backend": f"{plan.backend} on {plan.device}",
     }
     return {name: text for name, text in rows.items() if text}
+
+
+_VERDICTS = {
+    "sound": "sound. What llama.cpp runs is what was trained.",
+    "sound with remarks": "sound with remarks. What llama.cpp runs is what was trained, as far as the remarks allow.",
+    "broken": "broken. What llama.cpp runs is NOT what was trained.",
+}
+
+
+def _verification(found: VerifyRecord | None) -> str:
+    """The verdict and its figures; never a check's text, which may quote rows."""
+    if found is None or found.verdict not in _VERDICTS:
+        return "Not verified: these files have not been compared with what was trained."
+    lines = [f"Verdict: {_VERDICTS[found.verdict]}"]
+    if remarks := [f"`{check.get('name')}`" for check in found.checks if check.get("state") != "ok"]:
+        lines.append(f"Remarks or faults: {', '.join(remarks)}.")
+    if found.divergence:
+        kind = "validation" if found.held_out else "training"
+        lines.append(f"Next-token distributions compared on {found.rows} {kind} rows:")
+    rows = ["| | against | mean KL | p99 KL | top-1 agreement |", "| --- | --- | --- | --- | --- |"]
+    for name, link in found.divergence.items():
+        figures = zip((link.mean_kl, link.p99_kl, link.same_top), (".5f", ".4f", ".1%"), strict=True)
+        cells = ["not finite" if value is None else format(value, form) for value, form in figures]
+        rows.append(f"| {' | '.join([*COMPARED.get(name, (name, 'BF16 GGUF')), *cells])} |")
+    return " ".join(lines) + ("\n\n" + "\n".join(rows) if found.divergence else "")
 
 
 def _files(record: RunRecord, parts: list[str]) -> str:

@@ -5,6 +5,7 @@ requests; it goes nowhere else.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from common.errors import UserError, first_line, masked
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import Terms, is_hub_name
-from common.run_lock import held
+from common.run_lock import held, refuse_links
 from common.run_record import Run
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
@@ -33,43 +34,69 @@ class File:
         return len(self.source) if isinstance(self.source, bytes) else self.source.stat().st_size
 
 
-def push(run: Path, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
-    """Upload those PARTS of a finished run that `what` names; all that it has when empty.
+@dataclass(frozen=True)
+class Upload:
+    """What is asked of `push`. what: those of PARTS to upload, all that there are where it is empty."""
 
-    Raises UserError. The run itself is never changed by a failure, and the same command tries again.
+    what: tuple[str, ...] = ()
+    private: bool = True  # where the repository is new
+    dry_run: bool = False
+    anyway: bool = False  # whatever the verdict
+
+
+def push(run: Path, repo: str, asked: Upload, display: Display) -> None:
+    """Upload a finished run, or parts of it.
+
+    Raises UserError, also where the run's verdict is broken. The run itself is never changed by a failure, and the same
+    command tries again.
     """
-    Run(run).require_complete()
-    with held(run):
-        _push_held(Run(run), repo, what, private, dry_run, display)
-
-
-def _push_held(run: Run, repo: str, what: list[str] | None, private: bool, dry_run: bool, display: Display) -> None:
-    base = run.record.base
-    if base is None:
-        raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
-    files = files_of(run, what or [])
-    if dry_run:
+    found = Run(run)
+    found.require_complete()
+    if asked.dry_run:  # nothing is written: the folder may be read-only, or in use
+        refuse_links(run)
+        files = _checked_files(found, asked)
         check_name(repo)
-    else:
-        repo = check_push(repo, private, display)
-    begins = Terms(**base.terms).begins
+        _show(found, files, repo, asked, display)
+        kind = "private" if asked.private else "public"
+        display.say(f"dry run: nothing was sent. {repo} would be created, {kind}, if it does not exist.")
+        return
+    with held(run):
+        files = _checked_files(found, asked)
+        repo = check_push(repo, asked.private, display)
+        total = _show(found, files, repo, asked, display)
+        options = f"{'' if asked.private else ' --public'}{' --anyway' if asked.anyway else ''}"
+        again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{options}"
+        with display.stage(f"upload {total} to {repo}"):
+            url = _upload(files, repo, asked.private, again)
+        found.update(pushed={"repo": repo, "files": [file.target for file in files]})
+        display.say(f"uploaded: {url}")
+
+
+def _checked_files(run: Run, asked: Upload) -> list[File]:
+    record = run.record
+    if record.base is None:
+        raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
+    if record.verify and record.verify.verdict == "broken" and not asked.anyway:
+        raise UserError(
+            f"{run}: `verify` calls it broken: what llama.cpp runs is not what was trained.",
+            f"See why: python cli.py verify {run}; or add --anyway: the card then says so.",
+        )
+    return files_of(run, asked.what)
+
+
+def _show(run: Run, files: list[File], repo: str, asked: Upload, display: Display) -> str:
+    """List the files; their size in all."""
+    base = run.record.base
+    begins = Terms(**base.terms).begins if base else ""
     if begins and not repo.rpartition("/")[2].lower().startswith(begins.lower().replace(" ", "-")):
         display.warn(f"the base's license asks that a derived model's name begin with {begins!r}; {repo}'s does not")
     total = gigabytes(sum(file.size for file in files))
     rows = [[file.target, f"{file.size:,}"] for file in files]
-    kind = "private" if private else "public"
     display.table(f"{len(files)} files, {total}, for the model repository {repo}", ["file", "bytes"], rows)
-    if dry_run:
-        display.say(f"dry run: nothing was sent. {repo} would be created, {kind}, if it does not exist.")
-        return
-    again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{'' if private else ' --public'}"
-    with display.stage(f"upload {total} to {repo}"):
-        url = _upload(files, repo, private, again)
-    run.update(pushed={"repo": repo, "files": [file.target for file in files]})
-    display.say(f"uploaded: {url}")
+    return total
 
 
-def files_of(run: Run, what: list[str]) -> list[File]:
+def files_of(run: Run, what: Collection[str]) -> list[File]:
     """The run's files to upload, chosen by name: never checkpoints, metrics, run.json or other files."""
     present = parts_of(run)
     parts = [part for part in PARTS if part in what] if what else present

@@ -25,11 +25,12 @@ from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.run_lock import held
-from common.run_record import Run, VerifyRecord
+from common.run_record import Run
 from common.verify.cases import cases_of
 from common.verify.divergence import Divergence, LogitsAt, Positions, Reference, choose_positions
 from common.verify.judge import judge_fused, judge_quants, verdict
 from common.verify.server_checks import Check, VerifyInput, server_checks
+from common.verify_record import COMPARED, DivergenceRecord, VerifyRecord
 
 
 def verify_run(run: Path, context: Context) -> list[Check]:
@@ -124,7 +125,7 @@ def _verify(given: VerifyInput, context: Context) -> list[Check]:
         verify=VerifyRecord(
             verdict=verdict(checks),
             checks=[asdict(check) for check in checks],
-            divergence={name: asdict(link) for name, link in links.items()},
+            divergence={name: DivergenceRecord(**asdict(link)) for name, link in links.items()},
             rows=len(at.ids),
             held_out=given.cases.held_out,
         )
@@ -217,8 +218,6 @@ def _full_weights(given: VerifyInput) -> Check:
 
 
 def _show(given: VerifyInput, checks: list[Check], links: dict[str, Divergence], display: Display) -> None:
-    names = {"base": "base, untuned", "fused": "fused", "BF16": "BF16 GGUF"}
-    against = {"base": "tuned", "fused": "tuned", "BF16": "fused"}
     if links:
         display.table(
             f"{next(iter(links.values())).positions} label tokens of {len(given.cases.rows)} "
@@ -226,8 +225,7 @@ def _show(given: VerifyInput, checks: list[Check], links: dict[str, Divergence],
             ["", "against", "mean KL", "p99 KL", "top-1 agreement", "perplexity"],
             [
                 [
-                    names.get(name, name),
-                    against.get(name, "BF16 GGUF"),
+                    *COMPARED.get(name, (name, "BF16 GGUF")),
                     f"{link.mean_kl:.5f}",
                     f"{link.p99_kl:.4f}",
                     f"{link.same_top:.1%}",

@@ -1,5 +1,7 @@
 """The model card and the terms it carries over."""
 
+import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import yaml
 
 from common import files
 from common.export import model_card
-from common.export.model_card import base_form, parts_of
+from common.export.model_card import base_form, parts_of, write_card
 from common.model_files import license_files
 from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
 from common.run_record import Run
@@ -99,6 +101,41 @@ def test_a_quantized_base_is_told(tmp_path: Path) -> None:
     assert "had been quantized to 4 bits (Q4_1)" in base_form(folder, "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert base_form(tmp_path / "snapshots", "HuggingFaceTB/SmolLM2-135M-Instruct") == ""
     assert "GGUF" in base_form(folder, "/home/x/y.gguf")
+
+
+def test_the_verdict_and_its_figures(tmp_path: Path) -> None:
+    run = Run(finished_run(tmp_path / "run"))
+    assert "## Verification\n\nNot verified: these files have not been compared with what was trained." in card(
+        run.path, ALL
+    )
+    link = {"mean_kl": 0.012345, "p99_kl": 0.1, "same_top": 0.987}
+    found = {
+        "verdict": "sound with remarks",
+        "checks": [{"name": "Q4_K_M", "state": "note", "text": "a row's words"}, {"name": "stop", "state": "ok"}],
+        "divergence": {"base": link, "fused": link | {"mean_kl": math.nan}, "Q4_K_M": link},
+        "rows": 3,
+        "held_out": True,
+    }
+    run.update(verify=found)
+    text = card(run.path, ALL)
+    assert "Verdict: sound with remarks." in text
+    assert "Remarks or faults: `Q4_K_M`. Next-token distributions compared on 3 validation rows:" in text
+    assert "| base, untuned | tuned | 0.01235 | 0.1000 | 98.7% |" in text
+    assert "| fused | tuned | not finite | 0.1000 | 98.7% |" in text
+    assert "| Q4_K_M | BF16 GGUF | 0.01235 | 0.1000 | 98.7% |" in text
+    assert "a row's words" not in text
+    run.update(verify=found | {"verdict": "the best [model](http://x) of all"})
+    assert "the best" not in card(run.path, ALL)
+
+
+def test_the_fused_folders_card_is_written_again_where_there_is_one(tmp_path: Path) -> None:
+    run = Run(finished_run(tmp_path / "run"))
+    run.update(verify={"verdict": "sound"})
+    write_card(run)
+    assert "Verdict: sound." in (run.fused / "README.md").read_text()
+    shutil.rmtree(run.fused)
+    write_card(run)
+    assert not run.fused.exists()
 
 
 def test_parts_are_those_that_are_whole(tmp_path: Path) -> None:

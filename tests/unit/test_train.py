@@ -23,7 +23,7 @@ from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
 from common.export.budget import estimate_stages
-from common.export.upload import push
+from common.export.upload import Upload, push
 from common.models.adapter_files import read_mlx, read_peft, read_trained
 from common.options import Options
 from common.run_lock import held
@@ -626,7 +626,7 @@ def test_a_run_that_is_held_is_not_worked_on(given: dict[str, Any], attempt: str
     attempts: dict[str, Callable[[], Any]] = {
         "fuse": lambda: fuse_run(folder, {}, context(create=Bigram)),
         "verify": lambda: verify_run(folder, context(create=Bigram)),
-        "push": lambda: push(folder, "me/pip", None, True, True, Display("quiet")),
+        "push": lambda: push(folder, "me/pip", Upload(), Display("quiet")),
     }
     before = files_of(folder)
     with held(folder), pytest.raises(UserError, match="is being trained, exported or verified by another process"):
@@ -784,7 +784,7 @@ def test_a_failed_upload_loses_nothing(given: dict[str, Any], hub: Hub) -> None:
     assert json.loads((folder / "run.json").read_text())["status"] == "complete"
     assert (folder / "fused" / "model.safetensors").exists()
     hub.fail = ""
-    push(folder, "me/pip", None, True, False, Display("quiet"))
+    push(folder, "me/pip", Upload(), Display("quiet"))
     assert len(hub.commits) == 1
 
 

@@ -13,6 +13,7 @@ import cli
 from common.export.upload import files_of
 from common.models.license import KNOWN
 from common.options import Options
+from common.run_lock import held
 from common.run_record import Run
 from tests import ROOT
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
@@ -241,3 +242,48 @@ def test_credentials_in_the_hubs_address_are_not_shown(
     assert done.returncode == (fail != "nothing")
     assert "hush-hush" not in done.stdout + done.stderr
     assert "someone" not in done.stdout + done.stderr
+
+
+BROKEN = {"verdict": "broken", "checks": [{"name": "prompt", "state": "broken", "text": "a row's words"}], "rows": 3}
+
+
+def test_a_broken_run_is_uploaded_only_on_demand(hub: Hub, run: Path, push: Push) -> None:
+    Run(run).update(verify=BROKEN)
+    for dry in (["--dry-run"], []):
+        done = push("me/model", *dry)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {run}: `verify` calls it broken: what llama.cpp runs is not what was")
+        assert "or add --anyway" in done.stderr
+    assert hub.asked == []
+    assert push("me/model", "--anyway").returncode == 0
+    card = hub.commits[0]["README.md"].decode()
+    assert "Verdict: broken. What llama.cpp runs is NOT what was trained." in card
+    assert "a row's words" not in card
+
+
+def test_a_dry_run_writes_nothing_and_waits_for_nobody(run: Path, push: Push) -> None:
+    """The folder may be read-only: to hold it would need a file in it."""
+    assert push("me/model", "--dry-run").returncode == 0
+    assert not (run / ".lock").exists()
+    with held(run):
+        assert push("me/model", "--dry-run").returncode == 0
+        assert push("me/model").returncode == 1
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []], ids=str)
+@pytest.mark.parametrize("name", ["gguf/Modelfile", "fused/LICENSE", "fused/model.safetensors", "adapter"])
+def test_a_link_out_of_the_run_is_never_followed(
+    hub: Hub, run: Path, push: Push, name: str, options: list[str]
+) -> None:
+    secret = run.parent / "secret"
+    (run / name).rename(secret)
+    (run / name).symlink_to(secret)
+    done = push("me/model", *options)
+    assert (done.returncode, done.stdout, hub.asked) == (1, "", [])
+    assert f"links in it lead out of the folder: {name} to {secret}" in done.stderr
+
+
+def test_a_link_to_itself_is_no_crash(run: Path, push: Push) -> None:
+    (run / "fused" / "LICENSE.txt").symlink_to("LICENSE.txt")
+    assert "Traceback" not in (done := push("me/model", "--dry-run")).stderr
+    assert "this is a bug" not in done.stderr
