@@ -19,7 +19,7 @@ from rich.text import Text
 
 from common import strict_json
 from common.backend import Memory, Progress
-from common.errors import UserError
+from common.errors import UserError, masked
 
 Mode = Literal["rich", "plain", "json", "quiet"]
 Styled = str | tuple[str, str]  # a text, or a text and its style
@@ -130,7 +130,8 @@ class Display:
         try:
             yield
         except Exception as error:  # whatever it is: what was made before it is complete
-            self.warn(f"{what}: {error.what if isinstance(error, UserError) else f'{type(error).__name__}: {error}'}")
+            why = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {masked(str(error))}"
+            self.warn(f"{what}: {why}")
 
     def stopping(self) -> None:
         """Say that a stop signal has come. A signal handler calls this: it may wait for no lock and use no buffer."""

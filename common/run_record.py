@@ -3,6 +3,7 @@
 Only this module opens run.json, recipe.yaml and plan.yaml.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,7 +128,8 @@ class Run:
     path: Path
 
     def __str__(self) -> str:
-        return str(self.path)
+        """The path as it may stand in a command that is copied into a shell: a stranger may have named the folder."""
+        return shlex.quote(str(self.path))
 
     @property
     def record_file(self) -> Path:

@@ -125,7 +125,7 @@ def export_run(job: ExportJob) -> None:
         run.update_export(stages=run.record.export.stages | meter.record())
     record_seconds(run, job.seconds)
     meter.show(display)
-    display.event("done", run=str(run), stage_seconds=job.seconds)
+    display.event("done", run=str(run.path), stage_seconds=job.seconds)
     if display.mode in ("rich", "plain"):
         _show_summary(run.record, job.seconds, display)
         display.say(f"The run is in {run}")

@@ -65,7 +65,7 @@ def push(run: Path, repo: str, asked: Upload, display: Display) -> None:
         repo = check_push(repo, asked.private, display)
         total = _show(found, files, repo, asked, display)
         options = f"{'' if asked.private else ' --public'}{' --anyway' if asked.anyway else ''}"
-        again = f"The run in {run} is complete. Try again: python cli.py push {run} {repo}{options}"
+        again = f"The run in {found} is complete. Try again: python cli.py push {found} {repo}{options}"
         with display.stage(f"upload {total} to {repo}"):
             url = _upload(files, repo, asked.private, again)
         found.update(pushed={"repo": repo, "files": [file.target for file in files]})

@@ -221,3 +221,11 @@ def test_numbers_that_are_not_finite_are_null_on_record(tmp_path: Path, capsys: 
     assert strict["verify"] == {"kl": None, "all": [1.0, None, [2, None]]}
     Display("json").event("x", kl=float("nan"))
     assert capsys.readouterr().out == '{"event": "x", "kl": null}\n'
+
+
+def test_a_name_can_be_pasted_into_a_shell_with_its_command(tmp_path: Path) -> None:
+    run = Run(write_run(tmp_path / "run;touch marker", status="training"))
+    with pytest.raises(UserError) as caught:
+        run.require_complete()
+    assert caught.value.fix.endswith(f"train --resume '{run.path}'")
+    assert str(Run(Path("runs/mac"))) == "runs/mac"
