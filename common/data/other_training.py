@@ -36,7 +36,8 @@ def _mark(row: Row) -> str | None:
     """The column that calls the row's answer good or bad: LLaMA-Factory's, or TRL's beside an answer."""
     if row.get("kto_tag") not in (None, ""):
         return "kto_tag"
-    label, answered = row.get("label"), row.get("messages") or {"prompt", "completion"} <= row.keys()
+    answered = row.get("messages") or row.get("conversations") or {"prompt", "completion"} <= row.keys()
+    label = row.get("label")
     switch = isinstance(label, bool) or (isinstance(label, str) and label.lower() in ("true", "false"))
     return "label" if switch and answered else None
 

@@ -60,16 +60,15 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
 
 
 def control_tokens(rows: list[Example], template: ChatTemplate | None) -> QualityWarning | None:
-    """The rows with control tokens of the model in a prompt's text, which the model reads as such; None without any."""
+    """The rows with control tokens of the model in their turns' text, which it reads as such; None without any."""
     if template is None:
         return None
     tokens, sources = dict[str, None](), []
     for row in rows:
-        texts = [message["content"] for message in row.messages if message["role"] != "assistant"]
-        if found := [token for text in texts for token in template.special.findall(text)]:
+        if found := [token for message in row.messages for token in template.special.findall(message["content"])]:
             tokens |= dict.fromkeys(found)
             sources.append(row.source)
-    what = f"rows with control tokens in a prompt's text, read as such ({', '.join(list(tokens)[:3])})"
+    what = f"rows with control tokens in their text, read as such ({', '.join(list(tokens)[:3])})"
     return QualityWarning(what, sources) if sources else None
 
 

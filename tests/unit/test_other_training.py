@@ -53,6 +53,8 @@ MARKED = "marks its answer as good or bad (`{}`: a row for KTO); to train on eve
             "is a preference row (`preferred_output` and `non_preferred_output`: ",
         ),
         (chat("Hi", "Yo") | {"kto_tag": False}, MARKED.format("kto_tag", "messages=messages")),
+        (chat("Hi", "Yo") | {"label": True}, MARKED.format("label", "messages=messages")),
+        ({"conversations": TURNS, "label": False}, MARKED.format("label", "conversations=conversations")),
         ({"instruction": "Hi", "output": "Yo", "kto_tag": True}, MARKED.format("kto_tag", "completion=output")),
         ({"prompt": "Hi", "completion": "Yo", "label": False}, MARKED.format("label", "completion=completion")),
         ({"prompt": "Hi", "completion": "Yo", "label": "True"}, MARKED.format("label", "completion=completion")),
