@@ -111,7 +111,7 @@ def explain_row(examples: list[Example], number: int, encoder: Encoder, display:
         text = encoder.tokenizer.decode([token])
         shown = repr(text)[1:-1] if "\ufffd" not in text else piece  # part of a letter: as the vocabulary writes it
         style = "black on green" if row.mask[at] else ""
-        lines.append([str(at), str(token), (shown, style), "label" if row.mask[at] else "", reason])
+        lines.append([str(at), str(token), (shown, style), _label(float(row.loss_weights[at])), reason])
     display.table(
         f"{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels",
         ["", "id", "text", "", "why"],
@@ -119,6 +119,10 @@ def explain_row(examples: list[Example], number: int, encoder: Encoder, display:
     )
     for note in row.notes:
         display.say(note)
+
+
+def _label(weight: float) -> str:
+    return "" if weight == 0 else "label" if weight == 1 else f"label, weight {weight:g}"
 
 
 def explain(example: Example, encoder: Encoder) -> list[str]:

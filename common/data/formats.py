@@ -1,6 +1,6 @@
 """The formats that rows come in, recognized by their columns: each row becomes an Example, or a Fault says why not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.data.dataset import Example
@@ -12,7 +12,7 @@ from common.data.messages import (
     Untrained,
     check_characters,
     conversation,
-    is_trained,
+    loss_weight,
     message_of,
     parsed,
     read_tool,
@@ -94,7 +94,7 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         raise Fault("is not an object with named fields")
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
-    if not is_trained(row, ""):
+    if not (weight := loss_weight(row, "")):
         raise Untrained("has train: false or weight: 0")
     columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
     if other := other_training(row, columns.fields):
@@ -104,9 +104,9 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
     if found := _read_chat(columns) or _read_pair(columns):
         format, turns, used = found
         used += [columns.name("system"), columns.name("tools")]
-        return format, conversation(head, turns, source, tools), columns.unread(used)
+        return format, replace(conversation(head, turns, source, tools), weight=weight), columns.unread(used)
     if columns.may_be("text") and (name := columns.name("text")):
-        return "plain text", Example((), source, text=_read_text(row, name)), columns.unread([name])
+        return "plain text", Example((), source, text=_read_text(row, name), weight=weight), columns.unread([name])
     if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
         raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")

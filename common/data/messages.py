@@ -22,6 +22,7 @@ _ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
+_LEAST_WEIGHT = 1e-6  # that is not 0; sums of such weights, and of their inverses, are safe in float32
 _SWITCHES = {"": None, "true": True, "false": False}
 
 
@@ -87,17 +88,21 @@ def _turn(turn: Any, number: int) -> Row:
             message["reasoning_content"] = reasoning
             break
     message |= {key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)}
-    if not is_trained(turn, f"turn {number}: "):
-        message["train"] = False
+    weight = loss_weight(turn, f"turn {number}: ")
+    if weight != 1:
+        message |= {"weight": weight} if weight else {"train": False}
     return message
 
 
-def is_trained(given: Row, where: str) -> bool:
-    """Whether a turn, or a row, carries loss by its own `train` and `weight`. Raises Fault."""
+def loss_weight(given: Row, where: str) -> float:
+    """What the losses of a turn, or a row, count by its `train` and `weight`; 0: it is not trained. Raises Fault."""
     weight, train = (_from_csv(given.get(name)) for name in ("weight", "train"))
-    if weight not in (None, 0, 1) or train not in (None, True, False):
-        raise Fault(f"{where}`weight` can be 0 or 1, `train` true or false")
-    return weight not in (0, False) and train not in (0, False)
+    if train not in (None, True, False):
+        raise Fault(f"{where}`train` can be true or false")
+    weight = 1 if weight is None else weight
+    if not isinstance(weight, int | float) or not (weight == 0 or _LEAST_WEIGHT <= weight <= 1 / _LEAST_WEIGHT):
+        raise Fault(f"{where}`weight` can be 0, or a number between 0.000001 and 1000000")
+    return float(weight) if train in (None, True) else 0.0
 
 
 def _from_csv(value: Any) -> Any:

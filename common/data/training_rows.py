@@ -75,6 +75,8 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     _warn_of_bad(rows, display)
     if warning := control_tokens([*rows.data.train, *rows.data.valid, *rows.data.test], rows.encoder.template):
         display.warn(str(warning))
+    if count := sum(row.loss_weights.dtype != bool for part in parts for row in part.every()):
+        display.say(f"{count} rows have labels whose loss weight is not 1")
     if unlabeled := [row for part in parts for row in part.unlabeled]:
         display.warn(f"{len(unlabeled)} rows without a label token are left out: {unlabeled[0].source} ...")
     if not rows.train.every():

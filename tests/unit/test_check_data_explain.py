@@ -58,6 +58,12 @@ def test_the_table_marks_labels(tokenizer: Any, capsys: pytest.CaptureFixture[st
     assert sum("label" in line.split() for line in lines[1:]) == 3
 
 
+def test_the_table_names_weights(tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    row = example(("user", "Hi"), ("assistant", "Yo"), weight=0.25)
+    explain_row([row], 1, Encoder(tokenizer, MaskingOptions()), Display("plain"))
+    assert capsys.readouterr().out.count("label, weight 0.25") == 3
+
+
 @pytest.mark.parametrize("number", [0, 2, -1])
 def test_a_row_that_is_not_there(tokenizer: Any, number: int) -> None:
     with pytest.raises(UserError, match=f"--explain {number}: there are 1 rows"):

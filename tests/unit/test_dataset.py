@@ -191,8 +191,37 @@ def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path)
     data = load_data(str(lines(tmp_path / "a.jsonl", *map(json.dumps, [*rows, untrained]))), 0, 0)
     assert [row.source for row in data.train] == ["a.jsonl:3", "a.jsonl:4"]
     assert data.left_out == {"rows with train: false or weight: 0": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5"]}
-    path = lines(tmp_path / "b.jsonl", json.dumps(row | {"weight": 0.5}))
-    assert fault(path).what.endswith("b.jsonl line 1: `weight` can be 0 or 1, `train` true or false")
+    path = lines(tmp_path / "b.jsonl", json.dumps(row | {"train": 0.5}))
+    assert fault(path).what.endswith("b.jsonl line 1: `train` can be true or false")
+
+
+@pytest.mark.parametrize("weight", ["-1", "NaN", "Infinity", "1e-7", "1e7", "1e400", '"heavy"', "[1]"])
+@pytest.mark.parametrize("place", ["row", "turn 2"])
+def test_a_weight_that_is_no_sound_number_is_refused(tmp_path: Path, weight: str, place: str) -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": "HERE"}]
+    pair = {"prompt": "Hi", "completion": "Yo", "weight": "HERE"}
+    row = json.dumps({"messages": turns} if place == "turn 2" else pair)
+    path = lines(tmp_path / "a.jsonl", row.replace('"HERE"', "1"), row.replace('"HERE"', weight))
+    where = "turn 2: " if place == "turn 2" else ""
+    assert fault(path).what == (
+        f"{path} has 1 bad line(s):\na.jsonl line 2: {where}`weight` can be 0, or a number between 0.000001 and 1000000"
+    )
+
+
+def test_weights_of_rows_and_turns_are_read(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "A", "weight": 0.25},
+        {"role": "assistant", "content": "B", "weight": 0},
+        {"role": "assistant", "content": "C", "weight": 1.0},
+    ]
+    rows = [{"messages": turns}, {"messages": turns, "weight": 2}, {"text": "Hi", "weight": 0.5}]
+    read = read_rows(lines(tmp_path / "a.jsonl", *map(json.dumps, rows)))
+    assert [row.weight for row in read] == [1, 2, 0.5]
+    assert read[0].messages == read[1].messages
+    assert [{key: m[key] for key in ("weight", "train") if key in m} for m in read[0].messages] == [
+        *({}, {"weight": 0.25}, {"train": False}, {}),
+    ]
 
 
 # --- what is held out

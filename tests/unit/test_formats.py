@@ -168,7 +168,7 @@ def test_arguments_as_json_and_sharegpts_function_calls() -> None:
         ({"messages": "[{"}, "`messages` is a text that is not JSON"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "turn 1 holds 'image_url'"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"a": 1}]}]}, "without a function's name"),
-        ({"messages": [{"role": "assistant", "content": "Yo", "weight": 0.5}]}, "`weight` can be 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "Yo", "weight": -0.5}]}, "`weight` can be 0, or a number"),
         ({"messages": [{"role": "assistant", "content": "Yo", "train": False}]}, "no assistant turn that is trained"),
         ({"messages": [{"role": ["user"], "content": "Yo"}]}, "turn 1 has the role ['user']"),
         ({"messages": "[" * 100_000}, "`messages` is a text that is not JSON"),

@@ -146,9 +146,10 @@ def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
 
 def test_a_csv_says_which_rows_are_trained(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("prompt,completion,train,weight\nHi,a,True,\nHi,b,FALSE,1\nHi,c,,0.0\nHi,d,,1\n")
+    path.write_text("prompt,completion,train,weight\nHi,a,True,\nHi,b,FALSE,1\nHi,c,,0.0\nHi,d,,1\nHi,e,true,0.5\n")
     data = load_data(str(path), 0, 0)
-    assert [row.messages[1]["content"] for row in data.train] == ["a", "d"]
+    assert [row.messages[1]["content"] for row in data.train] == ["a", "d", "e"]
+    assert [row.weight for row in data.train] == [1, 1, 0.5]
     assert data.left_out == {"rows with train: false or weight: 0": ["a.csv:3", "a.csv:4"]}
 
 

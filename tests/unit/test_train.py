@@ -233,6 +233,17 @@ def test_where_the_files_lie_does_not_change_the_recipe(given: dict[str, Any], t
     assert ready(given).recipe.hash() == ready(given, model=str(moved), data=str(rows)).recipe.hash()
 
 
+def test_weights_are_said_and_in_the_recipe(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    data = Path(given["data"])
+    plain, lines = ready(given), data.read_text().splitlines()
+    data.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"weight": 0.5}), *lines[1:]]))
+    weighted = prepare(Options.model_validate(given), None, context(mode="plain"))
+    assert "1 rows have labels whose loss weight is not 1" in capsys.readouterr().out
+    rows = [row for row in (*weighted.train, *weighted.valid) if row.loss_weights.dtype != bool]
+    assert [row.loss_weights.max() for row in rows] == [0.5]
+    assert weighted.recipe.rows_hash != plain.recipe.rows_hash
+
+
 def test_whatever_file_changes_a_rows_tokens_changes_the_recipe(given: dict[str, Any], tmp_path: Path) -> None:
     """Here tokenizer_config.json, whose end-of-text token is appended to plain text."""
     Path(given["data"]).write_text('{"text": "ab"}\n{"text": "cd"}\n')
