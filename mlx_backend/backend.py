@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from common.backend import (  # noqa: E402
     Memory,
     ModelInfo,
     OptimizerState,
-    OutOfMemory,
     StepResult,
     weight_sum,
 )
@@ -32,6 +32,7 @@ from common.sampling import Sampler, generate_tokens  # noqa: E402
 from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
+from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
 from mlx_backend.lora import attach, paths, put  # noqa: E402
 from mlx_backend.loss import loss_sum  # noqa: E402
 from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
@@ -53,6 +54,8 @@ class MlxBackend:
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
         self.limits = _set_limits(plan)
+        budget = min(plan.memory_budget, mx.get_memory_limit())
+        self.confirmation = Confirmation(plan.device == "gpu", budget, always=adapter is None)
         try:
             return self._load(recipe, plan, ModelFolder(folder), adapter)
         except BaseException:  # nobody closes what was never loaded
@@ -62,7 +65,7 @@ class MlxBackend:
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
         self.model: Any = load_base(base, _DTYPES[recipe.precision])
         self.names = base.full_names
-        with _memory_errors():
+        with device_errors():
             if recipe.quantization != "none" and not is_quantized(base):
                 quantize(self.model, recipe.quantization)
             self.layers: dict[str, Any] = {}
@@ -72,6 +75,7 @@ class MlxBackend:
             self.apply_plan(plan)
             for _, parameter in tree_flatten(self.model.parameters()):
                 mx.eval(parameter)  # one by one: what a weight is converted from is freed before the next is read
+            self.confirmation.settle([])
         trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
         self.optimizer = Optimizer(self.paths, recipe)
@@ -85,13 +89,16 @@ class MlxBackend:
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
+        self.confirmation.forget_sizes()
         checkpoint_layers(self.model, plan.gradient_checkpointing, self.recipe.dropout > 0)
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self.model.train()
         total_weight = weight_sum(micro_batches)
         total_loss, gradients = mx.array(0.0), None
-        with _memory_errors():
+        kept = self.optimizer.keep(self.model)
+        restore = partial(self.optimizer.restore, self.model, kept)
+        with self.confirmation.undoing(restore):
             for number, batch in enumerate(micro_batches):
                 if self.recipe.dropout:
                     mx.random.seed((self.recipe.seed << 32) + (step << 12) + number)
@@ -100,44 +107,67 @@ class MlxBackend:
                 gradients = part if gradients is None else tree_map(mx.add, gradients, part)
                 total_loss = total_loss + loss
                 mx.async_eval(total_loss, gradients)  # each micro-batch's activations are freed as soon as possible
-        with _memory_errors():
-            norm = self.optimizer.step(self.model, gradients, learning_rate, self.recipe.max_grad_norm)
-        return StepResult.of(micro_batches, total_loss, norm, sum(batch.input_ids.size for batch in micro_batches))
+            norm = self.optimizer.step(self.model, kept, gradients, learning_rate, self.recipe.max_grad_norm)
+            self.confirmation.wait()
+            written = [self.model.trainable_parameters(), [group.adamw.state for group in self.optimizer.groups], norm]
+            mx.async_eval(written)
+            figures = self.confirmation.launched(micro_batches, [total_loss, norm], written, restore)
+        padded = sum(batch.input_ids.size for batch in micro_batches)
+        return StepResult.of(micro_batches, figures[0], figures[1], padded)
 
     def eval_step(self, batch: Batch) -> StepResult:
+        self.confirmation.confirm()
         self.model.eval()
-        with _memory_errors():
+        with device_errors():
             loss = loss_sum(self.model, batch, self.plan.loss_chunk)
-            mx.eval(loss)  # here, where running out of memory is still caught
+            self.confirmation.settle(loss)  # here, where running out of memory is still caught
         return StepResult.of([batch], loss, 0.0, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
+        self.confirmation.confirm()
         trained = dict(tree_flatten(self.model.trainable_parameters()))
-        arrays = {name: to_numpy(name, trained[path]) for name, path in self.paths.items()}
+        with device_errors():
+            arrays = {name: to_numpy(name, trained[path]) for name, path in self.paths.items()}
         if self.start is None:
             return Adapter(self.recipe.model, len(self.model.layers), 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
 
     def set_adapter(self, adapter: Adapter) -> None:
-        arrays = adapter.arrays()
-        self.model.update(tree_unflatten([(self.paths[name], to_mlx(name, array)) for name, array in arrays.items()]))
-        mx.eval(self.model.trainable_parameters())
+        self.confirmation.confirm()
+        given = [(self.paths[name], to_mlx(name, array)) for name, array in adapter.arrays().items()]
+        self.model.update(tree_unflatten(given))
+        with device_errors():
+            self.confirmation.settle(self.model.trainable_parameters())
 
     def get_optimizer(self) -> OptimizerState:
-        return self.optimizer.get()
+        self.confirmation.confirm()
+        with device_errors():
+            return self.optimizer.get()
 
     def set_optimizer(self, state: OptimizerState) -> None:
+        self.confirmation.confirm()
         self.optimizer.set(state)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        return dequantized(self.model, self.names)
+        def checked(make: Callable[[], np.ndarray]) -> np.ndarray:
+            with device_errors():
+                array = make()
+                self.confirmation.settle([])
+            return array
+
+        return {name: partial(checked, make) for name, make in dequantized(self.model, self.names).items()}
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
+        self.confirmation.confirm()
         self.model.eval()
         inputs = mx.array(np.asarray(token_ids, np.int32))
-        with self._adapter(adapter):
+        with device_errors(), self._adapter(adapter):
             hidden = hidden_states(self.model, inputs, RaggedRows(1, len(inputs), None))
-            return np.array(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
+            return self._read(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
+
+    def _read(self, array: mx.array) -> np.ndarray:
+        self.confirmation.settle(array)
+        return np.array(array)
 
     def generate(
         self,
@@ -155,10 +185,11 @@ class MlxBackend:
             nonlocal caches
             if restart:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
+            self.confirmation.confirm()
             self.model.eval()  # at every token: training may continue in between
-            with _memory_errors(), self._adapter(adapter):
+            with device_errors(), self._adapter(adapter):
                 hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
-                return np.array(head(self.model, hidden[-1:])[0])
+                return self._read(head(self.model, hidden[-1:])[0])
 
         rope_split = self.model.forward_config.rope_split
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, rope_split)
@@ -201,15 +232,3 @@ def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
         recommended = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
         wanted.append((mx.set_wired_limit, min(limit, recommended)))
     return [(set_limit, set_limit(value)) for set_limit, value in wanted]
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """OutOfMemory for what MLX raises: a RuntimeError that only its text distinguishes from others."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "memory" not in str(error).lower() and "malloc" not in str(error).lower():
-            raise
-        mx.clear_cache()
-        raise OutOfMemory(str(error).split("\n")[0]) from None

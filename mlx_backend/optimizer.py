@@ -20,6 +20,14 @@ class _Group:
     paths: set[str]  # of its parameters in the model
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What was before a step."""
+
+    parameters: Any  # the model's trained ones, as a tree
+    states: list[Any]  # AdamW's, of each group
+
+
 class Optimizer:
     """AdamW of the parameters in `paths`: their canonical name -> their path in the model."""
 
@@ -40,26 +48,23 @@ class Optimizer:
             bias_correction=True,  # off by default, unlike in every other AdamW
         )
 
-    def step(self, model: Any, gradients: Any, learning_rate: float, max_grad_norm: float) -> mx.array:
-        """Clip, update `model`, and start computing; the global norm of the gradients before clipping.
+    def keep(self, model: Any) -> Kept:
+        """Weights and moments as they are: references, no copies."""
+        return Kept(model.trainable_parameters(), [tree_map(lambda x: x, group.adamw.state) for group in self.groups])
 
-        Where MLX raises RuntimeError, model and moments are as they were before.
-        """
+    def restore(self, model: Any, kept: Kept) -> None:
+        model.update(kept.parameters)
+        for group, state in zip(self.groups, kept.states, strict=True):
+            group.adamw.state = state
+
+    def step(self, model: Any, kept: Kept, gradients: Any, learning_rate: float, max_grad_norm: float) -> mx.array:
+        """Clip and update `model`, all of it lazily; the global norm of the gradients before clipping."""
         gradients, norm = _clipped(gradients, max_grad_norm)
-        before = model.trainable_parameters()
-        states = [tree_map(lambda x: x, group.adamw.state) for group in self.groups]
-        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(before))
-        try:
-            for group in self.groups:
-                of_group = ({path: tree[path] for path in group.paths} for tree in (flat, trained))
-                group.adamw.learning_rate = learning_rate * group.ratio
-                model.update(tree_unflatten(list(group.adamw.apply_gradients(*of_group).items())))
-            mx.async_eval(model.trainable_parameters(), [group.adamw.state for group in self.groups], norm)
-        except RuntimeError:
-            model.update(before)
-            for group, state in zip(self.groups, states, strict=True):
-                group.adamw.state = state
-            raise
+        flat, trained = dict(tree_flatten(gradients)), dict(tree_flatten(kept.parameters))
+        for group in self.groups:
+            of_group = ({path: tree[path] for path in group.paths} for tree in (flat, trained))
+            group.adamw.learning_rate = learning_rate * group.ratio
+            model.update(tree_unflatten(list(group.adamw.apply_gradients(*of_group).items())))
         return norm
 
     def get(self) -> OptimizerState:
