@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult, weight_sum
+from common.errors import device_fault
 from common.models.families import forward_config
 from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
@@ -57,7 +58,7 @@ class TorchBackend:
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
         config, self.names, dtype = base.config, base.full_names, _DTYPES[recipe.precision]
         self.rope_split = forward_config(config).rope_split
-        with _memory_errors():
+        with _device_errors():
             self.model: Any = _load_model(base, recipe, self.device, adapter)
             self.outer, self.parameters = self._trainable(adapter)
         if self.device.type == "cpu":
@@ -72,7 +73,7 @@ class TorchBackend:
             self.settings.make_deterministic()
         self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.apply_plan(plan)
-        with _memory_errors():
+        with _device_errors():
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
         return ModelInfo(
             layers=self.model.config.num_hidden_layers,
@@ -97,7 +98,7 @@ class TorchBackend:
         """The result of `compute`, repeated without graphs where memory runs out: only they can use what they hold."""
         held = self.graphs is not None and bool(self.graphs.graphs)
         try:
-            with _memory_errors():
+            with _device_errors():
                 return compute()
         except OutOfMemory:
             if self.graphs is not None:
@@ -168,7 +169,8 @@ class TorchBackend:
         return StepResult.of([batch], loss, 0.0, self._padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
-        arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
+        with _device_errors():
+            arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
         if self.start is None:
             return Adapter(self.recipe.model, self.model.config.num_hidden_layers, 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
@@ -177,7 +179,8 @@ class TorchBackend:
         set_arrays(self.parameters, adapter)
 
     def get_optimizer(self) -> OptimizerState:
-        return self.optimizer.get()
+        with _device_errors():
+            return self.optimizer.get()
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.optimizer.set(state)
@@ -190,7 +193,7 @@ class TorchBackend:
         self.outer.eval()
         kept = torch.from_numpy(np.asarray(range(len(token_ids)) if positions is None else positions, np.int64))
         inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
-        with nullcontext() if adapter else self.outer.disable_adapter():
+        with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
             found = self.model(input_ids=inputs, use_cache=False, logits_to_keep=kept.to(self.device))
             return found.logits[0].float().cpu().numpy()
 
@@ -213,9 +216,9 @@ class TorchBackend:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may continue in between
             inputs = torch.tensor([ids], device=self.device)
-            with _memory_errors(), nullcontext() if adapter else self.outer.disable_adapter():
+            with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
-            return found.logits[0, -1].float().cpu().numpy()
+                return found.logits[0, -1].float().cpu().numpy()
 
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.rope_split)
 
@@ -243,8 +246,11 @@ def _load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError)."""
+def _device_errors() -> Iterator[None]:
+    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError).
+
+    UserError for another fault of a GPU, which CUDA reports at whatever is asked next.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -252,4 +258,6 @@ def _memory_errors() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
             empty_cache()
             raise OutOfMemory(text.split("\n")[0]) from None
+        if isinstance(error, torch.AcceleratorError):
+            raise device_fault(error) from None
         raise

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+import torch_backend.backend as backend_module
+from common.data.batching import make_batch
+from common.errors import UserError
 from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_family, write_model, write_rows
@@ -122,3 +125,23 @@ def test_a_closed_backend_holds_no_model(model):
     finally:
         gc.enable()
     assert alive == []
+
+
+@pytest.mark.parametrize("asked", ["get_adapter", "get_optimizer", "logits", "generate", "eval_step"])
+def test_a_gpus_late_fault_is_said_at_whatever_is_asked_next(model, rows, monkeypatch, asked):
+    backend = backends.load("torch", model, backends.make_recipe(model))
+
+    def fault(*arguments, **more):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    monkeypatch.setattr(backend_module, "to_numpy", fault)
+    monkeypatch.setattr(backend.optimizer, "get", fault)
+    monkeypatch.setattr(backend.model, "forward", fault)
+    monkeypatch.setattr(backend_module, "loss_sum", fault)
+    given = {
+        "logits": (rows[0].ids,),
+        "generate": (rows[0].ids, 1, [], lambda logits, ids: 0),
+        "eval_step": (make_batch(rows[:1]),),
+    }
+    with pytest.raises(UserError, match=r"^The device failed: CUDA error: an illegal memory access was encountered\n"):
+        list(getattr(backend, asked)(*given.get(asked, ())) or ())
