@@ -118,7 +118,9 @@ class Options(RecipeFields, PlanFields):
 
     output: str | None = in_output(None, "run folder to make; runs/<model>-<data>-<backend> unless given", value="DIR")
     resume: str | None = in_output(
-        None, "run folder of a stopped run to continue, with its own recipe and plan", value="RUN"
+        None,
+        "run folder to continue, with its own recipe and plan; to more steps in total with --steps or --epochs",
+        value="RUN",
     )
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
     quiet: bool = in_output(False, "print only warnings, errors and the result")
@@ -227,7 +229,7 @@ PATHS = [name for name, field in by_flag().items() if extra_of(field)["path"]]
 SHAPE = ["adapter", *(name for name, field in by_flag().items() if extra_of(field)["heading"] == "Adapter")]
 SHAPE.remove("method")
 # What a resumed run may be given again; all else is its own recipe and plan.
-RESUME_OPTIONS = {
+RESUME_OPTIONS = {"steps", "epochs"} | {
     name
     for name, field in by_flag().items()
     if extra_of(field)["heading"] in ("Memory and device", "Export", "Output") and name not in ("precision", "output")

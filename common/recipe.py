@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from common.option_fields import PlanFields, RecipeFields
 
@@ -20,6 +20,18 @@ _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # 
 
 VERSION = 2  # of recipes; raised where the same fields come to give another result
 SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
+
+
+class Parent(BaseModel):
+    """The recipe that a longer one continues, and the step after which it does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    recipe: str  # its hash
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.recipe[:12]} from step {self.step}"
 
 
 class Recipe(RecipeFields):
@@ -41,6 +53,7 @@ class Recipe(RecipeFields):
     steps: int
     warmup_steps: int
     eval_every: int
+    parent: Parent | None = None  # of a run whose length was changed; hashed only there
 
     def hash(self) -> str:
         """SHA-256 over the canonical JSON of `hashed()`; 64 hex digits."""
@@ -48,7 +61,8 @@ class Recipe(RecipeFields):
 
     def hashed(self) -> dict[str, Any]:
         """Every field but the names, as far as the recipe's version has it."""
-        return self.model_dump(exclude={"model", "data"} | (SINCE_2 if self.version == 1 else set()))
+        left_out = {"model", "data"} | (SINCE_2 if self.version == 1 else set())
+        return self.model_dump(exclude=left_out if self.parent else left_out | {"parent"})
 
     def optimizer_groups(self, names: Iterable[str]) -> list[tuple[list[str], float, float]]:
         """`(names, ratio of their learning rate to the recipe's, weight decay)` of each group of trained parameters.

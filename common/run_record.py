@@ -15,7 +15,7 @@ from common import strict_json
 from common.documents import read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
-from common.recipe import SINCE_2, VERSION, Plan, Recipe
+from common.recipe import SINCE_2, VERSION, Parent, Plan, Recipe
 from common.verify_record import VerifyRecord
 
 
@@ -83,6 +83,7 @@ class RunRecord(_Record):
     stop_ids: list[int]
     named_llama_cpp: str | None = None  # --llama-cpp when the run was made; a program is never taken from a record
 
+    parent: Parent | None = None  # of the recipe
     plans: list[dict[str, Any]] = []
     deterministic: dict[str, str] = {}
     sample_prompt: list[dict[str, Any]] = []
@@ -220,7 +221,7 @@ class Run:
         """The recipe, by which this version trains as its writer did. Raises UserError where it would not."""
         recipe, fields = self.recipe, self._yaml("recipe.yaml").keys()
         known = Recipe.model_fields.keys() - (SINCE_2 if recipe.version == 1 else set())
-        other = sorted(fields ^ known)
+        other = sorted((fields ^ known) - {"parent"})
         if recipe.version > VERSION:
             other.append("version")
         if recipe.version == 1 and recipe.weight_decay and recipe.method != "lora":
@@ -235,10 +236,11 @@ class Run:
         return recipe
 
     def write_recipe(self, recipe: Recipe) -> None:
-        _write_yaml(self.path / "recipe.yaml", recipe, f"recipe {recipe.hash()}")
+        content = recipe.model_dump(exclude=None if recipe.parent else {"parent"})
+        _write_yaml(self.path / "recipe.yaml", content, f"recipe {recipe.hash()}")
 
     def write_plan(self, plan: Plan) -> None:
-        _write_yaml(self.path / "plan.yaml", plan, "what changes only speed and memory")
+        _write_yaml(self.path / "plan.yaml", plan.model_dump(), "what changes only speed and memory")
 
     def _content(self) -> dict[str, Any]:
         """run.json as it is. Raises UserError where it is missing, damaged, or no object."""
@@ -280,8 +282,8 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
-def _write_yaml(path: Path, content: BaseModel, comment: str) -> None:
-    text = yaml.safe_dump(content.model_dump(), sort_keys=False, allow_unicode=True)
+def _write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     _write(path, f"# {comment}\n{text}")
 
 

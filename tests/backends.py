@@ -16,12 +16,13 @@ from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
+from common.models.adapter_files import read_peft
 from common.models.fuse import fuse
 from common.models.lora_init import choose_layers, initial_adapter, layer_count
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header
 from common.models.shapes import linear_shapes
-from common.recipe import Plan, Recipe
+from common.recipe import Parent, Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop
@@ -320,12 +321,15 @@ def check_generation(name: str, folder: Path, rows: list[Encoded], **changes) ->
 
 
 def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], run: Path, dropout: float) -> None:
-    """Uninterrupted against stopped by request at step 5 and resumed; tests/e2e kills a process."""
+    """Uninterrupted against stopped by request at step 5 and resumed; tests/e2e kills a process.
+
+    Then both are lengthened from step 10 to 16, and the second is stopped at step 13 and resumed.
+    """
     recipe = make_recipe(folder, dropout=dropout)
 
     def go(where: Path, state: State, stop_at: int = 0) -> State:
         backend = load(name, folder, recipe)
-        if found := checkpoint.latest(where):
+        if found := checkpoint.latest(where, recipe.hash(), parent=recipe.parent):
             state = found[0]
             backend.set_adapter(found[1])
             backend.set_optimizer(found[2])
@@ -351,6 +355,19 @@ def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], 
     resumed = go(stopped, State())
     assert losses(stopped) == losses(uninterrupted)
     assert (resumed.best_step, resumed.best_valid_loss) == (final.best_step, final.best_valid_loss)
+    recipe = recipe.model_copy(update={"steps": 16, "parent": Parent(recipe=recipe.hash(), step=10)})
+    go(uninterrupted, State())
+    try:
+        go(stopped, State(), stop_at=13)
+        raise AssertionError("the stop was ignored")
+    except Interrupted:
+        pass
+    go(stopped, State())
+    assert "(16, " in losses(uninterrupted)
+    assert losses(stopped) == losses(uninterrupted)
+    both = [read_peft(checkpoint._folder(where, 16) / "adapter").weights for where in (stopped, uninterrupted)]
+    for module, weight in both[0].items():
+        np.testing.assert_array_equal(weight.B, both[1][module].B)
 
 
 def check_optimizer_state_round_trip(name: str, folder: Path, rows: list[Encoded]) -> None:

@@ -39,6 +39,9 @@ def compare(runs: list[Path], display: Display) -> None:
     display.table("Compared with the first run", ["", *[run.name for run in runs]], rows)
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         display.say(_agreement(runs[0], recipes[0], run, recipe))
+    for run, recipe in zip(runs, recipes, strict=True):
+        if recipe.parent is not None:
+            display.say(f"{run.name} continues {recipe.parent}: its curve until then is of that recipe.")
     for run, record in zip(runs, records, strict=True):
         if len(record.plans) > 1:
             moves = ", ".join(map(_moved, record.plans))
@@ -83,6 +86,7 @@ def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str
             text += " Dropout masks differ between frameworks, so the curves agree only statistically."
         return text
     one, other = first.model_dump(), recipe.model_dump()
+    one["parent"], other["parent"] = first.parent, recipe.parent
     differing = [f"{k} {one[k]} / {other[k]}" for k in one if one[k] != other[k] and k not in ("model", "data")]
     return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"
 

@@ -21,7 +21,7 @@ from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
-from common.recipe import Plan, Recipe
+from common.recipe import Parent, Plan, Recipe
 from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
@@ -70,7 +70,13 @@ class Job:
         return self.chosen.plan
 
 
-def prepare(options: Options, resumed: Run | None, context: Context, seconds: dict[str, float] | None = None) -> Job:
+def prepare(
+    options: Options,
+    resumed: Run | None,
+    context: Context,
+    seconds: dict[str, float] | None = None,
+    parent: Parent | None = None,
+) -> Job:
     """The job, after every check, cheapest first. seconds: gets the time of tokenizing. Raises UserError."""
     seconds = {} if seconds is None else seconds
     display = context.display
@@ -86,7 +92,7 @@ def prepare(options: Options, resumed: Run | None, context: Context, seconds: di
     kept = [row for part in (rows.train, rows.valid, rows.test) for row in part.rows]
     warn_of_context(kept, context_length(base.model.config), display)
     with display.stage("hash the model") as progress:
-        recipe = make_recipe(options, base, rows, hardware.precision.value, progress)
+        recipe = make_recipe(options, base, rows, hardware.precision.value, progress, parent)
     start = start_adapter(recipe, base)
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)

@@ -37,7 +37,7 @@ from common.training.loop import Interrupted, TrainingLoop, evaluate
 from common.training.metrics import deterministic, figures, timed
 from common.training.observer import DisplayObserver
 from common.training.planner import described
-from common.training.resume import resume_run, resumed_options
+from common.training.resume import change_length, parent_of, resume_run, resumed_options
 from common.verify.cases import write_cases
 
 
@@ -46,18 +46,21 @@ def run_training(options: Options, context: Context) -> Path:
     seconds: dict[str, float] = {}
     display = context.display
     with ExitStack() as lock:
-        resumed = Run(Path(options.resume)) if options.resume else None
+        resumed, given, parent = Run(Path(options.resume)) if options.resume else None, options, None
         if resumed:
             record = resumed.record
             lock.enter_context(held(resumed.path))
             sweep(resumed.path)
             say_llama(record, context.llama_cpp, display)
-            options = resumed_options(options, resumed)
+            options = resumed_options(given, resumed)
+            parent = parent_of(given, options, resumed)
         with timed(seconds, "prepare"):
-            job = prepare(options, resumed, context, seconds)
+            job = prepare(options, resumed, context, seconds, parent)
         seconds["prepare"] -= seconds["tokenize"]
         if resumed:
             job = replace(job, recipe=job.recipe.model_copy(update={"version": resumed.recipe.version}))
+            if given.steps or given.epochs:
+                display.say(change_length(resumed, job.recipe, options))
             found = resume_run(resumed, job.recipe, job.plan, display.warn)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
@@ -197,7 +200,8 @@ def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
             "precision": f"{recipe.precision}: {hardware.precision.why}",
             "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
-            f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps",
+            f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
+            + (f"; it continues {recipe.parent}" if recipe.parent else ""),
             "method": f"{_method(recipe, job.start)}: "
             f"{info.trainable:,} of {info.total:,} parameters are trained ({info.trainable / info.total:.2%})",
             "plan": described(plan),

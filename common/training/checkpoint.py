@@ -25,7 +25,7 @@ from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
 from common.models.safetensors_files import save_tensors
-from common.recipe import Plan
+from common.recipe import Parent, Plan
 
 _STEP = re.compile(r"step-\d{6,}")
 _STATE = "state.json"
@@ -119,12 +119,15 @@ def discard(run: Path, step: int) -> None:
 
 
 def latest(
-    run: Path, recipe_hash: str | None = None, warn: Callable[[str], None] = lambda text: None
+    run: Path,
+    recipe_hash: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+    parent: Parent | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint that is complete, None where there is none; `warn` is told of newer ones that are not.
 
-    Raises UserError where it was made by another recipe than that of `recipe_hash`. A checkpoint of an older version
-    does not know its recipe, and is taken.
+    Raises UserError where it was made by another recipe than that of `recipe_hash`, and not by its parent at the step
+    where the recipe continues that one. A checkpoint of an older version does not know its recipe, and is taken.
     """
     folders = _folders(run)
     folder = next((folder for folder in folders if _complete(folder)), None)
@@ -140,7 +143,8 @@ def latest(
     if missing := [name for name in ("step", "optimizer_step", "layers") if name not in plain]:
         raise UserError(f"{folder / _STATE} has no {missing[0]}: another version of Twintune wrote it.", remedy)
     own = plain.get("recipe_hash")
-    if None not in (own, recipe_hash) and own != recipe_hash:
+    continued = parent is not None and (own, plain["step"]) == (parent.recipe, parent.step)
+    if None not in (own, recipe_hash) and own != recipe_hash and not continued:
         raise UserError(
             f"{folder} was made by another recipe ({str(own)[:12]}) than the run's ({str(recipe_hash)[:12]}).",
             remedy,
@@ -159,6 +163,18 @@ def latest(
     state = State(**{name: value for name, value in plain.items() if name in names})  # a newer version may have more
     state.best = read_trained(best, layers) if best.is_dir() else None
     return Checkpoint(state, read_trained(folder, layers), optimizer)
+
+
+def latest_recipe(run: Path, recipe_hash: str) -> Parent | None:
+    """The recipe and the step of the newest checkpoint that is complete; None where there is none.
+
+    recipe_hash: the run's, for a checkpoint of an older version, which does not know its recipe.
+    """
+    for folder in _folders(run):
+        if _complete(folder):
+            plain = read_json(folder / _STATE, "", allow_nan=True)
+            return Parent(recipe=plain.get("recipe_hash", recipe_hash), step=plain["step"])
+    return None
 
 
 def latest_step(run: Path) -> int | None:

@@ -1,15 +1,18 @@
-"""How a stopped run continues: by its own recipe, from its newest checkpoint, by its own plan or another."""
+"""How a run continues: from its newest checkpoint, by its own recipe or a longer one, by its own plan or another."""
 
 from collections.abc import Callable
 
+from common.data.batching import steps_per_epoch
 from common.errors import UserError
 from common.option_sources import options_over
 from common.options import Options
-from common.recipe import Plan, Recipe
-from common.run_record import Run
+from common.recipe import Parent, Plan, Recipe
+from common.run_record import Run, RunRecord
 from common.system.environment import environment_changes
 from common.training import checkpoint
 from common.training.checkpoint import Checkpoint
+from common.training.loop import learning_rate
+from common.training.setup import length
 
 
 def resumed_options(options: Options, run: Run) -> Options:
@@ -36,6 +39,76 @@ def resumed_options(options: Options, run: Run) -> Options:
     return options_over(run.record.options | kept, given)
 
 
+def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
+    """The recipe that the run's next steps continue: its own parent, or its own recipe where `given` has a length.
+
+    options: the run's with `given` over them. Raises UserError where that length leaves nothing to train.
+    """
+    record = run.record
+    if given.steps is None and given.epochs is None:
+        return record.parent
+    parent = checkpoint.latest_recipe(run.path, record.recipe_hash)
+    if parent is None and (record.status == "complete" or record.parent):
+        raise _no_checkpoint(run)
+    what = f"--steps {given.steps}" if given.steps else f"--epochs {given.epochs:g}"
+    steps = length(options, record.data.train_rows)[0]
+    if parent and steps <= parent.step:
+        epochs = parent.step / steps_per_epoch(record.data.train_rows, options.batch_size)
+        raise UserError(
+            f"{what}: {run} has trained {parent.step} steps already ({epochs:.3g} epochs).",
+            "Give the total that it is to reach.",
+        )
+    if steps == _length_on_record(record)[0]:
+        raise UserError(
+            f"{what}: {run} goes to {steps} steps already.", "Leave it out to finish the run; or give more."
+        )
+    return parent
+
+
+def change_length(run: Run, recipe: Recipe, options: Options) -> str:
+    """Put the recipe of another length on record. Returns what becomes of the learning rate, in a line.
+
+    recipe, options: as prepared now. Raises UserError where more than the length has changed.
+    """
+    record = run.record
+    steps, warmup_steps = _length_on_record(record)
+    changes = {"steps": steps, "warmup_steps": warmup_steps, "parent": record.parent}
+    before = recipe.model_copy(update=changes)
+    _check_unchanged(run, before)
+    kept = record.options | {"steps": options.steps, "epochs": options.epochs, "llama_cpp": record.named_llama_cpp}
+    run.update(recipe_hash=recipe.hash(), parent=recipe.parent, options=kept)  # decides; recipe.yaml follows it
+    run.write_recipe(recipe)
+    step = recipe.parent.step if recipe.parent else 0
+    after = f", after {learning_rate(before, step):.2g} at step {step}" if step else ""
+    return (
+        f"{run} goes to {recipe.steps} steps instead of {steps}. The learning rate now follows the schedule of "
+        f"{recipe.steps} steps: {learning_rate(recipe, step + 1):.2g} at step {step + 1}{after}."
+    )
+
+
+def _length_on_record(record: RunRecord) -> tuple[int, int]:
+    names = ("steps", "epochs", "warmup", "batch_size")
+    return length(Options.model_validate({name: record.options[name] for name in names}), record.data.train_rows)
+
+
+def _no_checkpoint(run: Run) -> UserError:
+    return UserError(
+        f"{run} has no checkpoint to continue from.",
+        f"Start a new run from what it has trained: --adapter {run}",
+    )
+
+
+def _check_unchanged(run: Run, recipe: Recipe) -> None:
+    """Raises UserError where `recipe`, as prepared now, is not the one on record."""
+    if run.record.recipe_hash != recipe.hash():
+        old, new = run.recipe.hashed(), recipe.hashed()
+        changed = ", ".join(name for name in new if new[name] != old.get(name))
+        raise UserError(
+            f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
+            "Restore the old files, or start a new run.",
+        )
+
+
 def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint to continue from, None before the first; the record is brought up to date.
 
@@ -43,16 +116,14 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]
     passed over, and of another environment. Raises UserError for another recipe.
     """
     record = run.record
-    if record.recipe_hash != recipe.hash():
-        old, new = run.recipe.hashed(), recipe.hashed()
-        changed = ", ".join(name for name in new if new[name] != old[name])
-        raise UserError(
-            f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
-            "Restore the old files, or start a new run.",
-        )
+    _check_unchanged(run, recipe)
+    if run.recipe.hash() != recipe.hash():  # killed while its length was changed
+        run.write_recipe(recipe)
     if changes := environment_changes(run.path):
         warn(f"not the environment that the run began in, so the last digits may differ: {', '.join(changes)}")
-    found, plans = checkpoint.latest(run.path, recipe.hash(), warn), record.plans
+    found, plans = checkpoint.latest(run.path, recipe.hash(), warn, recipe.parent), record.plans
+    if found is None and recipe.parent is not None:
+        raise _no_checkpoint(run)
     if _without_budget(plan) != _without_budget(run.plan):
         if found:
             found.state.micro_batch_tokens = plan.micro_batch_tokens

@@ -12,7 +12,7 @@ from common.models.shapes import target_names
 from common.models.training_base import Base, adapter_options
 from common.option_fields import RecipeFields
 from common.options import Options
-from common.recipe import Plan, Recipe
+from common.recipe import Parent, Plan, Recipe
 
 
 def make_recipe(
@@ -21,10 +21,10 @@ def make_recipe(
     rows: TrainingRows,
     precision: str,
     progress: Progress = lambda share, text: None,
+    parent: Parent | None = None,
 ) -> Recipe:
     """The recipe, every `auto` resolved. precision: bf16 or fp32. progress: of hashing the model."""
-    per_epoch = steps_per_epoch(len(rows.train.rows), options.batch_size)
-    steps = options.steps or max(1, math.ceil(round((options.epochs or 3) * per_epoch, 6)))  # 0.07 * 100 is above 7
+    steps, warmup_steps = length(options, len(rows.train.rows))
     as_given = {name: getattr(options, name) for name in RecipeFields.model_fields if name != "targets"}
     return Recipe(
         **as_given | adapter_options(base.given),
@@ -39,9 +39,18 @@ def make_recipe(
         adapter_hash=adapter_hash(base.given) if base.given else "",
         quantization=base.scheme,
         steps=steps,
-        warmup_steps=round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps),
-        eval_every=options.eval_every or per_epoch,
+        warmup_steps=warmup_steps,
+        eval_every=options.eval_every or steps_per_epoch(len(rows.train.rows), options.batch_size),
+        parent=parent,
     )
+
+
+def length(options: Options, rows: int) -> tuple[int, int]:
+    """`(steps, warm-up steps)` of the recipe. rows: of an epoch."""
+    per_epoch = steps_per_epoch(rows, options.batch_size)
+    steps = options.steps or max(1, math.ceil(round((options.epochs or 3) * per_epoch, 6)))  # 0.07 * 100 is above 7
+    warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
+    return steps, warmup
 
 
 def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -> Plan:

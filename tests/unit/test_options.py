@@ -10,7 +10,7 @@ from common.commands.arguments import read_flags
 from common.errors import UserError
 from common.option_sources import load_options, read_config_file
 from common.options import QUICKSTART, Options
-from common.recipe import Recipe
+from common.recipe import Parent, Recipe
 from common.run_record import Run
 from tests.unit.bigram import RECIPE
 
@@ -232,7 +232,7 @@ def another(name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {**value, "v_proj": 3}
     if value is None:
-        return "last:1"
+        return Parent(recipe="1a2b", step=3) if name == "parent" else "last:1"
     return value + 1 if isinstance(value, int) else value / 2 + 0.001
 
 

@@ -1,5 +1,6 @@
 """The run folder's record, and what `compare` says of two runs."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from common import files
 from common.commands.compare import compare
 from common.display import Display
 from common.errors import UserError
-from common.recipe import Recipe
+from common.recipe import Parent, Recipe
 from common.run_record import Run
 from common.system.environment import write_environment
 from common.training.checkpoint import State
@@ -82,6 +83,27 @@ def test_runs_of_two_recipes_say_in_which_field_they_differ(tmp_path: Path, caps
     assert rows["agrees"] == ["-", "NO"]
     assert rows["precision"] == ["fp32", "bf16"]
     assert notes == ["other: NOT the same recipe as one, the losses do not compare: rank 2 / 4; precision fp32 / bf16"]
+
+
+def test_a_run_that_continues_another_recipe_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = Parent(recipe="1a2b3c4d5e6f7a8b", step=200)
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other", recipe(parent=parent, steps=9))
+    _, notes = compared(capsys, one, other)
+    assert notes == [
+        "other: NOT the same recipe as one, the losses do not compare: steps 8 / 9; "
+        "parent None / 1a2b3c4d5e6f from step 200",
+        "other continues 1a2b3c4d5e6f from step 200: its curve until then is of that recipe.",
+    ]
+
+
+def test_only_a_run_whose_length_was_changed_has_a_parent_in_its_hash_and_file(tmp_path: Path) -> None:
+    """The hashes of all others stay what they were before there was such a field."""
+    fields = RECIPE.model_dump(exclude={"model", "data", "parent"})
+    assert RECIPE.hash() == hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    assert "parent" not in (write_run(tmp_path / "one") / "recipe.yaml").read_text()
+    longer = recipe(parent=Parent(recipe="1a2b", step=200))
+    assert longer.hash() != RECIPE.hash()
+    assert Run(write_run(tmp_path / "other", longer)).resumable_recipe() == longer
 
 
 def test_dropout_is_told_even_where_recipes_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,275 @@
+"""A run that goes on to another number of steps: its new recipe, its learning rate, and what is refused."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.commands import train as module
+from common.commands.train import run_training
+from common.errors import UserError
+from common.models.adapter_files import read_peft
+from common.options import Options
+from common.recipe import Parent, Recipe
+from common.run_record import Run
+from common.training.loop import Interrupted, learning_rate
+from tests.contexts import context
+from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
+
+
+@pytest.fixture
+def given(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Options of a run of 6 steps, three an epoch."""
+    monkeypatch.chdir(tmp_path)
+    return {
+        "model": str(tiny_llama),
+        "data": str(write_rows(tmp_path / "rows.jsonl")),
+        "output": str(tmp_path / "run"),
+        "backend": "torch",
+        "device": "cpu",
+        "precision": "fp32",
+        "export": "none",
+        "rank": 2,
+        "batch_size": 8,
+        "epochs": 2,
+        "save_every": 100,
+        "learning_rate": 0.01,
+    }
+
+
+def run(given: dict[str, Any], backend: Bigram | None = None) -> Run:
+    backend = backend or Bigram()
+    return Run(run_training(Options.model_validate(given), context("plain", create=lambda: backend)))
+
+
+def longer(run_: Run, backend: Bigram | None = None, **length: float) -> Run:
+    return run({"resume": str(run_.path)} | length, backend)
+
+
+def metrics(run: Run) -> list[dict]:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def rates(run: Run) -> list[float]:
+    return [line["learning_rate"] for line in metrics(run) if "learning_rate" in line]
+
+
+def contents(run: Run) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+def fault(run_: Run, **length: float) -> UserError:
+    """The error of a change of length, which leaves the run as it was."""
+    before = contents(run_)
+    with pytest.raises(UserError) as caught:
+        longer(run_, **length)
+    assert contents(run_) == before
+    return caught.value
+
+
+class Stops(Bigram):
+    """Ctrl-C comes while this step is computed."""
+
+    at = 3
+
+    def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+        if step == self.at:
+            signal.raise_signal(signal.SIGINT)
+        return super().train_step(micro_batches, learning_rate, step)
+
+
+class StopsLater(Stops):
+    at = 9
+
+
+def stopped(given: dict[str, Any], backend: Bigram) -> Run:
+    with pytest.raises(Interrupted):
+        run(given, backend)
+    return Run(Path(given["output"] if "output" in given else given["resume"]))
+
+
+def test_a_finished_run_goes_on_and_keeps_what_it_has(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = run(given)
+    before, record, old = metrics(done), done.record, done.recipe
+    adapter = read_peft(done.adapter)
+    capsys.readouterr()
+    longer(done, epochs=4)
+    after = metrics(done)
+    assert after[: len(before)] == before
+    assert [line["step"] for line in after if "loss" in line] == [*range(1, 13)]
+    new = done.recipe
+    assert new == old.model_copy(
+        update={"steps": 12, "warmup_steps": 1, "parent": Parent(recipe=record.recipe_hash, step=6)}
+    )
+    assert rates(done)[6:] == [learning_rate(new, step) for step in range(7, 13)]
+    assert done.record.recipe_hash == new.hash() != old.hash()
+    assert (done.record.status, done.record.steps, done.record.parent) == ("complete", 12, new.parent)
+    assert (done.record.options["epochs"], done.record.options["steps"]) == (4, None)
+    again = read_peft(done.adapter)
+    assert any(not np.array_equal(again.weights[n].B, weight.B) for n, weight in adapter.weights.items())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "goes to 12 steps instead of 6. The learning rate now follows the schedule of 12 steps" in said
+    assert f"{learning_rate(new, 7):.2g} at step 7, after {learning_rate(old, 6):.2g} at step 6." in said
+    assert f"it continues {record.recipe_hash[:12]} from step 6" in said
+
+
+def test_moments_and_the_best_adapter_go_on(given: dict[str, Any]) -> None:
+    """A constant schedule has no end: two halves are then the same training as one."""
+    given |= {"schedule": "constant", "warmup": 0}
+    whole = run(given | {"epochs": 4})
+    halves = run(given | {"output": f"{given['output']}-2"})
+    longer(halves, epochs=4)
+    assert metrics(halves) == metrics(whole)
+    assert (halves.adapter / "adapter_model.safetensors").read_bytes() == (
+        whole.adapter / "adapter_model.safetensors"
+    ).read_bytes()
+    assert halves.record.best_step == whole.record.best_step
+
+
+def test_a_stop_in_the_middle_changes_nothing(given: dict[str, Any]) -> None:
+    complete = run(given)
+    cut = Run(complete.path.with_name("cut"))
+    shutil.copytree(complete.path, cut.path)
+    longer(complete, steps=12)
+    stopped({"resume": str(cut), "steps": 12}, StopsLater())
+    assert cut.record.status == "interrupted"
+    run({"resume": str(cut)})
+    assert metrics(cut) == metrics(complete)
+    assert cut.record.recipe_hash == complete.record.recipe_hash
+
+
+def test_an_unfinished_run_is_lengthened_from_where_it_stands(given: dict[str, Any]) -> None:
+    cut = stopped(given, Stops())
+    first = cut.record.recipe_hash
+    longer(cut, steps=10)
+    assert cut.recipe.parent == Parent(recipe=first, step=3)
+    assert rates(cut)[3:] == [learning_rate(cut.recipe, step) for step in range(4, 11)]
+
+
+def test_an_unfinished_run_may_be_shortened(given: dict[str, Any]) -> None:
+    cut = stopped(given, Stops())
+    longer(cut, steps=4)
+    assert (cut.record.status, cut.record.steps) == ("complete", 4)
+
+
+def test_before_the_first_checkpoint_the_run_simply_gets_another_length(given: dict[str, Any]) -> None:
+    class Dies(Bigram):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(given, Dies())
+    begun = Run(Path(given["output"]))
+    longer(begun, steps=4)
+    plain = run(given | {"output": f"{begun}-2", "epochs": None, "steps": 4})
+    assert begun.recipe.parent is None
+    assert begun.record.recipe_hash == plain.record.recipe_hash
+    assert metrics(begun) == metrics(plain)
+
+
+def test_a_lengthened_run_is_lengthened_again(given: dict[str, Any]) -> None:
+    done = run(given)
+    longer(done, steps=8)
+    second = done.record.recipe_hash
+    longer(done, steps=10)
+    assert done.recipe.parent == Parent(recipe=second, step=8)
+
+
+def test_a_length_by_which_nothing_was_trained_leaves_no_trace(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = run(given)
+    first = done.record.recipe_hash
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_train", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            longer(done, steps=100)
+    assert done.record.recipe_hash != first
+    longer(done, steps=8)
+    assert done.recipe.parent == Parent(recipe=first, step=6)
+    assert done.record.steps == 8
+
+
+def test_a_kill_between_the_two_files_is_made_good(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(run: Run, recipe: Recipe) -> None:
+        raise KeyboardInterrupt
+
+    done = run(given)
+    complete = Run(done.path.with_name("complete"))
+    shutil.copytree(done.path, complete.path)
+    longer(complete, steps=12)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_recipe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            longer(done, steps=12)
+    assert done.recipe.hash() != done.record.recipe_hash
+    run({"resume": str(done.path)})
+    assert done.recipe.hash() == done.record.recipe_hash == complete.record.recipe_hash
+    assert metrics(done) == metrics(complete)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("length", "said"),
+    [
+        ({"epochs": 1}, "--epochs 1: {run} has trained 6 steps already (2 epochs)."),
+        ({"epochs": 2}, "--epochs 2: {run} has trained 6 steps already (2 epochs)."),
+        ({"steps": 5}, "--steps 5: {run} has trained 6 steps already (2 epochs)."),
+    ],
+)
+def test_no_more_than_is_done_already(given: dict[str, Any], length: dict[str, float], said: str) -> None:
+    done = run(given)
+    error = fault(done, **length)
+    assert (error.what, error.fix) == (said.format(run=done), "Give the total that it is to reach.")
+
+
+def test_the_length_that_the_run_has_anyway(given: dict[str, Any]) -> None:
+    cut = stopped(given, Stops())
+    error = fault(cut, epochs=2)
+    assert error.what == f"--epochs 2: {cut} goes to 6 steps already."
+    assert error.fix == "Leave it out to finish the run; or give more."
+
+
+def test_rows_that_have_changed_since(given: dict[str, Any]) -> None:
+    done = run(given)
+    rows = Path(given["data"])
+    rows.write_text(rows.read_text().replace("number", "no.", 1))
+    assert "its recipe has changed since it began (changed: data_hash" in fault(done, epochs=4).what
+
+
+def test_a_run_whose_checkpoints_are_gone(given: dict[str, Any]) -> None:
+    done = run(given)
+    shutil.rmtree(done.checkpoints)
+    error = fault(done, epochs=4)
+    assert error.what == f"{done} has no checkpoint to continue from."
+    assert error.fix == f"Start a new run from what it has trained: --adapter {done}"
+
+
+def test_a_lengthened_run_whose_checkpoints_are_gone_does_not_begin_anew(given: dict[str, Any]) -> None:
+    done = run(given)
+    cut = stopped({"resume": str(done.path), "steps": 12}, StopsLater())
+    shutil.rmtree(cut.checkpoints)
+    with pytest.raises(UserError, match="has no checkpoint to continue from"):
+        run({"resume": str(cut.path)})
+
+
+def test_only_the_checkpoint_of_the_parents_own_step_is_continued(given: dict[str, Any]) -> None:
+    done = run(given)
+    cut = stopped({"resume": str(done.path), "steps": 12}, StopsLater())
+    old = Run(cut.path.with_name("old"))
+    shutil.rmtree(cut.checkpoints)
+    cut.checkpoints.mkdir()
+    earlier = stopped(given | {"output": str(old.path)}, Stops())
+    shutil.copytree(earlier.checkpoints / "step-000003", cut.checkpoints / "step-000003")
+    with pytest.raises(UserError, match="was made by another recipe"):
+        run({"resume": str(cut.path)})
