@@ -12,15 +12,18 @@ from common.commands.compare import compare
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
+from common.data.load import data_of, encoder_of
 from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import choose
+from common.llama_cpp.imatrix import calibration_of
+from common.option_sources import options_over
 from common.options import Options
 from common.run_record import Run
 from common.verify import cases
 from common.verify.cases import cases_of
 from tests.contexts import context
-from tests.tiny import write_rows
+from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.old_run import edit_record, edit_yaml, make_old
 
@@ -119,6 +122,29 @@ def test_fields_that_this_version_does_not_know_are_kept(given: dict[str, Any], 
     assert after["export"]["fused"] == "fused"
     (gguf,) = Run(folder).record.export.gguf
     assert (gguf.name, gguf.model_extra) == ("Q9", {"hue": 3})
+
+
+def test_rows_that_training_dropped_stay_out_when_the_data_are_read_again(
+    given: dict[str, Any], tmp_path: Path, tiny_llama: Path
+) -> None:
+    lines = Path(given["data"]).read_text().splitlines()
+    tools = [json.dumps(json.loads(line) | {"tools": [{"name": "f"}]}) for line in lines]
+    bad = ["{", *(json.dumps(chat("Hi", f"a<|im_end|>{number}")) for number in range(3))]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*bad, *tools]))
+    settings = {"on_bad_row": "drop", "tools": "system", "valid_share": 0.5}
+    complete, cut = run(given | settings, tmp_path / "complete"), half_trained(given | settings, tmp_path / "cut")
+    resume(cut)
+    assert metrics(cut) == metrics(complete)
+    kept = cases_of(Run(complete), tiny_llama)
+    (complete / "verify-cases.json").unlink()
+    again = cases_of(Run(complete), tiny_llama)
+    assert [row.ids.tolist() for row in again.rows] == [row.ids.tolist() for row in kept.rows]
+    assert [prompt.messages for prompt in again.prompts] == [prompt.messages for prompt in kept.prompts]
+    options = options_over(Run(complete).record.options, {})
+    rows, encoder = data_of(Run(complete), options).train, encoder_of(tiny_llama, options, Run(complete).recipe)
+    text = calibration_of(rows, encoder).text
+    assert text.count("You may call these functions") == len([row for row in rows if row.tools])
+    assert "a<|im_end|>" not in text
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": [{"ids": [1], "labels": [9], "source": ""}]}', "[" * 10**5])
