@@ -32,7 +32,7 @@ def main(job):
     clock = Clock()
     with open(job["data"]) as file:
         rows = [json.loads(line) for line in file]
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lora = LoraConfig(
         r=job["rank"], lora_alpha=2 * job["rank"], target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.0
@@ -51,7 +51,9 @@ def main(job):
         "use_cpu": job["device"] == "cpu",
     }
     if job["peer"] == "padded":
-        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(
+            job["model"], dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+        )
         model = get_peft_model(model, lora)
         texts = [
             row["text"]

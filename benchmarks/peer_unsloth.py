@@ -71,6 +71,7 @@ def main(job):
         load_in_4bit=job.get("quantization") == "nf4",
         use_exact_model_name=True,
         local_files_only=True,
+        trust_remote_code=False,
         **checkpointing,
     )
     lora = {"r": job["rank"], "lora_alpha": 2 * job["rank"], "lora_dropout": 0, "bias": "none", "random_state": 0}

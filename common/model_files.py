@@ -36,7 +36,8 @@ TOKENIZER_FILES = (
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _INDEX = "model.safetensors.index.json"
 COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
-# The files in which `auto_map` names code.
+_CODE = ("auto_map", "model_file")  # keys that name code, for transformers and for mlx-lm
+# The files in which they stand.
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", *_PROCESSOR_FILES)
 
 # License and safety files of a model's repository; they go wherever its weights go.
@@ -105,7 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def without_code(value: Any) -> Any:
     """`value`, a part of a config, without the keys that name code."""
     if isinstance(value, dict):
-        return {key: without_code(part) for key, part in value.items() if key != "auto_map"}
+        return {key: without_code(part) for key, part in value.items() if key not in _CODE}
     return [without_code(part) for part in value] if isinstance(value, list) else value
 
 

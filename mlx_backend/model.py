@@ -62,6 +62,7 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
 
     # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
     plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
+    plain["model_file"] = None  # code of the folder's own, which mlx-lm would refuse
     try:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
     except ValueError as error:

@@ -45,7 +45,7 @@ def test_neither_code_nor_its_names_come_into_a_scrubbed_folder(tmp_path: Path) 
         assert names >= {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
         assert not [name for name in names if name.endswith(".py") or name in ("notes.md", "LICENSE")]
         configs = [json.loads((clean / name).read_text()) for name in names if name.endswith("config.json")]
-        assert not [config for config in configs if "auto_map" in json.dumps(config)]
+        assert not [config for config in configs if "auto_map" in json.dumps(config) or "evil" in json.dumps(config)]
         assert (clean / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
         place = clean
     assert not place.exists()
@@ -81,6 +81,7 @@ def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
     assert "LICENSE" in names
     assert not [name for name in names if name.endswith(".py")]
     assert "auto_map" not in everything(tmp_path / "fused")
+    assert "evil" not in everything(tmp_path / "fused")
 
 
 def test_the_converter_sees_a_scrubbed_folder_and_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +235,10 @@ def _trusts(call: ast.Call) -> bool:
     return not (len(values) == 1 and isinstance(values[0], ast.Constant) and values[0].value is False)
 
 
+OURS = ("common", "torch_backend", "mlx_backend", "examples", "benchmarks")
+
+
 def test_every_from_pretrained_says_that_no_remote_code_is_trusted() -> None:
-    calls = [call for folder in ("common", "torch_backend", "mlx_backend") for call in _calls(folder)]
+    calls = [call for folder in OURS for call in _calls(folder)]
     assert len(calls) >= 4
     assert [place for place, call in calls if _trusts(call)] == []
