@@ -1,23 +1,41 @@
-"""A stranger's model and run through every command and the real llama.cpp: nothing of theirs is run.
+"""A stranger's model, adapter, rows and run through every command and the real llama.cpp: nothing of theirs is run.
 
 What only this finds: code that a tool of another project loads out of a folder, or a program that a record names.
 """
 
+import io
 import json
-import signal
+import shutil
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
+import jinja2
 import pytest
+import yaml
 
+import cli
 from common.llama_cpp.build import own
 from common.llama_cpp.install import LlamaCpp
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from tests import ROOT
 from tests.progress import silent
 from tests.tiny import chat
-from tests.traps import DNA, trap_llama_cpp, trap_model
+from tests.traps import (
+    DNA,
+    SHELL,
+    trap_adapter,
+    trap_folder,
+    trap_llama_cpp,
+    trap_model,
+    trap_rows,
+    trap_template,
+    trap_yaml,
+)
+
+MODEL, RUN = f"model {SHELL}", "run;touch marker"
 
 COLORS = ("red", "green", "blue", "black")
 
@@ -29,7 +47,9 @@ def llama() -> LlamaCpp:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("strangers")
+    """The folder that everything of theirs was unpacked in, and in which every command is given."""
+    folder = tmp_path_factory.mktemp("strangers")
+    return trap_folder(folder, folder / "marker")
 
 
 def twintune(place: Path, *words: object, code: int = 0, **settings: object) -> str:
@@ -44,23 +64,23 @@ def twintune(place: Path, *words: object, code: int = 0, **settings: object) -> 
 def run(place: Path, llama: LlamaCpp) -> Path:
     """Trained over the trap all the way to a verified GGUF; its first validation row has more than 1,600 tokens."""
     vocabulary = llama.converter.parent / "models" / "ggml-vocab-gpt-2.gguf"
-    trap_model(place / "model", place / "marker", vocabulary)
+    trap_model(place / MODEL, place / "marker", vocabulary)
     rows = [chat(f"Paint {n} boats.", f"I paint {n} boats {COLORS[n % 4]}.") for n in range(24)]
     long = chat("boat gate wall door " * 400, "I paint them all.")
     (place / "data").mkdir()
     for name, part in (("train", rows), ("valid", [long, *rows[:3]])):
         (place / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     out = twintune(
-        place, "train", "--model", "model", "--data", "data", "--output", "run", "--backend", "torch",
+        place, "train", "--model", MODEL, "--data", "data", "--output", RUN, "--backend", "torch",
         "--device", "cpu", "--precision", "fp32", "--steps", 30, "--learning-rate", 1e-2, "--max-length", 4096,
     )  # fmt: skip
     assert "no sample" not in out
     assert "Verdict: sound" in out
-    return place / "run"
+    return place / RUN
 
 
 def nothing_ran(place: Path) -> bool:
-    return not (place / "marker").exists()
+    return not list(place.rglob("marker"))
 
 
 def test_training_runs_nothing_and_passes_nothing_on(place: Path, run: Path) -> None:
@@ -92,87 +112,152 @@ def test_a_converter_that_trusts_code_finds_none(place: Path, llama: LlamaCpp) -
     assert json.loads((place / "dna-run" / "run.json").read_text())["export"]["fused"] == "fused"
 
 
-def test_rows_are_checked_without_running_the_model(place: Path, run: Path) -> None:
-    trap_model(place / "llama-model", place / "marker")  # of which transformers would ask whether to run its code
-    for model in ("model", "llama-model"):
-        out = twintune(place, "check-data", "data", "--model", model, input="y\n" * 20)
-        assert "custom code" not in out
-    assert nothing_ran(place)
+NAMED = "The run was made with --llama-cpp 'llama'. A program is never taken from a run's record"
 
 
 @pytest.fixture(scope="module")
 def theirs(place: Path, run: Path) -> Path:
-    """The run as a stranger hands it on: its record names a llama.cpp, its fused folder names code."""
-    trap_llama_cpp(place / "llama", place / "marker")
+    """The run as a stranger hands it on: its record names a llama.cpp, its folders hold code and names of code."""
+    marker = place / "marker"
+    trap_llama_cpp(place / "llama", marker)
     record = json.loads((run / "run.json").read_text())
     record["options"]["llama_cpp"] = "llama"
     (run / "run.json").write_text(json.dumps(record))
+    for name in ("fused", "adapter", "gguf", "checkpoints", "."):
+        trap_folder(run / name, marker)
     config = json.loads((run / "fused" / "tokenizer_config.json").read_text())
-    (run / "fused" / "tokenizer_config.json").write_text(
-        json.dumps(config | {"auto_map": {"AutoTokenizer": [f"evil.{DNA}", None]}})
-    )
-    (run / "fused" / "evil.py").write_text((place / "model" / "evil.py").read_text())
+    names = {"AutoTokenizer": [f"evil.{DNA}", None]}
+    (run / "fused" / "tokenizer_config.json").write_text(json.dumps(config | {"auto_map": names}))
     return run
 
 
-def test_a_link_in_their_run_is_not_written_through(place: Path, theirs: Path) -> None:
-    victim, link = place / "bashrc", theirs / "run.json.tmp"
-    victim.write_text("precious")
-    link.symlink_to(victim)
-    for words in (
-        ("verify", "run"),
-        ("fuse", "run"),
-        ("train", "--resume", "run"),
-        ("push", "run", "me/x", "--dry-run"),
-    ):
-        out = said(twintune(place, *words, code=1))
-        assert f"links in it lead out of the folder: run.json.tmp to {victim}" in out
-    link.unlink()
-    assert victim.read_text() == "precious"
+@pytest.fixture(scope="module")
+def things(place: Path, theirs: Path) -> Path:
+    """All that is theirs besides the run that works: a run in YAML that builds objects, one with links, a model whose
+    template is a trap, its GGUF, rows and an adapter."""
+    marker = place / "marker"
+    template = trap_template(marker)
+    (place / "evil.jinja").write_text(template)
+    (place / "evil.yaml").write_text(trap_yaml(marker))
+    trap_rows(place / "rows", marker, template)
+    trap_model(place / "llama-model", marker)  # of which transformers would ask whether to run its code
+    (place / "llama-model" / "chat_template.jinja").write_text(template)
+    trap_adapter(place / "adapter", marker, linear_shapes(ModelFolder(place / "llama-model"), ["attention"]))
+    for name in ("yaml", "linked"):
+        shutil.copytree(theirs, place / name, ignore=shutil.ignore_patterns("*.gguf", "*.safetensors"))
+    for name in ("recipe.yaml", "plan.yaml"):
+        (place / "yaml" / name).write_text(trap_yaml(marker))
+    (place / "bashrc").write_text("precious")
+    (place / "linked" / "run.json.tmp").symlink_to(place / "bashrc")
+    gguf = theirs / "gguf" / "model-Q4_K_M.gguf"
+    command = [sys.executable, "-P", "-m", "gguf.scripts.gguf_new_metadata", "--chat-template", template]
+    command += ["--general-name", SHELL, str(gguf), str(place / "evil.gguf")]
+    subprocess.run(command, check=True, capture_output=True)
+    (place / "prompts.txt").write_text("Paint 3 boats.\n")
+    return place
 
 
-NAMED = "The run was made with --llama-cpp 'llama'. A program is never taken from a run's record"
+def test_the_traps_are_traps(things: Path, tmp_path: Path) -> None:
+    """Whoever takes no care runs into them."""
+    marker = tmp_path / "marker"
+    jinja2.Environment().from_string(trap_template(marker)).render(messages=[])
+    assert "template" in marker.read_text()
+    yaml.unsafe_load(trap_yaml(marker))
+    assert "yaml" in marker.read_text()
+
+
+TRAIN = ("--model", "llama-model", "--data", "rows", "--chat-template", "evil.jinja", "--steps", "1")
+TRAIN += ("--export", "none", "--batch-size", "2", "--max-length", "4096")
+TORCH = ("--backend", "torch", "--device", "cpu", "--precision", "fp32")
+LINKS = "links in it lead out of the folder: run.json.tmp to "
+ANSWERS = ("--prompts", "prompts.txt", "--max-tokens", "4", "--out")
+# For every command, what is given to it, and what it says (nothing in particular where that is empty).
+CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
+    "check-data": [
+        (("data", "--model", MODEL), "label tokens"),
+        (("rows", "--model", "llama-model"), "label tokens"),
+        (("rows", "--model", "llama-model", "--explain", "1"), "why"),
+        (("rows.parquet", "--model", "llama-model", "--chat-template", "evil.jinja"), "label tokens"),
+    ],
+    "plan": [
+        ((*TRAIN, *TORCH, "--no-probe"), "estimated peak"),
+        (("--config", "evil.yaml"), "cannot be read as YAML"),
+    ],
+    "verify": [((RUN,), NAMED), (("yaml",), ""), (("linked",), LINKS)],
+    "chat": [
+        ((RUN, "--max-tokens", "4"), NAMED),
+        ((RUN, "--with", "fused", "--max-tokens", "4"), "Ctrl-D ends"),
+        ((RUN, "--with", "adapter", "--max-tokens", "4"), "Ctrl-D ends"),
+        (("evil.gguf", "--max-tokens", "4"), ""),
+        (("yaml", "--with", "base"), ""),
+    ],
+    "generate": [((RUN, *ANSWERS, "a.jsonl"), NAMED), (("evil.gguf", *ANSWERS, "b.jsonl"), "")],
+    "serve": [((RUN, "--port", "0"), NAMED), (("evil.gguf", "--port", "0"), "")],
+    "compare": [((RUN, RUN), "the same recipe"), ((RUN, "yaml"), "cannot be read as YAML")],
+    "push": [
+        ((RUN, "me/x", "--dry-run", "--anyway"), "dry run"),
+        (("yaml", "me/x", "--dry-run", "--anyway"), ""),
+        (("linked", "me/x", "--dry-run"), LINKS),
+    ],
+    "adapter": [
+        (("inspect", "adapter"), "rank_pattern cannot be used"),
+        (("convert", "adapter", "out", "--to", "mlx"), "rank_pattern cannot be used"),
+        (("inspect", RUN, "--model", MODEL), "scale * B @ A"),
+        (("convert", RUN, "lora.gguf", "--to", "gguf", "--model", MODEL), "(gguf)"),
+    ],
+    "fuse": [
+        ((RUN, "--export", "mlx"), "mlx-lm, 4 bits"),
+        (("yaml",), ""),
+        (("linked",), LINKS),
+    ],
+    "train": [
+        (("--resume", RUN, "--no-verify"), NAMED),
+        (("--resume", "yaml"), ""),
+        (("--resume", "linked"), LINKS),
+        ((*TRAIN, *TORCH, "--output", "t1"), "The run is in t1"),
+        ((*TRAIN, "--backend", "mlx", "--output", "t2"), "The run is in t2"),
+        ((*TRAIN, *TORCH, "--adapter", "adapter", "--output", "t3"), "rank_pattern cannot be used"),
+        (("--model", "evil.gguf", "--data", "rows", "--steps", "1", "--export", "none", *TORCH, "--output", "t4"), ""),
+        (("--config", "evil.yaml"), "cannot be read as YAML"),
+    ],
+    "llama": [(("where",), "llama-server")],
+    "doctor": [((), "This machine")],
+    "schema": [((), "properties")],
+    "completion": [(("bash",), "complete")],
+}
+
+
+def test_every_command_is_tried() -> None:
+    assert set(CASES) == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_no_command_runs_anything_of_theirs(
+    command: str, things: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(things)
+    monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.1)
+    monkeypatch.setattr("common.llama_cpp.server.Server.wait", lambda self: None)  # serve ends as soon as it has begun
+    for argv, says in CASES[command]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 3))
+        monkeypatch.setattr(sys, "argv", ["cli.py", command, *argv])
+        with suppress(SystemExit):
+            cli.main()
+        out = "".join(capsys.readouterr())
+        assert says in said(out), f"{argv}\n{out}"
+        assert "custom code" not in out
+        assert "this is a bug" not in out, f"{argv}\n{out}"
+        assert nothing_ran(things), argv
+    assert (things / "bashrc").read_text() == "precious"
 
 
 def said(text: str) -> str:
     return " ".join(text.split())
 
 
-def test_verify_asks_no_program_of_theirs(place: Path, theirs: Path) -> None:
-    assert NAMED in said(twintune(place, "verify", "run", input="y\n" * 20))
-    assert nothing_ran(place)
-
-
-def test_chat_and_generate_start_no_program_of_theirs(place: Path, theirs: Path) -> None:
-    assert NAMED in said(twintune(place, "chat", "run", "--max-tokens", 4, input="Paint 3 boats.\n"))
-    twintune(place, "chat", "run", "--with", "fused", "--max-tokens", 4, input="Paint 3 boats.\n")
-    (place / "prompts.txt").write_text("Paint 3 boats.\n")
-    words = ("--prompts", "prompts.txt", "--out", "answers.jsonl", "--max-tokens", 4)
-    assert NAMED in said(twintune(place, "generate", "run", *words))
-    assert nothing_ran(place)
-
-
-def test_serve_starts_no_program_of_theirs(place: Path, theirs: Path) -> None:
-    command = [sys.executable, str(ROOT / "cli.py"), "serve", "run", "--port", "0"]
-    with (place / "serve.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 120
-        while "curl" not in (text := (place / "serve.log").read_text()):
-            assert process.poll() is None, text
-            assert time.monotonic() < end, text
-            time.sleep(0.1)
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-    assert NAMED in said((place / "serve.log").read_text())
-    assert nothing_ran(place)
-
-
-def test_fuse_and_resume_take_no_program_of_theirs(place: Path, theirs: Path) -> None:
-    out = said(twintune(place, "fuse", "run", "--no-verify"))
-    assert NAMED in out
+def test_what_is_made_of_their_run_holds_no_code(things: Path, theirs: Path) -> None:
+    out = twintune(things, "fuse", RUN, "--no-verify")  # as a user types it, in the folder that is theirs
+    assert NAMED in said(out)
     assert "auto_map" not in (theirs / "fused" / "tokenizer_config.json").read_text()
-    assert not (theirs / "fused" / "evil.py").exists()
-    assert NAMED in said(twintune(place, "train", "--resume", "run", "--no-verify"))
-    assert nothing_ran(place)
+    assert not list((theirs / "fused").glob("*.py"))
+    assert nothing_ran(things)

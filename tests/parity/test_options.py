@@ -80,7 +80,7 @@ ELSEWHERE = {
     "imatrix": "gguf/test_verify.py::test_an_importance_matrix_guides_a_quant_beside_the_plain_one",
     "json": "e2e/test_commands.py::test_json_mode_prints_one_event_a_line",
     "llama_cpp": "unit/test_llama_cpp.py::test_a_folder_in_each_layout",
-    "no_verify": "gguf/test_strangers.py::test_fuse_and_resume_take_no_program_of_theirs",
+    "no_verify": "gguf/test_strangers.py::test_what_is_made_of_their_run_holds_no_code",
     "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
     "push": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
     "push_public": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",

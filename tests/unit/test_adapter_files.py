@@ -1,9 +1,7 @@
 """The adapter's two layouts: names, shapes, values, and what does not fit."""
 
-import contextlib
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.models.adapter_files import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
 from common.models.lora_init import initial_adapter, validate
+from tests.traps import ENDLESS
 from tests.unit.bigram import recipe
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
@@ -354,16 +353,13 @@ def test_an_alpha_that_is_not_finite_fits_no_model(tmp_path: Path) -> None:
         validate(made, shapes, tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["([a-z_.0-9]+)+X", "(a|a|[a-z_.0-9])*" * 8 + "X"])
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_cannot_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, pattern: str) -> None:
-    monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.2)
+def test_a_pattern_cannot_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.1)
     write_peft(tmp_path / "adapter", adapter())
-    change(tmp_path / "adapter", **{key: {pattern: 8}})
-    started = time.monotonic()
-    with contextlib.suppress(UserError):  # regex answers some of them at once
+    change(tmp_path / "adapter", **{key: {ENDLESS: 8}})
+    with pytest.raises(UserError, match=rf"its {key} cannot be used \(regex timed out\)"):
         read_peft(tmp_path / "adapter")
-    assert time.monotonic() - started < 5
 
 
 def test_patterns_are_pefts_regular_expressions(tmp_path: Path) -> None:
