@@ -6,13 +6,18 @@ import platform
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked.
+# A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked, nor of
+# a container with its own process numbers.
 _PREFIX, _REPLACED = ".twintune-", ".twintune-old-"
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+_NUMBERS = Path("/proc/self/ns/pid")
+_HOST = hashlib.sha256(
+    f"{platform.node()} {os.readlink(_NUMBERS) if _NUMBERS.is_symlink() else ''}".encode()
+).hexdigest()[:8]
 _LEFT = re.compile(rf"{re.escape(_PREFIX)}(old-)?([0-9a-f]{{8}})-(\d+)-[0-9a-f]+-(.+)", re.DOTALL)
 
 
@@ -60,6 +65,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """An empty folder in `parent`, else where the system keeps temporary files; it is removed at the end.
+
+    What a killed process left in `parent` is removed first.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    parent.mkdir(parents=True, exist_ok=True)
+    _clean(parent)
+    folder = _beside(parent / "scratch", _PREFIX)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
 def errors_naming(path: Path, temporary: Path | None = None) -> Iterator[None]:
     """Within it an OSError names the file that is written: `path`, in place of none or of what is in `temporary`.
 
@@ -99,13 +121,13 @@ def _beside(path: Path, prefix: str) -> Path:
 
 
 def _clean(parent: Path) -> None:
-    """Remove what this host's killed processes left in `parent`; a replaced folder whose successor is missing returns.
+    """Remove what this user's killed processes left in `parent`; a replaced folder whose successor is missing returns.
 
-    Other hosts may share the folder: their files stay.
+    Other hosts and users may share the folder: their files stay.
     """
     for left in parent.glob(f"{_PREFIX}*"):
         found = _LEFT.fullmatch(left.name)
-        if found and found[2] == _HOST and not _runs(int(found[3])):
+        if found and found[2] == _HOST and not _runs(int(found[3])) and _own(left):
             _remove(left)
 
 
@@ -125,6 +147,13 @@ def _settle(old: Path, path: Path) -> None:
     if old.exists() and not path.exists():
         old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _own(path: Path) -> bool:
+    try:
+        return path.lstat().st_uid == os.getuid()
+    except FileNotFoundError:  # another process has just removed it
+        return False
 
 
 def _runs(process: int) -> bool:

@@ -7,7 +7,6 @@ whatever the user wants. So it must never see a folder that holds code, or that 
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from common.documents import read_json
 from common.errors import UserError
+from common.files import scratch_folder
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -133,8 +133,8 @@ def scrubbed(folder: Path, weights: bool = False) -> Iterator[Path]:
 
     weights: with links to the weights. Raises UserError for a stray link, or a config that is not JSON.
     """
-    with tempfile.TemporaryDirectory(prefix="twintune-") as temporary:
-        clean = Path(temporary) / (folder.resolve().name or "model")
+    with scratch_folder() as temporary:
+        clean = temporary / (folder.resolve().name or "model")
         clean.mkdir()
         for name in dict.fromkeys((*_CONFIGS, *COPIED)):
             if (folder / name).is_file():

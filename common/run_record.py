@@ -4,6 +4,8 @@ Only this module opens run.json, recipe.yaml and plan.yaml.
 """
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -147,6 +149,16 @@ class Run:
     @property
     def gguf(self) -> Path:
         return self.path / "gguf"
+
+    @contextmanager
+    def bf16_gguf(self) -> Iterator[Path]:
+        """The path of the GGUF that the others are made from and compared with; kept only where it is on record."""
+        path = self.gguf / "model-BF16.gguf"
+        try:
+            yield path
+        finally:
+            if str(path.relative_to(self.path)) not in [gguf.file for gguf in self.record.export.gguf]:
+                path.unlink(missing_ok=True)
 
     @property
     def mlx(self) -> Path:

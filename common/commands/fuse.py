@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,23 @@ from common.context import Context
 from common.data.load import data_of
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import EXPORT_STEPS, Stage, StageMeter, check_disk, estimate_stages, warn_of_memory
+from common.export.budget import (
+    EXPORT_STEPS,
+    Stage,
+    StageMeter,
+    check_disk,
+    estimate_stages,
+    needs_llama,
+    warn_of_memory,
+)
 from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
-from common.export.gguf import BF16_GGUF, try_gguf, write_ggufs, write_lora
+from common.export.gguf import try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
 from common.export.mlx import write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import Upload, check_push, push
+from common.llama_cpp.build import build_bytes
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.mlx_quantized import quantized_source
@@ -59,7 +68,7 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     if "convert" in EXPORT_STEPS[merged.export]:
         _check_inputs(run, base, merged, context.backends)
     stages = _estimated(run, base, adapter, merged, context.backends)
-    check_disk(run.path, stages)
+    check_disk(run.path, stages, build_bytes(needs_llama(merged.export), merged.llama_cpp))
     warn_of_memory(stages, display)
     export_run(
         ExportJob(
@@ -105,22 +114,35 @@ def _check_inputs(run: Run, base: ModelFolder, options: Options, backends: Backe
 
 
 def export_run(job: ExportJob) -> None:
-    """Make what --export asks for; recorded in run.json. Raises UserError where the GGUF is not what was trained."""
+    """Make what --export asks for; recorded in run.json.
+
+    Raises UserError where the GGUF is not what was trained, or the MLX folder could not be made; at the end, because
+    what was made before is complete.
+    """
     run, display, steps = job.run, job.display, EXPORT_STEPS[job.options.export]
-    meter = StageMeter(job.stages, job.seconds)
+    meter, fault = StageMeter(job.stages, job.seconds), None
     terms = _record_base(job)
     if "fuse" in steps:
         _write_fused(job, meter)
-    if "convert" in steps and job.llama is not None:
-        write_ggufs(job, job.llama, meter)
-        with timed(job.seconds, "try"):
-            try_gguf(job, job.llama)
     if "lora" in steps and job.llama is not None:
         write_lora(job, job.llama, meter)
     if "mlx" in steps:
-        _write_mlx(job, meter)
-    _write_documents(job, terms)
-    broken = "convert" in steps and not _verified(job, meter)
+        try:
+            _write_mlx(job, meter)
+        except UserError as error:
+            fault = error
+    with ExitStack() as stack:
+        if "convert" in steps and job.llama is not None:
+            bf16_gguf = stack.enter_context(run.bf16_gguf())
+            write_ggufs(job, job.llama, meter, bf16_gguf)
+            with timed(job.seconds, "try"):
+                try_gguf(job, job.llama)
+        _write_documents(job, terms)
+        if "convert" in steps and not _verified(job, meter, bf16_gguf):
+            fault = UserError(
+                f"{run}: the GGUF does not hold what was trained; the checks above and run.json say where.",
+                f"The adapter is complete. Fix what they name, then: python cli.py fuse {run}",
+            )
     if steps:
         run.update_export(stages=run.record.export.stages | meter.record())
     record_seconds(run, job.seconds)
@@ -129,11 +151,8 @@ def export_run(job: ExportJob) -> None:
     if display.mode in ("rich", "plain"):
         _show_summary(run.record, job.seconds, display)
         display.say(f"The run is in {run}")
-    if broken:
-        raise UserError(
-            f"{run}: the GGUF does not hold what was trained; the checks above and run.json say where.",
-            f"The adapter is complete. Fix what they name, then: python cli.py fuse {run}",
-        )
+    if fault is not None:
+        raise fault
 
 
 def _record_base(job: ExportJob) -> Terms:
@@ -169,28 +188,27 @@ def _write_mlx(job: ExportJob, meter: StageMeter) -> None:
 
 
 def _write_documents(job: ExportJob, terms: Terms) -> None:
-    """License files beside all weights, and the fused folder's card."""
+    """License files beside all weights, and the fused folder's card, without which the folder is complete too."""
     parts = parts_of(job.run)
     for part in {*parts, "gguf", "mlx"}:
         if (job.run.path / part).is_dir():
             copy_terms(job.base.path, job.run.path / part, terms)
-    write_card(job.run)
+    _write_card(job)
 
 
-def _verified(job: ExportJob, meter: StageMeter) -> bool:
-    """Verify the GGUFs unless the user said no, and remove the bf16 one where it was not asked for."""
-    run = job.run
-    bf16_gguf = run.gguf / BF16_GGUF
-    try:
-        if job.options.no_verify:
-            return True
-        with meter.stage("verify", run.gguf / "none"):
-            checks = verify_held(run, job.base, job.adapter, job.context, bf16_gguf)
-        write_card(run)  # again, with the verdict
-        return verdict(checks) != "broken"
-    finally:
-        if str(bf16_gguf.relative_to(run.path)) not in [gguf.file for gguf in run.record.export.gguf]:
-            bf16_gguf.unlink(missing_ok=True)
+def _write_card(job: ExportJob) -> None:
+    with job.display.optional("no model card"):
+        write_card(job.run)
+
+
+def _verified(job: ExportJob, meter: StageMeter, bf16_gguf: Path) -> bool:
+    """Verify the GGUFs unless the user said no."""
+    if job.options.no_verify:
+        return True
+    with meter.stage("verify", bf16_gguf.with_name("none")):
+        checks = verify_held(job.run, job.base, job.adapter, job.context, bf16_gguf)
+    _write_card(job)  # again, with the verdict
+    return verdict(checks) != "broken"
 
 
 def _estimated(run: Run, base: ModelFolder, adapter: Adapter, options: Options, backends: Backends) -> list[Stage]:

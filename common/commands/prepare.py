@@ -11,11 +11,12 @@ from common.data.encode import Encoded, load_tokenizer
 from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt, warn_of_context
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, warn_of_memory
+from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, needs_llama, warn_of_memory
 from common.export.fused_folder import ServingConfig, checkpoints_disk, trained_bytes
 from common.export.mlx import check_installed
 from common.export.preflight import reloaded, tools_for
 from common.export.upload import check_push
+from common.llama_cpp.build import build_bytes
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
@@ -103,7 +104,8 @@ def prepare(
     verifies = not options.no_verify
     stages = estimate_stages(options.export, options.quant, base.model, adapter_bytes, held, options.imatrix, verifies)
     checkpoints = checkpoints_disk(adapter_bytes, options.keep_checkpoints)
-    check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages])
+    build = build_bytes(needs_llama(options.export), options.llama_cpp)
+    check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages], build)
     warn_of_memory(stages, display)
     llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(data.train, 200_000))
     sample, sample_tokens = sample_prompt(rows)

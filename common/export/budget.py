@@ -1,16 +1,17 @@
 """The stages of each export, and the memory and disk that each takes: estimated, then measured."""
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 
 from common.display import Display, gigabytes
-from common.errors import UserError
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
+from common.system.cache import cache_folder
+from common.system.disk import require_disk
 from common.system.memory import PeakMemory, available
 from common.training.metrics import timed
 
@@ -28,11 +29,15 @@ _MB = 10**6
 
 @dataclass(frozen=True)
 class Stage:
-    """memory: bytes beyond those held before the stage, its subprocesses' included; disk: bytes written."""
+    """memory: bytes beyond those held before the stage, its subprocesses' included; disk: bytes written to the run.
+
+    temporary: bytes written where the system keeps temporary files.
+    """
 
     name: str
     memory: int
     disk: int
+    temporary: int = 0
 
 
 def needs_llama(export: str) -> bool:
@@ -72,7 +77,7 @@ def estimate_stages(
         ),
         "imatrix": Stage("imatrix", 500 * _MB + 2 * largest, 0),
         "verify": Stage("verify", 1100 * _MB + 2 * bf16_bytes, 0),  # in float32, beside the reference's distributions
-        "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, 2 * adapter_bytes),
+        "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, adapter_bytes + _MB, adapter_bytes + _MB),
         "mlx": Stage("mlx", 200 * _MB + quantized + round(2.6 * largest), quantized + tokenizer),
     }
     through = list(EXPORT_STEPS[export])
@@ -91,16 +96,18 @@ def _in_4_bits(tensor: StoredTensor) -> int:
     return size * each
 
 
-def check_disk(folder: Path, stages: list[Stage]) -> None:
-    """Raises UserError where the disk that will hold `folder` has less free than the stages will write."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    free, needed = shutil.disk_usage(existing).free, sum(stage.disk for stage in stages)
-    if free < needed:
-        parts = ", ".join(f"{stage.name} {stage.disk / 1e9:.1f}" for stage in stages)
-        raise UserError(
-            f"{existing} has {free / 1e9:.1f} GB free, and this run will write up to {needed / 1e9:.1f} GB ({parts}).",
-            "Free some space, give --output on another disk, or stop earlier with --export fused or none.",
-        )
+def check_disk(run: Path, stages: list[Stage], build: int = 0) -> None:
+    """Raises UserError where a disk has less free than will be written there: of the run, the cache, temporary files.
+
+    build: bytes of a build of llama.cpp that has to be made.
+    """
+    writes = [(run, stage.name, stage.disk) for stage in stages]
+    writes += [(Path(gettempdir()), f"{stage.name}, temporary", stage.temporary) for stage in stages if stage.temporary]
+    writes += [(cache_folder(), "building llama.cpp", build)] if build else []
+    require_disk(
+        writes,
+        "Free some space, give --output on another disk, or stop earlier with --export fused or none.",
+    )
 
 
 def warn_of_memory(stages: list[Stage], display: Display) -> None:

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,41 +11,57 @@ from typing import Any
 
 from common.backend import Progress
 from common.data.load import data_of, encoder_of
+from common.display import Display
 from common.export.budget import StageMeter
 from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
 from common.llama_cpp.convert import report as read_report
-from common.llama_cpp.imatrix import Calibration, calibration_of, make_imatrix
+from common.llama_cpp.imatrix import calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
 from common.models.model_folder import ModelFolder
-from common.options import UNGUIDED, Options, source_name
-from common.run_record import GgufRecord
+from common.options import UNGUIDED, source_name
+from common.run_record import GgufRecord, Run
 
 SAMPLE_TOKENS = 100
-BF16_GGUF = "model-BF16.gguf"  # what the others are quantized from and compared with
 MMPROJ = "mmproj-BF16.gguf"
 
 
-def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
-    """Make the GGUFs of the fused folder, each on record as soon as it is made, and show them; BF16_GGUF stays too."""
+def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter, bf16_gguf: Path) -> None:
+    """Make the GGUFs of the fused folder, each on record as soon as it is made, and show them; `bf16_gguf` is first.
+
+    An importance matrix or a vision tower that cannot be made is a warning.
+    """
     run, options, display = job.run, job.options, job.display
-    calibration = None
-    if options.imatrix:
-        rows = data_of(run, options).train
-        calibration = calibration_of(rows, encoder_of(job.base.path, options, run.recipe))
+    name = source_name(options.model)
     earlier = [report for report in run.record.export.gguf if (run.path / report.file).is_file()]
     reports: list[GgufRecord] = []
-    with display.stage("gguf") as progress:
-        making = convert_and_quantize(run.fused, run.gguf, options, llama, progress, meter, calibration)
-        for report in making:
+    matrix = run.gguf / "imatrix.gguf"
+    with display.stage("gguf") as progress, _intermediate(matrix):
+        with meter.stage("convert", bf16_gguf):
+            convert(run.fused, bf16_gguf, name, llama, lambda share, text: progress(share / 2, text))
+        if options.imatrix:
+            with display.optional("the types are made without an importance matrix"), meter.stage("imatrix", matrix):
+                rows = data_of(run, options).train
+                calibration = calibration_of(rows, encoder_of(job.base.path, options, run.recipe))
+                make_imatrix(bf16_gguf, calibration, matrix, llama, progress)
+        for report in quantize_each(bf16_gguf, options.quant, matrix, llama, progress, meter):
             reports.append(report)
             names = {report.name for report in reports}
             run.update_export(gguf=[*reports, *(report for report in earlier if report.name not in names)])
+        with display.optional("no vision tower: the GGUF takes text only"):
+            if ModelFolder(run.fused).has_vision and not vision_fault(run.fused):
+                with meter.stage("convert", tower := run.gguf / MMPROJ):
+                    write_mmproj(run.fused, tower, name, llama, lambda share, text: progress(1.0, text))
+                run.update_export(mmproj=str(tower.relative_to(run.path)))
+    _show(run, reports, bf16_gguf, llama, display)
+
+
+def _show(run: Run, reports: list[GgufRecord], bf16_gguf: Path, llama: LlamaCpp, display: Display) -> None:
     display.table(
         "GGUF",
         ["file", "size", "bits per weight", "tensors by type", "fallbacks"],
@@ -65,10 +82,10 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
             "larger type, so the file is bigger than its name suggests."
         )
         known = [QuantReport(**{k: getattr(report, k) for k in QuantReport.__dataclass_fields__}) for report in reports]
-        if better := advice(run.gguf / BF16_GGUF, known, llama):
+        if better := advice(bf16_gguf, known, llama):
             display.say(better)
-    if (tower := run.gguf / MMPROJ).is_file():
-        run.update_export(mmproj=str(tower.relative_to(run.path)))
+    if run.record.export.mmproj:
+        tower = run.path / run.record.export.mmproj
         display.say(f"its vision tower, for images: llama-server -m {run.path / reports[0].file} --mmproj {tower}")
 
 
@@ -122,29 +139,26 @@ def _write_modelfile(job: ExportJob, gguf: Path, prompt: list[dict[str, Any]]) -
         job.display.say(f"Modelfile for Ollama: {note}")
 
 
-def convert_and_quantize(
-    fused: Path,
-    out: Path,
-    options: Options,
-    llama: LlamaCpp,
-    progress: Progress,
-    meter: StageMeter,
-    calibration: Calibration | None = None,
-) -> Iterator[GgufRecord]:
-    """Convert to bf16 once, then make `model-<type>.gguf` for every type of --quant; yields the report of each.
+@contextmanager
+def _intermediate(path: Path) -> Iterator[None]:
+    """Around the use of a file that is not there before, left by a killed process, nor afterwards."""
+    path.unlink(missing_ok=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
-    The vision tower of a multimodal model, where it can be converted, goes to MMPROJ at the end. calibration: for an
-    importance matrix. BF16_GGUF stays.
+
+def quantize_each(
+    bf16_gguf: Path, quants: list[str], matrix: Path, llama: LlamaCpp, progress: Progress, meter: StageMeter
+) -> Iterator[GgufRecord]:
+    """Make `model-<type>.gguf` beside `bf16_gguf` for every type of --quant; yields the report of each.
+
+    matrix: the importance matrix, where that file exists.
     """
-    bf16_gguf, name, quants = out / BF16_GGUF, source_name(options.model), options.quant
-    with meter.stage("convert", bf16_gguf):
-        convert(fused, bf16_gguf, name, llama, lambda share, text: progress(share / 2, text))
-    matrix = out / "imatrix.gguf" if calibration else None
-    if calibration and matrix:
-        with meter.stage("imatrix", matrix):
-            make_imatrix(bf16_gguf, calibration, matrix, llama, progress)
+    out = bf16_gguf.parent
     for number, quant in enumerate(quants):
-        guided = matrix if quant not in UNGUIDED else None
+        guided = matrix if quant not in UNGUIDED and matrix.is_file() else None
         target = out / f"model-{quant}{'-imatrix' if guided else ''}.gguf"
         if target == bf16_gguf:
             report = read_report(bf16_gguf, quant)
@@ -154,12 +168,6 @@ def convert_and_quantize(
                 report = quantize(bf16_gguf, target, quant, llama, share_of_all, guided)
         file = str(target.relative_to(out.parent))
         yield GgufRecord(name=target.stem.removeprefix("model-"), file=file, **asdict(report))
-    if matrix:
-        matrix.unlink()
-    if ModelFolder(fused).has_vision and not vision_fault(fused):
-        tower = out / MMPROJ
-        with meter.stage("convert", tower):
-            write_mmproj(fused, tower, name, llama, lambda share, text: progress(1.0, text))
 
 
 def _advance(progress: Progress, number: int, count: int, share: float, text: str) -> None:

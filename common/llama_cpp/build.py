@@ -10,12 +10,11 @@ import re
 import shutil
 import sys
 import tarfile
-import tempfile
 from pathlib import Path
 
 from common.backend import Progress
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, scratch_folder
 from common.llama_cpp.install import (
     LOGITS,
     OURS,
@@ -29,6 +28,7 @@ from common.llama_cpp.install import (
     which,
 )
 from common.system.cache import artifact_lock
+from common.system.disk import require_disk
 from common.system.hardware import cores
 from common.system.process import capture, fraction, run_logged
 
@@ -61,6 +61,17 @@ def own(progress: Progress) -> LlamaCpp:
     return own_build() or build(progress)
 
 
+def build_bytes(needed: bool, llama_cpp: str | None) -> int:
+    """What a build will write to the cache, where llama.cpp is `needed` and there is none; measured without CUDA."""
+    if not needed or find(llama_cpp) is not None:
+        return 0
+    return _build_bytes()
+
+
+def _build_bytes() -> int:
+    return 3_000_000_000 if _has_cuda() else 400_000_000
+
+
 def build(progress: Progress) -> LlamaCpp:
     """Download the pinned source, compile it in the user's cache folder, and return the result.
 
@@ -74,13 +85,17 @@ def build(progress: Progress) -> LlamaCpp:
             "Install it, or name a folder that holds a built llama.cpp with --llama-cpp DIR.",
         )
     root = cache_root()
+    require_disk(
+        [(root, "building llama.cpp", _build_bytes())], "Free some space, or name a built one: --llama-cpp DIR."
+    )
     root.mkdir(parents=True, exist_ok=True)
-    with artifact_lock(root, lambda text: progress(0.0, text)):
+    # handed on to what is started: a killed build's last compiler ends before another process begins
+    with artifact_lock(root, lambda text: progress(0.0, text), every=1) as lock:
         ready = own_build()
         if ready is None:
             if not (root / "source").is_dir():
-                _fetch(root, progress)
-            _compile(root, progress)
+                _fetch(root, lock, progress)
+            _compile(root, lock, progress)
             with atomic_write(root / "complete") as temporary:
                 temporary.write_text(complete_marker(), encoding="utf-8")
             ready = own_build()
@@ -89,21 +104,19 @@ def build(progress: Progress) -> LlamaCpp:
     return ready
 
 
-def _fetch(root: Path, progress: Progress) -> None:
+def _fetch(root: Path, lock: int, progress: Progress) -> None:
     progress(0.0, "downloading llama.cpp's source (77 MB)")
-    for left in root.glob("download-*"):  # of a process that was killed: this one holds the lock
-        shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=root, prefix="download-") as name:
-        work = Path(name)
+    with scratch_folder(root) as work:
         (work / "scikit_build_core").mkdir()
         (work / "scikit_build_core" / "__init__.py").touch()
         (work / "scikit_build_core" / "build.py").write_text(_STUB_BACKEND)
         (work / "requirements.txt").write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{SHA256}\n")
         command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--no-build-isolation"]
         command += ["--require-hashes", "--no-binary", "llama-cpp-python"]
-        command += ["-d", name, "-r", str(work / "requirements.txt")]
-        search = os.pathsep.join(filter(None, (name, os.environ.get("PYTHONPATH"))))
-        code, tail = run_logged(command, root / "build.log", lambda line: None, {**os.environ, "PYTHONPATH": search})
+        command += ["-d", str(work), "-r", str(work / "requirements.txt")]
+        search = os.pathsep.join(filter(None, (str(work), os.environ.get("PYTHONPATH"))))
+        env = {**os.environ, "PYTHONPATH": search}
+        code, tail = run_logged(command, root / "build.log", lambda line: None, env, keep=(lock,))
         archive = next(work.glob("llama_cpp_python-*.tar.gz"), None)
         if code != 0 or archive is None:
             raise UserError(
@@ -140,7 +153,7 @@ def extract(archive: Path, prefix: str, target: Path) -> None:
             raise UserError(f"{archive.name}: unsafe path: {error}", remedy) from error
 
 
-def _compile(root: Path, progress: Progress) -> None:
+def _compile(root: Path, lock: int, progress: Progress) -> None:
     log, folder = root / "build.log", root / "build"
     tool = root / "logits"  # a copy, so that the build works when this checkout moves
     shutil.copytree(LOGITS, tool, dirs_exist_ok=True)
@@ -176,9 +189,9 @@ def _compile(root: Path, progress: Progress) -> None:
             *TARGETS,
             *OURS,
         ]
-        last = run_logged(configure, log, lambda line: None)
+        last = run_logged(configure, log, lambda line: None, keep=(lock,))
         if last[0] == 0:
-            last = run_logged(make, log, advance)
+            last = run_logged(make, log, advance, keep=(lock,))
         if last[0] == 0:
             return
         if cuda:

@@ -25,6 +25,7 @@ from common.model_files import scrubbed
 from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
+from common.system.disk import require_disk
 from common.system.process import capture, offline_environment
 
 
@@ -35,13 +36,16 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
     if target.exists():
         return target
     # the folder, because every type of one model goes through the same bf16 file
-    with display.stage("base GGUF") as progress, artifact_lock(folder, lambda text: progress(0.0, text)):
+    with display.stage("base GGUF") as progress, artifact_lock(folder, display.say):
         if not target.exists():
-            bf16_gguf = folder / "BF16.gguf"
-            convert(base, bf16_gguf, "base", llama, progress)
-            quantize(bf16_gguf, target, quant, llama, progress)
-            if quant != "BF16":
-                bf16_gguf.unlink()
+            bf16_gguf, size = folder / "BF16.gguf", 2 * ModelFolder(base).parameter_count
+            require_disk([(folder, "the untuned model's GGUFs", 2 * size)], "Free some space.")
+            try:
+                convert(base, bf16_gguf, "base", llama, progress)
+                quantize(bf16_gguf, target, quant, llama, progress)
+            finally:
+                if quant != "BF16":
+                    bf16_gguf.unlink(missing_ok=True)
     return target
 
 
@@ -112,7 +116,7 @@ def quantize(
             with atomic_write(out) as temporary:
                 shutil.copyfile(source, temporary)
     else:
-        remedy = f"Look at the free disk space and memory; {source} is complete and can be quantized again."
+        remedy = "Look at the free disk space and memory, then export again."
         # run in the matrix's folder and given its bare name, because the path goes into the GGUF
         matrix, cwd = (["--imatrix", imatrix.name], imatrix.parent) if imatrix else ([], None)
         command = [str(llama.quantize), *matrix, str(source.absolute()), OUT, quant]

@@ -1,6 +1,5 @@
 """An importance matrix from the training rows: which weights a quantization should keep most exact."""
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from common.data.dataset import Example
 from common.data.encode import Encoder
 from common.data.turn_edges import BadRow
 from common.errors import UserError
+from common.files import scratch_folder
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 
@@ -59,8 +59,8 @@ def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: Ll
     context = min(_CONTEXT, tokens // 3)  # the tool needs at least two contexts, and its token count differs a little
     if context < 32:
         raise UserError(f"--imatrix: the training rows have {tokens} tokens, too few.", "Leave --imatrix out.")
-    with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary) / "rows.txt"
+    with scratch_folder() as temporary:
+        source = temporary / "rows.txt"
         source.write_text(calibration.text, encoding="utf-8")
         # run in the text's folder and given its bare name, because the path goes into the file
         command = [str(tool), "-m", str(bf16_gguf.absolute()), "-f", source.name, "-o", OUT, "--parse-special"]

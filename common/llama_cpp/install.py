@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from common.errors import UserError
-from common.system.cache import cache_folder
+from common.system.cache import artifact_lock, cache_folder
 from common.system.process import capture
 
 VERSION = "0.3.36"
@@ -129,11 +129,19 @@ def cache_root() -> Path:
 
 
 def clean() -> list[tuple[Path, int]]:
-    """Remove our own builds of all versions; the removed folders and their sizes in bytes."""
+    """Remove our own builds of all versions; the removed folders and their sizes in bytes.
+
+    Raises UserError where another process is building one: what comes after it stays.
+    """
     removed = []
     for folder in sorted(cache_root().parent.glob("llama.cpp-*")):
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-        shutil.rmtree(folder)
+
+        def refuse(text: str, folder: Path = folder) -> None:
+            raise UserError(f"{folder} is being built by another process.", "Wait for it, or stop it first.")
+
+        with artifact_lock(folder, refuse):
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+            shutil.rmtree(folder)
         removed.append((folder, size))
     return removed
 

@@ -6,10 +6,11 @@ llama-perplexity writes its logits in 16 bits, and for one long text in place of
 
 import subprocess
 import tempfile
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -23,11 +24,12 @@ _REMEDY = "Close other programs where memory is short; see whether llama.cpp run
 class GgufLogits:
     """One GGUF kept open in a process of its own; a context manager. Raises UserError with the tool's last lines.
 
-    context: tokens of the longest row. vocabulary: tokens of the GGUF's vocabulary, known once it is open.
+    context: tokens of the longest row. vocabulary: tokens of the GGUF's vocabulary, known once it is open. seconds:
+    until the model must be loaded, and until a row must be answered.
     """
 
-    def __init__(self, tool: Path, gguf: Path, context: int) -> None:
-        self.tool, self.gguf, self.context = tool, gguf, context
+    def __init__(self, tool: Path, gguf: Path, context: int, seconds: float = 600) -> None:
+        self.tool, self.gguf, self.context, self.seconds = tool, gguf, context, seconds
         self.vocabulary = 0
         self._stack = ExitStack()
 
@@ -36,10 +38,9 @@ class GgufLogits:
         with ExitStack() as stack:
             self._errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             pipe = subprocess.PIPE
-            self._process = stack.enter_context(
-                running(command, stdin=pipe, stdout=pipe, stderr=self._errors, bufsize=0)
-            )
-            self.vocabulary = int(np.frombuffer(self._read(4), np.int32)[0])
+            options: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": self._errors, "bufsize": 0}
+            self._process = stack.enter_context(running(command, **options))
+            self.vocabulary = int(np.frombuffer(self._exchange(b"", 4), np.int32)[0])
             self._stack = stack.pop_all()
         return self
 
@@ -52,24 +53,38 @@ class GgufLogits:
         """Logits [P, vocabulary] float32 after the tokens at `positions` [P] (increasing) of the row `ids` [T]."""
         counts = np.array([len(ids), len(positions)], np.int32)
         request = b"".join(np.asarray(part, np.int32).tobytes() for part in (counts, ids, positions))
+        answer = self._exchange(request, 4 * len(positions) * self.vocabulary)
+        return np.frombuffer(answer, np.float32).reshape(len(positions), -1)
+
+    def _exchange(self, request: bytes, size: int) -> bytearray:
+        """The `size` bytes that the tool answers; it is ended where they do not come in time."""
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            self._process.terminate()
+
+        timer = threading.Timer(self.seconds, give_up)
+        timer.start()
         try:
-            cast(IO[bytes], self._process.stdin).write(request)
+            rest = memoryview(request)
+            while rest:  # one write may take a part only
+                rest = rest[cast(IO[bytes], self._process.stdin).write(rest) :]
+            answer = bytearray()
+            while len(answer) < size:
+                part = cast(IO[bytes], self._process.stdout).read(min(size - len(answer), 1 << 24))
+                if not part:
+                    raise self._dead(late)
+                answer += part
         except OSError:
-            raise self._dead() from None
-        return np.frombuffer(self._read(4 * len(positions) * self.vocabulary), np.float32).reshape(len(positions), -1)
+            raise self._dead(late) from None
+        finally:
+            timer.cancel()
+        return answer
 
-    def _read(self, size: int) -> bytes:
-        parts, missing = [], size
-        while missing:
-            part = cast(IO[bytes], self._process.stdout).read(min(missing, 1 << 24))
-            if not part:
-                raise self._dead()
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
-
-    def _dead(self) -> UserError:
+    def _dead(self, late: threading.Event) -> UserError:
         self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().splitlines()[-10:]
-        return UserError(f"llama.cpp returned no logits for {self.gguf}:\n" + "\n".join(lines), _REMEDY)
+        when = f" within {self.seconds:g} s" if late.is_set() else ""
+        return UserError(f"llama.cpp returned no logits for {self.gguf}{when}:\n" + "\n".join(lines), _REMEDY)

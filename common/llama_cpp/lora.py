@@ -4,7 +4,6 @@ llama.cpp's own converter writes it, and shows how to read one: which names and 
 """
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, scratch_folder
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models.adapter_files import write_peft
@@ -67,9 +66,9 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
         out_features, in_features = shapes[name]
         A = np.full((1, in_features), number, np.float32)
         numbered[name] = LoraWeight(A, np.arange(out_features, dtype=np.float32)[:, None], 1.0)
-    with tempfile.TemporaryDirectory() as folder:
-        _convert(Adapter("", 0, 0.0, numbered), base, Path(folder) / "numbered.gguf", llama)
-        known, _ = _tensors(Path(folder) / "numbered.gguf")
+    with scratch_folder() as folder:
+        _convert(Adapter("", 0, 0.0, numbered), base, folder / "numbered.gguf", llama)
+        known, _ = _tensors(folder / "numbered.gguf")
     tensors, alpha = _tensors(path)
     weights = {}
     for key in sorted(tensors):
@@ -97,8 +96,8 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
 def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
     script = lora_script(llama)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary, atomic_write(out) as partial:
-        folder, log = Path(temporary) / "adapter", Path(temporary) / "log"
+    with scratch_folder() as temporary, atomic_write(out) as partial:
+        folder, log = temporary / "adapter", temporary / "log"
         write_peft(folder, adapter)
         with scrubbed(base, weights=True) as clean:
             command = [sys.executable, str(script), str(folder), "--base", str(clean), "--outtype", "f32"]

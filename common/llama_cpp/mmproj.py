@@ -1,12 +1,12 @@
 """A multimodal model's vision tower as a GGUF of its own, which llama.cpp loads beside the model with `--mmproj`."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
 from common.documents import read_json
+from common.files import scratch_folder
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
 from common.models.families import VISION_PARTS, hf_name
@@ -33,9 +33,7 @@ def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: 
     The converter knows the hub's tensor names only. It fails on those that transformers 4.52 saves, and silently skips
     those that transformers 5 saves. So it gets these tensors in a folder of their own, under the hub's names.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".vision-") as temporary:
-        alone = Path(temporary)
+    with scratch_folder(out.parent) as alone:
         for file in (CONFIG_FILE, *_SETTINGS):
             if (folder / file).is_file():
                 (alone / file).write_bytes((folder / file).read_bytes())

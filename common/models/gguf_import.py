@@ -3,17 +3,17 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.files import atomic_folder, atomic_write
+from common.files import atomic_folder, atomic_write, scratch_folder
 from common.models.families import normalize_config
 from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
+from common.system.disk import require_disk
 
 Say = Callable[[str], None]
 
@@ -153,8 +153,8 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
 
     logging.disable_progress_bar()  # the display shows progress
     try:
-        with tempfile.TemporaryDirectory() as alone:  # other files beside the GGUF are not read
-            (Path(alone) / path.name).symlink_to(path.resolve())
+        with scratch_folder() as alone:  # other files beside the GGUF are not read
+            (alone / path.name).symlink_to(path.resolve())
             where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
             tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
             model = AutoModelForCausalLM.from_pretrained(
@@ -172,6 +172,7 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         state["pre_tokenizer"] = pre_tokenizer
         tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    require_disk([(out, "the model in 16 bits", 2 * model.num_parameters())], "Free some space.")
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
     config = normalize_config(ModelFolder(out).written_config)

@@ -17,6 +17,7 @@ from common.model_files import copy_file, known_files
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import save_tensors
 from common.system.cache import artifact_lock, cache_folder
+from common.system.disk import require_disk
 
 _MODES = ("affine",)
 _BITS = (4, 8)
@@ -96,6 +97,7 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
     settings = model.written_config["quantization"]
     config = {k: v for k, v in model.written_config.items() if k not in ("quantization", "quantization_config")}
     say(f"{model.path.name}: making the 16-bit view of its {scheme(model.written_config)} weights, once ...")
+    require_disk([(out, "the 16-bit view", model.weight_bytes * 16 // settings["bits"])], "Free some space.")
     with atomic_folder(out) as temporary:
         index: dict[str, str] = {}
         for shard in model.shards:

@@ -1,1 +1,1 @@
-"""The machine: devices, memory, processes, the user's cache. Knows no model."""
+"""The machine: devices, memory, disks, processes, the user's cache. Knows no model."""

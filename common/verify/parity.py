@@ -1,7 +1,6 @@
 """`doctor --parity MODEL`: logits, training steps and adapter of both backends side by side, or against a record."""
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.data.load import load_data
 from common.errors import UserError
+from common.files import scratch_folder
 from common.model_files import open_tokenizer
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.model_folder import ModelFolder
@@ -49,12 +49,12 @@ def parity(name: str, context: Context) -> bool:
     display, here = context.display, [name for name in ("torch", "mlx") if context.backends(name).fault() is None]
     if not here:
         raise UserError("Neither backend is installed.", "python cli.py doctor says how to install one.")
-    with tempfile.TemporaryDirectory() as scratch:
+    with scratch_folder() as scratch:
         folder = None if name in TINY else resolve(name, display.say).path
         if len(here) == 1:
             family = name if folder is None else str(ModelFolder(folder).config["model_type"])
             display.say(f"Only {here[0]} is installed: the tiny {family} is compared with recorded numbers")
-            folder, steps, rows, bounds = write_tiny(Path(scratch), family), TINY_STEPS, tiny_rows(), BOUNDS
+            folder, steps, rows, bounds = write_tiny(scratch, family), TINY_STEPS, tiny_rows(), BOUNDS
             found = _compare(run(here[0], context.backends, folder, rows, steps), recorded(family))
             title = f"{family}: {here[0]} and the record"
         else:
@@ -108,8 +108,8 @@ def record(backends: Backends, path: Path = RECORD) -> None:
     """Write to `path` what torch computes on this machine for every family's tiny model."""
     numbers = {}
     for family in TINY:
-        with tempfile.TemporaryDirectory() as scratch:
-            result = run("torch", backends, write_tiny(Path(scratch), family), tiny_rows(), TINY_STEPS)
+        with scratch_folder() as scratch:
+            result = run("torch", backends, write_tiny(scratch, family), tiny_rows(), TINY_STEPS)
         numbers[family] = {
             "logits": [round(float(value), 6) for value in result.logits[-1, :_SAMPLE]],
             "losses": [round(float(value), 6) for value in result.losses],

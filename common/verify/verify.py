@@ -1,6 +1,5 @@
 """`verify RUN`: whether what llama.cpp runs is what was trained, step by step from the adapter to each GGUF."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -26,6 +25,7 @@ from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
 from common.run_lock import held
 from common.run_record import Run
+from common.system.disk import require_disk
 from common.verify.cases import cases_of
 from common.verify.divergence import Divergence, LogitsAt, Positions, Reference, choose_positions
 from common.verify.judge import judge_fused, judge_quants, verdict
@@ -66,8 +66,8 @@ def verify_held(
     with ExitStack() as stack:
         bf16_gguf = bf16_gguf or next((path for name, path in ggufs if name == "BF16"), None)
         if bf16_gguf is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=run.gguf, prefix=".verify-")))
-            bf16_gguf = folder / "model-BF16.gguf"
+            bf16_gguf = stack.enter_context(run.bf16_gguf())
+            require_disk([(run.gguf, "the bf16 GGUF", 2 * base.parameter_count)], "Free some space.")
             with display.stage("the bf16 GGUF again, to compare with") as progress:
                 convert(run.fused, bf16_gguf, "verify", llama or ours, progress)
         given = VerifyInput(

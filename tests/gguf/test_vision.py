@@ -6,12 +6,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from common.export.budget import StageMeter, estimate_stages
-from common.export.gguf import convert_and_quantize
 from common.llama_cpp.build import ensure
-from common.llama_cpp.mmproj import vision_fault
+from common.llama_cpp.convert import convert
+from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.models.model_folder import ModelFolder
-from common.options import Options
 from tests.progress import silent
 from tests.tiny import write_family, write_model
 
@@ -52,9 +50,9 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     assert vision_fault(folder) == ""
     write_sentencepiece(folder / "tokenizer.model")
-    meter = StageMeter(estimate_stages("gguf", ["BF16"], ModelFolder(folder), 0), {})
-    options = Options(model="tiny", quant=["BF16"])
-    list(convert_and_quantize(folder, tmp_path / "gguf", options, ensure(None, silent), silent, meter))
+    llama = ensure(None, silent)
+    convert(folder, tmp_path / "gguf" / "model-BF16.gguf", "tiny", llama, silent)
+    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", llama, silent)
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == ["mmproj-BF16.gguf", "model-BF16.gguf"]
 
     text, tower = (tensors(tmp_path / "gguf" / f"{name}-BF16.gguf") for name in ("model", "mmproj"))

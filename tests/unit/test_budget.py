@@ -13,6 +13,7 @@ import pytest
 
 from common.display import Display
 from common.errors import UserError
+from common.export import budget
 from common.export.budget import (
     EXPORT_STEPS,
     Stage,
@@ -24,6 +25,7 @@ from common.export.budget import (
 )
 from common.models.model_folder import ModelFolder
 from common.options import Options
+from common.system import disk
 from common.system.memory import PeakMemory
 from tests.unit.base_folder import write_base
 
@@ -94,6 +96,28 @@ def test_too_little_disk_is_told_stage_by_stage(tmp_path: Path, monkeypatch: pyt
         "Free some space, give --output on another disk, or stop earlier with --export fused or none."
     )
     assert asked == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("full", "words"),
+    [("run", "lora 1.0"), ("cache", "building llama.cpp 1.0"), ("tmp", "lora, temporary 2.0")],
+)
+def test_every_disk_that_is_written_to_is_looked_at(
+    full: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run, the cache and the temporary files may be on three disks."""
+    free = {tmp_path / name: 2 * 10**9 for name in ("run", "cache", "tmp")}
+    for place in free:
+        place.mkdir()
+    monkeypatch.setattr(budget, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(budget, "gettempdir", lambda: str(tmp_path / "tmp"))
+    monkeypatch.setattr(disk, "_device", list(free).index)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    stages = [Stage("lora", 0, 10**9, 2 * 10**9)]
+    check_disk(tmp_path / "run", stages, 10**9)
+    free[tmp_path / full] = 0
+    with pytest.raises(UserError, match=rf"{full} has 0\.0 GB free, and this run .* \({words}\)"):
+        check_disk(tmp_path / "run", stages, 10**9)
 
 
 def test_enough_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

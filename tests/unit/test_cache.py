@@ -1,15 +1,19 @@
 """The cache: one process at a time makes an artifact, and another artifact does not wait for it."""
 
+import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import platformdirs
 import pytest
 
 from common.display import Display
+from common.errors import UserError
 from common.llama_cpp import convert
 from common.llama_cpp.install import LlamaCpp
 from common.system.cache import artifact_lock, cache_folder
+from tests.unit.base_folder import write_base
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +79,42 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
     assert not found.with_name("BF16.gguf").exists()
     with artifact_lock(found.parent, never):  # what is there is served while another type is made
         assert convert.base_gguf(tmp_path, "f00d", "Q8_0", llama, Display("quiet")) == found
+
+
+@pytest.mark.parametrize("fails", ["convert", "quantize"])
+def test_a_base_gguf_that_fails_leaves_nothing(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no luck", "Try again.")
+
+    monkeypatch.setattr(convert, "convert", lambda base, out, *rest: (out.parent.mkdir(parents=True), out.touch()))
+    monkeypatch.setattr(convert, fails, fail)
+    with pytest.raises(UserError, match="no luck"):
+        convert.base_gguf(tmp_path, "f00d", "Q4_K_M", LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "1"), Display())
+    assert [path.name for path in cache_folder().rglob("*.gguf")] == []
+
+
+def test_a_full_cache_is_told_before_a_base_gguf_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    base = write_base(tmp_path / "base")
+    with pytest.raises(UserError, match=r"0\.0 GB free, and this run will write up to .*untuned model's GGUFs"):
+        convert.base_gguf(base, "f00d", "Q4_K_M", LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "1"), Display())
+
+
+def test_a_waiting_process_says_so_again_and_again() -> None:
+    """A stage's progress shows the last text only, and in plain lines every ten seconds."""
+    texts: list[str] = []
+
+    def say(text: str) -> None:
+        texts.append(text)
+        if len(texts) == 3:
+            raise UserError("enough", "")
+
+    with (
+        artifact_lock(cache_folder() / "a", never),
+        pytest.raises(UserError, match="enough"),
+        artifact_lock(cache_folder() / "a", say, every=0.1),
+    ):
+        pass
+    assert len(set(texts)) == 1
+    with artifact_lock(cache_folder() / "a", never):
+        pass

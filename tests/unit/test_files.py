@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common import files
-from common.files import atomic_folder, atomic_write, sweep
+from common.files import atomic_folder, atomic_write, scratch_folder, sweep
 
 
 def names(folder: Path) -> list[str]:
@@ -194,3 +194,37 @@ def test_a_sweep_removes_what_any_killed_process_left(tmp_path: Path) -> None:
     (deep / ".twintune-mine").write_text("somebody's own")
     sweep(tmp_path)
     assert (names(tmp_path / "checkpoints"), names(deep)) == (["step-000001"], [".twintune-mine", "best"])
+
+
+def test_a_scratch_folder_goes_with_its_block_and_with_its_process(tmp_path: Path) -> None:
+    def stopped() -> None:
+        with scratch_folder(tmp_path) as folder:
+            (folder / "large").write_text("x")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert names(tmp_path) == []
+    code = (
+        "import os, sys; from pathlib import Path; from common.files import scratch_folder\n"
+        "with scratch_folder(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'large').write_text('x'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=files.__file__.rsplit("/", 2)[0], check=False)
+    assert len(names(tmp_path)) == 1
+    with scratch_folder(tmp_path) as one, scratch_folder(tmp_path) as other:
+        assert names(tmp_path) == sorted([one.name, other.name])
+        assert one.stat().st_mode & 0o777 == 0o700
+    assert names(tmp_path) == []
+
+
+def test_what_another_user_left_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that users share, such as the system's for temporary files."""
+    left = tmp_path / f".twintune-{files._HOST}-999999999-1-b"
+    left.touch()
+    monkeypatch.setattr(os, "getuid", lambda: left.stat().st_uid + 1)
+    with scratch_folder(tmp_path):
+        assert left.exists()
+    monkeypatch.undo()
+    with scratch_folder(tmp_path):
+        assert not left.exists()

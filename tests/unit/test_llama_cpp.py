@@ -21,6 +21,7 @@ from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.system.process import fraction, run_logged, running
 from tests.full_disk import full_disk
+from tests.llama_server import llama_server
 
 PREFIX = f"llama_cpp_python-{install.VERSION}/vendor/llama.cpp"
 
@@ -179,7 +180,7 @@ def test_two_builds_at_once_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(build_module, "missing_build_tools", list)
     root, started, waiting, builds = install.cache_root(), threading.Event(), threading.Event(), []
 
-    def compile_(folder: Path, progress: object) -> None:
+    def compile_(folder: Path, lock: int, progress: object) -> None:
         builds.append(folder)
         started.set()
         assert waiting.wait(30)
@@ -200,7 +201,7 @@ def test_the_mark_of_a_complete_build_appears_complete_or_not_at_all(monkeypatch
     root = install.cache_root()
     (root / "source").mkdir(parents=True)
     monkeypatch.setattr(build_module, "missing_build_tools", list)
-    monkeypatch.setattr(build_module, "_compile", lambda folder, progress: fake(folder, "build/bin", "source"))
+    monkeypatch.setattr(build_module, "_compile", lambda folder, lock, progress: fake(folder, "build/bin", "source"))
     monkeypatch.setattr(files, "_sync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         build_module.build(quiet)
@@ -285,7 +286,7 @@ def test_a_running_program_ends_with_its_block(grace: float) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         assert process.poll() is None
-    assert process.returncode == -9
+    assert process.returncode == 128 + 9
     assert process.stdout.closed
 
 
@@ -302,22 +303,12 @@ def test_run_logged_leaves_no_process_behind(tmp_path: Path) -> None:
 
 # --- server
 
-FAKE_SERVER = """
-import json, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-    def answer(self, value):
-        self.send_response(200); self.end_headers(); self.wfile.write(json.dumps(value).encode())
-    def do_GET(self): self.answer({"status": "ok"})
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize": return self.answer({"tokens": [ord(c) for c in body["content"]]})
+TALKING = """
+    def answer(self, body):
         text = body["messages"][-1]["content"]
-        if text == "die": print("out of memory, sorry", flush=True); sys.stdout.flush(); import os; os._exit(1)
+        if text == "die": print("out of memory, sorry", flush=True); os._exit(1)
         assert body["temperature"] == 0 and body["cache_prompt"] is False
-        self.answer({"choices": [{"message": {"content": text.upper()}}]})
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+        self.send({"choices": [{"message": {"content": text.upper()}}]})
 """
 
 
@@ -327,7 +318,7 @@ def talk(text: str) -> list[dict[str, str]]:
 
 def test_the_server_is_asked_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a proxy nobody listens at
-    llama = LlamaCpp(tmp_path, tmp_path, script(tmp_path / "llama-server", FAKE_SERVER), "test", "1")
+    llama = llama_server(tmp_path, TALKING)
     done: list[float] = []
     with Server(llama, tmp_path / "m.gguf", ServerOptions(slots=2, timeout=60)) as server:
         assert server.chat(talk("hello"), 5) == "HELLO"

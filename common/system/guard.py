@@ -1,0 +1,82 @@
+"""Runs a program that ends with the process that started it, however that process ends.
+
+usage: guard.py PIPE PROGRAM ARGUMENT...
+
+PIPE is the reading end of a pipe to which nobody writes. It ends when its other end is closed, which the system does
+for a killed process too. Then the program is killed with all that it has started. SIGTERM and its like are passed on
+to it. The exit status is the program's, or 128 + the number of the signal that ended it. This file is a program of its
+own: only a process with one thread can safely prepare another one.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def main(pipe: int, command: list[str]) -> int:
+    started: list[subprocess.Popen[bytes]] = []
+    ending = threading.Event()
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def end() -> None:
+        os.read(pipe, 1)
+        ending.set()
+        _kill_descendants()
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, pass_on)
+    try:
+        started.append(subprocess.Popen(command, process_group=0, preexec_fn=_linux_setup()))
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        return 127
+    watch = threading.Thread(target=end, daemon=True)
+    watch.start()
+    status = started[0].wait()
+    if ending.is_set():
+        watch.join()
+    pass_on(signal.SIGKILL, None)  # what it has left in the background
+    return status if status >= 0 else 128 - status
+
+
+def _linux_setup() -> Callable[[], None] | None:
+    """What is to be called in the child before the program. On Linux orphans come to this process, to be killed too."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # where somebody kills this process alone
+
+
+def _kill_descendants() -> None:
+    """Kill all that is below this process until nothing is: a compiler may have another process group."""
+    import psutil
+
+    def living() -> list[psutil.Process]:
+        found = psutil.Process().children(recursive=True)
+        return [child for child in found if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            children = living()
+            for child in children:
+                child.kill()
+            if not children:
+                return
+            time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

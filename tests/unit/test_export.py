@@ -1,0 +1,166 @@
+"""An export with llama.cpp's programs made up: what it leaves, and that no optional part can fail it."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.commands import fuse as module
+from common.commands.fuse import fuse_run
+from common.commands.train import run_training
+from common.errors import UserError
+from common.export import gguf, modelfile
+from common.llama_cpp.convert import QuantReport
+from common.llama_cpp.install import LlamaCpp
+from common.models.model_folder import ModelFolder
+from common.options import Options
+from common.run_record import Run
+from tests.contexts import context
+from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
+
+LOST = UserError("no luck today", "Try again.")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    given = {"model": str(tiny_llama), "data": str(write_rows(folder / "rows.jsonl")), "output": str(folder / "run")}
+    given |= {"backend": "torch", "device": "cpu", "precision": "fp32", "export": "none", "rank": 2, "steps": 1}
+    return run_training(Options.model_validate(given), context(create=Bigram))
+
+
+class Answering:
+    """In place of llama.cpp's server."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+    def __enter__(self) -> "Answering":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+    def chat(self, *arguments: Any) -> str:
+        return "an answer"
+
+
+def write(source: Path, out: Path, *rest: Any) -> None:
+    out.parent.mkdir(exist_ok=True)
+    out.write_bytes(b"GGUF")
+
+
+def quantize(source: Path, out: Path, quant: str, llama: Any, progress: Any, imatrix: Path | None) -> QuantReport:
+    assert source.is_file()
+    assert imatrix is None or imatrix.is_file()
+    write(source, out)
+    return QuantReport(quant, 4, 4.5, {"Q4_K": 1}, 0)
+
+
+def fail(*arguments: Any) -> Any:
+    raise LOST
+
+
+@pytest.fixture
+def export(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """`go(export="gguf", **options)` exports a copy of the finished run."""
+    shutil.copytree(finished, tmp_path / "run")
+    llama = LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "1")
+    monkeypatch.setattr(module, "tools_for", lambda *args: llama)
+    monkeypatch.setattr(module, "build_bytes", lambda *args: 0)
+    monkeypatch.setattr(module, "verify_held", lambda *args: [])
+    monkeypatch.setattr(gguf, "read_report", lambda path, quant: QuantReport(quant, 4, 16.0, {"BF16": 1}, 0))
+    for name, stand_in in {"convert": write, "quantize": quantize, "write_mmproj": write, "Server": Answering}.items():
+        monkeypatch.setattr(gguf, name, stand_in)
+    monkeypatch.setattr(gguf, "make_imatrix", lambda source, calibration, out, *rest: write(source, out))
+
+    def go(form: str = "gguf", **options: Any) -> Run:
+        fuse_run(tmp_path / "run", {"export": form, **options}, context("plain"))
+        return Run(tmp_path / "run")
+
+    return go
+
+
+def names(run: Run) -> list[str]:
+    return sorted(path.name for path in run.gguf.iterdir() if path.suffix == ".gguf")
+
+
+def test_what_an_export_leaves(export: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = export(imatrix=True, quant=["Q4_K_M", "BF16"])
+    assert names(run) == ["model-BF16.gguf", "model-Q4_K_M-imatrix.gguf"]
+    assert run.record.export.sample == {"prompt": run.record.sample_prompt, "answer": "an answer"}
+    assert (run.gguf / "Modelfile").is_file()
+    assert (run.fused / "README.md").is_file()
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ("Server", "no sample: no luck today"),
+        ("write_modelfile", "no Modelfile: no luck today"),
+        ("write_mmproj", "no vision tower: the GGUF takes text only: no luck today"),
+        ("make_imatrix", "the types are made without an importance matrix: no luck today"),
+        ("write_card", "no model card: no luck today"),
+    ],
+)
+def test_an_optional_part_that_fails_is_a_warning(
+    part: str,
+    words: str,
+    export: Callable[..., Run],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gguf if hasattr(gguf, part) else module, part, fail)
+    monkeypatch.setattr(ModelFolder, "has_vision", property(lambda self: True))
+    monkeypatch.setattr(gguf, "vision_fault", lambda folder: "")
+    run = export(imatrix=True, no_verify=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("warning:") == 1
+    assert f"warning: {words}" in said
+    made = ["mmproj-BF16.gguf"] * (part != "write_mmproj")
+    assert names(run) == [*made, f"model-Q4_K_M{'-imatrix' * (part != 'make_imatrix')}.gguf"]
+    assert [report.name for report in run.record.export.gguf] == [names(run)[-1][6:-5]]
+    assert (run.gguf / "Modelfile").is_file() == (part != "write_modelfile")
+    assert (run.fused / "README.md").is_file() == (part != "write_card")
+
+
+def test_a_model_whose_template_no_modelfile_can_say_still_gets_one(
+    export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def inexpressible(*arguments: Any) -> Any:
+        raise modelfile.Inexpressible("it is too clever")
+
+    monkeypatch.setattr(modelfile, "turn_texts", inexpressible)
+    run = export()
+    assert "has no TEMPLATE for Ollama: it is too clever" in " ".join(capsys.readouterr().out.split())
+    assert 'TEMPLATE "' not in (run.gguf / "Modelfile").read_text()
+
+
+def test_an_mlx_folder_that_fails_leaves_the_rest_complete(
+    export: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what was asked for, so the exit status says so, at the end."""
+    monkeypatch.setattr(module, "write_mlx_model", fail)
+    with pytest.raises(UserError, match="no luck today"):
+        export("mlx")
+    run = Run(tmp_path / "run")
+    assert (run.fused / "README.md").is_file()
+    assert (run.record.export.fused, run.record.export.mlx) == ("fused", None)
+    assert "fuse" in run.record.export.stages
+
+
+def test_a_failed_export_leaves_no_intermediate_gguf(
+    export: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf, "quantize", fail)
+    with pytest.raises(UserError, match="no luck today"):
+        export(imatrix=True)
+    assert names(Run(tmp_path / "run")) == []
+
+
+def test_what_a_killed_export_left_goes_with_the_next(export: Callable[..., Run], tmp_path: Path) -> None:
+    left = tmp_path / "run" / "gguf"
+    left.mkdir()
+    for name in ("model-BF16.gguf", "imatrix.gguf"):
+        (left / name).write_bytes(b"old")
+    assert names(export()) == ["model-Q4_K_M.gguf"]  # its importance matrix is not taken either
