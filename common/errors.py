@@ -1,4 +1,4 @@
-"""The one exception a user ever sees, and what may be shown of others."""
+"""The exception that a user sees, and what may be shown of others."""
 
 import errno
 import re
@@ -22,6 +22,10 @@ class UserError(Exception):
         super().__init__(f"{what}\n{fix}")
         self.what = what
         self.fix = fix
+
+
+class Refusal(UserError):
+    """A model cannot take these messages; it may take others."""
 
 
 def masked(text: str) -> str:

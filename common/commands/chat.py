@@ -16,7 +16,7 @@ from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
-from common.errors import PROGRAM, UserError
+from common.errors import PROGRAM, Refusal, UserError
 from common.files import atomic_write
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
@@ -183,7 +183,8 @@ def converse(session: ChatSession, read: Callable[[], str]) -> None:
         except KeyboardInterrupt:
             session.display.say("(Ctrl-D or /quit ends the session)")
         except UserError as error:
-            session.display.warn(f"{error.what}\n  {error.fix}")
+            again = " Or start again: /reset" if isinstance(error, Refusal) else ""
+            session.display.warn(f"{error.what}\n  {error.fix}{again}")
         except OSError as error:
             session.display.warn(f"{error.strerror or error}: {error.filename or ''}")
 

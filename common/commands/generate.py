@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common.backend import Progress
 from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
 from common.data.dataset import Example
+from common.data.load import SHOWN_FAULTS
+from common.display import Display
 from common.documents import parse_json
-from common.errors import UserError
+from common.errors import Refusal, UserError
 from common.files import atomic_write
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Target, choose, opened
@@ -38,22 +39,24 @@ class Answers:
 def generate(target: Target, wanted: Answers, sampling: Sampling, context: Context) -> None:
     """Write `wanted.out` completely or not at all; the same command continues a stopped job from its .part file.
 
-    Raises UserError before anything is loaded where something is missing.
+    Raises UserError before anything is loaded where something is missing; and at the end where the model refused
+    prompts: they stand in `wanted.out` without an answer, and the same command asks them again.
     """
     display, rows, out, slots = context.display, wanted.rows, wanted.out, wanted.slots
     if slots < 1:
         raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
-    if out.exists():
+    part = out.with_name(f"{out.name}.part")
+    if out.exists() and not part.exists():
         raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f"--out {out}: its folder does not exist, or cannot be written to.", "Make the folder first.")
-    part = out.with_name(f"{out.name}.part")
-    done = _begun(part, _asked_for(target, rows, sampling, wanted.length))
-    if len(done) > 1:
-        display.say(f"{part}: {len(done) - 1} of {len(rows)} answers exist already")
-    left = [number for number in range(len(rows)) if number not in done]
+    done = _begun(part, _asked_for(target, rows, sampling))
+    left = [number for number in range(len(rows)) if done.get(number, _REFUSED)["finish"] == "error"]
+    finished = len(rows) - len(left)
+    if finished:
+        display.say(f"{part}: {finished} of {len(rows)} answers exist already")
     if left:
         with (
             opened(target, context, wanted.length, slots, _FLAGS) as models,
@@ -62,61 +65,86 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
         ):
 
             def keep(number: int, row: dict[str, Any]) -> None:
+                nonlocal finished
                 done[number] = row
                 file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
                 file.flush()
+                finished += 1
+                progress(min(1.0, finished / len(rows)), f"{finished} of {len(rows)}")
 
-            _ask_all(models.tuned, rows, left, sampling, slots, keep, progress)
-    lines = [json.dumps(done[number], ensure_ascii=False) + "\n" for number in range(len(rows))]
-    with atomic_write(out) as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    part.unlink()
-    cut = sum(done[number]["finish"] == "length" for number in range(len(rows)))
-    display.say(f"{len(rows)} answers in {out}" + (f"; {cut} were cut at --max-tokens or --context" if cut else ""))
+            _ask_all(models.tuned, {number: rows[number] for number in left}, sampling, slots, keep)
+    _finish(out, part, rows, [done[number] for number in range(len(rows))], display)
 
 
 _FLAGS = ("--reasoning-format", "none", "--skip-chat-parsing")  # a tool call is kept as the model wrote it
+_REFUSED = {"finish": "error"}
+
+
+def _finish(out: Path, part: Path, rows: list[Example], answers: list[dict[str, Any]], display: Display) -> None:
+    """Write all rows. Raises UserError where some were refused; `part` stays then, so that they can be asked again."""
+    with atomic_write(out) as temporary:
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        temporary.write_text(lines, encoding="utf-8")
+    cut = sum(answer["finish"] == "length" for answer in answers)
+    refused = [f"{row.source}: {a['error']}" for row, a in zip(rows, answers, strict=True) if a["finish"] == "error"]
+    count = len(rows) - len(refused)
+    display.say(f"{count} answers in {out}" + (f"; {cut} were cut at --max-tokens or --context" if cut else ""))
+    if not refused:
+        part.unlink()
+        return
+    more = [f"... and {len(refused) - SHOWN_FAULTS} more"] if len(refused) > SHOWN_FAULTS else []
+    raise UserError(
+        f'{len(refused)} of {len(rows)} prompts were refused; in {out} they have "finish": "error":\n'
+        + "\n".join([*refused[:SHOWN_FAULTS], *more]),
+        "Give the same command again, with a larger --context where that is too small: it asks these prompts alone.",
+    )
 
 
 def _ask_all(
     model: ChatModel,
-    rows: list[Example],
-    left: list[int],
+    left: dict[int, Example],
     sampling: Sampling,
     slots: int,
     keep: Callable[[int, dict[str, Any]], None],
-    progress: Progress,
 ) -> None:
-    finished = len(rows) - len(left)
+    """Ask for the rows of `left`, by number; `keep` is called in this thread with the number and the answered row."""
 
     def ask(number: int) -> dict[str, Any]:
-        row, text, finish = rows[number], "", None
-        with closing(model.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
-            for piece, end in pieces:
-                text, finish = text + piece, end
-        answered = {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish}
-        return answered | ({"tools": list(row.tools)} if row.tools else {})
+        row, text, finish = left[number], "", None
+        tools = {"tools": list(row.tools)} if row.tools else {}
+        try:
+            with closing(model.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
+                for piece, end in pieces:
+                    text, finish = text + piece, end
+        except Refusal as error:  # of this prompt: others can be answered
+            return {"messages": list(row.messages), "finish": "error", "error": error.what} | tools
+        return {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish} | tools
 
     if slots == 1:  # in this thread: a backend's framework may not be called from another
-        for count, number in enumerate(left, finished + 1):
+        for number in left:
             keep(number, ask(number))
-            progress(count / len(rows), f"{count} of {len(rows)}")
         return
     pool = ThreadPoolExecutor(slots)
+    jobs = {pool.submit(ask, number): number for number in left}
     try:
-        jobs = {pool.submit(ask, number): number for number in left}
-        for count, job in enumerate(as_completed(jobs), finished + 1):
+        for job in as_completed(list(jobs)):
             keep(jobs[job], job.result())
-            progress(count / len(rows), f"{count} of {len(rows)}")
-    finally:  # the server ends next, and with it the answers that are under way
+            del jobs[job]
+    finally:  # after a failure or Ctrl-C: the server ends next, and with it the answers that are under way
         pool.shutdown(wait=False, cancel_futures=True)
+        for job, number in jobs.items():
+            if job.done() and not job.cancelled() and job.exception() is None:
+                keep(number, job.result())
 
 
-def _asked_for(target: Target, rows: list[Example], sampling: Sampling, length: int) -> str:
-    """A hash of everything that the answers depend on; a .part with another hash cannot be continued."""
+def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> str:
+    """A hash of everything that the answers depend on; a .part with another hash cannot be continued.
+
+    --context is not among it: with a larger one refused prompts are asked again, and answers are kept.
+    """
     file = target.path if target.kind == "gguf" else Run(target.path).record_file
     model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
-    asked = [model, asdict(sampling), length, [[row.messages, row.tools] for row in rows]]
+    asked = [model, asdict(sampling), [[row.messages, row.tools] for row in rows]]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -135,7 +163,7 @@ def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
         if number == 1:
             if content != head:
                 raise UserError(f"{part} holds answers to other prompts, or other settings.", remedy)
-        elif isinstance(content.get("number"), int) and isinstance(content.get("row"), dict):
+        elif isinstance(content.get("number"), int) and "finish" in (content.get("row") or ()):
             found[content["number"]] = content["row"]
         else:
             raise UserError(f"{part} line {number} holds no answer.", remedy)

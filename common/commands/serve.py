@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import json
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,11 @@ from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import Target, choose, llama_of
 from common.llama_cpp.install import LlamaCpp, llama_environment
-from common.llama_cpp.server import Server, ServerOptions, free_port
+from common.llama_cpp.server import Server, ServerOptions, free_port, new_key
 from common.system.process import capture
 
-# Nobody reads others' prompts, and no web page is given an answer together with the browser's credentials.
-_SAFER = ("--no-slots", "--no-cors-credentials")
+# Nobody reads others' prompts, and no web page but this machine's own is given an answer.
+_SAFER = (("--no-slots",), ("--cors-origins", "localhost"), ("--no-cors-credentials",))
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Address:
     host: str
     port: int  # 0: a free one
     key: str | None
+    shown_key: str = ""  # as the user may be shown it
 
 
 def serve(target: Target, address: Address, length: int, slots: int, context: Context) -> None:
@@ -52,8 +54,7 @@ def serve(target: Target, address: Address, length: int, slots: int, context: Co
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
         head = "-H 'Content-Type: application/json'"
         if key:
-            shown = "$LLAMA_API_KEY" if key == os.environ.get("LLAMA_API_KEY") else "KEY"
-            head += f' -H "Authorization: Bearer {shown}"'
+            head += f' -H "Authorization: Bearer {address.shown_key}"'
         display.say(f"{target.path.name} at {url}/v1 (OpenAI-compatible); Ctrl-C stops it. Try:")
         display.say(f"curl {url}/v1/chat/completions {head} -d {shlex.quote(body)}")
         try:
@@ -62,17 +63,26 @@ def serve(target: Target, address: Address, length: int, slots: int, context: Co
             display.say("stopped")
 
 
-def key_of(host: str, api_key: str | None, no_auth: bool) -> str | None:
-    """The key to ask of every request: --api-key, else LLAMA_API_KEY. Raises UserError where there must be one."""
+def key_of(host: str, api_key: str | None, no_auth: bool) -> tuple[str | None, str]:
+    """The key to ask of every request, and how to show it: --api-key, LLAMA_API_KEY, or on this machine a random one.
+
+    Raises UserError where one must be given, or cannot be sent.
+    """
     if no_auth and api_key:
         raise UserError("--api-key and --no-auth are both given.", "Leave one of them out.")
-    key = None if no_auth else api_key or os.environ.get("LLAMA_API_KEY") or None
-    if key is None and not no_auth and not is_loopback(host):
+    if no_auth:
+        return None, ""
+    if key := api_key or os.environ.get("LLAMA_API_KEY"):
+        if not re.fullmatch(r"[!#-+\--~][!#-~]*", key):  # a comma separates keys, and quotes group them
+            raise UserError("The API key holds characters that a request cannot bring.", "Use letters and digits.")
+        return key, "KEY" if api_key else "$LLAMA_API_KEY"
+    if not is_loopback(host):
         raise UserError(
             f"--host {host}: whoever reaches this machine over the network could use the model.",
             "Require a key, by LLAMA_API_KEY in the environment or --api-key; or say --no-auth.",
         )
-    return key
+    key = new_key()
+    return key, key
 
 
 def is_loopback(host: str) -> bool:
@@ -85,9 +95,9 @@ def is_loopback(host: str) -> bool:
 def _flags(llama: LlamaCpp, display: Display) -> list[str]:
     """_SAFER as far as this llama-server knows them: an older one would not start."""
     known = capture([str(llama.server), "--help"], 60, lines=10_000, env=llama_environment())[1]
-    if missing := [flag for flag in _SAFER if flag not in known]:
+    if missing := [flag[0] for flag in _SAFER if flag[0] not in known]:
         display.warn(f"{llama.server} lacks the option {' and '.join(missing)}; the server runs without it")
-    return [flag for flag in _SAFER if flag not in missing]
+    return [word for flag in _SAFER if flag[0] not in missing for word in flag]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="address to listen on; any but this machine's own needs a key or --no-auth (default: 127.0.0.1)",
+        help="address to listen on; for any but this machine's own give a key or --no-auth (default: 127.0.0.1)",
     )
     parser.add_argument(
         "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
@@ -108,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key",
         "--api_key",
         metavar="KEY",
-        help="key of every request; LLAMA_API_KEY does the same, unseen by `ps`",
+        help="key of every request; LLAMA_API_KEY does the same, unseen by `ps` (default: a random one)",
     )
     parser.add_argument("--no-auth", "--no_auth", action="store_true", help="serve without a key, on any host")
     add_llama(parser)
@@ -116,5 +126,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> None:
     target = choose(args.run, None, args.quant)
-    key = key_of(args.host, args.api_key, args.no_auth)
-    serve(target, Address(args.host, args.port, key), args.context, args.slots, context)
+    address = Address(args.host, args.port, *key_of(args.host, args.api_key, args.no_auth))
+    serve(target, address, args.context, args.slots, context)

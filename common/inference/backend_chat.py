@@ -12,7 +12,7 @@ from common.data.chat_template import OPEN_BLOCK, ChatTemplate, Message
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.message_forms import fold_system
 from common.documents import read_json
-from common.errors import UserError
+from common.errors import Refusal, UserError
 from common.sampling import Sampling, make_sampler
 
 # (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
@@ -23,7 +23,7 @@ Pieces = Generator[tuple[str, str | None], None, None]
 class ChatModel:
     """A model that answers. `answer(messages, sampling, tools)` streams; closing the iterator stops it.
 
-    It raises UserError for messages that the model cannot take.
+    It raises Refusal for messages that the model cannot take.
     """
 
     name: str
@@ -76,21 +76,21 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
                 adapt_messages(list(messages), lambda m: chat_template.prompt(m, tools, think)), tools, think
             )
         except Exception as error:  # a template may raise anything
-            raise UserError(f"The chat template refuses these turns: {error}", "Start again: /reset") from None
+            raise Refusal(f"The chat template refuses these turns: {error}", "Change the turns.") from None
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         remaining = form.context - len(ids)
         if remaining < 1:
-            raise UserError(
-                f"These turns have {len(ids)} tokens, and --context is {form.context}.", "/reset, or a larger --context"
+            raise Refusal(
+                f"These turns have {len(ids)} tokens, and --context is {form.context}.", "Give a larger --context."
             )
         limit = min(sampling.max_tokens, remaining)
         made = backend.generate(np.array(ids, np.int32), limit, stops, make_sampler(sampling), adapter)
         try:
             yield from _decoded(made, tokenizer, limit, OPEN_BLOCK.search(text))
         except OutOfMemory as error:
-            raise UserError(f"The answer does not fit into memory: {error}", "/reset, or a lower --context") from None
+            raise Refusal(f"The answer does not fit into memory: {error}", "Give a lower --context.") from None
 
     return ChatModel(name, answer)
 

@@ -15,7 +15,7 @@ from common.inference.backend_chat import ChatFormat, ChatModel, Pieces, adapt_m
 from common.llama_cpp.build import build
 from common.llama_cpp.convert import base_gguf
 from common.llama_cpp.install import LlamaCpp, find
-from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp
+from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp, new_key
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.mlx_quantized import quantized_source
@@ -135,7 +135,7 @@ def _in_llama_cpp(target: Target, context: Context, options: ServerOptions, stac
         model = base_of(target.run, display)
         gguf = base_gguf(model.path, target.run.record.model_hash, target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):
-            server = Server(llama, gguf, replace(options, template=target.template))
+            server = Server(llama, gguf, replace(options, template=target.template, key=new_key()))
             return _served(stack.enter_context(server), "base")
 
     return ChatModels(_served(tuned, f"{target.path.name} in llama.cpp"), base)

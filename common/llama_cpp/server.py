@@ -2,28 +2,35 @@
 
 import json
 import os
+import secrets
 import socket
 import subprocess
-import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from common.backend import Progress
 from common.data.chat_template import Message
-from common.errors import UserError
+from common.errors import Refusal, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.sampling import Sampling
 from common.system.process import running
 
 LOOPBACK = "127.0.0.1"
 RAW = ("--reasoning-format", "none")  # the answer as the model wrote it, reasoning included
+_LINES = 200  # of what the server prints, kept for an error's words
 _REMEDY = "Try a shorter context or fewer slots where memory is short; else try another llama.cpp: --llama-cpp DIR."
+
+
+def new_key() -> str:
+    return secrets.token_urlsafe(24)
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,8 @@ class ServerOptions:
     context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
     llama.cpp's own choice where None. lora: a LoRA GGUF to add to the model. template: a chat template file in place of
     the GGUF's. port: 0 takes a free one. flags: further flags of llama-server; RAW leaves reasoning in the answer.
-    key: what every request must bring; this class's own methods bring none. timeout: seconds until the server must be
-    up, and until it must send the next part of an answer.
+    key: what every request must bring, several separated by commas; None: nothing. timeout: seconds until the server
+    must be up, and until it must send the next part of an answer.
     """
 
     context: int = 4096
@@ -45,7 +52,7 @@ class ServerOptions:
     host: str = LOOPBACK
     port: int = 0
     flags: Sequence[str] = RAW
-    key: str | None = None
+    key: str | None = field(default_factory=new_key)
     timeout: float = 600
 
 
@@ -60,6 +67,7 @@ class Server:
         self.llama, self.gguf, self.options = llama, gguf, options or ServerOptions()
         self.port = self.options.port
         self._stack = ExitStack()
+        self._output: deque[str] = deque(maxlen=_LINES)  # no file: it would grow with every request
 
     def __enter__(self) -> "Server":
         import httpx2
@@ -67,17 +75,16 @@ class Server:
         self.port = free_port(self.options.host, self.port)
         # every address includes this machine's own
         host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.options.host, self.options.host)  # noqa: S104
-        handle, name = tempfile.mkstemp(prefix="llama-server-", suffix=".log")
-        self._log = Path(name)
         with ExitStack() as stack:
-            stack.callback(self._log.unlink, missing_ok=True)
-            with os.fdopen(handle, "wb") as log:
-                self._process = stack.enter_context(self._started(log))
+            self._process = stack.enter_context(running(self._command(), grace=5, **self._popen()))
+            self._reader = threading.Thread(target=self._read_output, daemon=True)
+            self._reader.start()
             # trust_env: the user's proxy has no part in a request to this machine. One connection a request: the server
             # closes idle ones, which a request may then meet.
             self._client = stack.enter_context(
                 httpx2.Client(
                     base_url=httpx2.URL(scheme="http", host=host, port=self.port),
+                    headers=_authorization(self.options.key),
                     timeout=self.options.timeout,
                     limits=httpx2.Limits(max_keepalive_connections=0),
                     trust_env=False,
@@ -103,14 +110,14 @@ class Server:
         self, conversations: Sequence[list[dict[str, Any]]], max_tokens: int, progress: Progress, **template: Any
     ) -> list[str]:
         """`chat` for each conversation, `slots` at a time; answers in the order of the conversations."""
-        with ThreadPoolExecutor(self.options.slots) as pool:
+        pool = ThreadPoolExecutor(self.options.slots)
+        try:
             jobs = [pool.submit(self.chat, messages, max_tokens, **template) for messages in conversations]
-            try:
-                for count, job in enumerate(as_completed(jobs), 1):
-                    job.result()
-                    progress(count / len(jobs), f"{count} of {len(jobs)} answers")
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)  # after a failure, do not ask the rest
+            for count, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                progress(count / len(jobs), f"{count} of {len(jobs)} answers")
+        finally:  # after a failure or Ctrl-C: the rest is not asked, and what is under way ends with the server
+            pool.shutdown(wait=False, cancel_futures=True)
         return [job.result() for job in jobs]
 
     def stream(
@@ -159,8 +166,7 @@ class Server:
         body = {"content": text, "add_special": add_special, "parse_special": parse_special}
         return [int(token) for token in self._request("/tokenize", body)["tokens"]]
 
-    @contextmanager
-    def _started(self, log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    def _command(self) -> list[str]:
         options = self.options
         command = [str(self.llama.server), "-m", str(self.gguf), "--host", options.host, "--port", str(self.port)]
         command += ["-c", str(options.context * options.slots), "-np", str(options.slots), "--jinja", "--no-webui"]
@@ -171,17 +177,19 @@ class Server:
             command += ["--lora", str(options.lora)]
         if options.threads:
             command += ["-t", str(options.threads)]
+        return command
+
+    def _popen(self) -> dict[str, Any]:
         env = llama_environment()
-        if options.key:
-            env["LLAMA_API_KEY"] = options.key  # not a flag: `ps` shows those to everybody
-        # a session of its own: a terminal's Ctrl-C is for us, and stops an answer, not the server
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "start_new_session": True}
-        with ExitStack() as stack:
-            try:
-                process = stack.enter_context(running(command, grace=5, env=env, **pipes))
-            except OSError as error:
-                raise UserError(f"{self.llama.server} does not start: {error}", _REMEDY) from error
-            yield process
+        if self.options.key:
+            env["LLAMA_API_KEY"] = self.options.key  # not a flag: `ps` shows those to everybody
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return {"env": env, "encoding": "utf-8", "errors": "replace", **pipes}
+
+    def _read_output(self) -> None:
+        with suppress(ValueError):  # the server has ended, and its pipe was closed meanwhile
+            for line in self._process.stdout or ():
+                self._output.append(line.rstrip("\n"))
 
     def _wait(self) -> None:
         import httpx2
@@ -189,12 +197,21 @@ class Server:
         end = time.monotonic() + self.options.timeout
         while self._process.poll() is None and time.monotonic() < end:
             try:
-                if self._client.get("/health", timeout=5).status_code == 200:
+                if self._client.get("/health", timeout=5).status_code == 200 and self._is_ours():
                     return
             except httpx2.HTTPError:
                 pass
             time.sleep(0.1)
         raise self._dead("did not come up")
+
+    def _is_ours(self) -> bool:
+        """Whether this object's server answers, and not another's that was quicker to take the port: it has the key."""
+        if self.options.key is None:
+            return True  # a server without a key is asked nothing by this object
+        asked: dict[str, Any] = _json({"content": ""})
+        known = self._client.post("/tokenize", timeout=5, **asked)
+        asked["headers"] |= _authorization(new_key())
+        return known.status_code == 200 and self._client.post("/tokenize", timeout=5, **asked).status_code == 401
 
     def _request(self, path: str, body: dict[str, Any]) -> Any:
         import httpx2
@@ -208,8 +225,15 @@ class Server:
         return response.json()
 
     def _dead(self, what: str) -> UserError:
-        lines = self._log.read_text(errors="replace").splitlines()[-15:] if self._log.is_file() else []
-        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _REMEDY)
+        with suppress(subprocess.TimeoutExpired):  # where it has just ended: its last lines come in a moment
+            self._process.wait(1)
+            self._reader.join(5)
+        lines = "\n".join(list(self._output)[-15:])
+        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n{lines}", _REMEDY)
+
+
+def _authorization(key: str | None) -> dict[str, str]:
+    return {} if key is None else {"Authorization": f"Bearer {key.partition(',')[0]}"}
 
 
 def _json(body: dict[str, Any]) -> dict[str, Any]:
@@ -241,15 +265,15 @@ def free_port(host: str, port: int) -> int:
         raise UserError(f"--port {port} on {host} cannot be used: {error}.", "Give another --port.") from None
 
 
-def _refusal(path: str, answer: bytes) -> UserError:
-    """A UserError with the server's own message, where the answer holds one."""
+def _refusal(path: str, answer: bytes) -> Refusal:
+    """With the server's own message, where the answer holds one."""
     try:
         error = json.loads(answer)
         text = str(error.get("error", error).get("message"))
     except (ValueError, AttributeError):
         text = answer.decode(errors="replace")
-    fix = "Start again (/reset), or give a larger --context." if "context size" in text else _REMEDY
-    return UserError(f"llama-server refused {path}: {text[:500]}", fix)
+    fix = "Give a larger --context." if "context size" in text else _REMEDY
+    return Refusal(f"llama-server refused {path}: {text[:500]}", fix)
 
 
 def for_llama_cpp(message: Message) -> Message:

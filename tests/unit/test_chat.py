@@ -9,7 +9,7 @@ import pytest
 from common.commands.chat import ChatSession, converse
 from common.data.load import read_rows
 from common.display import Display
-from common.errors import UserError
+from common.errors import Refusal, UserError
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels
 from common.inference.prompts import system_text
@@ -226,3 +226,24 @@ def test_where_a_system_prompt_comes_from(tmp_path: Path) -> None:
     (tmp_path / "s.txt").write_bytes(b"\xff")
     with pytest.raises(UserError, match="cannot be read"):
         system_text(None, tmp_path / "s.txt")
+
+
+def test_a_refused_turn_names_what_helps_here(
+    session: ChatSession, tuned: Echo, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(messages, sampling, tools):
+        raise Refusal("These turns are too long.", "Give a larger --context.")
+        yield
+
+    session.models = ChatModels(ChatModel("tuned", refuse), session.models.base)
+    lines = iter(["hello"])
+
+    def read() -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(session, read)
+    said = capsys.readouterr().out
+    assert "warning: These turns are too long.\n  Give a larger --context. Or start again: /reset" in said

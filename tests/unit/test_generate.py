@@ -1,6 +1,7 @@
 """`generate RUN`: prompts in every shape, an output that is complete or absent, a stopped job that continues."""
 
 import json
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from common.commands import generate as answers
 from common.commands.generate import Answers, generate
 from common.data.load import read_rows
-from common.errors import UserError
+from common.errors import Refusal, UserError
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels, choose
 from common.inference.prompts import read_prompts
@@ -79,12 +80,14 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "p.txt").write_text("a\nb\nc\n")
 
-    def go(fail_at: str = "", slots: int = 1, **sampling: Any) -> None:
+    def go(fail_at: str = "", slots: int = 1, refuse: str = "", length: int = 512, **sampling: Any) -> None:
         def answer(messages, sampling, tools):
             text = messages[-1]["content"]
             go.seen.append((text, sampling.seed))  # type: ignore[attr-defined]
             if text == fail_at:
                 raise UserError("the server died", "Look.")
+            if text in refuse.split():
+                raise Refusal(f"{text} is too long", "Give a larger --context.")
             yield f"{text}?", None
             yield "", "length" if text == "b" else "stop"
 
@@ -93,7 +96,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield ChatModels(ChatModel("m", answer), lambda: ChatModel("m", answer))
 
         monkeypatch.setattr(answers, "opened", opened)
-        wanted = Answers(read_prompts(tmp_path / "p.txt"), tmp_path / "out.jsonl", 512, slots)
+        wanted = Answers(read_prompts(tmp_path / "p.txt"), tmp_path / "out.jsonl", length, slots)
         target = choose(tmp_path / "m.gguf", None, None)
         no_backend = context("plain", lambda: pytest.fail("no backend is wanted"))
         generate(target, wanted, Sampling(**({"seed": 5} | sampling)), no_backend)
@@ -132,6 +135,41 @@ def test_a_stopped_job_goes_on(job: Any) -> None:
     assert not part.exists()
 
 
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_refused_prompt_stops_no_job_and_a_larger_context_asks_it_alone(job: Any, slots: int) -> None:
+    with pytest.raises(UserError) as caught:
+        job(refuse="a c", slots=slots)
+    out, part = job.folder / "out.jsonl", job.folder / "out.jsonl.part"
+    assert caught.value.what == (
+        f'2 of 3 prompts were refused; in {out} they have "finish": "error":\n'
+        "p.txt:1: a is too long\np.txt:3: c is too long"
+    )
+    assert "--context" in caught.value.fix
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["finish"] for row in rows] == ["error", "length", "error"]
+    assert (rows[0]["error"], len(rows[0]["messages"]), len(rows[1]["messages"])) == ("a is too long", 1, 2)
+    job.seen.clear()
+    with pytest.raises(UserError, match="1 of 3 prompts were refused"):
+        job(refuse="c", slots=slots, length=1024)
+    assert sorted(text for text, _ in job.seen) == ["a", "c"]
+    job.seen.clear()
+    job(slots=slots, length=2048)
+    assert [text for text, _ in job.seen] == ["c"]
+    assert [[m["content"] for m in row.messages] for row in read_rows(out)] == [["a", "a?"], ["b", "b?"], ["c", "c?"]]
+    assert not part.exists()
+
+
+def test_a_stop_keeps_every_answer_that_is_there(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(jobs: list[Any]) -> Any:
+        assert wait(jobs, 30).not_done == set()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(answers, "as_completed", stop)
+    with pytest.raises(KeyboardInterrupt):
+        job(slots=3)
+    assert len((job.folder / "out.jsonl.part").read_text().splitlines()) == 1 + 3
+
+
 def test_faults_come_before_anything_is_loaded(job: Any) -> None:
     with pytest.raises(UserError, match="--slots 0"):
         job(slots=0)
@@ -146,7 +184,8 @@ def test_faults_come_before_anything_is_loaded(job: Any) -> None:
         (0, b"\xff", "line 1 is not JSON"),
         (1, b'{"number": 0, "ro', "line 2 is not JSON"),
         (1, b'{"number": 0}', r"line 2 holds no answer\."),
-        (1, b'{"number": "0", "row": {}}', r"line 2 holds no answer\."),
+        (1, b'{"number": "0", "row": {"finish": "stop"}}', r"line 2 holds no answer\."),
+        (1, b'{"number": 0, "row": {}}', r"line 2 holds no answer\."),
     ],
 )
 def test_a_damaged_part_is_named(job: Any, number: int, line: bytes, words: str) -> None:

@@ -1,7 +1,8 @@
 """Who may use a server that is reached from elsewhere."""
 
-import sys
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,20 +10,15 @@ from common.commands import serve as module
 from common.commands.serve import Address, is_loopback, key_of, serve
 from common.errors import UserError
 from common.inference.chat_models import choose
-from common.llama_cpp.install import LlamaCpp
 from tests.contexts import context
+from tests.llama_server import llama_server
 
 SERVER = """
-import json, os, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
 if "--help" in sys.argv:
     print("usage\\n--no-slots\\n" + "more\\n" * 40 + os.environ.get("ALSO", "")); sys.exit()
 open(os.environ["SEEN"], "w").write(json.dumps({"argv": sys.argv, "key": os.environ.get("LLAMA_API_KEY")}))
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-    def do_GET(self): self.send_response(200); self.end_headers(); self.server.asked = True
-server = HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler)
-server.handle_request()
+import threading
+threading.Timer(1, lambda: os._exit(0)).start()
 """
 
 
@@ -32,13 +28,22 @@ def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "localhost", "::1"])
-def test_this_machine_needs_no_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_gets_a_random_key(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_loopback(host)
-    assert key_of(host, None, False) is None
+    found, other = key_of(host, None, False), key_of(host, None, False)
+    assert found != other
+    assert found[0] == found[1]
+    assert len(str(found[0])) > 20
     monkeypatch.setenv("LLAMA_API_KEY", "secret")
-    assert key_of(host, None, False) == "secret"
-    assert key_of(host, "other", False) == "other"
-    assert key_of(host, None, True) is None
+    assert key_of(host, None, False) == ("secret", "$LLAMA_API_KEY")
+    assert key_of(host, "other", False) == ("other", "KEY")
+    assert key_of(host, None, True) == (None, "")
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a b", "a\nb", ",", ",a", '"a"'])
+def test_a_key_that_a_request_cannot_bring_is_refused(key: str) -> None:
+    with pytest.raises(UserError, match="The API key holds characters"):
+        key_of("127.0.0.1", key, False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "my.host"])
@@ -48,9 +53,9 @@ def test_another_host_needs_a_key_or_a_word(host: str, monkeypatch: pytest.Monke
     assert caught.value.what.startswith(f"--host {host}: whoever reaches this machine")
     assert "LLAMA_API_KEY" in caught.value.fix
     assert "--no-auth" in caught.value.fix
-    assert key_of(host, None, True) is None
+    assert key_of(host, None, True) == (None, "")
     monkeypatch.setenv("LLAMA_API_KEY", "secret")
-    assert key_of(host, None, False) == "secret"
+    assert key_of(host, None, False)[0] == "secret"
 
 
 def test_a_key_and_none_at_once() -> None:
@@ -58,28 +63,51 @@ def test_a_key_and_none_at_once() -> None:
         key_of("127.0.0.1", "key", True)
 
 
-@pytest.mark.parametrize("also", ["", "--no-cors-credentials"])
-def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
-    also: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import json
-
-    path, gguf = tmp_path / "llama-server", tmp_path / "m.gguf"
-    path.write_text(f"#!{sys.executable}\n{SERVER}")
-    path.chmod(0o755)
-    gguf.write_bytes(b"GGUF")
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`go(key, shown)`: serve until the server ends; what it was started with, and what was printed."""
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+    monkeypatch.setattr(module, "llama_of", lambda *args: llama_server(tmp_path, SERVER))
+
+    def go(key: str | None, shown: str) -> tuple[dict[str, Any], str]:
+        with pytest.raises(UserError, match=r"m\.gguf ended"):  # after a second
+            serve(
+                choose(tmp_path / "m.gguf", None, None),
+                Address("127.0.0.1", 0, key, shown),
+                256,
+                1,
+                context("plain"),
+            )
+        return json.loads((tmp_path / "seen.json").read_text()), " ".join(capsys.readouterr().out.split())
+
+    return go
+
+
+@pytest.mark.parametrize("also", ["", "--no-cors-credentials --cors-origins"])
+def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
+    also: str, served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ALSO", also)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "7")
-    monkeypatch.setattr(module, "llama_of", lambda *args: LlamaCpp(tmp_path, tmp_path, path, "test", "1"))
-    with pytest.raises(UserError, match=r"m\.gguf ended"):  # it answers one request, and that is /health
-        serve(choose(gguf, None, None), Address("127.0.0.1", 0, "secret"), 256, 1, context("plain"))
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen, said = served("secret", "KEY")
     assert seen["key"] == "secret"
     assert "secret" not in seen["argv"]
     assert "--no-slots" in seen["argv"]
     assert ("--no-cors-credentials" in seen["argv"]) == bool(also)
-    said = " ".join(capsys.readouterr().out.split())
+    assert ("--cors-origins localhost" in " ".join(seen["argv"])) == bool(also)
     assert "secret" not in said
     assert '-H "Authorization: Bearer KEY"' in said
-    assert ("lacks the option --no-cors-credentials" in said) == (not also)
+    assert ("lacks the option --cors-origins and --no-cors-credentials" in said) == (not also)
+
+
+def test_a_random_key_stands_in_the_curl_line(served: Any) -> None:
+    seen, said = served(*key_of("127.0.0.1", None, False))
+    assert seen["key"] not in seen["argv"]
+    assert f'-H "Authorization: Bearer {seen["key"]}"' in said
+
+
+def test_no_key_is_asked_for_with_no_auth(served: Any) -> None:
+    seen, said = served(None, "")
+    assert seen["key"] is None
+    assert "Authorization" not in said

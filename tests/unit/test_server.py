@@ -1,32 +1,33 @@
 """The server's client: a stream of events, one that breaks off, and ports."""
 
+import contextlib
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from common.errors import UserError
+from common.llama_cpp import server as server_module
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions, free_port
 from common.sampling import Sampling
+from tests import ROOT
+from tests.llama_server import llama_server
 
 STREAMING = """
-import json, os, sys, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-print("flags", *sys.argv[1:], flush=True)
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *args): pass
-    def do_GET(self): self.send_response(200); self.end_headers(); self.wfile.write(b"{}")
     def event(self, value): self.wfile.write(f"data: {json.dumps(value)}\\n\\n".encode()); self.wfile.flush()
     def delta(self, text): self.event({"choices": [{"delta": {"content": text}, "finish_reason": None}]})
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body):
         text = body["messages"][-1]["content"]
-        self.send_response(400 if text == "long" else 200)
+        if text == "long": return self.send({"error": {"message": "it exceeds the available context size"}}, 400)
+        self.send_response(200)
         self.send_header("Content-Type", "text/event-stream; charset=utf-8"); self.end_headers()
-        if text == "long":
-            return self.wfile.write(b'{"error": {"message": "the request exceeds the available context size"}}')
         self.event({"choices": [{"delta": {"role": "assistant", "content": None}}]})
         self.delta("港の"); self.delta(f"{body['temperature']} {body['stream']} {body['chat_template_kwargs']}")
         if text == "error": return self.event({"error": {"message": "out of slots"}})
@@ -41,16 +42,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b'data: {"choices":\\r\\ndata: []}\\r\\n\\r\\nretry: 5\\n\\n')
         self.event({"choices": [{"delta": {}, "finish_reason": "length"}]})
         self.wfile.write(b"data: [DONE]\\n\\n")
-ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+print("flags", *sys.argv[1:], flush=True)
 """
 
 
 @pytest.fixture
 def llama(tmp_path: Path) -> LlamaCpp:
-    path = tmp_path / "llama-server"
-    path.write_text(f"#!{sys.executable}\n{STREAMING}")
-    path.chmod(0o755)
-    return LlamaCpp(tmp_path, tmp_path, path, "test", "1")
+    return llama_server(tmp_path, STREAMING)
 
 
 def ask(text: str) -> list[dict[str, str]]:
@@ -62,7 +60,7 @@ def test_an_answer_streams_and_says_how_it_ended(llama: LlamaCpp, tmp_path: Path
         llama, tmp_path / "m.gguf", ServerOptions(timeout=60, template=tmp_path / "t.jinja", flags=("--x", "1"))
     ) as server:
         pieces = list(server.stream(ask("a"), Sampling(temperature=0.25), enable_thinking=False))
-        flags = server._log.read_text().split()
+        flags = server._output[0].split()
     assert pieces == [("港の", None), ("0.25 True {'enable_thinking': False}", None), ("", "length")]
     assert flags[flags.index("--chat-template-file") + 1] == str(tmp_path / "t.jinja")
     assert flags[flags.index("--host") + 1] == "127.0.0.1"
@@ -91,8 +89,6 @@ def test_faults_of_a_stream_are_told_in_the_servers_words(llama: LlamaCpp, tmp_p
 
 
 def test_closing_the_stream_stops_the_answer(llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
     monkeypatch.setenv("NOTE", str(tmp_path / "note"))
     with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
         stream = server.stream(ask("slow"), Sampling())
@@ -123,3 +119,115 @@ def test_a_servers_end_is_a_fault(llama: LlamaCpp, tmp_path: Path) -> None:
             list(server.stream(ask("die"), Sampling()))
         with pytest.raises(UserError, match=r"m\.gguf ended\. It ended with:\n(.*\n)*sorry"):
             server.wait()
+
+
+# --- whose server it is
+
+KEYLESS = "\nos.environ.pop('LLAMA_API_KEY', None)\n"  # it answers whatever key a request has
+
+
+@pytest.mark.parametrize("other", ["another key", "no key"])
+def test_another_servers_answers_are_not_taken_for_ours(
+    other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was quicker to take the port; ours cannot listen there, which it may say later."""
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    first = llama_server(theirs, KEYLESS if other == "no key" else "")
+    second = llama_server(ours, "print('the port is taken', flush=True); time.sleep(1); sys.exit(1)")
+    key = None if other == "no key" else "other"
+    with Server(first, tmp_path / "m.gguf", ServerOptions(timeout=60, key=key)) as running:
+        monkeypatch.setattr(server_module, "free_port", lambda host, port: running.port)
+        with (
+            pytest.raises(UserError, match=r"did not come up.*\n(.*\n)*the port is taken"),
+            Server(second, tmp_path / "m.gguf", ServerOptions(timeout=60)),
+        ):
+            pass
+
+
+def test_each_server_has_a_key_of_its_own(tmp_path: Path) -> None:
+    llama = llama_server(tmp_path, "open(os.environ['NOTE'], 'a').write(os.environ['LLAMA_API_KEY'] + '\\n')")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NOTE", str(tmp_path / "note"))
+        for _ in range(2):
+            with Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)) as server:
+                assert server.tokenize("ab") == [97, 98]
+    keys = (tmp_path / "note").read_text().split()
+    assert len(set(keys)) == 2
+    assert min(map(len, keys)) > 20
+
+
+def test_another_protocol_on_the_port_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ours").mkdir()
+    llama = llama_server(tmp_path / "ours", "print('the port is taken', flush=True); time.sleep(1); sys.exit(1)")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = other.accept()
+                    connection.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+                    connection.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        monkeypatch.setattr(server_module, "free_port", lambda host, port: other.getsockname()[1])
+        with pytest.raises(UserError, match="did not come up"), Server(llama, tmp_path / "m.gguf", ServerOptions()):
+            pass
+
+
+def test_what_a_server_prints_takes_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    with Server(llama_server(tmp_path, "for n in range(100_000): print(n)"), tmp_path / "m.gguf") as server:
+        assert list((tmp_path / "tmp").iterdir()) == []
+        assert len(server._output) == server._output.maxlen
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+# --- stops
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, ServerOptions
+folder = Path(sys.argv[1])
+llama = LlamaCpp(folder, folder, folder / "llama-server", "test", "1")
+with Server(llama, folder / "m.gguf", ServerOptions(timeout=60)) as server:
+    print(server.port, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("who", ["the command", "the command and its guard"])
+def test_a_killed_command_leaves_no_server(who: str, tmp_path: Path) -> None:
+    llama_server(tmp_path, "open('pid', 'w').write(str(os.getpid()))")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{KILLED}", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        server = psutil.Process(int((tmp_path / "pid").read_text()))
+        if who != "the command":
+            psutil.Process(server.ppid()).kill()
+        process.kill()
+    server.wait(20)
+    free_port("127.0.0.1", port)
+
+
+def test_a_stop_does_not_wait_for_answers(tmp_path: Path) -> None:
+    llama = llama_server(tmp_path, "    def answer(self, body): open('asked', 'w'); time.sleep(300)")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr(server_module, "as_completed", stop)
+        started = time.monotonic()
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Server(llama, tmp_path / "m.gguf", ServerOptions(slots=2, timeout=60)) as server,
+        ):
+            server.chat_many([ask("a"), ask("b")], 5, lambda share, text: None)
+    assert time.monotonic() - started < 20
