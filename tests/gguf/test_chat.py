@@ -4,9 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from common.data.load import read_rows
@@ -93,13 +96,24 @@ def test_serve_is_an_endpoint_until_ctrl_c(gguf: Path) -> None:
         assert f"http://127.0.0.1:{port}/v1/chat/completions" in curl
         taken = subprocess.run(command("serve", gguf, "--port", port), capture_output=True, text=True, timeout=120)
         assert (taken.returncode, f"--port {port} on 127.0.0.1 cannot be used" in taken.stderr) == (1, True)
-        body = json.dumps({"messages": ASK, "max_tokens": 4}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", body, {"Content-Type": "application/json"}
-        )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        answer = json.load(opener.open(request, timeout=60))
-        assert answer["choices"][0]["message"]["role"] == "assistant"
+        key = curl.partition("Authorization: Bearer ")[2].partition('"')[0]
+
+        def ask(**headers: str) -> Any:
+            body = json.dumps({"messages": ASK, "max_tokens": 4}).encode()
+            url = f"http://127.0.0.1:{port}/v1/chat/completions"
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers})
+            opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            return opener.open(request, timeout=60)
+
+        for wrong in ({}, {"Authorization": f"Bearer {key}x"}):
+            with pytest.raises(urllib.error.HTTPError, match="401"):
+                ask(**wrong)
+        answer = ask(Authorization=f"Bearer {key}")
+        assert json.load(answer)["choices"][0]["message"]["role"] == "assistant"
+        for origin, allowed in (("https://evil.example", None), ("http://localhost:3000", "http://localhost:3000")):
+            answer = ask(Authorization=f"Bearer {key}", Origin=origin)
+            assert answer.headers["Access-Control-Allow-Origin"] == allowed
+        assert key not in " ".join(psutil.Process(process.pid).children(recursive=True)[-1].cmdline())
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
         assert (process.returncode, "stopped" in rest, "Traceback" in rest) == (0, True, False)
@@ -117,3 +131,21 @@ def test_a_piped_session_saves_its_turns(gguf: Path, tmp_path: Path) -> None:
     assert "There is no complete answer yet" in done.stdout  # nothing that was cut off is trained
     assert "its base is unknown" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_too_long_is_asked_again_with_more_context(gguf: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    prompts.write_text(f"One\n{'word ' * 200}\nThree\n")
+    words = ("generate", gguf, "--prompts", prompts, "--out", out, "--max-tokens", 8, "--temperature", 0)
+    first = subprocess.run(command(*words, "--context", 128), capture_output=True, text=True, timeout=300)
+    assert (first.returncode, "1 of 3 prompts were refused" in first.stderr) == (1, True), first.stderr
+    assert "p.txt:2: llama-server refused /v1/chat/completions" in first.stderr
+    assert "/reset" not in first.stderr
+    before = out.read_text().splitlines()
+    assert [json.loads(line)["finish"] == "error" for line in before] == [False, True, False]
+    again = subprocess.run(command(*words, "--context", 4096), capture_output=True, text=True, timeout=300)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "2 of 3 answers exist already" in " ".join(again.stdout.split())
+    after = out.read_text().splitlines()
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert len(read_rows(out)) == 3

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import platformdirs
+import psutil
 import pytest
 
 from common import files
@@ -299,6 +300,19 @@ def test_run_logged_leaves_no_process_behind(tmp_path: Path) -> None:
         run_logged([sys.executable, "-c", program], tmp_path / "log", stop)
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(caught.value)), 0)
+
+
+@pytest.mark.parametrize("session", [False, True])  # Ninja starts compilers in process groups of their own
+def test_what_a_program_has_started_ends_with_it(session: bool, tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        raise KeyboardInterrupt(line)
+
+    start = "import subprocess, sys; inner = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(77)']"
+    program = f"{start}, start_new_session={session}); print(inner.pid, flush=True); inner.wait()"
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_logged([sys.executable, "-c", program], tmp_path / "log", stop)
+    pid = int(str(caught.value))
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 # --- server
