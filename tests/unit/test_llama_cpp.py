@@ -173,7 +173,7 @@ def test_a_build_runs_as_many_compilers_as_it_may_use_cores(tmp_path: Path, monk
     monkeypatch.setattr(build_module, "cores", lambda: 3)
     root = install.cache_root()
     root.mkdir(parents=True)
-    build_module._compile(root, quiet)
+    build_module._compile(root, 0, quiet)
     assert "--parallel 3 " in (tmp_path / "calls").read_text()
 
 
