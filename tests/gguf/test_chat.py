@@ -135,7 +135,7 @@ def test_a_piped_session_saves_its_turns(gguf: Path, tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_too_long_is_asked_again_with_more_context(gguf: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "p.txt", tmp_path / "out.jsonl"
-    prompts.write_text(f"One\n{'word ' * 200}\nThree\n")
+    prompts.write_text(f"One\n{'word ' * 600}\nThree\n")
     words = ("generate", gguf, "--prompts", prompts, "--out", out, "--max-tokens", 8, "--temperature", 0)
     first = subprocess.run(command(*words, "--context", 128), capture_output=True, text=True, timeout=300)
     assert (first.returncode, "1 of 3 prompts were refused" in first.stderr) == (1, True), first.stderr
