@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
+from common.files import sweep
 
 LOCK = ".lock"  # it stays in the folder: whoever removed it would let a third process lock another file of that name
 
@@ -27,9 +28,10 @@ def refuse_links(run: Path) -> None:
 
 @contextmanager
 def held(run: Path) -> Iterator[None]:
-    """Hold the run folder. Raises UserError where another process holds it, and as refuse_links.
+    """Hold the run folder, without what killed processes left in it.
 
-    The system releases the lock when the process ends, however it ends.
+    The system releases the lock when the process ends, however it ends. Raises UserError where another process holds
+    it, and as refuse_links.
     """
     from filelock import FileLock, Timeout
 
@@ -42,6 +44,7 @@ def held(run: Path) -> Iterator[None]:
             f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
         ) from None
     try:
+        sweep(run)
         yield
     finally:
         lock.release()

@@ -17,7 +17,7 @@ from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import Upload, push
-from common.files import atomic_write, sweep
+from common.files import atomic_write
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
@@ -50,7 +50,6 @@ def run_training(options: Options, context: Context) -> Path:
         if resumed:
             record = resumed.record
             lock.enter_context(held(resumed.path))
-            sweep(resumed.path)
             say_llama(record, context.llama_cpp, display)
             options = resumed_options(given, resumed)
             parent = parent_of(given, options, resumed)

@@ -135,15 +135,15 @@ def test_a_piped_session_saves_its_turns(gguf: Path, tmp_path: Path) -> None:
 
 def test_a_prompt_that_is_too_long_is_asked_again_with_more_context(gguf: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "p.txt", tmp_path / "out.jsonl"
-    prompts.write_text(f"One\n{'word ' * 600}\nThree\n")
-    words = ("generate", gguf, "--prompts", prompts, "--out", out, "--max-tokens", 8, "--temperature", 0)
+    prompts.write_text(f"One\n{'word ' * 300}\nThree\n")
+    words = ("generate", gguf, "--prompts", prompts, "--out", out, "--max-tokens", 8, "--temperature", 0, "--slots", 1)
     first = subprocess.run(command(*words, "--context", 128), capture_output=True, text=True, timeout=300)
     assert (first.returncode, "1 of 3 prompts were refused" in first.stderr) == (1, True), first.stderr
     assert "p.txt:2: llama-server refused /v1/chat/completions" in first.stderr
     assert "/reset" not in first.stderr
     before = out.read_text().splitlines()
     assert [json.loads(line)["finish"] == "error" for line in before] == [False, True, False]
-    again = subprocess.run(command(*words, "--context", 4096), capture_output=True, text=True, timeout=300)
+    again = subprocess.run(command(*words, "--context", 512), capture_output=True, text=True, timeout=300)
     assert (again.returncode, again.stderr) == (0, "")
     assert "2 of 3 answers exist already" in " ".join(again.stdout.split())
     after = out.read_text().splitlines()

@@ -17,6 +17,7 @@ from common.llama_cpp.install import LlamaCpp
 from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.run_record import Run
+from common.verify.verify import verify_run
 from tests.contexts import context
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
@@ -163,4 +164,20 @@ def test_what_a_killed_export_left_goes_with_the_next(export: Callable[..., Run]
     left.mkdir()
     for name in ("model-BF16.gguf", "imatrix.gguf"):
         (left / name).write_bytes(b"old")
-    assert names(export()) == ["model-Q4_K_M.gguf"]  # its importance matrix is not taken either
+    (tmp_path / "run" / "fused" / ".twintune-ffffffff-7-1-model").mkdir(parents=True)
+    run = export()
+    assert names(run) == ["model-Q4_K_M.gguf"]  # its importance matrix is not taken either
+    assert list(run.path.rglob(".twintune-*")) == []
+
+
+@pytest.mark.parametrize("command", [verify_run, fuse_run])
+def test_every_command_that_holds_a_run_removes_what_was_left_there(
+    command: Callable[..., Any], finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    left = run / "gguf" / ".twintune-ffffffff-7-1-scratch"
+    left.mkdir(parents=True)
+    (left / "large").write_text("x")
+    with pytest.raises(UserError):
+        command(run, *([context()] if command is verify_run else [{"export": "none"}, context()]))
+    assert not left.exists()
