@@ -76,7 +76,7 @@ class Server:
         # every address includes this machine's own
         host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.options.host, self.options.host)  # noqa: S104
         with ExitStack() as stack:
-            self._process = stack.enter_context(running(self._command(), grace=5, **self._popen()))
+            self._process = stack.enter_context(running(self._command(), **self._popen()))
             self._reader = threading.Thread(target=self._read_output, daemon=True)
             self._reader.start()
             # trust_env: the user's proxy has no part in a request to this machine. One connection a request: the server

@@ -33,14 +33,12 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 
 
 @contextmanager
-def running(
-    command: list[str], grace: float = 0, keep: Sequence[int] = (), **options: Any
-) -> Iterator[subprocess.Popen[Any]]:
+def running(command: list[str], keep: Sequence[int] = (), **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A program that runs beside this process and never outlives the block, not even where this process is killed.
 
-    At the end it is asked to end, and after `grace` seconds killed with all that it has started; with 0 it is killed at
-    once. keep: descriptors of locks, which stay held until all of them are gone. options: Popen's. A signal that ends
-    it makes its exit status 128 + number, a program that cannot be started 127 with a line on standard error.
+    At the end it is killed with all that it has started: none of them has anything to save. keep: descriptors of locks,
+    which stay held until all of them are gone. options: Popen's. A signal that ends the program makes its exit status
+    128 + number, a program that cannot be started 127 with a line on standard error.
     """
     reading, writing = os.pipe()
     try:
@@ -54,18 +52,11 @@ def running(
     try:
         yield process
     finally:
-        try:
-            if grace:
-                process.terminate()
-                process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also where a second Ctrl-C comes during the wait
-            os.close(writing)
-            process.wait()
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    stream.close()
+        os.close(writing)  # the guard sees it
+        process.wait()
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()
 
 
 _GUARD = Path(__file__).with_name("guard.py")

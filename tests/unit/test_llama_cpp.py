@@ -279,11 +279,10 @@ def test_run_logged_reads_progress_bars_and_keeps_the_end(tmp_path: Path) -> Non
     assert run_logged([str(tmp_path / "nothing")], tmp_path / "log", lines.append)[0] == 127
 
 
-@pytest.mark.parametrize("grace", [0, 0.5])
-def test_a_running_program_ends_with_its_block(grace: float) -> None:
+def test_a_running_program_ends_with_its_block() -> None:
     program = "import signal, sys; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); sys.stdin.read()"
     pipe = subprocess.PIPE
-    with running([sys.executable, "-c", program], grace, stdin=pipe, stdout=pipe) as process:
+    with running([sys.executable, "-c", program], stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         assert process.poll() is None
