@@ -40,7 +40,7 @@ def main(pipe: int, command: list[str]) -> int:
     try:
         started.append(subprocess.Popen(command, process_group=0, preexec_fn=_linux_setup()))
     except OSError as error:
-        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
         return 127
     watch = threading.Thread(target=end, daemon=True)
     watch.start()
