@@ -61,7 +61,11 @@ class Recipe(RecipeFields):
 
     def hashed(self) -> dict[str, Any]:
         """Every field but the names, as far as the recipe's version has it."""
-        left_out = {"model", "data"} | (SINCE_2 if self.version == 1 else set())
+        return {name: value for name, value in self.content().items() if name not in ("model", "data")}
+
+    def content(self) -> dict[str, Any]:
+        """Every field that the recipe's version has; `parent` only where there is one."""
+        left_out = SINCE_2 if self.version == 1 else set()
         return self.model_dump(exclude=left_out if self.parent else left_out | {"parent"})
 
     def optimizer_groups(self, names: Iterable[str]) -> list[tuple[list[str], float, float]]:

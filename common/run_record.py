@@ -248,8 +248,7 @@ class Run:
         return recipe
 
     def write_recipe(self, recipe: Recipe) -> None:
-        content = recipe.model_dump(exclude=None if recipe.parent else {"parent"})
-        _write_yaml(self.path / "recipe.yaml", content, f"recipe {recipe.hash()}")
+        _write_yaml(self.path / "recipe.yaml", recipe.content(), f"recipe {recipe.hash()}")
 
     def write_plan(self, plan: Plan) -> None:
         _write_yaml(self.path / "plan.yaml", plan.model_dump(), "what changes only speed and memory")

@@ -19,6 +19,7 @@ from common.inference.chat_models import choose
 from common.llama_cpp.imatrix import calibration_of
 from common.option_sources import options_over
 from common.options import Options
+from common.recipe import Parent
 from common.run_record import Run
 from common.verify import cases
 from common.verify.cases import cases_of
@@ -62,8 +63,9 @@ def prepared(given: dict[str, Any]) -> Job:
     return prepare(Options.model_validate(given), None, context())
 
 
-def resume(folder: Path) -> None:
-    run_training(Options.model_validate({"resume": str(folder)}), context(create=Bigram))
+def resume(folder: Path, backend: Bigram | None = None, **length: int) -> None:
+    options = Options.model_validate({"resume": str(folder)} | length)
+    run_training(options, context(create=lambda: backend or Bigram()))
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -88,6 +90,20 @@ def test_a_half_trained_run_of_version_0_1_goes_on_to_the_last_bit(given: dict[s
     ).read_bytes()
     assert not (cut / "checkpoints" / "step-000006" / "adapter-mlx").exists()
     assert (cut / "verify-cases.json").exists()
+
+
+def test_a_run_of_version_0_1_is_lengthened(given: dict[str, Any], tmp_path: Path) -> None:
+    """Its recipe stays of its version, so that it may be stopped and resumed like any other."""
+    complete = make_old(run(given | {"steps": 4}, tmp_path / "complete"))
+    cut = make_old(run(given | {"steps": 4}, tmp_path / "cut"))
+    before = Run(cut).recipe
+    resume(complete, steps=8)
+    with pytest.raises(KeyboardInterrupt):
+        resume(cut, Stops(), steps=8)
+    resume(cut)
+    assert metrics(cut) == metrics(complete)
+    assert Run(cut).recipe.version == before.version == 1
+    assert Run(cut).recipe.parent == Parent(recipe=before.hash(), step=4)
 
 
 def test_a_run_of_version_0_1_is_chatted_with_compared_fused_and_verified(
