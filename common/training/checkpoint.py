@@ -172,8 +172,8 @@ def latest_recipe(run: Path, recipe_hash: str) -> Parent | None:
     """
     for folder in _folders(run):
         if _complete(folder):
-            plain = read_json(folder / _STATE, "", allow_nan=True)
-            return Parent(recipe=plain.get("recipe_hash", recipe_hash), step=plain["step"])
+            own = read_json(folder / _STATE, f"Remove {folder}.", allow_nan=True).get("recipe_hash")
+            return Parent(recipe=own if isinstance(own, str) else recipe_hash, step=_step_of(folder))
     return None
 
 

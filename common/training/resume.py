@@ -53,7 +53,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
     what = f"--steps {given.steps}" if given.steps else f"--epochs {given.epochs:g}"
     steps = length(options, record.data.train_rows)[0]
     if parent and steps <= parent.step:
-        epochs = parent.step / steps_per_epoch(record.data.train_rows, options.batch_size)
+        epochs = parent.step / max(1, steps_per_epoch(record.data.train_rows, options.batch_size))
         raise UserError(
             f"{what}: {run} has trained {parent.step} steps already ({epochs:.3g} epochs).",
             "Give the total that it is to reach.",
@@ -87,8 +87,7 @@ def change_length(run: Run, recipe: Recipe, options: Options) -> str:
 
 
 def _length_on_record(record: RunRecord) -> tuple[int, int]:
-    names = ("steps", "epochs", "warmup", "batch_size")
-    return length(Options.model_validate({name: record.options[name] for name in names}), record.data.train_rows)
+    return length(options_over(record.options, {}), record.data.train_rows)
 
 
 def _no_checkpoint(run: Run) -> UserError:

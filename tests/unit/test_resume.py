@@ -240,6 +240,21 @@ def test_the_length_that_the_run_has_anyway(given: dict[str, Any]) -> None:
     assert error.fix == "Leave it out to finish the run; or give more."
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"options": {"epochs": "many"}}, "the run's epochs: Input should be a valid number"),
+        ({"options": {}, "data": {}}, "No model is given."),
+    ],
+)
+def test_a_strangers_record_is_read_with_care(given: dict[str, Any], changes: dict[str, Any], said: str) -> None:
+    done = run(given)
+    record = json.loads(done.record_file.read_text())
+    changes["options"] = record["options"] | changes["options"] if changes["options"] else {}
+    done.record_file.write_text(json.dumps(record | changes))
+    assert said in fault(done, steps=9).what
+
+
 def test_rows_that_have_changed_since(given: dict[str, Any]) -> None:
     done = run(given)
     rows = Path(given["data"])
