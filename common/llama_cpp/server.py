@@ -21,6 +21,7 @@ from common.data.chat_template import Message
 from common.errors import Refusal, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.sampling import Sampling
+from common.system.hardware import quota_threads
 from common.system.process import running
 
 LOOPBACK = "127.0.0.1"
@@ -175,8 +176,8 @@ class Server:
             command += ["--chat-template-file", str(options.template)]
         if options.lora:
             command += ["--lora", str(options.lora)]
-        if options.threads:
-            command += ["-t", str(options.threads)]
+        if threads := options.threads or quota_threads():
+            command += ["-t", str(threads)]
         return command
 
     def _popen(self) -> dict[str, Any]:

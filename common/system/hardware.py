@@ -41,6 +41,11 @@ def physical_cores() -> int:
     return min(cores(), psutil.cpu_count(logical=False) or cores())
 
 
+def quota_threads() -> int | None:
+    """Threads for a program that counts the machine's cores by itself; None where no quota limits them."""
+    return physical_cores() if core_limit() else None
+
+
 def nvidia_gpus() -> list[Gpu]:
     """All NVIDIA GPUs in their driver's order, which need not be CUDA's; none where there is no driver."""
     import pynvml

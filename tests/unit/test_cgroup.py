@@ -1,5 +1,6 @@
 """Limits of containers and jobs, read from a made-up /proc and made-up groups of both versions."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,10 @@ import psutil
 import pytest
 
 from common.commands.doctor import doctor
+from common.errors import UserError
+from common.llama_cpp.convert import quantize
+from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.server import Server, ServerOptions
 from common.system import cgroup, hardware, memory
 from common.system.cgroup import Limit, core_limit, memory_left, memory_limit
 from tests.contexts import context
@@ -143,3 +148,24 @@ def test_doctor_says_where_a_limit_comes_from(build: Build, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert f"8.00 GB (of the machine's 64.00 GB, by {groups / 'memory.max'}), 8.00 GB available" in said
     assert f"({groups / 'cpu.max'} allows 1.5)" in said
+
+
+@pytest.mark.parametrize(("files", "threads"), [({"cpu.max": "150000 100000"}, "2"), ({}, None)])
+def test_programs_of_llama_cpp_start_no_more_threads_than_a_quota_allows(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], threads: str | None
+) -> None:
+    """They count the machine's cores. The stand-in writes down how it was called, and fails."""
+    build("0::/\n", V2, files)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16)
+    program, calls = tmp_path / "program", tmp_path / "calls"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nopen({str(calls)!r}, 'w').write(' '.join(sys.argv))\nexit(1)\n"
+    )
+    program.chmod(0o755)
+    llama = LlamaCpp(tmp_path, program, program, "test", "1")
+    with pytest.raises(UserError), Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)):
+        pass
+    assert ("-t 2" in calls.read_text()) is bool(threads)
+    with pytest.raises(UserError):
+        quantize(tmp_path / "m.gguf", tmp_path / "out.gguf", "Q8_0", llama, lambda share, text: None)
+    assert calls.read_text().split()[-1] == (threads or "Q8_0")
