@@ -27,7 +27,7 @@ def main(pipe: int, command: list[str]) -> int:
 
     def pass_on(number: int, frame: object) -> None:
         for process in started:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: the latter where all are zombies
                 os.killpg(process.pid, number)
 
     def end() -> None:
