@@ -53,6 +53,34 @@ def write_model(folder: Path, seed: int = 0, tied: bool = True) -> Path:
     return folder
 
 
+def write_convertible(folder: Path, vocabulary: Path) -> None:
+    """A bf16 Mistral that llama.cpp takes, since its vocabulary is one of llama.cpp's own."""
+    import torch
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        sliding_window=None,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
 def write_family(folder: Path, family: str, older: bool = False) -> Path:
     """A float32 model of `family` with a tokenizer, as transformers saves it today or as older releases did."""
     if family == "gemma3":

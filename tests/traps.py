@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.llama_cpp.install import CONVERTER, OURS, TARGETS
-from tests.tiny import CHATML, chat, write_family
+from tests.tiny import CHATML, chat, write_convertible, write_family
 
 # The one class that llama.cpp's converter for Llama and Mistral loads with trust_remote_code=True.
 DNA = "HybridDNATokenizer"
@@ -119,7 +119,7 @@ def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, token
     if vocabulary is None:
         write_family(folder, "llama")
     else:
-        _mistral(folder, vocabulary)
+        write_convertible(folder, vocabulary)
     trap_folder(folder, marker)
     for name in ("LICENSE.py", "evil.py", "NOTICE.py"):
         (folder / name).write_text(_code(marker))
@@ -137,33 +137,6 @@ def trap_model(folder: Path, marker: Path, vocabulary: Path | None = None, token
         more = {"model_file": "evil.py"} if name == "config.json" else {}  # mlx-lm's name for it
         path.write_text(json.dumps(content | {"auto_map": names} | more))
     return folder
-
-
-def _mistral(folder: Path, vocabulary: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(vocabulary.parent, gguf_file=vocabulary.name)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHATML
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=8192,
-        sliding_window=None,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def trap_llama_cpp(folder: Path, marker: Path) -> Path:
