@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from common.errors import UserError
 
 _JSON_BYTES = 1 << 28  # the largest tokenizer.json that is known has 34 MB
-_YAML_BYTES = 1 << 20
+_YAML_BYTES = 200_000  # PyYAML reads 100 KB a second
 _LEVELS = 100
 _YAML_NODES = 100_000  # with aliases expanded
 
@@ -21,6 +23,20 @@ def read_json(path: Path, fix: str, allow_nan: bool = False) -> dict[str, Any]:
         return parse_json(_read(path, _JSON_BYTES, fix), allow_nan)
     except ValueError as error:
         raise UserError(f"{path} is {error}", fix) from None
+
+
+def read_json_lines(path: Path, fix: str) -> list[dict[str, Any]]:
+    """The objects in the lines of the file, numbers that are not finite included. Other lines are left out.
+
+    The last line of a killed process may be cut. Raises as read_json does.
+    """
+    found = []
+    for line in _read(path, _JSON_BYTES, fix).splitlines():
+        try:
+            found.append(parse_json(line, allow_nan=True))
+        except ValueError:
+            pass
+    return found
 
 
 def parse_json(text: bytes, allow_nan: bool = False) -> dict[str, Any]:
@@ -54,11 +70,9 @@ def _too_deep(content: dict[str, Any]) -> bool:
 
 def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
     """The file's YAML mapping. Raises as read_json does, and UserError for a key that is given twice."""
-    import yaml
-
     text = _read(path, _YAML_BYTES, fix)
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("it does not hold `name: value` lines")
@@ -69,10 +83,17 @@ def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
     return content
 
 
+class _Loader(yaml.SafeLoader):
+    """SafeLoader's scanner takes time in the square of open brackets."""
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= _LEVELS:
+            raise ValueError("nested too deeply")
+        super().fetch_flow_collection_start(token)
+
+
 def _check_nodes(root: Any) -> None:
     """Raises ValueError for a key that is given twice, for `.nan`, and for aliases that expand to too much."""
-    import yaml
-
     pending, count = [root], 0
     while pending:
         node, count = pending.pop(), count + 1
@@ -102,5 +123,5 @@ def _read(path: Path, bound: int, fix: str) -> bytes:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.", fix) from None
     if len(text) > bound:
-        raise UserError(f"{path} is larger than {bound / 1e6:.0f} MB, too large for what it should hold.", fix)
+        raise UserError(f"{path} is larger than {bound / 1e6:.3g} MB, too large for what it should hold.", fix)
     return text

@@ -43,7 +43,7 @@ class StepMemory:
     """Bytes that one micro-batch adds: `saved` for the backward pass, and the larger of the other two."""
 
     saved: float
-    working: float  # within a layer
+    working: float  # within a layer's backward pass
     loss: float  # of a chunk
 
 
@@ -76,9 +76,6 @@ class MemoryTerms(Protocol):
 
     def step_memory(self, dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
         """What one micro-batch adds."""
-
-    def validation_memory(self, dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
-        """What one micro-batch adds without a backward pass, for which nothing is saved."""
 
     def measured(self, device: str, precision: str) -> MeasuredTerms:
         """The coefficients of a kind of device."""

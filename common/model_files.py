@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.documents import read_json
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import scratch_folder
 
 
@@ -34,6 +34,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_REMEDY = "Fetch the model's files again."
 _INDEX = "model.safetensors.index.json"
 COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
 _CODE = ("auto_map", "model_file")  # keys that name code, for transformers and for mlx-lm
@@ -100,7 +101,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, "Fetch the model's files again.")
+    return read_json(path, _REMEDY)
 
 
 def without_code(value: Any) -> Any:
@@ -146,8 +147,26 @@ def scrubbed(folder: Path, weights: bool = False) -> Iterator[Path]:
 
 
 def open_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of the folder; no code of the folder is run. Raises what transformers raises."""
+    """transformers' tokenizer of the folder; no code of the folder is run. Raises UserError where it cannot be loaded.
+
+    Its `name_or_path` is the folder.
+    """
     from transformers import AutoTokenizer
 
     with scrubbed(folder) as clean:
-        return AutoTokenizer.from_pretrained(clean, local_files_only=True, trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(clean, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # it takes what stands in the files for granted
+            raise UserError(f"{folder}: its tokenizer cannot be loaded: {first_line(error)}", _REMEDY) from None
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def tokenize(tokenizer: Any, text: str | list[str], add_special_tokens: bool = False, **more: bool) -> Any:
+    """The tokenizer's encoding of the text or texts. Raises UserError where its files do not let it encode them."""
+    try:
+        return tokenizer(text, add_special_tokens=add_special_tokens, **more)
+    except Exception as error:  # a vocabulary without the piece for unknown letters, and whatever else
+        raise UserError(
+            f"{tokenizer.name_or_path}: its tokenizer cannot encode a text: {first_line(error)}", _REMEDY
+        ) from None

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.option_aliases import FAMILIES, SAME
 from common.option_translation import translate
 from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
+from common.paths import path_fault, user_path
 
 
 @dataclass
@@ -63,8 +64,9 @@ def load_options(
         config = str(QUICKSTART)
     merged = _Merged()
     if isinstance(config, str):
-        written = read_config_file(Path(config))
-        _anchor(written, Path(config))
+        file = user_path(config, "--config")
+        written = read_config_file(file)
+        _anchor(written, file)
         if written.pop("llama_cpp", None) is not None:  # the file may be a stranger's
             merged.faults.append(
                 f"{config}: llama_cpp names programs: give it by --llama-cpp or LLAMA_CPP_DIR, not in a file"
@@ -123,7 +125,9 @@ def _anchor(written: dict[str, Any], config: Path) -> None:
     folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
     for key in [*PATHS, *(other for other, name in SAME.items() if name in PATHS)]:
         value = written.get(key)
-        if isinstance(value, str) and (ours or not Path(value).exists()) and (folder / value).exists():
+        if not isinstance(value, str) or path_fault(value):  # that is told with all other faults
+            continue
+        if (ours or not Path(value).exists()) and (folder / value).exists():
             found, here = (folder / value).resolve(), Path.cwd()
             written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
 
@@ -163,7 +167,7 @@ def idle_faults(flags: Collection[str], options: Options) -> list[str]:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
     if "push_public" in flags and options.push_public and options.push is None:
         faults.append("--push-public needs --push")
-    one_file = options.data is None or not Path(options.data).expanduser().is_dir()
+    one_file = options.data is None or not user_path(options.data, "--data").is_dir()
     if "valid_share" in flags and options.valid_share > 0 and not one_file:
         faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
     return faults

@@ -19,6 +19,7 @@ from common.option_fields import (
     in_output,
     in_training,
 )
+from common.paths import path_fault
 from common.recipe import TARGET_GROUPS
 
 QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the built-in example
@@ -165,6 +166,13 @@ class Options(RecipeFields, PlanFields):
     def _known_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", value, re.ASCII):
             raise ValueError("must be auto, cpu, gpu, cuda, cuda:N (N counts from 0) or mps")
+        return value
+
+    @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "output", "resume")
+    @classmethod
+    def _possible_path(cls, value: str | None) -> str | None:
+        if value is not None and (fault := path_fault(value)):
+            raise ValueError(f"is not a path: {fault}")
         return value
 
     @field_validator("memory_limit")

@@ -194,7 +194,7 @@ class Run:
             return RunRecord.model_validate(content)
         except ValidationError as error:
             raise UserError(
-                f"{self.record_file} is not the record of a run{_fault(error)}.", "Give a folder that `train` made."
+                f"{self.record_file} is not the record of a run{fault_of(error)}.", "Give a folder that `train` made."
             ) from None
 
     def require_complete(self) -> RunRecord:
@@ -266,7 +266,7 @@ class Run:
             return model.model_validate({key: value for key, value in content.items() if key in model.model_fields})
         except ValidationError as error:
             raise UserError(
-                f"{self.path / name} cannot be read by this version{_fault(error)}.",
+                f"{self.path / name} cannot be read by this version{fault_of(error)}.",
                 "Use the version of Twintune that made the run (environment.json names it).",
             ) from None
 
@@ -277,7 +277,7 @@ class Run:
             raise UserError(f"{self} is incomplete: it has no {name}.", "Give the complete folder.") from None
 
 
-def _fault(error: ValidationError) -> str:
+def fault_of(error: ValidationError) -> str:
     """`: it lacks model_hash, options`, or what is wrong with the first field."""
     faults = error.errors()
     missing = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]

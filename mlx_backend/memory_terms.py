@@ -59,26 +59,12 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
         saved, working = dims.layers * dims.hidden * item, layer + working
     else:
         saved = dims.layers * layer
-    loss = _loss_bytes(dims, plan, shape)
+    windows = {w for w in dims.windows if w is not None and w < shape.width}
+    masks = shape.width**2 * (len(windows) + dims.capped)  # booleans, shared by the layers
+    loss = min(plan.loss_chunk, shape.labels) * dims.vocabulary * 4 * 6 * (2 if dims.final_cap else 1)
     if recipe.method == "full":  # the head's gradient, and a chunk's share of it
         loss += 2 * 4 * dims.vocabulary * dims.hidden
-    return StepMemory(saved * shape.tokens + _mask_bytes(dims, shape), working * shape.tokens, loss)
-
-
-def validation_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
-    scores = dims.heads * shape.width * shape.rows * shape.width / shape.tokens * 4
-    working = dims.inner * 14 * 4 + scores * (3 if dims.capped else 1)
-    return StepMemory(_mask_bytes(dims, shape), working * shape.tokens, _loss_bytes(dims, plan, shape))
-
-
-def _mask_bytes(dims: ModelDims, shape: MicroBatchShape) -> int:
-    """Booleans, shared by the layers."""
-    windows = {w for w in dims.windows if w is not None and w < shape.width}
-    return shape.width**2 * (len(windows) + dims.capped)
-
-
-def _loss_bytes(dims: ModelDims, plan: Plan, shape: MicroBatchShape) -> float:
-    return min(plan.loss_chunk, shape.labels) * dims.vocabulary * 4 * 6 * (2 if dims.final_cap else 1)
+    return StepMemory(saved * shape.tokens + masks, working * shape.tokens, loss)
 
 
 def _kept_values(dims: ModelDims, padding: float) -> float:

@@ -127,17 +127,6 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     return StepMemory(saved, working, _loss_bytes(dims, recipe, plan.loss_chunk, kernels.labels))
 
 
-def validation_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
-    kernels = _Kernels.of(dims, recipe, plan.device, shape)
-    keys = dims.queries if kernels.repeated else dims.keys
-    attention = (dims.queries + 2 * keys) * (1 + kernels.padding) * kernels.item
-    if dims.capped:
-        attention += 3 * dims.heads * shape.width * kernels.padding * 4
-    working = 3 * dims.hidden * kernels.item + max(dims.inner * 6 * kernels.item, attention)
-    loss = _loss_bytes(dims, recipe, plan.loss_chunk, kernels.labels)
-    return StepMemory(0, working * kernels.tokens + _mask_bytes(dims, kernels, shape.width), loss)
-
-
 def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
     """Values that a layer keeps of each token for its backward pass; and those of them that lie in small blocks."""
     padding = kernels.padding

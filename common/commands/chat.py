@@ -20,6 +20,7 @@ from common.errors import PROGRAM, Refusal, UserError
 from common.files import atomic_write
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.inference.prompts import system_text
+from common.paths import user_path
 from common.sampling import Sampling
 from common.system.cache import cache_folder
 
@@ -108,7 +109,7 @@ class ChatSession:
         return {"messages": self.messages()}
 
     def save(self, rest: str) -> None:
-        path = Path(rest).expanduser()
+        path = user_path(rest, "/save")
         if path.suffix.lower() not in (".jsonl", ".ndjson"):
             raise UserError(f"/save {rest}: sessions are saved as JSONL.", "/save FILE.jsonl")
         row = self.row()
@@ -118,8 +119,8 @@ class ChatSession:
         self.display.say(f"saved to {path}, row {len(read_rows(path))}: {PROGRAM} check-data {path}")
 
     def load(self, rest: str) -> None:
-        name, number = match.groups() if (match := re.fullmatch(r"(.+?)(?:\s+(\d+))?", rest)) else ("", None)
-        path = Path(name).expanduser()
+        name, number = match.groups() if (match := re.fullmatch(r"(.+?)(?:\s+(\d{1,18}))?", rest)) else ("", None)
+        path = user_path(name, "/load")
         if not path.is_file():
             raise UserError(f"/load {rest}: no such file.", "/load FILE.jsonl")
         rows = read_rows(path)

@@ -14,6 +14,7 @@ from common.data.training_rows import load, warn_of_context
 from common.data.truncation import FilteredRows, encode_parts, filter_by_length
 from common.display import Display, Styled
 from common.errors import UserError
+from common.model_files import tokenize
 from common.models.families import context_length
 from common.models.resolve import resolve
 from common.option_sources import load_options
@@ -133,7 +134,7 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
         reasons[-1] = "the end of the text, appended"
         return ["BOS: nothing predicts it", *reasons[1:]] if not row.mask[0] else reasons
     row, conversation, example = encoder.encode_chat(example)
-    encoding = encoder.tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenize(encoder.tokenizer, conversation.text, return_offsets_mapping=True)
     starts = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2)[:, 0]
     trained = encoder.trained(example, conversation)
     reasons = [encoder.unlabeled_reason] * len(starts)

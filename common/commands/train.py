@@ -24,6 +24,7 @@ from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
+from common.paths import user_path
 from common.recipe import Recipe
 from common.run_lock import LOCK, held
 from common.run_record import DataRecord, Run
@@ -283,8 +284,8 @@ def _write_new(job: Job) -> None:
 def _absolute(options: dict[str, Any]) -> dict[str, Any]:
     """Paths made absolute, so that the run can be resumed from another working folder."""
     for key in ("model", "data", "llama_cpp", "adapter", "chat_template"):
-        if options[key] and Path(options[key]).expanduser().exists():
-            options[key] = str(Path(options[key]).expanduser().resolve())
+        if options[key] and (path := user_path(options[key], f"--{key.replace('_', '-')}")).exists():
+            options[key] = str(path.resolve())
     return options
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.chat_template import OPEN_BLOCK, PLACEHOLDER, ChatTemplate, Message, closing
+from common.data.chat_template import OPEN_BLOCK, PLACEHOLDER, ChatTemplate, Message, Refused, closing
 from common.data.dataset import Example
 from common.data.message_forms import (
     ends_with_reasoning,
@@ -71,7 +71,7 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
                 continue
             try:
                 found = _locate(given, example.tools, template)
-            except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
+            except (Refused, Unlabeled) as error:
                 refusal = refusal or error
                 continue
             turns = [replace(turn, message=turn.message + folded) for turn in found.turns]

@@ -40,6 +40,10 @@ def closing(opened: str) -> str:
     return f"\n{_TAGS[opened]}\n\n" if opened == "<think>" else _TAGS[opened]
 
 
+class Refused(Exception):
+    """Why a chat template does not render what it is given."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, its quirks looked for once. `thinking`: off or keep."""
 
@@ -54,7 +58,7 @@ class ChatTemplate:
         self._no_tools: list[Any] | None = None
         try:
             self.render([HELLO], (), False, False)
-        except Exception:  # some templates loop over the tools even where there are none
+        except Refused:  # some templates loop over the tools even where there are none
             self._no_tools = []
 
     @cached_property
@@ -63,37 +67,38 @@ class ChatTemplate:
         name = _TOOL["function"]["name"]
         try:
             return name in self.render([HELLO], (_TOOL,), True, False)
-        except Exception:  # a template may raise anything
+        except Refused:
             return False
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
-        """The messages as text. prompt: with the generation prompt behind them."""
-        return self.tokenizer.apply_chat_template(
-            self._with_reasoning(messages),
-            chat_template=self.source,
-            tools=list(tools) or self._no_tools,
-            tokenize=False,
-            add_generation_prompt=prompt,
-            **self._variables(think),
-        )
+        """The messages as text. prompt: with the generation prompt behind them. Raises Refused."""
+        settings = {"chat_template": self.source, "tools": list(tools) or self._no_tools, "tokenize": False}
+        settings |= self._variables(think) | {"add_generation_prompt": prompt}
+        given = self._with_reasoning(messages)
+        try:
+            return self.tokenizer.apply_chat_template(given, **settings)
+        except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
+            raise Refused(str(error)) from None
 
     def generation_spans(
         self, messages: list[Message], tools: Any, think: bool, rendered: str
     ) -> tuple[tuple[int, int], ...] | None:
-        """Characters of `rendered` within the template's own `{% generation %}` tags; None without such tags."""
+        """Characters of `rendered` within the template's own `{% generation %}` tags; None without such tags.
+
+        Raises Refused.
+        """
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if not self.has_generation_tags:
             return None
         given = self._with_reasoning(messages)
-        texts, spans = render_jinja_template(
-            [[{key: value for key, value in message.items() if value is not None} for message in given]],
-            tools=list(tools) or self._no_tools,
-            chat_template=self.source,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-            **self._variables(think),
-        )
+        plain = [{key: value for key, value in message.items() if value is not None} for message in given]
+        settings = {"chat_template": self.source, "tools": list(tools) or self._no_tools}
+        settings |= self.tokenizer.special_tokens_map | self._variables(think)
+        try:
+            texts, spans = render_jinja_template([plain], return_assistant_tokens_mask=True, **settings)
+        except Exception as error:  # as above
+            raise Refused(str(error)) from None
         return tuple(spans[0]) if texts[0] == rendered else None
 
     def _with_reasoning(self, messages: list[Message]) -> list[Message]:

@@ -15,8 +15,9 @@ from common.data.dataset import Example
 from common.data.tool_text import tools_as_text, uses_tools
 from common.data.turn_edges import BadRow, Unlabeled
 from common.errors import UserError
-from common.model_files import open_tokenizer
+from common.model_files import open_tokenizer, tokenize
 from common.option_fields import RecipeFields
+from common.paths import user_path
 
 TEMPLATES = Path(__file__).with_name("chat_templates")
 
@@ -62,13 +63,7 @@ def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
 
     Raises UserError where there is no tokenizer, or its vocabulary lacks a token that the given template writes.
     """
-    try:
-        tokenizer = open_tokenizer(folder)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"{folder}: its tokenizer cannot be loaded: {first}", "Fetch the model's files again."
-        ) from None
+    tokenizer = open_tokenizer(folder)
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         named = tokenizer.chat_template
         tokenizer.chat_template = named.get("default") or next(iter(named.values()))
@@ -89,7 +84,7 @@ def own_templates() -> list[str]:
 
 
 def _named_template(name: str) -> str:
-    path = TEMPLATES / f"{name}.jinja" if name in own_templates() else Path(name).expanduser()
+    path = TEMPLATES / f"{name}.jinja" if name in own_templates() else user_path(name, "--chat-template")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -182,7 +177,7 @@ class Encoder:
 
     def _chat(self, example: Example, conversation: Conversation) -> Encoded:
         text = conversation.text
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = tokenize(self.tokenizer, text, return_offsets_mapping=True)
         ids = np.asarray(encoding["input_ids"], np.int32)
         starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
         weights, stops = np.zeros(len(ids), np.float32), []
@@ -195,7 +190,7 @@ class Encoder:
             if any(map(np.any, across)):
                 raise Unlabeled("a token crosses the edge of an assistant turn")
             first = int(np.argmax(inside))
-            prompt = self.tokenizer(text[: turn.start], add_special_tokens=False)["input_ids"]
+            prompt = tokenize(self.tokenizer, text[: turn.start])["input_ids"]
             if prompt != ids[:first].tolist():
                 raise Unlabeled("the prompt's tokens are not a prefix of the conversation's")
             if turn.message in trained:
@@ -231,7 +226,7 @@ class Encoder:
 
     def _text(self, example: Example) -> Encoded:
         """Plain text: every token is a label, and so is the end token; with BOS where the tokenizer adds it."""
-        ids = self.tokenizer(example.text, add_special_tokens=False)["input_ids"]
+        ids = tokenize(self.tokenizer, example.text or "")["input_ids"]
         stop = self.tokenizer.eos_token_id
         if stop is None:
             raise UserError(f"{example.source}: the tokenizer has no end-of-text token.", "Use chat rows.")
@@ -258,7 +253,7 @@ class Encoder:
 
 
 def _adds_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a")["input_ids"]
+    ids = tokenize(tokenizer, "a", add_special_tokens=True)["input_ids"]
     return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
 
 

@@ -16,6 +16,7 @@ from common.data.messages import Fault, LeftOut
 from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
 from common.errors import UserError, first_line
 from common.options import Options
+from common.paths import user_path
 from common.recipe import Recipe
 from common.run_record import Run
 
@@ -74,7 +75,7 @@ def load_data(
     stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
     in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one UserError.
     """
-    path, reading = Path(source).expanduser(), _Reading(fields or {}, on_bad_row)
+    path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row)
     if path.is_dir():
         found = {part: _file_of(path, names) for part, names in _PARTS.items()}
         if found["train"] is None:

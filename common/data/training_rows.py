@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
@@ -16,6 +15,7 @@ from common.data.turn_edges import BadRow
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
+from common.paths import user_path
 
 _SHOWN_COLUMNS = 12
 
@@ -39,7 +39,7 @@ def read_data(options: Options, display: Display) -> Dataset:
     data = load(options, display)
     for warning in quality_warnings(data):
         display.warn(str(warning))
-    if options.valid_share and not data.valid and not Path(options.data or "").expanduser().is_dir():
+    if options.valid_share and not data.valid and not user_path(options.data or "", "--data").is_dir():
         display.warn("nothing could be held out for validation: all rows have the same prompt")
     return data
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from common.data.chat_template import EMPTY_BLOCK, HELLO, PLACEHOLDER, THINKING_REST, ChatTemplate, Message
+from common.data.chat_template import EMPTY_BLOCK, HELLO, PLACEHOLDER, THINKING_REST, ChatTemplate, Message, Refused
 from common.errors import UserError
 
 
@@ -81,7 +81,7 @@ def find_end(row: MaskedRow, text: str, start: int, number: int) -> tuple[int, i
     if last:  # another turn behind it shows what belongs to this one
         try:
             following = after(row.render([*row.messages, _reply(calls)]))
-        except Exception:  # a template may refuse such a row: then the turn's own rendering must do
+        except Refused:  # then the turn's own rendering must do
             following = ends
     shared = common_prefix(ends, following)
     head = _before_header(row, following, number)

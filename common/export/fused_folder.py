@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def write_fused(
                 copy_file(base.path / name, temporary / name)
         config = normalize_config(without_code(base.written_config))
         _write_json(temporary / "config.json", config)
-        generation = _read_json(base.path / "generation_config.json") or {"bos_token_id": config.get("bos_token_id")}
+        generation = dict(base.generation_config) or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
@@ -77,10 +78,12 @@ def _write_served(out: Path, served: ServingConfig) -> None:
             config.pop("chat_template", None)
     path = out / "tokenizer.json"
     tokens = read_json(path, "Fetch the model's files again.") if path.exists() else {}
-    added = {token["id"]: token["content"] for token in tokens.get("added_tokens", [])}
+    added = _added_tokens(tokens.get("added_tokens"))
     if config is not None:
-        decoder = config.get("added_tokens_decoder") or {}
-        added |= {int(number): token["content"] for number, token in decoder.items()}
+        decoder = config.get("added_tokens_decoder")
+        for number, token in decoder.items() if isinstance(decoder, dict) else ():
+            if re.fullmatch(r"\d{1,9}", number) and isinstance(token, dict):
+                added |= _added_tokens([token | {"id": int(number)}])
         ends = [added[stop] for stop in served.stops if stop in added]
         known = config.get("eos_token")
         if ends and (known.get("content") if isinstance(known, dict) else known) not in ends:
@@ -88,6 +91,16 @@ def _write_served(out: Path, served: ServingConfig) -> None:
             if (special := _read_json(out / "special_tokens_map.json")) is not None:
                 _write_json(out / "special_tokens_map.json", special | {"eos_token": ends[0]})
         _write_json(out / "tokenizer_config.json", config)
+
+
+def _added_tokens(listed: Any) -> dict[int, str]:
+    """`{id: text}` of the tokens in the list, as far as they have both."""
+    found = {}
+    for token in listed if isinstance(listed, list) else []:
+        match token:
+            case {"id": int(number), "content": str(text)}:
+                found[number] = text
+    return found
 
 
 def trained_bytes(adapter: Adapter | None, base: ModelFolder) -> int:

@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message
+from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message, Refused
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.message_forms import fold_system, split_thinking
 from common.data.turn_edges import common_prefix
-from common.documents import read_json
 from common.export.go_template import TurnTexts
 from common.files import atomic_write
 from common.models.model_folder import ModelFolder
@@ -63,9 +62,8 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     """The file's text for `gguf`, a file name; see write_modelfile."""
     encoder = Encoder(load_tokenizer(fused), MaskingOptions(thinking=thinking))
     tokenizer = encoder.tokenizer
-    config, generation = ModelFolder(fused).written_config, _read(fused / "generation_config.json")
-    ends = generation.get("eos_token_id")
-    every = [*stops, *([ends] if isinstance(ends, int) else ends or [])]
+    model = ModelFolder(fused)
+    config, every = model.written_config, [*stops, *model.end_ids]
     texts = list(dict.fromkeys(tokenizer.decode([stop], skip_special_tokens=False) for stop in every))
     texts = [text for text in texts if text.strip()]
     lines = ["# Made by Twintune. To use it: ollama create NAME -f Modelfile", f"FROM ./{gguf}"]
@@ -87,7 +85,7 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     lines += [f"# {note}" for note in lost]
     longest = (config.get("text_config") or config).get("max_position_embeddings") or _CONTEXT
     lines.append(f"PARAMETER num_ctx {min(longest, _CONTEXT)}")
-    lines.append(f"PARAMETER temperature {generation.get('temperature') or _TEMPERATURE:g}")
+    lines.append(f"PARAMETER temperature {model.generation_config.get('temperature') or _TEMPERATURE:g}")
     return Modelfile("\n".join(lines) + "\n", missing, (*notes, *lost))
 
 
@@ -129,7 +127,7 @@ def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> RenderPrompt:
         for form in (messages, fold_system(messages)):
             try:
                 text = chat_template.prompt(form, (), think) if form else ""
-            except Exception as error:  # a template may raise anything
+            except Refused as error:
                 refusal = refusal or error
                 continue
             if form and all(m["content"].strip() in text for m in form if m["role"] != "assistant"):
@@ -193,7 +191,3 @@ def _holds(text: str) -> bool:
 
 def _quoted(text: str) -> str:
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "Fetch the model's files again.") if path.exists() else {}

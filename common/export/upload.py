@@ -131,7 +131,7 @@ def _public(path: Path) -> Path | bytes:
     private = [key for key in _PATH_KEYS if content.get(key) and not is_hub_name(str(content[key]))]
     if not private and content == read_json(path, "Fetch the model's files again."):
         return path
-    return (json.dumps(content | {key: Path(content[key]).name for key in private}, indent=2) + "\n").encode()
+    return (json.dumps(content | {key: Path(str(content[key])).name for key in private}, indent=2) + "\n").encode()
 
 
 def check_name(repo: str) -> None:
@@ -155,8 +155,9 @@ def check_push(repo: str, private: bool, display: Display) -> str:
     check_name(repo)
     if get_token() is None:
         raise UserError(f"push to {repo}: no hub token was found.", _LOGIN)
+    api = HfApi()
     try:
-        who = HfApi().whoami()
+        who = api.whoami()
     except Exception as error:  # the hub's library lets its HTTP client's errors through
         raise UserError(
             f"push to {repo}: the hub does not accept your token: {first_line(error)}",
@@ -179,10 +180,17 @@ def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
 
     disable_progress_bars()  # our own display says how far it is
     api = HfApi()
+    additions = [CommitOperationAdd(file.target, file.source) for file in files]
+
+    def failed(error: Exception) -> UserError:
+        return UserError(f"the upload to {repo} failed: {first_line(error)}", again)
+
     try:
         made = api.create_repo(repo, private=private, exist_ok=True)
-        additions = [CommitOperationAdd(file.target, file.source) for file in files]
+    except Exception as error:  # as above
+        raise failed(error) from None
+    try:
         api.create_commit(repo, additions, commit_message="Fine-tuned by Twintune")
     except Exception as error:  # as above
-        raise UserError(f"the upload to {repo} failed: {first_line(error)}", again) from None
+        raise failed(error) from None
     return masked(str(made))

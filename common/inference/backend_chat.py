@@ -8,11 +8,12 @@ from typing import Any, Literal
 import numpy as np
 
 from common.backend import Backend, OutOfMemory
-from common.data.chat_template import OPEN_BLOCK, ChatTemplate, Message
+from common.data.chat_template import OPEN_BLOCK, ChatTemplate, Message, Refused
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.message_forms import fold_system
-from common.documents import read_json
 from common.errors import Refusal, UserError
+from common.model_files import tokenize
+from common.models.model_folder import ModelFolder
 from common.sampling import Sampling, make_sampler
 
 # (text, None) ..., then ("", "stop") or, cut at max_tokens, ("", "length")
@@ -48,7 +49,7 @@ def adapt_messages(messages: list[Message], render: Callable[[list[Message]], st
         return messages
     try:
         kept = messages[0]["content"].strip() in render(messages)
-    except Exception:  # a template may raise anything
+    except Refused:
         kept = False
     return messages if kept else other
 
@@ -75,9 +76,9 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
             text = chat_template.prompt(
                 adapt_messages(list(messages), lambda m: chat_template.prompt(m, tools, think)), tools, think
             )
-        except Exception as error:  # a template may raise anything
+        except Refused as error:
             raise Refusal(f"The chat template refuses these turns: {error}", "Change the turns.") from None
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenize(tokenizer, text)["input_ids"]
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         remaining = form.context - len(ids)
@@ -111,7 +112,4 @@ def _decoded(made: Iterator[int], tokenizer: Any, limit: int, opened_block: Any)
 
 def answer_stop_ids(folder: Path, tokenizer: Any, trained: list[int]) -> list[int]:
     """The ids that end an answer: those of training, and those of the model before it."""
-    path = folder / "generation_config.json"
-    known = read_json(path, "Fetch the model's files again.").get("eos_token_id") if path.exists() else None
-    ends = [known] if isinstance(known, int) else known or []
-    return sorted({*trained, *ends, tokenizer.eos_token_id} - {None})
+    return sorted({*trained, *ModelFolder(folder).end_ids, tokenizer.eos_token_id} - {None})

@@ -10,6 +10,7 @@ from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
 from common.data.readers import SUFFIXES, read_file
 from common.errors import UserError
+from common.paths import user_path
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[Example]:
@@ -86,7 +87,7 @@ def system_text(system: str | None, file: Path | None = None) -> str | None:
     """The system prompt of --system TEXT or @FILE, or --system-file FILE. Raises UserError for both or no file."""
     if system and file:
         raise UserError("--system and --system-file are both given.", "Leave one of them out.")
-    path = file or (Path(system[1:]).expanduser() if system and system.startswith("@") else None)
+    path = file or (user_path(system[1:], "--system") if system and system.startswith("@") else None)
     if path is None:
         return system or None
     try:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.backend import Progress
 from common.display import Display
@@ -150,12 +150,14 @@ def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str
 
 def report(gguf: Path, quant: str) -> QuantReport:
     """The QuantReport of a GGUF, from its tensor list; `quant` is the type that was asked for."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf import GGML_QUANT_SIZES
 
     types: Counter[str] = Counter()
     stored, weights, fallbacks = 0, 0, 0
+    known = {kind.value: kind for kind in GGML_QUANT_SIZES}
     for shape, code in read_tensors(gguf):
-        kind = GGMLQuantizationType(code)
+        if (kind := known.get(code)) is None:
+            raise _damaged(gguf)
         types[kind.name] += 1
         values_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
         weights += math.prod(shape)
@@ -167,6 +169,44 @@ def report(gguf: Path, quant: str) -> QuantReport:
 
 # Bytes of a metadata value by its type code; 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_ARRAYS = 4  # within one another; llama.cpp reads one
+
+
+def _damaged(gguf: Path) -> UserError:
+    return UserError(f"{gguf} is not a complete GGUF file.", "Delete it and export again.")
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """A GGUF's fields, read in their order. Raises UserError where the file ends before."""
+
+    gguf: Path
+    file: BinaryIO
+    size: int
+
+    def number(self, form: str) -> int:
+        read = self.file.read(struct.calcsize(form))
+        if len(read) < struct.calcsize(form):
+            raise _damaged(self.gguf)
+        return int(struct.unpack("<" + form, read)[0])
+
+    def skip(self, kind: int, count: int, within: int = 0) -> None:
+        """Pass over `count` metadata values of a type."""
+        if kind == 8:
+            for _ in range(count):
+                self._jump(self.number("Q"))
+        elif kind == 9 and within < _ARRAYS:
+            for _ in range(count):
+                self.skip(self.number("I"), self.number("Q"), within + 1)
+        elif kind in _SIZES:
+            self._jump(_SIZES[kind] * count)
+        else:
+            raise _damaged(self.gguf)
+
+    def _jump(self, count: int) -> None:
+        if count > self.size - self.file.tell():
+            raise _damaged(self.gguf)
+        self.file.seek(count, os.SEEK_CUR)
 
 
 def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
@@ -176,30 +216,18 @@ def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
     Here they are skipped. Source: ggml/docs/gguf.md, versions 2 and 3.
     """
     with gguf.open("rb") as file:
-
-        def number(form: str) -> int:
-            return int(struct.unpack("<" + form, file.read(struct.calcsize(form)))[0])
-
-        def skip(kind: int, count: int) -> None:
-            if kind == 8:
-                for _ in range(count):
-                    file.seek(number("Q"), os.SEEK_CUR)
-            elif kind == 9:
-                for _ in range(count):
-                    skip(number("I"), number("Q"))
-            else:
-                file.seek(_SIZES[kind] * count, os.SEEK_CUR)
-
-        if file.read(4) != b"GGUF" or number("I") not in (2, 3):
-            raise UserError(f"{gguf} is not a GGUF file.", "Delete it and export again.")
-        tensors, pairs = number("Q"), number("Q")
+        fields = _Fields(gguf, file, gguf.stat().st_size)
+        if file.read(4) != b"GGUF" or fields.number("I") not in (2, 3):
+            raise _damaged(gguf)
+        tensors, pairs = fields.number("Q"), fields.number("Q")
         for _ in range(pairs):
-            skip(8, 1)
-            skip(number("I"), 1)
+            fields.skip(8, 1)
+            fields.skip(fields.number("I"), 1)
         found = []
         for _ in range(tensors):
-            skip(8, 1)
-            shape = tuple(number("Q") for _ in range(number("I")))
-            found.append((shape, number("I")))
-            number("Q")  # the offset of its data
+            fields.skip(8, 1)
+            if not (shape := tuple(fields.number("Q") for _ in range(fields.number("I")))):
+                raise _damaged(gguf)
+            found.append((shape, fields.number("I")))
+            fields.number("Q")  # the offset of its data
         return found

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.files import scratch_folder
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
+from common.model_files import tokenize
 from common.system.hardware import quota_threads
 
 CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that enough
@@ -37,7 +38,7 @@ def calibration_of(rows: Iterable[Example], encoder: Encoder) -> Calibration:
             parts.append(row.text if row.text is not None else encoder.encode_chat(row)[1].text)
         except BadRow:  # left out of training, too
             continue
-        tokens += len(encoder.tokenizer(parts[-1], add_special_tokens=False)["input_ids"])
+        tokens += len(tokenize(encoder.tokenizer, parts[-1])["input_ids"])
     return Calibration("".join(part if part.endswith("\n") else part + "\n" for part in parts), tokens)
 
 

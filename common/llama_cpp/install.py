@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from common.errors import UserError
+from common.paths import user_path
 from common.system.cache import artifact_lock, cache_folder
 from common.system.process import capture
 
@@ -46,7 +47,7 @@ def find(llama_cpp: str | None) -> LlamaCpp | None:
     """
     for folder, where in ((llama_cpp, "--llama-cpp"), (os.environ.get("LLAMA_CPP_DIR"), "LLAMA_CPP_DIR")):
         if folder:
-            return _from_folder(Path(folder).expanduser().absolute(), where)
+            return _from_folder(user_path(folder, where).absolute(), where)
     on_path = [shutil.which(name) for name in (CONVERTER, *TARGETS)]
     if all(on_path):
         converter, quantize, server = (Path(str(path)) for path in on_path)

@@ -3,6 +3,7 @@
 llama.cpp's own converter writes it, and shows how to read one: which names and row orders it gives to modules.
 """
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,17 @@ from typing import Any
 import numpy as np
 
 from common.backend import Adapter, LoraWeight
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_write, scratch_folder
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models.adapter_files import write_peft
+from common.models.gguf_import import gguf_value, open_gguf
 from common.models.lora_init import Shapes
 from common.system.process import offline_environment, run_logged
 
 _SCRIPT = "convert_lora_to_gguf.py"
+_REMEDY = f"Give a LoRA GGUF, made by {_SCRIPT}."
 
 
 def check_lora(method: str) -> None:
@@ -75,11 +78,13 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
         if not key.endswith(".lora_a"):
             continue
         stem = key.removesuffix(".lora_a")
-        B = tensors.get(f"{stem}.lora_b")
-        if B is None or f"{stem}.lora_a" not in known:
+        A, B = tensors[key], tensors.get(f"{stem}.lora_b")
+        if B is None or key not in known:
             raise UserError(
                 f"{path}: the model in {base} has no layer for {stem}.", "Give the adapter's own base model."
             )
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+            raise UserError(f"{path}: {stem} has matrices of {A.shape} and {B.shape}, which is no LoRA.", _REMEDY)
         order = known[f"{stem}.lora_b"][:, 0].astype(int)
         if len(order) != len(B):
             raise UserError(
@@ -87,9 +92,9 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
             )
         ordered = np.empty_like(B)
         ordered[order] = B
-        weights[modules[int(known[key][0, 0])]] = LoraWeight(tensors[key], ordered, alpha or float(B.shape[1]))
+        weights[modules[int(known[key][0, 0])]] = LoraWeight(A, ordered, alpha or float(B.shape[1]))
     if not weights:
-        raise UserError(f"{path} holds no LoRA matrices.", "Give a LoRA GGUF.")
+        raise UserError(f"{path} holds no LoRA matrices.", _REMEDY)
     return Adapter("", 0, 0.0, weights)
 
 
@@ -112,15 +117,20 @@ def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
 
 def _tensors(path: Path) -> tuple[dict[str, np.ndarray], float]:
     """Float32 tensors by name, and the file's alpha."""
-    from gguf import GGUFReader
+    reader = open_gguf(path, _REMEDY)
+    alpha = gguf_value(reader, "adapter.lora.alpha", path, _REMEDY)
+    if alpha is None:
+        raise UserError(f"{path} is a GGUF, but not a LoRA adapter.", _REMEDY)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise UserError(f"{path}: its alpha is {alpha!r}.", _REMEDY)
+    return {tensor.name: _values(tensor, path) for tensor in reader.tensors}, float(alpha)
+
+
+def _values(tensor: Any, path: Path) -> np.ndarray:
     from gguf.quants import dequantize
 
     try:
-        reader: Any = GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a GGUF: {error}", "Give a LoRA GGUF.") from None
-    field = reader.fields.get("adapter.lora.alpha")
-    if field is None:
-        raise UserError(f"{path} is a GGUF, but not a LoRA adapter.", f"Give a LoRA GGUF, made by {_SCRIPT}.")
-    found = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
-    return found, float(field.contents())
+        values = dequantize(tensor.data, tensor.tensor_type)
+    except Exception as error:  # a type that it does not know, a row that is not made of whole blocks
+        raise UserError(f"{path}: {tensor.name!r} cannot be read: {first_line(error)}", _REMEDY) from None
+    return values.astype(np.float32)

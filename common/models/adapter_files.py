@@ -8,8 +8,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from common.backend import Adapter, LoraWeight
 from common.documents import read_json
@@ -18,7 +16,7 @@ from common.files import atomic_folder
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
-from common.models.safetensors_files import save_tensors
+from common.models.safetensors_files import load_tensors, save_tensors
 
 _PEFT_PREFIX = "base_model.model."
 PEFT_FILE = "adapter_model.safetensors"
@@ -249,7 +247,7 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
     """The adapter that write_trained wrote."""
     if (folder / "full").is_dir():
         config, tensors = _read(folder / "full", FULL_FILE)
-        return Adapter(config["base_model"], layers, 0.0, {}, tensors)
+        return Adapter(str(config.get("base_model", "")), layers, 0.0, {}, tensors)
     return read_peft(folder / "adapter", layers)
 
 
@@ -265,8 +263,5 @@ def _read(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
         if not (folder / file).is_file():
             raise UserError(f"{folder}: there is no complete adapter here: it has no {file}.", "Give a run folder.")
     config = read_json(folder / CONFIG_FILE, remedy)
-    try:
-        tensors = load_file(folder / name)
-    except SafetensorError as error:
-        raise UserError(f"{folder}: the adapter is damaged: {error}", remedy) from None
+    tensors = load_tensors(folder / name, remedy)
     return config, {key: tensor.astype(np.float32, copy=False) for key, tensor in tensors.items()}

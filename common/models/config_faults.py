@@ -4,12 +4,21 @@ from typing import Any
 
 from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, text_config
 
-_SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+}
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def config_faults(config: dict[str, Any]) -> list[str]:
-    """What the two backends would compute differently, or not at all: a line each. config: not yet normalized."""
+    """What the two backends would compute differently, or not at all: a line each.
+
+    config: not yet normalized, without `config_kinds.kind_faults`.
+    """
     architecture = (config.get("architectures") or ["none named"])[0]
     if architecture not in ARCHITECTURES:
         return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
@@ -18,11 +27,12 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
     if absent := [key for key, size in sizes.items() if size is None]:
         return [f"its config.json lacks {', '.join(absent)}"]
-    if wrong := [f"{key} {size!r}" for key, size in sizes.items() if type(size) is not int or size < 1]:
-        return [f"its config.json has the size {', '.join(wrong)}"]
     text, faults = text_config(config), []
-    if text["model_type"] != kind:
-        faults.append(f"its model_type {text['model_type']} is not {architecture}'s, {kind}")
+    if text.get("model_type") != kind:
+        faults.append(f"its model_type {text.get('model_type')} is not {architecture}'s, {kind}")
+    heads, keys = text["num_attention_heads"], text["num_key_value_heads"]
+    if not text["head_dim"] or heads % keys:
+        faults.append(f"its {heads} attention heads do not fit hidden_size or its {keys} key heads")
     faults += _rope_faults(text, kind)
     wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
     activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
@@ -39,6 +49,8 @@ def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
     for rope in ropes.values() if "full_attention" in ropes else [ropes]:
         if rope["rope_type"] not in _ROPES or (rope["rope_type"] == "longrope") > (kind == "phi3"):
             faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")
+        elif absent := [key for key in _ROPE_NEEDS.get(rope["rope_type"], ()) if rope.get(key) is None]:
+            faults.append(f"its RoPE scaling {rope['rope_type']!r} lacks {', '.join(absent)}")
         if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
             faults.append("its partial_rotary_factor is not computed by both backends")
     return faults

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import atomic_folder, atomic_write, scratch_folder
 from common.models.families import normalize_config
 from common.models.model_folder import ModelFolder
@@ -115,6 +115,7 @@ def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
+_REMEDY = "Give the model's Hugging Face folder or name instead."
 # The pre-tokenizer to set for a GGUF's byte-level BPE; None where transformers itself rebuilds the right one.
 _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
     "smollm": {
@@ -129,19 +130,36 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
+def open_gguf(path: Path, fix: str) -> Any:
+    """gguf-py's reader of the file. Raises UserError where it cannot be read."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
-    kind = fields["tokenizer.ggml.model"].contents() if "tokenizer.ggml.model" in fields else "none"
-    if kind != "gpt2":
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # of a file that is cut or damaged it raises anything
+        raise UserError(f"{path} cannot be read as a GGUF: {first_line(error)}", fix) from None
+
+
+def gguf_value(reader: Any, key: str, path: Path, fix: str) -> Any:
+    """The metadata value `key`, None where there is none. Raises UserError where it cannot be read."""
+    if (field := reader.fields.get(key)) is None:
+        return None
+    try:
+        return field.contents()
+    except Exception as error:  # as above
+        raise UserError(f"{path}: its {key} cannot be read: {first_line(error)}", fix) from None
+
+
+def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
+    reader = open_gguf(path, _REMEDY)
+    if gguf_value(reader, "tokenizer.ggml.model", path, _REMEDY) != "gpt2":
         return None  # a sentencepiece vocabulary needs no pre-tokenizer
-    pre = fields["tokenizer.ggml.pre"].contents() if "tokenizer.ggml.pre" in fields else "none"
+    pre = str(gguf_value(reader, "tokenizer.ggml.pre", path, _REMEDY) or "none")
     if pre not in _PRE_TOKENIZERS:
         raise UserError(
             f"--model {path}: this GGUF splits text by {pre!r}, which cannot be rebuilt exactly from it "
             f"(known: {', '.join(_PRE_TOKENIZERS)}).",
-            "Give the model's Hugging Face folder or name instead.",
+            _REMEDY,
         )
     return _PRE_TOKENIZERS[pre]
 
@@ -152,20 +170,18 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the display shows progress
-    try:
-        with scratch_folder() as alone:  # other files beside the GGUF are not read
-            (alone / path.name).symlink_to(path.resolve())
-            where: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **where)
-            model = AutoModelForCausalLM.from_pretrained(
-                alone,
-                trust_remote_code=False,
-                dtype=torch.bfloat16,
-                quantization_config=GgufConfig(dequantize=True),
-                **where,
-            )
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"--model {path}: this GGUF cannot be read: {error}", "Give the model's folder.") from None
+    file: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    with scratch_folder() as alone:  # other files beside the GGUF are not read
+        (alone / path.name).symlink_to(path.resolve())
+        weights = file | {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **file)
+        except Exception as error:  # of metadata that contradict each other it raises anything
+            raise UserError(f"--model {path}: its tokenizer cannot be read: {first_line(error)}", _REMEDY) from None
+        try:
+            model = AutoModelForCausalLM.from_pretrained(alone, trust_remote_code=False, **weights)
+        except Exception as error:  # as above
+            raise UserError(f"--model {path}: this GGUF cannot be read: {first_line(error)}", _REMEDY) from None
     if pre_tokenizer is not None:
         from tokenizers import Tokenizer
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import load_file
 
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.model_files import copy_file, known_files
 from common.models.model_folder import ModelFolder
-from common.models.safetensors_files import save_tensors
+from common.models.safetensors_files import load_tensors, save_tensors
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
 
@@ -23,6 +22,7 @@ _MODES = ("affine",)
 _BITS = (4, 8)
 
 
+_REMEDY = "Fetch the model's files again."
 _SOURCE = "quantized_source.json"  # in a view: the folder with the quantized weights
 
 
@@ -77,11 +77,13 @@ def scheme(config: dict[str, Any]) -> str | None:
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     for part in parts:
         bits, mode = part.get("bits", settings.get("bits")), part.get("mode", settings.get("mode", "affine"))
-        if bits not in _BITS or mode not in _MODES:
+        if type(bits) is not int or bits not in _BITS or mode not in _MODES:
             raise UserError(
                 f"Its weights are quantized by MLX to {bits} bits ({mode}); 4 and 8 bits (affine) are read.",
                 "Give the 4-bit, 8-bit or 16-bit version of the model.",
             )
+    if type(settings["group_size"]) is not int:
+        raise UserError(f"Its weights are in groups of {settings['group_size']!r}.", _REMEDY)
     mixed = "-mixed" if len(parts) > 1 else ""
     return f"mlx-{settings['bits']}bit-{settings['group_size']}{mixed}"
 
@@ -101,7 +103,7 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
     with atomic_folder(out) as temporary:
         index: dict[str, str] = {}
         for shard in model.shards:
-            tensors = _shard(load_file(shard), settings)
+            tensors = _shard(load_tensors(shard, _REMEDY), settings, shard)
             save_tensors(tensors, temporary / shard.name, {"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
         if len(set(index.values())) > 1:
@@ -113,7 +115,14 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
         (temporary / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str, np.ndarray]:
+def _fit(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, values: int) -> bool:
+    """Whether each row of `packed`, with so many values in a number, falls into as many groups as it has scales."""
+    if packed.dtype != np.uint32 or not packed.ndim == scales.ndim == 2 or scales.shape != biases.shape:
+        return False
+    return bool(scales.size) and len(scales) == len(packed) and packed.shape[1] * values % scales.shape[1] == 0
+
+
+def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any], shard: Path) -> dict[str, np.ndarray]:
     found = {}
     for name, tensor in tensors.items():
         module = name.rsplit(".", 1)[0]
@@ -122,7 +131,10 @@ def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> dict[str
         elif name.endswith(".weight"):
             own = settings.get(module)
             bits = (own if isinstance(own, dict) else settings)["bits"]
-            scales, biases = (tensors[f"{module}.{part}"].astype(np.float32) for part in ("scales", "biases"))
+            scales, biases = (tensors.get(f"{module}.{part}", np.zeros(0)) for part in ("scales", "biases"))
+            if not _fit(tensor, scales, biases, 32 // bits):
+                raise UserError(f"{shard}: the scales of {name} do not fit it.", _REMEDY)
+            scales, biases = scales.astype(np.float32), biases.astype(np.float32)
             values = unpack(tensor, bits).astype(np.float32).reshape(*scales.shape, -1)
             found[name] = (values * scales[..., None] + biases[..., None]).reshape(len(tensor), -1)
             found[name] = found[name].astype(ml_dtypes.bfloat16)

@@ -10,7 +10,9 @@ from typing import Any
 from common.backend import Progress
 from common.documents import read_json
 from common.errors import UserError
-from common.model_files import shard_files
+from common.model_files import read_config, shard_files
+from common.models.config_faults import config_faults
+from common.models.config_kinds import generation_faults, kind_faults
 from common.models.families import VISION_PARTS, hf_name, normalize_config, text_config, text_name
 from common.models.safetensors_files import DTYPES, Header, StoredTensor, read_header, stored_tensors
 
@@ -38,16 +40,41 @@ class ModelFolder:
 
     @cached_property
     def written_config(self) -> dict[str, Any]:
-        """config.json as it is in the file; a stranger's may name code."""
+        """config.json as it is in the file; a stranger's may name code. What readers look at is of the right kind."""
         try:
-            return read_json(self.path / CONFIG_FILE, _REMEDY)
+            config = read_json(self.path / CONFIG_FILE, _REMEDY)
         except FileNotFoundError:
             raise UserError(f"{self.path} has no {CONFIG_FILE}.", "Give a complete model folder.") from None
+        self._check(CONFIG_FILE, kind_faults(config))
+        return config
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The language model's config, normalized: every fact is explicit (`families.text_config`)."""
+        """The language model's config, normalized: every fact is explicit (`families.text_config`).
+
+        Raises UserError where it is not of a supported family, or lacks what a forward pass needs.
+        """
+        if faults := config_faults(self.written_config):
+            raise UserError(f"{self.path}: {'; '.join(faults)}", _REMEDY)
         return text_config(self.written_config)
+
+    @cached_property
+    def generation_config(self) -> dict[str, Any]:
+        """generation_config.json without the keys that name code; empty where there is none."""
+        path = self.path / "generation_config.json"
+        config = read_config(path) if path.exists() else {}
+        self._check(path.name, generation_faults(config))
+        return config
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end an answer, as generation_config.json has them."""
+        known = self.generation_config.get("eos_token_id")
+        return [known] if isinstance(known, int) else known or []
+
+    def _check(self, name: str, faults: list[str]) -> None:
+        if faults:
+            raise UserError(f"{self.path / name} holds what it should not: {'; '.join(faults[:3])}.", _REMEDY)
 
     @property
     def model_type(self) -> str:

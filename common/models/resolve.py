@@ -1,5 +1,6 @@
 """A model name -> a checked model folder in today's Hugging Face layout; fetched or converted where need be."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,16 @@ from common.errors import UserError
 from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
 from common.models import mlx_quantized
 from common.models.config_faults import config_faults
-from common.models.families import hf_name
+from common.models.families import hf_name, text_name
 from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
+from common.models.shapes import tensor_shapes
+from common.paths import user_path
 
 _WANTED: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
 
+_LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 Say = Callable[[str], None]
 
 
@@ -26,7 +30,7 @@ def resolve(name: str, say: Say) -> ModelFolder:
     Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantized it is the 16-bit view
     (`mlx_quantized.quantized_source` says where they are). Raises UserError saying what to do.
     """
-    path = Path(name).expanduser()
+    path = user_path(name, "--model")
     if path.is_dir():
         model = ModelFolder(path)
     elif path.suffix == ".gguf":
@@ -94,10 +98,7 @@ def _fault_of(read: Callable[[], object]) -> list[str]:
 
 
 def _config_faults(config: dict[str, Any]) -> list[str]:
-    try:
-        faults = config_faults(config)
-    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        return [f"its config.json has a value of a wrong kind ({type(error).__name__}: {error})"]
+    faults = config_faults(config)
     if "quantization" in config or "quantization_config" in config:
         settings = config.get("quantization_config")
         kind = settings.get("quant_method") if isinstance(settings, dict) else None
@@ -108,9 +109,11 @@ def _config_faults(config: dict[str, Any]) -> list[str]:
 
 
 def _weight_faults(model: ModelFolder) -> list[str]:
-    """Types that are not computed, and an output head that contradicts the config."""
+    """Types that are not computed, and tensors that contradict the config."""
     if strange := {tensor.dtype for tensor in model.tensors.values()} - DTYPES.keys():
         return [f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}"]
+    if faults := _shape_faults(model):
+        return faults
     tensors = {hf_name(name): tensor for name, tensor in model.tensors.items()}
     tied = model.config["tie_word_embeddings"]
     head = tensors.get("lm_head.weight")
@@ -121,6 +124,15 @@ def _weight_faults(model: ModelFolder) -> list[str]:
     if tied and embedding is not None and _differ(head, embedding):
         return ["its config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"]
     return []
+
+
+def _shape_faults(model: ModelFolder) -> list[str]:
+    wanted, stored = tensor_shapes(model.config), {text_name(name): t.shape for name, t in model.tensors.items()}
+    layers = {int(found[1]) for name in stored if (found := _LAYER.match(name))}
+    if layers != set(range(count := model.config["num_hidden_layers"])):
+        return [f"its config.json says {count} layers, and its weights have {len(layers)}"]
+    wrong = [name for name, shape in stored.items() if name in wanted and shape != wanted[name]]
+    return [f"its {name} has the shape {stored[name]}, its config.json asks for {wanted[name]}" for name in wrong[:3]]
 
 
 def _differ(one: StoredTensor, other: StoredTensor) -> bool:
@@ -166,7 +178,7 @@ def _download(name: str, say: Say) -> ModelFolder:
 
     say(f"{name}: fetching it from the hub ...")
     try:
-        return ModelFolder(Path(snapshot_download(name, **_WANTED)))
+        fetched = snapshot_download(name, **_WANTED)
     except GatedRepoError:
         raise UserError(
             f"--model {name}: this model is gated, and no token of yours has access to it.",
@@ -179,6 +191,7 @@ def _download(name: str, say: Say) -> ModelFolder:
         ) from None
     except Exception as error:  # the HTTP client's own errors come through: no network, a timeout, a proxy's refusal
         raise _Unreachable(f"the hub cannot be reached ({type(error).__name__})") from None
+    return ModelFolder(Path(fetched))
 
 
 def _from_mirror(name: str, mirror: Mirror, reason: str, say: Say) -> ModelFolder:

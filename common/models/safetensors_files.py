@@ -14,10 +14,10 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from common.documents import parse_json
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 # safetensors' names for the types that weights come in; the rest is copied as bytes.
 DTYPES: dict[str, np.dtype] = {
@@ -99,6 +99,14 @@ def copy_bytes(source: BinaryIO, file: BinaryIO, size: int) -> None:
     """Copy `size` bytes from the current position of `source`, a few at a time."""
     for left in range(size, 0, -_COPY_BYTES):
         file.write(source.read(min(left, _COPY_BYTES)))
+
+
+def load_tensors(path: Path, fix: str) -> dict[str, np.ndarray]:
+    """The file's tensors by name. Raises UserError where it cannot be read."""
+    try:
+        return load_file(path)
+    except Exception as error:  # a cut file, a type that numpy has not
+        raise UserError(f"{path} is damaged: {first_line(error)}", fix) from None
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from common.documents import read_json
 from common.errors import UserError
-from common.model_files import open_tokenizer
+from common.model_files import open_tokenizer, tokenize
 
 NAME = "tokenizer.model"
 REMEDY = f"Copy {NAME} from the base model into that folder, or stop at --export fused."
@@ -105,7 +105,7 @@ def write(folder: Path) -> None:
     if decoder := config.get("added_tokens_decoder"):
         # The converter would split texts at these before merging; to transformers a text's spaces are no ▁.
         config["added_tokens_decoder"] = {
-            number: token for number, token in decoder.items() if token["special"] or _SPACE not in token["content"]
+            number: token for number, token in decoder.items() if token.get("special") or _SPACE not in token["content"]
         }
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / NAME).write_bytes(rebuilt.model)
@@ -283,7 +283,7 @@ def check_model(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
         at = re.compile("|".join(re.escape(token) for token in sorted(cut, key=len, reverse=True)))
         parts = [part for text in parts for part in at.split(text)]
     parts = [part for part in dict.fromkeys(comparable(parts, tokenizer)) if part and _SPACE not in part]
-    expected = tokenizer(parts, add_special_tokens=False)["input_ids"]
+    expected = tokenize(tokenizer, parts)["input_ids"]
     for part, wanted, got in zip(parts, expected, processor.encode(parts), strict=True):
         if wanted != got:
             first = next((i for i, pair in enumerate(zip(wanted, got, strict=False)) if pair[0] != pair[1]), -1)

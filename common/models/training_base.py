@@ -14,6 +14,7 @@ from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.options import Options
+from common.paths import user_path
 from common.recipe import Recipe
 
 
@@ -54,7 +55,7 @@ def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, d
 def _given_adapter(options: Options, model: ModelFolder) -> Adapter:
     """--adapter. Raises UserError where it does not fit the base model."""
     every = linear_shapes(model, ["all-linear"])
-    adapter = read_any(Path(options.adapter or "").expanduser(), layer_count(every))
+    adapter = read_any(user_path(options.adapter or "", "--adapter"), layer_count(every))
     validate(adapter, every, Path(options.adapter or ""))
     return adapter
 

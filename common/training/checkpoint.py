@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
+from pydantic import ValidationError, create_model
 
 from common.backend import Adapter, OptimizerState, StepResult
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
-from common.models.safetensors_files import save_tensors
+from common.models.safetensors_files import load_tensors, save_tensors
 from common.recipe import Parent, Plan
+from common.run_record import fault_of
 
 _STEP = re.compile(r"step-\d{6,}")
 _STATE = "state.json"
@@ -69,6 +70,13 @@ class State:
             self.timed_seconds += seconds
             self.timed_tokens += result.tokens
             self.timed_label_tokens += result.label_tokens
+
+
+# What state.json must hold. Its other fields, another version's, are passed over.
+_STATE_FIELDS: dict[str, Any] = {known.name: (known.type, known.default) for known in fields(State)}
+_STATE_FIELDS |= {"optimizer_step": (int, ...), "layers": (int, ...), "recipe_hash": (str | None, None)}
+del _STATE_FIELDS["best"]
+_StateFile = create_model("_StateFile", **_STATE_FIELDS)
 
 
 class Checkpoint(NamedTuple):
@@ -151,9 +159,13 @@ def latest(
         )
     plain.setdefault("evaluated", plain["step"])  # an older version saved only after the validation
     plain |= _evaluation(folder)
+    try:
+        _StateFile.model_validate(plain, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{folder / _STATE} cannot be read by this version{fault_of(error)}.", remedy) from None
     of_this_step = plain.get("best_step") == plain["step"]
     best = folder if of_this_step else folder / "best"
-    moments = load_file(folder / "optimizer.safetensors")
+    moments = load_tensors(folder / "optimizer.safetensors", remedy)
 
     def part(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): array for name, array in moments.items() if name.startswith(prefix)}
@@ -213,7 +225,8 @@ def _files(folder: Path) -> list[Path]:
 def _complete(folder: Path) -> bool:
     try:
         hashes = read_json(folder / _MARKER, "")
-        return bool(hashes) and all(_digest(folder / name) == digest for name, digest in hashes.items())
+        found = {str(path.relative_to(folder)): path for path in _files(folder)}  # nothing else is opened
+        return bool(hashes) and all(n in found and _digest(found[n]) == digest for n, digest in hashes.items())
     except (OSError, UserError):
         return False
 

@@ -5,11 +5,11 @@ Each backend's `memory_terms.py` counts what its own code holds; here the terms 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from common.backend import Adapter, BackendPackage
-from common.memory_terms import MicroBatchShape, ModelDims, StepMemory
+from common.memory_terms import MicroBatchShape, ModelDims
 from common.models.families import forward_config
 from common.models.shapes import tensor_shapes
 from common.recipe import Plan, Recipe
@@ -79,10 +79,9 @@ class TrainingMemory:
             "adapter": beside * terms.adapter_copies(plan.device),
             "gradients and moments": moments,
         }
-        steps = [_parts(terms.step_memory(dims, recipe, plan, shape)) for shape in shapes]
+        steps = [self._step(plan, shape, dims) for shape in shapes]
         if validation:
-            needed = terms.validation_memory(dims, recipe, plan, validation)
-            steps.append({"validation": sum(_parts(needed).values())})
+            steps.append(self._validation(plan, validation))
         largest: dict[str, int] = max(steps, key=lambda step: sum(step.values()))
         parts |= largest
         loading = terms.loading_bytes(dims, recipe)
@@ -92,9 +91,14 @@ class TrainingMemory:
         parts["slack"] = measured.overhead + round(measured.slack * sum(parts.values()))
         return MemoryEstimate(parts, measured.known)
 
+    def _validation(self, plan: Plan, shape: MicroBatchShape) -> dict[str, int]:
+        """What a micro-batch adds without a backward pass: one layer's share, since each is freed in its turn."""
+        plain = plan.model_copy(update={"gradient_checkpointing": False})
+        return {"validation": sum(self._step(plain, shape, replace(self.dims, layers=1)).values())}
 
-def _parts(step: StepMemory) -> dict[str, int]:
-    """What a micro-batch adds at its peak: within a layer, or in the loss."""
-    if step.working > step.loss:
-        return {"saved activations": round(step.saved), "working memory": round(step.working)}
-    return {"saved activations": round(step.saved), "loss chunk": round(step.loss)}
+    def _step(self, plan: Plan, shape: MicroBatchShape, dims: ModelDims) -> dict[str, int]:
+        """What one micro-batch adds at its peak: in a layer's backward pass, or in the loss."""
+        step = self.package.memory_terms.step_memory(dims, self.recipe, plan, shape)
+        if step.working > step.loss:
+            return {"saved activations": round(step.saved), "working memory": round(step.working)}
+        return {"saved activations": round(step.saved), "loss chunk": round(step.loss)}

@@ -1,13 +1,13 @@
 """The figures that training puts on record, its metrics.jsonl, and how its time is counted."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.documents import read_json_lines
 from common.files import atomic_write
 from common.recipe import Plan, Recipe
 from common.training.checkpoint import State
@@ -66,12 +66,11 @@ class Metrics:
         Those are the steps after `step` and, where `step` is `unvalidated`, the validation after it. `warn` hears once
         of a disk that refuses lines.
         """
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in _lines(path) if line["step"] <= step]
         if unvalidated:
-            kept = [line for line in kept if _step_of(line) < step or "valid_loss" not in line]
+            kept = [line for line in kept if line["step"] < step or "valid_loss" not in line]
         with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._path, self._warn, self._left, self._refused = path, warn, b"", False
         self._file = path.open("ab", buffering=0)
 
@@ -95,8 +94,10 @@ class Metrics:
         self._file.close()
 
 
-def _step_of(line: str) -> float:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The file's lines, those that name no step left out."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return math.inf  # the last line of a killed run may be cut
+        lines = read_json_lines(path, "Remove it: no result depends on it.")
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if isinstance(line.get("step"), int)]

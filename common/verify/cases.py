@@ -20,6 +20,7 @@ from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_write
 from common.llama_cpp.server import for_llama_cpp
+from common.model_files import tokenize
 from common.models.sentencepiece import HARD_TEXTS
 from common.option_sources import options_over
 from common.recipe import Recipe
@@ -129,7 +130,7 @@ def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Itera
 def _prompt(row: _Row, encoder: Encoder) -> Prompt:
     _, conversation, example = encoder.encode_chat(row.example)
     last = conversation.turns[-1]
-    ids = encoder.tokenizer(conversation.text[: last.start], add_special_tokens=False)["input_ids"]
+    ids = tokenize(encoder.tokenizer, conversation.text[: last.start])["input_ids"]
     bos = row.encoded.ids[: len(ids)].tolist() != ids
     before = conversation.messages[: len(conversation.messages) - len(example.messages) + last.message]
     messages = [for_llama_cpp(message) for message in before]

@@ -11,6 +11,7 @@ CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 8,
+    "intermediate_size": 12,
     "num_attention_heads": 2,
     "num_hidden_layers": 1,
     "vocab_size": 5,

@@ -200,7 +200,7 @@ def test_a_damaged_adapter(tmp_path: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError) as caught:
         read_peft(tmp_path / "adapter")
-    damage = f"{path} is not JSON: " if name.endswith(".json") else f"{tmp_path / 'adapter'}: the adapter is damaged: "
+    damage = f"{path} is not JSON: " if name.endswith(".json") else f"{path} is damaged: "
     assert caught.value.what.startswith(damage)
 
 

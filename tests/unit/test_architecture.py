@@ -122,7 +122,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "option_fields", "option_aliases", "strict_json", "files"},
-    {"recipe", "run_lock", "option_translation", "documents", "verify_record"},
+    {"recipe", "run_lock", "option_translation", "documents", "paths", "verify_record"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
     {"display", "system"},
@@ -192,6 +192,64 @@ def test_a_function_fits_a_screen_and_a_file_one_sitting(path: Path) -> None:
     assert len(text.splitlines()) <= 310
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60] == []
+
+
+# Where any error is caught: the front door calls it a bug; a part that nothing else needs may fail.
+CATCH_ALL = {"cli.py": "main", "common/display.py": "optional"}
+
+
+def broad_handlers(path: Path) -> Iterator[tuple[str, ast.Try]]:
+    """`(function, try statement)` wherever any exception is caught and not raised again as it is."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        for node in ast.walk(function):
+            for handler in node.handlers if isinstance(node, ast.Try) else ():
+                kinds = "Exception" if handler.type is None else ast.unparse(handler.type)
+                last = handler.body[-1]
+                again = isinstance(last, ast.Raise) and last.exc is None
+                if re.search(r"\b(Base)?Exception\b", kinds) and not again:
+                    yield function.name, node
+
+
+def our_names(path: Path) -> set[str]:
+    """What in the module is ours: its own functions and classes, and what it imports from this repository."""
+    found = {"self"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FOLDERS:
+            found |= {alias.asname or alias.name for alias in node.names}
+    return found
+
+
+def is_one_foreign_call(body: list[ast.stmt], ours: set[str]) -> bool:
+    calls = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call)]
+    names = ast.unparse(calls[0].func).removeprefix("self.").split(".") if calls else []
+    return len(body) == len(calls) == 1 and names[0] not in ours
+
+
+@pytest.mark.parametrize("path", [*modules(*FOLDERS), ROOT / "cli.py"], ids=place)
+def test_any_error_is_caught_only_around_one_call_of_a_library(path: Path) -> None:
+    """An error of our own must not look like a fault of a file."""
+    for function, node in broad_handlers(path):
+        if CATCH_ALL.get(place(path)) != function:
+            assert is_one_foreign_call(node.body, our_names(path)), f"{place(path)}:{node.lineno} ({function})"
+
+
+@pytest.mark.parametrize(
+    ("body", "right"),
+    [
+        ("x = load(path)", True),
+        ("return self.tokenizer.apply(a, b=c)", True),
+        ("x = ours(path)", False),
+        ("self.render(path)", False),
+        ("x = load(str(path))", False),
+        ("x = load(path)\ny = x + 1", False),
+        ("x = path['a']", False),
+    ],
+)
+def test_one_call_of_a_library_is_told_from_others(body: str, right: bool) -> None:
+    assert is_one_foreign_call(ast.parse(body.replace("return ", "")).body, {"ours", "render", "self"}) == right
 
 
 def test_every_package_says_what_it_is_for() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.data.chat_template import Refused
 from common.errors import UserError
 from common.inference.backend_chat import ChatFormat, adapt_messages, backend_chat_model
 from common.inference.chat_models import choose
@@ -87,7 +88,7 @@ def test_a_system_turn_goes_where_the_template_takes_it() -> None:
 
     def refuses(form: list[dict]) -> str:
         if form[0]["role"] == "system":
-            raise ValueError("no such role")
+            raise Refused("no such role")
         return ""
 
     assert adapt_messages(messages, lambda form: "<S>") == messages

@@ -356,11 +356,12 @@ def test_a_checkpoint_of_an_older_version_knows_no_recipe_and_is_taken(tmp_path:
 
 
 def changed(folder: Path, change: Callable[[dict], object]) -> None:
-    """As another version of Twintune would have written the checkpoint's state.json, with its hash."""
+    """As another version of Twintune would have written the checkpoint's state.json, with the files' hashes."""
     state = json.loads((folder / "state.json").read_text())
     change(state)
     (folder / "state.json").write_text(json.dumps(state))
-    hashes = json.loads((folder / "COMPLETE").read_text()) | {"state.json": checkpoint._digest(folder / "state.json")}
+    hashes = {str(path.relative_to(folder)): checkpoint._digest(path) for path in folder.rglob("*") if path.is_file()}
+    del hashes["COMPLETE"]
     (folder / "COMPLETE").write_text(json.dumps(hashes))
 
 
@@ -388,3 +389,34 @@ def test_a_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
     (folder / "COMPLETE").write_text(json.dumps(hashes))
     with pytest.raises(UserError, match=r"state\.json is not a JSON object"):
         latest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": "40"}, "step: Input should be a valid integer"),
+        ({"best_valid_loss": [1]}, "best_valid_loss: Input should be a valid number"),
+        ({"gradient_checkpointing": 1}, "gradient_checkpointing: Input should be a valid boolean"),
+        ({"recipe_hash": 7}, "recipe_hash: Input should be a valid string"),
+    ],
+)
+def test_a_field_of_another_kind_is_named(tmp_path: Path, change: dict, words: str) -> None:
+    folder = put(tmp_path, 40)
+    changed(folder, lambda state: state.update(change))
+    with pytest.raises(UserError, match=r"state\.json cannot be read by this version") as caught:
+        checkpoint.latest(tmp_path)
+    assert words in caught.value.what
+
+
+def test_an_optimizer_state_that_is_no_safetensors(tmp_path: Path) -> None:
+    folder = put(tmp_path, 40)
+    (folder / "optimizer.safetensors").write_bytes(b"<html>")
+    changed(folder, lambda state: None)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged: "):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_marker_opens_no_file_outside(tmp_path: Path) -> None:
+    folder = put(tmp_path, 40)
+    (folder / "COMPLETE").write_text('{"/dev/zero": "00", "../../x": "00"}')
+    assert checkpoint.latest(tmp_path) is None

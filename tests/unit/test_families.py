@@ -131,7 +131,7 @@ def test_what_the_backends_would_compute_otherwise_is_refused(family: str, chang
 
 def test_a_config_without_sizes_says_which() -> None:
     assert config_faults({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}) == [
-        "its config.json lacks num_attention_heads, num_hidden_layers, vocab_size"
+        "its config.json lacks intermediate_size, num_attention_heads, num_hidden_layers, vocab_size"
     ]
 
 

@@ -358,5 +358,5 @@ def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"<html>")
-    with pytest.raises(UserError, match="is not a GGUF file"):
+    with pytest.raises(UserError, match="is not a complete GGUF file"):
         read_tensors(tmp_path / "a.gguf")

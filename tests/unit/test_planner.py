@@ -201,15 +201,6 @@ def test_long_validation_rows_count_without_a_backward_pass() -> None:
     assert peaks[0] == peaks[1] < peaks[2] < trained
 
 
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
-def test_validation_takes_less_than_a_step_of_the_same_rows(backend: str) -> None:
-    terms, dims, shape = PACKAGES[backend].memory_terms, model_dims(CONFIG), MicroBatchShape(1, 3000, 3000, 1500)
-    for checkpointing in (False, True):
-        plan = PLAN.model_copy(update={"backend": backend, "gradient_checkpointing": checkpointing})
-        step, forward = (f(dims, recipe(), plan, shape) for f in (terms.step_memory, terms.validation_memory))
-        assert 0 < forward.saved + max(forward.working, forward.loss) < step.saved + max(step.working, step.loss)
-
-
 def test_the_micro_batch_of_the_longest_validation_rows() -> None:
     work = Work.of(rows(5), recipe(), rows(30, 10, 90, 80, 20))
     assert work.longest_validation(200) == MicroBatchShape(2, 90, 170, 4)

@@ -150,7 +150,7 @@ def test_a_config_that_is_not_json(tmp_path: Path) -> None:
 def test_a_config_with_a_value_of_a_wrong_kind(tmp_path: Path, key: str, value: Any) -> None:
     folder = write_base(tmp_path)
     (folder / "config.json").write_text(json.dumps({**CONFIG, key: value}))
-    assert "cannot be trained:\nits " in fault(folder)
+    assert f"cannot be trained:\n{folder / 'config.json'} holds what it should not: {key} is" in fault(folder)
 
 
 def test_weights_of_a_type_that_cannot_be_fused_are_told_before_training(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Whether the values of a config are of the kinds that its readers take for granted; it may be a stranger's."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+_LARGEST = 2**31
+_MOST_LAYERS = 1_000  # what is said of each layer is listed in several places
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+class _Kind(NamedTuple):
+    fits: Callable[[Any], bool]
+    text: str
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= _LARGEST
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30 and math.isfinite(value)
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _are(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _optional(kind: _Kind) -> _Kind:
+    return _Kind(lambda value: value is None or kind.fits(value), kind.text)
+
+
+_COUNT = _Kind(_is_count, "a whole number from 1")
+_NUMBER = _Kind(_is_number, "a number")
+_POSITIVE = _Kind(_is_positive, "a number above 0")
+_SWITCH = _Kind(lambda value: isinstance(value, bool), "true or false")
+_TEXT = _Kind(lambda value: isinstance(value, str), "a text")
+_ID = _Kind(_is_id, "a token's number")
+
+_KINDS: dict[str, _Kind] = {
+    "architectures": _optional(_Kind(_are(_TEXT.fits), "a list of names")),
+    "num_hidden_layers": _Kind(lambda value: _is_count(value) and value <= _MOST_LAYERS, f"1 to {_MOST_LAYERS}"),
+    "max_window_layers": _Kind(lambda value: type(value) is int, "a whole number"),
+    "layer_types": _optional(_Kind(_are(lambda part: part in _LAYER_TYPES), f"a list of {' and '.join(_LAYER_TYPES)}")),
+    "no_rope_layers": _optional(_Kind(_are(lambda part: part in (0, 1)), "a list of 0 and 1")),
+    "eos_token_id": _optional(_Kind(lambda value: _is_id(value) or _are(_is_id)(value), "one or more token numbers")),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _optional(_ID)),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), _COUNT),
+    **dict.fromkeys(("head_dim", "num_key_value_heads", "sliding_window"), _optional(_COUNT)),
+    **dict.fromkeys(("sliding_window_pattern", "no_rope_layer_interval"), _COUNT),
+    **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "logits_scaling"), _POSITIVE),
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), _POSITIVE),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), _NUMBER),
+    **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), _optional(_POSITIVE)),
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _optional(_SWITCH)),
+    **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention"), _optional(_SWITCH)),
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), _TEXT),
+    "original_max_position_embeddings": _optional(_COUNT),
+}
+_GENERATION_KINDS = {"eos_token_id": _KINDS["eos_token_id"], "temperature": _optional(_NUMBER)}
+_ROPE_KINDS: dict[str, _Kind] = {
+    **dict.fromkeys(("rope_type", "type"), _TEXT),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), _POSITIVE),
+    **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _optional(_POSITIVE)),
+    **dict.fromkeys(("beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _optional(_POSITIVE)),
+    **dict.fromkeys(("short_factor", "long_factor"), _Kind(_are(_is_positive), "a list of numbers above 0")),
+    "original_max_position_embeddings": _optional(_COUNT),
+    "truncate": _SWITCH,
+}
+
+
+def kind_faults(config: dict[str, Any]) -> list[str]:
+    """A line for each value that is of another kind than its key's; of a multimodal config its text part's too."""
+    faults = _wrong(config, _KINDS)
+    for name in ("text_config", "vision_config"):
+        if name in config and not isinstance(config[name], dict):
+            faults.append(f"{name} is not an object")
+    if isinstance(text := config.get("text_config"), dict):
+        faults += [f"text_config.{fault}" for fault in kind_faults(text)]
+    for name in ("layer_types", "no_rope_layers"):
+        if not faults and config.get(name) is not None and len(config[name]) != config.get("num_hidden_layers"):
+            faults.append(f"{name} has {len(config[name])} entries, one for each layer it should have")
+    for name in ("rope_parameters", "rope_scaling"):
+        faults += _rope_faults(name, config.get(name))
+    return faults
+
+
+def generation_faults(config: dict[str, Any]) -> list[str]:
+    """A line for each value of a generation_config.json that is of another kind than its readers take for granted."""
+    return _wrong(config, _GENERATION_KINDS)
+
+
+def _rope_faults(name: str, rope: Any) -> list[str]:
+    if rope is None:
+        return []
+    if not isinstance(rope, dict):
+        return [f"{name} is not an object"]
+    faults = [f"{name}.{fault}" for fault in _wrong(rope, _ROPE_KINDS)]
+    return faults + [fault for kind in _LAYER_TYPES for fault in _rope_faults(f"{name}.{kind}", rope.get(kind))]
+
+
+def _wrong(content: dict[str, Any], kinds: dict[str, _Kind]) -> list[str]:
+    return [
+        f"{key} is {str(content[key])[:40]!r}, and should be {kind.text}"
+        for key, kind in kinds.items()
+        if key in content and not kind.fits(content[key])
+    ]

@@ -1,0 +1,30 @@
+"""Paths as users type them."""
+
+import os
+from pathlib import Path
+
+from common.errors import UserError
+
+_NAME_BYTES, _PATH_BYTES = 255, 4_000  # what every file system takes
+
+
+def path_fault(text: str) -> str:
+    """Why no file can be at `text`, or nothing."""
+    try:
+        path = os.fsencode(Path(text).expanduser())
+    except UnicodeEncodeError:
+        return "it holds half a letter"
+    except RuntimeError:
+        return f"there is no user {text[1:].partition('/')[0]!r}"
+    if b"\0" in path:
+        return "it holds a zero byte"
+    if len(path) > _PATH_BYTES or max(map(len, path.split(b"/"))) > _NAME_BYTES:
+        return "it is too long"
+    return ""
+
+
+def user_path(text: str, option: str) -> Path:
+    """`text` as a path, `~` and `~name` replaced. Raises UserError naming `option` where no file can be there."""
+    if fault := path_fault(text):
+        raise UserError(f"{option} {text[:80]!r} is not a path: {fault}.", "Check the path.")
+    return Path(text).expanduser()
