@@ -78,12 +78,18 @@ def ranks_and_alphas(recipe: Recipe, modules: Sequence[str]) -> dict[str, tuple[
 def initial_adapter(shapes: Shapes, layers: int, recipe: Recipe) -> Adapter:
     """The adapter that training starts from: A uniform in +-1/sqrt(in) as in Hu et al. 2021 and PEFT, B zero.
 
-    shapes: of the modules to adapt; layers: the number of the base model's. Both backends get the same numbers.
+    shapes: of the modules to adapt; layers: the number of the base model's. Both backends get the same numbers. Raises
+    UserError for a rank above every size of its module: it would only take memory.
     """
     random = np.random.default_rng([recipe.seed, 0])
     weights = {}
     for name, (rank, alpha) in ranks_and_alphas(recipe, sorted(shapes)).items():
         out_features, in_features = shapes[name]
+        if rank > max(shapes[name]):
+            raise UserError(
+                f"--rank {rank}: {name} is a matrix of {out_features} x {in_features}: more has no effect.",
+                f"Give a rank up to {min(shapes[name])}; 8 to 64 are usual.",
+            )
         bound = 1 / math.sqrt(in_features)
         A = random.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
         weights[name] = LoraWeight(A, np.zeros((out_features, rank), np.float32), alpha, recipe.rslora)

@@ -112,3 +112,10 @@ def test_what_does_not_go_together(argv: list[str], words: str) -> None:
     with pytest.raises(UserError) as caught:
         load_options(read_flags([*argv, "--data", "some.jsonl"]))
     assert words in caught.value.what
+
+
+def test_a_rank_beyond_every_size_is_refused_before_memory_is_taken() -> None:
+    shapes = {f"model.layers.0.self_attn.{name}_proj": (64, 32) for name in "qk"}
+    assert initial_adapter(shapes, 1, recipe(rank=64)).weights
+    with pytest.raises(UserError, match=r"--rank 1000000000: .*k_proj is a matrix of 64 x 32"):
+        initial_adapter(shapes, 1, recipe(rank=10**9))
