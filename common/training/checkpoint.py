@@ -147,7 +147,7 @@ def latest(
     if folder is None:
         return None
     remedy = f"Remove {folder} to continue from the checkpoint before it; or start a new run."
-    plain = read_json(folder / _STATE, remedy, allow_nan=True)
+    plain = _read_state(folder, remedy)
     if missing := [name for name in ("step", "optimizer_step", "layers") if name not in plain]:
         raise UserError(f"{folder / _STATE} has no {missing[0]}: another version of Twintune wrote it.", remedy)
     own = plain.get("recipe_hash")
@@ -177,6 +177,13 @@ def latest(
     return Checkpoint(state, read_trained(folder, layers), optimizer)
 
 
+def _read_state(folder: Path, remedy: str) -> dict[str, Any]:
+    try:
+        return read_json(folder / _STATE, remedy, allow_nan=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {_STATE}.", remedy) from None
+
+
 def latest_recipe(run: Path, recipe_hash: str) -> Parent | None:
     """The recipe and the step of the newest checkpoint that is complete; None where there is none.
 
@@ -184,7 +191,7 @@ def latest_recipe(run: Path, recipe_hash: str) -> Parent | None:
     """
     for folder in _folders(run):
         if _complete(folder):
-            own = read_json(folder / _STATE, f"Remove {folder}.", allow_nan=True).get("recipe_hash")
+            own = _read_state(folder, f"Remove {folder}.").get("recipe_hash")
             return Parent(recipe=own if isinstance(own, str) else recipe_hash, step=_step_of(folder))
     return None
 

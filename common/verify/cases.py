@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder
@@ -64,6 +65,41 @@ class Cases:
     held_out: bool  # whether training has not seen the rows
     texts: list[str]
     prompts: list[Prompt]  # of those rows that are chats and complete
+
+
+_Number = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _KeptRow(BaseModel):
+    source: str
+    ids: list[_Number]
+    labels: list[_Number]  # positions
+
+
+class _KeptPrompt(BaseModel):
+    row: _Number
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    text: str
+    length: _Number
+    bos: bool
+
+
+class _KeptCases(BaseModel):
+    """The file that the run keeps."""
+
+    held_out: bool
+    texts: list[str]
+    rows: list[_KeptRow]
+    prompts: list[_KeptPrompt]
+
+    @model_validator(mode="after")
+    def _in_range(self) -> "_KeptCases":
+        if any(label >= len(row.ids) for row in self.rows for label in row.labels):
+            raise ValueError("a label is beyond its row")
+        if any(prompt.row >= len(self.rows) for prompt in self.prompts):
+            raise ValueError("a prompt is of no row")
+        return self
 
 
 @dataclass(frozen=True)
@@ -166,16 +202,16 @@ def write_cases(path: Path, cases: Cases) -> None:
 def _read_cases(path: Path) -> Cases | None:
     """None where the run keeps none, or they cannot be read."""
     try:
-        content = read_json(path, "")
-        rows = [_row(row) for row in content["rows"]]
-        prompts = [Prompt(**(prompt | {"row": rows[prompt["row"]]})) for prompt in content["prompts"]]
-        return Cases(rows, content["held_out"], content["texts"], prompts)
-    except (UserError, OSError, ValueError, KeyError, TypeError, IndexError):  # it may be a stranger's
+        kept = _KeptCases.model_validate(read_json(path, ""), strict=True)
+    except (UserError, FileNotFoundError, ValidationError):  # it may be a stranger's
         return None
+    rows = [_row(row) for row in kept.rows]
+    prompts = [Prompt(**(vars(prompt) | {"row": rows[prompt.row]})) for prompt in kept.prompts]
+    return Cases(rows, kept.held_out, kept.texts, prompts)
 
 
-def _row(content: dict[str, Any]) -> Encoded:
-    ids = np.array(content["ids"], np.int32)
+def _row(kept: _KeptRow) -> Encoded:
+    ids = np.array(kept.ids, np.int32)
     labels = np.zeros(len(ids), bool)  # what a label weighed in training is nothing to compare models by
-    labels[content["labels"]] = True
-    return Encoded(ids, labels, content["source"])
+    labels[kept.labels] = True
+    return Encoded(ids, labels, kept.source)

@@ -87,8 +87,8 @@ def _every_command(run: Path, other: Path) -> None:
         lambda: _verify(run),
         lambda: choose_positions(cases_of(folder, other.parent / "tiny").rows, 259),
         lambda: Metrics(run / "metrics.jsonl", 3, True, print).close(),
-        lambda: resume_run(folder, folder.recipe, folder.plan, print),
         lambda: fuse_run(run, {"export": "fused"}, context()),
+        lambda: resume_run(folder, folder.recipe, folder.plan, print),  # the run is no longer complete
     )
 
 

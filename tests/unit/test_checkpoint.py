@@ -416,6 +416,17 @@ def test_an_optimizer_state_that_is_no_safetensors(tmp_path: Path) -> None:
         checkpoint.latest(tmp_path)
 
 
+def test_a_checkpoint_without_a_state(tmp_path: Path) -> None:
+    folder = put(tmp_path, 40)
+    (folder / "state.json").unlink()
+    marker = folder / "COMPLETE"
+    hashes = json.loads(marker.read_text())
+    marker.write_text(json.dumps({name: digest for name, digest in hashes.items() if name != "state.json"}))
+    for read in (checkpoint.latest, lambda run: checkpoint.latest_recipe(run, "")):
+        with pytest.raises(UserError, match=r"step-000040 has no state\.json"):
+            read(tmp_path)
+
+
 def test_a_marker_opens_no_file_outside(tmp_path: Path) -> None:
     folder = put(tmp_path, 40)
     (folder / "COMPLETE").write_text('{"/dev/zero": "00", "../../x": "00"}')

@@ -163,7 +163,15 @@ def test_rows_that_training_dropped_stay_out_when_the_data_are_read_again(
     assert "a<|im_end|>" not in text
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"rows": [{"ids": [1], "labels": [9], "source": ""}]}', "[" * 10**5])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "{}", "[]", "[" * 10**5),
+        '{"held_out": true, "texts": [], "prompts": [], "rows": [{"ids": [1], "labels": [9], "source": ""}]}',
+        '{"held_out": true, "texts": [], "prompts": [], "rows": [{"ids": [10000000000], "labels": [], "source": ""}]}',
+        '{"held_out": true, "texts": [1], "prompts": [], "rows": []}',
+    ],
+)
 def test_cases_that_cannot_be_read_are_made_of_the_data(
     given: dict[str, Any], tmp_path: Path, tiny_llama: Path, text: str
 ) -> None:
