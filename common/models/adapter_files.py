@@ -73,7 +73,8 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     Smaller ranks are padded with zeros and other scales multiplied into B, so that every product stays the same.
     """
     rank = max(weight.rank for weight in adapter.weights.values())
-    (scale, _), *_ = Counter(weight.scale for weight in adapter.weights.values()).most_common(1)
+    scales = Counter(weight.scale for weight in adapter.weights.values() if weight.scale)  # an alpha may be 0
+    scale = scales.most_common(1)[0][0] if scales else 0.0
     tensors = {}
     for name, weight in adapter.weights.items():
         B = weight.B if weight.scale == scale else (weight.B * np.float32(weight.scale / scale))

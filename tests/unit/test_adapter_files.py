@@ -381,3 +381,13 @@ def test_a_config_that_is_no_object(tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"adapter_config\.json is not a JSON object"):
         read_peft(tmp_path / "adapter")
+
+
+def test_modules_with_an_alpha_of_0_are_kept_in_mlx_lms_layout(tmp_path: Path) -> None:
+    weights = {
+        f"model.layers.{layer}.mlp.up_proj": LoraWeight(np.ones((2, 4), np.float32), np.ones((3, 2), np.float32), alpha)
+        for layer, alpha in enumerate((0.0, 0.0, 6.0))
+    }
+    write_mlx(tmp_path / "mlx", Adapter("owner/name", 3, 0.0, weights))
+    products = [weight.scale * weight.B @ weight.A for weight in read_mlx(tmp_path / "mlx").weights.values()]
+    assert [product.max() for product in products] == [0, 0, 6]
