@@ -177,10 +177,19 @@ def _output(options: Options, backend: str) -> Path:
     if options.output:
         run = Path(options.output)
         check_unused(run)
-        if run.exists() and (not run.is_dir() or any(path.name != LOCK for path in run.iterdir())):
+        if run.exists() and (not run.is_dir() or not all(map(_unrecorded, run.iterdir()))):
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
     return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
+
+
+# What a new run writes before its record.
+FIRST_FILES = ("recipe.yaml", "plan.yaml", "chat_template.jinja", "environment.json", "verify-cases.json")
+
+
+def _unrecorded(path: Path) -> bool:
+    """Whether a run that was killed, or refused a file, before it had a record may have left this."""
+    return path.name in (*FIRST_FILES, LOCK) or path.name.startswith(".twintune-")
 
 
 def check_unused(run: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from common.backend import Adapter, Backend, Memory, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
-from common.commands.prepare import Job, check_unused, free_name, prepare
+from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name, prepare
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
@@ -26,7 +26,7 @@ from common.models.shapes import linear_shapes
 from common.options import Options
 from common.paths import user_path
 from common.recipe import Recipe
-from common.run_lock import LOCK, held
+from common.run_lock import held
 from common.run_record import DataRecord, Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
@@ -239,21 +239,13 @@ def _claimed(job: Job, lock: ExitStack) -> Job:
             job = replace(job, run=Run(free_name(job.run.path)))
     lock.enter_context(held(job.run.path))
     check_unused(job.run.path)
+    for name in FIRST_FILES:
+        (job.run.path / name).unlink(missing_ok=True)
     return job
 
 
 def _begin(job: Job) -> None:
-    """Write a new run's files, in its folder that is held; where one is refused, none stays."""
-    try:
-        _write_new(job)
-    except OSError:
-        for path in job.run.path.iterdir():
-            if path.name != LOCK:
-                path.unlink()
-        raise
-
-
-def _write_new(job: Job) -> None:
+    """Write a new run's files, its record last, in its folder that is held."""
     run = job.run
     run.write_recipe(job.recipe)
     run.write_plan(job.plan)

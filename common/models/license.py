@@ -100,7 +100,8 @@ def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:
     """
     names = license_files(base)
     for name in names:
-        copy_file(base / name, out / name)
+        with atomic_write(out / name) as temporary:
+            copy_file(base / name, temporary)
     if terms.notice and not any(name.lower().startswith("notice") for name in names):
         with atomic_write(out / "NOTICE") as temporary:
             temporary.write_text(terms.notice + "\n", encoding="utf-8")

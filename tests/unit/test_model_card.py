@@ -156,6 +156,20 @@ def test_a_notice_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_license_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(source: Path, out: Path) -> None:
+        out.write_text("MI")
+        full_disk(out)
+
+    (tmp_path / "LICENSE").write_text("MIT License")
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(OSError, match="No space left") as caught:
+        copy_terms(tmp_path, tmp_path / "out", KNOWN["gemma"])
+    assert caught.value.filename == str(tmp_path / "out" / "LICENSE")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("files", "model", "kind", "license", "name"),
     [

@@ -311,15 +311,24 @@ def refusing(monkeypatch: pytest.MonkeyPatch, refuses: Callable[[Path], bool]) -
     monkeypatch.setattr(files, "_sync", lambda path: full_disk(path) if refuses(path) else sync(path))
 
 
-def test_a_run_that_cannot_begin_leaves_its_folder_as_it_was(
-    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_run_that_never_got_a_record_can_be_started_again(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
 ) -> None:
+    """The template of the first start is not taken for the second's, which has none."""
+    folder = Path(given["output"])
     refusing(monkeypatch, lambda path: path.name.endswith("run.json"))
     with pytest.raises(OSError, match="No space left"):
         run(given)
-    assert [path.name for path in Path(given["output"]).iterdir()] == [".lock"]
     monkeypatch.undo()
-    run(given)
+    monkeypatch.chdir(tmp_path)
+    assert (folder / "chat_template.jinja").exists()
+    if killed:
+        (folder / ".twintune-ffffffff-7-1-run.json").write_text("{")
+    (tmp_path / "plain.txt").write_text("\n\n".join(f"Text number {n} of some." for n in range(24)))
+    run(given | {"data": str(tmp_path / "plain.txt")})
+    assert not (folder / "chat_template.jinja").exists()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".twintune-")]
 
 
 @pytest.mark.parametrize("stops", [True, False])
