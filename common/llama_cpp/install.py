@@ -12,7 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.paths import user_path
 from common.system.cache import artifact_lock, cache_folder
-from common.system.process import capture
+from common.system.process import capture, offline_environment
 
 VERSION = "0.3.36"
 TARGETS = ("llama-quantize", "llama-server")
@@ -148,8 +148,9 @@ def clean() -> list[tuple[Path, int]]:
 
 
 def llama_environment() -> dict[str, str]:
-    """The environment without LLAMA_ARG_* and LLAMA_API_*: llama.cpp's programs read them in place of our flags."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
+    """The environment of llama.cpp's programs: no hub token, nor LLAMA_ARG_* and LLAMA_API_*, which override flags."""
+    env = offline_environment()
+    return {name: value for name, value in env.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_"))}
 
 
 def which(name: str) -> str | None:

@@ -16,7 +16,8 @@ from tests.llama_server import llama_server
 SERVER = """
 if "--help" in sys.argv:
     print("usage\\n--no-slots\\n" + "more\\n" * 40 + os.environ.get("ALSO", "")); sys.exit()
-open(os.environ["SEEN"], "w").write(json.dumps({"argv": sys.argv, "key": os.environ.get("LLAMA_API_KEY")}))
+seen = {"argv": sys.argv, "key": os.environ.get("LLAMA_API_KEY"), "env": [*os.environ]}
+open(os.environ["SEEN"], "w").write(json.dumps(seen))
 import threading
 threading.Timer(1, lambda: os._exit(0)).start()
 """
@@ -90,8 +91,10 @@ def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
 ) -> None:
     monkeypatch.setenv("ALSO", also)
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "7")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     seen, said = served("secret", "KEY")
     assert seen["key"] == "secret"
+    assert not {"LLAMA_ARG_CTX_SIZE", "HF_TOKEN"} & {*seen["env"]}
     assert "secret" not in seen["argv"]
     assert "--no-slots" in seen["argv"]
     assert ("--no-cors-credentials" in seen["argv"]) == bool(also)
