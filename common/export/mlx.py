@@ -106,4 +106,7 @@ def quantize(fused: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (OSError, RuntimeError) as error:  # MLX raises the latter where it cannot write, or memory runs out
+        sys.exit(str(error))
