@@ -172,7 +172,9 @@ def _mlx_lm_batches(work: _Work) -> None:
         "batch_size": rest.pop("batch_size", _MLX_BATCH),
         "grad_accumulation_steps": rest.pop("grad_accumulation_steps", 1),
     }
-    numbers = _whole_numbers({name: value for name, value in parts.items() if value is not None}, work.faults)
+    if parts["iters"] is None:
+        del parts["iters"]
+    numbers = _whole_numbers(parts, work.faults)
     if numbers is None:
         return
     accumulate = numbers["grad_accumulation_steps"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.messages import Fault
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 # Each row, or its Fault, with its place as a message names it and as an Example's source does.
@@ -106,12 +106,19 @@ def _parquet(path: Path) -> LocatedRows:
     import pyarrow
     import pyarrow.parquet
 
+    def damaged(error: Exception) -> UserError:
+        return UserError(f"{path} cannot be read as Parquet: {first_line(error)}", "Fetch or write the file again.")
+
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
     except FileNotFoundError:
         raise UserError(f"--data {path}: no such file.", "Check the path.") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}", "Fetch or write the file again.") from None
+    except Exception as error:  # its own errors, the system's, and memory for sizes that the file only claims
+        raise damaged(error) from None
+    try:
+        rows = table.to_pylist()
+    except Exception as error:  # a text that is not UTF-8
+        raise damaged(error) from None
     for number, row in enumerate(rows, 1):
         yield f"{path.name} row {number}", f"{path.name}:{number}", without_none(row)
 

@@ -171,11 +171,12 @@ def _complete(
     return parts["lora_A"], parts["lora_B"], parts.get("magnitude")
 
 
-def _adapter(where: Path, base: str | None, layers: int, dropout: object, weights: dict[str, LoraWeight]) -> Adapter:
+def _adapter(where: Path, base: object, layers: int, dropout: object, weights: dict[str, LoraWeight]) -> Adapter:
     if not weights:
         raise refused(where, "it holds no LoRA weights")
     dora = any(weight.magnitude is not None for weight in weights.values())
-    return Adapter(base or "", layers, dropout_of(where, dropout), weights, dora=dora)
+    name = str(base or "").encode("utf-8", "replace").decode()  # JSON can hold half a letter, and no file can
+    return Adapter(name, layers, dropout_of(where, dropout), weights, dora=dora)
 
 
 def read_any(folder: Path, layers: int = 0) -> Adapter:

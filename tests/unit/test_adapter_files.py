@@ -391,3 +391,10 @@ def test_modules_with_an_alpha_of_0_are_kept_in_mlx_lms_layout(tmp_path: Path) -
     write_mlx(tmp_path / "mlx", Adapter("owner/name", 3, 0.0, weights))
     products = [weight.scale * weight.B @ weight.A for weight in read_mlx(tmp_path / "mlx").weights.values()]
     assert [product.max() for product in products] == [0, 0, 6]
+
+
+def test_a_base_models_name_that_no_file_can_hold(tmp_path: Path) -> None:
+    write_peft(tmp_path / "peft", adapter())
+    change(tmp_path / "peft", base_model_name_or_path="owner/\ud800")
+    write_mlx(tmp_path / "mlx", read_peft(tmp_path / "peft"))
+    assert read_mlx(tmp_path / "mlx").base_model == "owner/?"

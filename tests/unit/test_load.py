@@ -328,3 +328,14 @@ def test_a_path_comes_before_a_hub_name(monkeypatch: pytest.MonkeyPatch, tmp_pat
     write(tmp_path, "jsonl").rename(tmp_path / "owner" / "name")
     assert len(load_data("owner/name", 0, 0).train) == 4
     assert asked == []
+
+
+def test_a_parquet_file_whose_texts_are_not_utf_8(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["qqqqqqqq"], "completion": ["b"]}), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"qqqqqqqq", b"qqq\xf9qqqq"))
+    with pytest.raises(UserError, match=r"rows\.parquet cannot be read as Parquet: .*utf-8"):
+        load_data(str(path), 0.0, 0)

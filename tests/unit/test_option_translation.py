@@ -265,3 +265,9 @@ def test_a_whole_trl_recipe() -> None:
 def test_what_shapes_the_adapter_elsewhere(given: dict, meant: dict) -> None:
     assert translate(given)[0] == meant
     assert translate(given)[2] == []
+
+
+@pytest.mark.parametrize("name", ["batch_size", "grad_accumulation_steps"])
+def test_iters_beside_an_empty_value(name: str) -> None:
+    _, _, faults = translate({"iters": 600, name: None})
+    assert faults == [f"{name}: must be a whole number from 1 up (got None)"]
