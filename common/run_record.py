@@ -178,7 +178,11 @@ class Run:
         return self.path / "chat_template.jinja"
 
     def read_template(self) -> str | None:
-        return self.template.read_text(encoding="utf-8") if self.template.exists() else None
+        """The template's text, None for plain text. Raises UserError where it is not UTF-8."""
+        try:
+            return self.template.read_text(encoding="utf-8") if self.template.exists() else None
+        except UnicodeDecodeError:
+            raise UserError(f"{self.template} is not UTF-8 text.", "Give another run.") from None
 
     @property
     def record(self) -> RunRecord:

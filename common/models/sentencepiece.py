@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from common.documents import read_json
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.model_files import open_tokenizer, tokenize
 
 NAME = "tokenizer.model"
@@ -267,7 +267,10 @@ def check_model(model: bytes, tokenizer: Any, texts: Sequence[str]) -> None:
     """
     from sentencepiece import SentencePieceProcessor
 
-    processor = SentencePieceProcessor(model_proto=model)
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+    except Exception as error:  # a piece that is empty, or stands twice
+        raise ValueError(f"sentencepiece refuses it: {first_line(error)}") from None
     added = tokenizer.added_tokens_decoder
     size = processor.get_piece_size()
     if beyond := [token.content for number, token in added.items() if number >= size]:

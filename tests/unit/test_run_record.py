@@ -251,3 +251,10 @@ def test_a_name_can_be_pasted_into_a_shell_with_its_command(tmp_path: Path) -> N
         run.require_complete()
     assert caught.value.fix.endswith(f"train --resume '{run.path}'")
     assert str(Run(Path("runs/mac"))) == "runs/mac"
+
+
+def test_a_chat_template_that_is_not_utf_8(tmp_path: Path) -> None:
+    assert Run(tmp_path).read_template() is None
+    (tmp_path / "chat_template.jinja").write_bytes(b"\x82")
+    with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8 text"):
+        Run(tmp_path).read_template()

@@ -228,3 +228,11 @@ def test_a_damaged_file_is_named(name: str, text: str, tmp_path: Path) -> None:
         for change in (write, adapt_space_prefix):
             with pytest.raises(UserError, match=f"{name} is not"):
                 change(tmp_path)
+
+
+def test_a_vocabulary_that_sentencepiece_refuses(tmp_path: Path) -> None:
+    folder = write_gemma_like(tmp_path)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"<td>"', '"<t\\u0000d>"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"tokenizer\.json: sentencepiece refuses it: "):
+        rebuild_checked(folder)
