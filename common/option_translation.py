@@ -222,8 +222,11 @@ def _trl_batches(work: _Work) -> None:
 def _lora_parameters(work: _Work) -> None:
     """mlx_lm's `lora_parameters: {rank, scale, dropout, keys}`; its scale multiplies, ours is alpha / rank."""
     rest, options, notes, faults = work.rest, work.options, work.notes, work.faults
-    nested = rest.pop("lora_parameters", None)
-    nested = dict(nested) if isinstance(nested, dict) else {}
+    given = rest.pop("lora_parameters", None) or {}  # YAML's empty value
+    if not isinstance(given, dict):
+        faults.append(f"lora_parameters: must be a mapping of rank, scale, dropout, keys (got {given!r})")
+        return
+    nested = dict(given)
     for key in [key for key in rest if key.startswith("lora_parameters.")]:
         nested[key.removeprefix("lora_parameters.")] = rest.pop(key)
     if not nested:

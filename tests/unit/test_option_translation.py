@@ -145,6 +145,13 @@ def test_an_unknown_lora_parameter() -> None:
     assert faults == ["lora_parameters.alpha: unknown; mlx_lm has rank, scale, dropout, keys"]
 
 
+def test_lora_parameters_that_are_no_mapping() -> None:
+    assert translate({"lora_parameters": "x"})[2] == [
+        "lora_parameters: must be a mapping of rank, scale, dropout, keys (got 'x')"
+    ]
+    assert translate({"lora_parameters": None}) == ({}, [], [])
+
+
 def test_lora_parameters_that_are_no_numbers() -> None:
     faults = translate({"lora_parameters": {"rank": "big"}})[2]
     assert faults == ["lora_parameters: rank and scale must be numbers"]
