@@ -30,10 +30,18 @@ def main(pipe: int, command: list[str]) -> int:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS: the latter where all are zombies
                 os.killpg(process.pid, number)
 
+    def kill() -> None:
+        try:
+            _kill_descendants()  # first, while the tree of processes is whole
+        finally:
+            pass_on(signal.SIGKILL, None)
+
     def end() -> None:
         os.read(pipe, 1)
         ending.set()
-        _kill_descendants()
+        kill()
+
+    import psutil  # noqa: F401 -- where it is missing, nothing is started
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
@@ -47,7 +55,8 @@ def main(pipe: int, command: list[str]) -> int:
     status = started[0].wait()
     if ending.is_set():
         watch.join()
-    pass_on(signal.SIGKILL, None)  # what it has left in the background
+    else:
+        pass_on(signal.SIGKILL, None)  # what it has left in the background
     return status if status >= 0 else 128 - status
 
 
@@ -64,18 +73,21 @@ def _kill_descendants() -> None:
     """Kill all that is below this process until nothing is: a compiler may have another process group."""
     import psutil
 
-    def living() -> list[psutil.Process]:
-        found = psutil.Process().children(recursive=True)
-        return [child for child in found if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-
+    refused: set[psutil.Process] = set()
     while True:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = living()
-            for child in children:
-                child.kill()
-            if not children:
-                return
-            time.sleep(0.01)
+        alive = False
+        for child in psutil.Process().children(recursive=True):
+            try:
+                if child not in refused and child.status() != psutil.STATUS_ZOMBIE:
+                    child.kill()
+                    alive = True
+            except psutil.NoSuchProcess:
+                pass
+            except psutil.AccessDenied:  # another user's, by setuid
+                refused.add(child)
+        if not alive:
+            return
+        time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def running(command: list[str], keep: Sequence[int] = (), **options: Any) -> Ite
     """
     reading, writing = os.pipe()
     try:
-        guarded = [sys.executable, "-I", str(_GUARD), str(reading), *command]
+        guarded = [sys.executable, "-P", str(_GUARD), str(reading), *command]
         process = subprocess.Popen(guarded, pass_fds=(reading, *keep), start_new_session=True, **options)
     except BaseException:
         os.close(writing)
