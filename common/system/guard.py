@@ -3,9 +3,10 @@
 usage: guard.py PIPE PROGRAM ARGUMENT...
 
 PIPE is the reading end of a pipe to which nobody writes. It ends when its other end is closed, which the system does
-for a killed process too. Then the program is killed with all that it has started. SIGTERM and its like are passed on
-to it. The exit status is the program's, or 128 + the number of the signal that ended it. This file is a program of its
-own: only a process with one thread can safely prepare another one.
+for a killed process too. Then the program is killed with all that it has started. Where it ends by itself, what it has
+left is killed: on Linux all of it, elsewhere its process group. Descriptors of locks are inherited by all of them.
+SIGTERM and its like are passed on to the program. The exit status is the program's, or 128 + the number of the signal
+that ended it. This file is a program of its own: only a process with one thread can safely prepare another one.
 """
 
 import contextlib
@@ -45,8 +46,9 @@ def main(pipe: int, command: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, pass_on)
-    try:
-        started.append(subprocess.Popen(command, process_group=0, preexec_fn=_linux_setup()))
+    os.set_inheritable(pipe, False)
+    try:  # close_fds: what else is inheritable is a lock's, and is held as long as any of them lives
+        started.append(subprocess.Popen(command, process_group=0, close_fds=False, preexec_fn=_linux_setup()))
     except OSError as error:
         os.write(2, f"{command[0]}: {error.strerror}\n".encode())
         return 127
@@ -56,7 +58,7 @@ def main(pipe: int, command: list[str]) -> int:
     if ending.is_set():
         watch.join()
     else:
-        pass_on(signal.SIGKILL, None)  # what it has left in the background
+        kill()  # what it has left in the background
     return status if status >= 0 else 128 - status
 
 

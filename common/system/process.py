@@ -36,9 +36,10 @@ _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 def running(command: list[str], keep: Sequence[int] = (), **options: Any) -> Iterator[subprocess.Popen[Any]]:
     """A program that runs beside this process and never outlives the block, not even where this process is killed.
 
-    At the end it is killed with all that it has started: none of them has anything to save. keep: descriptors of locks,
-    which stay held until all of them are gone. options: Popen's. A signal that ends the program makes its exit status
-    128 + number, a program that cannot be started 127 with a line on standard error.
+    At the end it is killed with all that it has started: none of them has anything to save. Where it ends by itself,
+    what it has left is killed; elsewhere than on Linux a session of its own is not found then. keep: descriptors of
+    locks, which all of them inherit: they stay held until the last is gone. options: Popen's. A signal that ends the
+    program makes its exit status 128 + number, a program that cannot be started 127 with a line on standard error.
     """
     reading, writing = os.pipe()
     try:

@@ -1,13 +1,16 @@
 """Programs beside this one: they end with their block, whatever the guard meets."""
 
+import fcntl
+import os
 import sys
 import sysconfig
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from common.system.process import running
+from common.system.process import run_logged, running
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(15)"
 
@@ -36,3 +39,40 @@ def test_a_program_ends_where_the_processes_cannot_be_listed(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     seconds, status = seconds_to_end(SLEEP)
     assert (seconds < 10, status) == (True, 128 + 9)
+
+
+INNER = """
+import subprocess, sys
+code = "import time; time.sleep(15)"
+inner = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, close_fds=False)
+print(inner.pid, flush=True)
+"""
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere orphans do not come to the guard")
+def test_a_program_that_ends_by_itself_leaves_no_session_of_its_own(tmp_path: Path) -> None:
+    start = time.monotonic()
+    status, pid = run_logged([sys.executable, "-c", INNER], tmp_path / "log", lambda line: None)
+    assert (status, gone(int(pid)), time.monotonic() - start < 10) == (0, True, True)
+
+
+def test_a_lock_is_held_while_any_program_lives_though_the_guard_is_killed(tmp_path: Path) -> None:
+    mine = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(mine, fcntl.LOCK_EX)
+    with running([sys.executable, "-c", INNER + "inner.wait()"], keep=(mine,), stdout=-1) as process:
+        os.close(mine)
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()  # the guard
+        process.wait()
+    other = os.open(tmp_path / "lock", os.O_RDWR)
+    try:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        psutil.Process(pid).kill()
+        os.close(other)
