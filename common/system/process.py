@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from common.files import errors_naming
+
 
 def capture(command: list[str], seconds: float, lines: int = 15, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a command for at most `seconds`; its exit status and the last `lines` it printed."""
@@ -79,14 +81,18 @@ def run_logged(
     tail: deque[str] = deque(maxlen=15)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     text: dict[str, Any] = {"text": True, "encoding": "utf-8", "errors": "replace"}
-    with log.open("a", encoding="utf-8") as file:
-        file.write(f"$ {' '.join(command)}\n")
-        with running(command, keep=keep, env=env, cwd=cwd, **pipes, **text) as process:
-            for line in process.stdout or ():
-                file.write(line)
-                tail.append(line.rstrip())
-                on_line(line)
-            return process.wait(), "\n".join(tail)
+    _append(log, f"$ {' '.join(command)}\n")
+    with running(command, keep=keep, env=env, cwd=cwd, **pipes, **text) as process:
+        for line in process.stdout or ():
+            _append(log, line)
+            tail.append(line.rstrip())
+            on_line(line)
+        return process.wait(), "\n".join(tail)
+
+
+def _append(log: Path, line: str) -> None:
+    with errors_naming(log), log.open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def fraction(line: str) -> float | None:

@@ -76,3 +76,10 @@ def test_a_lock_is_held_while_any_program_lives_though_the_guard_is_killed(tmp_p
     finally:
         psutil.Process(pid).kill()
         os.close(other)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_log_that_the_disk_refuses_is_named() -> None:
+    with pytest.raises(OSError, match="No space left") as caught:
+        run_logged([sys.executable, "-c", ""], Path("/dev/full"), lambda line: None)
+    assert caught.value.filename == "/dev/full"
