@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked, nor of
@@ -145,7 +145,8 @@ def _remove(left: Path) -> None:
 def _settle(old: Path, path: Path) -> None:
     """Remove the folder that was replaced; or give it its name `path` back, where nothing took that."""
     if old.exists() and not path.exists():
-        old.rename(path)
+        with suppress(FileNotFoundError):  # another process has just done it
+            old.rename(path)
     shutil.rmtree(old, ignore_errors=True)
 
 

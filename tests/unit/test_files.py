@@ -163,6 +163,20 @@ def copy_over_a_folder(folder: Path) -> None:
     shutil.copyfile(folder / "source", folder / "target" / "source")
 
 
+def test_two_that_give_a_folder_its_name_back_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, rename = tmp_path / f".twintune-old-{files._HOST}-999999999-1-a", Path.rename
+    old.mkdir()
+
+    def second(source: Path, target: Path) -> Path:
+        rename(source, target)  # the other process
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", second)
+    with atomic_write(tmp_path / "c") as temporary:
+        temporary.touch()
+    assert names(tmp_path) == ["a", "c"]
+
+
 @pytest.mark.parametrize(("harm", "named"), [(write_nameless, "a"), (copy_over_a_folder, "a/target/source")])
 def test_an_error_names_the_file_by_its_final_name(tmp_path: Path, harm: Callable[[Path], None], named: str) -> None:
     with pytest.raises(OSError, match=r".") as caught, atomic_folder(tmp_path / "a") as temporary:
