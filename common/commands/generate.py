@@ -4,12 +4,12 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
 from common.context import Context
@@ -18,12 +18,13 @@ from common.data.load import SHOWN_FAULTS
 from common.display import Display
 from common.documents import parse_json
 from common.errors import Refusal, UserError
-from common.files import atomic_write
+from common.files import atomic_write, errors_naming
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
 from common.run_record import Run
 from common.sampling import Sampling
+from common.system.cache import try_lock
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,55 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
     if slots < 1:
         raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
     part = out.with_name(f"{out.name}.part")
-    if out.exists() and not part.exists():
-        raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
     if not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise UserError(f"--out {out}: its folder does not exist, or cannot be written to.", "Make the folder first.")
-    done = _begun(part, _asked_for(target, rows, sampling))
-    left = [number for number in range(len(rows)) if done.get(number, _REFUSED)["finish"] == "error"]
-    finished = len(rows) - len(left)
-    if finished:
-        display.say(f"{part}: {finished} of {len(rows)} answers exist already")
-    if left:
-        with (
-            opened(target, context, wanted.length, slots, _FLAGS) as models,
-            display.stage("answers") as progress,
-            part.open("a", encoding="utf-8") as file,
-        ):
+    asked = _asked_for(target, rows, sampling)
+    with _held(part, out) as file:
+        done = _begun(file, part, asked)
+        left = [number for number in range(len(rows)) if done.get(number, _REFUSED)["finish"] == "error"]
+        finished = len(rows) - len(left)
+        if finished:
+            display.say(f"{part}: {finished} of {len(rows)} answers exist already")
+        if left:
+            with (
+                opened(target, context, wanted.length, slots, _FLAGS) as models,
+                display.stage("answers") as progress,
+            ):
 
-            def keep(number: int, row: dict[str, Any]) -> None:
-                nonlocal finished
-                done[number] = row
-                file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False) + "\n")
-                file.flush()
-                finished += 1
-                progress(min(1.0, finished / len(rows)), f"{finished} of {len(rows)}")
+                def keep(number: int, row: dict[str, Any]) -> None:
+                    nonlocal finished
+                    done[number] = row
+                    with errors_naming(part):
+                        file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False).encode() + b"\n")
+                        file.flush()
+                    finished += 1
+                    progress(min(1.0, finished / len(rows)), f"{finished} of {len(rows)}")
 
-            _ask_all(models.tuned, {number: rows[number] for number in left}, sampling, slots, keep)
-    _finish(out, part, rows, [done[number] for number in range(len(rows))], display)
+                _ask_all(models.tuned, {number: rows[number] for number in left}, sampling, slots, keep)
+        _finish(out, part, rows, [done[number] for number in range(len(rows))], display)
+
+
+@contextmanager
+def _held(part: Path, out: Path) -> Iterator[BinaryIO]:
+    """The .part file, locked; it is made where there is none.
+
+    Raises UserError where another process has it, or `out` is finished.
+    """
+    file = part.open("a+b")
+    try:
+        with errors_naming(part):
+            # no name is left: the other process has finished since it was opened here
+            if not try_lock(file.fileno()) or not os.fstat(file.fileno()).st_nlink:
+                raise UserError(f"Another process is answering into {out}.", "Wait for it, or give another --out.")
+        if out.exists() and not os.fstat(file.fileno()).st_size:  # just made
+            part.unlink()
+            raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
+        yield file
+    finally:
+        with errors_naming(part):
+            file.close()
 
 
 _FLAGS = ("--reasoning-format", "none", "--skip-chat-parsing")  # a tool call is kept as the model wrote it
@@ -148,12 +170,13 @@ def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> str:
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
 
 
-def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
-    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is made, or repaired.
+def _begun(file: BinaryIO, part: Path, asked: str) -> dict[int, dict[str, Any]]:
+    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is begun, or repaired.
 
     Raises UserError where it was asked for something else, or a line is damaged.
     """
-    lines = part.read_bytes().split(b"\n")[:-1] if part.exists() else []  # the last one has no end
+    file.seek(0)
+    *lines, torn = file.read().split(b"\n")
     head, remedy, found = {"asked": asked}, "Remove it, or give another --out.", {}
     for number, line in enumerate(lines, 1):
         try:
@@ -167,8 +190,11 @@ def _begun(part: Path, asked: str) -> dict[int, dict[str, Any]]:
             found[content["number"]] = content["row"]
         else:
             raise UserError(f"{part} line {number} holds no answer.", remedy)
-    with atomic_write(part) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in lines or [json.dumps(head).encode()]))
+    with errors_naming(part):
+        file.truncate(file.tell() - len(torn))
+        if not lines:
+            file.write(json.dumps(head).encode() + b"\n")
+            file.flush()
     return {-1: head, **found}
 
 

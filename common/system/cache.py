@@ -34,7 +34,7 @@ def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = mat
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     due = -math.inf
     try:
-        while not _locked(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= due:
                 say(f"waiting for another process, which is making {artifact.name}")
                 due = time.monotonic() + every
@@ -44,7 +44,8 @@ def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = mat
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Whether the open file is locked now; not where another process holds it. The lock ends with the descriptor."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,6 +1,7 @@
 """`generate RUN`: prompts in every shape, an output that is complete or absent, a stopped job that continues."""
 
 import json
+import resource
 from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,46 @@ def test_a_stop_keeps_every_answer_that_is_there(job: Any, monkeypatch: pytest.M
     with pytest.raises(KeyboardInterrupt):
         job(slots=3)
     assert len((job.folder / "out.jsonl.part").read_text().splitlines()) == 1 + 3
+
+
+def test_a_second_process_is_refused(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_all = answers._ask_all
+
+    def again(*arguments: Any) -> None:
+        monkeypatch.setattr(answers, "_ask_all", ask_all)
+        with pytest.raises(UserError, match=r"Another process is answering into .*out\.jsonl\."):
+            job()
+        ask_all(*arguments)
+
+    monkeypatch.setattr(answers, "_ask_all", again)
+    job()
+    assert sorted(path.name for path in job.folder.iterdir()) == ["m.gguf", "out.jsonl", "p.txt"]
+
+
+def test_one_that_finished_just_now_is_not_answered_again(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(descriptor: int) -> bool:
+        (job.folder / "out.jsonl.part").unlink()
+        return True
+
+    monkeypatch.setattr(answers, "try_lock", late)
+    with pytest.raises(UserError, match="Another process"):
+        job()
+
+
+def test_a_full_disk_names_the_part(job: Any) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (job.folder / "p.txt").write_text("a\n" + "b" * 2_000_000 + "\nc\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            job()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    part = job.folder / "out.jsonl.part"
+    assert caught.value.filename == str(part)
+    job.seen.clear()
+    job()
+    assert [text[0] for text, _ in job.seen] == ["b", "c"]
 
 
 def test_faults_come_before_anything_is_loaded(job: Any) -> None:
