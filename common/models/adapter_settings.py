@@ -1,5 +1,6 @@
 """What an adapter's config may say: a stranger's numbers are finite, and its patterns end."""
 
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -10,6 +11,11 @@ from common.errors import UserError
 
 _LARGEST = 1e30  # of an alpha or a scale: the products with it stay finite in float32
 _PATTERN_SECONDS = 5.0  # for all patterns of an adapter: a stranger's expression can be made to take forever
+# Compiling one cannot be stopped: its time grows with its length times the product of its repeats.
+_PATTERN_CHARACTERS = 1000
+_PATTERN_COST = 20_000
+_REPEAT = re.compile(r"\{([\d,\s]*)|\+")
+_VERBOSE = re.compile(r"\(\?[\w-]*x")  # such a pattern could hide repeats between comments
 # PEFT settings that change what the same weights compute: a file that sets one is refused.
 _PEFT_OTHER = (
     *("loftq_config", "lora_ga_config", "eva_config", "corda_config", "velora_config", "monteclora_config"),
@@ -37,15 +43,26 @@ def by_pattern(where: Path, key: str, config: dict[str, Any], names: Iterable[st
     end = time.monotonic() + _PATTERN_SECONDS
     try:
         given = {rf"(.*\.)?({pattern})$": value for pattern, value in (config.get(key) or {}).items()}
-        for pattern in given:
+        patterns = []
+        for pattern, value in given.items():
+            if _costly(pattern) or time.monotonic() > end:
+                raise TimeoutError(f"{pattern[:60]!r} would take too long to compile")
             re.compile(pattern)  # what Python's own does not take, PEFT does not either
-        patterns = [(regex.compile(pattern), value) for pattern, value in given.items()]
+            patterns.append((regex.compile(pattern), value))
         return {
             name: next((v for p, v in patterns if p.match(name, timeout=max(0.01, end - time.monotonic()))), otherwise)
             for name in names
         }
     except (AttributeError, re.error, regex.error, RecursionError, OverflowError, TimeoutError) as error:
         raise refused(where, f"its {key} cannot be used ({error})") from None
+
+
+def _costly(pattern: str) -> bool:
+    """Whether compiling the pattern could take seconds or much memory. regex writes `x+` as `xx*`: it counts twice."""
+    if len(pattern) > _PATTERN_CHARACTERS or _VERBOSE.search(pattern):
+        return True
+    repeats = ([int(n) for n in re.findall(r"\d+", found[1] or "2")] for found in _REPEAT.finditer(pattern))
+    return len(pattern) * math.prod(max([1, *counts]) for counts in repeats) > _PATTERN_COST
 
 
 def number(where: Path, what: str, value: Any) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,35 @@ def test_a_pattern_cannot_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     write_peft(tmp_path / "adapter", adapter())
     change(tmp_path / "adapter", **{key: {ENDLESS: 8}})
     with pytest.raises(UserError, match=rf"its {key} cannot be used \(regex timed out\)"):
+        read_peft(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?:a|b){1000000}",
+        "(?:a|b){,1000000}",
+        "(?:(?:a|b){1000}){1000}",
+        "(?:" * 60 + "a|b" + ")+" * 60,
+        "(?x:(?:a|b){1#}\n000000})",  # regex reads numbers across comments
+        "|".join(f"word{number}" for number in range(20_000)),
+    ],
+    ids=["repeats", "at most", "nested", "nested +", "verbose", "words"],
+)
+def test_a_pattern_that_takes_long_to_compile_is_not_compiled(tmp_path: Path, pattern: str) -> None:
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", rank_pattern={pattern: 8})
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=r"its rank_pattern cannot be used .* would take too long to compile"):
+        read_peft(tmp_path / "adapter")
+    assert time.perf_counter() - started < 2
+
+
+def test_many_patterns_share_one_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.0)
+    write_peft(tmp_path / "adapter", adapter())
+    change(tmp_path / "adapter", rank_pattern={"q_proj": 8})
+    with pytest.raises(UserError, match="would take too long to compile"):
         read_peft(tmp_path / "adapter")
 
 
