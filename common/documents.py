@@ -9,7 +9,7 @@ import yaml
 from common.errors import UserError
 
 _JSON_BYTES = 1 << 28  # the largest tokenizer.json that is known has 34 MB
-_YAML_BYTES = 200_000  # PyYAML reads 100 KB a second
+YAML_BYTES = 200_000  # PyYAML reads 100 KB a second
 _LEVELS = 100
 _YAML_NODES = 100_000  # with aliases expanded
 
@@ -70,7 +70,14 @@ def _too_deep(content: dict[str, Any]) -> bool:
 
 def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
     """The file's YAML mapping. Raises as read_json does, and UserError for a key that is given twice."""
-    text = _read(path, _YAML_BYTES, fix)
+    try:
+        return parse_yaml(_read(path, YAML_BYTES, fix))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}", fix) from None
+
+
+def parse_yaml(text: bytes | str) -> dict[Any, Any]:
+    """The YAML mapping in the text, which has at most YAML_BYTES. Raises ValueError saying what is wrong."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -78,8 +85,9 @@ def read_yaml(path: Path, fix: str) -> dict[Any, Any]:
             raise ValueError("it does not hold `name: value` lines")
         _check_nodes(node)
         content: dict[Any, Any] = loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {error}", fix) from None
+    # the last two: PyYAML's own, for values that are not of their tag's kind
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as error:
+        raise ValueError(error) from None
     return content
 
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from common.documents import YAML_BYTES, parse_yaml
 from common.files import atomic_write
 from common.model_files import copy_file, license_files
 from common.models.gguf_import import MIRRORS
@@ -68,22 +67,25 @@ _TITLES = {
     "gemma": r"gemma terms of use",
     **{f"llama{v}": rf"llama {re.escape(v)} community license" for v in ("2", "3", "3.1", "3.2", "3.3")},
 }
+_FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+_LONGEST = 300  # characters of a license's id, name or link
 _GEMMA_TYPES = ("gemma", "gemma2", "gemma3", "gemma3_text")
 
 
 def find_terms(folder: Path, model: str, model_type: str) -> Terms:
     """The base's terms: by its card, else its license file, else what is known of the model; else `other`, unnamed."""
     card = read_front_matter(folder / "README.md")
-    named = str(card.get("license") or "")
+    named = _line(card, "license")
     if named in KNOWN:
         return KNOWN[named]
     if named:
-        name, link = (str(card.get(key) or "") for key in ("license_name", "license_link"))
+        name, link = (_line(card, key) for key in ("license_name", "license_link"))
         if link and "://" not in link:  # a file of the base's repository
             link = f"https://huggingface.co/{model}/blob/main/{link}" if is_hub_name(model) else ""
         return Terms(named, name or ("see-base-model" if named == "other" else ""), link)
     for name in (name for name in license_files(folder) if name.startswith(("LICENSE", "LICENCE"))):
-        head = (folder / name).read_text(encoding="utf-8", errors="replace")[:3000].lower()
+        with (folder / name).open(encoding="utf-8", errors="replace") as file:
+            head = file.read(3000).lower()
         if found := next((name for name, title in _TITLES.items() if re.search(title, head)), None):
             return KNOWN.get(found, Terms(found))
     if model in MIRRORS:
@@ -114,11 +116,18 @@ def is_hub_name(model: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)) and not Path(model).exists()
 
 
-def read_front_matter(path: Path) -> dict[str, Any]:
+def read_front_matter(path: Path) -> dict[Any, Any]:
     """The YAML metadata at the head of a model card; empty where there is none or it cannot be read."""
-    from huggingface_hub import metadata_load
-
     try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):
+        with path.open("rb") as file:
+            head = file.read(YAML_BYTES).decode("utf-8-sig", errors="ignore")  # cut anywhere
+        found = _FRONT_MATTER.match(head)
+        return parse_yaml(found[1]) if found else {}
+    except (OSError, ValueError):
         return {}
+
+
+def _line(card: dict[Any, Any], key: str) -> str:
+    """The card's value where it is a line of text that could be true, else empty."""
+    value = card.get(key)
+    return value if isinstance(value, str) and len(value) <= _LONGEST and value.isprintable() else ""

@@ -38,6 +38,9 @@ YAML_FAULTS = {
     "brackets without end": ("a: " + "[" * 5000, "nested too deeply"),
     "a depth bomb": ("- " * 5000, "maximum recursion depth exceeded"),
     "a date that is none": ("a: 2024-13-45", "month must be in 1..12"),
+    "a number without digits": ("a: !!int ''", "string index out of range"),
+    "a date without digits": ("a: !!timestamp x", "'NoneType' object has no attribute 'groupdict'"),
+    "neither yes nor no": ("a: !!bool x", "'x'"),
     "two documents": ("a: 1\n---\nb: 2", "expected a single document"),
     "an object of Python": ("a: !!python/object/apply:os.getpid []", "could not determine a constructor"),
 }
@@ -87,7 +90,7 @@ def test_what_is_no_file_is_said(tmp_path: Path, read: Callable[[Path, str], Any
         read(tmp_path, "")
 
 
-@pytest.mark.parametrize(("read", "bound"), [(read_json, "_JSON_BYTES"), (read_yaml, "_YAML_BYTES")])
+@pytest.mark.parametrize(("read", "bound"), [(read_json, "_JSON_BYTES"), (read_yaml, "YAML_BYTES")])
 def test_what_has_no_end_is_not_read_to_its_end(
     monkeypatch: pytest.MonkeyPatch, read: Callable[[Path, str], Any], bound: str
 ) -> None:

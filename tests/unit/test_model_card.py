@@ -198,6 +198,9 @@ def test_a_license_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: p
         ({}, "google/gemma-3-270m", "gemma3_text", "gemma", ""),
         ({}, "/home/x/base", "gemma3_text", "gemma", ""),
         ({"README.md": "---\nlicense: [broken\n---\n"}, "a/b", "llama", "other", "see-base-model"),
+        ({"README.md": "---\nlicense: [mit]\n---\n", "LICENSE": "MIT License"}, "a/b", "phi3", "mit", ""),
+        ({"README.md": f"---\nlicense: {'x' * 301}\n---\n"}, "a/b", "llama", "other", "see-base-model"),
+        ({"README.md": "---\nlicense: other\nlicense_name: [a, b]\n---\n"}, "a/b", "q", "other", "see-base-model"),
     ],
 )
 def test_where_the_license_is_found(
@@ -266,8 +269,25 @@ def test_front_matter_is_read_or_nothing(tmp_path: Path) -> None:
     for text in ("---\njust text\n---\n", "---\n---\n", "---\na: [\n---\n", "no head"):
         path.write_text(text)
         assert read_front_matter(path) == {}
-    path.write_bytes(b"---\nlicense: \xff\n---\n")
+    path.write_bytes(b"---\nlicense: \x01\n---\n")
     assert read_front_matter(path) == {}
+
+
+@pytest.mark.parametrize("value", ["[" * 3000, "- " * 3000, "&a [*a]", "!!timestamp x"])
+def test_hostile_front_matter_is_none(tmp_path: Path, value: str) -> None:
+    (tmp_path / "README.md").write_text(f"---\nlicense: {value}\n---\n")
+    assert find_terms(tmp_path, "a/b", "llama").license == "other"
+
+
+def test_aliases_that_multiply_are_not_written_out(tmp_path: Path) -> None:
+    levels = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 8)]
+    (tmp_path / "README.md").write_text("\n".join(["---", "a0: &a0 [x, x]", *levels, "license: *a7", "---", ""]))
+    assert read_front_matter(tmp_path / "README.md") == {}
+
+
+def test_front_matter_is_found_at_the_head_of_a_long_card(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("\ufeff---\nlicense: mit\n---\n" + "é" * 200_000, encoding="utf-8")
+    assert read_front_matter(tmp_path / "README.md") == {"license": "mit"}
 
 
 def test_terms_survive_the_record() -> None:
