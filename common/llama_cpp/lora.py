@@ -16,7 +16,7 @@ from common.errors import UserError, first_line
 from common.files import atomic_write, scratch_folder
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
-from common.models.adapter_files import write_peft
+from common.models.adapter_files import times, write_peft
 from common.models.gguf_import import gguf_value, open_gguf
 from common.models.lora_init import Shapes
 from common.system.process import offline_environment, run_logged
@@ -49,11 +49,12 @@ def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) ->
     otherwise, the factor goes into B. Raises UserError for DoRA and full fine-tuning, which such a file cannot hold.
     """
     check_lora(adapter.method)
-    alpha = next(iter(adapter.weights.values())).alpha
+    # llama.cpp reads an alpha of 0, here or once it is float32, as no alpha at all
+    alpha = next((weight.alpha for weight in adapter.weights.values() if np.float32(weight.alpha)), 1.0)
     weights = {}
     for name, weight in adapter.weights.items():
-        factor = np.float32(weight.scale / (alpha / weight.rank))
-        weights[name] = LoraWeight(weight.A, weight.B if factor == 1 else weight.B * factor, alpha)
+        factor = weight.scale / (alpha / weight.rank)
+        weights[name] = LoraWeight(weight.A, weight.B if factor == 1 else times(weight.B, factor, name), alpha)
     _convert(replace(adapter, weights=weights), base, out, llama)
 
 

@@ -77,7 +77,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     scale = scales.most_common(1)[0][0] if scales else 0.0
     tensors = {}
     for name, weight in adapter.weights.items():
-        B = weight.B if weight.scale == scale else (weight.B * np.float32(weight.scale / scale))
+        B = weight.B if weight.scale == scale else times(weight.B, weight.scale / scale, name)
         missing = rank - weight.rank
         tensors[f"{mlx_name(name)}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
         tensors[f"{mlx_name(name)}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
@@ -96,6 +96,18 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
         "model": adapter.base_model,
     }
     _write(folder, MLX_FILE, tensors, config)
+
+
+def times(B: np.ndarray, factor: float, name: str) -> np.ndarray:
+    """A module's B times what its scale has beyond the file's. Raises UserError where float32 cannot hold it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = B * np.float32(factor)
+    if not np.isfinite(product).all():
+        raise UserError(
+            f"{name}: its scale is {factor:.3g} times another module's, and lora_B times that is not finite.",
+            "Keep the adapter in PEFT's layout, or fuse it (fuse).",
+        )
+    return product
 
 
 def read_peft(folder: Path, layers: int = 0) -> Adapter:

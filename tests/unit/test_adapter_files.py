@@ -11,12 +11,15 @@ from safetensors.numpy import load_file
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
+from common.llama_cpp import lora
+from common.llama_cpp.install import LlamaCpp
 from common.models.adapter_files import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
 from common.models.lora_init import initial_adapter, validate
 from tests.traps import ENDLESS
 from tests.unit.bigram import recipe
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.3.mlp.down_proj"
+LLAMA = LlamaCpp(Path("none"), Path("none"), Path("none"), "", "")
 SHAPES = {Q: (8, 6), DOWN: (6, 10)}  # (out, in)
 
 
@@ -428,3 +431,32 @@ def test_a_base_models_name_that_no_file_can_hold(tmp_path: Path) -> None:
     change(tmp_path / "peft", base_model_name_or_path="owner/\ud800")
     write_mlx(tmp_path / "mlx", read_peft(tmp_path / "peft"))
     assert read_mlx(tmp_path / "mlx").base_model == "owner/?"
+
+
+def of_alphas(*alphas: float) -> Adapter:
+    one = {f"model.layers.{n}.mlp.up_proj": alpha for n, alpha in enumerate(alphas)}
+    A, B = np.ones((2, 4), np.float32), np.ones((3, 2), np.float32)
+    return Adapter("owner/name", len(one), 0.0, {name: LoraWeight(A, B, alpha) for name, alpha in one.items()})
+
+
+def test_scales_that_float32_cannot_hold_are_refused_in_mlx_lms_layout(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.up_proj: its scale is 1e\+59 times another module's"):
+        write_mlx(tmp_path / "mlx", of_alphas(1e-30, 1e29))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("alphas", "kept"), [((0.0, 6.0), 6.0), ((0.0, 0.0), 1.0), ((1e-60, 2.0), 2.0)])
+def test_a_gguf_lora_never_states_an_alpha_of_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alphas: tuple[float, float], kept: float
+) -> None:
+    written: list[Adapter] = []
+    monkeypatch.setattr(lora, "_convert", lambda adapter, *rest: written.append(adapter))
+    lora.write_gguf_lora(of_alphas(*alphas), tmp_path, tmp_path / "lora.gguf", LLAMA)
+    weights = list(written[0].weights.values())
+    assert [weight.alpha for weight in weights] == [kept, kept]
+    assert np.allclose([weight.scale * weight.B.max() for weight in weights], np.array(alphas) / 2)
+
+
+def test_scales_that_float32_cannot_hold_are_refused_for_a_gguf_lora(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lora_B times that is not finite"):
+        lora.write_gguf_lora(of_alphas(1e-30, 1e29), tmp_path, tmp_path / "lora.gguf", LLAMA)
