@@ -64,7 +64,8 @@ def push(run: Path, repo: str, asked: Upload, display: Display) -> None:
         files = _checked_files(found, asked)
         repo = check_push(repo, asked.private, display)
         total = _show(found, files, repo, asked, display)
-        options = f"{'' if asked.private else ' --public'}{' --anyway' if asked.anyway else ''}"
+        options = "".join(f" {word}" for word in ("--what", *asked.what) if asked.what)
+        options += f"{'' if asked.private else ' --public'}{' --anyway' if asked.anyway else ''}"
         again = f"The run in {found} is complete. Try again: python cli.py push {found} {repo}{options}"
         with display.stage(f"upload {total} to {repo}"):
             url = _upload(files, repo, asked.private, again)

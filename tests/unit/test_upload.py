@@ -151,12 +151,13 @@ def test_public_only_when_asked(hub: Hub, push: Push) -> None:
 def test_a_failure_leaves_the_run_whole_and_says_how_to_go_on(hub: Hub, run: Path, push: Push, at: str) -> None:
     hub.fail = at
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = push("me/model")
+    done = push("me/model", "--what", "adapter", "gguf", "--public")
     (run / ".lock").unlink()
     assert done.returncode == 1
     error, fix = done.stderr.strip().split("\n")
     assert error.startswith("error: the upload to me/model failed: ")
-    assert fix == f"fix:   The run in {run} is complete. Try again: python cli.py push {run} me/model"
+    again = f"python cli.py push {run} me/model --what adapter gguf --public"
+    assert fix == f"fix:   The run in {run} is complete. Try again: {again}"
     assert hub.commits == []
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     hub.fail = ""
