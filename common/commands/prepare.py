@@ -177,7 +177,7 @@ def _output(options: Options, backend: str) -> Path:
     if options.output:
         run = Path(options.output)
         check_unused(run)
-        if run.exists() and (not run.is_dir() or not all(map(_unrecorded, run.iterdir()))):
+        if run.exists() and not (run.is_dir() and _unused(run)):
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
     return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
@@ -187,9 +187,11 @@ def _output(options: Options, backend: str) -> Path:
 FIRST_FILES = ("recipe.yaml", "plan.yaml", "chat_template.jinja", "environment.json", "verify-cases.json")
 
 
-def _unrecorded(path: Path) -> bool:
-    """Whether a run that was killed, or refused a file, before it had a record may have left this."""
-    return path.name in (*FIRST_FILES, LOCK) or path.name.startswith(".twintune-")
+def _unused(run: Path) -> bool:
+    """Whether the folder is empty, but for what a start that never got a record left: its lock, and what came after."""
+    names = {path.name for path in run.iterdir()}
+    others = {name for name in names - {LOCK, *FIRST_FILES} if not name.startswith(".twintune-")}
+    return not names or (LOCK in names and not others)
 
 
 def check_unused(run: Path) -> None:

@@ -331,6 +331,15 @@ def test_a_run_that_never_got_a_record_can_be_started_again(
     assert not [path for path in folder.iterdir() if path.name.startswith(".twintune-")]
 
 
+def test_files_of_the_users_own_are_not_taken_for_those_of_a_killed_start(given: dict[str, Any]) -> None:
+    """A start makes its lock before anything else."""
+    own = Path(given["output"]) / "recipe.yaml"
+    own.parent.mkdir()
+    own.write_text("rank: 4")
+    assert fault(given).what == f"--output {own.parent} is not an empty folder."
+    assert own.read_text() == "rank: 4"
+
+
 @pytest.mark.parametrize("stops", [True, False])
 def test_a_record_that_the_disk_refuses_hides_no_other_error_and_says_how_to_continue(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stops: bool
