@@ -104,14 +104,27 @@ def _named(error: OSError, path: Path, temporary: Path | None) -> object:
     return name
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left anywhere in `folder`, which no other process may be writing to.
+def sweep(folder: Path, lock: str) -> None:
+    """Remove what killed processes left anywhere in `folder`, but not in folders in it that have a `lock` of their own.
 
-    So those of other hosts go too, and of an earlier process of the same number: a container's is always the same.
+    The caller holds it: what is left by other hosts goes too, and by an earlier process of this one's number, because
+    a container's is always the same. What a living process of this host is writing stays.
     """
-    lefts = [path for path in folder.rglob(f"{_PREFIX}*") if _LEFT.fullmatch(path.name)]
-    for left in [*lefts, *folder.glob("checkpoints/step-*.tmp")]:  # the latter are version 0.1's
+    lefts = list(folder.glob("checkpoints/step-*.tmp"))  # version 0.1's
+    for place, folders, names in os.walk(folder):
+        if Path(place) != folder and lock in names:
+            folders.clear()
+            continue
+        lefts += [Path(place, name) for name in (*folders, *names) if _abandoned(name)]
+        folders[:] = [name for name in folders if not _LEFT.fullmatch(name)]
+    for left in lefts:
         _remove(left)
+
+
+def _abandoned(name: str) -> bool:
+    """Whether it is a temporary name, and not one of another living process of this host."""
+    found = _LEFT.fullmatch(name)
+    return bool(found) and not (found[2] == _HOST and int(found[3]) != os.getpid() and _runs(int(found[3])))
 
 
 def _beside(path: Path, prefix: str) -> Path:

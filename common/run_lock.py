@@ -44,7 +44,7 @@ def held(run: Path) -> Iterator[None]:
             f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
         ) from None
     try:
-        sweep(run)
+        sweep(run, LOCK)
         yield
     finally:
         lock.release()

@@ -206,8 +206,22 @@ def test_a_sweep_removes_what_any_killed_process_left(tmp_path: Path) -> None:
         (deep / name).write_text("half")
     (deep / ".twintune-old-ffffffff-7-1-best").mkdir()
     (deep / ".twintune-mine").write_text("somebody's own")
-    sweep(tmp_path)
+    sweep(tmp_path, ".lock")
     assert (names(tmp_path / "checkpoints"), names(deep)) == (["step-000001"], [".twintune-mine", "best"])
+
+
+def test_a_sweep_spares_what_others_are_at_work_on(tmp_path: Path) -> None:
+    """A folder with a lock of its own, and a living process of this host."""
+    (tmp_path / "inner" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "inner" / ".lock").touch()
+    nested = tmp_path / "inner" / "checkpoints" / ".twintune-ffffffff-7-1-step-000001"
+    nested.mkdir()
+    alive = tmp_path / f".twintune-{files._HOST}-{os.getppid()}-1-answers.jsonl"
+    alive.touch()
+    (tmp_path / f".twintune-{files._HOST}-999999999-1-answers.jsonl").touch()
+    sweep(tmp_path, ".lock")
+    assert nested.exists()
+    assert names(tmp_path) == [alive.name, "inner"]
 
 
 def test_a_scratch_folder_goes_with_its_block_and_with_its_process(tmp_path: Path) -> None:
