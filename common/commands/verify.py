@@ -6,6 +6,7 @@ from pathlib import Path
 from common.commands.arguments import add_llama
 from common.context import Context
 from common.export.model_card import write_card
+from common.run_lock import held
 from common.run_record import Run
 from common.verify.judge import verdict
 from common.verify.verify import verify_run
@@ -19,5 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, context: Context) -> int:
     found = verdict(verify_run(args.run, context))
-    write_card(Run(args.run))
+    with context.display.optional("no model card"), held(args.run):
+        write_card(Run(args.run))
     return 1 if found == "broken" else 0
