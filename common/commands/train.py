@@ -27,7 +27,7 @@ from common.options import Options
 from common.paths import user_path
 from common.recipe import Recipe
 from common.run_lock import held
-from common.run_record import DataRecord, Run
+from common.run_record import DataRecord, ExportRecord, Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
@@ -121,7 +121,9 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
         raise Interrupted(job.run)
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
-    job.run.update(exported_adapter=exported, exported_step=step)
+    # What was made of another adapter is no longer this run's, wherever this process ends.
+    stale = {"verify": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
+    job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or backend.get_adapter()
 

@@ -12,11 +12,15 @@ import pytest
 from common.commands import train as module
 from common.commands.train import run_training
 from common.errors import UserError
+from common.export.model_card import parts_of
+from common.export.upload import files_of
+from common.inference.chat_models import choose
 from common.models.adapter_files import read_peft
 from common.options import Options
 from common.recipe import Parent, Recipe
-from common.run_record import Run
+from common.run_record import GgufRecord, Run
 from common.training.loop import Interrupted, learning_rate
+from common.verify_record import VerifyRecord
 from tests.contexts import context
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
@@ -214,6 +218,41 @@ def test_a_kill_between_the_two_files_is_made_good(given: dict[str, Any], monkey
     run({"resume": str(done.path)})
     assert done.recipe.hash() == done.record.recipe_hash == complete.record.recipe_hash
     assert metrics(done) == metrics(complete)
+
+
+def verified(run_: Run) -> dict[str, Any]:
+    """Put a GGUF and a verdict on record, and return what then is there of the export."""
+    run_.gguf.mkdir()
+    (run_.gguf / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    run_.update_export(gguf=[GgufRecord(file="gguf/model-Q8_0.gguf", name="Q8_0")])
+    run_.update(verify=VerifyRecord(verdict="sound"))
+    return run_.record.model_dump(include={"export", "verify"})
+
+
+def test_what_was_exported_before_is_no_longer_the_runs(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the process ends before there is a new export."""
+    done = run(given | {"export": "fused"})
+    verified(done)
+    assert parts_of(done) == ["fused", "adapter", "gguf"]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_run", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            longer(done, epochs=3, export="none")
+    record = done.record
+    assert (record.status, record.verify, record.export.fused, record.export.gguf) == ("complete", None, None, [])
+    assert parts_of(done) == ["adapter"]
+    targets = {file.target for file in files_of(done, [])}
+    assert targets == {"README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    with pytest.raises(UserError, match="has no fused folder"):
+        choose(done.path, "fused", None)
+
+
+def test_a_finished_run_that_trains_no_further_keeps_its_export(given: dict[str, Any]) -> None:
+    done = run(given | {"export": "fused"})
+    before = verified(done)
+    run({"resume": str(done.path), "export": "none"})
+    after = done.record.model_dump(include={"export", "verify"})
+    assert (after["export"]["gguf"], after["verify"]) == (before["export"]["gguf"], before["verify"])
 
 
 # --- what is refused
