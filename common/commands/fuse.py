@@ -171,10 +171,12 @@ def _write_fused(job: ExportJob, meter: StageMeter) -> None:
         job.display.stage("fuse") as progress,
     ):
         write_fused(job.base, job.adapter, out, job.served, progress, replaced)
-    run.update(verify=None)  # that was of the weights before
-    if run.record.export.fuse_into != into:
-        run.update_export(gguf=[])  # those hold the other weights
-    run.update_export(fused=out.name, fuse_into=into)
+    record = run.record
+    ggufs = record.export.gguf if record.export.fuse_into == into else []  # else they hold the other weights
+    broken = ggufs and record.verify and record.verify.verdict == "broken"  # they still are; write_ggufs replaces them
+    kept = {} if broken else {"verify": None}
+    export = record.export.model_copy(update={"fused": out.name, "fuse_into": into, "gguf": ggufs})
+    run.update(export=export, **kept)
 
 
 def _write_mlx(job: ExportJob, meter: StageMeter) -> None:

@@ -53,6 +53,8 @@ def write_ggufs(job: ExportJob, llama: LlamaCpp, meter: StageMeter, bf16_gguf: P
             reports.append(report)
             names = {report.name for report in reports}
             run.update_export(gguf=[*reports, *(report for report in earlier if report.name not in names)])
+        if len(reports) == len(run.record.export.gguf):
+            run.update(verify=None)  # that was of others
         with display.optional("no vision tower: the GGUF takes text only"):
             if ModelFolder(run.fused).has_vision and not vision_fault(run.fused):
                 with meter.stage("convert", tower := run.gguf / MMPROJ):

@@ -1,5 +1,6 @@
 """An export with llama.cpp's programs made up: what it leaves, and that no optional part can fail it."""
 
+import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from common.commands import fuse as module
+from common.commands import verify as verify_command
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
@@ -16,8 +18,10 @@ from common.llama_cpp.convert import QuantReport
 from common.llama_cpp.install import LlamaCpp
 from common.models.model_folder import ModelFolder
 from common.options import Options
+from common.run_lock import held
 from common.run_record import Run
 from common.verify.verify import verify_run
+from common.verify_record import VerifyRecord
 from tests.contexts import context
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
@@ -168,6 +172,34 @@ def test_what_a_killed_export_left_goes_with_the_next(export: Callable[..., Run]
     run = export()
     assert names(run) == ["model-Q4_K_M.gguf"]  # its importance matrix is not taken either
     assert list(run.path.rglob(".twintune-*")) == []
+
+
+def test_a_broken_verdict_stays_until_its_ggufs_are_replaced(export: Callable[..., Run]) -> None:
+    """Whatever else is made again; of a sound run the fused folder alone is no longer known to be."""
+    run = export(quant=["Q4_K_M", "Q8_0"])
+    run.update(verify=VerifyRecord(verdict="sound"))
+    assert export("fused").record.verify is None
+    assert [report.name for report in run.record.export.gguf] == ["Q4_K_M", "Q8_0"]
+    run.update(verify=VerifyRecord(verdict="broken"))
+    for again in (("fused", {}), ("gguf", {"quant": ["Q8_0"], "no_verify": True})):
+        verdict = export(again[0], **again[1]).record.verify
+        assert verdict is not None
+        assert verdict.verdict == "broken"
+    assert export(quant=["Q4_K_M", "Q8_0"], no_verify=True).record.verify is None
+
+
+def test_a_card_that_cannot_be_written_fails_no_verification(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(run: Run) -> None:
+        with pytest.raises(UserError, match="by another process"), held(run.path):
+            pass  # the run is held meanwhile
+        raise PermissionError("a read-only folder")
+
+    monkeypatch.setattr(verify_command, "verify_run", lambda *args: [])
+    monkeypatch.setattr(verify_command, "write_card", refused)
+    assert verify_command.run(argparse.Namespace(run=finished), context("plain")) == 0
+    assert "warning: no model card: PermissionError: a read-only folder" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("command", [verify_run, fuse_run])
