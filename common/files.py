@@ -124,7 +124,7 @@ def sweep(folder: Path, lock: str) -> None:
 def _abandoned(name: str) -> bool:
     """Whether it is a temporary name, and not one of another living process of this host."""
     found = _LEFT.fullmatch(name)
-    return bool(found) and not (found[2] == _HOST and int(found[3]) != os.getpid() and _runs(int(found[3])))
+    return found is not None and not (found[2] == _HOST and int(found[3]) != os.getpid() and _runs(int(found[3])))
 
 
 def _beside(path: Path, prefix: str) -> Path:
