@@ -109,7 +109,7 @@ class MlxBackend:
                 mx.async_eval(total_loss, gradients)  # each micro-batch's activations are freed as soon as possible
             norm = self.optimizer.step(self.model, kept, gradients, learning_rate, self.recipe.max_grad_norm)
             self.confirmation.wait()
-            written = [self.model.trainable_parameters(), [group.adamw.state for group in self.optimizer.groups], norm]
+            written = [self.model.trainable_parameters(), self.optimizer.states(), norm]
             mx.async_eval(written)
             figures = self.confirmation.launched(micro_batches, [total_loss, norm], written, restore)
         padded = sum(batch.input_ids.size for batch in micro_batches)

@@ -38,20 +38,29 @@ def device_errors() -> Iterator[None]:
 
 @dataclass
 class _Step:
-    """A step that the device may still be computing. restore: makes it undone."""
+    """A step that the device may still be computing. restore: makes it undone; None once that is settled.
+
+    Its figures live longer: whoever has them would keep the weights before it and after it.
+    """
 
     arrays: list[mx.array]  # its loss and its gradients' norm
     written: Any  # a tree of all that it computes
-    restore: Callable[[], None]
+    restore: Callable[[], None] | None
     figures: list[float] | None = None  # of `arrays`, as soon as they are read
 
     def read(self) -> None:
         mx.eval(self.written)
         self.figures = [float(array) for array in self.arrays]
 
+    def release(self) -> None:
+        """Let go of all but the figures."""
+        self.written = self.restore = None
+
     def undo(self) -> None:
         self.figures = None
-        self.restore()
+        if self.restore is not None:
+            self.restore()
+        self.release()
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,8 @@ class Confirmation:
         """Take note of a step that the stream has accepted: the one before is confirmed. Returns its figures, lazy."""
         if not self.late:
             return figures
+        if self._step is not None:
+            self._step.release()
         step = self._step = _Step(figures, written, restore)
         sizes = [(b.input_ids.size, b.input_ids.shape[1], b.label_tokens) for b in batches]
         largest = tuple(map(max, zip(self._largest, *sizes, strict=True)))
@@ -130,6 +141,7 @@ class Confirmation:
         except (RuntimeError, UserError):
             step.undo()
             raise
+        step.release()
 
     def settle(self, arrays: Any) -> None:
         """Wait for arrays and their errors."""

@@ -50,7 +50,11 @@ class Optimizer:
 
     def keep(self, model: Any) -> Kept:
         """Weights and moments as they are: references, no copies."""
-        return Kept(model.trainable_parameters(), [tree_map(lambda x: x, group.adamw.state) for group in self.groups])
+        return Kept(model.trainable_parameters(), self.states())
+
+    def states(self) -> list[Any]:
+        """AdamW's, of each group: trees of their own, because AdamW puts the next step's arrays into its own."""
+        return [tree_map(lambda x: x, group.adamw.state) for group in self.groups]
 
     def restore(self, model: Any, kept: Kept) -> None:
         model.update(kept.parameters)

@@ -1,6 +1,8 @@
 """A device whose errors come late, as Metal's do: simulated on the CPU, because there is no Metal in these tests."""
 
+import gc
 import json
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -234,10 +236,51 @@ def test_another_fault_of_the_device_is_said_and_undone_too(model, rows, device,
     backend.close()
 
 
+def trained(backend):
+    """Weak references to the weights and moments as they are."""
+    trees = [backend.model.trainable_parameters(), [group.adamw.state for group in backend.optimizer.groups]]
+    return [weakref.ref(array) for _, array in tree_flatten(trees)]
+
+
+def alive(references):
+    gc.collect()
+    return [reference() for reference in references if reference() is not None]
+
+
+def test_what_was_before_a_step_is_let_go_once_the_next_is_accepted(model, rows, device):
+    backend = load(model)
+    first, before = steps(backend, rows, 1, 1), trained(backend)
+    second = steps(backend, rows, 2, 2)
+    assert len(alive(before)) == len(before), "the second step may still have to be undone"
+    third = steps(backend, rows, 3, 3)
+    assert not alive(before)
+    before = trained(backend)
+    fourth = steps(backend, rows, 4, 4)
+    backend.confirmation.confirm()
+    assert not alive(before)
+    assert all(float(result.loss_sum) > 0 for result in first + second + third + fourth)
+    backend.close()
+
+
+def test_the_wait_is_for_the_step_before_and_not_for_the_one_being_launched(model, rows, device):
+    backend = load(model)
+    steps(backend, rows, 1, 2)
+    written = tree_flatten(backend.confirmation._step.written)
+    kept = backend.optimizer.keep(backend.model)
+    backend.optimizer.step(backend.model, kept, kept.parameters, 1e-2, 1.0)
+    now = tree_flatten(backend.confirmation._step.written)
+    assert len(now) == len(written)
+    assert all(one is other for (_, one), (_, other) in zip(written, now, strict=True))
+    backend.close()
+
+
 def test_all_weights_are_confirmed_at_every_step_and_none_is_kept(model, rows, device):
     backend = load(model, method="full")
-    steps(backend, rows, 1, 1)
+    before = trained(backend)
+    results = steps(backend, rows, 1, 1)
     assert backend.confirmation._step is None
+    assert not alive(before)
+    assert float(results[0].loss_sum) > 0
     before = state(backend)
     device.fail(2)
     with pytest.raises(OutOfMemory) as caught:
