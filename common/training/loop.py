@@ -17,6 +17,7 @@ from common.training.checkpoint import State
 from common.training.faults import not_finite, unsaved
 from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
+from common.training.pending import Pending
 from common.training.short_memory import ShortMemory
 
 
@@ -31,18 +32,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     share = (step - 1 - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
     factor = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
     return recipe.learning_rate * factor[recipe.schedule]
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A step that the device may still be computing: its figures are read a step later, so the device never idles."""
-
-    number: int
-    rate: float
-    rows: list[Encoded]
-    batches: list[Batch]
-    result: StepResult
-    started: float
 
 
 @dataclass
@@ -73,7 +62,7 @@ class TrainingLoop:
         micro-batch saves.
         """
         self.seconds.setdefault("train", 0.0)
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
         self._saved_at, self._refused = time.monotonic(), False
@@ -130,7 +119,7 @@ class TrainingLoop:
                 with suppress(OutOfMemory):
                     self._finish(self._pending, started)
             raise
-        before, self._pending = self._pending, _Pending(step, rate, rows, batches, result, started)
+        before, self._pending = self._pending, Pending(step, rate, rows, batches, result, started)
         size, ready = self.state.micro_batch_tokens, self._split(step + 1)
         if before is not None:
             self._finish(before, started)
@@ -152,7 +141,7 @@ class TrainingLoop:
                     self._memory.use_less(batches, f"step {step} ran out of memory")
                 batches = self._micro_batches(rows)
 
-    def _repeat(self, step: _Pending) -> None:
+    def _repeat(self, step: Pending) -> None:
         """Do the step again, which was undone: the device had not written what it computed."""
         self._pending = None
         self._memory.use_less(step.batches, f"step {step.number} ran out of memory")
@@ -168,18 +157,23 @@ class TrainingLoop:
         return self._split(step + 1)
 
     def _finish_pending(self) -> None:
-        while self._pending is not None:
-            try:
-                _read(self._pending)
-            except OutOfMemory:
-                self._repeat(self._pending)
-                continue
+        self._wait()
+        if self._pending is not None:
             self._finish(self._pending, time.perf_counter())
             self._pending = None
 
-    def _finish(self, step: _Pending, ended: float) -> None:
+    def _wait(self) -> None:
+        """Wait for the step that the device may still be computing, and repeat it while it was not written."""
+        while self._pending is not None:
+            try:
+                self._pending.read()
+                return
+            except OutOfMemory:
+                self._repeat(self._pending)
+
+    def _finish(self, step: Pending, ended: float) -> None:
         """Wait for the step, check its figures, report them."""
-        loss, norm = _read(step)
+        loss, norm = step.read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise not_finite(self.run, step.number, step.rows)
         if 0.0 in (loss, norm) and not self._nothing_to_learn(step.rows):
@@ -269,22 +263,11 @@ class TrainingLoop:
 
         A device that ran out of memory leaves arrays unwritten, and an unwritten figure reads as 0.
         """
-        try:
+        self._wait()  # an error of the next step says nothing of these rows
+        with suppress(OutOfMemory):
             loss = evaluate(self.backend, rows, 1, self.plan.device)
-        except OutOfMemory:
-            return False
-        return loss is not None and loss < _HARDLY_ANY
-
-
-def _read(step: _Pending) -> tuple[float, float]:
-    """`(mean loss, gradient norm)`, after waiting for them. Raises UserError for a fault that the device reports."""
-    try:
-        return float(step.result.loss_sum) / step.result.weight_sum, float(step.result.grad_norm)
-    except RuntimeError as error:
-        raise UserError(
-            f"Step {step.number} failed on the device: {str(error).splitlines()[0]}",
-            "Continue with --resume RUN and a lower --memory-limit.",
-        ) from None
+            return loss is not None and loss < _HARDLY_ANY
+        return False
 
 
 def evaluate(

@@ -390,6 +390,26 @@ def test_zeros_of_which_nobody_hears_are_not_believed(tmp_path: Path, step: int)
     assert checkpoint.latest(tmp_path) is None
 
 
+def test_an_error_of_the_next_step_is_not_taken_for_one_of_a_true_zero(tmp_path: Path) -> None:
+    class Learned(Late):
+        """Step 2 has nothing to learn. Step 3 is not written, which the next to use the device hears."""
+
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            result = super().train_step(micro_batches, learning_rate, step)
+            return replace(result, loss_sum=0.0, grad_norm=0.0) if step == 2 else result
+
+        def eval_step(self, batch: Batch) -> StepResult:
+            if self.before is not None:
+                self.undo()
+                raise OutOfMemory("late")
+            return replace(super().eval_step(batch), loss_sum=0.0)
+
+    watch, backend = Watch(), Learned("the reader", 3)
+    run(tmp_path, backend, watch)
+    assert backend.done == [1, 2, 3, 3, 4, 5, 6, 7, 8]
+    assert [text.partition(";")[0] for text in watch.warnings] == ["step 3 ran out of memory"]
+
+
 @pytest.mark.parametrize("part", ["loss_sum", "grad_norm"])
 def test_one_zero_is_enough(tmp_path: Path, part: str) -> None:
     class Zero(Bigram):
