@@ -207,7 +207,7 @@ class MlxBackend:
             put(self.model, self.layers)
 
     def memory(self) -> Memory:
-        return Memory(mx.get_active_memory(), mx.get_peak_memory(), total(), "unified", swap_used())
+        return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
 
     def close(self) -> None:
         del self.model, self.layers, self.optimizer, self.gradient

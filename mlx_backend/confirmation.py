@@ -89,7 +89,12 @@ class Confirmation:
     def __init__(self, late: bool, budget: int, always: bool) -> None:
         self.late, self.budget, self.always = late, budget, always
         self._step: _Step | None = None  # launched, and not known to be written
+        self._peak = 0  # before the last step was launched
         self.forget_sizes()
+
+    def peak_memory(self) -> int:
+        """MLX's peak since it was loaded, in bytes."""
+        return max(self._peak, mx.get_peak_memory())
 
     def forget_sizes(self) -> None:
         """The next steps take other memory than those of the same sizes before."""
@@ -124,7 +129,10 @@ class Confirmation:
         step = self._step = _Step(figures, written, restore)
         sizes = [(b.input_ids.size, b.input_ids.shape[1], b.label_tokens) for b in batches]
         largest = tuple(map(max, zip(self._largest, *sizes, strict=True)))
-        if self.always or largest != self._largest or mx.get_peak_memory() > _SHORT * self.budget:
+        peak = mx.get_peak_memory()
+        self._peak = max(self._peak, peak)
+        mx.reset_peak_memory()  # it never falls by itself, and smaller micro-batches need not wait
+        if self.always or largest != self._largest or peak > _SHORT * self.budget:
             self.confirm()
         self._largest = largest
         return [_Figure(step, number, self.confirm) for number in range(len(figures))]

@@ -147,6 +147,32 @@ def test_the_device_is_synchronized_at_every_step_where_memory_is_short_or_not_k
     backend.close()
 
 
+def test_a_step_that_takes_less_is_not_synchronized_because_one_before_took_much(model, rows, device, monkeypatch):
+    backend, peak, used = load(model, 100), 0, 0
+
+    def reset():
+        nonlocal peak
+        peak = 0
+
+    def read():
+        nonlocal peak
+        peak = max(peak, used)
+        return peak
+
+    monkeypatch.setattr(mx, "reset_peak_memory", reset)
+    monkeypatch.setattr(mx, "get_peak_memory", read)
+    synchronized = []
+    for step, used in enumerate([95, 95, 50, 50, 95], 1):  # what read() reads
+        device.synchronized = 0
+        steps(backend, rows, step, step)
+        synchronized.append(device.synchronized)
+    assert synchronized == [1, 1, 0, 0, 1]
+    used = 50
+    steps(backend, rows, 6, 6)
+    assert backend.memory().peak == 95
+    backend.close()
+
+
 @pytest.mark.parametrize("asked", [1, 2], ids=["its gradients", "its update"])
 def test_a_step_of_a_new_size_fails_in_itself_and_is_undone(model, rows, device, sound, asked):
     backend = load(model)
