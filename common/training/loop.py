@@ -85,7 +85,7 @@ class TrainingLoop:
                 if evaluates:
                     self._validate(saved)
             if self._refused:
-                self._save()
+                self._save(again="the adapter is still written, but the run cannot be lengthened from this step")
         return self.state
 
     def _evaluates(self, step: int) -> bool:
@@ -197,7 +197,7 @@ class TrainingLoop:
         self.observer.step(line, memory)
         self._memory.watch_swap(memory, step.batches)
 
-    def _save(self, stop: bool = False) -> bool:
+    def _save(self, stop: bool = False, again: str = "it is tried again later") -> bool:
         """Whether the checkpoint was written. Where the disk refuses it, it is tried again when the next is due.
 
         Raises UserError at a `stop`, for which there is no next one.
@@ -212,7 +212,7 @@ class TrainingLoop:
             fault = unsaved(self.run, error)
             if stop:
                 raise fault from None
-            self.observer.warn(f"no checkpoint of step {self.state.step}: {fault.what}; it is tried again later")
+            self.observer.warn(f"no checkpoint of step {self.state.step}: {fault.what}; {again}")
             self._refused = True
             return False
         self._saved_at, self._refused = time.monotonic(), False

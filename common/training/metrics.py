@@ -77,8 +77,7 @@ class Metrics:
     def write(self, line: dict[str, Any]) -> None:
         self._left += json.dumps(line).encode() + b"\n"
         try:
-            while self._left:
-                self._left = self._left[self._file.write(self._left) :]
+            self._write_left()
             self._refused = False
         except OSError as error:
             if not self._refused:
@@ -87,11 +86,15 @@ class Metrics:
 
     def close(self) -> None:
         try:
-            self._file.write(self._left)
+            self._write_left()
         except OSError:
             lines = self._left.count(b"\n")
             self._warn(f"{self._path} lacks its last {lines} lines: the disk refuses them")
         self._file.close()
+
+    def _write_left(self) -> None:
+        while self._left:  # a disk that is nearly full takes part of a line
+            self._left = self._left[self._file.write(self._left) :]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop, evaluate, learning_rate
+from common.training.metrics import Metrics
 from tests.full_disk import full_disk
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
 
@@ -494,6 +496,16 @@ def test_the_last_checkpoint_is_tried_again_after_the_validation(
     assert (found[0].step, found[0].evaluated) == (8, 8)
 
 
+def test_the_last_try_promises_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch()
+    Disk(monkeypatch, lambda path: "step-000008" in str(path))
+    run(tmp_path, watch=watch)
+    assert [text.partition("; ")[2] for text in watch.warnings] == [
+        "it is tried again later",
+        "the adapter is still written, but the run cannot be lengthened from this step",
+    ]
+
+
 def test_a_stop_on_a_full_disk_says_which_file_and_from_where_it_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -574,6 +586,26 @@ def test_lines_that_never_find_room_cost_nothing_but_themselves(
     state, _ = run(tmp_path, watch=watch)
     assert state.step == 8
     assert watch.warnings[-1] == f"{tmp_path / 'metrics.jsonl'} lacks its last 3 lines: the disk refuses them"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_last_lines_are_written_whole_or_counted(tmp_path: Path, full: bool) -> None:
+    """At the end the disk takes four bytes, and then the rest or nothing."""
+    path, warnings = tmp_path / "metrics.jsonl", list[str]()
+    kept = Metrics(path, 0, False, warnings.append)
+    takes, file = iter([0, 4, 0] if full else [0, 4, 99]), kept._file
+
+    def write(content: bytes) -> int:
+        if not (size := next(takes)):
+            full_disk(path)
+        return file.write(content[:size])
+
+    kept._file = SimpleNamespace(write=write, close=file.close)  # type: ignore[assignment]
+    kept.write({"step": 1})
+    assert len(warnings) == 1
+    kept.close()
+    said = f"{path} lacks its last 1 lines: the disk refuses them"
+    assert (path.read_text(), warnings[1:]) == (('{"st', [said]) if full else ('{"step": 1}\n', []))
 
 
 # --- swap
