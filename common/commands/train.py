@@ -38,7 +38,7 @@ from common.training.loop import Interrupted, TrainingLoop, evaluate
 from common.training.metrics import deterministic, figures, timed
 from common.training.observer import DisplayObserver
 from common.training.planner import described
-from common.training.resume import change_length, parent_of, resume_run, resumed_options
+from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
 from common.verify.cases import write_cases
 
 
@@ -58,7 +58,7 @@ def run_training(options: Options, context: Context) -> Path:
             job = prepare(options, resumed, context, seconds, parent)
         seconds["prepare"] -= seconds["tokenize"]
         if resumed:
-            job = replace(job, recipe=job.recipe.model_copy(update={"version": resumed.recipe.version}))
+            job = replace(job, recipe=as_begun(resumed, job.recipe))
             if given.steps or given.epochs:
                 display.say(change_length(resumed, job.recipe, options))
             found = resume_run(resumed, job.recipe, job.plan, display.warn)

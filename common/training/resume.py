@@ -65,6 +65,17 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
     return parent
 
 
+def as_begun(run: Run, recipe: Recipe) -> Recipe:
+    """The recipe, as prepared now, with what the run keeps from its beginning: version, and warm-up once it has steps.
+
+    A warm-up that is a share of the steps would otherwise begin anew in a longer run.
+    """
+    kept: dict[str, int] = {"version": run.recipe.version}
+    if recipe.parent is not None:
+        kept["warmup_steps"] = run.recipe.warmup_steps
+    return recipe.model_copy(update=kept)
+
+
 def change_length(run: Run, recipe: Recipe, options: Options) -> str:
     """Put the recipe of another length on record. Returns what becomes of the learning rate, in a line.
 
@@ -72,6 +83,8 @@ def change_length(run: Run, recipe: Recipe, options: Options) -> str:
     """
     record = run.record
     steps, warmup_steps = _length_on_record(record)
+    if record.parent is not None:
+        warmup_steps = run.recipe.warmup_steps
     changes = {"steps": steps, "warmup_steps": warmup_steps, "parent": record.parent}
     before = recipe.model_copy(update=changes)
     _check_unchanged(run, before)

@@ -110,9 +110,7 @@ def test_a_finished_run_goes_on_and_keeps_what_it_has(
     assert after[: len(before)] == before
     assert [line["step"] for line in after if "loss" in line] == [*range(1, 13)]
     new = done.recipe
-    assert new == old.model_copy(
-        update={"steps": 12, "warmup_steps": 1, "parent": Parent(recipe=record.recipe_hash, step=6)}
-    )
+    assert new == old.model_copy(update={"steps": 12, "parent": Parent(recipe=record.recipe_hash, step=6)})
     assert rates(done)[6:] == [learning_rate(new, step) for step in range(7, 13)]
     assert done.record.recipe_hash == new.hash() != old.hash()
     assert (done.record.status, done.record.steps, done.record.parent) == ("complete", 12, new.parent)
@@ -136,6 +134,16 @@ def test_moments_and_the_best_adapter_go_on(given: dict[str, Any]) -> None:
         whole.adapter / "adapter_model.safetensors"
     ).read_bytes()
     assert halves.record.best_step == whole.record.best_step
+
+
+def test_there_is_no_second_warm_up(given: dict[str, Any]) -> None:
+    """A warm-up of half the steps: it stays of three, through two changes of length and a stop."""
+    done = run(given | {"schedule": "constant", "warmup": 0.5})
+    stopped({"resume": str(done.path), "steps": 20}, StopsLater())
+    run({"resume": str(done.path)})
+    longer(done, steps=24)
+    assert done.recipe.warmup_steps == 3
+    assert rates(done)[2:] == [0.01] * 22
 
 
 def test_a_stop_in_the_middle_changes_nothing(given: dict[str, Any]) -> None:
