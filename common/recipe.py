@@ -20,6 +20,8 @@ _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # 
 
 VERSION = 2  # of recipes; raised where the same fields come to give another result
 SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
+# Names; and options whose whole effect is in data_hash and rows_hash, none where no row is bad or has tools.
+_NOT_HASHED = {"model", "data", "on_bad_row", "tools"}
 
 
 class Parent(BaseModel):
@@ -35,7 +37,7 @@ class Parent(BaseModel):
 
 
 class Recipe(RecipeFields):
-    """Everything that changes the result, with every `auto` resolved. Names are kept but do not enter the hash."""
+    """Everything that changes the result, with every `auto` resolved. Some are kept but do not enter the hash."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,8 +62,8 @@ class Recipe(RecipeFields):
         return hashlib.sha256(json.dumps(self.hashed(), sort_keys=True).encode()).hexdigest()
 
     def hashed(self) -> dict[str, Any]:
-        """Every field but the names, as far as the recipe's version has it."""
-        return {name: value for name, value in self.content().items() if name not in ("model", "data")}
+        """Every field that the recipe's version has, but names and those whose effect other fields hold."""
+        return {name: value for name, value in self.content().items() if name not in _NOT_HASHED}
 
     def content(self) -> dict[str, Any]:
         """Every field that the recipe's version has; `parent` only where there is one."""

@@ -85,9 +85,13 @@ def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str
         if recipe.dropout:
             text += " Dropout masks differ between frameworks, so the curves agree only statistically."
         return text
-    one, other = first.model_dump(), recipe.model_dump()
-    one["parent"], other["parent"] = first.parent, recipe.parent
-    differing = [f"{k} {one[k]} / {other[k]}" for k in one if one[k] != other[k] and k not in ("model", "data")]
+    one, other = first.hashed(), recipe.hashed()
+    both = [name for name in one if name in other and name != "parent"]
+    differing = [f"{name} {one[name]} / {other[name]}" for name in both if one[name] != other[name]]
+    if first.parent != recipe.parent:
+        differing.append(f"parent {first.parent} / {recipe.parent}")
+    if (one.keys() ^ other.keys()) - {"parent"}:
+        differing.append("a recipe of version 1 does not state its rows' hash")
     return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"
 
 

@@ -256,12 +256,28 @@ def test_whatever_file_changes_a_rows_tokens_changes_the_recipe(given: dict[str,
     assert one.hash() != two.hash()
 
 
+def test_a_row_that_is_dropped_is_in_the_recipes_hash(given: dict[str, Any]) -> None:
+    """One that cannot be read by its data_hash, one that cannot be labeled by its rows_hash too."""
+    given |= {"on_bad_row": "drop", "valid_share": 0.0}
+    data, sound = Path(given["data"]), ready(given).recipe
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join(["{", *lines[1:]]))
+    unread = ready(given).recipe
+    assert (unread.data_hash != sound.data_hash, unread.rows_hash != sound.rows_hash) == (True, True)
+    data.write_text("\n".join([json.dumps(chat("Hi", "a<|im_end|>b")), *lines[1:]]))
+    unlabeled = ready(given).recipe
+    assert unlabeled.rows_hash == unread.rows_hash
+    assert len({recipe.hash() for recipe in (sound, unread, unlabeled)}) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "same"),
     [
         ({"micro_batch_tokens": 64}, True),
         ({"save_every": 1}, True),
         ({"output": "elsewhere"}, True),
+        ({"on_bad_row": "drop"}, True),  # of rows that are sound
+        ({"tools": "system"}, True),  # of which there are none
         ({"seed": 1}, False),
         ({"precision": "bf16"}, False),
         ({"valid_share": 0.5}, False),
