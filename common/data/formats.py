@@ -68,7 +68,7 @@ class _Columns:
 
     def unread(self, used: list[str | None]) -> list[str]:
         """The filled columns but those, and keys of their turns that nothing reads, such as `messages[].loss`."""
-        known = {*used, "train", "weight"}
+        known = {*used, "train", "weight"} if self.chat() else {*used}
         columns = [str(name) for name, value in self.row.items() if name not in known and value not in _NOTHING]
         read = {name: value for name, value in self.row.items() if name in used and name != self.name("tools")}
         turns = [(name, turn) for name, held in read.items() if isinstance(held, list) for turn in held]
@@ -76,6 +76,11 @@ class _Columns:
             (name, key) for name, turn in turns if isinstance(turn, dict) for key in turn if turn[key] not in _NOTHING
         ]
         return [*columns, *sorted({f"{name}[].{key}" for name, key in filled if key not in TURN_KEYS})]
+
+    def chat(self) -> list[tuple[str, str]]:
+        """`(format, column)` of each list of turns that the row may be read by."""
+        named = [(format, self.name(format)) for format in ("messages", "conversations") if self.may_be(format)]
+        return [(format, name) for format, name in named if name]
 
     def may_be(self, format: str) -> bool:
         """Whether --field leaves room for the format."""
@@ -94,9 +99,10 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         raise Fault("is not an object with named fields")
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
-    if not (weight := loss_weight(row, "")):
-        raise Untrained("has train: false or weight: 0")
     columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
+    weight = loss_weight(row, "") if columns.chat() else 1.0  # elsewhere a `weight` may be a product's
+    if not weight:
+        raise Untrained("has train: false or weight: 0")
     if other := other_training(row, columns.fields):
         raise Fault(other)
     tools = tuple(read_tool(tool) for tool in parsed(columns.value("tools"), "tools", list) or ())
@@ -106,7 +112,7 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         used += [columns.name("system"), columns.name("tools")]
         return format, replace(conversation(head, turns, source, tools), weight=weight), columns.unread(used)
     if columns.may_be("text") and (name := columns.name("text")):
-        return "plain text", Example((), source, text=_read_text(row, name), weight=weight), columns.unread([name])
+        return "plain text", Example((), source, text=_read_text(row, name)), columns.unread([name])
     if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
         raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")
@@ -116,11 +122,7 @@ _Found = tuple[str, list[Row], list[str | None]]  # the format, its turns, the c
 
 
 def _read_chat(columns: _Columns) -> _Found | None:
-    found = [
-        (format, name)
-        for format in ("messages", "conversations")
-        if columns.may_be(format) and (name := columns.name(format))
-    ]
+    found = columns.chat()
     if len(found) > 1:
         raise Fault(f"has `{found[0][1]}` and `{found[1][1]}`: choose one with --field messages={found[0][1]}")
     if not found:

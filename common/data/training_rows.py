@@ -75,8 +75,11 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     _warn_of_bad(rows, display)
     if warning := control_tokens([*rows.data.train, *rows.data.valid, *rows.data.test], rows.encoder.template):
         display.warn(str(warning))
-    if count := sum(row.loss_weights.dtype != bool for part in parts for row in part.every()):
-        display.say(f"{count} rows have labels whose loss weight is not 1")
+    if weighted := [
+        row.loss_weights[row.mask] for part in parts for row in part.every() if row.loss_weights.dtype != bool
+    ]:
+        low, high = min(weights.min() for weights in weighted), max(weights.max() for weights in weighted)
+        display.say(f"{len(weighted)} rows have labels whose loss weight is not 1 (weights from {low:g} to {high:g})")
     if unlabeled := [row for part in parts for row in part.unlabeled]:
         display.warn(f"{len(unlabeled)} rows without a label token are left out: {unlabeled[0].source} ...")
     if not rows.train.every():

@@ -199,8 +199,8 @@ def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path)
 @pytest.mark.parametrize("place", ["row", "turn 2"])
 def test_a_weight_that_is_no_sound_number_is_refused(tmp_path: Path, weight: str, place: str) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "weight": "HERE"}]
-    pair = {"prompt": "Hi", "completion": "Yo", "weight": "HERE"}
-    row = json.dumps({"messages": turns} if place == "turn 2" else pair)
+    whole = chat("Hi", "Yo") | {"weight": "HERE"}
+    row = json.dumps({"messages": turns} if place == "turn 2" else whole)
     path = lines(tmp_path / "a.jsonl", row.replace('"HERE"', "1"), row.replace('"HERE"', weight))
     where = "turn 2: " if place == "turn 2" else ""
     assert fault(path).what == (
@@ -215,7 +215,7 @@ def test_weights_of_rows_and_turns_are_read(tmp_path: Path) -> None:
         {"role": "assistant", "content": "B", "weight": 0},
         {"role": "assistant", "content": "C", "weight": 1.0},
     ]
-    rows = [{"messages": turns}, {"messages": turns, "weight": 2}, {"text": "Hi", "weight": 0.5}]
+    rows = [{"messages": turns}, {"messages": turns, "weight": 2}, {"messages": turns, "weight": 0.5}]
     read = read_rows(lines(tmp_path / "a.jsonl", *map(json.dumps, rows)))
     assert [row.weight for row in read] == [1, 2, 0.5]
     assert read[0].messages == read[1].messages

@@ -81,6 +81,15 @@ def test_plain_text() -> None:
     assert (shape, example.text, example.messages) == ("plain text", " Once ", ())
 
 
+@pytest.mark.parametrize("given", [{"weight": 70.5}, {"weight": "12 kg"}, {"weight": 0, "train": "ICE"}])
+@pytest.mark.parametrize(
+    "row", [{"instruction": "Hi", "output": "Yo"}, {"prompt": "Hi", "completion": "Yo"}, {"text": "Hi"}]
+)
+def test_a_products_weight_is_no_loss_weight(row: dict, given: dict) -> None:
+    _, example, unread = read_row(row | given, "a:1", {})
+    assert (example.weight, unread) == (1, list(given))
+
+
 def test_dollys_context_goes_to_the_question_and_whole_numbers_are_text() -> None:
     row = {"instruction": "Add", "context": "1 2", "response": 3}
     assert said(row) == [("user", "Add\n\n1 2"), ("assistant", "3")]

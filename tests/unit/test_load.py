@@ -146,7 +146,11 @@ def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
 
 def test_a_csv_says_which_rows_are_trained(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text("prompt,completion,train,weight\nHi,a,True,\nHi,b,FALSE,1\nHi,c,,0.0\nHi,d,,1\nHi,e,true,0.5\n")
+    given = {"a": "True,", "b": "FALSE,1", "c": ",0.0", "d": ",1", "e": "true,0.5"}
+    turns = "[{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': '%s'}]".replace("'", '""')
+    path.write_text(
+        "messages,train,weight\n" + "".join(f'"{turns % answer}",{cells}\n' for answer, cells in given.items())
+    )
     data = load_data(str(path), 0, 0)
     assert [row.messages[1]["content"] for row in data.train] == ["a", "d", "e"]
     assert [row.weight for row in data.train] == [1, 1, 0.5]

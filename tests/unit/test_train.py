@@ -238,7 +238,7 @@ def test_weights_are_said_and_in_the_recipe(given: dict[str, Any], capsys: pytes
     plain, lines = ready(given), data.read_text().splitlines()
     data.write_text("\n".join([json.dumps(json.loads(lines[0]) | {"weight": 0.5}), *lines[1:]]))
     weighted = prepare(Options.model_validate(given), None, context(mode="plain"))
-    assert "1 rows have labels whose loss weight is not 1" in capsys.readouterr().out
+    assert "1 rows have labels whose loss weight is not 1 (weights from 0.5 to 0.5)" in capsys.readouterr().out
     rows = [row for row in (*weighted.train, *weighted.valid) if row.loss_weights.dtype != bool]
     assert [row.loss_weights.max() for row in rows] == [0.5]
     assert weighted.recipe.rows_hash != plain.recipe.rows_hash
