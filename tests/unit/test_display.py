@@ -165,3 +165,16 @@ def test_a_librarys_log_line_is_shown(
     monkeypatch.setattr("common.commands.doctor.doctor", doctor)
     run_cli(monkeypatch, capsys, "plain", "doctor")
     assert f"the tokenizer is a {SHOWN}" in caplog.text
+
+
+@pytest.mark.parametrize("bug", [TypeError, KeyError, AttributeError, NameError, AssertionError])
+def test_a_bug_in_an_optional_part_is_a_warning_for_users_and_fails_a_test(
+    bug: type[Exception], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(bug), Display("plain").optional("no card"):
+        raise bug("ours")
+    assert capsys.readouterr().out == ""
+    monkeypatch.delenv("TWINTUNE_RAISE_BUGS")
+    with Display("plain").optional("no card"):
+        raise bug("ours")
+    assert capsys.readouterr().out.startswith(f"warning: no card: {bug.__name__}: ")
