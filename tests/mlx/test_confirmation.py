@@ -162,8 +162,8 @@ def test_a_step_that_takes_less_is_not_synchronized_because_one_before_took_much
     monkeypatch.setattr(mx, "reset_peak_memory", reset)
     monkeypatch.setattr(mx, "get_peak_memory", read)
     synchronized = []
-    for step, used in enumerate([95, 95, 50, 50, 95], 1):  # what read() reads
-        device.synchronized = 0
+    for step, takes in enumerate([95, 95, 50, 50, 95], 1):
+        used, device.synchronized = takes, 0
         steps(backend, rows, step, step)
         synchronized.append(device.synchronized)
     assert synchronized == [1, 1, 0, 0, 1]
