@@ -68,7 +68,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
 def as_begun(run: Run, recipe: Recipe) -> Recipe:
     """The recipe, as prepared now, with what the run keeps from its beginning: version, and warm-up once it has steps.
 
-    A warm-up that is a share of the steps would otherwise begin anew in a longer run.
+    A warm-up that is a share of the steps would otherwise start again in a longer run.
     """
     kept: dict[str, int] = {"version": run.recipe.version}
     if recipe.parent is not None:
