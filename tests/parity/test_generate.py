@@ -1,0 +1,15 @@
+"""Generation with a cache of keys and values, for every family, windows and the longrope split passed on the way."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import backends
+from tests.tiny import FAMILIES, write_family, write_rows
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_greedy_tokens_are_those_of_the_whole_row(backend: str, family: str, tmp_path: Path) -> None:
+    folder = write_family(tmp_path / "model", family)
+    backends.check_generation(backend, folder, backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl")))
