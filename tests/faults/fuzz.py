@@ -163,15 +163,17 @@ def _memory_folder() -> str | None:
 @contextmanager
 def _alone(folder: str) -> Iterator[None]:
     """A cache and a working folder of its own, and no network."""
+    before, environment = Path.cwd(), dict(os.environ)
     os.environ |= {"XDG_CACHE_HOME": f"{folder}/cache", "HF_HOME": f"{folder}/hub", "HF_HUB_OFFLINE": "1"}
     os.environ |= {"HF_DATASETS_OFFLINE": "1", "COLUMNS": "100"}
-    before = Path.cwd()
     (Path(folder) / "here").mkdir()
     os.chdir(Path(folder) / "here")
     try:
         yield
     finally:
         os.chdir(before)
+        os.environ.clear()
+        os.environ |= environment
 
 
 def _batch(name: str, count: int, number: int, out: Path) -> Outcome:
