@@ -51,7 +51,7 @@ class Command:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-PACKAGES = ("torch", "peft", "mlx_lm", "gguf", "torch_backend.backend", "mlx_backend.backend")
+PACKAGES = ("torch", "peft", "gguf", "torch_backend.backend", "mlx_backend.backend", "mlx_lm")
 
 
 def preload() -> None:
