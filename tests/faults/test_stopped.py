@@ -1,4 +1,4 @@
-"""The short forms of kills and pairs. What only they find: a file that is missing or half-written at one moment."""
+"""The short form of kills. What only it finds: a file that is missing or half-written at one moment."""
 
 import subprocess
 import sys
@@ -19,7 +19,3 @@ def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
     out = command("tests.faults.kills", "--kills", "6", "--export", "fused")
     assert "6 kills, " in out
     assert ", 0 faults" in out
-
-
-def test_two_commands_on_one_run_leave_it_intact() -> None:
-    assert "4 pairs, 0 faults" in command("tests.faults.pairs", "--only", "2")
