@@ -1,5 +1,6 @@
 """The short form of kills. What only it finds: a file that is missing or half-written at one moment."""
 
+import re
 import subprocess
 import sys
 
@@ -17,5 +18,4 @@ def command(*words: str) -> str:
 
 def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
     out = command("tests.faults.kills", "--kills", "6", "--export", "fused")
-    assert "6 kills, " in out
-    assert ", 0 faults" in out
+    assert re.search(r"^([6-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
