@@ -93,10 +93,10 @@ def prepare(folder: Path) -> Place:
     return Place(folder, finished, stopped, result(finished))
 
 
-def ended(command: Command, other_ended: bool) -> str:
+def ended(command: Command) -> str:
     """What was wrong with how `command` ended; nothing where it ended well, or refused with one clear error."""
     try:
-        if command.words[0] == "serve" and other_ended:
+        if command.words[0] == "serve":
             time.sleep(1)
             os.kill(command.pid, signal.SIGTERM)
         status = command.wait()
@@ -123,7 +123,7 @@ def pair(place: Place, names: tuple[str, str], from_stopped: bool) -> list[str]:
         for number, name in enumerate(names)
     ]
     both.sort(key=lambda command: command.words[0] == "serve")  # a server ends when the other has
-    faults = [ended(command, True) for command in both]
+    faults = [ended(command) for command in both]
     if from_stopped:
         end = start(["train", "--resume", str(run)], home / "end.log")
         faults += [f"the resume afterwards: {end.output[-600:]}"] if end.wait() else []
