@@ -109,7 +109,7 @@ def test_the_proof_finds_every_wrong_mask(name):
     encoded = encode(row, tokenizer)
     assert proof.find_fault(row, tokenizer, encoded) == ""
     for fault, mask in _mutants(encoded.mask):
-        assert proof.find_fault(row, tokenizer, dataclasses.replace(encoded, mask=mask)), fault
+        assert proof.find_fault(row, tokenizer, dataclasses.replace(encoded, loss_weights=mask)), fault
 
 
 def test_the_proof_finds_labels_on_the_users_copy_of_an_answer():
@@ -123,7 +123,7 @@ def test_the_proof_finds_labels_on_the_users_copy_of_an_answer():
     assert len(copies) == 3, "the answer twice, and the user's own words between"
     mask = encoded.mask.copy()
     mask[copies[2] : copies[2] + length], mask[copies[1] : copies[1] + length] = False, True
-    assert "the user's text" in proof.find_fault(row, tokenizer, dataclasses.replace(encoded, mask=mask))
+    assert "the user's text" in proof.find_fault(row, tokenizer, dataclasses.replace(encoded, loss_weights=mask))
 
 
 def test_the_proof_finds_a_second_bos():
@@ -131,5 +131,5 @@ def test_the_proof_finds_a_second_bos():
     row = CONVERSATIONS[0]
     encoded = encode(row, tokenizer)
     ids = np.append(np.int32(tokenizer.bos_token_id), encoded.ids)
-    doubled = dataclasses.replace(encoded, ids=ids, mask=np.append(False, encoded.mask))
+    doubled = dataclasses.replace(encoded, ids=ids, loss_weights=np.append(False, encoded.mask))
     assert proof.find_fault(row, tokenizer, doubled)
