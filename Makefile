@@ -20,7 +20,7 @@ check: setup docs  ## lint, format, types, docs and the fast tests: under two mi
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/torch tests/mlx
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 3 --dist loadfile tests/unit tests/torch tests/mlx
 
 docs: setup  ## the site from docs/ into site/; a broken link is an error
 	$(PYTHON) -m zensical build --strict --clean

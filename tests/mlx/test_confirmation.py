@@ -316,26 +316,31 @@ def test_all_weights_are_confirmed_at_every_step_and_none_is_kept(model, rows, d
     backend.close()
 
 
-@pytest.mark.parametrize("asked", range(1, 20))
-def test_a_run_in_which_the_device_fails_ends_where_a_sound_one_ends(model, rows, device, tmp_path, asked):
+def run(model, rows, folder, device, fails):
     """Two micro-batches a step at first: five steps, a validation after the third and the last."""
+    recipe = backends.make_recipe(model, steps=5, eval_every=3)
+    backend, watch = load(model), backends.Quiet()
+    device.fail(*fails)
+    plan = backends.make_plan("mlx")
+    TrainingLoop(backend, recipe, plan, rows[4:], rows[:4], folder, State(micro_batch_tokens=200), watch).train()
+    adapter = backend.get_adapter().arrays()
+    backend.close()
+    return adapter, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], watch.warnings
 
-    def run(name, fails):
-        recipe = backends.make_recipe(model, steps=5, eval_every=3)
-        backend = load(model)
-        device.fail(*fails)
-        folder, watch = tmp_path / name, backends.Quiet()
-        folder.mkdir()
-        plan = backends.make_plan("mlx")
-        TrainingLoop(backend, recipe, plan, rows[4:], rows[:4], folder, State(micro_batch_tokens=200), watch).train()
-        found = backend.get_adapter().arrays()
-        backend.close()
-        return found, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()], watch
 
-    adapter, lines, watch = run("sound", [])
-    other, others, warned = run("late", [asked])
-    assert not watch.warnings
-    assert len(warned.warnings) == (asked <= 15), "15: what a sound run asks of the device"
+@pytest.fixture(scope="module")
+def sound_run(model, rows, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        adapter, lines, warnings = run(model, rows, tmp_path_factory.mktemp("sound"), Device(monkeypatch), [])
+    assert not warnings
+    return adapter, lines
+
+
+@pytest.mark.parametrize("asked", range(1, 20))
+def test_a_run_in_which_the_device_fails_ends_where_a_sound_one_ends(model, rows, device, sound_run, tmp_path, asked):
+    adapter, lines = sound_run
+    other, others, warnings = run(model, rows, tmp_path, device, [asked])
+    assert len(warnings) == (asked <= 15), "15: what a sound run asks of the device"
     assert [(line["step"], line.keys()) for line in lines] == [(line["step"], line.keys()) for line in others]
     for key in ("loss", "valid_loss"):
         one, two = ([line[key] for line in found if key in line] for found in (lines, others))
