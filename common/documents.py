@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from common.errors import UserError
 
@@ -133,3 +134,12 @@ def _read(path: Path, bound: int, fix: str) -> bytes:
     if len(text) > bound:
         raise UserError(f"{path} is larger than {bound / 1e6:.3g} MB, too large for what it should hold.", fix)
     return text
+
+
+def fault_of(error: ValidationError) -> str:
+    """`: it lacks model_hash, options`, or what is wrong with the first field."""
+    faults = error.errors()
+    missing = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
+    if missing:
+        return f": it lacks {', '.join(sorted(missing))}"
+    return f": {'.'.join(map(str, faults[0]['loc']))}: {faults[0]['msg']}"

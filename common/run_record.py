@@ -11,115 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 
 from common import strict_json
-from common.documents import read_json, read_yaml
+from common.documents import fault_of, read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
-from common.recipe import SINCE_2, VERSION, Parent, Plan, Recipe
-from common.verify_record import VerifyRecord
-
-
-class _Record(BaseModel):
-    """A part of run.json. Fields that only other versions know are kept as they are."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class GgufRecord(_Record):
-    """A GGUF file of the run."""
-
-    file: str  # relative to the run folder
-    name: str = ""  # what --quant calls it, such as Q4_K_M or Q4_K_M-imatrix
-    quant: str = ""
-    bytes: int = 0
-    bits_per_weight: float = 0.0
-    tensors: dict[str, int] = {}  # how many by type
-    fallbacks: int = 0  # tensors in a larger type than `quant`
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, content: Any) -> Any:
-        if isinstance(content, dict) and "name" not in content and "quant" in content:  # an older version's
-            return content | {"name": content["quant"]}
-        return content
-
-
-class ExportRecord(_Record):
-    """What was made from the adapter. Files and folders are relative to the run folder."""
-
-    fused: str | None = None
-    fuse_into: str | None = None
-    gguf: list[GgufRecord] = []
-    mmproj: str | None = None
-    lora_gguf: str | None = None
-    mlx: dict[str, Any] | None = None
-    sample: dict[str, Any] | None = None  # a prompt and the tuned model's answer
-    stages: dict[str, dict[str, int]] = {}  # bytes of memory and disk, by stage
-
-
-class BaseRecord(_Record):
-    """The base model's license, and the form in which its weights came."""
-
-    terms: dict[str, Any]
-    form: str = ""
-
-
-class DataRecord(_Record):
-    """How much there was to train on."""
-
-    train_rows: int = 0
-    valid_rows: int = 0
-    tokens: int = 0  # in the training rows
-    label_tokens: int = 0
-
-
-class RunRecord(_Record):
-    """run.json. A figure is None where the run has none, or an older version did not keep it."""
-
-    status: str  # training, interrupted, complete
-    recipe_hash: str
-    model_hash: str
-    options: dict[str, Any]  # without `llama_cpp`
-    stop_ids: list[int]
-    named_llama_cpp: str | None = None  # --llama-cpp when the run was made; a program is never taken from a record
-
-    parent: Parent | None = None  # of the recipe
-    plans: list[dict[str, Any]] = []
-    deterministic: dict[str, str] = {}
-    sample_prompt: list[dict[str, Any]] = []
-    sample_tokens: int | None = None
-    data: DataRecord = DataRecord()
-    base: BaseRecord | None = None
-    export: ExportRecord = ExportRecord()
-    verify: VerifyRecord | None = None
-    pushed: dict[str, Any] | None = None
-    stage_seconds: dict[str, float] = {}
-
-    backend: str | None = None
-    device: str | None = None
-    steps: int | None = None
-    tokens: int | None = None
-    label_tokens: int | None = None
-    train_seconds: float | None = None
-    tokens_per_second: float | None = None
-    label_tokens_per_second: float | None = None
-    padding_fraction: float | None = None
-    final_train_loss: float | None = None
-    best_valid_loss: float | None = None
-    best_step: int | None = None
-    test_loss: float | None = None  # of the exported adapter
-    test_rows: int | None = None
-    exported_adapter: str | None = None  # best or last
-    exported_step: int | None = None
-    predicted_peak_bytes: int | None = None
-    predicted_parts: dict[str, int] = {}
-    memory_kind: str | None = None
-    peak_memory_bytes: int | None = None
-    peak_rss_bytes: int | None = None
-    swap_growth_bytes: int | None = None
-
+from common.recipe import SINCE_2, VERSION, Plan, Recipe
+from common.run_fields import RunRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -279,15 +178,6 @@ class Run:
             return read_yaml(self.path / name, "Give another run.")
         except FileNotFoundError:
             raise UserError(f"{self} is incomplete: it has no {name}.", "Give the complete folder.") from None
-
-
-def fault_of(error: ValidationError) -> str:
-    """`: it lacks model_hash, options`, or what is wrong with the first field."""
-    faults = error.errors()
-    missing = [".".join(map(str, fault["loc"])) for fault in faults if fault["type"] == "missing"]
-    if missing:
-        return f": it lacks {', '.join(sorted(missing))}"
-    return f": {'.'.join(map(str, faults[0]['loc']))}: {faults[0]['msg']}"
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,8 @@ from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.recipe import Recipe
-from common.run_record import Run, RunRecord
+from common.run_fields import RunRecord
+from common.run_record import Run
 
 
 def compare(runs: list[Path], display: Display) -> None:

@@ -38,8 +38,9 @@ from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.option_sources import options_over
 from common.options import Options
+from common.run_fields import BaseRecord, RunRecord
 from common.run_lock import held
-from common.run_record import BaseRecord, Run, RunRecord
+from common.run_record import Run
 from common.system.hardware import choose_backend
 from common.training.memory_estimate import TrainingMemory, model_dims
 from common.training.metrics import timed

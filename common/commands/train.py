@@ -26,8 +26,9 @@ from common.models.shapes import linear_shapes
 from common.options import Options
 from common.paths import user_path
 from common.recipe import Recipe
+from common.run_fields import DataRecord, ExportRecord
 from common.run_lock import held
-from common.run_record import DataRecord, ExportRecord, Run
+from common.run_record import Run
 from common.sampling import Sampling
 from common.system.environment import write_environment
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
@@ -98,6 +99,8 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
     recipe, display, swap = job.recipe, context.display, swap_used()
     reset_peak_rss()
+    if found:
+        found.require_fit(job.start)
     state = found.state if found else State.before_training(job.plan)
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)

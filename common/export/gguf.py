@@ -25,7 +25,8 @@ from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
 from common.models.model_folder import ModelFolder
 from common.options import UNGUIDED, source_name
-from common.run_record import GgufRecord, Run
+from common.run_fields import GgufRecord
+from common.run_record import Run
 
 SAMPLE_TOKENS = 100
 MMPROJ = "mmproj-BF16.gguf"

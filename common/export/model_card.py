@@ -13,7 +13,8 @@ from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
-from common.run_record import Run, RunRecord
+from common.run_fields import ExportRecord, RunRecord
+from common.run_record import Run
 from common.verify_record import COMPARED, VerifyRecord
 
 PARTS = ("fused", "adapter", "gguf")
@@ -206,16 +207,17 @@ def _files(record: RunRecord, parts: list[str]) -> str:
                 f"- `{report.file}`: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
                 f"{report.bits_per_weight:.2f} bits per weight{larger}"
             )
-        lines.append("- `gguf/Modelfile`: for Ollama")
+        if record.export.gguf:
+            lines.append("- `gguf/Modelfile`: for Ollama")
+        if record.export.lora_gguf:
+            lines.append(f"- `{record.export.lora_gguf}`: the adapter alone, for llama.cpp over a GGUF of its base")
     return "\n".join(lines)
 
 
 def _usage(record: RunRecord, parts: list[str], base: str) -> str:
     blocks = []
     if "gguf" in parts:
-        first = record.export.gguf[0].file
-        blocks.append(f"llama.cpp:\n\n    llama-server -m {first} --jinja")
-        blocks.append("Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model")
+        blocks += _usage_of_gguf(record.export)
     if "fused" in parts:
         blocks.append(
             "transformers, in this folder:\n\n    from transformers import pipeline\n\n"
@@ -230,6 +232,17 @@ def _usage(record: RunRecord, parts: list[str], base: str) -> str:
             '    model = PeftModel.from_pretrained(model, "adapter")'
         )
     return "\n\n".join(blocks)
+
+
+def _usage_of_gguf(export: ExportRecord) -> list[str]:
+    if export.gguf:
+        return [
+            f"llama.cpp:\n\n    llama-server -m {export.gguf[0].file} --jinja",
+            "Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model",
+        ]
+    return [
+        f"llama.cpp, the adapter over a GGUF of its base:\n\n    llama-server -m base.gguf --lora {export.lora_gguf}"
+    ]
 
 
 def _license(terms: Terms, base: str) -> str:

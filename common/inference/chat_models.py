@@ -22,7 +22,8 @@ from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder, is_model_folder
 from common.models.shapes import linear_shapes
 from common.recipe import Recipe
-from common.run_record import Run, RunRecord
+from common.run_fields import RunRecord
+from common.run_record import Run
 from common.sampling import Sampling
 
 Kind = Literal["gguf", "adapter", "fused", "base"]

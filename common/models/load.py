@@ -12,7 +12,8 @@ from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan, Recipe
-from common.run_record import Run, RunRecord
+from common.run_fields import RunRecord
+from common.run_record import Run
 from common.system.hardware import choose_backend
 
 

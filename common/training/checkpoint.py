@@ -20,13 +20,12 @@ import numpy as np
 from pydantic import ValidationError, create_model
 
 from common.backend import Adapter, OptimizerState, StepResult
-from common.documents import read_json
+from common.documents import fault_of, read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.models.adapter_files import read_trained, write_trained
 from common.models.safetensors_files import load_tensors, save_tensors
 from common.recipe import Parent, Plan
-from common.run_record import fault_of
 
 _STEP = re.compile(r"step-\d{6,}")
 _STATE = "state.json"
@@ -85,6 +84,25 @@ class Checkpoint(NamedTuple):
     state: State
     adapter: Adapter
     optimizer: OptimizerState
+
+    def require_fit(self, start: Adapter | None) -> None:
+        """Raises UserError where this is no later state of `start`: a stranger may have made its files.
+
+        start: the adapter that the recipe begins with; None for full fine-tuning.
+        """
+        trained = _shapes(self.adapter.arrays())
+        known = {} if start is None else _shapes(start.arrays())
+        fits = start is None or self.adapter.weights.keys() == start.weights.keys()
+        fits = fits and known.items() <= trained.items()  # a magnitude may not be known before the model is loaded
+        if not fits or any(_shapes(m) != trained for m in (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)):
+            raise UserError(
+                f"The checkpoint of step {self.state.step} holds other tensors than the recipe trains.",
+                "Remove its folder to continue from the checkpoint before it; or start a new run.",
+            )
+
+
+def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in arrays.items()}
 
 
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str, keep: int) -> Path:

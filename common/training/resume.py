@@ -7,7 +7,8 @@ from common.errors import UserError
 from common.option_sources import options_over
 from common.options import Options
 from common.recipe import Parent, Plan, Recipe
-from common.run_record import Run, RunRecord
+from common.run_fields import RunRecord
+from common.run_record import Run
 from common.system.environment import environment_changes
 from common.training import checkpoint
 from common.training.checkpoint import Checkpoint

@@ -17,7 +17,8 @@ from common.export.model_card import card, parts_of
 from common.export.upload import Upload, push
 from common.inference.chat_models import choose
 from common.options import Options
-from common.run_record import GgufRecord, Run
+from common.run_fields import GgufRecord
+from common.run_record import Run
 from common.training import checkpoint
 from common.training.metrics import Metrics
 from common.training.resume import resume_run, resumed_options

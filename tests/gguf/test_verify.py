@@ -22,7 +22,8 @@ from common.llama_cpp.install import LlamaCpp
 from common.models.adapter_files import read_trained
 from common.models.model_folder import ModelFolder
 from common.options import Options
-from common.run_record import GgufRecord, Run
+from common.run_fields import GgufRecord
+from common.run_record import Run
 from common.verify import cases, verify
 from common.verify.judge import verdict
 from common.verify.server_checks import Check

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ def adapter(seed: int) -> Adapter:
 
 def optimizer(seed: int, step: int) -> OptimizerState:
     random = np.random.default_rng(seed)
-    first = {f"{LAYER}.lora_A": random.normal(size=(2, 6)).astype(np.float32)}
-    second = {f"{LAYER}.lora_A": random.random((2, 6)).astype(np.float32)}
+    shapes = {f"{LAYER}.lora_A": (2, 6), f"{LAYER}.lora_B": (4, 2)}
+    first, second = ({n: random.random(shape).astype(np.float32) for n, shape in shapes.items()} for _ in range(2))
     return OptimizerState(step, first, second)
 
 
@@ -344,7 +344,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         latest(tmp_path, "7bd55ee9" * 8)
     assert caught.value.what == (f"{folder} was made by another recipe (5b9469e38a2c) than the run's (7bd55ee97bd5).")
-    assert str(folder) in caught.value.fix
+    assert str(folder) in str(caught.value)
 
 
 def test_a_checkpoint_of_an_older_version_knows_no_recipe_and_is_taken(tmp_path: Path) -> None:
@@ -379,7 +379,7 @@ def test_a_checkpoint_without_a_field_that_is_needed_is_refused(tmp_path: Path, 
     with pytest.raises(UserError) as caught:
         latest(tmp_path)
     assert caught.value.what == f"{folder / 'state.json'} has no {name}: another version of Twintune wrote it."
-    assert str(folder) in caught.value.fix
+    assert str(folder) in str(caught.value)
 
 
 def test_a_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
@@ -414,6 +414,25 @@ def test_an_optimizer_state_that_is_no_safetensors(tmp_path: Path) -> None:
     changed(folder, lambda state: None)
     with pytest.raises(UserError, match=r"optimizer\.safetensors is damaged: "):
         checkpoint.latest(tmp_path)
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    found, start = latest(tmp_path), adapter(0)
+    found.require_fit(start)
+    found.require_fit(None)
+    found.require_fit(replace(start, weights={LAYER: replace(start.weights[LAYER], magnitude=None)}))
+    wide = replace(start.weights[LAYER], A=np.zeros((4, 6), np.float32), B=np.zeros((4, 4), np.float32))
+    moments = found.optimizer
+    for other, begun in (
+        (found, replace(start, weights={LAYER: wide})),
+        (found, replace(start, weights={"model.layers.0.mlp.up_proj": start.weights[LAYER]})),
+        (found._replace(optimizer=replace(moments, exp_avg={})), start),
+        (found._replace(optimizer=replace(moments, exp_avg_sq=moments.exp_avg_sq | {"more": np.zeros(1)})), None),
+    ):
+        with pytest.raises(UserError, match=r"step 1 holds other tensors than the recipe trains") as caught:
+            other.require_fit(begun)
+        assert "Remove its folder" in str(caught.value)
 
 
 def test_a_checkpoint_without_a_state(tmp_path: Path) -> None:

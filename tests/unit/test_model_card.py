@@ -59,6 +59,17 @@ def test_the_body(tmp_path: Path) -> None:
     assert "best validation loss" not in text  # there was none
 
 
+def test_an_adapter_for_llama_cpp_alone(tmp_path: Path) -> None:
+    run = Run(finished_run(tmp_path / "run"))
+    run.update(export={"lora_gguf": "gguf/adapter-F16.gguf"})
+    (run.gguf / "adapter-F16.gguf").write_bytes(b"GGUF")
+    assert parts_of(run) == ["adapter", "gguf"]
+    text = card(run.path, parts_of(run))
+    assert "- `gguf/adapter-F16.gguf`: the adapter alone" in text
+    assert "llama-server -m base.gguf --lora gguf/adapter-F16.gguf" in text
+    assert "Modelfile" not in text
+
+
 @pytest.mark.parametrize("model", ["some/base", "/home/someone/base", "some/base.gguf"])
 def test_no_path_no_row_no_token(tmp_path: Path, model: str) -> None:
     run = finished_run(tmp_path / "run", model=model)

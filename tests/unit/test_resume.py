@@ -18,7 +18,8 @@ from common.inference.chat_models import choose
 from common.models.adapter_files import read_peft
 from common.options import Options
 from common.recipe import Parent, Recipe
-from common.run_record import GgufRecord, Run
+from common.run_fields import GgufRecord
+from common.run_record import Run
 from common.training.loop import Interrupted, learning_rate
 from common.verify_record import VerifyRecord
 from tests.contexts import context

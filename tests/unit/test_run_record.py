@@ -171,6 +171,18 @@ def test_a_damaged_record(tmp_path: Path) -> None:
         _ = Run(tmp_path).record
 
 
+@pytest.mark.parametrize(
+    "export",
+    [{"gguf": [{"file": "/etc/passwd"}]}, {"fused": "../other"}, {"mmproj": "gguf/../../x"}, {"lora_gguf": "/x.gguf"}],
+)
+def test_a_record_names_no_file_outside_its_run(tmp_path: Path, export: dict) -> None:
+    run = write_run(tmp_path / "run", export=export)
+    with pytest.raises(
+        UserError, match=r"run\.json is not the record of a run: export\..*a file outside the run folder"
+    ):
+        Run(run).require_complete()
+
+
 def test_a_recipe_that_is_gone_is_told(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one")
     (one / "recipe.yaml").unlink()

@@ -26,8 +26,9 @@ from common.export.budget import estimate_stages
 from common.export.upload import Upload, push
 from common.models.adapter_files import read_mlx, read_peft, read_trained
 from common.options import Options
+from common.run_fields import GgufRecord
 from common.run_lock import held
-from common.run_record import GgufRecord, Run
+from common.run_record import Run
 from common.training import checkpoint
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted, evaluate

@@ -1,0 +1,119 @@
+"""What run.json holds."""
+
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from common.recipe import Parent
+from common.verify_record import VerifyRecord
+
+
+class _Record(BaseModel):
+    """A part of run.json. Fields that only other versions know are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+def _inside(name: str) -> str:
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        raise ValueError("a file outside the run folder")
+    return name
+
+
+# A stranger may have written the record.
+InRun = Annotated[str, AfterValidator(_inside)]  # a path relative to the run folder, and in it
+
+
+class GgufRecord(_Record):
+    """A GGUF file of the run."""
+
+    file: InRun
+    name: str = ""  # what --quant calls it, such as Q4_K_M or Q4_K_M-imatrix
+    quant: str = ""
+    bytes: int = 0
+    bits_per_weight: float = 0.0
+    tensors: dict[str, int] = {}  # how many by type
+    fallbacks: int = 0  # tensors in a larger type than `quant`
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        if isinstance(content, dict) and "name" not in content and "quant" in content:  # an older version's
+            return content | {"name": content["quant"]}
+        return content
+
+
+class ExportRecord(_Record):
+    """What was made from the adapter."""
+
+    fused: InRun | None = None
+    fuse_into: str | None = None
+    gguf: list[GgufRecord] = []
+    mmproj: InRun | None = None
+    lora_gguf: InRun | None = None
+    mlx: dict[str, Any] | None = None
+    sample: dict[str, Any] | None = None  # a prompt and the tuned model's answer
+    stages: dict[str, dict[str, int]] = {}  # bytes of memory and disk, by stage
+
+
+class BaseRecord(_Record):
+    """The base model's license, and the form in which its weights came."""
+
+    terms: dict[str, Any]
+    form: str = ""
+
+
+class DataRecord(_Record):
+    """How much there was to train on."""
+
+    train_rows: int = 0
+    valid_rows: int = 0
+    tokens: int = 0  # in the training rows
+    label_tokens: int = 0
+
+
+class RunRecord(_Record):
+    """run.json. A figure is None where the run has none, or an older version did not keep it."""
+
+    status: str  # training, interrupted, complete
+    recipe_hash: str
+    model_hash: str
+    options: dict[str, Any]  # without `llama_cpp`
+    stop_ids: list[int]
+    named_llama_cpp: str | None = None  # --llama-cpp when the run was made; a program is never taken from a record
+
+    parent: Parent | None = None  # of the recipe
+    plans: list[dict[str, Any]] = []
+    deterministic: dict[str, str] = {}
+    sample_prompt: list[dict[str, Any]] = []
+    sample_tokens: int | None = None
+    data: DataRecord = DataRecord()
+    base: BaseRecord | None = None
+    export: ExportRecord = ExportRecord()
+    verify: VerifyRecord | None = None
+    pushed: dict[str, Any] | None = None
+    stage_seconds: dict[str, float] = {}
+
+    backend: str | None = None
+    device: str | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    label_tokens: int | None = None
+    train_seconds: float | None = None
+    tokens_per_second: float | None = None
+    label_tokens_per_second: float | None = None
+    padding_fraction: float | None = None
+    final_train_loss: float | None = None
+    best_valid_loss: float | None = None
+    best_step: int | None = None
+    test_loss: float | None = None  # of the exported adapter
+    test_rows: int | None = None
+    exported_adapter: str | None = None  # best or last
+    exported_step: int | None = None
+    predicted_peak_bytes: int | None = None
+    predicted_parts: dict[str, int] = {}
+    memory_kind: str | None = None
+    peak_memory_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    swap_growth_bytes: int | None = None
