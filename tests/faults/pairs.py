@@ -45,6 +45,7 @@ UNFINISHED = (
     "finish",
     "exists",
     "is not there",
+    "holds another run",
 )
 
 
@@ -71,7 +72,7 @@ def words_of(name: str, run: Path, place: Place, number: int) -> list[str]:
         "chat": ["chat", run],
         "generate": ["generate", run, "--prompts", prompts, "--out", out, "--max-tokens", 4, "--context", 512],
         "serve": ["serve", run, "--port", 18400 + number],
-        "compare": ["compare", run],
+        "compare": ["compare", run, place.finished],
         "adapter": ["adapter", "inspect", run],
     }
     return [str(word) for word in lines[name]]

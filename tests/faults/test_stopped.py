@@ -17,5 +17,5 @@ def command(*words: str) -> str:
 
 
 def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
-    out = command("tests.faults.kills", "--kills", "6", "--export", "fused")
-    assert re.search(r"^([6-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
+    out = command("tests.faults.kills", "--kills", "4", "--export", "fused")
+    assert re.search(r"^([4-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
