@@ -1,4 +1,4 @@
-"""The short form of kills. What only it finds: a file that is missing or half-written at one moment."""
+"""The short forms of kills and pairs. What only they find: a file that is missing or half-written at one moment."""
 
 import re
 import subprocess
@@ -19,3 +19,7 @@ def command(*words: str) -> str:
 def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
     out = command("tests.faults.kills", "--kills", "4", "--export", "fused")
     assert re.search(r"^([4-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
+
+
+def test_two_commands_at_once_leave_a_run_intact() -> None:
+    assert "\n2 pairs, 0 faults" in command("tests.faults.pairs", "--only", "1")
