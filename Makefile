@@ -10,7 +10,7 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## then the tests with real models and the real llama.cpp
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile tests/e2e tests/faults tests/parity tests/gguf tests/templates
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/faults tests/parity tests/gguf tests/templates
 
 test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long

@@ -1,6 +1,7 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.backend.Backend`."""
 
 import gc
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,18 +35,24 @@ _T = TypeVar("_T")
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def _import_libraries() -> None:
+    """Import them before memory is counted: what they take is not the model's. Ours is the only display."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names a package that would be faster
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
 class TorchBackend:
     """See `common.backend.Backend` for the contract of every method."""
 
     graphs: Graphs | None
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        import peft  # noqa: F401  # before memory is counted: what the libraries take is not the model's
-        from transformers import AutoModelForCausalLM  # noqa: F401
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # ours is the only display
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        _import_libraries()
         return_large_blocks()
         self.recipe, self.start, self.device = recipe, adapter, torch.device(plan.device_name)
         self.settings = DeviceSettings(self.device, plan.memory_budget)

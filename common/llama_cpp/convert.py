@@ -26,7 +26,7 @@ from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
-from common.system.hardware import quota_threads
+from common.system.hardware import thread_limit
 from common.system.process import capture, offline_environment
 
 
@@ -120,7 +120,7 @@ def quantize(
         remedy = "Look at the free disk space and memory, then export again."
         # run in the matrix's folder and given its bare name, because the path goes into the GGUF
         matrix, cwd = (["--imatrix", imatrix.name], imatrix.parent) if imatrix else ([], None)
-        threads = [str(number) for number in [quota_threads()] if number]
+        threads = [str(number) for number in [thread_limit()] if number]
         command = [str(llama.quantize), *matrix, str(source.absolute()), OUT, quant, *threads]
         write_file(ToolRun(f"quantizing to {quant}", command, remedy, cwd=cwd), out, progress)
     return report(out, quant)

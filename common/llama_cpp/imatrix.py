@@ -13,7 +13,7 @@ from common.files import scratch_folder
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import tokenize
-from common.system.hardware import quota_threads
+from common.system.hardware import thread_limit
 
 CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that enough
 _CONTEXT = 512
@@ -67,7 +67,7 @@ def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: Ll
         # run in the text's folder and given its bare name, because the path goes into the file
         command = [str(tool), "-m", str(bf16_gguf.absolute()), "-f", source.name, "-o", OUT, "--parse-special"]
         command += ["-c", str(context), "-b", str(context), "--chunks", str(CHUNKS), "--no-ppl"]
-        if threads := quota_threads():
+        if threads := thread_limit():
             command += ["-t", str(threads)]
         remedy = "Close other programs, or leave --imatrix out."
         write_file(ToolRun("importance matrix", command, remedy, llama_environment(), source.parent), out, progress)

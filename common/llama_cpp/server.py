@@ -21,7 +21,7 @@ from common.data.chat_template import Message
 from common.errors import Refusal, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.sampling import Sampling
-from common.system.hardware import quota_threads
+from common.system.hardware import thread_limit
 from common.system.process import running
 
 LOOPBACK = "127.0.0.1"
@@ -176,7 +176,7 @@ class Server:
             command += ["--chat-template-file", str(options.template)]
         if options.lora:
             command += ["--lora", str(options.lora)]
-        if threads := options.threads or quota_threads():
+        if threads := options.threads or thread_limit():
             command += ["-t", str(threads)]
         return command
 

@@ -41,9 +41,15 @@ def physical_cores() -> int:
     return min(cores(), psutil.cpu_count(logical=False) or cores())
 
 
-def quota_threads() -> int | None:
-    """Threads for a program that counts the machine's cores by itself; None where no quota limits them."""
-    return physical_cores() if core_limit() else None
+def thread_limit() -> int | None:
+    """Threads for a program that counts the machine's cores by itself; None where nothing holds this process to fewer.
+
+    OMP_NUM_THREADS does, a container's quota, and an affinity (`taskset`).
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given):
+        return int(given)
+    return physical_cores() if core_limit() or cores() < (os.cpu_count() or 1) else None
 
 
 def nvidia_gpus() -> list[Gpu]:

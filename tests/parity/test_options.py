@@ -84,7 +84,7 @@ ELSEWHERE = {
     "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
     "push": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
     "push_public": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
-    "quant": "e2e/test_commands.py::test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops",
+    "quant": "e2e/test_example.py::test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops",
     "quiet": "e2e/test_commands.py::test_quiet_mode_is_quiet",
     "resume": "unit/test_train.py::test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends",
 }

@@ -8,8 +8,8 @@ from common.data.encode import Encoder, MaskingOptions
 from common.data.load import read_rows
 from common.data.truncation import encode_all
 from common.models.resolve import resolve
-from mlx_backend.devices import preload
-from tests import ROOT, backends
+from common.options import EXAMPLE
+from tests import backends
 from tests.tiny import write_model, write_rows
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -50,34 +50,22 @@ def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(tmp_path):
         other.close()
 
 
-@pytest.fixture
-def both_cores():
-    """Real models keep two threads busy; the tiny ones of the other tests wait for each other."""
-    import ctypes
-
-    import torch
-
-    preload()  # into the process, whose symbols CDLL(None) finds
-    threads = torch.get_num_threads()
-    blas_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", lambda count: None)
-    torch.set_num_threads(2)
-    blas_threads(2)
-    yield
-    torch.set_num_threads(threads)
-    blas_threads(1)
+@pytest.mark.parametrize(("name", "steps"), [(SMOLLM2, 6), (GEMMA, 2)])
+def test_steps_of_a_real_model_agree(name, steps):
+    """What only this finds: rounding that grows with a real model's depth, weights and vocabulary. More: tests/long."""
+    compare_steps(name, steps)
 
 
-@pytest.mark.parametrize(("name", "steps"), [(SMOLLM2, 20), (GEMMA, 8)])
-def test_steps_of_a_real_model_agree(name, steps, both_cores):
-    """What only this finds: rounding that grows with a real model's depth, weights and vocabulary."""
+def compare_steps(name, steps):
+    """The step losses of both backends, the same within 1e-3; those of PyTorch are returned."""
     folder = resolve(name, print).path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
-    rows = encode_all(read_rows(ROOT / "examples" / "data" / "train.jsonl"), Encoder(tokenizer, MaskingOptions()))
+    rows = encode_all(read_rows(EXAMPLE / "train.jsonl"), Encoder(tokenizer, MaskingOptions()))
     # a gentle rate: at 2e-4 Gemma amplifies rounding some tenfold within the twenty steps, on some CPUs beyond 1e-3
     recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=5e-5)
     torch, mlx = both(folder, rows, recipe, steps)
     print(f"{name}: logits {np.abs(torch[0] - mlx[0]).max():.1e}, step losses, torch and mlx:")
     print(*(f"{a:.6f} {b:.6f}" for a, b in zip(torch[1], mlx[1], strict=True)), sep="\n")
     np.testing.assert_allclose(mlx[1], torch[1], atol=1e-3)
-    assert np.mean(torch[1][-4:]) < (0.8 if steps == 20 else 1.0) * np.mean(torch[1][:4])
+    return torch[1]

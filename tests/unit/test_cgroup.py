@@ -1,5 +1,7 @@
 """Limits of containers and jobs, read from a made-up /proc and made-up groups of both versions."""
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -150,13 +152,26 @@ def test_doctor_says_where_a_limit_comes_from(build: Build, capsys: pytest.Captu
     assert f"({groups / 'cpu.max'} allows 1.5)" in said
 
 
-@pytest.mark.parametrize(("files", "threads"), [({"cpu.max": "150000 100000"}, "2"), ({}, None)])
-def test_programs_of_llama_cpp_start_no_more_threads_than_a_quota_allows(
-    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], threads: str | None
+@pytest.mark.parametrize(
+    ("files", "variable", "affinity", "threads"),
+    [({"cpu.max": "150000 100000"}, "", 16, "2"), ({}, "3", 16, "3"), ({}, "", 4, "4"), ({}, "", 16, None)],
+    ids=["quota", "OMP_NUM_THREADS", "affinity", "nothing"],
+)
+def test_programs_of_llama_cpp_start_no_more_threads_than_are_allowed(
+    build: Build,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    variable: str,
+    affinity: int,
+    threads: str | None,
 ) -> None:
     """They count the machine's cores. The stand-in writes down how it was called, and fails."""
     build("0::/\n", V2, files)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 16)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
     program, calls = tmp_path / "program", tmp_path / "calls"
     program.write_text(
         f"#!{sys.executable}\nimport sys\nopen({str(calls)!r}, 'w').write(' '.join(sys.argv))\nexit(1)\n"
@@ -165,7 +180,7 @@ def test_programs_of_llama_cpp_start_no_more_threads_than_a_quota_allows(
     llama = LlamaCpp(tmp_path, program, program, "test", "1")
     with pytest.raises(UserError), Server(llama, tmp_path / "m.gguf", ServerOptions(timeout=60)):
         pass
-    assert ("-t 2" in calls.read_text()) is bool(threads)
+    assert re.findall(r" -t (\d+)", calls.read_text()) == [threads] * bool(threads)
     with pytest.raises(UserError):
         quantize(tmp_path / "m.gguf", tmp_path / "out.gguf", "Q8_0", llama, lambda share, text: None)
     assert calls.read_text().split()[-1] == (threads or "Q8_0")
