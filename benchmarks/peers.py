@@ -27,6 +27,7 @@ from typing import Any
 import torch_backend
 from benchmarks.one_step import recipe_of
 from benchmarks.peer_runs import PEERS, ROOT, RUNNERS, environment
+from common.data.batching import micro_batches
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.load import read_rows
 from common.data.truncation import encode_all
@@ -47,7 +48,7 @@ def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, devi
     backend = torch_backend.create()
     plan = Plan(backend="torch", device=device, micro_batch_tokens=1024, save_every=1)
     backend.load(recipe_of({"rows": 4, "width": 8, "precision": "fp32", "rank": rank}), plan, folder, found)
-    loss = evaluate(backend, rows, 1024, device)
+    loss = evaluate(backend, micro_batches(rows, 1024, device))
     backend.close()
     return loss
 
@@ -65,7 +66,7 @@ def prepare(arguments: argparse.Namespace, folder: Path, work: Path) -> tuple[li
     ]
     (work / "split.jsonl").write_text("\n".join(map(json.dumps, split)) + "\n", encoding="utf-8")
     encoder = Encoder(load_tokenizer(folder, None), MaskingOptions())
-    read = [encode_all(read_rows(work / name), encoder) for name in ("rows.jsonl", "held.jsonl")]
+    read = [encode_all(read_rows(work / name), encoder.encode_batch) for name in ("rows.jsonl", "held.jsonl")]
     return read[0], read[1]
 
 

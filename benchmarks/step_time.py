@@ -44,7 +44,9 @@ def main() -> None:
     arguments = parser.parse_args()
     model = resolve(arguments.model, print)
     recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
-    rows = encode_all(read_rows(Path(arguments.data)), Encoder(load_tokenizer(model.path, None), MaskingOptions()))
+    rows = encode_all(
+        read_rows(Path(arguments.data)), Encoder(load_tokenizer(model.path, None), MaskingOptions()).encode_batch
+    )
     shapes = linear_shapes(model, ["all-linear"])
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)

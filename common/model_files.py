@@ -7,7 +7,7 @@ whatever the user wants. So it must never see a folder that holds code, or that 
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -162,11 +162,25 @@ def open_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str], offsets: bool) -> list[Any]:
+    """`tokenizers.Encoding` of each text: its ids, and its offsets where asked for. Raises UserError as `tokenize`."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    try:
+        return encode(texts, add_special_tokens=False)
+    except Exception as error:  # as above
+        raise _unencodable(tokenizer, error) from None
+
+
 def tokenize(tokenizer: Any, text: str | list[str], add_special_tokens: bool = False, **more: bool) -> Any:
     """The tokenizer's encoding of the text or texts. Raises UserError where its files do not let it encode them."""
     try:
         return tokenizer(text, add_special_tokens=add_special_tokens, **more)
     except Exception as error:  # a vocabulary without the piece for unknown letters, and whatever else
-        raise UserError(
-            f"{tokenizer.name_or_path}: its tokenizer cannot encode a text: {first_line(error)}", _REMEDY
-        ) from None
+        raise _unencodable(tokenizer, error) from None
+
+
+def _unencodable(tokenizer: Any, error: Exception) -> UserError:
+    return UserError(f"{tokenizer.name_or_path}: its tokenizer cannot encode a text: {first_line(error)}", _REMEDY)

@@ -68,7 +68,7 @@ NEEDLESS = {
     **dict.fromkeys(("logging_dir", "run_name"), _RUN_FOLDER),
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "xformers_attention"), _ATTENTION),
     **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns"), _LOADING),
-    "val_batches": "validation goes over every validation row",
+    "val_batches": "validation scores up to eval_rows rows",
     "eval_strategy": "validation runs at the end of each epoch, or every eval_every steps",
     "evaluation_strategy": "validation runs at the end of each epoch, or every eval_every steps",
     "save_strategy": "checkpoints are written at the end of each epoch, or every save_every steps",

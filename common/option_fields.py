@@ -55,6 +55,9 @@ class RecipeFields(BaseModel):
         "tools and calls as text, the tools into the system message",
     )
 
+    eval_rows: int = in_training(
+        200, "validation rows that are scored, drawn by --seed where there are more; 0: all of them", ge=0
+    )
     batch_size: int = in_training(8, "rows of an optimizer step", ge=1)
     learning_rate: float = in_training(2e-4, "highest learning rate of the schedule", gt=0)
     schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")

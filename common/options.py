@@ -42,6 +42,7 @@ class Options(RecipeFields, PlanFields):
     model: str | None = in_model(
         None, "Hugging Face name, model folder or GGUF file of the base model", path=True, value="NAME"
     )
+    rehash: bool = in_model(False, "read all weights for the model's hash, though no file of it has changed")
     adapter: str | None = in_model(
         None,
         "adapter to train further (PEFT, mlx-lm or a run folder); rank, alpha and layers are the adapter's",

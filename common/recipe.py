@@ -20,8 +20,9 @@ _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # 
 
 VERSION = 2  # of recipes; raised where the same fields come to give another result
 SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
-# Names; and options whose whole effect is in data_hash and rows_hash, none where no row is bad or has tools.
-_NOT_HASHED = {"model", "data", "on_bad_row", "tools"}
+OPTIONAL = {"parent", "eval_rows"}  # fields that a recipe of any version may lack
+# Names; and options whose whole effect is in data_hash and rows_hash.
+_NOT_HASHED = {"model", "data", "on_bad_row", "tools", "eval_rows"}
 
 
 class Parent(BaseModel):
@@ -42,6 +43,7 @@ class Recipe(RecipeFields):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     version: int = VERSION
+    eval_rows: int = 0  # all of them, in a recipe from before this option
     model: str  # not hashed
     data: str  # not hashed
     model_hash: str  # contents of weights, config and tokenizer

@@ -90,7 +90,7 @@ def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
 
 
 def encode_rows(folder: Path, rows: Path) -> list[Encoded]:
-    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), MaskingOptions()))
+    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), MaskingOptions()).encode_batch)
 
 
 def run_steps(

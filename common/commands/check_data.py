@@ -36,7 +36,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     if explain is not None:
         explain_row(data.train, explain, encoder, display)
         return
-    encoded, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row)
+    encoded, bad = encode_parts((data.train, data.valid, data.test), encoder.encode_batch, options.on_bad_row)
     overflow: Literal["drop", "truncate"] = "truncate" if options.overflow == "truncate" else "drop"
     parts = {
         name: filter_by_length(part, options.max_length, overflow)

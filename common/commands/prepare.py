@@ -98,7 +98,7 @@ def prepare(
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
     memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
-    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.valid.rows)
+    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored)
     _warn_of_peak(chosen, display)
     adapter_bytes, held = trained_bytes(start, base.model), reloaded(options, memory, base.model)
     verifies = not options.no_verify
@@ -119,7 +119,7 @@ def prepare(
         hardware=hardware,
         memory=memory,
         train=rows.train.rows,
-        valid=rows.valid.rows,
+        valid=rows.scored,
         test=rows.test.rows,
         start=start,
         stages=stages,

@@ -11,7 +11,7 @@ from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name, prepare
 from common.context import Context
-from common.data.batching import steps_per_epoch
+from common.data.batching import micro_batches, steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
@@ -152,7 +152,7 @@ def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str,
     with display.optional("the test rows are not scored"), timed(seconds, "test"):
         backend.set_adapter(adapter)
         with display.stage("score the test rows"):
-            loss = evaluate(backend, job.test, job.plan.micro_batch_tokens, job.plan.device)
+            loss = evaluate(backend, micro_batches(job.test, job.plan.micro_batch_tokens, job.plan.device))
         job.run.update(test_loss=loss, test_rows=len(job.test))
         display.say(f"test loss {loss:.4f} over {len(job.test)} rows")
 

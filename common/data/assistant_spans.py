@@ -6,11 +6,10 @@ A turn's span is known only where the placeholders, replaced by the answers, giv
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.data.chat_template import OPEN_BLOCK, PLACEHOLDER, ChatTemplate, Message, Refused, closing
+from common.data.chat_template import EMPTY_BLOCK, OPEN_BLOCK, ChatTemplate, Message, Refused, closing
 from common.data.dataset import Example
 from common.data.message_forms import (
     ends_with_reasoning,
@@ -19,20 +18,11 @@ from common.data.message_forms import (
     tool_call_forms,
     without_reasoning,
 )
+from common.data.placeholders import Filled, Placeholders
 from common.data.tool_text import uses_tools
 from common.data.turn_edges import BadRow, MaskedRow, Unlabeled, find_end, find_start
 
 REMEDY = "Remove the row, or use another template (--chat-template)."
-# How templates strip an answer.
-_STRIPPED = (
-    lambda text: text,
-    lambda text: text.strip(),
-    lambda text: text.lstrip(),
-    lambda text: text.rstrip(),
-    lambda text: text.strip("\n"),
-    lambda text: text.lstrip("\n"),
-    lambda text: text.rstrip("\n"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,58 +78,100 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
 
 
 def _locate(messages: list[Message], tools: Any, template: ChatTemplate) -> Conversation:
+    """With placeholders for every turn, or, where the template reads what they say, for the assistant's alone."""
+    try:
+        return _located(messages, tools, template, every=True)
+    except (Refused, Unlabeled):
+        return _located(messages, tools, template, every=False)
+
+
+def _located(messages: list[Message], tools: Any, template: ChatTemplate, every: bool) -> Conversation:
     think = ends_with_reasoning(messages)
-    masked, answers = _with_placeholders(messages)
+    placeholders = Placeholders(messages, every)
+    masked = placeholders.messages
     if think and (inline := _inlined(messages, masked, tools, template)):
         messages, masked = inline
     row = MaskedRow(template, tools, think, masked)
-    text = row.render(masked)
+    text = template.masked(masked, tools, think)
+    written = {place[0] for place in placeholders.found(text)}
     for number, message in enumerate(masked):
-        if message["role"] == "assistant" and message["content"] and message["content"] not in text:
+        content = message["content"] if message["role"] == "assistant" else ""
+        if content and content not in written and content not in text:
             raise Unlabeled(f"the template leaves out or changes the answer of turn {number + 1}")
     rendered = row.render(messages)
-    contents = _contents(text, rendered, answers)
-    spans: list[Turn] = []
-    for number, message in enumerate(masked):
-        if message["role"] != "assistant":
-            continue
-        prompt = template.prompt(masked[:number], tools, think)
-        at, start, block = find_start(text, prompt, number)
-        if block and row.is_last(number):  # the served prompt has a block that the rendering leaves out
-            reasoning = message.get("reasoning_content")
-            if think and reasoning:
-                opened = OPEN_BLOCK.search(block)
-                block += f"{reasoning}{closing(opened[1] if opened else '<think>')}"
-                contents[reasoning] = answers[reasoning]
-            text = text[:at] + block + text[start:]
-            start = len(prompt)
-        stop, end, lacking = find_end(row, text, start, number)
-        text += lacking
-        spans.append(Turn(number, start, stop, end))
-    if think and not any(name in text for name in answers if name.endswith(f"q{len(masked) - 1}qr")):
+    contents = placeholders.contents(text, rendered)
+    text, spans, inferred = _turns(row, text, placeholders if every else None)
+    if think and not any(place[0].endswith(f"q{len(masked) - 1}qr") for place in placeholders.found(text)):
         raise Unlabeled("the template leaves out the reasoning of the last turn (--thinking off trains without it)")
-    text, turns = _filled_in(text, spans, contents)
+    filled = Filled(text, placeholders, placeholders.originals | contents)
+    text = filled.text
+    turns = [Turn(turn.message, *map(filled.moved, (turn.start, turn.stop, turn.end))) for turn in spans]
+    _check_prompts(row, messages, text, [turn for turn in turns if turn.message in inferred])
     _check_complete(messages, tools, text, turns)
     generated = template.generation_spans(messages, tools, think, rendered) if text == rendered else None
     return Conversation(text, turns, generation_spans=generated)
 
 
-def _with_placeholders(messages: list[Message]) -> tuple[list[Message], dict[str, str]]:
-    """The messages with placeholders for what the assistant says and thinks, and the text behind each."""
-    salt = ""
-    while any(f"qTWINTUNE{salt}q" in str(message) for message in messages):
-        salt += "x"
-    masked, answers = [], {}
-    for number, message in enumerate(messages):
-        if message["role"] == "assistant":
-            message = {**message}
-            for key in ("content", "reasoning_content"):
-                if message.get(key):
-                    placeholder = PLACEHOLDER.format(salt, number, key[0])
-                    answers[placeholder] = message[key]
-                    message[key] = placeholder
-        masked.append(message)
-    return masked, answers
+def _turns(row: MaskedRow, text: str, placeholders: Placeholders | None) -> tuple[str, list[Turn], set[int]]:
+    """`(the masked text, its assistant turns, the messages of those that were inferred)`.
+
+    A turn within the same text as one that was found before is inferred: to render each turn's prompt again would take
+    a time that grows with the square of the turns. The text grows where the last turn lacks a block that its prompt
+    has, or a part of its end. placeholders: of every turn; None: each turn is found.
+    """
+    regions = _regions(row, text, placeholders) if placeholders else {}
+    spans, inferred = list[Turn](), set[int]()
+    for number, message in enumerate(row.messages):
+        if message["role"] != "assistant":
+            continue
+        if number in regions and (edges := row.known_edges(number, text, regions[number])):
+            start, end = regions[number]
+            stop = end - len(edges.tail)
+            spans.append(Turn(number, start + len(edges.head), stop, stop + edges.token))
+            inferred.add(number)
+            continue
+        prompt = row.template.prompt(row.messages[:number], row.tools, row.think)
+        at, start, block = find_start(text, prompt, number)
+        if block and row.is_last(number):  # the served prompt has a block that the rendering leaves out
+            reasoning = message.get("reasoning_content")
+            if row.think and reasoning:
+                opened = OPEN_BLOCK.search(block)
+                block += f"{reasoning}{closing(opened[1] if opened else '<think>')}"
+            text = text[:at] + block + text[start:]
+            start = len(prompt)
+        stop, end, lacking = find_end(row, text, start, number)
+        text += lacking
+        spans.append(Turn(number, start, stop, end))
+        if number in regions and not block and not lacking:
+            row.learn_edges(number, text, regions[number], (start, stop, end))
+    return text, spans, inferred
+
+
+def _regions(row: MaskedRow, text: str, placeholders: Placeholders) -> dict[int, tuple[int, int]]:
+    """By assistant turn, the characters between the texts of the turns before and after it, where these are known."""
+    first, last = dict[int, int](), {-1: 0}
+    for place in placeholders.found(text):
+        first.setdefault(int(place[1]), place.start())
+        last[int(place[1])] = place.end()
+    first[len(row.messages)] = len(text)
+    found = {}
+    for number, message in enumerate(row.messages):
+        if message["role"] == "assistant" and number - 1 in last and number + 1 in first:
+            start, end = last[number - 1], first[number + 1]
+            if start <= first.get(number, start) <= last.get(number, end) <= end:
+                found[number] = start, end
+    return found
+
+
+def _check_prompts(row: MaskedRow, messages: list[Message], text: str, turns: list[Turn]) -> None:
+    """Raises Unlabeled where an inferred turn does not follow its prompt: of the first, second, fourth ... and last."""
+    for number, turn in enumerate(turns, 1):
+        if number & (number - 1) and number < len(turns):
+            continue
+        prompt = row.template.prompt(messages[: turn.message], row.tools, row.think)
+        between = text[len(prompt) : turn.start]
+        if not text.startswith(prompt) or len(prompt) > turn.start or (between and not EMPTY_BLOCK.fullmatch(between)):
+            raise Unlabeled(f"turn {turn.message + 1} renders differently with and without what follows it")
 
 
 def _inlined(
@@ -157,45 +189,18 @@ def _inlined(
     return (both[0], both[1]) if placeholder in template.render(both[1], tools, False, True) else None
 
 
-def _contents(masked: str, text: str, answers: dict[str, str]) -> dict[str, str]:
-    """The text in place of each placeholder of `masked`: an answer, as the template strips it."""
-    pieces = re.split("(" + "|".join(map(re.escape, answers)) + ")", masked) if answers else [masked]
-    if not text.startswith(pieces[0]):
-        raise Unlabeled("the template renders the row differently for other answers")
-    found: dict[str, str] = {}
-    at = len(pieces[0])
-    for placeholder, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-        variants = (strip(answers[placeholder]) for strip in _STRIPPED)
-        content = next((variant for variant in variants if text.startswith(variant + literal, at)), None)
-        if content is None:
-            raise Unlabeled("the template changes the assistant's text")
-        if placeholder in found:
-            raise Unlabeled("the template writes an answer twice")
-        found[placeholder] = content
-        at += len(content) + len(literal)
-    if at != len(text):
-        raise Unlabeled("the template renders the row differently for other answers")
-    return found
-
-
-def _filled_in(text: str, turns: list[Turn], contents: dict[str, str]) -> tuple[str, list[Turn]]:
-    """The text with its placeholders replaced, and the turns at their positions in it."""
-    growth = [(text.find(name) + len(name), len(content) - len(name)) for name, content in contents.items()]
-
-    def moved(at: int) -> int:
-        return at + sum(more for end, more in growth if end <= at)
-
-    for name, content in contents.items():
-        text = text.replace(name, content)
-    return text, [Turn(turn.message, moved(turn.start), moved(turn.stop), moved(turn.end)) for turn in turns]
-
-
 def _check_complete(messages: list[Message], tools: Any, text: str, turns: list[Turn]) -> None:
     """Raises Unlabeled where something is missing: templates without a system role, or tools, drop them silently."""
+    at = 0
     for number, message in enumerate(messages, 1):
-        if message["role"] in ("system", "user") and message["content"].strip() not in text:
+        content = message["content"].strip() if message["role"] in ("system", "user", "tool") else ""
+        found = text.find(content, at)  # most often the next one stands behind the one before
+        at = found if found >= 0 else at
+        if found >= 0 or content in text:
+            continue
+        if message["role"] != "tool":
             raise Unlabeled(f"the template leaves out or changes the text of turn {number} ({message['role']})")
-        if message["role"] == "tool" and not _contains(text, message["content"].strip()):
+        if not _contains(text, content):
             raise Unlabeled(f"the template leaves out the tool's answer of turn {number}")
     for tool in tools:
         if str(tool.get("function", tool).get("name", "")) not in text[: turns[0].start if turns else None]:

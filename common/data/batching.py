@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -27,8 +28,12 @@ def step_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     Every epoch has an order of its own; its last step takes the rows that are left.
     """
     epoch, position = divmod(step - 1, steps_per_epoch(rows, batch_size))
-    order = np.random.default_rng([seed, 2, epoch]).permutation(rows)
-    return order[position * batch_size : (position + 1) * batch_size].tolist()
+    return _epoch_order(rows, seed, epoch)[position * batch_size : (position + 1) * batch_size].tolist()
+
+
+@lru_cache(maxsize=1)  # the steps of an epoch come one after another
+def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, 2, epoch]).permutation(rows)
 
 
 def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int, device: str = "cpu") -> list[Batch]:

@@ -28,6 +28,8 @@ _TAGS = {
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<|channel>thought": "<channel|>",
 }
+_PLAIN = {"role", "content", "train", "weight"}  # keys of a message whose rendering is known by roles and placeholders
+_SHAPES = 1000  # of conversations that are remembered
 _OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
 EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
 OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
@@ -54,6 +56,9 @@ class ChatTemplate:
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.edges: dict[tuple[object, ...], list[Any]] = {}  # what it writes around turns, by their kind
+        self._masked: dict[tuple[object, ...], str] = {}
+        self._tokens = dict(tokenizer.special_tokens_map)
         self._suffix: str | None = None
         self._no_tools: list[Any] | None = None
         try:
@@ -72,13 +77,37 @@ class ChatTemplate:
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         """The messages as text. prompt: with the generation prompt behind them. Raises Refused."""
-        settings = {"chat_template": self.source, "tools": list(tools) or self._no_tools, "tokenize": False}
-        settings |= self._variables(think) | {"add_generation_prompt": prompt}
-        given = self._with_reasoning(messages)
+        return self._rendered(messages, tools, think, add_generation_prompt=prompt)[0]
+
+    def _rendered(self, messages: list[Message], tools: Any, think: bool, **settings: bool) -> tuple[str, Any]:
+        """As the tokenizer's own apply_chat_template renders them, and the spans within generation tags, if asked for.
+
+        That method takes twice the time of the template itself.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if not messages:
+            raise Refused("a conversation without a turn")
+        plain = [{key: value for key, value in m.items() if value is not None} for m in self._with_reasoning(messages)]
+        given = self._tokens | self._variables(think) | settings
+        given |= {"tools": list(tools) or self._no_tools, "chat_template": self.source}
         try:
-            return self.tokenizer.apply_chat_template(given, **settings)
+            texts, spans = render_jinja_template([plain], **given)
         except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
             raise Refused(str(error)) from None
+        return texts[0], spans
+
+    def masked(self, messages: list[Message], tools: Any, think: bool) -> str:
+        """The messages, which have placeholders for what they say, as text. Raises Refused."""
+        turns = (think, *((message["role"], message["content"]) for message in messages))
+        plain = all(message.keys() <= _PLAIN and str(message["content"])[:9] == PLACEHOLDER[:9] for message in messages)
+        if tools or not plain:
+            return self.render(messages, tools, False, think)
+        if turns not in self._masked:
+            if len(self._masked) >= _SHAPES:
+                self._masked.clear()
+            self._masked[turns] = self.render(messages, (), False, think)
+        return self._masked[turns]
 
     def generation_spans(
         self, messages: list[Message], tools: Any, think: bool, rendered: str
@@ -87,19 +116,10 @@ class ChatTemplate:
 
         Raises Refused.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         if not self.has_generation_tags:
             return None
-        given = self._with_reasoning(messages)
-        plain = [{key: value for key, value in message.items() if value is not None} for message in given]
-        settings = {"chat_template": self.source, "tools": list(tools) or self._no_tools}
-        settings |= self.tokenizer.special_tokens_map | self._variables(think)
-        try:
-            texts, spans = render_jinja_template([plain], return_assistant_tokens_mask=True, **settings)
-        except Exception as error:  # as above
-            raise Refused(str(error)) from None
-        return tuple(spans[0]) if texts[0] == rendered else None
+        text, spans = self._rendered(messages, tools, think, return_assistant_tokens_mask=True)
+        return tuple(spans[0]) if text == rendered else None
 
     def _with_reasoning(self, messages: list[Message]) -> list[Message]:
         """The reasoning under each name that a template may look for."""

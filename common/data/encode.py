@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import numpy as np
 from common.data.assistant_spans import REMEDY, Conversation, locate_turns
 from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
+from common.data.tokens import TextTokenizer, Tokens
 from common.data.tool_text import tools_as_text, uses_tools
 from common.data.turn_edges import BadRow, Unlabeled
 from common.errors import UserError
@@ -129,6 +131,7 @@ class Encoder:
         self.template = ChatTemplate(tokenizer, masking.thinking) if tokenizer.chat_template else None
         self.unlabeled_reason = "prompt" if masking.train_on != "all" else "--train-on all: every token is learned"
         self.bos = tokenizer.bos_token_id if _adds_bos(tokenizer) else None
+        self._text = TextTokenizer(tokenizer)
 
     def locate_turns(self, example: Example) -> Conversation:
         """The row as text with its assistant turns. Raises BadRow where they cannot be located exactly."""
@@ -142,9 +145,41 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """Token ids and loss weights. Raises BadRow where the row cannot be labeled exactly."""
+        if example.text is None:
+            return self.encode_chat(example)[0]
+        (tokens,) = self._text.tokens([example.text])
+        return self._plain(example, tokens)
+
+    def encode_batch(self, examples: Sequence[Example]) -> list[Encoded | BadRow]:
+        """Of each row what `__call__` returns, or the BadRow that it raises. The tokenizer is called once for all."""
+        located = [self._located(example) for example in examples]
+        texts = [found.text or "" for found in located if isinstance(found, Example | Conversation)]
+        tokens = iter(self._text.tokens(texts))
+        return [self._encoded(example, found, tokens) for example, found in zip(examples, located, strict=True)]
+
+    def _located(self, example: Example) -> Example | Conversation | BadRow | None:
+        """The row itself where it is plain text, else its turns; None where it must be changed first."""
         if example.text is not None:
-            return self._text(example)
-        return self.encode_chat(example)[0]
+            return example
+        try:
+            return None if self._without_tools(example) else self.locate_turns(example)
+        except BadRow as why:
+            return why
+
+    def _encoded(
+        self, example: Example, found: Example | Conversation | BadRow | None, tokens: Iterator[Tokens]
+    ) -> Encoded | BadRow:
+        if isinstance(found, BadRow):
+            return found
+        try:
+            if isinstance(found, Example):
+                return self._plain(example, next(tokens))
+            if found:
+                with suppress(Unlabeled):
+                    return self._chat(example, found, next(tokens))
+            return self(example)
+        except BadRow as why:
+            return why
 
     def encode_chat(self, example: Example) -> tuple[Encoded, Conversation, Example]:
         """A chat row's ids and loss weights, its text with the turns, and the row as it was rendered.
@@ -158,7 +193,8 @@ class Encoder:
             return replace(row, notes=(note, *row.notes)), conversation, rendered
         conversation = self.locate_turns(example)
         try:
-            return self._chat(example, conversation), conversation, example
+            (tokens,) = self._text.tokens([conversation.text])
+            return self._chat(example, conversation, tokens), conversation, example
         except Unlabeled as why:
             stripped = replace(example, messages=tuple({**m, "content": _stripped(m)} for m in example.messages))
             if stripped != example:  # a leading line break may merge with the prompt's last token
@@ -175,38 +211,25 @@ class Encoder:
             return tools_as_text(example)
         return replace(example, tools=()) if example.tools else None
 
-    def _chat(self, example: Example, conversation: Conversation) -> Encoded:
-        text = conversation.text
-        encoding = tokenize(self.tokenizer, text, return_offsets_mapping=True)
-        ids = np.asarray(encoding["input_ids"], np.int32)
-        starts, ends = np.asarray(encoding["offset_mapping"], np.int64).reshape(-1, 2).T
-        weights, stops = np.zeros(len(ids), np.float32), []
-        trained = self.trained(example, conversation)
-        for turn in conversation.turns:
-            inside = (starts >= turn.start) & (starts < turn.end) & (ends > starts)
-            across = [(starts < edge) & (ends > edge) for edge in (turn.start, turn.stop)]
-            # an end token may include the spaces after it (Phi-3's do); text may not
-            across.append((starts < turn.stop) & (ends > turn.end))
-            if any(map(np.any, across)):
-                raise Unlabeled("a token crosses the edge of an assistant turn")
-            first = int(np.argmax(inside))
-            prompt = tokenize(self.tokenizer, text[: turn.start])["input_ids"]
-            if prompt != ids[:first].tolist():
-                raise Unlabeled("the prompt's tokens are not a prefix of the conversation's")
+    def _chat(self, example: Example, conversation: Conversation, tokens: Tokens) -> Encoded:
+        weights, stops = np.zeros(len(tokens.ids), np.float32), []
+        trained, turns = self.trained(example, conversation), conversation.turns
+        spans = self._text.spans(tokens, [(turn.start, turn.stop, turn.end) for turn in turns])
+        for turn, (first, stop, end) in zip(turns, spans, strict=True):
             if turn.message in trained:
-                weights[inside] = trained[turn.message]
+                weights[first:end] = trained[turn.message]
                 if turn.end > turn.stop:
-                    stops.append(int(ids[inside][-1]))
-                    content = ids[(starts >= turn.start) & (starts < turn.stop)]
-                    if stops[-1] in content and not example.messages[turn.message].get("tool_calls"):
+                    stops.append(int(tokens.ids[end - 1]))
+                    called = example.messages[turn.message].get("tool_calls")
+                    if stops[-1] in tokens.ids[first:stop] and not called:
                         where = f"turn {turn.message + 1}"
                         raise Unlabeled(f"{where} has the end-of-turn token in its text, and would teach a stop there")
-        weights = self._within_generation(conversation, weights, starts)
+        weights = self._within_generation(conversation, weights, tokens, spans)
         if self.masking.train_on == "all":
             weights[:] = example.weight
-            for turn in conversation.turns:
-                weights[(starts >= turn.start) & (starts < turn.end)] = trained.get(turn.message, 0)
-        return self._with_bos(Encoded(ids, compact(weights), example.source, tuple(stops), conversation.notes))
+            for turn, (first, _, end) in zip(turns, spans, strict=True):
+                weights[first:end] = trained.get(turn.message, 0)
+        return self._with_bos(Encoded(tokens.ids, compact(weights), example.source, tuple(stops), conversation.notes))
 
     def trained(self, example: Example, conversation: Conversation) -> dict[int, float]:
         """The indices of the messages whose turns are trained, and what their tokens weigh in the loss."""
@@ -215,22 +238,25 @@ class Encoder:
         given = ((number, example.messages[number]) for number in selected)
         return {n: example.weight * message.get("weight", 1.0) for n, message in given if message.get("train", True)}
 
-    def _within_generation(self, conversation: Conversation, weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    def _within_generation(
+        self, conversation: Conversation, weights: np.ndarray, tokens: Tokens, spans: list[tuple[int, int, int]]
+    ) -> np.ndarray:
         """Those within the template's own generation tags, where it has them, and at the end of each turn; others 0."""
         if not conversation.generation_spans:
             return weights
-        allowed = np.zeros(len(weights), bool)
-        for start, end in [*conversation.generation_spans, *((turn.stop, turn.end) for turn in conversation.turns)]:
-            allowed |= (starts >= start) & (starts < end)
+        allowed, offsets = np.zeros(len(weights), bool), self._text.offsets(tokens)
+        for start, end in conversation.generation_spans:
+            allowed[offsets.before(start) : offsets.before(end)] = True
+        for _, stop, end in spans:
+            allowed[stop:end] = True
         return np.where(allowed, weights, np.float32(0))
 
-    def _text(self, example: Example) -> Encoded:
+    def _plain(self, example: Example, tokens: Tokens) -> Encoded:
         """Plain text: every token is a label, and so is the end token; with BOS where the tokenizer adds it."""
-        ids = tokenize(self.tokenizer, example.text or "")["input_ids"]
         stop = self.tokenizer.eos_token_id
         if stop is None:
             raise UserError(f"{example.source}: the tokenizer has no end-of-text token.", "Use chat rows.")
-        ids = np.asarray([*ids, stop], np.int32)
+        ids = np.append(tokens.ids, np.int32(stop))
         weights = compact(np.full(len(ids), example.weight, np.float32))
         try:
             return self._with_bos(Encoded(ids, weights, example.source, (stop,)))

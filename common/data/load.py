@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from common.data.dataset import Dataset, Example, data_hash, prompt_key
 from common.data.encode import Encoder, load_tokenizer, masking_of
 from common.data.formats import KNOWN, PARTS, clashing, read_row
 from common.data.messages import Fault, LeftOut
-from common.data.readers import SUFFIXES, LocatedRows, read_file, without_none
+from common.data.readers import SUFFIXES, NumberedRows, RowSource, file_source, without_none
 from common.errors import UserError, first_line
 from common.options import Options
 from common.paths import user_path
@@ -88,7 +89,7 @@ def load_data(
         return reading.data(parts["train"], parts["valid"], parts["test"])
     if not path.exists() and (hub := _HUB_NAME.fullmatch(source)) and path.suffix not in SUFFIXES:
         parts = {
-            part: _examples(_hub_rows(rows, part), f"{source} ({part})", "row(s)", reading)
+            part: _examples(RowSource(f"{source} ({part})", part, "row", partial(_hub_rows, rows)), reading)
             for part, rows in _from_hub(source, **hub.groupdict()).items()
         }
         train, valid = parts["train"], parts.get("valid", [])
@@ -131,37 +132,37 @@ def read_rows(path: Path) -> list[Example]:
 
 
 def _rows_of(path: Path, reading: _Reading) -> list[Example]:
-    unit = "row(s)" if path.suffix.lower() in (".parquet", ".json") else "line(s)"
-    return _examples(read_file(path), str(path), unit, reading)
+    return _examples(file_source(path), reading)
 
 
-def _examples(located: LocatedRows, where: str, unit: str, reading: _Reading) -> list[Example]:
+def _examples(source: RowSource, reading: _Reading) -> list[Example]:
     rows: list[Example] = []
     faults: list[tuple[str, str]] = []
     left_out: dict[str, list[str]] = {}
     columns, unread = dict[str, None](), dict[str, None]()
-    for place, source, row in located:
+    for number, row in source.parsed():
         if isinstance(row, dict):
             columns |= dict.fromkeys(map(str, row))
         try:
             if isinstance(row, Fault):
                 raise row
-            format, example, others = read_row(row, source, reading.fields)
+            format, example, others = read_row(row, f"{source.name}:{number}", reading.fields)
         except LeftOut as why:
-            left_out.setdefault(why.kind, []).append(source)
+            left_out.setdefault(why.kind, []).append(f"{source.name}:{number}")
             continue
         except Fault as fault:
-            faults.append((place, str(fault)))
+            faults.append((source.place(number), str(fault)))
             continue
         reading.formats[format] += 1
         unread |= dict.fromkeys(others)
         rows.append(example)
+    where = source.where
     if missing := [f"{part}={column}" for part, column in reading.fields.items() if column not in columns and columns]:
         raise UserError(
             f"--field {' '.join(missing)}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
         )
     if faults and reading.on_bad_row != "drop":
-        raise UserError(f"{where} has {len(faults)} bad {unit}:\n{_listed(faults)}", _remedy(reading))
+        raise UserError(f"{where} has {len(faults)} bad {source.unit}(s):\n{_listed(faults)}", _remedy(reading))
     if not rows:
         raise _nothing_left(where, left_out, faults)
     for kind, sources in left_out.items():
@@ -233,10 +234,10 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
     return splits
 
 
-def _hub_rows(rows: Any, part: str) -> LocatedRows:
+def _hub_rows(rows: Any) -> NumberedRows:
     """The split's rows, through Arrow: columns that nobody reads, such as pictures, are not decoded."""
     number = 0
     for table in rows.with_format("arrow").iter(batch_size=1000):
         for row in table.to_pylist():
             number += 1
-            yield f"{part} row {number}", f"{part}:{number}", without_none(row)
+            yield number, without_none(row)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from common.backend import Progress
 from common.data.dataset import Dataset, Example, prompt_of
 from common.data.encode import Encoded, Encoder, exported_template, masking_of, stop_ids
@@ -27,6 +29,7 @@ class TrainingRows:
     data: Dataset
     train: FilteredRows
     valid: FilteredRows
+    scored: list[Encoded]  # the validation rows that --eval-rows leaves
     test: FilteredRows  # scored at the end, of no influence before
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
@@ -60,11 +63,20 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     """Every row of `data` encoded. Raises UserError naming rows that cannot be labeled exactly."""
     masking = masking_of(options)
     encoder = Encoder(tokenizer, masking)
-    parts, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
+    parts, bad = encode_parts((data.train, data.valid, data.test), encoder.encode_batch, options.on_bad_row, progress)
     kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
     chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
-    return TrainingRows(data, kept, valid, test, stop_ids(parts[0]), template, encoder, bad)
+    scored = _drawn(valid.rows, options.eval_rows, options.seed)
+    return TrainingRows(data, kept, valid, scored, test, stop_ids(parts[0]), template, encoder, bad)
+
+
+def _drawn(rows: list[Encoded], limit: int, seed: int) -> list[Encoded]:
+    """At most `limit` of the rows, in their order; 0: all."""
+    if not 0 < limit < len(rows):
+        return rows
+    chosen = np.random.default_rng([seed, 3]).choice(len(rows), limit, replace=False)
+    return [rows[number] for number in np.sort(chosen)]
 
 
 def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
@@ -97,6 +109,9 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
             f"(the shortest has {min(len(row.ids) for row in rows.train.every())} tokens).",
             "Raise --max-length.",
         )
+    if len(rows.scored) < len(rows.valid.rows):
+        share = f"{len(rows.scored)} of {len(rows.valid.rows)} rows"
+        display.say(f"validation scores {share}, drawn by --seed (--eval-rows)")
     if rows.data.valid and not rows.valid.rows:
         display.warn("no validation row is left, so the last adapter is exported, not the best")
     for what in ("dropped", "truncated"):

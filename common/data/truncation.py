@@ -14,6 +14,8 @@ from common.data.turn_edges import BadRow
 from common.errors import UserError
 
 SHOWN = 10  # bad rows in an error
+_TOGETHER = 64  # rows that are encoded at once
+EncodeRows = Callable[[Sequence[Example]], list[Encoded | BadRow]]  # Encoder.encode_batch
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,15 @@ class FilteredRows:
         return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabeled]
 
 
-def encode_all(examples: list[Example], encode: Callable[[Example], Encoded]) -> list[Encoded]:
+def encode_all(examples: Sequence[Example], encode: EncodeRows) -> list[Encoded]:
     """The rows encoded. Raises UserError naming up to ten that cannot be labeled."""
     (rows,), _ = encode_parts([examples], encode, "error")
     return rows
 
 
 def encode_parts(
-    parts: Sequence[list[Example]],
-    encode: Callable[[Example], Encoded],
+    parts: Sequence[Sequence[Example]],
+    encode: EncodeRows,
     on_bad_row: Literal["error", "drop"],
     progress: Progress = lambda share, text: None,
 ) -> tuple[list[list[Encoded]], list[BadRow]]:
@@ -45,17 +47,18 @@ def encode_parts(
 
     With on_bad_row `error` no more rows are tried once ten cannot be labeled. Raises UserError naming these.
     """
-    count, bad = sum(map(len, parts)), list[BadRow]()
+    count, done, bad = sum(map(len, parts)), 0, list[BadRow]()
     encoded: list[list[Encoded]] = [[] for _ in parts]
-    numbered = ((number, example) for number, examples in enumerate(parts) for example in examples)
-    for done, (number, example) in enumerate(numbered):
-        progress(done / count, example.source)
-        try:
-            encoded[number].append(encode(example))
-        except BadRow as why:
-            bad.append(why)
-            if on_bad_row == "error" and len(bad) == SHOWN:
-                break
+    for examples, rows in zip(parts, encoded, strict=True):
+        for start in range(0, len(examples), _TOGETHER):
+            chunk = examples[start : start + _TOGETHER]
+            progress(done / count, chunk[0].source)
+            found = encode(chunk)
+            rows += [row for row in found if isinstance(row, Encoded)]
+            bad += [row for row in found if isinstance(row, BadRow)]
+            done += len(chunk)
+            if on_bad_row == "error" and len(bad) >= SHOWN:
+                raise _refused(bad[:SHOWN])
     if bad and on_bad_row == "error":
         raise _refused(bad)
     return encoded, bad

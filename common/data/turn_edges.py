@@ -35,6 +35,44 @@ class MaskedRow:
     def is_last(self, number: int) -> bool:
         return number == len(self.messages) - 1
 
+    def known_edges(self, number: int, text: str, region: tuple[int, int]) -> "Edges | None":
+        """Of the turns of this kind that were found before, the only edges that fit these characters of the text."""
+        start, end = region
+        fitting = [edges for edges in self.template.edges.get(self._kind(number), ()) if edges.fit(text, start, end)]
+        return fitting[0] if len(fitting) == 1 else None
+
+    def learn_edges(self, number: int, text: str, region: tuple[int, int], turn: tuple[int, int, int]) -> None:
+        """Keep what stands around a turn. turn: its start, stop and end."""
+        (first, last), (start, stop, end) = region, turn
+        if first <= start <= stop <= end <= last:
+            edges, known = Edges(text[first:start], text[stop:last], end - stop), self.template.edges
+            if edges not in known.setdefault(self._kind(number), []) and len(known[self._kind(number)]) < _KNOWN_EDGES:
+                known[self._kind(number)].append(edges)
+
+    def _kind(self, number: int) -> tuple[object, ...]:
+        """What a template may look at to choose what it writes around a turn."""
+        message = self.messages[number]
+        roles = [self.messages[n]["role"] if 0 <= n < len(self.messages) else "" for n in (number - 1, number + 1)]
+        has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
+        return (*roles, *has, self.think, bool(self.tools))
+
+
+_KNOWN_EDGES = 8  # of one kind
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What a template writes around a turn, from the text of the turn before to that of the turn after it."""
+
+    head: str  # to the turn's start
+    tail: str  # from its end token on
+    token: int  # characters of the end token
+
+    def fit(self, text: str, start: int, end: int) -> bool:
+        room = end - start >= len(self.head) + len(self.tail)
+        inside = room and text.startswith(self.head, start) and text.startswith(self.tail, end - len(self.tail))
+        return inside and not EMPTY_BLOCK.match(text, start + len(self.head))
+
 
 def find_start(text: str, prompt: str, number: int) -> tuple[int, int, str]:
     """Where `prompt` ends in `text`, where the turn starts, and the thinking block that only the prompt has."""

@@ -8,7 +8,7 @@ from common.data.formats import NAMES, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
-from common.data.readers import SUFFIXES, read_file
+from common.data.readers import SUFFIXES, file_source
 from common.errors import UserError
 from common.paths import user_path
 
@@ -33,13 +33,14 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
         ]
     else:
         found, faults = [], []
-        for place, source, row in read_file(path):
+        source = file_source(path)
+        for number, row in source.parsed():
             try:
                 if isinstance(row, Fault):
                     raise row
-                found.append(_prompt(row, source))
+                found.append(_prompt(row, f"{source.name}:{number}"))
             except Fault as fault:
-                faults.append(f"{place}: {fault}")
+                faults.append(f"{source.place(number)}: {fault}")
         if faults:
             more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
             raise UserError(

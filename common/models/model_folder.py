@@ -14,9 +14,11 @@ from common.model_files import read_config, shard_files
 from common.models.config_faults import config_faults
 from common.models.config_kinds import generation_faults, kind_faults
 from common.models.families import VISION_PARTS, hf_name, normalize_config, text_config, text_name
+from common.models.hash_memory import remember, remembered, stamps
 from common.models.safetensors_files import DTYPES, Header, StoredTensor, read_header, stored_tensors
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _REMEDY = "Fetch the model's files again."
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
@@ -133,13 +135,19 @@ class ModelFolder:
         names = (hf_name(name).removeprefix("model.") for name in self.tensors)
         return "vision_config" in self.written_config and any(name.startswith(VISION_PARTS) for name in names)
 
-    def content_hash(self, progress: Progress = lambda share, text: None) -> str:
+    def content_hash(self, progress: Progress = lambda share, text: None, read: bool = False) -> str:
         """SHA-256 over weights (tensor by tensor, whatever the shards), normalized config and tokenizer.
 
-        File names do not enter. Computed once.
+        File names do not enter. Computed once, and remembered on disk for a large model until a file of it changes.
+        read: read every file, whatever is remembered.
         """
-        if not self._content_hash:
-            self._content_hash = self._hash_contents(progress)
+        if read or not self._content_hash:
+            found = (self.path / name for name in (CONFIG_FILE, *TOKENIZER_FILES))
+            before = stamps([*self.shards, *(path for path in found if path.exists())])
+            known = None if read else remembered(self.path, before)
+            self._content_hash = known or self._hash_contents(progress)
+            if not known:
+                remember(self.path, before, self._content_hash)
         return self._content_hash
 
     def _hash_contents(self, progress: Progress) -> str:
@@ -152,7 +160,7 @@ class ModelFolder:
         config = normalize_config(self.written_config)
         kept = {key: value for key, value in config.items() if key not in _VOLATILE}
         digest.update(json.dumps(kept, sort_keys=True).encode())
-        for name in ("tokenizer.json", "tokenizer.model"):
+        for name in TOKENIZER_FILES:
             if (self.path / name).exists():
                 digest.update((self.path / name).read_bytes())
         return digest.hexdigest()

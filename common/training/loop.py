@@ -63,6 +63,7 @@ class TrainingLoop:
         """
         self.seconds.setdefault("train", 0.0)
         self._pending: Pending | None = None
+        self._validation: tuple[int, list[Batch]] = 0, []  # the validation rows, cut for that size
         self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
         self._saved_at, self._refused = time.monotonic(), False
@@ -237,7 +238,9 @@ class TrainingLoop:
         state, size = self.state, self.state.micro_batch_tokens
         while True:
             try:
-                loss = evaluate(self.backend, self.valid, size, self.plan.device, self.observer.stop_requested)
+                if self._validation[0] != size:
+                    self._validation = size, micro_batches(self.valid, size, self.plan.device)
+                loss = evaluate(self.backend, self._validation[1], self.observer.stop_requested)
                 break
             except OutOfMemory:
                 what = f"the validation after step {state.step} ran out of memory"
@@ -265,21 +268,15 @@ class TrainingLoop:
         """
         self._wait()  # an error of the next step says nothing of these rows
         with suppress(OutOfMemory):
-            loss = evaluate(self.backend, rows, 1, self.plan.device)
+            loss = evaluate(self.backend, micro_batches(rows, 1, self.plan.device))
             return loss is not None and loss < _HARDLY_ANY
         return False
 
 
-def evaluate(
-    backend: Backend,
-    rows: list[Encoded],
-    micro_batch_tokens: int,
-    device: str = "cpu",
-    stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Weighted mean loss over all label tokens of `rows`; None where `stop` asked for it between two micro-batches."""
+def evaluate(backend: Backend, batches: list[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
+    """Weighted mean loss over all label tokens; None where `stop` asked for it between two micro-batches."""
     results: list[StepResult] = []
-    for batch in micro_batches(rows, micro_batch_tokens, device):
+    for batch in batches:
         if stop():
             return None
         results.append(backend.eval_step(batch))

@@ -30,10 +30,10 @@ def make_recipe(
         **as_given | adapter_options(base.given),
         model=options.model or "",
         data=options.data or "",
-        model_hash=base.model.content_hash(progress),
+        model_hash=base.model.content_hash(progress, read=options.rehash),
         data_hash=data_hash(rows.data),
         template_hash=template_hash(rows.encoder.tokenizer),
-        rows_hash=rows_hash(rows.train.rows, rows.valid.rows),
+        rows_hash=rows_hash(rows.train.rows, rows.scored),
         precision=precision,  # type: ignore[arg-type]  # pydantic checks it
         targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
         adapter_hash=adapter_hash(base.given) if base.given else "",

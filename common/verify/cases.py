@@ -158,7 +158,7 @@ def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Itera
     """Row by row, as training took them."""
     for example in examples:
         overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
-        (rows,), _ = encode_parts([[example]], encoder, recipe.on_bad_row)
+        (rows,), _ = encode_parts([[example]], encoder.encode_batch, recipe.on_bad_row)
         fitted = filter_by_length(rows, recipe.max_length, overflow)
         yield from (_Row(example, row, not fitted.truncated) for row in fitted.rows)
 

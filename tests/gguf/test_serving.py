@@ -40,7 +40,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     tokenizer = load_tokenizer(smollm2, str(template))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(chat(said, "Aye, captain.")) + "\n" for said in ("Hi", "Yo", "Go", "So")))
-    rows = encode_all(read_rows(data), Encoder(tokenizer, MaskingOptions()))
+    rows = encode_all(read_rows(data), Encoder(tokenizer, MaskingOptions()).encode_batch)
     assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
     recipe = backends.make_recipe(smollm2, rank=8, alpha=32.0, learning_rate=3e-3)
     backend = backends.load("torch", smollm2, recipe)

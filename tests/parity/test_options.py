@@ -75,6 +75,7 @@ ELSEWHERE = {
     "backend": "unit/test_hardware.py::test_a_backend_that_is_asked_for",
     "config": "unit/test_options.py::test_yaml_wins_over_defaults_and_flags_over_yaml",
     "device": "unit/test_hardware.py::test_a_gpu_that_is_not_here_says_what_to_install",
+    "eval_rows": "unit/test_train.py::test_validation_scores_the_rows_that_eval_rows_leaves",
     "export": "e2e/test_commands.py::test_fuse_exports_a_run_that_was_only_trained",
     "fuse_into": "parity/test_options.py::test_what_the_adapter_is_fused_into",
     "imatrix": "gguf/test_verify.py::test_an_importance_matrix_guides_a_quant_beside_the_plain_one",
@@ -86,6 +87,7 @@ ELSEWHERE = {
     "push_public": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
     "quant": "e2e/test_example.py::test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops",
     "quiet": "e2e/test_commands.py::test_quiet_mode_is_quiet",
+    "rehash": "unit/test_hash_memory.py::test_unchanged_weights_are_read_once",
     "resume": "unit/test_train.py::test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends",
 }
 

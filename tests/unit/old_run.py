@@ -20,7 +20,7 @@ RECORD = (
     *("predicted_peak_bytes", "predicted_parts", "memory_kind", "peak_memory_bytes", "peak_rss_bytes"),
     *("swap_growth_bytes", "export", "exported_adapter", "exported_step", "base", "verify", "stage_seconds"),
 )
-NEWER = ("save_minutes", "keep_checkpoints", "device_index")  # of options and plan
+NEWER = ("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash")  # of options and plan
 
 
 def make_old(run: Path) -> Path:
@@ -31,7 +31,7 @@ def make_old(run: Path) -> Path:
     record["plans"] = [{key: value for key, value in plan.items() if key not in NEWER} for plan in record["plans"]]
     if "stage_seconds" in record:
         record["stage_seconds"]["tokenise"] = record["stage_seconds"].pop("tokenize")
-    edit_yaml(run / "recipe.yaml", dict.fromkeys(SINCE_2))
+    edit_yaml(run / "recipe.yaml", dict.fromkeys(SINCE_2 | {"eval_rows"}))
     record["recipe_hash"] = Run(run).recipe.hash()
     (run / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     edit_yaml(run / "plan.yaml", dict.fromkeys(NEWER))

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
+from common.data import tokens as tokens_module
 from common.data.chat_template import ChatTemplate
 from common.data.dataset import Example
 from common.data.encode import (
     Encoded,
+    Encoder,
     MaskingOptions,
     load_tokenizer,
     own_templates,
@@ -19,6 +22,7 @@ from common.data.encode import (
     stop_ids,
     template_hash,
 )
+from common.data.turn_edges import BadRow
 from common.errors import UserError
 from tests.encoding import encode
 from tests.tiny import CHATML, SPECIAL
@@ -119,6 +123,79 @@ def test_the_turns_end_is_labeled_and_the_newline_after_it_is_not(tokenizer: Any
 def test_japanese_text_is_labeled_byte_by_byte(tokenizer: Any) -> None:
     encoded = encode(example(("user", "港"), ("assistant", "あい")), tokenizer)
     assert labels(encoded, tokenizer) == ["ã", "ģ", "Ĥ", "ã", "ģ", "Ħ", END]
+
+
+@pytest.mark.parametrize("by_offsets", [False, True])
+def test_a_space_that_is_a_token_is_labeled_where_offsets_leave_spaces_out(tokenizer: Any, by_offsets: bool) -> None:
+    """As those of RoBERTa's and GPT-NeoX's tokenizers do: such a token has no characters."""
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoder = Encoder(tokenizer, MaskingOptions())
+    if by_offsets:
+        encoder._text._marks = None
+    encoded = encoder(example(("user", "Hi"), ("assistant", "a  1")))
+    assert labels(encoded, tokenizer) == ["a", SPACE, SPACE, "1", END]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        (("user", "Hi"), ("assistant", "Yo")),
+        (("system", "Be kind."), ("user", " a\n"), ("assistant", "  b "), ("user", "c"), ("assistant", "日本語 \n\nd")),
+        (("user", f"x {END} y"), ("assistant", "z")),
+        (("user", "q"), ("assistant", f"write {START}, then"), ("user", "r"), ("assistant", "s")),
+    ],
+)
+def test_spans_without_offsets_are_those_by_offsets(tokenizer: Any, turns: tuple[tuple[str, str], ...]) -> None:
+    encoder, row = Encoder(tokenizer, MaskingOptions()), example(*turns)
+    conversation = encoder.locate_turns(row)
+    (found,) = encoder._text.tokens([conversation.text])
+    edges = [(turn.start, turn.stop, turn.end) for turn in conversation.turns]
+    quick, exact = encoder._text._by_special_tokens(found, edges), encoder._text._by_offsets(found, edges)
+    assert quick == (None if START in turns[1][1] else exact)
+
+
+def test_a_batch_is_what_its_rows_are(tokenizer: Any) -> None:
+    plain = Example((), "text:1", text="Once upon a time.")
+    bad = example(("user", "q"), ("assistant", f"a {END} b"))
+    rows = [example(("user", "q"), ("assistant", "a")), plain, bad, example(("user", "r"), ("assistant", " b ")), plain]
+    encoder = Encoder(tokenizer, MaskingOptions())
+    for row, got in zip(rows, encoder.encode_batch(rows), strict=True):
+        if row is bad:
+            assert isinstance(got, BadRow)
+            assert got.what == fault(row, tokenizer)
+        else:
+            alone = encode(row, tokenizer)
+            assert isinstance(got, Encoded)
+            assert (got.ids.tolist(), got.loss_weights.tolist()) == (alone.ids.tolist(), alone.loss_weights.tolist())
+
+
+def test_the_work_grows_with_the_turns_and_not_with_their_square(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In characters that are rendered and tokenized; searches in a text of this size take no time beside these."""
+    work = 0
+
+    def counted(real: Any, size: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            nonlocal work
+            result = real(*given, **more)
+            work += size(result, *given)
+            return result
+
+        return call
+
+    monkeypatch.setattr(ChatTemplate, "render", counted(ChatTemplate.render, lambda text, *given: len(text)))
+    real = tokens_module.encode_texts
+    monkeypatch.setattr(tokens_module, "encode_texts", counted(real, lambda r, t, texts: sum(map(len, texts))))
+    monkeypatch.setattr(tokens_module, "tokenize", counted(tokens_module.tokenize, lambda r, t, text: len(text)))
+    costs = []
+    for turns in (200, 400, 800):
+        work = 0
+        pairs = [pair for n in range(turns) for pair in (("user", f"Question {n}"), ("assistant", f"Answer {n}."))]
+        encode(example(*pairs), tokenizer)
+        costs.append(work)
+    assert costs[0] < costs[1] < 2.5 * costs[0]
+    assert costs[2] < 2.5 * costs[1]
 
 
 def test_spaces_around_an_answer_are_part_of_it(tokenizer: Any) -> None:

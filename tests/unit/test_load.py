@@ -69,9 +69,9 @@ def test_a_json_object_with_one_list_and_lines_under_a_wrong_name(tmp_path: Path
 def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\nOnce\nupon\n\n \nA time\n")
-    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
+    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:2"), ("A time", "a.txt:6")]
     path.write_bytes(b"\r\nOnce\r\nupon\r\n\r\n \r\nA time\r\n")
-    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:1"), ("A time", "a.txt:6")]
+    assert [(row.text, row.source) for row in read_rows(path)] == [("Once\nupon", "a.txt:2"), ("A time", "a.txt:6")]
 
 
 BAD = ['{"messages": [', '{"texts": "Hi"}', '"Hi"', '{"prompt": "Hi", "chosen": "a", "rejected": "b"}']

@@ -14,7 +14,7 @@ import pytest
 
 from common import files
 from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult, weight_sum
-from common.data.batching import make_batch, step_rows
+from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
 from common.models.lora_init import initial_adapter
@@ -163,7 +163,8 @@ def test_evaluate_is_the_mean_over_label_tokens_and_not_over_rows() -> None:
         return batch.input_ids, batch.loss_weights
 
     two = [row([1, 9, 9, 9], 3), row([5, 9], 1)]
-    assert evaluate(Fixed(), two, 1) == evaluate(Fixed(), two, 100) == (3 * 1 + 1 * 5) / 4
+    for size in (1, 100):
+        assert evaluate(Fixed(), micro_batches(two, size)) == (3 * 1 + 1 * 5) / 4
 
 
 def test_evaluate_weighs_tokens() -> None:
@@ -173,7 +174,11 @@ def test_evaluate_weighs_tokens() -> None:
 
     light = replace(row([1, 9, 9, 9], 3), loss_weights=np.array([0, 0.5, 0.5, 0.5], np.float32))
     two = [light, row([5, 9], 1)]
-    assert evaluate(Fixed(), two, 1) == evaluate(Fixed(), two, 100) == (1.5 * 1 + 1 * 5) / 2.5
+    assert (
+        evaluate(Fixed(), micro_batches(two, 1))
+        == evaluate(Fixed(), micro_batches(two, 100))
+        == (1.5 * 1 + 1 * 5) / 2.5
+    )
 
 
 @pytest.mark.parametrize("stop_after", [0, 6])

@@ -20,6 +20,7 @@ from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
+from common.data.batching import micro_batches
 from common.display import Display
 from common.errors import UserError
 from common.export.budget import estimate_stages
@@ -29,15 +30,17 @@ from common.options import Options
 from common.run_fields import GgufRecord
 from common.run_lock import held
 from common.run_record import Run
-from common.training import checkpoint
+from common.training import checkpoint, loop
 from common.training.checkpoint import latest
 from common.training.loop import Interrupted, evaluate
+from common.training.resume import resumed_options
 from common.verify.verify import verify_run
 from tests.contexts import context
 from tests.full_disk import full_disk
 from tests.tiny import chat, write_rows
 from tests.unit.bigram import Bigram
 from tests.unit.hub import TOKEN, Hub, serve
+from tests.unit.old_run import edit_yaml
 from torch_backend.devices import Card
 
 
@@ -417,6 +420,44 @@ def test_the_exported_adapter_is_the_best_one_in_both_layouts(given: dict[str, A
         assert all(np.array_equal(again.weights[name].B, weight.B) for name, weight in best.weights.items())
 
 
+def test_validation_scores_the_rows_that_eval_rows_leaves(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given |= {"valid_share": 0.5}
+    asked = (Options.model_validate(given | {"eval_rows": count}) for count in (0, 5, 5))
+    every, some, again = (prepare(options, None, context("plain")) for options in asked)
+    assert len(every.valid) == 12
+    sources = [row.source for row in some.valid]
+    assert len(sources) == 5
+    assert sources == [row.source for row in again.valid]
+    assert sources == [row.source for row in every.valid if row.source in sources]  # in their order
+    assert "validation scores 5 of 12 rows, drawn by --seed (--eval-rows)" in capsys.readouterr().out
+    assert some.recipe.rows_hash == again.recipe.rows_hash != every.recipe.rows_hash
+    assert sources != [row.source for row in ready(given, eval_rows=5, seed=2).valid]
+
+
+def test_validation_rows_are_cut_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cuts, real = [], loop.micro_batches
+    monkeypatch.setattr(loop, "micro_batches", lambda rows, *more: (cuts.append(len(rows)), real(rows, *more))[1])
+    folder, _ = run(given | {"eval_every": 1, "valid_share": 0.5, "batch_size": 4})
+    assert len([line for line in metrics(folder) if "valid_loss" in line]) == 6
+    assert cuts.count(12) == 1
+
+
+def test_a_run_from_before_eval_rows_goes_on_with_all_validation_rows(given: dict[str, Any]) -> None:
+    given |= {"valid_share": 0.5}
+    with pytest.raises(Interrupted):
+        run(given | {"eval_rows": 0}, Stops())
+    folder = Path(given["output"])
+    edit_yaml(folder / "recipe.yaml", {"eval_rows": None})
+    record = json.loads((folder / "run.json").read_text())
+    del record["options"]["eval_rows"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert resumed_options(Options(resume=str(folder)), Run(folder)).eval_rows == 0
+    folder, _ = run({"resume": str(folder)})
+    assert Run(folder).record.data.valid_rows == 12
+
+
 def split_into(given: dict[str, Any], **counts: int) -> Path:
     """A data folder of the rows of `given`: so many for each file."""
     folder, rows = Path(given["output"]).parent / "split", Path(given["data"]).read_text().splitlines(True)
@@ -437,7 +478,7 @@ def test_the_exported_adapter_is_scored_on_the_test_rows(
     job = ready(given | {"data": str(folder), "output": None})
     record = Run(scored).record
     backend.set_adapter(read_trained(scored))
-    assert record.test_loss == pytest.approx(evaluate(backend, job.test, 300))
+    assert record.test_loss == pytest.approx(evaluate(backend, micro_batches(job.test, 300)))
     assert (record.test_rows, len(job.test)) == (5, 5)
     assert "test" in record.stage_seconds
     (folder / "test.jsonl").unlink()

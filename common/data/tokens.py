@@ -1,0 +1,145 @@
+"""The tokens of a text, and where a turn's begin and end among them."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from common.data.turn_edges import Unlabeled
+from common.model_files import encode_texts, tokenize
+
+_KNOWN, _SHORT = 1000, 200  # texts whose tokens are remembered, and the characters of the longest
+
+
+class Tokens:
+    """A text's tokens in order. special: which of them are special tokens, ascending."""
+
+    def __init__(self, text: str, ids: Sequence[int], is_special: np.ndarray) -> None:
+        self.text, self.ids = text, np.asarray(ids, np.int32)
+        self.special = np.flatnonzero(is_special[np.minimum(self.ids, len(is_special) - 1)])
+
+
+class Offsets:
+    """The characters that each token of a text was made of, from `starts` to `ends`; both are ascending."""
+
+    def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self.starts, self.ends = np.asarray(pairs, np.int64).reshape(-1, 2).T
+        if np.any(self.starts[1:] < self.starts[:-1]) or np.any(self.ends[1:] < self.ends[:-1]):
+            raise Unlabeled("the tokens are not in the order of the text")
+
+    def before(self, position: int) -> int:
+        """How many tokens start before the position."""
+        return int(np.searchsorted(self.starts, position))
+
+    def cross(self, position: int) -> bool:
+        """Whether a token has characters on both sides of the position."""
+        count = self.before(position)
+        return count > 0 and bool(self.ends[count - 1] > position)
+
+
+class TextTokenizer:
+    """A tokenizer with what is known of its special tokens.
+
+    A special token is cut out of a text before all else, so the tokens before, between and behind special tokens are
+    those of these parts alone. To compute offsets takes as long as to tokenize. They are not needed where a turn begins
+    a known header after one special token and ends with the next.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        special = {number: token for number, token in added if token.special and not token.normalized}
+        self._is_special = np.zeros(max(special, default=0) + 2, bool)
+        self._is_special[list(special)] = True
+        texts = sorted((re.escape(str(token)) for token in special.values()), key=len, reverse=True)
+        plain = not any(token.lstrip or token.rstrip or token.single_word for token in special.values())
+        self._marks = re.compile("|".join(texts)) if texts and plain and _keeps_every_character(tokenizer) else None
+        self._known: dict[str, list[int]] = {}  # the tokens of what stands between a special token and an answer
+
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text, without any that the tokenizer would add."""
+        found = encode_texts(self.tokenizer, texts, offsets=False)
+        return [Tokens(text, encoding.ids, self._is_special) for text, encoding in zip(texts, found, strict=True)]
+
+    def spans(self, tokens: Tokens, turns: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        """As tokens, each turn's first, the one that ends it (or one beyond its last) and one beyond all of it.
+
+        turns: the characters of each, its start, stop and end. Raises Unlabeled where a token crosses an edge of a
+        turn, or the prompt would have other tokens without the answer behind it.
+        """
+        return self._by_special_tokens(tokens, turns) or self._by_offsets(tokens, turns)
+
+    def _by_special_tokens(
+        self, tokens: Tokens, turns: Sequence[tuple[int, int, int]]
+    ) -> list[tuple[int, int, int]] | None:
+        """The same without offsets; None where they are needed."""
+        marks = [match.span() for match in self._marks.finditer(tokens.text)] if self._marks else []
+        if len(marks) != len(tokens.special):
+            return None
+        numbers, found = {mark: number for number, mark in enumerate(marks)}, []
+        for start, stop, end in turns:
+            number = numbers.get((stop, end), 0)
+            if not number or marks[number - 1][1] > start:
+                return None
+            before, last = (int(tokens.special[n]) for n in (number - 1, number))
+            header = self._ids(tokens.text[marks[number - 1][0] : start])
+            first = before + len(header)
+            if first > last or tokens.ids[before:first].tolist() != header:
+                return None
+            found.append((first, last, last + 1))
+        return found
+
+    def _by_offsets(self, tokens: Tokens, turns: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+        offsets, found = self.offsets(tokens), []
+        for start, stop, end in turns:
+            first, last, beyond = map(offsets.before, (start, stop, end))
+            if offsets.cross(start) or offsets.cross(stop):
+                raise Unlabeled("a token crosses the edge of an assistant turn")
+            # some tokenizers put an empty one before a text, which is not the answer's
+            empty = offsets.ends[first:beyond] > offsets.starts[first:beyond]
+            first += int(np.argmax(empty)) if len(empty) else 0
+            self._check_prompt(tokens, offsets, start, first if np.any(empty) else 0)
+            found.append((first, last, beyond))
+        return found
+
+    def offsets(self, tokens: Tokens) -> Offsets:
+        (encoding,) = encode_texts(self.tokenizer, [tokens.text], offsets=True)
+        return Offsets(encoding.offsets)
+
+    def _check_prompt(self, tokens: Tokens, offsets: Offsets, end: int, count: int) -> None:
+        """Raises Unlabeled where the prompt, the text up to `end`, has not the first `count` tokens when it is alone.
+
+        Only what follows its last special token is tokenized.
+        """
+        earlier = int(np.searchsorted(tokens.special, count))
+        first = int(tokens.special[earlier - 1]) if earlier else 0
+        start = int(offsets.starts[first]) if earlier else 0
+        if self._ids(tokens.text[start:end]) != tokens.ids[first:count].tolist():
+            raise Unlabeled("the prompt's tokens are not a prefix of the conversation's")
+
+    def _ids(self, text: str) -> list[int]:
+        """The text's tokens; those of a short one, such as the header of a turn, are remembered."""
+        if text in self._known:
+            return self._known[text]
+        ids = tokenize(self.tokenizer, text)["input_ids"]
+        if len(text) <= _SHORT and len(self._known) < _KNOWN:
+            self._known[text] = ids
+        return ids
+
+
+def _keeps_every_character(tokenizer: Any) -> bool:
+    """Whether every token stands for characters of the text: of a byte-level tokenizer that adds none of its own."""
+    backend = tokenizer.backend_tokenizer
+    splits = _listed(backend.pre_tokenizer, "pretokenizers")
+    adds = any(part.get("add_prefix_space") or part["type"] == "Metaspace" for part in splits)
+    norms = {part["type"] for part in _listed(backend.normalizer, "normalizers")}
+    return any(part["type"] == "ByteLevel" for part in splits) and not adds and norms <= {"NFC"}
+
+
+def _listed(part: Any, inner: str) -> list[dict[str, Any]]:
+    """The settings of a part of a tokenizer, as tokenizer.json has them: of each that a sequence is made of."""
+    settings: dict[str, Any] = json.loads(part.__getstate__()) if part else {"type": "Sequence", inner: []}
+    found: list[dict[str, Any]] = settings[inner] if settings["type"] == "Sequence" else [settings]
+    return found
