@@ -1,5 +1,6 @@
 """Twintune's front door: parses, runs one command, turns a UserError into text and an exit status."""
 
+import argparse
 import importlib
 import logging
 import os
@@ -52,6 +53,15 @@ def build_parser(command: str | None) -> Parser:
     return parser
 
 
+def known_flags(parser: Parser) -> list[str]:
+    """Every flag of the parser and of its command, in one spelling, without its dashes."""
+    flags = [flag.lstrip("-") for action in parser._actions for flag in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            flags += [flag for command in action.choices.values() for flag in known_flags(command)]
+    return [flag for flag in flags if "_" not in flag]
+
+
 def _backend(name: str) -> Any:
     return importlib.import_module(f"{name}_backend")
 
@@ -75,7 +85,11 @@ def _run(argv: list[str]) -> int:
         return 2
     if extra and not hasattr(args, "flags"):
         fix = f"`{PROGRAM} {args.command} --help` says what it takes."
-        raise UserError(f"{extra[0].partition('=')[0]!r} is not an argument of {args.command}.", fix)
+        given = extra[0].partition("=")[0]
+        similar = nearest(given.lstrip("-"), known_flags(parser)) if given.startswith("-") else ""
+        raise UserError(
+            f"{given!r} is not an argument of {args.command}{f'; {similar}' if similar else '.'}".strip(), fix
+        )
     if hasattr(args, "flags"):
         args.flags |= unknown(extra)
     context = Context(_backend, Display(), getattr(args, "llama_cpp", None))

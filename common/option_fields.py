@@ -42,8 +42,10 @@ class RecipeFields(BaseModel):
         "off", "train and export a thinking model without its reasoning, or keep the reasoning of the rows"
     )
     max_length: int = in_data(1024, "most tokens of a row; --overflow says what becomes of longer rows", ge=2)
-    overflow: Literal["drop", "truncate", "error"] = in_data(
-        "drop", "rows longer than --max-length: leave them out and count them, cut them, or refuse the data"
+    overflow: Literal["drop", "truncate", "split", "error"] = in_data(
+        "drop",
+        "rows longer than --max-length: leave them out and count them, cut off their ends, cut plain text into blocks "
+        "and leave out conversations, or refuse the data",
     )
 
     on_bad_row: Literal["error", "drop"] = in_data(

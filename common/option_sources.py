@@ -11,7 +11,7 @@ from common import documents
 from common.errors import UserError
 from common.option_aliases import FAMILIES, SAME
 from common.option_translation import translate
-from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
+from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, SHAPE, TAKEN_FROM_ADAPTER, Options, by_flag, nearest
 from common.paths import path_fault, user_path
 
 
@@ -125,7 +125,7 @@ def _anchor(written: dict[str, Any], config: Path) -> None:
     folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
     for key in [*PATHS, *(other for other, name in SAME.items() if name in PATHS)]:
         value = written.get(key)
-        if not isinstance(value, str) or path_fault(value):  # that is told with all other faults
+        if not isinstance(value, str) or path_fault(value):  # reported with all other faults
             continue
         if (ours or not Path(value).exists()) and (folder / value).exists():
             found, here = (folder / value).resolve(), Path.cwd()
@@ -157,17 +157,42 @@ def _validated(merged: _Merged, allowed: Collection[str] | None) -> Options | No
         return None
 
 
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def idle_faults(flags: Collection[str], options: Options) -> list[str]:
     """Faults of flags that can do nothing in this run; a YAML file may be used with several sets of flags."""
-    exported, faults = options.export, []
-    if exported != "gguf":
-        idle = [f"--{name.replace('_', '-')}" for name in ("quant", "no_verify") if name in flags]
-        faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
-    if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
-        faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
-    if "push_public" in flags and options.push_public and options.push is None:
-        faults.append("--push-public needs --push")
+    return [*_idle_in_training(flags, options), *_idle_in_export(flags, options)]
+
+
+def _idle_in_training(flags: Collection[str], options: Options) -> list[str]:
+    def given(names: Collection[str]) -> list[str]:
+        return [_flag(name) for name in names if name in flags]
+
+    faults = []
+    if options.adapter is not None:
+        faults += [f"{flag} is taken from --adapter: leave it out" for flag in given(TAKEN_FROM_ADAPTER)]
+    if options.method == "full":
+        faults += [f"{flag} has no effect with --method full: there is no adapter" for flag in given(SHAPE)]
+    if "valid_share" in flags and options.valid_share == 0:
+        idle = given(("eval_every", "eval_rows"))
+        faults += [f"{flag} is for validation, and --valid-share 0 keeps no rows for it" for flag in idle]
     one_file = options.data is None or not user_path(options.data, "--data").is_dir()
     if "valid_share" in flags and options.valid_share > 0 and not one_file:
         faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
+    return faults
+
+
+def _idle_in_export(flags: Collection[str], options: Options) -> list[str]:
+    exported, faults = options.export, []
+    if exported != "gguf":
+        idle = [_flag(name) for name in ("quant", "no_verify") if name in flags]
+        faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
+    if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
+        faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
+    if exported in ("none", "lora-gguf") and "fuse_into" in flags:
+        faults.append(f"--fuse-into is for an export that fuses, and --export is {exported}")
+    if "push_public" in flags and options.push_public and options.push is None:
+        faults.append("--push-public needs --push")
     return faults

@@ -245,6 +245,9 @@ RESUME_OPTIONS = {"steps", "epochs"} | {
 }
 
 
+TAKEN_FROM_ADAPTER = sorted(("rank", "alpha", "rslora", "targets", "layers", "method", *PATTERNS))
+
+
 def _faults_of_method(options: Options) -> list[str]:
     fields = type(options).model_fields
     changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
@@ -256,7 +259,7 @@ def _faults_of_method(options: Options) -> list[str]:
         if options.precision == "bf16":
             faults.append("method full keeps its weights in float32: in bf16 small updates are lost (precision fp32)")
     if options.adapter is not None:
-        taken = sorted({"rank", "alpha", "rslora", "targets", "layers", "method", *PATTERNS} & changed)
+        taken = [name for name in TAKEN_FROM_ADAPTER if name in changed]
         faults += [f"{name} is taken from --adapter: leave it out" for name in taken]
     return faults
 

@@ -1,7 +1,7 @@
 """`check-data`: what training will see of data, before it is trained on."""
 
 import argparse
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         explain_row(data.train, explain, encoder, display)
         return
     encoded, bad = encode_parts((data.train, data.valid, data.test), encoder.encode_batch, options.on_bad_row)
-    overflow: Literal["drop", "truncate"] = "truncate" if options.overflow == "truncate" else "drop"
+    overflow = "drop" if options.overflow == "error" else options.overflow
     parts = {
         name: filter_by_length(part, options.max_length, overflow)
         for name, part in zip(("train", "valid", "test"), encoded, strict=True)
@@ -82,6 +82,7 @@ def _show_long(options: Options, parts: dict[str, FilteredRows], display: Displa
     """The rows longer than --max-length, and what becomes of them."""
     long = [(row, "dropped") for part in parts.values() for row in part.dropped]
     long += [(row, "truncated") for part in parts.values() for row in part.truncated]
+    long += [(row, "cut into blocks") for part in parts.values() for row in part.split]
     refused = "not accepted: --overflow error"
     lines = [[row.source, str(len(row.ids)), refused if options.overflow == "error" else how] for row, how in long]
     if lines:

@@ -50,7 +50,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
         backend, _ = loaded(context, recipe, plan, job.base.training_base, job.start)
     seconds, tokens = time.perf_counter() - started, 0
     try:
-        with display.stage("probe: two steps") as progress:
+        with display.stage("two steps to measure") as progress:
             for step in (1, 2):
                 chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, step)]
                 started = time.perf_counter()
@@ -61,7 +61,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
                 progress(step / 2, f"step {step}")
         peak = backend.memory().peak
     except OutOfMemory as error:
-        display.warn(f"the probe ran out of memory ({error}): train would continue with smaller micro-batches")
+        display.warn(f"the two steps ran out of memory ({error}): train would continue with smaller micro-batches")
         return {}
     finally:
         backend.close()
@@ -71,8 +71,8 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     speed = tokens / second
     estimated = seconds + (trained + evaluations) / speed
     display.say(
-        f"probe: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take about "
-        f"{_duration(estimated)}, export not counted"
+        f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take "
+        f"about {_duration(estimated)}, export not counted"
     )
     return {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
 

@@ -8,7 +8,7 @@ from common.backend import Adapter, Choice
 from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import Encoded, load_tokenizer
-from common.data.training_rows import encode_data, read_data, report_rows, sample_prompt, warn_of_context
+from common.data.training_rows import encode_data, left_out, read_data, report_rows, sample_prompt, warn_of_context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, needs_llama, warn_of_memory
@@ -65,6 +65,7 @@ class Job:
     sample: list[dict[str, Any]]  # a prompt to try the result with; empty for plain text
     sample_tokens: int  # of the row that the prompt is from
     cases: Cases
+    left_out: str  # a line for the end, where many rows are not trained on
 
     @property
     def plan(self) -> Plan:
@@ -128,6 +129,7 @@ def prepare(
         sample=sample,
         sample_tokens=sample_tokens,
         cases=make_cases(data, rows.valid, rows.train, rows.encoder),
+        left_out=left_out(rows),
     )
 
 

@@ -90,6 +90,8 @@ def run_training(options: Options, context: Context) -> Path:
             if isinstance(error, OSError):
                 raise os_fault(error, f"export again: {PROGRAM} fuse {job.run}") from None
             raise
+    if job.left_out:
+        display.warn(job.left_out)
     if job.options.push:
         push(job.run.path, job.options.push, Upload(private=not job.options.push_public), display)
     return job.run.path
@@ -288,7 +290,7 @@ def _absolute(options: dict[str, Any]) -> dict[str, Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--option VALUE ...]"
-    parser.epilog = "Every option may stand in a YAML file as well (--config), as in configs/quickstart.yaml."
+    parser.epilog = "All options but --config and --llama-cpp work in a YAML file too, as in configs/quickstart.yaml."
     add_options(parser)
 
 

@@ -44,6 +44,7 @@ class Encoded:
     source: str
     ends: tuple[int, ...] = ()  # the ids that end its trained turns
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
+    text: bool = False  # plain text, which may be cut anywhere
 
     @property
     def mask(self) -> np.ndarray:
@@ -259,7 +260,7 @@ class Encoder:
         ids = np.append(tokens.ids, np.int32(stop))
         weights = compact(np.full(len(ids), example.weight, np.float32))
         try:
-            return self._with_bos(Encoded(ids, weights, example.source, (stop,)))
+            return self._with_bos(Encoded(ids, weights, example.source, (stop,), text=True))
         except Unlabeled as why:
             raise BadRow(example.source, f"{why}.", "Remove one of them.") from None
 

@@ -43,7 +43,7 @@ def read_data(options: Options, display: Display) -> Dataset:
     for warning in quality_warnings(data):
         display.warn(str(warning))
     if options.valid_share and not data.valid and not user_path(options.data or "", "--data").is_dir():
-        display.warn("nothing could be held out for validation: all rows have the same prompt")
+        display.warn("no row could be kept for validation: all rows have the same prompt")
     return data
 
 
@@ -114,6 +114,13 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
         display.say(f"validation scores {share}, drawn by --seed (--eval-rows)")
     if rows.data.valid and not rows.valid.rows:
         display.warn("no validation row is left, so the last adapter is exported, not the best")
+    _report_long(options, parts, display)
+
+
+def _report_long(options: Options, parts: Sequence[FilteredRows], display: Display) -> None:
+    """Say what became of the rows longer than --max-length."""
+    if split := [row for part in parts for row in part.split]:
+        display.say(f"{len(split)} long texts are cut into blocks of {options.max_length} tokens (--overflow split)")
     for what in ("dropped", "truncated"):
         long = [row for part in parts for row in getattr(part, what)]
         if long:
@@ -123,6 +130,17 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
                 f"{len(long)} rows longer than --max-length {options.max_length} are {what}: {shown}{more} "
                 "(check-data lists them all)"
             )
+
+
+def left_out(rows: TrainingRows) -> str:
+    """Where more than a tenth of the rows is not trained on, a line that says so; else nothing."""
+    long, unlabeled, bad = len(rows.train.dropped), len(rows.train.unlabeled), len(rows.data.bad) + len(rows.bad)
+    every = len(rows.train.every()) + bad
+    if (long + unlabeled + bad) * 10 <= every:
+        return ""
+    counts = ((long, "longer than --max-length"), (unlabeled, "without a label"), (bad, "not readable or not labeled"))
+    why = ", ".join(f"{count} {what}" for count, what in counts if count)
+    return f"{long + unlabeled + bad} of {every} rows were not trained on: {why}"
 
 
 def _warn_of_bad(rows: TrainingRows, display: Display) -> None:
@@ -152,7 +170,7 @@ def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
     parts: Sequence[tuple[list[Example], FilteredRows]] = ((rows.data.valid, rows.valid), (rows.data.train, rows.train))
     for examples, fitted in parts:
         by_source = {example.source: example for example in examples}
-        cut = {row.source for row in fitted.truncated}
+        cut = {row.source for row in fitted.changed}
         for row in fitted.rows:
             if row.source not in cut and by_source[row.source].text is None:
                 rendered = rows.encoder.encode_chat(by_source[row.source])[2]  # its tools may be text now

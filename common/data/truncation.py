@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
+
 from common.backend import Progress
 from common.data.dataset import Example
 from common.data.encode import Encoded
@@ -23,12 +25,19 @@ class FilteredRows:
     rows: list[Encoded]  # what is trained on
     dropped: list[Encoded]  # at full length
     truncated: list[Encoded]  # at full length
+    split: list[Encoded]  # plain text at full length, of which `rows` has the blocks
     unlabeled: list[Encoded]  # left out: nothing in them is trained
+
+    @property
+    def changed(self) -> list[Encoded]:
+        """Rows that were cut, at full length."""
+        return [*self.truncated, *self.split]
 
     def every(self) -> list[Encoded]:
         """All rows that were read, at full length."""
-        cut = {row.source for row in self.truncated}
-        return [*(row for row in self.rows if row.source not in cut), *self.dropped, *self.truncated, *self.unlabeled]
+        cut = {row.source for row in self.changed}
+        kept = (row for row in self.rows if row.source not in cut)
+        return [*kept, *self.dropped, *self.changed, *self.unlabeled]
 
 
 def encode_all(examples: Sequence[Example], encode: EncodeRows) -> list[Encoded]:
@@ -73,33 +82,53 @@ def _refused(bad: list[BadRow]) -> UserError:
 
 
 def filter_by_length(
-    rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "error"]
+    rows: list[Encoded], max_length: int, overflow: Literal["drop", "truncate", "split", "error"]
 ) -> FilteredRows:
     """The rows of at most `max_length` tokens. Raises UserError with overflow `error`, naming the longer rows.
 
     A truncated row keeps its first tokens and gets no end token. A row that would keep no label is dropped.
     """
-    kept: list[Encoded] = []
-    dropped: list[Encoded] = []
-    truncated: list[Encoded] = []
-    unlabeled = [row for row in rows if not row.label_tokens]
+    found = FilteredRows([], [], [], [], [])
     for row in rows:
         if not row.label_tokens:
-            continue
-        if len(row.ids) <= max_length:
-            kept.append(row)
-            continue
-        cut = replace(row, ids=row.ids[:max_length], loss_weights=row.loss_weights[:max_length])
-        if overflow == "truncate" and cut.label_tokens:
-            kept.append(cut)
-            truncated.append(row)
+            found.unlabeled.append(row)
+        elif len(row.ids) <= max_length:
+            found.rows.append(row)
+        elif overflow == "split" and row.text:
+            found.rows.extend(blocks(row, max_length))
+            found.split.append(row)
+        elif overflow == "truncate" and (cut := part(row, 0, max_length)).label_tokens:
+            found.rows.append(cut)
+            found.truncated.append(row)
         else:
-            dropped.append(row)
-    if overflow == "error" and dropped:
-        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in dropped[:5])
-        more = f" and {len(dropped) - 5} more" if len(dropped) > 5 else ""
+            found.dropped.append(row)
+    if overflow == "error" and found.dropped:
+        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in found.dropped[:5])
+        more = f" and {len(found.dropped) - 5} more" if len(found.dropped) > 5 else ""
         raise UserError(
-            f"--overflow error: {len(dropped)} rows have more than --max-length {max_length} tokens: {shown}{more}.",
-            "Raise --max-length, shorten the rows, or choose --overflow drop or truncate.",
+            f"--overflow error: {len(found.dropped)} rows have more than --max-length {max_length} tokens: "
+            f"{shown}{more}.",
+            "Raise --max-length, shorten the rows, or choose --overflow drop, truncate or split.",
         )
-    return FilteredRows(kept, dropped, truncated, unlabeled)
+    return found
+
+
+def part(row: Encoded, start: int, end: int) -> Encoded:
+    return replace(row, ids=row.ids[start:end], loss_weights=row.loss_weights[start:end])
+
+
+def blocks(row: Encoded, length: int) -> list[Encoded]:
+    """The row cut into blocks of at most `length` tokens; each of its labels is a label of one of them.
+
+    Each block begins with the row's BOS, if it has one. Else it begins with the last token of the block before, from
+    which its second is predicted.
+    """
+    bos = not row.mask[0]
+    found = []
+    for start in range(1 if bos else 0, len(row.ids) - (0 if bos else 1), length - 1):
+        block = part(row, start, start + length - (1 if bos else 0))
+        if bos:
+            ids = np.concatenate((row.ids[:1], block.ids))
+            block = replace(block, ids=ids, loss_weights=np.concatenate((row.loss_weights[:1], block.loss_weights)))
+        found.append(block)
+    return found

@@ -56,7 +56,7 @@ def estimate_stages(
     """The estimate of every stage of `export` from `base`.
 
     adapter_bytes: of what was trained, in float32. held: bytes of a quantized base that is loaded again to be fused
-    into. The figures were measured (CONTRIBUTING.md): blocks of 16 MB fuse; llama.cpp's converter holds the largest
+    into. The figures were measured: blocks of 16 MB fuse; llama.cpp's converter holds the largest
     tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will write, and the largest tensor.
     """
     tensors = [tensor for tensor in base.tensors.values() if tensor.dtype in DTYPES]

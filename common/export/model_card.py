@@ -38,8 +38,8 @@ def parts_of(run: Run) -> list[str]:
     export = run.record.export
     files = [report.file for report in export.gguf] + [file for file in (export.lora_gguf,) if file]
     on_record = {"fused": bool(export.fused), "gguf": bool(files), "adapter": True}
-    whole = all((run.path / file).is_file() for file in files)
-    return [part for part in PARTS if on_record[part] and (whole if part == "gguf" else (run.path / part).is_dir())]
+    complete = all((run.path / file).is_file() for file in files)
+    return [part for part in PARTS if on_record[part] and (complete if part == "gguf" else (run.path / part).is_dir())]
 
 
 def write_card(run: Run) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 _LARGEST = 2**31
-_MOST_LAYERS = 1_000  # what is said of each layer is listed in several places
+_MOST_LAYERS = 1_000  # what holds for each layer is listed in several places
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 

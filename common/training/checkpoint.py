@@ -150,7 +150,7 @@ def latest(
     warn: Callable[[str], None] = lambda text: None,
     parent: Parent | None = None,
 ) -> Checkpoint | None:
-    """The newest checkpoint that is complete, None where there is none; `warn` is told of newer ones that are not.
+    """The newest checkpoint that is complete, None where there is none; `warn` gets a line for newer ones that are not.
 
     Raises UserError where it was made by another recipe than that of `recipe_hash`, and not by its parent at the step
     where the recipe continues that one. A checkpoint of an older version does not know its recipe, and is taken.

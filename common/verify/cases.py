@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -150,17 +150,17 @@ def _first(rows: Iterable[_Row]) -> list[_Row]:
 
 
 def _paired(examples: list[Example], fitted: FilteredRows) -> Iterator[_Row]:
-    by_source, cut = {example.source: example for example in examples}, {row.source for row in fitted.truncated}
+    by_source, cut = {example.source: example for example in examples}, {row.source for row in fitted.changed}
     return (_Row(by_source[row.source], row, row.source not in cut) for row in fitted.rows)
 
 
 def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Iterator[_Row]:
     """Row by row, as training took them."""
     for example in examples:
-        overflow: Literal["drop", "truncate"] = "truncate" if recipe.overflow == "truncate" else "drop"
+        overflow = "drop" if recipe.overflow == "error" else recipe.overflow
         (rows,), _ = encode_parts([[example]], encoder.encode_batch, recipe.on_bad_row)
         fitted = filter_by_length(rows, recipe.max_length, overflow)
-        yield from (_Row(example, row, not fitted.truncated) for row in fitted.rows)
+        yield from (_Row(example, row, not fitted.changed) for row in fitted.rows)
 
 
 def _prompt(row: _Row, encoder: Encoder) -> Prompt:

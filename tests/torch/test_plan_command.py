@@ -58,7 +58,7 @@ def test_the_probe_can_be_left_out_and_a_model_be_named_first(flags, capsys, mon
     printed = capsys.readouterr().out
     assert "estimated peak" in printed
     assert "plan: torch on cpu, fp32" in printed
-    assert "probe:" not in printed
+    assert "measured:" not in printed
 
 
 def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):

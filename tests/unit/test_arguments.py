@@ -88,7 +88,7 @@ def test_no_command_shows_the_help_and_fails(
     ("argv", "fault"),
     [
         (["tain"], "'tain' is not a command; did you mean 'train'?"),
-        (["doctor", "--pariti", "x"], "'--pariti' is not an argument of doctor."),
+        (["doctor", "--pariti", "x"], "'--pariti' is not an argument of doctor; did you mean 'parity'?"),
         (["doctor", "--json"], "'--json' is not an argument of doctor."),
         (["serve", "x.gguf", "--port", "eight"], "invalid int value: 'eight'"),
         (["push", "run"], "The following arguments are required: REPO."),

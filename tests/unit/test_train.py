@@ -129,7 +129,7 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     assert "warning: 1 rows without an answer, left out: rows.csv:4" in printed
     assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in printed
     assert "warning: 1 rows with a placeholder left in: rows.csv:2" in printed
-    assert "warning: nothing could be held out for validation: all rows have the same prompt" in printed
+    assert "warning: no row could be kept for validation: all rows have the same prompt" in printed
 
 
 def test_bad_rows_are_dropped_counted_and_listed(
@@ -456,6 +456,18 @@ def test_a_run_from_before_eval_rows_goes_on_with_all_validation_rows(given: dic
     assert resumed_options(Options(resume=str(folder)), Run(folder)).eval_rows == 0
     folder, _ = run({"resume": str(folder)})
     assert Run(folder).record.data.valid_rows == 12
+
+
+@pytest.mark.parametrize(("long", "said"), [(2, False), (4, True)])
+def test_many_rows_that_are_left_out_are_named_at_the_end_again(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str], long: int, said: bool
+) -> None:
+    with Path(given["data"]).open("a") as file:
+        file.writelines(json.dumps(chat(f"q{n}", "a" * 3000)) + "\n" for n in range(long))
+    options = Options.model_validate(given | {"valid_share": 0})
+    run_training(options, context("plain", create=Bigram))
+    last = " ".join(capsys.readouterr().out.split())[-400:]
+    assert (f"{long} of {24 + long} rows were not trained on: {long} longer than --max-length" in last) is said
 
 
 def split_into(given: dict[str, Any], **counts: int) -> Path:

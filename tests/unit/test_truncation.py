@@ -87,3 +87,23 @@ def test_long_rows_are_refused_by_name() -> None:
 def test_rows_in_which_nothing_is_trained_are_apart() -> None:
     fitted = filter_by_length([*ROWS, row(4, 0, "a:4")], 6, "drop")
     assert ([r.source for r in fitted.rows], [r.source for r in fitted.unlabeled]) == (["a:1"], ["a:4"])
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("length", [2, 3, 4, 7, 8, 29, 30])
+def test_each_label_of_a_text_is_one_of_a_block(bos: bool, length: int) -> None:
+    ids = np.arange(100, 130, dtype=np.int32)
+    text = Encoded(ids, np.arange(30) > 0 if bos else np.ones(30, bool), "a.txt:1", (129,), text=True)
+    chat = row(40, 3, "a.jsonl:2")
+    fitted = filter_by_length([text, chat], length, "split")
+    assert [long.source for long in fitted.dropped] == ["a.jsonl:2"]
+    if length == 30:
+        assert [kept.ids.tolist() for kept in fitted.rows] == [ids.tolist()]
+        return
+    assert (fitted.split, fitted.changed) == ([text], [text])
+    assert all(2 <= len(block.ids) <= length and block.source == "a.txt:1" for block in fitted.rows)
+    learned = [int(i) for block in fitted.rows for i in block.ids[1:][block.mask[1:]]]
+    assert learned == ids[1:].tolist()
+    if bos:
+        assert all(block.ids[0] == 100 and not block.mask[0] for block in fitted.rows)
+    assert len(fitted.every()) == 2
