@@ -60,7 +60,7 @@ class ExportRecord(_Record):
 class BaseRecord(_Record):
     """The base model's license, and the form in which its weights came."""
 
-    terms: dict[str, Any]
+    terms: dict[str, str]
     form: str = ""
 
 

@@ -11,6 +11,7 @@ _ROPE_NEEDS = {
     "yarn": ("original_max_position_embeddings",),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
+_PADDING = {"phi3": 32000}  # transformers' pad_token_id where the config has none
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -34,6 +35,9 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     if not text["head_dim"] or heads % keys:
         faults.append(f"its {heads} attention heads do not fit hidden_size or its {keys} key heads")
     faults += _rope_faults(text, kind)
+    padding = text.get("pad_token_id", _PADDING.get(kind))
+    if isinstance(padding, int) and padding >= text["vocab_size"]:
+        faults.append(f"its pad_token_id {padding} is beyond its vocabulary of {text['vocab_size']}")
     wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
     activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
     if activation != wanted:
@@ -51,6 +55,10 @@ def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
             faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")
         elif absent := [key for key in _ROPE_NEEDS.get(rope["rope_type"], ()) if rope.get(key) is None]:
             faults.append(f"its RoPE scaling {rope['rope_type']!r} lacks {', '.join(absent)}")
+        elif rope["rope_type"] == "longrope":
+            needed = int(text["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
+            counts = {key: len(rope[key]) for key in ("short_factor", "long_factor")}
+            faults += [f"its {key} has {n} numbers and needs {needed}" for key, n in counts.items() if n != needed]
         if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
             faults.append("its partial_rotary_factor is not computed by both backends")
     return faults

@@ -130,7 +130,7 @@ def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any], shard: Path
             found[name] = tensor
         elif name.endswith(".weight"):
             own = settings.get(module)
-            bits = (own if isinstance(own, dict) else settings)["bits"]
+            bits = (own if isinstance(own, dict) else settings).get("bits", settings["bits"])
             scales, biases = (tensors.get(f"{module}.{part}", np.zeros(0)) for part in ("scales", "biases"))
             if not _fit(tensor, scales, biases, 32 // bits):
                 raise UserError(f"{shard}: the scales of {name} do not fit it.", _REMEDY)

@@ -111,6 +111,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
         "its partial_rotary_factor is not computed by both backends",
     ),
+    (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0] * 6,
+                "long_factor": [1.0] * 4,
+                "original_max_position_embeddings": 48,
+            }
+        },
+        "its short_factor has 6 numbers and needs 4",
+    ),
+    ("phi3", {"pad_token_id": 5000}, "its pad_token_id 5000 is beyond its vocabulary of"),
     ("llama", {"hidden_act": "gelu"}, "its activation gelu is not the family's own, silu"),
     ("gemma2", {"hidden_activation": "gelu"}, "its activation gelu is not the family's own, gelu_pytorch_tanh"),
     ("qwen3", {"attention_bias": True}, "its attention has biases"),
