@@ -3,7 +3,7 @@
     python -m benchmarks.rows                        # 10,000 and 100,000 rows of 1 kB
     python -m benchmarks.rows --rows 1000000
 
-Each side is a process of its own, started twice: its second start finds what the first one kept. Seconds are from the
+Each side is a process of its own, started twice: the second may find what the first one kept. Seconds are from the
 first row that is read to the last that can be trained on. Memory is the resident set of the process and its children
 together, over what it was before reading. TRL's way is `datasets` with the chat template, for the prompt and for the
 whole row, and labels behind the prompt; as many processes as there are cores.
@@ -85,7 +85,7 @@ SIDES = {"twintune": by_twintune, "trl": as_trl_does}
 def measured(side: str, data: Path, cache: Path) -> dict[str, float]:
     """`{"seconds", "memory"}` of one start; memory in bytes."""
     command = [sys.executable, "-m", "benchmarks.rows", "--side", side, "--data", str(data)]
-    env = os.environ | {"HF_DATASETS_CACHE": str(cache), "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | {"HF_DATASETS_CACHE": str(cache)}
     with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
         _wait_for(process, READY)
         began, before, peaks = time.perf_counter(), _resident(process.pid), [0]

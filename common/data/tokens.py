@@ -97,10 +97,10 @@ class TextTokenizer:
             first, last, beyond = map(offsets.before, (start, stop, end))
             if offsets.cross(start) or offsets.cross(stop):
                 raise Unlabeled("a token crosses the edge of an assistant turn")
-            # some tokenizers put an empty one before a text, which is not the answer's
-            empty = offsets.ends[first:beyond] > offsets.starts[first:beyond]
-            first += int(np.argmax(empty)) if len(empty) else 0
-            self._check_prompt(tokens, offsets, start, first if np.any(empty) else 0)
+            # some tokenizers put a token without characters before a text, which is not the answer's
+            written = np.flatnonzero(offsets.ends[first:beyond] > offsets.starts[first:beyond])
+            first += int(written[0]) if len(written) else 0
+            self._check_prompt(tokens, offsets, start, first if len(written) else 0)
             found.append((first, last, beyond))
         return found
 

@@ -12,9 +12,8 @@ from common.files import atomic_write
 from common.system.cache import cache_folder
 
 LEAST = 100_000_000  # bytes of a model whose hash is remembered; smaller ones are read in no time
-_SETTLED = (
-    2.0  # seconds since the last change: a later one within the same tick of a file system's clock would not show
-)
+# Seconds since the last change: another change within one tick of a file system's clock would not show.
+_SETTLED = 2.0
 
 Stamps = list[list[str | int]]  # of each file: name, bytes, times of change of contents and of inode
 
