@@ -28,7 +28,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     write_rows(data / "train.jsonl", 24)
     write_rows(data / "valid.jsonl", 4000)
     given = ("--model", model, "--data", data, "--backend", "torch", "--device", "cpu", "--precision", "fp32")
-    given += ("--export", "none", "--rank", 2, "--steps", 100_000, "--micro-batch-tokens", 1)
+    given += ("--export", "none", "--rank", 2, "--steps", 100_000, "--micro-batch-tokens", 1, "--eval-rows", 4000)
     return [sys.executable, str(ROOT / "cli.py"), "train", *map(str, given)]
 
 
