@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 
 HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
 
@@ -25,6 +26,11 @@ def option(
     """
     extra: dict[str, Any] = {"heading": heading, "value": value, "path": path, "choices": list(choices)}
     return Field(default, description=description, json_schema_extra=extra, **more)
+
+
+def extra_of(field: FieldInfo) -> dict[str, Any]:
+    """`heading`, `value`, `path` and `choices`, as declared."""
+    return dict(field.json_schema_extra)  # type: ignore[arg-type]
 
 
 in_model, in_data, in_training, in_adapter, in_memory, in_export, in_output = (

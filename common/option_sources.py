@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from common import documents
 from common.errors import UserError
 from common.option_aliases import FAMILIES, SAME
+from common.option_faults import SHAPE, TAKEN_FROM_ADAPTER
 from common.option_translation import translate
-from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, SHAPE, TAKEN_FROM_ADAPTER, Options, by_flag, nearest
+from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
 from common.paths import path_fault, user_path
 
 

@@ -4,14 +4,16 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from common.option_faults import faults_of_export, faults_of_method
 from common.option_fields import (
     PlanFields,
     RecipeFields,
+    extra_of,
     in_data,
     in_export,
     in_memory,
@@ -24,13 +26,11 @@ from common.recipe import TARGET_GROUPS
 
 QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the built-in example
 EXAMPLE = Path(str(resources.files("examples"))) / "data"  # its rows
-PATTERNS = ("rank_pattern", "alpha_pattern")
 _SIZE = TypeAdapter(ByteSize)
 QUANT_TYPES = (
     *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
 )
-UNGUIDED = ("BF16", "F16", "Q8_0")  # GGUF types that take no importance matrix
 
 
 class Options(RecipeFields, PlanFields):
@@ -218,7 +218,7 @@ class Options(RecipeFields, PlanFields):
     def _together(self) -> "Options":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given: leave one out")
-        if faults := [*_faults_of_method(self), *_faults_of_export(self)]:
+        if faults := [*faults_of_method(self), *faults_of_export(self)]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -229,50 +229,13 @@ def by_flag() -> dict[str, FieldInfo]:
     return {Options.model_fields[name].alias or name: Options.model_fields[name] for name in names}
 
 
-def extra_of(field: FieldInfo) -> dict[str, Any]:
-    """`heading`, `value`, `path` and `choices`, as declared."""
-    return dict(field.json_schema_extra)  # type: ignore[arg-type]
-
-
 PATHS = [name for name, field in by_flag().items() if extra_of(field)["path"]]
-SHAPE = ["adapter", *(name for name, field in by_flag().items() if extra_of(field)["heading"] == "Adapter")]
-SHAPE.remove("method")
 # What a resumed run may be given again; all else is its own recipe and plan.
 RESUME_OPTIONS = {"steps", "epochs"} | {
     name
     for name, field in by_flag().items()
     if extra_of(field)["heading"] in ("Memory and device", "Export", "Output") and name not in ("precision", "output")
 }
-
-
-TAKEN_FROM_ADAPTER = sorted(("rank", "alpha", "rslora", "targets", "layers", "method", *PATTERNS))
-
-
-def _faults_of_method(options: Options) -> list[str]:
-    fields = type(options).model_fields
-    changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
-    faults = []
-    if options.method == "full":
-        faults += [f"{name} has no effect with method full: there is no adapter" for name in SHAPE if name in changed]
-        if options.quantization != "none":
-            faults.append("quantization cannot be combined with method full: quantized weights cannot be trained")
-        if options.precision == "bf16":
-            faults.append("method full keeps its weights in float32: in bf16 small updates are lost (precision fp32)")
-    if options.adapter is not None:
-        taken = [name for name in TAKEN_FROM_ADAPTER if name in changed]
-        faults += [f"{name} is taken from --adapter: leave it out" for name in taken]
-    return faults
-
-
-def _faults_of_export(options: Options) -> list[str]:
-    faults = []
-    if options.imatrix and options.export != "gguf":
-        faults.append(f"imatrix is for a GGUF, and export is {options.export}")
-    if options.imatrix and all(quant in UNGUIDED for quant in options.quant):
-        faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
-    if options.fuse_into and options.quantization == "none":
-        faults.append("fuse_into is for a quantized base; there is none (quantization none)")
-    return faults
 
 
 def read_size(text: str) -> int:

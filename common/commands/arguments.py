@@ -13,10 +13,10 @@ from pydantic.fields import FieldInfo
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
-from common.option_fields import HEADINGS
+from common.option_fields import HEADINGS, extra_of
 from common.option_sources import load_options
 from common.option_translation import KNOWN
-from common.options import Options, by_flag, extra_of
+from common.options import Options, by_flag
 from common.sampling import Sampling
 
 _TRUTHS = ("true", "false", "yes", "no", "on", "off")

@@ -6,8 +6,8 @@ import json
 from common.commands.arguments import default_text, metavar_of
 from common.context import Context
 from common.option_aliases import NEEDLESS, SAME
-from common.option_fields import HEADINGS
-from common.options import Options, by_flag, extra_of
+from common.option_fields import HEADINGS, extra_of
+from common.options import Options, by_flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,8 @@ from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
 from common.models.model_folder import ModelFolder
-from common.options import UNGUIDED, source_name
+from common.option_faults import UNGUIDED
+from common.options import source_name
 from common.run_fields import GgufRecord
 from common.run_record import Run
 

@@ -122,7 +122,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "option_fields", "option_aliases", "strict_json", "files"},
-    {"recipe", "run_lock", "option_translation", "documents", "paths", "verify_record"},
+    {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},

@@ -16,10 +16,10 @@ from common.commands.arguments import default_text, joined, read_flags
 from common.commands.completion import SHELLS
 from common.errors import UserError
 from common.option_aliases import NEEDLESS
-from common.option_fields import HEADINGS
+from common.option_fields import HEADINGS, extra_of
 from common.option_sources import load_options
 from common.option_translation import translate
-from common.options import Options, by_flag, extra_of
+from common.options import Options, by_flag
 from tests import ROOT
 
 ACTIONS = [["adapter", "inspect"], ["adapter", "convert"], ["llama", "build"], ["llama", "where"], ["llama", "clean"]]

@@ -1,0 +1,40 @@
+"""Options that exclude each other, or have no effect together.
+
+Options are validated by these functions, so this file cannot import Options.
+"""
+
+from typing import Any
+
+from common.option_fields import RecipeFields, extra_of
+
+UNGUIDED = ("BF16", "F16", "Q8_0")  # GGUF types that take no importance matrix
+TAKEN_FROM_ADAPTER = sorted(("rank", "alpha", "rslora", "targets", "layers", "method", "rank_pattern", "alpha_pattern"))
+_ADAPTER = [name for name, field in RecipeFields.model_fields.items() if extra_of(field)["heading"] == "Adapter"]
+SHAPE = ["adapter", *(name for name in _ADAPTER if name != "method")]  # of the adapter
+
+
+def faults_of_method(options: Any) -> list[str]:
+    fields = type(options).model_fields
+    changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
+    faults = []
+    if options.method == "full":
+        faults += [f"{name} has no effect with method full: there is no adapter" for name in SHAPE if name in changed]
+        if options.quantization != "none":
+            faults.append("quantization cannot be combined with method full: quantized weights cannot be trained")
+        if options.precision == "bf16":
+            faults.append("method full keeps its weights in float32: in bf16 small updates are lost (precision fp32)")
+    if options.adapter is not None:
+        taken = [name for name in TAKEN_FROM_ADAPTER if name in changed]
+        faults += [f"{name} is taken from --adapter: leave it out" for name in taken]
+    return faults
+
+
+def faults_of_export(options: Any) -> list[str]:
+    faults = []
+    if options.imatrix and options.export != "gguf":
+        faults.append(f"imatrix is for a GGUF, and export is {options.export}")
+    if options.imatrix and all(quant in UNGUIDED for quant in options.quant):
+        faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
+    if options.fuse_into and options.quantization == "none":
+        faults.append("fuse_into is for a quantized base; there is none (quantization none)")
+    return faults
