@@ -4,12 +4,12 @@ import argparse
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from common.backend import Adapter, Backend, Memory, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
-from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name, prepare
+from common.commands.new_run import begin, claimed
+from common.commands.prepare import Job, prepare
 from common.context import Context
 from common.data.batching import micro_batches, steps_per_epoch
 from common.display import Display, gigabytes
@@ -17,26 +17,23 @@ from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import Upload, push
-from common.files import atomic_write
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
-from common.paths import user_path
 from common.recipe import Recipe
-from common.run_fields import DataRecord, ExportRecord
+from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
 from common.sampling import Sampling
-from common.system.environment import write_environment
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.faults import unsaved
 from common.training.loop import Interrupted, TrainingLoop, evaluate
-from common.training.metrics import deterministic, figures, timed
+from common.training.metrics import figures, timed
 from common.training.observer import DisplayObserver
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
@@ -66,8 +63,8 @@ def run_training(options: Options, context: Context) -> Path:
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
         else:
-            job, found = _claimed(job, lock), None
-            _begin(job)
+            job, found = claimed(job, lock), None
+            begin(job)
         try:
             backend, adapter = _train(job, found, context, seconds)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
@@ -231,61 +228,6 @@ def _method(recipe: Recipe, start: Adapter | None) -> str:
         + (f" of a {recipe.quantization} base" if recipe.quantization != "none" else "")
         + (", continuing from a given adapter" if recipe.adapter_hash else "")
     )
-
-
-def _claimed(job: Job, lock: ExitStack) -> Job:
-    """The job with its run folder made and held, before anything is written there: another process may want the same.
-
-    Raises UserError where that one was quicker and the folder was named by hand; else another name is taken.
-    """
-    while True:
-        try:
-            job.run.path.mkdir(parents=True, exist_ok=bool(job.options.output))
-            break
-        except FileExistsError:
-            job = replace(job, run=Run(free_name(job.run.path)))
-    lock.enter_context(held(job.run.path))
-    check_unused(job.run.path)
-    for name in FIRST_FILES:
-        (job.run.path / name).unlink(missing_ok=True)
-    return job
-
-
-def _begin(job: Job) -> None:
-    """Write a new run's files, its record last, in its folder that is held."""
-    run = job.run
-    run.write_recipe(job.recipe)
-    run.write_plan(job.plan)
-    if job.served.template is not None:
-        with atomic_write(run.template) as temporary:
-            temporary.write_text(job.served.template, encoding="utf-8")
-    write_environment(run.path)
-    write_cases(run.verify_cases, job.cases)
-    run.update(
-        status="training",
-        recipe_hash=job.recipe.hash(),
-        model_hash=job.recipe.model_hash,
-        plans=[{"from_step": 1} | job.plan.model_dump()],
-        deterministic=deterministic(job.recipe, job.chosen.deterministic),
-        stop_ids=job.served.stops,
-        sample_prompt=job.sample,
-        sample_tokens=job.sample_tokens,
-        data=DataRecord(
-            train_rows=len(job.train),
-            valid_rows=len(job.valid),
-            tokens=sum(len(row.ids) for row in job.train),
-            label_tokens=sum(row.label_tokens for row in job.train),
-        ),
-        options=_absolute(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
-    )
-
-
-def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Paths made absolute, so that the run can be resumed from another working folder."""
-    for key in ("model", "data", "llama_cpp", "adapter", "chat_template"):
-        if options[key] and (path := user_path(options[key], f"--{key.replace('_', '-')}")).exists():
-            options[key] = str(path.resolve())
-    return options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,70 @@
+"""A new run's folder: made and held, then its first files. A step of `train`."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name
+from common.files import atomic_write
+from common.paths import user_path
+from common.run_fields import DataRecord
+from common.run_lock import held
+from common.run_record import Run
+from common.system.environment import write_environment
+from common.training.metrics import deterministic
+from common.verify.cases import write_cases
+
+
+def claimed(job: Job, lock: ExitStack) -> Job:
+    """The job with its run folder made and held, before anything is written there: another process may want the same.
+
+    Raises UserError where that one was quicker and the folder was named by hand; else another name is taken.
+    """
+    while True:
+        try:
+            job.run.path.mkdir(parents=True, exist_ok=bool(job.options.output))
+            break
+        except FileExistsError:
+            job = replace(job, run=Run(free_name(job.run.path)))
+    lock.enter_context(held(job.run.path))
+    check_unused(job.run.path)
+    for name in FIRST_FILES:
+        (job.run.path / name).unlink(missing_ok=True)
+    return job
+
+
+def begin(job: Job) -> None:
+    """Write a new run's files, its record last, in its folder that is held."""
+    run = job.run
+    run.write_recipe(job.recipe)
+    run.write_plan(job.plan)
+    if job.served.template is not None:
+        with atomic_write(run.template) as temporary:
+            temporary.write_text(job.served.template, encoding="utf-8")
+    write_environment(run.path)
+    write_cases(run.verify_cases, job.cases)
+    run.update(
+        status="training",
+        recipe_hash=job.recipe.hash(),
+        model_hash=job.recipe.model_hash,
+        plans=[{"from_step": 1} | job.plan.model_dump()],
+        deterministic=deterministic(job.recipe, job.chosen.deterministic),
+        stop_ids=job.served.stops,
+        sample_prompt=job.sample,
+        sample_tokens=job.sample_tokens,
+        data=DataRecord(
+            train_rows=len(job.train),
+            valid_rows=len(job.valid),
+            tokens=sum(len(row.ids) for row in job.train),
+            label_tokens=sum(row.label_tokens for row in job.train),
+        ),
+        options=_absolute(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
+    )
+
+
+def _absolute(options: dict[str, Any]) -> dict[str, Any]:
+    """Paths made absolute, so that the run can be resumed from another working folder."""
+    for key in ("model", "data", "llama_cpp", "adapter", "chat_template"):
+        if options[key] and (path := user_path(options[key], f"--{key.replace('_', '-')}")).exists():
+            options[key] = str(path.resolve())
+    return options
