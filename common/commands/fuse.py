@@ -9,27 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from common.backend import Adapter, Backends
+from common.backend import Backends
 from common.commands.arguments import add_options
 from common.context import Context
 from common.data.load import data_of
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import (
-    EXPORT_STEPS,
-    Stage,
-    StageMeter,
-    check_disk,
-    estimate_stages,
-    needs_llama,
-    warn_of_memory,
-)
-from common.export.fused_folder import ServingConfig, trained_bytes, write_fused
+from common.export.budget import EXPORT_STEPS, StageMeter, check_disk, needs_llama, warn_of_memory
+from common.export.fused_folder import ServingConfig, write_fused
 from common.export.gguf import try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
 from common.export.mlx import write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
-from common.export.preflight import reloaded, tools_for
+from common.export.preflight import export_stages, tools_for
 from common.export.upload import Upload, check_push, push
 from common.llama_cpp.build import build_bytes
 from common.models.license import Terms, copy_terms, find_terms
@@ -68,7 +60,8 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     adapter = adapter_of(run, base)
     if "convert" in EXPORT_STEPS[merged.export]:
         _check_inputs(run, base, merged, context.backends)
-    stages = _estimated(run, base, adapter, merged, context.backends)
+    memory = TrainingMemory(context.backends(run.plan.backend), model_dims(base.config), run.recipe, adapter)
+    stages = export_stages(merged, base, adapter, memory)
     check_disk(run.path, stages, build_bytes(needs_llama(merged.export), merged.llama_cpp))
     warn_of_memory(stages, display)
     export_run(
@@ -212,13 +205,6 @@ def _verified(job: ExportJob, meter: StageMeter, bf16_gguf: Path) -> bool:
         checks = verify_held(job.run, job.base, job.adapter, job.context, bf16_gguf)
     _write_card(job)  # again, with the verdict
     return verdict(checks) != "broken"
-
-
-def _estimated(run: Run, base: ModelFolder, adapter: Adapter, options: Options, backends: Backends) -> list[Stage]:
-    memory = TrainingMemory(backends(run.plan.backend), model_dims(base.config), run.recipe, adapter)
-    held = reloaded(options, memory, base)
-    size, verifies = trained_bytes(adapter, base), not options.no_verify
-    return estimate_stages(options.export, options.quant, base, size, held, options.imatrix, verifies)
 
 
 def _show_summary(record: RunRecord, seconds: dict[str, float], display: Display) -> None:

@@ -11,10 +11,10 @@ from common.data.encode import Encoded, load_tokenizer
 from common.data.training_rows import encode_data, left_out, read_data, report_rows, sample_prompt, warn_of_context
 from common.display import Display, gigabytes
 from common.errors import UserError
-from common.export.budget import EXPORT_STEPS, Stage, check_disk, estimate_stages, needs_llama, warn_of_memory
+from common.export.budget import EXPORT_STEPS, Stage, check_disk, needs_llama, warn_of_memory
 from common.export.fused_folder import ServingConfig, checkpoints_disk, trained_bytes
 from common.export.mlx import check_installed
-from common.export.preflight import reloaded, tools_for
+from common.export.preflight import export_stages, tools_for
 from common.export.upload import check_push
 from common.llama_cpp.build import build_bytes
 from common.llama_cpp.install import LlamaCpp
@@ -101,10 +101,8 @@ def prepare(
     memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
     chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored)
     _warn_of_peak(chosen, display)
-    adapter_bytes, held = trained_bytes(start, base.model), reloaded(options, memory, base.model)
-    verifies = not options.no_verify
-    stages = estimate_stages(options.export, options.quant, base.model, adapter_bytes, held, options.imatrix, verifies)
-    checkpoints = checkpoints_disk(adapter_bytes, options.keep_checkpoints)
+    stages = export_stages(options, base.model, start, memory)
+    checkpoints = checkpoints_disk(trained_bytes(start, base.model), options.keep_checkpoints)
     build = build_bytes(needs_llama(options.export), options.llama_cpp)
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages], build)
     warn_of_memory(stages, display)

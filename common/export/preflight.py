@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from common.backend import Adapter
 from common.display import Display
 from common.errors import UserError
-from common.export.budget import EXPORT_STEPS, needs_llama
+from common.export.budget import EXPORT_STEPS, Stage, estimate_stages, needs_llama
+from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model
 from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
@@ -19,7 +21,14 @@ from common.options import Options
 from common.training.memory_estimate import TrainingMemory
 
 
-def reloaded(options: Options, memory: TrainingMemory, base: ModelFolder) -> int:
+def export_stages(options: Options, base: ModelFolder, adapter: Adapter | None, memory: TrainingMemory) -> list[Stage]:
+    """The estimate of every stage of the export that the options ask for. adapter: None with method full."""
+    trained, held = trained_bytes(adapter, base), _loaded_again(options, memory, base)
+    verify = not options.no_verify
+    return estimate_stages(options.export, options.quant, base, trained, held, options.imatrix, verify)
+
+
+def _loaded_again(options: Options, memory: TrainingMemory, base: ModelFolder) -> int:
     """Bytes of the quantized base that --fuse-into dequantized loads again."""
     if options.fuse_into != "dequantized" or memory.recipe.quantization == "none":
         return 0

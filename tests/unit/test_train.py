@@ -14,8 +14,6 @@ import pytest
 import torch_backend
 from common import files
 from common.backend import Memory
-from common.commands import fuse as fuse_module
-from common.commands import prepare as prepare_module
 from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
@@ -23,6 +21,7 @@ from common.commands.train import run_training
 from common.data.batching import micro_batches
 from common.display import Display
 from common.errors import UserError
+from common.export import preflight
 from common.export.budget import estimate_stages
 from common.export.upload import Upload, push
 from common.models.adapter_files import read_mlx, read_peft, read_trained
@@ -617,8 +616,7 @@ def test_an_exports_stages_are_estimated_once(given: dict[str, Any], monkeypatch
         calls.append(given)
         return estimate_stages(*given)
 
-    for place in (prepare_module, fuse_module):
-        monkeypatch.setattr(place, "estimate_stages", counted)
+    monkeypatch.setattr(preflight, "estimate_stages", counted)
     folder, _ = run(given | {"export": "fused"})
     assert len(calls) == 1
     fuse_run(folder, {}, context(create=Bigram))
