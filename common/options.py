@@ -102,7 +102,7 @@ class Options(RecipeFields, PlanFields):
 
     export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = in_export(
         "gguf",
-        "what to make: nothing, the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
+        "what to make: the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
     )
     quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make", value="TYPE [TYPE ...]", choices=QUANT_TYPES)
     imatrix: bool = in_export(False, "quantize with an importance matrix of the training rows")

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import types
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -69,11 +69,14 @@ class _Flag(argparse.Action):
 
 
 def add_options(
-    parser: argparse.ArgumentParser, names: Iterable[str] | None = None, defaults: dict[str, Any] | None = None
+    parser: argparse.ArgumentParser,
+    names: Iterable[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    refused: Collection[str] = (),
 ) -> None:
     """Flags for the options of `names`, all unless given, and for what other programs call them (not shown).
 
-    defaults: shown in place of train's; None: nothing is shown.
+    defaults: shown in place of train's; None: nothing is shown. refused: values that the command does not offer.
     """
     fields = by_flag()
     chosen = list(fields) if names is None else list(names)
@@ -82,10 +85,9 @@ def add_options(
         below = [name for name in chosen if extra_of(fields[name])["heading"] == heading]
         group = parser.add_argument_group(heading) if below else None
         for name in below:
-            default = (defaults or {}).get(name, fields[name].get_default())
-            _add(
-                group, name, nargs_of(fields[name]), _with_default(str(fields[name].description), default), fields[name]
-            )
+            field = fields[name]
+            text = _with_default(str(field.description), (defaults or {}).get(name, field.get_default()))
+            _add(group, name, nargs_of(field), text, field, refused)
     for name in sorted(KNOWN - set(chosen)) if names is None else ():
         _add(parser, name, "*" if name in _SEVERAL else "?", argparse.SUPPRESS, None)
 
@@ -93,7 +95,7 @@ def add_options(
 _SEVERAL = {"lora_target_modules", "target_modules", "lora_parameters.keys"}
 
 
-def _add(parser: Any, name: str, nargs: str, text: str, field: FieldInfo | None) -> None:
+def _add(parser: Any, name: str, nargs: str, text: str, field: FieldInfo | None, refused: Collection[str] = ()) -> None:
     added = parser.add_argument(
         *dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")),
         action=_Flag,
@@ -101,10 +103,10 @@ def _add(parser: Any, name: str, nargs: str, text: str, field: FieldInfo | None)
         const=True,
         default=argparse.SUPPRESS,
         dest=name,
-        metavar=metavar_of(field) if field else None,
+        metavar=metavar_of(field, refused) if field else None,
         help=text,
     )
-    if field is not None and (choices := choices_of(field)):
+    if field is not None and (choices := choices_of(field, refused)):
         added.completer = lambda prefix, **more: choices  # of argcomplete
 
 
@@ -125,17 +127,18 @@ def heading_of(name: str) -> str | None:
     return None if field is None else str(extra_of(field)["heading"])
 
 
-def choices_of(field: FieldInfo) -> list[str]:
+def choices_of(field: FieldInfo, refused: Collection[str] = ()) -> list[str]:
     """The values that the option takes, where they are few."""
     kind = _kind(field)
-    return list(get_args(kind)) if get_origin(kind) is Literal else list(extra_of(field)["choices"])
+    known = get_args(kind) if get_origin(kind) is Literal else extra_of(field)["choices"]
+    return [value for value in known if value not in refused]
 
 
-def metavar_of(field: FieldInfo) -> str:
+def metavar_of(field: FieldInfo, refused: Collection[str] = ()) -> str:
     """What stands for the value in help; nothing for a switch."""
     kind = _kind(field)
     if get_origin(kind) is Literal:
-        return "{" + ",".join(get_args(kind)) + "}"
+        return "{" + ",".join(choices_of(field, refused)) + "}"
     if value := extra_of(field)["value"]:
         return str(value)
     if get_origin(kind) in (list, dict):

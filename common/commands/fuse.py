@@ -278,7 +278,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s RUN [--option VALUE ...]"
     parser.epilog = "What is not given is as the run was started; a run that exported nothing makes a GGUF."
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
-    add_options(parser, _OPTIONS, dict.fromkeys(_OPTIONS))
+    add_options(parser, _OPTIONS, dict.fromkeys(_OPTIONS), refused=("none",))
 
 
 def run(args: argparse.Namespace, context: Context) -> None:

@@ -78,6 +78,13 @@ def test_a_description_is_not_the_rest_of_a_sentence() -> None:
         assert not str(field.description).endswith("."), name
 
 
+def test_fuse_does_not_offer_to_make_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--export {none,fused," in printed(capsys, monkeypatch, "train", "--help")
+    assert "--export {fused,gguf,lora-gguf,mlx}" in printed(capsys, monkeypatch, "fuse", "--help")
+
+
 def test_no_command_shows_the_help_and_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +212,8 @@ def test_a_shell_is_told_how_to_complete(
         ("twintune train --schedule c", ["constant", "cosine"]),
         ("twintune completion f", ["fish"]),
         ("twintune fuse run --quant Q5_K_", ["Q5_K_M", "Q5_K_S"]),
+        ("twintune train --export n", ["none"]),
+        ("twintune fuse run --export n", []),
     ],
 )
 def test_the_shell_gets_commands_options_and_values(line: str, wanted: list[str], tmp_path: Path) -> None:
