@@ -10,7 +10,7 @@ from common.display import gigabytes
 from common.errors import UserError
 from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
-from common.models.license import Terms, is_hub_name
+from common.models.license import Terms, is_hub_name, terms_of
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
 from common.run_fields import ExportRecord, RunRecord
@@ -55,7 +55,7 @@ def card(run: Run, parts: list[str]) -> str:
     record, recipe = run.record, run.recipe
     if record.base is None:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
-    terms = Terms(**record.base.terms)
+    terms = terms_of(record.base.terms)
     model = str(record.options["model"])  # a local model is on record by its absolute path, never a hub name
     base = model if is_hub_name(model) else ""
     data = _data_name(str(record.options["data"]))

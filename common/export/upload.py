@@ -14,7 +14,7 @@ from common.documents import read_json
 from common.errors import UserError, first_line, masked
 from common.export.model_card import PARTS, card, parts_of
 from common.model_files import COPIED, license_files, read_config
-from common.models.license import Terms, is_hub_name
+from common.models.license import is_hub_name, terms_of
 from common.run_lock import held, refuse_links
 from common.run_record import Run
 
@@ -88,7 +88,7 @@ def _checked_files(run: Run, asked: Upload) -> list[File]:
 def _show(run: Run, files: list[File], repo: str, asked: Upload, display: Display) -> str:
     """List the files; their size in all."""
     base = run.record.base
-    begins = Terms(**base.terms).begins if base else ""
+    begins = terms_of(base.terms).begins if base else ""
     if begins and not repo.rpartition("/")[2].lower().startswith(begins.lower().replace(" ", "-")):
         display.warn(f"the base's license asks that a derived model's name begin with {begins!r}; {repo}'s does not")
     total = gigabytes(sum(file.size for file in files))

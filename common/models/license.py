@@ -1,7 +1,7 @@
 """The base model's license: which it is, what it asks of whoever distributes the model, and its files."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ class Terms:
     words: str = ""
     notice: str = ""
     begins: str = ""
+
+
+_PARTS = {part.name for part in fields(Terms)}
 
 
 def _llama(version: str) -> Terms:
@@ -93,6 +96,11 @@ def find_terms(folder: Path, model: str, model_type: str) -> Terms:
     if model_type in _GEMMA_TYPES:
         return _GEMMA
     return Terms("other", "see-base-model", f"https://huggingface.co/{model}" if is_hub_name(model) else "")
+
+
+def terms_of(kept: dict[str, str]) -> Terms:
+    """The terms on a run's record, which another version may have written."""
+    return Terms(**{"license": "other"} | {name: text for name, text in kept.items() if name in _PARTS})
 
 
 def copy_terms(base: Path, out: Path, terms: Terms) -> list[str]:

@@ -8,13 +8,15 @@ import pytest
 import yaml
 
 from common import files
+from common.errors import UserError
 from common.export import model_card
 from common.export.model_card import base_form, parts_of, write_card
 from common.model_files import license_files
-from common.models.license import KNOWN, Terms, copy_terms, find_terms, read_front_matter
+from common.models.license import KNOWN, copy_terms, find_terms, read_front_matter, terms_of
 from common.run_record import Run
 from tests.full_disk import full_disk
 from tests.unit.hub import TOKEN, finished_run
+from tests.unit.old_run import edit_record
 
 ALL = ["fused", "adapter", "gguf"]
 
@@ -209,6 +211,7 @@ def test_a_license_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: p
         ({}, "google/gemma-3-270m", "gemma3_text", "gemma", ""),
         ({}, "/home/x/base", "gemma3_text", "gemma", ""),
         ({"README.md": "---\nlicense: [broken\n---\n"}, "a/b", "llama", "other", "see-base-model"),
+        ({"README.md": "---\nlicense: 2.0\n---\n"}, "a/b", "llama", "other", "see-base-model"),
         ({"README.md": "---\nlicense: [mit]\n---\n", "LICENSE": "MIT License"}, "a/b", "phi3", "mit", ""),
         ({"README.md": f"---\nlicense: {'x' * 301}\n---\n"}, "a/b", "llama", "other", "see-base-model"),
         ({"README.md": "---\nlicense: other\nlicense_name: [a, b]\n---\n"}, "a/b", "q", "other", "see-base-model"),
@@ -302,4 +305,13 @@ def test_front_matter_is_found_at_the_head_of_a_long_card(tmp_path: Path) -> Non
 
 
 def test_terms_survive_the_record() -> None:
-    assert all(Terms(**vars(terms)) == terms for terms in KNOWN.values())
+    assert all(terms_of(vars(terms)) == terms for terms in KNOWN.values())
+
+
+def test_terms_on_record_may_be_of_another_version_and_are_texts(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    Run(run).update(base={"terms": {"seal": "gold"}})
+    assert front(card(run, ALL))["license"] == "other"
+    edit_record(run, base={"terms": {"license": 2.0}})
+    with pytest.raises(UserError, match=r"run\.json is not the record of a run: base\.terms\.license"):
+        card(run, ALL)
