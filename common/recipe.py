@@ -108,4 +108,4 @@ class Plan(PlanFields):
     def on(self, device_name: str) -> "Plan":
         """The same plan on the device of this name."""
         device, _, index = device_name.partition(":")
-        return self.model_copy(update={"device": device, "device_index": int(index or 0)})
+        return Plan.model_validate(self.model_dump() | {"device": device, "device_index": int(index or 0)})
