@@ -1,6 +1,7 @@
 """torch's devices: which there are, what they compute in, and their free memory. Imports torch only when asked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.backend import Choice
 from common.errors import UserError
@@ -16,6 +17,8 @@ from common.system.hardware import (
 )
 from common.system.memory import available, available_to_gpu
 from torch_backend.memory_terms import packs_attention
+
+AMD_DRIVER = Path("/dev/kfd")  # of ROCm's driver, on Linux
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def choose_device(wanted: str) -> Choice:
         return Choice("cpu", "asked for")
     seen = cards()
     if not seen and wanted == "auto":
-        return Choice("cpu", "no NVIDIA GPU that torch can use")
+        return Choice("cpu", "no NVIDIA GPU that torch can use", _rocm_warning())
     if not seen:
         raise UserError(
             f"--device {wanted}: torch sees no NVIDIA GPU here.",
@@ -66,6 +69,17 @@ def cards() -> list[Card]:
         return []
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [Card(card.name, (card.major, card.minor), str(card.uuid)) for card in found]
+
+
+def _rocm_warning() -> str:
+    """Says that the GPU is left alone where torch is built for ROCm and sees one; else nothing."""
+    if not AMD_DRIVER.exists():  # torch need not be imported to know
+        return ""
+    import torch
+
+    if torch.version.hip is None or not torch.cuda.is_available():
+        return ""
+    return "torch sees an AMD GPU, but Twintune was never run on ROCm: the CPU computes"
 
 
 def _named(wanted: str, seen: list[Card]) -> Choice:

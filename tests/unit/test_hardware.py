@@ -315,6 +315,33 @@ def test_a_gpu_that_is_not_here_says_what_to_install(machine: Machine, wanted: s
     assert caught.value.fix == "Install NVIDIA's driver and a CUDA build of torch, or use --device cpu."
 
 
+@pytest.mark.parametrize(
+    ("driver", "hip", "visible", "said"),
+    [
+        (True, "6.4", [("AMD Instinct MI300X", 9, "mi300x")], True),
+        (True, "6.4", [], False),  # no device that it can use
+        (True, None, [], False),  # a CPU or CUDA build
+        (False, "6.4", [("AMD Instinct MI300X", 9, "mi300x")], False),
+    ],
+)
+def test_an_amd_gpu_that_torch_sees_is_not_left_alone_silently(
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    driver: bool,
+    hip: str | None,
+    visible: list[tuple[str, int, str]],
+    said: bool,
+) -> None:
+    torch = cuda(visible)
+    torch.version = types.SimpleNamespace(hip=hip)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(torch_backend.devices, "AMD_DRIVER", tmp_path if driver else tmp_path / "kfd")
+    warning = "torch sees an AMD GPU, but Twintune was never run on ROCm: the CPU computes" if said else ""
+    assert torch_backend.choose_device("auto") == Choice("cpu", "no NVIDIA GPU that torch can use", warning)
+    assert torch_backend.choose_device("cpu").warning == ""
+
+
 def test_mps_is_used_only_when_asked_for(machine: Machine) -> None:
     machine.apple().mps(True)
     assert torch_backend.choose_device("auto").value == "cpu"
