@@ -46,14 +46,18 @@ def _text(given: Styled) -> Text:
 
 
 class _Lasting:
-    """Standard output that survives its terminal or reader: once that is gone, what is written is discarded.
+    """stdout or stderr, which survives its terminal or reader: once that is gone, what is written is discarded.
 
     A job that trains for hours must not fail because its terminal was closed.
     """
 
+    def __init__(self, name: Literal["stdout", "stderr"]) -> None:
+        self._name = name
+
     @property
     def _stream(self) -> TextIO:
-        return cast(TextIO, getattr(sys.stdout, "rich_proxied_file", sys.stdout))  # not rich's own, which writes to us
+        stream = getattr(sys, self._name)
+        return cast(TextIO, getattr(stream, "rich_proxied_file", stream))  # not rich's own, which writes to us
 
     def write(self, text: str) -> int:
         try:
@@ -80,15 +84,19 @@ class _Lasting:
         return getattr(self._stream, name)
 
 
+def _console(out: _Lasting, soft_wrap: bool) -> Console:
+    return Console(file=cast(TextIO, out), highlight=False, markup=False, emoji=False, soft_wrap=soft_wrap)
+
+
 class Display:
     """Prints everything that the user reads. mode: rich on a terminal and plain lines elsewhere, unless given."""
 
     def __init__(self, mode: Mode | None = None) -> None:
         self.mode: Mode = mode or ("rich" if sys.stdout.isatty() else "plain")
-        self._out = _Lasting()
-        self.console = Console(
-            file=cast(TextIO, self._out), highlight=False, markup=False, emoji=False, soft_wrap=self.mode == "plain"
-        )
+        self._out = _Lasting("stdout")
+        self.console = _console(self._out, soft_wrap=self.mode == "plain")
+        # In quiet mode standard output holds results alone; elsewhere a warning stands at its place in the log.
+        self._warnings = _console(_Lasting("stderr"), soft_wrap=True) if self.mode == "quiet" else self.console
         self._bars: Bars | None = None
         self._task: TaskID | None = None
         self._memory = Text(style="dim")
@@ -107,8 +115,8 @@ class Display:
             self._out.write(_CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
             self._out.flush()
 
-    def _print(self, text: str, style: str = "") -> None:
-        self.console.print(_text((text, style)))
+    def _print(self, text: str) -> None:
+        self.console.print(_text(text))
 
     def say(self, text: str) -> None:
         self.event("note", text=text)
@@ -118,7 +126,7 @@ class Display:
     def warn(self, text: str) -> None:
         self.event("warning", text=text)
         if self.mode != "json":
-            self._print(f"warning: {text}", "yellow")
+            self._warnings.print(_text((f"warning: {text}", "yellow")))
 
     def sample(self, by: str, prompt: str, answer: str) -> None:
         """Show the tuned model's answer to a prompt, cut where it is long. by: what runs the model."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -178,3 +179,25 @@ def test_a_bug_in_an_optional_part_is_a_warning_for_users_and_fails_a_test(
     with Display("plain").optional("no card"):
         raise bug("ours")
     assert capsys.readouterr().out.startswith(f"warning: no card: {bug.__name__}: ")
+
+
+@pytest.mark.parametrize(("mode", "where"), [("quiet", "err"), ("plain", "out"), ("json", "out")])
+def test_a_warning_is_no_result(mode: str, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Display(mode).warn(f"{HOSTILE}{'x' * 200}")  # type: ignore[arg-type]
+    streams = capsys.readouterr()
+    warning = f"warning: {SHOWN}{'x' * 200}\n"
+    if mode == "json":
+        assert json.loads(streams.out) == {"event": "warning", "text": f"{HOSTILE}{'x' * 200}"}
+    else:
+        assert getattr(streams, where) == warning
+    assert (streams.err if where == "out" else streams.out) == ""
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_terminal_that_is_gone_fails_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        Display("quiet" if name == "stderr" else "plain").warn("nobody reads this")
+        stream.flush()  # what was buffered is gone too

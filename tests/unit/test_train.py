@@ -170,7 +170,7 @@ def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = ready(given, max_length=50, valid_share=0.0)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     dropped = 24 - len(job.train)
     assert 0 < dropped < 24
     assert f"warning: {dropped} rows longer than --max-length 50 are dropped: rows.jsonl:" in printed.replace("\n", " ")
@@ -371,7 +371,7 @@ def test_a_record_that_the_disk_refuses_hides_no_other_error_and_says_how_to_con
         assert isinstance(caught.value, UserError)
         assert caught.value.what == f"No space left on device: {folder}/run.json"
         assert caught.value.fix.endswith(f"continue from step 6: python cli.py train --resume {folder}")
-    assert "warning: run.json is not up to date" in capsys.readouterr().out
+    assert "warning: run.json is not up to date" in capsys.readouterr().err
     monkeypatch.undo()
     run({"resume": folder})
     record = json.loads((Path(folder) / "run.json").read_text())
@@ -401,7 +401,7 @@ def test_a_resume_removes_what_a_killed_process_left_and_names_another_environme
     capsys.readouterr()
     run({"resume": str(folder)})
     assert not [path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith(".")]
-    printed = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().err.split())
     assert "warning: not the environment that the run began in, so the last digits may differ: numpy 1.0 -> " in printed
     assert ", threads 64 -> " in printed
 
@@ -504,7 +504,7 @@ def test_test_rows_that_cannot_be_scored_cost_no_training(
     monkeypatch.setattr(module, "evaluate", lambda *args: 1 / 0)
     folder, _ = run(given | {"data": str(split_into(given, train=19, test=5))})
     assert Run(folder).record.status == "complete"
-    assert "the test rows are not scored: ZeroDivisionError" in capsys.readouterr().out + capsys.readouterr().err
+    assert "the test rows are not scored: ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_without_validation_the_last_adapter_is_exported(given: dict[str, Any]) -> None:
@@ -658,7 +658,7 @@ def test_a_sample_that_fails_costs_nothing(given: dict[str, Any], capsys: pytest
             raise RuntimeError("out of luck")
 
     folder, backend = run(given | {"export": "fused"}, Mute())
-    assert "warning: no sample: RuntimeError: out of luck" in capsys.readouterr().out
+    assert "warning: no sample: RuntimeError: out of luck" in capsys.readouterr().err
     assert (folder / "fused" / "model.safetensors").exists()
     assert backend.closed
 
