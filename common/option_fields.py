@@ -42,7 +42,9 @@ class RecipeFields(BaseModel):
     """What changes the result and needs nothing of the machine or the data to be known."""
 
     train_on: Literal["assistant", "last", "all"] = in_data(
-        "assistant", "which tokens are trained: every assistant turn, the last turn of each row, or every token"
+        "assistant",
+        "which tokens are trained: every assistant turn, the last turn of each row, or every token; "
+        "train: false takes out assistant turns only",
     )
     thinking: Literal["off", "keep"] = in_data(
         "off", "train and export a thinking model without its reasoning, or keep the reasoning of the rows"
