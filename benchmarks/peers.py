@@ -29,8 +29,8 @@ from benchmarks.one_step import recipe_of
 from benchmarks.peer_runs import PEERS, ROOT, RUNNERS, environment
 from common.data.batching import micro_batches
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
+from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
-from common.data.truncation import encode_all
 from common.models.adapter_files import read_any
 from common.models.lora_init import layer_count
 from common.models.model_folder import ModelFolder
@@ -66,8 +66,8 @@ def prepare(arguments: argparse.Namespace, folder: Path, work: Path) -> tuple[li
     ]
     (work / "split.jsonl").write_text("\n".join(map(json.dumps, split)) + "\n", encoding="utf-8")
     encoder = Encoder(load_tokenizer(folder, None), MaskingOptions())
-    read = [encode_all(read_rows(work / name), encoder.encode_batch) for name in ("rows.jsonl", "held.jsonl")]
-    return read[0], read[1]
+    (rows, held), _ = encode_parts([read_rows(work / f"{name}.jsonl") for name in ("rows", "held")], encoder, "error")
+    return rows, held
 
 
 def main() -> None:

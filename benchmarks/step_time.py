@@ -12,8 +12,8 @@ import torch
 from benchmarks.one_step import recipe_of
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
-from common.data.truncation import encode_all
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
@@ -44,9 +44,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = resolve(arguments.model, print)
     recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
-    rows = encode_all(
-        read_rows(Path(arguments.data)), Encoder(load_tokenizer(model.path, None), MaskingOptions()).encode_batch
-    )
+    encoder = Encoder(load_tokenizer(model.path, None), MaskingOptions())
+    (rows,), _ = encode_parts([read_rows(Path(arguments.data))], encoder, "error")
     shapes = linear_shapes(model, ["all-linear"])
     backend = TorchBackend()
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)

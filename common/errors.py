@@ -23,6 +23,10 @@ class UserError(Exception):
         self.what = what
         self.fix = fix
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        """For another process: an exception is made again of the arguments that its class takes."""
+        return type(self), (self.what, self.fix)
+
 
 class Refusal(UserError):
     """A model cannot take these messages; it may take others."""

@@ -18,7 +18,7 @@ TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
 _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # how the names of such parameters end
 
 
-VERSION = 2  # of recipes; raised where the same fields come to give another result
+VERSION = 3  # of recipes; raised where the same fields come to give another result
 SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
 OPTIONAL = {"parent", "eval_rows"}  # fields that a recipe of any version may lack
 # Names; and options whose whole effect is in data_hash and rows_hash.

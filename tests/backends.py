@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from common.backend import Adapter, Backend, OutOfMemory
 from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
+from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
-from common.data.truncation import encode_all
 from common.models.adapter_files import read_peft
 from common.models.fuse import fuse
 from common.models.lora_init import choose_layers, initial_adapter, layer_count
@@ -90,7 +90,8 @@ def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:
 
 
 def encode_rows(folder: Path, rows: Path) -> list[Encoded]:
-    return encode_all(read_rows(rows), Encoder(load_tokenizer(folder), MaskingOptions()).encode_batch)
+    (encoded,), _ = encode_parts([read_rows(rows)], Encoder(load_tokenizer(folder), MaskingOptions()), "error")
+    return [*encoded]
 
 
 def run_steps(

@@ -1,6 +1,7 @@
 """`check-data`: what training will see of data, before it is trained on."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from common.commands.arguments import add_options
 from common.context import Context
 from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
-from common.data.quality import control_tokens, quality_warnings
-from common.data.training_rows import load, warn_of_context
-from common.data.truncation import FilteredRows, encode_parts, filter_by_length
+from common.data.encode_rows import encode_parts
+from common.data.findings import control_tokens, quality_warnings
+from common.data.training_rows import load, note_counts, warn_of_context
+from common.data.truncation import FilteredRows, filter_by_length
 from common.display import Display, Styled
 from common.errors import UserError
 from common.model_files import tokenize
@@ -36,7 +38,8 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     if explain is not None:
         explain_row(data.train, explain, encoder, display)
         return
-    encoded, bad = encode_parts((data.train, data.valid, data.test), encoder.encode_batch, options.on_bad_row)
+    with display.stage("tokenize the data") as progress:
+        encoded, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
     overflow = "drop" if options.overflow == "error" else options.overflow
     parts = {
         name: filter_by_length(part, options.max_length, overflow)
@@ -44,13 +47,12 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         if part
     }
     _show_counts(options, parts, display)
-    notes = [note for row in (parts["train"].every() if "train" in parts else ()) for note in row.notes]
-    for note in dict.fromkeys(notes):
-        display.say(f"{notes.count(note)} training rows: {note}")
-    warnings = [control_tokens([*data.train, *data.valid, *data.test], encoder.template), *quality_warnings(data)]
+    for note, count in note_counts([parts["train"].every] if "train" in parts else []).items():
+        display.say(f"{count} training rows: {note}")
+    warnings = [control_tokens([part.every for part in parts.values()]), *quality_warnings(data)]
     for warning in filter(None, warnings):
         display.warn(str(warning))
-    warn_of_context([row for part in parts.values() for row in part.rows], context_length(model.config), display)
+    warn_of_context([part.rows for part in parts.values()], context_length(model.config), display)
     if left_out := [*map(list, data.bad), *([row.source, row.reason] for row in bad)]:
         display.table("Rows that cannot be read or labeled: dropped", ["row", "why"], left_out)
     _show_long(options, parts, display)
@@ -64,11 +66,10 @@ def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Disp
     """How many rows and tokens each part has, and how long its rows are."""
     rows, lengths = [], []
     for name, part in parts.items():
-        every = part.every()
-        sizes = [len(row.ids) for row in every]
-        rows.append([name, str(len(every)), f"{sum(sizes):,}", f"{sum(row.label_tokens for row in every):,}"])
+        every = part.every
+        rows.append([name, str(len(every)), f"{every.lengths.sum():,}", f"{every.label_tokens.sum():,}"])
         rows[-1].append(str(len(part.dropped) + len(part.truncated)))
-        lengths.append([name, *(f"{np.percentile(sizes, p):.0f}" for p in _PERCENTILES)])
+        lengths.append([name, *(f"{np.percentile(every.lengths, p):.0f}" for p in _PERCENTILES)])
     columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {options.max_length}"]
     display.table(f"{options.data} by {options.model}", columns, rows)
     display.table(
@@ -100,7 +101,7 @@ def colored(row: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     return parts
 
 
-def explain_row(examples: list[Example], number: int, encoder: Encoder, display: Display) -> None:
+def explain_row(examples: Sequence[Example], number: int, encoder: Encoder, display: Display) -> None:
     """Print row `number` (from 1) as a table of its tokens. Raises UserError where there is no such row."""
     if not 1 <= number <= len(examples):
         raise UserError(f"--explain {number}: there are {len(examples)} rows.", "Count from 1.")

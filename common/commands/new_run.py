@@ -55,8 +55,8 @@ def begin(job: Job) -> None:
         data=DataRecord(
             train_rows=len(job.train),
             valid_rows=len(job.valid),
-            tokens=sum(len(row.ids) for row in job.train),
-            label_tokens=sum(row.label_tokens for row in job.train),
+            tokens=int(job.train.lengths.sum()),
+            label_tokens=int(job.train.label_tokens.sum()),
         ),
         options=_absolute(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )

@@ -26,7 +26,7 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
     known = "" if chosen.prediction.measured else f", {plan.backend} on {plan.device}: coefficients not yet measured"
     display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
     display.say(f"plan: {plan.backend} on {plan.device_name}, {recipe.precision}, {described(plan)}")
-    longest = max(len(row.ids) - 1 for row in job.train)
+    longest = int(job.train.lengths.max()) - 1
     batch, length = largest(job.memory, plan, longest, job.config["max_position_embeddings"], chosen.budget)
     display.say(
         f"at most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
@@ -65,9 +65,9 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
         return {}
     finally:
         backend.close()
-    epoch = sum(len(row.ids) - 1 for row in job.train)
+    epoch = int((job.train.lengths - 1).sum())
     trained = epoch * recipe.steps * recipe.batch_size / len(job.train)
-    evaluations = recipe.steps / recipe.eval_every * sum(len(row.ids) - 1 for row in job.valid) / 3
+    evaluations = recipe.steps / recipe.eval_every * int((job.valid.lengths - 1).sum()) / 3
     speed = tokens / second
     estimated = seconds + (trained + evaluations) / speed
     display.say(

@@ -7,7 +7,8 @@ from typing import Any
 from common.backend import Adapter, Choice
 from common.context import Context
 from common.data.dataset import first_texts
-from common.data.encode import Encoded, load_tokenizer
+from common.data.encode import load_tokenizer
+from common.data.encoded_rows import EncodedRows
 from common.data.training_rows import encode_data, left_out, read_data, report_rows, sample_prompt, warn_of_context
 from common.display import Display, gigabytes
 from common.errors import UserError
@@ -22,7 +23,7 @@ from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options, source_name
-from common.recipe import Parent, Plan, Recipe
+from common.recipe import VERSION, Parent, Plan, Recipe
 from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
@@ -55,9 +56,9 @@ class Job:
     config: dict[str, Any]  # the language model's, normalized
     hardware: Hardware
     memory: TrainingMemory
-    train: list[Encoded]
-    valid: list[Encoded]
-    test: list[Encoded]
+    train: EncodedRows
+    valid: EncodedRows
+    test: EncodedRows
     start: Adapter | None  # None: every weight is trained
     stages: list[Stage]  # of the export, estimated
     llama: LlamaCpp | None
@@ -88,13 +89,14 @@ def prepare(
     data = read_data(options, display)
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
-    with timed(seconds, "tokenize"), display.stage("read the data") as progress:
+    with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
     report_rows(options, rows, display)
-    kept = [row for part in (rows.train, rows.valid, rows.test) for row in part.rows]
+    kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
     warn_of_context(kept, context_length(base.model.config), display)
     with display.stage("hash the model") as progress:
-        recipe = make_recipe(options, base, rows, hardware.precision.value, progress, parent)
+        version = resumed.recipe.version if resumed else VERSION
+        recipe = make_recipe(options, base, rows, hardware.precision.value, progress, parent, version)
     start = start_adapter(recipe, base)
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)

@@ -1,8 +1,7 @@
-"""A row once it is read, the rows of a data set, and the keys and the hash that identify them."""
+"""A row once it is read, the rows of a data set, and the keys that identify them."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +24,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    train: list[Example]
-    valid: list[Example]
-    test: list[Example]
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    test: Sequence[Example]
     formats: dict[str, int] = field(default_factory=dict)  # how many rows came in which format
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
+    left_out: dict[str, Sequence[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
     bad: list[tuple[str, str]] = field(default_factory=list)  # places and faults of rows that --on-bad-row drops
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
@@ -46,7 +45,7 @@ def prompt_of(row: Example) -> list[dict[str, Any]]:
     return [dict(message) for message in row.messages[:last]]
 
 
-def first_texts(rows: list[Example], characters: int) -> list[str]:
+def first_texts(rows: Iterable[Example], characters: int) -> list[str]:
     """The texts of the first rows, turn by turn, about `characters` of them in all."""
     found: list[str] = []
     for row in rows:
@@ -72,20 +71,3 @@ def prompt_key(row: Example) -> str:
 
 def _unweighted(messages: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
-
-
-def data_hash(data: Dataset) -> str:
-    """SHA-256 over the contents of training and validation rows in order; names and formatting do not enter.
-
-    Weights do where they are not 1.
-    """
-    digest = hashlib.sha256()
-    for part in (data.train, data.valid):
-        for row in part:
-            digest.update(content_key(row).encode())
-            weights = [row.weight, *(message.get("weight", 1.0) for message in row.messages)]
-            if any(weight != 1 for weight in weights):
-                digest.update(json.dumps(weights).encode())
-            digest.update(b"\n")
-        digest.update(b"\0")
-    return digest.hexdigest()

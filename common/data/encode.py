@@ -45,6 +45,7 @@ class Encoded:
     ends: tuple[int, ...] = ()  # the ids that end its trained turns
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
     text: bool = False  # plain text, which may be cut anywhere
+    control: tuple[str, ...] = ()  # the model's control tokens that stand in the text of its turns
 
     @property
     def mask(self) -> np.ndarray:
@@ -105,18 +106,6 @@ def _fitting(vocabulary: dict[str, int]) -> list[str]:
 
 def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()
-
-
-def rows_hash(*parts: Sequence[Encoded]) -> str:
-    """SHA-256 over ids and loss weights of the rows of all parts, in order."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        for row in part:
-            digest.update(len(row.ids).to_bytes(8, "little"))
-            digest.update(row.ids.astype("<i4").tobytes())
-            digest.update(row.loss_weights.astype("<f4").tobytes())
-    return digest.hexdigest()
 
 
 def exported_template(tokenizer: Any, masking: MaskingOptions) -> str | None:
@@ -230,7 +219,14 @@ class Encoder:
             weights[:] = example.weight
             for turn, (first, _, end) in zip(turns, spans, strict=True):
                 weights[first:end] = trained.get(turn.message, 0)
-        return self._with_bos(Encoded(tokens.ids, compact(weights), example.source, tuple(stops), conversation.notes))
+        row = Encoded(tokens.ids, compact(weights), example.source, tuple(stops), conversation.notes)
+        return self._with_bos(replace(row, control=self._control(example)))
+
+    def _control(self, example: Example) -> tuple[str, ...]:
+        if self.template is None:
+            return ()
+        found = {token for message in example.messages for token in self.template.special.findall(message["content"])}
+        return tuple(sorted(found))
 
     def trained(self, example: Example, conversation: Conversation) -> dict[int, float]:
         """The indices of the messages whose turns are trained, and what their tokens weigh in the loss."""
@@ -286,12 +282,3 @@ def _adds_bos(tokenizer: Any) -> bool:
 
 def _stripped(message: dict[str, Any]) -> str:
     return message["content"].strip() if message["role"] == "assistant" else message["content"]
-
-
-def stop_ids(rows: list[Encoded]) -> list[int]:
-    """The ids that end an assistant turn, most frequent first: what the model must stop on when it is served."""
-    ends: dict[int, int] = {}
-    for row in rows:
-        for token in row.ends:
-            ends[token] = ends.get(token, 0) + 1
-    return sorted(ends, key=lambda token: -ends[token])

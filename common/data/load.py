@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from common.data.dataset import Dataset, Example, data_hash, prompt_key
+from common.backend import Progress
+from common.data.dataset import Dataset, Example
 from common.data.encode import Encoder, load_tokenizer, masking_of
-from common.data.formats import KNOWN, PARTS, clashing, read_row
-from common.data.messages import Fault, LeftOut
+from common.data.facts import Sources, data_hash, facts_of, take
+from common.data.file_rows import read_all, read_file
+from common.data.formats import KNOWN, PARTS, clashing
 from common.data.readers import SUFFIXES, NumberedRows, RowSource, file_source, without_none
 from common.errors import UserError, first_line
 from common.options import Options
@@ -29,7 +32,7 @@ def data_of(run: Run, options: Options) -> Dataset:
         data = load_data(options.data or "", options.valid_share, options.seed, options.field, options.on_bad_row)
     except UserError as error:
         raise UserError(error.what, f"Restore the data of {run}, {without}") from None
-    if data_hash(data) != run.recipe.data_hash:
+    if data_hash(data, run.recipe.version) != run.recipe.data_hash:
         raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Restore that data, {without}")
     return data
 
@@ -40,6 +43,7 @@ def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
 
 
 SHOWN_FAULTS = 10
+LARGE = 1 << 24  # bytes of a file from which on its rows are not held in memory
 OnBadRow = Literal["error", "drop"]
 FORM = 'each line: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 _PARTS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -53,12 +57,13 @@ class _Reading:
 
     fields: dict[str, str]
     on_bad_row: OnBadRow | None  # None: no option says so
+    progress: Progress = lambda share, text: None
     formats: Counter[str] = field(default_factory=Counter)
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # sources of rows in which nothing is trained, by kind
+    left_out: dict[str, Sequence[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
     bad: list[tuple[str, str]] = field(default_factory=list)  # rows that are dropped, each with its fault
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
-    def data(self, train: list[Example], valid: list[Example], test: list[Example]) -> Dataset:
+    def data(self, train: Sequence[Example], valid: Sequence[Example], test: Sequence[Example]) -> Dataset:
         return Dataset(train, valid, test, dict(self.formats), self.left_out, self.bad, self.unread)
 
 
@@ -68,6 +73,7 @@ def load_data(
     seed: int,
     fields: dict[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
+    progress: Progress = lambda share, text: None,
 ) -> Dataset:
     """The rows of a file, of a folder with train and maybe valid and test files, or of a data set on the hub.
 
@@ -76,7 +82,7 @@ def load_data(
     stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
     in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one UserError.
     """
-    path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row)
+    path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row, progress)
     if path.is_dir():
         found = {part: _file_of(path, names) for part, names in _PARTS.items()}
         if found["train"] is None:
@@ -89,7 +95,7 @@ def load_data(
         return reading.data(parts["train"], parts["valid"], parts["test"])
     if not path.exists() and (hub := _HUB_NAME.fullmatch(source)) and path.suffix not in SUFFIXES:
         parts = {
-            part: _examples(RowSource(f"{source} ({part})", part, "row", partial(_hub_rows, rows)), reading)
+            part: _examples(_hub_source(source, part, rows), reading)
             for part, rows in _from_hub(source, **hub.groupdict()).items()
         }
         train, valid = parts["train"], parts.get("valid", [])
@@ -107,69 +113,59 @@ def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
     return found[0] if found else None
 
 
-def _split_validation(rows: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _split_validation(rows: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
     """`(train, valid)`. Rows with one prompt stay together: its answers in training would lower the validation loss."""
     count = min(len(rows) - 1, max(1, round(len(rows) * share))) if share else 0
-    groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
-        groups.setdefault(prompt_key(row), []).append(number)
-    order = np.random.default_rng([seed, 1]).permutation(len(rows)).tolist()
-    chosen: set[int] = set()
-    for number in order:
-        group = groups[prompt_key(rows[number])]
-        if number not in chosen and len(chosen) + len(group) <= count:
-            chosen.update(group)
-    if count and not chosen and len(groups) > 1:  # every prompt has more rows than were asked for
-        shuffled = [groups[prompt_key(rows[number])] for number in order]
-        smallest = min(shuffled, key=len)
-        chosen.update(smallest)
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+    if not count:
+        return rows, []
+    _, group, sizes = np.unique(facts_of(rows).prompts, return_inverse=True, return_counts=True)
+    order = group[np.random.default_rng([seed, 1]).permutation(len(rows))]
+    shuffled = order[np.sort(np.unique(order, return_index=True)[1])]  # each group where its first row came
+    fitting, left = [], count
+    for number in shuffled.tolist():
+        if not left:
+            break
+        if sizes[number] <= left:
+            fitting.append(number)
+            left -= int(sizes[number])
+    if not fitting and len(sizes) > 1:  # every prompt has more rows than were asked for
+        fitting = [shuffled[np.argmin(sizes[shuffled])]]
+    chosen = np.isin(group, fitting)
+    return take(rows, np.flatnonzero(~chosen)), take(rows, np.flatnonzero(chosen))
 
 
-def read_rows(path: Path) -> list[Example]:
+def read_rows(path: Path) -> Sequence[Example]:
     """Every row of a file, read by its ending. Raises UserError naming the file and up to ten faulty lines or rows."""
     return _rows_of(path, _Reading({}, None))
 
 
-def _rows_of(path: Path, reading: _Reading) -> list[Example]:
+def _rows_of(path: Path, reading: _Reading) -> Sequence[Example]:
     return _examples(file_source(path), reading)
 
 
-def _examples(source: RowSource, reading: _Reading) -> list[Example]:
-    rows: list[Example] = []
-    faults: list[tuple[str, str]] = []
-    left_out: dict[str, list[str]] = {}
-    columns, unread = dict[str, None](), dict[str, None]()
-    for number, row in source.parsed():
-        if isinstance(row, dict):
-            columns |= dict.fromkeys(map(str, row))
-        try:
-            if isinstance(row, Fault):
-                raise row
-            format, example, others = read_row(row, f"{source.name}:{number}", reading.fields)
-        except LeftOut as why:
-            left_out.setdefault(why.kind, []).append(f"{source.name}:{number}")
-            continue
-        except Fault as fault:
-            faults.append((source.place(number), str(fault)))
-            continue
-        reading.formats[format] += 1
-        unread |= dict.fromkeys(others)
-        rows.append(example)
-    where = source.where
+def _examples(source: RowSource, reading: _Reading) -> Sequence[Example]:
+    rows: Sequence[Example]
+    if source.files and source.size >= LARGE:
+        rows, found = read_file(source, reading.fields, reading.progress)
+    else:
+        rows, found = read_all(source.parsed(), source.name, reading.fields)
+    where, columns = source.where, found.columns
     if missing := [f"{part}={column}" for part, column in reading.fields.items() if column not in columns and columns]:
         raise UserError(
             f"--field {' '.join(missing)}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
         )
+    faults = [(source.place(number), fault) for number, fault in found.faults]
     if faults and reading.on_bad_row != "drop":
         raise UserError(f"{where} has {len(faults)} bad {source.unit}(s):\n{_listed(faults)}", _remedy(reading))
     if not rows:
-        raise _nothing_left(where, left_out, faults)
-    for kind, sources in left_out.items():
-        reading.left_out.setdefault(kind, []).extend(sources)
+        raise _nothing_left(where, found.left_out, faults)
+    for kind, numbers in found.left_out.items():
+        sources = Sources(source.name, np.array(numbers))
+        reading.left_out[kind] = [*reading.left_out.get(kind, ()), *sources]
+    reading.formats += found.formats
     reading.bad += faults
-    if unread:
-        reading.unread[where] = list(unread)
+    if found.unread:
+        reading.unread[where] = list(found.unread)
     return rows
 
 
@@ -185,9 +181,9 @@ def _remedy(reading: _Reading) -> str:
     return f"Correct them{drop}; {FORM}\n       {known}"
 
 
-def _nothing_left(where: str, left_out: dict[str, list[str]], faults: list[tuple[str, str]]) -> UserError:
+def _nothing_left(where: str, left_out: dict[str, list[int]], faults: list[tuple[str, str]]) -> UserError:
     """The error of a file in which no row can be trained on."""
-    counts = [f"{len(sources)} {kind}" for kind, sources in left_out.items()]
+    counts = [f"{len(numbers)} {kind}" for kind, numbers in left_out.items()]
     if faults:
         counts.append(f"{len(faults)} bad rows (--on-bad-row drop):\n{_listed(faults)}")
     if not counts:
@@ -232,6 +228,11 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
             )
         splits = {"train": next(iter(found.values()))}
     return splits
+
+
+def _hub_source(source: str, part: str, rows: Any) -> RowSource:
+    files = tuple(Path(file["filename"]) for file in rows.cache_files)
+    return RowSource(f"{source} ({part})", part, "row", partial(_hub_rows, rows), source, files)
 
 
 def _hub_rows(rows: Any) -> NumberedRows:

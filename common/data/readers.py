@@ -3,9 +3,10 @@
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ class RowSource:
     name: str  # before the number of a row in the source of an Example
     unit: str  # what is counted: line or row
     rows: Callable[[], NumberedRows]  # raises UserError where it cannot be read
+    kind: str  # how the files are read, and which rows of theirs
+    files: tuple[Path, ...]  # that hold the rows; none where these can be read only once
 
     def place(self, number: int) -> str:
         """`train.jsonl line 17`."""
@@ -36,10 +39,32 @@ class RowSource:
     def parsed(self) -> NumberedRows:
         """The rows, those of lines parsed: each an object, or what else the JSON is, or its Fault."""
         try:
-            for number, given in self.rows():
-                yield number, parse_line(given) if isinstance(given, bytes) else given
+            yield from parsed(self.rows())
         except UnicodeDecodeError:
             raise not_utf8(Path(self.where)) from None
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(path.stat().st_size for path in self.files)
+
+    @cached_property
+    def stamps(self) -> list[tuple[int, int]]:
+        """What shows that the files have changed since it was first asked for."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, self.files)]
+
+    def check_unchanged(self) -> None:
+        """Raises UserError where a file has changed since."""
+        if replace(self).stamps != self.stamps:
+            raise self.changed()
+
+    def changed(self) -> UserError:
+        return UserError(f"{self.where} was changed while it was read.", "Start again.")
+
+
+def parsed(rows: Iterable[tuple[int, Any]]) -> NumberedRows:
+    """The rows, those of lines parsed. Raises UnicodeDecodeError."""
+    return ((number, parse_line(given) if isinstance(given, bytes) else given) for number, given in rows)
 
 
 def file_source(path: Path) -> RowSource:
@@ -51,7 +76,8 @@ def file_source(path: Path) -> RowSource:
             f"Give one of {', '.join(SUFFIXES)}; unpack an archive first.",
         )
     read = {".parquet": _parquet, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _paragraphs}.get(kind, _lines)
-    return RowSource(str(path), path.name, "row" if kind in (".parquet", ".json") else "line", lambda: read(path))
+    unit = "row" if kind in (".parquet", ".json") else "line"
+    return RowSource(str(path), path.name, unit, lambda: read(path), kind, (path,) if path.is_file() else ())
 
 
 def parse_line(line: bytes) -> Any:

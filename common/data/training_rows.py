@@ -1,18 +1,21 @@
 """The rows of a training: read, encoded, limited to --max-length, and the warnings about them."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from common.backend import Progress
-from common.data.dataset import Dataset, Example, prompt_of
-from common.data.encode import Encoded, Encoder, exported_template, masking_of, stop_ids
+from common.data.dataset import Dataset, prompt_of
+from common.data.encode import Encoder, exported_template, masking_of
+from common.data.encode_rows import SHOWN, encode_parts
+from common.data.encoded_rows import EncodedRows, paired, stop_ids
+from common.data.facts import TEXT, facts_of
+from common.data.findings import control_tokens, quality_warnings
 from common.data.load import check_fields, load_data
-from common.data.quality import control_tokens, quality_warnings
-from common.data.truncation import SHOWN, FilteredRows, encode_parts, filter_by_length
+from common.data.truncation import FilteredRows, filter_by_length, lengths_shown
 from common.data.turn_edges import BadRow
 from common.display import Display
 from common.errors import UserError
@@ -29,7 +32,7 @@ class TrainingRows:
     data: Dataset
     train: FilteredRows
     valid: FilteredRows
-    scored: list[Encoded]  # the validation rows that --eval-rows leaves
+    scored: EncodedRows  # the validation rows that --eval-rows leaves
     test: FilteredRows  # scored at the end, of no influence before
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
@@ -51,7 +54,8 @@ def load(options: Options, display: Display) -> Dataset:
     """What --data names; says its format, and which columns are not read. Raises UserError naming faulty rows."""
     check_fields(options.field)
     source = options.data or ""
-    data = load_data(source, options.valid_share, options.seed, options.field, options.on_bad_row)
+    with display.stage("read the data") as progress:
+        data = load_data(source, options.valid_share, options.seed, options.field, options.on_bad_row, progress)
     display.say(f"{source} read as: {data.described()}")
     for file, columns in data.unread.items():
         more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""
@@ -63,38 +67,39 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     """Every row of `data` encoded. Raises UserError naming rows that cannot be labeled exactly."""
     masking = masking_of(options)
     encoder = Encoder(tokenizer, masking)
-    parts, bad = encode_parts((data.train, data.valid, data.test), encoder.encode_batch, options.on_bad_row, progress)
+    parts, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
     kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
-    chats = any(row.text is None for row in data.train)  # plain text does not tell how to prompt
+    chats = not facts_of(data.train).are(TEXT).all()  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
     scored = _drawn(valid.rows, options.eval_rows, options.seed)
     return TrainingRows(data, kept, valid, scored, test, stop_ids(parts[0]), template, encoder, bad)
 
 
-def _drawn(rows: list[Encoded], limit: int, seed: int) -> list[Encoded]:
+def _drawn(rows: EncodedRows, limit: int, seed: int) -> EncodedRows:
     """At most `limit` of the rows, in their order; 0: all."""
     if not 0 < limit < len(rows):
         return rows
     chosen = np.random.default_rng([seed, 3]).choice(len(rows), limit, replace=False)
-    return [rows[number] for number in np.sort(chosen)]
+    return rows.take(np.sort(chosen))
 
 
 def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     """Say what was changed and left out. Raises UserError where nothing is left to train on."""
     parts = rows.train, rows.valid, rows.test
-    for note, count in Counter(note for part in parts for row in part.every() for note in row.notes).items():
+    for note, count in note_counts([part.every for part in parts]).items():
         display.say(f"{count} rows: {note}")
     _warn_of_bad(rows, display)
-    if warning := control_tokens([*rows.data.train, *rows.data.valid, *rows.data.test], rows.encoder.template):
+    if warning := control_tokens([part.every for part in parts]):
         display.warn(str(warning))
-    if weighted := [
-        row.loss_weights[row.mask] for part in parts for row in part.every() if row.loss_weights.dtype != bool
-    ]:
-        low, high = min(weights.min() for weights in weighted), max(weights.max() for weights in weighted)
-        display.say(f"{len(weighted)} rows have labels whose loss weight is not 1 (weights from {low:g} to {high:g})")
-    if unlabeled := [row for part in parts for row in part.unlabeled]:
-        display.warn(f"{len(unlabeled)} rows without a label token are left out: {unlabeled[0].source} ...")
-    if not rows.train.every():
+    weighted = [part.every.take(part.every.are_weighted()) for part in parts]
+    if any(map(len, weighted)):
+        low, high = (pick(pick(part.weight_range()) for part in weighted if len(part)) for pick in (min, max))
+        count = sum(map(len, weighted))
+        display.say(f"{count} rows have labels whose loss weight is not 1 (weights from {low:g} to {high:g})")
+    if unlabeled := [part.unlabeled for part in parts if part.unlabeled]:
+        count = sum(map(len, unlabeled))
+        display.warn(f"{count} rows without a label token are left out: {unlabeled[0][0].source} ...")
+    if not rows.train.every:
         raise UserError(
             f"--on-bad-row drop: no row of {options.data} is left to train on.", "Look at it with check-data."
         )
@@ -106,7 +111,7 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     if not rows.train.rows:
         raise UserError(
             f"--max-length {options.max_length}: every row of {options.data} is longer "
-            f"(the shortest has {min(len(row.ids) for row in rows.train.every())} tokens).",
+            f"(the shortest has {rows.train.every.lengths.min()} tokens).",
             "Raise --max-length.",
         )
     if len(rows.scored) < len(rows.valid.rows):
@@ -117,25 +122,31 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     _report_long(options, parts, display)
 
 
+def note_counts(parts: Sequence[EncodedRows]) -> dict[str, int]:
+    """What was changed so that the template takes rows, and how many of them."""
+    counts = Counter[str]()
+    for part in parts:
+        for kind, count in part.kinds():
+            counts.update(dict.fromkeys(kind.notes, count))
+    return counts
+
+
 def _report_long(options: Options, parts: Sequence[FilteredRows], display: Display) -> None:
     """Say what became of the rows longer than --max-length."""
-    if split := [row for part in parts for row in part.split]:
-        display.say(f"{len(split)} long texts are cut into blocks of {options.max_length} tokens (--overflow split)")
+    if split := sum(len(part.split) for part in parts):
+        display.say(f"{split} long texts are cut into blocks of {options.max_length} tokens (--overflow split)")
     for what in ("dropped", "truncated"):
-        long = [row for part in parts for row in getattr(part, what)]
-        if long:
-            shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
-            more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+        if long := [getattr(part, what) for part in parts if getattr(part, what)]:
             display.warn(
-                f"{len(long)} rows longer than --max-length {options.max_length} are {what}: {shown}{more} "
-                "(check-data lists them all)"
+                f"{sum(map(len, long))} rows longer than --max-length {options.max_length} are {what}: "
+                f"{lengths_shown(long)} (check-data lists them all)"
             )
 
 
 def left_out(rows: TrainingRows) -> str:
     """Where more than a tenth of the rows is not trained on, a line that says so; else nothing."""
     long, unlabeled, bad = len(rows.train.dropped), len(rows.train.unlabeled), len(rows.data.bad) + len(rows.bad)
-    every = len(rows.train.every()) + bad
+    every = len(rows.train.every) + bad
     if (long + unlabeled + bad) * 10 <= every:
         return ""
     counts = ((long, "longer than --max-length"), (unlabeled, "without a label"), (bad, "not readable or not labeled"))
@@ -151,14 +162,13 @@ def _warn_of_bad(rows: TrainingRows, display: Display) -> None:
         display.warn("\n".join(lines))
 
 
-def warn_of_context(rows: Iterable[Encoded], context: int, display: Display) -> None:
+def warn_of_context(parts: Sequence[EncodedRows], context: int, display: Display) -> None:
     """Warn of rows longer than `context`, the tokens that the model's positions were made for (0: not known)."""
-    if long := [row for row in rows if len(row.ids) > context > 0]:
-        shown = ", ".join(f"{row.source} ({len(row.ids)})" for row in long[:5])
-        more = f" and {len(long) - 5} more" if len(long) > 5 else ""
+    long = [part.take(part.lengths > context) for part in parts if context > 0]
+    if any(map(len, long)):
         display.warn(
-            f"{len(long)} rows are longer than the model's context of {context} tokens: {shown}{more}. "
-            f"It was not made for such positions: --max-length {context} keeps within it"
+            f"{sum(map(len, long))} rows are longer than the model's context of {context} tokens: "
+            f"{lengths_shown(long)}. It was not made for such positions: --max-length {context} keeps within it"
         )
 
 
@@ -167,12 +177,9 @@ def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
 
     Validation rows come first.
     """
-    parts: Sequence[tuple[list[Example], FilteredRows]] = ((rows.data.valid, rows.valid), (rows.data.train, rows.train))
-    for examples, fitted in parts:
-        by_source = {example.source: example for example in examples}
-        cut = {row.source for row in fitted.changed}
-        for row in fitted.rows:
-            if row.source not in cut and by_source[row.source].text is None:
-                rendered = rows.encoder.encode_chat(by_source[row.source])[2]  # its tools may be text now
+    for examples, fitted in ((rows.data.valid, rows.valid), (rows.data.train, rows.train)):
+        for example, row, complete in paired(examples, fitted.rows):
+            if complete and not row.text:
+                rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
                 return prompt_of(rendered), len(row.ids)
     return [], 0

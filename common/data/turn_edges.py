@@ -19,6 +19,9 @@ class BadRow(UserError):
         super().__init__(f"{source}: {reason}", fix)
         self.source, self.reason = source, reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.source, self.reason, self.fix)
+
 
 @dataclass(frozen=True)
 class MaskedRow:

@@ -1,5 +1,6 @@
 """Errors that end a training, each with the checkpoint that it continues from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.data.encode import Encoded
@@ -8,7 +9,7 @@ from common.training import checkpoint
 
 
 def not_finite(
-    run: Path, step: int, rows: list[Encoded], what: str = "loss or its gradient", is_: str = "not finite"
+    run: Path, step: int, rows: Sequence[Encoded], what: str = "loss or its gradient", is_: str = "not finite"
 ) -> UserError:
     saved = checkpoint.latest_step(run)
     kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,8 +48,8 @@ class TrainingLoop:
     backend: Backend
     recipe: Recipe
     plan: Plan
-    rows: list[Encoded]
-    valid: list[Encoded]
+    rows: Sequence[Encoded]
+    valid: Sequence[Encoded]
     run: Path
     state: State
     observer: Observer
@@ -105,7 +105,7 @@ class TrainingLoop:
         rows = [self.rows[i] for i in indices]
         return rows, self._micro_batches(rows)
 
-    def _micro_batches(self, rows: list[Encoded]) -> list[Batch]:
+    def _micro_batches(self, rows: Sequence[Encoded]) -> list[Batch]:
         return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device)
 
     def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
@@ -261,7 +261,7 @@ class TrainingLoop:
         self.observer.evaluation(line)
         return True
 
-    def _nothing_to_learn(self, rows: list[Encoded]) -> bool:
+    def _nothing_to_learn(self, rows: Sequence[Encoded]) -> bool:
         """Whether a loss of exactly 0 may be true: the rows, one at a time, have hardly any.
 
         A device that ran out of memory leaves arrays unwritten, and an unwritten figure reads as 0.

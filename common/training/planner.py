@@ -3,8 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from common.data.batching import START_COST, cut, step_rows
 from common.data.encode import Encoded
+from common.data.encoded_rows import EncodedRows
 from common.display import gigabytes
 from common.errors import UserError
 from common.memory_terms import MicroBatchShape
@@ -37,11 +40,12 @@ class Work:
 
     @staticmethod
     def of(rows: Sequence[Encoded], recipe: Recipe, validation: Sequence[Encoded] = ()) -> "Work":
-        sizes, held_out = _sizes(rows), sorted(_sizes(validation))
+        (lengths, labels), held_out = _sizes(rows), sorted(zip(*_sizes(validation), strict=True))
         looked_at = min(recipe.steps, max(20, _ROWS // recipe.batch_size))
         chosen = [step_rows(len(rows), recipe.batch_size, recipe.seed, step) for step in range(1, looked_at + 1)]
-        worst = sorted(sizes)[-recipe.batch_size :] if recipe.steps > looked_at else []
-        return Work([sorted(sizes[i] for i in step) for step in chosen], worst, held_out)
+        longest = np.lexsort((labels, lengths))[-recipe.batch_size :].tolist() * (recipe.steps > looked_at)
+        steps = [sorted((lengths[i], labels[i]) for i in step) for step in [*chosen, longest]]
+        return Work(steps[:-1], steps[-1], held_out)
 
     def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[MicroBatchShape], int, int]:
         """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
@@ -62,9 +66,10 @@ class Work:
         return _shape(self.validation[-max(1, micro_batch_tokens // self.validation[-1][0]) :])
 
 
-def _sizes(rows: Sequence[Encoded]) -> list[tuple[int, int]]:
+def _sizes(rows: Sequence[Encoded]) -> tuple[list[int], list[int]]:
     """`(tokens, label tokens)` of each row."""
-    return [(len(row.ids) - 1, row.label_tokens) for row in rows]
+    encoded = EncodedRows.of(rows)
+    return (encoded.lengths - 1).tolist(), encoded.label_tokens.tolist()
 
 
 def _shape(rows: list[tuple[int, int]]) -> MicroBatchShape:

@@ -67,13 +67,11 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
 
 
 def as_begun(run: Run, recipe: Recipe) -> Recipe:
-    """The recipe, as prepared now, with what the run keeps from its beginning: version, and warm-up once it has steps.
+    """The recipe, as prepared now, with what the run keeps from its beginning: its warm-up once it has steps.
 
     A warm-up that is a share of the steps would otherwise start again in a longer run.
     """
-    kept: dict[str, int] = {"version": run.recipe.version}
-    if recipe.parent is not None:
-        kept["warmup_steps"] = run.recipe.warmup_steps
+    kept = {"warmup_steps": run.recipe.warmup_steps} if recipe.parent is not None else {}
     return recipe.model_copy(update=kept)
 
 

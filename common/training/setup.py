@@ -4,15 +4,16 @@ import math
 
 from common.backend import Progress
 from common.data.batching import steps_per_epoch
-from common.data.dataset import data_hash
-from common.data.encode import rows_hash, template_hash
+from common.data.encode import template_hash
+from common.data.encoded_rows import rows_hash
+from common.data.facts import data_hash
 from common.data.training_rows import TrainingRows
 from common.models.adapter_files import adapter_hash
 from common.models.shapes import target_names
 from common.models.training_base import Base, adapter_options
 from common.option_fields import RecipeFields
 from common.options import Options
-from common.recipe import Parent, Plan, Recipe
+from common.recipe import VERSION, Parent, Plan, Recipe
 
 
 def make_recipe(
@@ -22,6 +23,7 @@ def make_recipe(
     precision: str,
     progress: Progress = lambda share, text: None,
     parent: Parent | None = None,
+    version: int = VERSION,
 ) -> Recipe:
     """The recipe, every `auto` resolved. precision: bf16 or fp32. progress: of hashing the model."""
     steps, warmup_steps = length(options, len(rows.train.rows))
@@ -31,9 +33,10 @@ def make_recipe(
         model=options.model or "",
         data=options.data or "",
         model_hash=base.model.content_hash(progress, read=options.rehash),
-        data_hash=data_hash(rows.data),
+        version=version,
+        data_hash=data_hash(rows.data, version),
         template_hash=template_hash(rows.encoder.tokenizer),
-        rows_hash=rows_hash(rows.train.rows, rows.scored),
+        rows_hash=rows_hash(rows.train.rows, rows.scored, version=version),
         precision=precision,  # type: ignore[arg-type]  # pydantic checks it
         targets=target_names(base.shapes if base.given is None else dict.fromkeys(base.given.weights, (0, 0))),
         adapter_hash=adapter_hash(base.given) if base.given else "",

@@ -6,7 +6,7 @@ The run keeps them in a small file, so that they are neither read nor encoded ag
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice, starmap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,8 +15,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder
+from common.data.encode_rows import encode_parts
+from common.data.encoded_rows import paired
 from common.data.load import data_of, encoder_of
-from common.data.truncation import FilteredRows, encode_parts, filter_by_length
+from common.data.truncation import FilteredRows, filter_by_length
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_write
@@ -111,7 +113,8 @@ class _Row:
 
 def make_cases(data: Dataset, valid: FilteredRows, train: FilteredRows, encoder: Encoder) -> Cases:
     """Up to 32 validation rows; training rows where there are none. Both are those of `data`, as encoded."""
-    return _cases(data, _paired(data.valid, valid), _paired(data.train, train), encoder)
+    held_out, trained = (starmap(_Row, paired(*part)) for part in ((data.valid, valid.rows), (data.train, train.rows)))
+    return _cases(data, held_out, trained, encoder)
 
 
 def cases_of(run: Run, base: Path) -> Cases:
@@ -132,7 +135,7 @@ def _cases(data: Dataset, held_out: Iterable[_Row], trained: Iterable[_Row], enc
     return Cases(
         rows=[row.encoded for row in rows],
         held_out=bool(unseen),
-        texts=list(dict.fromkeys([*HARD_TEXTS, *first_texts([*data.valid, *data.train], _TEXT)])),
+        texts=list(dict.fromkeys([*HARD_TEXTS, *first_texts(chain(data.valid, data.train), _TEXT)])),
         prompts=[_prompt(row, encoder) for row in rows if row.complete and row.example.text is None],
     )
 
@@ -149,18 +152,13 @@ def _first(rows: Iterable[_Row]) -> list[_Row]:
     return kept
 
 
-def _paired(examples: list[Example], fitted: FilteredRows) -> Iterator[_Row]:
-    by_source, cut = {example.source: example for example in examples}, {row.source for row in fitted.changed}
-    return (_Row(by_source[row.source], row, row.source not in cut) for row in fitted.rows)
-
-
-def _encoded(examples: list[Example], encoder: Encoder, recipe: Recipe) -> Iterator[_Row]:
+def _encoded(examples: Iterable[Example], encoder: Encoder, recipe: Recipe) -> Iterator[_Row]:
     """Row by row, as training took them."""
     for example in examples:
         overflow = "drop" if recipe.overflow == "error" else recipe.overflow
-        (rows,), _ = encode_parts([[example]], encoder.encode_batch, recipe.on_bad_row)
+        (rows,), _ = encode_parts([[example]], encoder, recipe.on_bad_row)
         fitted = filter_by_length(rows, recipe.max_length, overflow)
-        yield from (_Row(example, row, not fitted.changed) for row in fitted.rows)
+        yield from starmap(_Row, paired([example], fitted.rows))
 
 
 def _prompt(row: _Row, encoder: Encoder) -> Prompt:

@@ -12,10 +12,10 @@ import cli
 from common.commands.arguments import joined, sampling_of, unknown
 from common.commands.check_data import explain
 from common.commands.prepare import prepare
-from common.data.dataset import data_hash
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.facts import data_hash
+from common.data.findings import quality_warnings
 from common.data.load import load_data
-from common.data.quality import quality_warnings
 from common.inference.prompts import read_prompts
 from common.option_sources import load_options
 from common.option_translation import KNOWN

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from common.data.encode import Encoder, MaskingOptions, exported_template, load_tokenizer, stop_ids
+from common.data.encode import Encoder, MaskingOptions, exported_template, load_tokenizer
+from common.data.encode_rows import encode_parts
+from common.data.encoded_rows import stop_ids
 from common.data.load import read_rows
-from common.data.truncation import encode_all
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
@@ -40,7 +41,7 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
     tokenizer = load_tokenizer(smollm2, str(template))
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(chat(said, "Aye, captain.")) + "\n" for said in ("Hi", "Yo", "Go", "So")))
-    rows = encode_all(read_rows(data), Encoder(tokenizer, MaskingOptions()).encode_batch)
+    (rows,), _ = encode_parts([read_rows(data)], Encoder(tokenizer, MaskingOptions()), "error")
     assert stop_ids(rows) == [tokenizer.convert_tokens_to_ids(END)]
     recipe = backends.make_recipe(smollm2, rank=8, alpha=32.0, learning_rate=3e-3)
     backend = backends.load("torch", smollm2, recipe)

@@ -48,8 +48,8 @@ FAULTS = [
     Fault(
         "a truncated row is a token too long",
         "common/data/truncation.py",
-        "part(row, 0, max_length)",
-        "part(row, 0, max_length + 1)",
+        "whole.first + max_length)",
+        "whole.first + max_length + 1)",
         "unit/test_truncation.py",
     ),
     Fault(

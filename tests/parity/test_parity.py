@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.data.encode import Encoder, MaskingOptions
+from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
-from common.data.truncation import encode_all
 from common.models.resolve import resolve
 from common.options import EXAMPLE
 from tests import backends
@@ -61,7 +61,7 @@ def compare_steps(name, steps):
     folder = resolve(name, print).path
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     tokenizer.chat_template = tokenizer.chat_template or GEMMA_TEMPLATE
-    rows = encode_all(read_rows(EXAMPLE / "train.jsonl"), Encoder(tokenizer, MaskingOptions()).encode_batch)
+    (rows,), _ = encode_parts([read_rows(EXAMPLE / "train.jsonl")], Encoder(tokenizer, MaskingOptions()), "error")
     # a gentle rate: at 2e-4 Gemma amplifies rounding some tenfold within the twenty steps, on some CPUs beyond 1e-3
     recipe = backends.make_recipe(folder, rank=8, alpha=16.0, learning_rate=5e-5)
     torch, mlx = both(folder, rows, recipe, steps)

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from common.data.facts import data_hash
+from common.data.load import load_data
 from common.models.adapter_files import read_peft, write_mlx
 from common.recipe import SINCE_2
 from common.run_record import Run
@@ -31,7 +33,10 @@ def make_old(run: Path) -> Path:
     record["plans"] = [{key: value for key, value in plan.items() if key not in NEWER} for plan in record["plans"]]
     if "stage_seconds" in record:
         record["stage_seconds"]["tokenise"] = record["stage_seconds"].pop("tokenize")
-    edit_yaml(run / "recipe.yaml", dict.fromkeys(SINCE_2 | {"eval_rows"}))
+    given = record["options"]
+    data = load_data(given["data"], given["valid_share"], given["seed"], given["field"], given["on_bad_row"])
+    changes = dict.fromkeys(SINCE_2 | {"eval_rows"}) | {"data_hash": data_hash(data, 1)}
+    edit_yaml(run / "recipe.yaml", changes)
     record["recipe_hash"] = Run(run).recipe.hash()
     (run / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     edit_yaml(run / "plan.yaml", dict.fromkeys(NEWER))

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from common.data.dataset import Dataset, Example, content_key, data_hash, prompt_key
+from common.data.dataset import Dataset, Example, content_key, prompt_key
+from common.data.facts import data_hash
 from common.data.load import load_data, read_rows
 from common.data.message_forms import split_thinking
 from common.errors import UserError
@@ -280,6 +281,14 @@ def test_the_data_hash_sees_content_order_and_split() -> None:
         for train, valid in (([one, two], []), ([two, one], []), ([one], [two]), ([one], []), ([], [one]))
     ]
     assert len(set(hashes)) == 5
+
+
+def test_the_hash_of_version_2_is_what_it_was() -> None:
+    asked, said = {"role": "user", "content": "Ça va ?"}, {"role": "assistant", "content": "Oui"}
+    train = [Example((asked, said), "a:1"), Example((asked, said | {"weight": 0.5}), "a:2")]
+    data = Dataset(train, [Example((), "b:1", text="Yo")], [])
+    assert data_hash(data, 2) == "ef9da9d11bb59ff3d16a83f8cd148459e0f7dbb21a5d05808c1a1fcf1c9060ed"
+    assert data_hash(data, 3) != data_hash(data, 2)
 
 
 def test_weights_are_in_the_hash_and_not_in_the_keys() -> None:

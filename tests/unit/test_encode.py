@@ -18,10 +18,9 @@ from common.data.encode import (
     MaskingOptions,
     load_tokenizer,
     own_templates,
-    rows_hash,
-    stop_ids,
     template_hash,
 )
+from common.data.encoded_rows import EncodedRows, rows_hash, stop_ids
 from common.data.turn_edges import BadRow
 from common.errors import UserError
 from tests.encoding import encode
@@ -103,6 +102,14 @@ def test_the_hash_of_the_rows_sees_ids_weights_order_and_part(tokenizer: Any) ->
     ]
     assert len({rows_hash(*part) for part in parts}) == 4
     assert rows_hash([ones, replace(two, source="elsewhere")], []) == rows_hash(*parts[0])
+
+
+def test_the_hash_of_the_rows_of_version_2_is_what_it_was() -> None:
+    ids = np.arange(4, dtype=np.int32)
+    train = [Encoded(ids, ids > 1, "a:1"), Encoded(ids, np.array([0, 0.5, 1, 1], np.float32), "a:2")]
+    parts = train, [Encoded(ids[:2], ids[:2] > 0, "b:1")]
+    assert rows_hash(*parts, version=2) == "18a4211b30821874be1ef97c7b1ff4a3fbdb31e35ffd8c047d915bf09b66cd7e"
+    assert rows_hash(*parts, version=3) != rows_hash(*parts, version=2)
 
 
 def test_every_answer_of_several_turns_is_labeled_and_nothing_else(tokenizer: Any) -> None:
@@ -368,13 +375,13 @@ def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
 
 def test_stop_ids_are_what_ends_the_answers(tokenizer: Any) -> None:
     row = encode(example(("user", "Hi"), ("assistant", "Yo"), ("user", "Yo?"), ("assistant", "No")), tokenizer)
-    assert stop_ids([row]) == [SPECIAL.index(END)]
+    assert stop_ids(EncodedRows.of([row])) == [SPECIAL.index(END)]
 
 
 def test_stop_ids_come_most_frequent_first() -> None:
     mask = np.array([False, True, True, False, True])
     rows = [Encoded(np.array([9], np.int32), mask, "", ends) for ends in ((5, 7), (7, 7))]
-    assert stop_ids(rows) == [7, 5]
+    assert stop_ids(EncodedRows.of(rows)) == [7, 5]
 
 
 # --- what carries loss

@@ -19,7 +19,7 @@ from common.inference.chat_models import choose
 from common.llama_cpp.imatrix import calibration_of
 from common.option_sources import options_over
 from common.options import Options
-from common.recipe import Parent
+from common.recipe import VERSION, Parent
 from common.run_record import Run
 from common.verify import cases
 from common.verify.cases import cases_of
@@ -215,7 +215,7 @@ def test_weight_decay_is_not_changed_within_a_run(given: dict[str, Any], tmp_pat
 
 def test_a_recipe_of_a_newer_version_is_not_resumed(given: dict[str, Any], tmp_path: Path) -> None:
     cut = half_trained(given, tmp_path / "cut")
-    edit_yaml(cut / "recipe.yaml", {"version": 3})
+    edit_yaml(cut / "recipe.yaml", {"version": VERSION + 1})
     with pytest.raises(UserError, match="another version of Twintune wrote its recipe, which differs in version"):
         resume(cut)
 

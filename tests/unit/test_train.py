@@ -147,7 +147,7 @@ def test_bad_rows_are_dropped_counted_and_listed(
     assert "more.jsonl:33: this row cannot be labeled exactly" in printed
     assert "... and 3 more (check-data --on-bad-row drop lists all)" in printed
     assert f"{path}: columns not read: id" in printed
-    assert "warning: 13 rows with control tokens in their text, read as such (<|im_end|>): more.jsonl:25" in printed
+    assert "warning: 1 rows with control tokens in their text, read as such (<|im_end|>): more.jsonl:38" in printed
     assert "warning: 1 rows are longer than the model's context of 512 tokens: more.jsonl:38" in printed
     path.write_text("".join(json.dumps(row) + "\n" for row in bad))
     assert fault(settings).what == f"--on-bad-row drop: no row of {path} is left to train on."

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from common.data.dataset import Example
-from common.data.encode import Encoded, stop_ids
-from common.data.truncation import encode_all, encode_parts, filter_by_length
+from common.data.encode import Encoded, Encoder
+from common.data.encode_rows import encode_parts
+from common.data.encoded_rows import EncodedRows, stop_ids
+from common.data.truncation import filter_by_length
 from common.data.turn_edges import BadRow
 from common.errors import UserError
 
@@ -26,31 +28,40 @@ def numbered(count: int) -> list[Example]:
     return [Example((), f"a:{number}", text=str(number)) for number in range(1, count + 1)]
 
 
-def even(examples: Sequence[Example]) -> list[Encoded | BadRow]:
-    odd = [int(example.text or 0) % 2 == 1 for example in examples]
-    return [
-        BadRow(example.source, "is odd.", "Remove the row.") if is_odd else row(5, 3, example.source)
-        for example, is_odd in zip(examples, odd, strict=True)
-    ]
+class EvenOnly(Encoder):
+    """Cannot label rows of odd numbers."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def encode_batch(self, examples: Sequence[Example]) -> list[Encoded | BadRow]:
+        self.calls += 1
+        odd = [int(example.text or 0) % 2 == 1 for example in examples]
+        return [
+            BadRow(example.source, "is odd.", "Remove the row.") if is_odd else row(5, 3, example.source)
+            for example, is_odd in zip(examples, odd, strict=True)
+        ]
 
 
 def test_rows_that_cannot_be_labeled_are_refused_together() -> None:
     with pytest.raises(UserError) as caught:
-        encode_all(numbered(5), even)
+        encode_parts([numbered(5)], EvenOnly(), "error")
     assert caught.value.what == "3 rows cannot be trained on:\na:1: is odd.\na:3: is odd.\na:5: is odd."
     assert caught.value.fix == "Remove the row. Or leave such rows out: --on-bad-row drop."
     with pytest.raises(UserError) as caught:
-        encode_all(numbered(1), even)
+        encode_parts([numbered(1)], EvenOnly(), "error")
     assert caught.value.what == "a:1: is odd."
-    tried = []
+    even = EvenOnly()
     with pytest.raises(UserError, match="10 rows cannot be trained on, and maybe more:\na:1: is odd"):
-        encode_parts([numbered(5), numbered(5000)], lambda rows: tried.append(rows) or even(rows), "error")
-    assert len(tried) == 2
+        encode_parts([numbered(5), numbered(5000)], even, "error")
+    assert even.calls == 2
 
 
 def test_rows_that_cannot_be_labeled_are_dropped() -> None:
     shares = []
-    parts, bad = encode_parts([numbered(5), [], numbered(2)], even, "drop", lambda share, text: shares.append(share))
+    parts, bad = encode_parts(
+        [numbered(5), [], numbered(2)], EvenOnly(), "drop", lambda share, text: shares.append(share)
+    )
     assert [[row.source for row in part] for part in parts] == [["a:2", "a:4"], [], ["a:2"]]
     assert [(row.source, row.reason) for row in bad] == [(f"a:{n}", "is odd.") for n in (1, 3, 5, 1)]
     assert shares == [0, 5 / 7]
@@ -59,7 +70,7 @@ def test_rows_that_cannot_be_labeled_are_dropped() -> None:
 def test_long_rows_are_dropped() -> None:
     fitted = filter_by_length(ROWS, 6, "drop")
     assert ([r.source for r in fitted.rows], [r.source for r in fitted.dropped]) == (["a:1"], ["a:2", "a:3"])
-    assert fitted.truncated == []
+    assert len(fitted.truncated) == 0
 
 
 def test_a_cut_row_keeps_its_beginning_and_gets_no_end() -> None:
@@ -74,7 +85,7 @@ def test_a_cut_row_keeps_its_beginning_and_gets_no_end() -> None:
 
 
 def test_the_stop_is_known_from_the_whole_rows() -> None:
-    assert stop_ids([ROWS[1]]) == [9]
+    assert stop_ids(EncodedRows.of([ROWS[1]])) == [9]
 
 
 def test_long_rows_are_refused_by_name() -> None:
@@ -100,10 +111,10 @@ def test_each_label_of_a_text_is_one_of_a_block(bos: bool, length: int) -> None:
     if length == 30:
         assert [kept.ids.tolist() for kept in fitted.rows] == [ids.tolist()]
         return
-    assert (fitted.split, fitted.changed) == ([text], [text])
+    assert [long.ids.tolist() for long in fitted.split] == [ids.tolist()]
     assert all(2 <= len(block.ids) <= length and block.source == "a.txt:1" for block in fitted.rows)
     learned = [int(i) for block in fitted.rows for i in block.ids[1:][block.mask[1:]]]
     assert learned == ids[1:].tolist()
     if bos:
         assert all(block.ids[0] == 100 and not block.mask[0] for block in fitted.rows)
-    assert len(fitted.every()) == 2
+    assert len(fitted.every) == 2

@@ -1,0 +1,49 @@
+"""A folder of arrays with a record beside them, written in one step and checked when it is read."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.documents import read_json
+from common.errors import UserError
+from common.files import atomic_folder
+
+_RECORD = "record.json"
+_READ = 1 << 22
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+    """`folder` with the arrays and the record, in one step. Raises OSError."""
+    with atomic_folder(folder) as temporary:
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+        checks = {name: _check(temporary / f"{name}.npy") for name in arrays}
+        kept = {"arrays": checks, "record": record, "check": zlib.crc32(json.dumps(record).encode())}
+        (temporary / _RECORD).write_text(json.dumps(kept), encoding="utf-8")
+
+
+def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
+    """The arrays, mapped into memory, and the record; None where the folder is missing, cut off or altered."""
+    try:
+        kept = read_json(folder / _RECORD, "")
+        record: dict[str, Any] = kept["record"]
+        if zlib.crc32(json.dumps(record).encode()) != kept["check"]:
+            return None
+        if any(_check(folder / f"{name}.npy") != check for name, check in kept["arrays"].items()):
+            return None
+        paths = {name: folder / f"{name}.npy" for name in kept["arrays"]}
+        return {name: np.asarray(np.load(path, mmap_mode="r")) for name, path in paths.items()}, record
+    except (OSError, UserError, KeyError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _check(path: Path) -> int:
+    """CRC-32 of the file's bytes. They are read, not mapped: mapped pages count as this process's memory."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ):
+            found = zlib.crc32(piece, found)
+    return found

@@ -1,0 +1,94 @@
+"""What is suspicious about the rows of a data set: duplicates, leakage, placeholders, answers that break off."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import numpy as np
+
+from common.data.dataset import Dataset
+from common.data.encoded_rows import EncodedRows
+from common.data.facts import BREAKS_OFF, PLACEHOLDER, TEXT, Facts, facts_of, sources_of
+
+_NAMED = 1000  # rows of a finding whose sources are kept
+
+
+@dataclass(frozen=True)
+class QualityWarning:
+    what: str
+    count: int  # of the rows
+    sources: list[str]  # of the first of them
+
+    def __str__(self) -> str:
+        more = f" and {self.count - 5} more" if self.count > 5 else ""
+        return f"{self.count} {self.what}: {', '.join(self.sources[:5])}{more}"
+
+
+def quality_warnings(data: Dataset) -> list[QualityWarning]:
+    """Everything suspicious, the most serious first. Nothing is changed here."""
+    parts = [_Part(facts_of(rows), [sources_of(rows)]) for rows in (data.train, data.valid, data.test)]
+    train, held_out, every = parts[0], _Part.joined(parts[1:]), _Part.joined(parts)
+    shared = np.isin(held_out.facts.contents, train.facts.contents)
+    asked = np.isin(held_out.facts.prompts, train.facts.prompts[~train.facts.are(TEXT)])
+    found = [
+        held_out.warning("validation or test rows that are in training too", shared),
+        held_out.warning("validation or test rows whose prompt is in training, with another answer", asked & ~shared),
+        *(QualityWarning(f"{kind}, left out", len(rows), [*rows[:_NAMED]]) for kind, rows in data.left_out.items()),
+        train.warning("training rows that repeat another", _repeated(train.facts)),
+        train.warning("training rows with the same prompt and different answers", _contradicting(train.facts)),
+        every.warning("rows with a placeholder left in", every.facts.are(PLACEHOLDER)),
+        every.warning("rows whose answer seems to break off", every.facts.are(BREAKS_OFF)),
+    ]
+    return [warning for warning in found if warning.count]
+
+
+def control_tokens(parts: Sequence[EncodedRows]) -> QualityWarning | None:
+    """The rows with control tokens of the model in their turns' text, which it reads as such; None without any."""
+    tokens = {token: None for part in parts for kind, _ in part.kinds() for token in kind.control}
+    found = [part.take(part.of_kind(lambda kind: kind.control)) for part in parts]
+    what = f"rows with control tokens in their text, read as such ({', '.join(list(tokens)[:3])})"
+    sources = [row.source for row in islice(chain.from_iterable(found), _NAMED)]
+    return QualityWarning(what, sum(map(len, found)), sources) if tokens else None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of one or more parts of a data set."""
+
+    facts: Facts
+    sources: list[Sequence[str]]
+
+    @staticmethod
+    def joined(parts: list["_Part"]) -> "_Part":
+        return _Part(Facts.joined([part.facts for part in parts]), [names for part in parts for names in part.sources])
+
+    def warning(self, what: str, rows: np.ndarray) -> QualityWarning:
+        """About these rows: which of them, or their indices in order."""
+        indices = np.flatnonzero(rows) if rows.dtype == bool else rows
+        return QualityWarning(what, len(indices), [self._source(int(index)) for index in indices[:_NAMED]])
+
+    def _source(self, index: int) -> str:
+        for sources in self.sources:
+            if index < len(sources):
+                return sources[index]
+            index -= len(sources)
+        raise IndexError
+
+
+def _repeated(facts: Facts) -> np.ndarray:
+    """[N] bool: rows whose contents an earlier row has."""
+    repeats = np.ones(len(facts.contents), bool)
+    repeats[np.unique(facts.contents, return_index=True)[1]] = False
+    return repeats
+
+
+def _contradicting(facts: Facts) -> np.ndarray:
+    """The first row of each answer to a prompt that has several, those of one prompt together."""
+    first = ~_repeated(facts) & ~facts.are(TEXT)
+    rows = np.flatnonzero(first)
+    _, earliest, group, counts = np.unique(
+        facts.prompts[rows], return_index=True, return_inverse=True, return_counts=True
+    )
+    several = counts[group] > 1
+    order = np.lexsort((rows[several], earliest[group][several]))
+    return rows[several][order]

@@ -1,0 +1,64 @@
+"""A function over many items, in several processes."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 2  # items in progress for each process, so that none waits
+
+
+def _nothing() -> None:
+    """Where a process needs no beginning; a lambda could not be sent to it."""
+
+
+def ordered_map(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    processes: int,
+    begin: Callable[..., None] = _nothing,
+    given: tuple[Any, ...] = (),
+) -> Iterator[Result]:
+    """`function` of each item, in the order of the items. No more items are taken than are in progress.
+
+    begin: called first in each process, with `given`. With one process all of it happens in this one. Raises what
+    `function` raises. The processes end with the iteration, and with this process, however that ends.
+    """
+    if processes == 1:
+        begin(*given)
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    pool = ProcessPoolExecutor(processes, context, _begin, (begin, given))
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= _AHEAD * processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(begin: Callable[..., None], given: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin(*given)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers, which would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
