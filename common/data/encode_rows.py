@@ -24,7 +24,7 @@ from common.system.workers import ordered_map
 
 SHOWN = 10  # bad rows in an error
 _TOGETHER = 64  # rows that are encoded at once
-_PART = 1 << 14  # rows of a file that are kept together: what a stop may cost
+_PART = 1 << 13  # rows of a file that are kept together: what a stop may cost
 _CHUNK = 256  # rows that a process is given at once
 OnBadRow = Literal["error", "drop"]
 

@@ -244,7 +244,7 @@ def test_bad_rows_of_a_large_file_are_refused_each_time(
     monkeypatch.setattr(load, "LARGE", 1)
     data = load_data(str(path), 0, 1)
     for _ in range(2):
-        with pytest.raises(UserError, match="10 rows cannot be trained on, and maybe more:\na.jsonl:2: this row"):
+        with pytest.raises(UserError, match=r"10 rows cannot be trained on, and maybe more:\na\.jsonl:2: this row"):
             encode_parts([data.train], encoder, "error")
     path.write_text("{\n" + path.read_text() + "{\n")
     for _ in range(2):
