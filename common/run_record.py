@@ -195,4 +195,5 @@ def _write_yaml(path: Path, content: dict[str, Any], comment: str) -> None:
 def _write(path: Path, text: str) -> None:
     """Replace the file in one step: it holds the old text or the new one."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # a path whose bytes are no UTF-8 becomes the same escapes in JSON
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -59,6 +59,12 @@ def compared(capsys: pytest.CaptureFixture[str], *runs: Path) -> tuple[dict[str,
 # --- compare
 
 
+def test_a_path_that_is_no_utf_8_survives_the_record(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", recipe())
+    Run(run).update(options={"model": "\udcff/base", "data": "rows"})
+    assert Run(run).record.options["model"] == "\udcff/base"
+
+
 def test_runs_of_one_recipe_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mac = write_run(tmp_path / "mac", backend="mlx", tokens_per_second=50.0, peak_memory_bytes=1_000_000_000)
     cuda = write_run(tmp_path / "cuda", recipe(model="elsewhere", data="other.jsonl"), tokens_per_second=200.0)
