@@ -130,21 +130,25 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def open_gguf(path: Path, fix: str) -> Any:
-    """gguf-py's reader of the file. Raises UserError where it cannot be read."""
+def _reader() -> Any:
+    """gguf-py's reader, which by itself reads as many values as a file claims to have, for days."""
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
-        """Ends where the file does: gguf-py would read as many values as the file claims, for days."""
-
         def _get(self, offset: int, dtype: Any, count: int = 1, *more: Any, **named: Any) -> Any:
             found = super()._get(offset, dtype, count, *more, **named)
             if len(found) < count:
                 raise ValueError("it is cut off")
             return found
 
+    return Reader
+
+
+def open_gguf(path: Path, fix: str) -> Any:
+    """gguf-py's reader of the file. Raises UserError where it cannot be read."""
+    reader = _reader()
     try:
-        return Reader(path)
+        return reader(path)
     except Exception as error:  # of a file that is cut or damaged it raises anything
         raise UserError(f"{path} cannot be read as a GGUF: {first_line(error)}", fix) from None
 
