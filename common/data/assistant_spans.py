@@ -64,8 +64,10 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
             except (Refused, Unlabeled) as error:
                 refusal = refusal or error
                 continue
-            turns = [replace(turn, message=turn.message + folded) for turn in found.turns]
-            notes += ["system text put into the first user turn"] * folded
+            turns = found.turns
+            if folded:
+                turns = [replace(turn, message=turn.message + 1) for turn in turns]
+                notes.append("system text put into the first user turn")
             return replace(found, turns=turns, notes=tuple(notes), messages=tuple(given))
     if isinstance(refusal, Unlabeled):
         reason, fix = f"this row cannot be labeled exactly: {refusal}.", REMEDY

@@ -219,8 +219,10 @@ class Encoder:
             weights[:] = example.weight
             for turn, (first, _, end) in zip(turns, spans, strict=True):
                 weights[first:end] = trained.get(turn.message, 0)
-        row = Encoded(tokens.ids, compact(weights), example.source, tuple(stops), conversation.notes)
-        return self._with_bos(replace(row, control=self._control(example)))
+        weighted = any(weight != 1 for weight in (example.weight, *trained.values()))
+        found, control = compact(weights) if weighted else weights > 0, self._control(example)
+        row = Encoded(tokens.ids, found, example.source, tuple(stops), conversation.notes, control=control)
+        return self._with_bos(row)
 
     def _control(self, example: Example) -> tuple[str, ...]:
         if self.template is None:
@@ -262,17 +264,17 @@ class Encoder:
 
     def _with_bos(self, row: Encoded) -> Encoded:
         """The row with exactly one BOS, where there is one: llama.cpp, too, adds it where a prompt lacks it."""
-        bos = self.tokenizer.bos_token_id
-        ids, weights = row.ids, row.loss_weights.copy()
+        bos = self._text.bos
+        ids, weights = row.ids, row.loss_weights
         if bos is None:
             return row
         if self.bos is not None and ids[0] != bos:
             ids, weights = np.insert(ids, 0, bos), np.insert(weights, 0, 0)
-        if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self.tokenizer.eos_token_id:
+        if len(ids) > 1 and ids[0] == ids[1] == bos and bos != self._text.eos:
             raise Unlabeled("it starts with two BOS tokens")
         if ids[0] == bos:
-            weights[0] = 0
-        return replace(row, ids=ids, loss_weights=weights)
+            weights[0] = 0  # in place: the row was just made
+        return row if ids is row.ids else replace(row, ids=ids, loss_weights=weights)
 
 
 def _adds_bos(tokenizer: Any) -> bool:

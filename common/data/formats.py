@@ -1,6 +1,7 @@
 """The formats that rows come in, recognized by their columns: each row becomes an Example, or a Fault says why not."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from common.data.dataset import Example
@@ -55,28 +56,29 @@ class _Columns:
         if part in self.fields:
             return self.fields[part] if self.fields[part] in self.row else None
         there = [name for name in NAMES[part] if name in self.row and name not in self.fields.values()]
+        if not there:
+            return None
         filled = [name for name in there if self.row[name] not in _NOTHING]
         if len(filled) > 1:
             raise Fault(f"has `{filled[0]}` and `{filled[1]}`: choose one with --field {part}={filled[0]}")
         if filled:
             return filled[0]
         empty_is_a_fault = part in ("prompt", "completion", "text")  # of the row; other columns may be left empty
-        return there[0] if there and empty_is_a_fault else None
+        return there[0] if empty_is_a_fault else None
 
     def value(self, part: str) -> Any:
         return None if (name := self.name(part)) is None else self.row[name]
 
     def unread(self, used: list[str | None]) -> list[str]:
         """The filled columns but those, and keys of their turns that nothing reads, such as `messages[].loss`."""
-        known = {*used, "train", "weight"} if self.chat() else {*used}
+        known = {*used, "train", "weight"} if self.chat else {*used}
         columns = [str(name) for name, value in self.row.items() if name not in known and value not in _NOTHING]
-        read = {name: value for name, value in self.row.items() if name in used and name != self.name("tools")}
-        turns = [(name, turn) for name, held in read.items() if isinstance(held, list) for turn in held]
-        filled = [
-            (name, key) for name, turn in turns if isinstance(turn, dict) for key in turn if turn[key] not in _NOTHING
-        ]
-        return [*columns, *sorted({f"{name}[].{key}" for name, key in filled if key not in TURN_KEYS})]
+        lists = {name for name in used if name and isinstance(self.row[name], list)} - {self.name("tools")}
+        turns = [(name, turn) for name in lists for turn in self.row[name] if isinstance(turn, dict)]
+        others = [(name, key, turn[key]) for name, turn in turns for key in turn if key not in TURN_KEYS]
+        return [*columns, *sorted({f"{name}[].{key}" for name, key, value in others if value not in _NOTHING})]
 
+    @cached_property
     def chat(self) -> list[tuple[str, str]]:
         """`(format, column)` of each list of turns that the row may be read by."""
         named = [(format, self.name(format)) for format in ("messages", "conversations") if self.may_be(format)]
@@ -84,6 +86,8 @@ class _Columns:
 
     def may_be(self, format: str) -> bool:
         """Whether --field leaves room for the format."""
+        if not self.fields:
+            return True
         wanted = {_FORMAT_OF[part] for part in self.fields if part in _FORMAT_OF}
         return not wanted or format in wanted
 
@@ -100,7 +104,7 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
     columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
-    weight = loss_weight(row, "") if columns.chat() else 1.0  # elsewhere a `weight` may be a product's
+    weight = loss_weight(row, "") if columns.chat else 1.0  # elsewhere a `weight` may be a product's
     if not weight:
         raise Untrained("has train: false or weight: 0")
     if other := other_training(row, columns.fields):
@@ -110,7 +114,7 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
     if found := _read_chat(columns) or _read_pair(columns):
         format, turns, used = found
         used += [columns.name("system"), columns.name("tools")]
-        return format, replace(conversation(head, turns, source, tools), weight=weight), columns.unread(used)
+        return format, conversation(head, turns, source, tools, weight), columns.unread(used)
     if columns.may_be("text") and (name := columns.name("text")):
         return "plain text", Example((), source, text=_read_text(row, name)), columns.unread([name])
     if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
@@ -122,7 +126,7 @@ _Found = tuple[str, list[Row], list[str | None]]  # the format, its turns, the c
 
 
 def _read_chat(columns: _Columns) -> _Found | None:
-    found = columns.chat()
+    found = columns.chat
     if len(found) > 1:
         raise Fault(f"has `{found[0][1]}` and `{found[1][1]}`: choose one with --field messages={found[0][1]}")
     if not found:

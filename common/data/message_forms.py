@@ -24,9 +24,9 @@ def _split(content: str) -> tuple[str, str] | None:
 
     Where the prompt opens the block, data sets lack the first tag; the other then stands on a line of its own.
     """
-    before, closed, after = content.partition(_CLOSE)
-    if not closed:
+    if _CLOSE not in content:
         return None
+    before, _, after = content.partition(_CLOSE)
     if (opened := before.lstrip()).startswith(_OPEN):
         return opened.removeprefix(_OPEN).strip(), after.lstrip()
     alone = before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before

@@ -31,6 +31,7 @@ TURN_KEYS = {
     *("role", "from", "content", "value", "tool_calls", "reasoning_content", "reasoning", "thinking"),
     *("name", "tool_call_id", "weight", "train"),
 }
+_PLAIN = {"role", "content"}
 
 
 class Fault(Exception):
@@ -96,6 +97,8 @@ def _turn(turn: Any, number: int) -> Row:
 
 def loss_weight(given: Row, where: str) -> float:
     """What the losses of a turn, or a row, count by its `train` and `weight`; 0: it is not trained. Raises Fault."""
+    if "weight" not in given and "train" not in given:
+        return 1.0
     weight, train = (_from_csv(given.get(name)) for name in ("weight", "train"))
     if train not in (None, True, False):
         raise Fault(f"{where}`train` can be true or false")
@@ -175,11 +178,15 @@ def _check_json(value: Any, where: str) -> None:
         raise Fault(f"{where} holds a value that JSON cannot express") from None
 
 
-def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Row, ...]) -> Example:
+def conversation(
+    head: list[Row], turns: list[Row], source: str, tools: tuple[Row, ...], weight: float = 1.0
+) -> Example:
     """The row of `head`, its system message if any, and `turns`. Raises Fault, and Empty for an empty answer."""
     messages = [*head, *turns]
     for number, message in enumerate(messages, 1 - len(head)):
-        _check_json(message, f"turn {number}")  # its names and ids, too
+        check_characters(message["content"], f"turn {number}")
+        if message.keys() != _PLAIN:  # names, ids, calls, reasoning
+            _check_json(message, f"turn {number}")
         if message["role"] == "system" and message is not messages[0]:
             raise Fault(f"turn {number} is a system turn; it can only be the first")
         if message["role"] != "assistant" or not message.get("train", True):
@@ -193,4 +200,4 @@ def conversation(head: list[Row], turns: list[Row], source: str, tools: tuple[Ro
         raise Fault("has no assistant turn, so there is nothing to learn")
     if not any(message.get("train", True) for message in answers):
         raise Untrained("has no assistant turn that is trained: all have train: false or weight: 0")
-    return Example(tuple(messages), source, tools)
+    return Example(tuple(messages), source, tools, weight=weight)

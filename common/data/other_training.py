@@ -9,6 +9,7 @@ _REJECTED = (
 _CHOSEN = {"non_preferred_output": "preferred_output"}  # else `chosen` in place of `rejected`
 _KEPT = ("messages", "conversations", "completion", "output", "response", "answer")
 OTHER_TRAINING = (*_REJECTED, "kto_tag", "label")  # columns that make a row one of those
+_MARKS = (*OTHER_TRAINING, "completions")
 _ANSWERS = ("messages", "conversations", "completion", "text")  # --field says by one of them what is trained
 
 
@@ -17,7 +18,7 @@ def other_training(row: Row, fields: dict[str, str]) -> str | None:
 
     fields: as --field says; where it says what is trained, the row is taken for that.
     """
-    if any(part in fields for part in _ANSWERS):
+    if row.keys().isdisjoint(_MARKS) or any(part in fields for part in _ANSWERS):
         return None
     filled = [name for name in _REJECTED if isinstance(row.get(name), str | list | dict) and row[name]]
     if filled:

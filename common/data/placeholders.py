@@ -27,7 +27,7 @@ class Placeholders:
 
     def __init__(self, messages: list[Message], every: bool) -> None:
         salt = ""
-        while any(f"qTWINTUNE{salt}q" in str(message) for message in messages):
+        while any(_holds(message, f"qTWINTUNE{salt}q") for message in messages):
             salt += "x"
         self.originals: dict[str, str] = {}
         self.messages = [self._masked(message, number, salt, every) for number, message in enumerate(messages)]
@@ -36,8 +36,8 @@ class Placeholders:
     def _masked(self, message: Message, number: int, salt: str, every: bool) -> Message:
         if message["role"] != "assistant" and not (every and message["role"] in ("system", "user")):
             return message
-        names = {key: PLACEHOLDER.format(salt, number, key[0]) for key in ("content", "reasoning_content")}
-        names = {key: name for key, name in names.items() if message.get(key)}
+        keys = [key for key in ("content", "reasoning_content") if message.get(key)]
+        names = {key: PLACEHOLDER.format(salt, number, key[0]) for key in keys}
         self.originals |= {name: message[key] for key, name in names.items()}
         return message | names
 
@@ -68,6 +68,11 @@ class Placeholders:
         if at != len(text):
             raise Unlabeled("the template renders the row differently for other answers")
         return found
+
+
+def _holds(message: Message, text: str) -> bool:
+    """Whether a value of the message, or a part of it, has the text; `str` of a long text takes its time."""
+    return any(text in (value if isinstance(value, str) else str(value)) for value in message.values())
 
 
 class Filled:

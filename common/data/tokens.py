@@ -18,7 +18,7 @@ class Tokens:
 
     def __init__(self, text: str, ids: Sequence[int], is_special: np.ndarray) -> None:
         self.text, self.ids = text, np.asarray(ids, np.int32)
-        self.special = np.flatnonzero(is_special[np.minimum(self.ids, len(is_special) - 1)])
+        self.special = np.flatnonzero(is_special.take(self.ids, mode="clip"))
 
 
 class Offsets:
@@ -49,6 +49,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # looked up once: each time takes 1 us
         added = tokenizer.added_tokens_decoder.items()
         special = {number: token for number, token in added if token.special and not token.normalized}
         self._is_special = np.zeros(max(special, default=0) + 2, bool)

@@ -1,11 +1,12 @@
 """The label masks on real chat templates and real vocabularies: none is wrong, and none is newly refused."""
 
+import contextlib
 import dataclasses
 
 import numpy as np
 import pytest
 
-from common.data.chat_template import ChatTemplate
+from common.data.chat_template import ChatTemplate, Refused
 from common.data.tool_text import tools_as_text
 from tests.encoding import encode
 from tests.templates import report as proof
@@ -80,6 +81,27 @@ def test_tools_are_labeled_as_text_where_a_template_takes_none():
     assert not any(ChatTemplate(tokenizer, "off").takes_tools for tokenizer in tokenizers.values())
     found = {name: proof.judge(tools_as_text(row), tokenizer).outcome for name, tokenizer in tokenizers.items()}
     assert found == dict.fromkeys(TAKE_NO_TOOLS, LABELED)
+
+
+@pytest.mark.parametrize("think", [True, False])
+def test_a_row_is_rendered_as_apply_chat_template_renders_it(think):
+    for family in families():
+        tokenizer = build(family)
+        template = ChatTemplate(tokenizer, "keep")
+        given = {"chat_template": template.source, "enable_thinking": think, "thinking": think, "tokenize": False}
+        for row in CONVERSATIONS:
+            messages = [{"name": None, **message} for message in row.messages]
+            tools = list(row.tools) or template._no_tools
+            named = [
+                message | dict.fromkeys(("reasoning", "thinking"), message.get("reasoning_content"))
+                for message in messages
+            ]
+            for prompt in (False, True):
+                with contextlib.suppress(Refused):
+                    text = template.render(messages, row.tools, prompt, think)
+                    assert text == tokenizer.apply_chat_template(
+                        named, tools, add_generation_prompt=prompt, date_string="26 Jul 2024", **given
+                    ), (family.name, row.source)
 
 
 def _mutants(mask):
