@@ -151,9 +151,11 @@ def _joined(parts: list[_Part]) -> _Part:
 
 def _settings(encoder: Encoder) -> dict[str, Any]:
     """What decides how the encoder encodes a row."""
-    tokenizer = encoder.tokenizer
+    tokenizer, backend = encoder.tokenizer, encoder.tokenizer.backend_tokenizer
+    backend.no_truncation()  # as it encodes
+    backend.no_padding()
     return {
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
         "template": str(tokenizer.chat_template),
         "special": json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True),
         "bos": encoder.bos,

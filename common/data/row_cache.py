@@ -22,15 +22,18 @@ _LIBRARIES = ("jinja2", "pyarrow", "tokenizers", "transformers")  # what else de
 
 
 def cached_folder(source: RowSource, settings: Any) -> Path:
-    """The folder for what is made of the source with these settings, which are JSON; it need not exist.
+    """The folder for what is made of the source with these settings, which are JSON.
 
-    Raises OSError where a file cannot be read.
+    Raises UserError where a file cannot be read, or the folder not be made.
     """
-    contents = _contents(source.files, tuple(source.stamps))
-    key = json.dumps([source.name, source.kind, contents, settings, _code()], sort_keys=True)
-    folder = cache_folder() / "rows" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    folder.mkdir(parents=True, exist_ok=True)
-    os.utime(folder)  # it was used now
+    try:
+        contents = _contents(source.files, tuple(source.stamps))
+        key = json.dumps([source.name, source.kind, contents, settings, _code()], sort_keys=True)
+        folder = cache_folder() / "rows" / hashlib.sha256(key.encode()).hexdigest()[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)  # it was used now
+    except OSError as error:
+        raise os_fault(error, "start again. The cache folder is that of XDG_CACHE_HOME, where it is set.") from None
     _make_room(folder)
     return folder
 
@@ -61,7 +64,8 @@ def _contents(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> s
 def _code() -> str:
     """SHA-256 over the code that reads and encodes."""
     digest = hashlib.sha256(json.dumps([version(name) for name in _LIBRARIES]).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    folder = Path(__file__).parent
+    for path in sorted([*folder.glob("*.py"), folder.with_name("model_files.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

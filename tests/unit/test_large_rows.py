@@ -292,6 +292,29 @@ def test_what_was_not_used_for_long_makes_room(
     assert not old & {*cache.iterdir()}
 
 
+def test_a_large_data_set_of_the_hub(
+    encoder: Encoder, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([row for row in ROWS[:30]], features=None)
+    rows.save_to_disk(str(tmp_path / "set"))
+    found = datasets.DatasetDict({"train": datasets.load_from_disk(str(tmp_path / "set"))})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: found)
+    (small, few, _), (large, many, _) = (opened(Path("owner/name"), encoder, monkeypatch, size) for size in (0, 1))
+    assert (len([*cache.iterdir()]), [*large.train], [*large.valid]) == (2, small.train, small.valid)
+    assert [shown(part) for part in many] == [shown(part) for part in few]
+
+
+def test_a_cache_that_cannot_be_made_is_named(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"(Not a directory|File exists): .*cache") as caught:
+        opened(written(tmp_path / "a.jsonl"), encoder, monkeypatch)
+    assert "XDG_CACHE_HOME" in caught.value.fix
+
+
 def test_a_disk_that_refuses_is_named(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(path: Path, *_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", str(path))
