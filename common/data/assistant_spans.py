@@ -94,7 +94,7 @@ def _located(messages: list[Message], tools: Any, template: ChatTemplate, every:
     if think and (inline := _inlined(messages, masked, tools, template)):
         messages, masked = inline
     row = MaskedRow(template, tools, think, masked)
-    text = template.masked(masked, tools, think)
+    text = row.render(masked)
     written = {place[0] for place in placeholders.found(text)}
     for number, message in enumerate(masked):
         content = message["content"] if message["role"] == "assistant" else ""

@@ -43,6 +43,13 @@ def closing(opened: str) -> str:
     return f"\n{_TAGS[opened]}\n\n" if opened == "<think>" else _TAGS[opened]
 
 
+def _is_plain(message: Message) -> bool:
+    """Whether the message is rendered the same wherever role and text are the same, and its text is a placeholder."""
+    content = message["content"]
+    placeholder = isinstance(content, str) and (content.startswith(PLACEHOLDER[:9]) or content == HELLO["content"])
+    return placeholder and message.keys() <= _PLAIN
+
+
 def _as_given(message: Message) -> Message:
     """The message as apply_chat_template gives it to a template: no None, reasoning under each name it may have."""
     if None in message.values():
@@ -67,7 +74,7 @@ class ChatTemplate:
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         self.edges: dict[tuple[object, ...], list[Any]] = {}  # what it writes around turns, by their kind
-        self._masked: dict[tuple[object, ...], str] = {}
+        self._known: dict[tuple[object, ...], str] = {}  # rendered messages of placeholders
         self._tokens = dict(tokenizer.special_tokens_map)
         self._suffix: str | None = None
         self._no_tools: list[Any] | None = None
@@ -86,7 +93,20 @@ class ChatTemplate:
             return False
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
-        """The messages as text. prompt: with the generation prompt behind them. Raises Refused."""
+        """The messages as text. prompt: with the generation prompt behind them. Raises Refused.
+
+        The text of messages that have placeholders for what they say is remembered.
+        """
+        if tools or not all(map(_is_plain, messages)):
+            return self._rendered(messages, tools, prompt, think)
+        shape = (prompt, think, *((message["role"], message["content"]) for message in messages))
+        if shape not in self._known:
+            if len(self._known) >= _SHAPES:
+                self._known.clear()
+            self._known[shape] = self._rendered(messages, (), prompt, think)
+        return self._known[shape]
+
+    def _rendered(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         if not messages:
             raise Refused("a conversation without a turn")
         given = self._variables(tools, think) | {"messages": list(map(_as_given, messages)), "documents": None}
@@ -110,18 +130,6 @@ class ChatTemplate:
             return _compile_jinja_template(self.source)
         except Exception as error:  # as above
             raise Refused(str(error)) from None
-
-    def masked(self, messages: list[Message], tools: Any, think: bool) -> str:
-        """The messages, which have placeholders for what they say, as text. Raises Refused."""
-        turns = (think, *((message["role"], message["content"]) for message in messages))
-        plain = all(message.keys() <= _PLAIN and str(message["content"])[:9] == PLACEHOLDER[:9] for message in messages)
-        if tools or not plain:
-            return self.render(messages, tools, False, think)
-        if turns not in self._masked:
-            if len(self._masked) >= _SHAPES:
-                self._masked.clear()
-            self._masked[turns] = self.render(messages, (), False, think)
-        return self._masked[turns]
 
     def generation_spans(
         self, messages: list[Message], tools: Any, think: bool, rendered: str

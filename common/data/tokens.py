@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from common.data.turn_edges import Unlabeled
 from common.model_files import encode_texts, tokenize
 
+_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}  # as sentencepiece writes them
 _KNOWN, _SHORT = 1000, 200  # texts whose tokens are remembered, and the characters of the longest
 
 
@@ -44,7 +46,7 @@ class TextTokenizer:
 
     A special token is cut out of a text before all else, so the tokens before, between and behind special tokens are
     those of these parts alone. To compute offsets takes as long as to tokenize. They are not needed where a turn begins
-    a known header after one special token and ends with the next.
+    a known header after a special token and ends with one.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -80,12 +82,13 @@ class TextTokenizer:
         if len(marks) != len(tokens.special):
             return None
         numbers, found = {mark: number for number, mark in enumerate(marks)}, []
+        ends = [end for _, end in marks]
         for start, stop, end in turns:
-            number = numbers.get((stop, end), 0)
-            if not number or marks[number - 1][1] > start:
+            opening, closing = bisect_right(ends, start) - 1, numbers.get((stop, end), 0)
+            if opening < 0 or closing <= opening or marks[opening + 1][0] < start:
                 return None
-            before, last = (int(tokens.special[n]) for n in (number - 1, number))
-            header = self._ids(tokens.text[marks[number - 1][0] : start])
+            before, last = int(tokens.special[opening]), int(tokens.special[closing])
+            header = self._ids(tokens.text[marks[opening][0] : start])
             first = before + len(header)
             if first > last or tokens.ids[before:first].tolist() != header:
                 return None
@@ -131,12 +134,18 @@ class TextTokenizer:
 
 
 def _keeps_every_character(tokenizer: Any) -> bool:
-    """Whether every token stands for characters of the text: of a byte-level tokenizer that adds none of its own."""
+    """Whether every token stands for characters of the text, and no two texts have the same tokens, but for spaces.
+
+    So it is with a byte-level tokenizer that adds none of its own, and with Gemma's, which has a token for each byte.
+    """
     backend = tokenizer.backend_tokenizer
     splits = _listed(backend.pre_tokenizer, "pretokenizers")
     adds = any(part.get("add_prefix_space") or part["type"] == "Metaspace" for part in splits)
-    norms = {part["type"] for part in _listed(backend.normalizer, "normalizers")}
-    return any(part["type"] == "ByteLevel" for part in splits) and not adds and norms <= {"NFC"}
+    norms = _listed(backend.normalizer, "normalizers")
+    if any(part["type"] == "ByteLevel" for part in splits):
+        return not adds and {part["type"] for part in norms} <= {"NFC"}
+    bytes_known = all(backend.token_to_id(f"<0x{byte:02X}>") is not None for byte in range(256))
+    return norms == [_SPACES] and not adds and bytes_known and getattr(backend.model, "byte_fallback", False)
 
 
 def _listed(part: Any, inner: str) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from common.data.chat_template import ChatTemplate, Refused
+from common.data.encode import Encoder, MaskingOptions
 from common.data.tool_text import tools_as_text
+from common.data.turn_edges import BadRow
 from tests.encoding import encode
 from tests.templates import report as proof
 from tests.templates.conversations import CONVERSATIONS
@@ -102,6 +104,21 @@ def test_a_row_is_rendered_as_apply_chat_template_renders_it(think):
                     assert text == tokenizer.apply_chat_template(
                         named, tools, add_generation_prompt=prompt, date_string="26 Jul 2024", **given
                     ), (family.name, row.source)
+
+
+def test_spans_without_offsets_are_those_by_offsets():
+    quick = set()
+    for family in families():
+        encoder = Encoder(build(family), MaskingOptions())
+        for row in CONVERSATIONS:
+            with contextlib.suppress(BadRow):
+                located = encoder.locate_turns(row)
+                (tokens,) = encoder._text.tokens([located.text])
+                turns = [(turn.start, turn.stop, turn.end) for turn in located.turns]
+                if spans := encoder._text._by_special_tokens(tokens, turns):
+                    assert spans == encoder._text._by_offsets(tokens, turns), (family.name, row.source)
+                    quick.add(family.name)
+    assert quick >= {"google-gemma-2-2b-it", "Gemma 3 layout", "openai-gpt-oss-120b", "Qwen-Qwen3-0.6B"}
 
 
 def _mutants(mask):
