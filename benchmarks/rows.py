@@ -38,6 +38,7 @@ from common.system.hardware import cores
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _WORDS = 160  # of a row: 1 kB
 _TWICE = 100_000  # rows up to which TRL's way is started twice too: it begins from nothing again
+_LOOK = 0.25  # seconds between two looks at the memory, which take time from the cores
 READY, DONE = "ready", "done "
 
 
@@ -99,7 +100,7 @@ def measured(side: str, data: Path, cache: Path) -> dict[str, float]:
 def _wait_for(process: "subprocess.Popen[str]", word: str, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Until the process has printed a line that begins with the word."""
     while True:
-        if select.select([process.stdout], [], [], 0.02)[0]:
+        if select.select([process.stdout], [], [], _LOOK)[0]:
             line = process.stdout.readline() if process.stdout else ""
             if line.startswith(word):
                 return
