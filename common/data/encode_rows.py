@@ -19,8 +19,7 @@ from common.data.readers import parsed
 from common.data.row_cache import cached_folder, keep
 from common.data.turn_edges import BadRow
 from common.errors import UserError
-from common.system.hardware import cores
-from common.system.workers import ordered_map
+from common.system.workers import ordered_map, processes
 
 SHOWN = 10  # bad rows in an error
 _TOGETHER = 64  # rows that are encoded at once
@@ -172,7 +171,7 @@ def _encoded_chunks(rows: FileRows, indices: np.ndarray, encoder: Encoder) -> It
     work: Iterator[Chunk] = ([next(given) for _ in chunk] for chunk in numbers)
     start = _begin, (encoder.tokenizer, encoder.masking, rows.source.name, rows.fields)
     try:
-        for chunk, (flat, places, bad) in zip(numbers, ordered_map(_encode, work, cores(), *start), strict=True):
+        for chunk, (flat, places, bad) in zip(numbers, ordered_map(_encode, work, processes(), *start), strict=True):
             if len(places) + len(bad) < len(chunk):
                 raise rows.source.changed()
             yield chunk, _Part(flat, np.array(chunk)[places], bad)

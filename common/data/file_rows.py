@@ -18,8 +18,7 @@ from common.data.formats import read_row
 from common.data.messages import Fault, LeftOut
 from common.data.readers import NumberedRows, RowSource, not_utf8, parsed
 from common.data.row_cache import cached_folder, keep
-from common.system.hardware import cores
-from common.system.workers import ordered_map
+from common.system.workers import ordered_map, processes
 
 _CHUNK_ROWS, _CHUNK_BYTES = 256, 1 << 20  # that a process is given at once
 Chunk = list[tuple[int, Any]]  # rows with their numbers, those of JSON lines not parsed yet
@@ -158,7 +157,7 @@ def _read(
     size, done = source.size, 0
     work = partial(_read_chunk, source.name, fields)
     try:
-        for facts, more, read in ordered_map(work, chunks(source.rows()), cores()):
+        for facts, more, read in ordered_map(work, chunks(source.rows()), processes()):
             parts.append(facts)
             numbers.append(np.array(more.numbers, np.int64))
             found.add(more)

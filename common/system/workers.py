@@ -7,12 +7,22 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
+
+from common.errors import UserError
+from common.system.hardware import cores
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_MOST = 8  # processes: each takes 0.1 GB
 _AHEAD = 2  # items in progress for each process, so that none waits
+
+
+def processes() -> int:
+    """As many as there are cores, up to eight."""
+    return min(cores(), _MOST)
 
 
 def _nothing() -> None:
@@ -29,7 +39,8 @@ def ordered_map(
     """`function` of each item, in the order of the items. No more items are taken than are in progress.
 
     begin: called first in each process, with `given`. With one process all of it happens in this one. Raises what
-    `function` raises. The processes end with the iteration, and with this process, however that ends.
+    `function` raises, and UserError where a process was killed. The processes end with the iteration, and with this
+    process, however that ends.
     """
     if processes == 1:
         begin(*given)
@@ -45,6 +56,11 @@ def ordered_map(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError(
+            "A process that works on the rows was killed, most likely because memory ran out.",
+            "Close other programs and start again: the rows that were done are kept.",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -24,6 +24,7 @@ from common.data.findings import control_tokens, quality_warnings
 from common.data.load import load_data
 from common.data.truncation import filter_by_length
 from common.errors import UserError
+from common.system import workers
 from tests import ROOT
 
 
@@ -32,7 +33,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of its own; one process, small chunks and small parts, so that a few rows have edges of all kinds."""
     monkeypatch.setattr(row_cache, "cache_folder", lambda: tmp_path / "cache")
     for module in (file_rows, encode_rows):
-        monkeypatch.setattr(module, "cores", lambda: 1)
+        monkeypatch.setattr(module, "processes", lambda: 1)
     monkeypatch.setattr(file_rows, "_CHUNK_ROWS", 5)
     monkeypatch.setattr(encode_rows, "_CHUNK", 3)
     monkeypatch.setattr(encode_rows, "_PART", 8)
@@ -256,7 +257,7 @@ def test_several_processes_do_the_same(encoder: Encoder, monkeypatch: pytest.Mon
     path = written(tmp_path / "a.jsonl")
     _, few, _ = opened(path, encoder, monkeypatch, large=False)
     for module in (file_rows, encode_rows):
-        monkeypatch.setattr(module, "cores", lambda: 2)
+        monkeypatch.setattr(module, "processes", lambda: 2)
     _, many, bad = opened(path, encoder, monkeypatch)
     assert [shown(part) for part in many] == [shown(part) for part in few]
     assert [row.source for row in bad] == ["a.jsonl:41"]
@@ -277,6 +278,11 @@ def test_the_processes_end_with_the_one_that_started_them() -> None:
         os.kill(process.pid, signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+def test_a_process_that_is_killed_is_told() -> None:
+    with pytest.raises(UserError, match="A process that works on the rows was killed"):
+        [*workers.ordered_map(os._exit, [1, 1], 2)]
 
 
 def test_what_was_not_used_for_long_makes_room(
