@@ -1,5 +1,6 @@
 """A folder of arrays with a record beside them, written in one step and checked when it is read."""
 
+import errno
 import json
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 
 _RECORD = "record.json"
+_MAPPED = {"ids", "weights"}  # arrays that are as long as all tokens
 _READ = 1 << 22
 
 
@@ -26,7 +28,10 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, 
 
 
 def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
-    """The arrays, mapped into memory, and the record; None where the folder is missing, cut off or altered."""
+    """The arrays and the record; None where the folder is missing, cut off or altered.
+
+    The largest two are mapped into memory. A mapping keeps a file open, and macOS lets a process have 256.
+    """
     try:
         kept = read_json(folder / _RECORD, "")
         record: dict[str, Any] = kept["record"]
@@ -35,8 +40,14 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
         if any(_check(folder / f"{name}.npy") != check for name, check in kept["arrays"].items()):
             return None
         paths = {name: folder / f"{name}.npy" for name in kept["arrays"]}
-        return {name: np.asarray(np.load(path, mmap_mode="r")) for name, path in paths.items()}, record
-    except (OSError, UserError, KeyError, ValueError, TypeError, AttributeError):
+        arrays = {
+            name: np.asarray(np.load(path, mmap_mode="r") if name in _MAPPED else np.load(path))
+            for name, path in paths.items()
+        }
+        return arrays, record
+    except (OSError, UserError, KeyError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
         return None
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import resource
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -108,6 +110,7 @@ def _encode_file(rows: FileRows, work: _Work) -> _EncodedFile:
     folder = cached_folder(rows.source, ["encoded", sorted(rows.fields.items()), _settings(work.encoder)])
     paths = [folder / f"rows-{start:09}" for start in range(0, len(rows), _PART)]
     parts: dict[int, _Part] = {}
+    _allow_files(2 * len(paths))
     for number, path in enumerate(paths):
         work.progress(work.done / work.count, f"{work.done:,} rows")
         if (kept := read_arrays(path)) is not None:
@@ -128,6 +131,15 @@ def _encode_file(rows: FileRows, work: _Work) -> _EncodedFile:
             parts[number] = _part(*keep(paths[number], arrays, {"kinds": whole.flat.table, "bad": bad}))
             held = []
     return _encoded_file(rows, [parts[number] for number in range(len(paths))])
+
+
+def _allow_files(more: int) -> None:
+    """Let this process have so many more files open, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        with suppress(ValueError, OSError):  # beyond what macOS has for all
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _encoded_file(rows: FileRows, parts: list[_Part]) -> _EncodedFile:

@@ -1,5 +1,6 @@
 """Where what was read and encoded of large data is kept: by contents, so that every command finds it again."""
 
+import errno
 import hashlib
 import json
 import os
@@ -43,7 +44,8 @@ def keep(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) ->
     try:
         write_arrays(folder, arrays, record)
     except OSError as error:
-        raise os_fault(error, "start again: the rows that were done are kept there.") from None
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker with the same rows
+            raise os_fault(error, "start again: the rows that were done are kept there.") from None
     kept = read_arrays(folder)
     if kept is None:
         raise UserError(f"{folder}: what was just written there reads otherwise.", "Check that disk.")

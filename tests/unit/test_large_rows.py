@@ -1,5 +1,6 @@
 """Rows of a large file: the same as those of a small one, read in pieces, kept in the cache, found again."""
 
+import errno
 import json
 import os
 import signal
@@ -283,6 +284,29 @@ def test_the_processes_end_with_the_one_that_started_them() -> None:
 def test_a_process_that_is_killed_is_told() -> None:
     with pytest.raises(UserError, match="A process that works on the rows was killed"):
         [*workers.ordered_map(os._exit, [1, 1], 2)]
+
+
+def test_many_parts_keep_few_files_open(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(chat(f"Question {number}", "Yes.")) + "\n" for number in range(400)))
+    before = len([*Path("/dev/fd").iterdir()])
+    _, parts, _ = opened(path, encoder, monkeypatch)
+    assert sum(map(len, parts)) == 400
+    assert len([*Path("/dev/fd").iterdir()]) - before <= 2 * 50 + 2
+
+
+def test_the_same_rows_written_by_two_processes(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, write = written(tmp_path / "a.jsonl"), row_cache.write_arrays
+
+    def late(folder: Path, *what: Any) -> None:
+        write(folder, *what)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+
+    wanted = [shown(part) for part in opened(path, encoder, monkeypatch, large=False)[1]]
+    monkeypatch.setattr(row_cache, "write_arrays", late)
+    assert [shown(part) for part in opened(path, encoder, monkeypatch)[1]] == wanted
 
 
 def test_what_was_not_used_for_long_makes_room(
