@@ -59,14 +59,16 @@ class FlatRows:
 
     @staticmethod
     def joined(parts: Sequence["FlatRows"]) -> "FlatRows":
-        table: dict[Kind, int] = {}
-        kinds = [np.array([table.setdefault(kind, len(table)) for kind in part.table], np.int32) for part in parts]
+        kinds, table = _joined_kinds(parts)
         arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in ARRAYS if name != "kinds"}
-        return FlatRows(
-            **arrays,
-            kinds=np.concatenate([own[part.kinds] for own, part in zip(kinds, parts, strict=True)]),
-            table=[*table],
-        )
+        return FlatRows(**arrays, kinds=kinds, table=table)
+
+
+def _joined_kinds(parts: Sequence[FlatRows]) -> tuple[np.ndarray, list[Kind]]:
+    """`kinds` and `table` of all parts together."""
+    table: dict[Kind, int] = {}
+    own = [np.array([table.setdefault(kind, len(table)) for kind in part.table], np.int32) for part in parts]
+    return np.concatenate([numbers[part.kinds] for numbers, part in zip(own, parts, strict=True)]), [*table]
 
 
 ARRAYS = [name for name in FlatRows.__dataclass_fields__ if name != "table"]
@@ -78,16 +80,13 @@ class Store:
 
     def __init__(self, parts: Sequence[FlatRows], sources: Sequence[str]) -> None:
         self.sources, self._parts = sources, parts
-        table: dict[Kind, int] = {}
-        kinds = [np.array([table.setdefault(kind, len(table)) for kind in part.table], np.int32) for part in parts]
-        self.kinds = np.concatenate([own[part.kinds] for own, part in zip(kinds, parts, strict=True)])
-        self.table = [*table]
+        self.kinds, self.table = _joined_kinds(parts)
         self.lengths, self.labels, self.lightest, self.heaviest, self.digests = (
             np.concatenate([getattr(part, name) for part in parts]) for name in _OF_ROWS
         )
         self._part = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.lengths) for part in parts])
-        starts = [np.cumsum(part.lengths, dtype=np.int64) - part.lengths for part in parts]
-        self._start = np.concatenate(starts)  # of each row in its part
+        self._starts = [np.cumsum(part.lengths, dtype=np.int64) - part.lengths for part in parts]
+        self._start = np.concatenate(self._starts)  # of each row in its part
 
     def tokens(self, row: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """`(ids, loss weights)` of these of a row's tokens; float32 as in its part."""
@@ -96,8 +95,8 @@ class Store:
 
     def begin_unlabeled(self) -> np.ndarray:
         """[N] bool: the rows whose first token is not a label."""
-        starts = (self._start[self._part == number] for number in range(len(self._parts)))
-        return np.concatenate([part.weights[at] == 0 for part, at in zip(self._parts, starts, strict=True)])
+        pairs = zip(self._parts, self._starts, strict=True)
+        return np.concatenate([part.weights[starts] == 0 for part, starts in pairs])
 
 
 @dataclass(frozen=True)

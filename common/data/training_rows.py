@@ -12,7 +12,6 @@ from common.data.dataset import Dataset, prompt_of
 from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
 from common.data.encoded_rows import EncodedRows, paired, stop_ids
-from common.data.facts import TEXT, facts_of
 from common.data.findings import control_tokens, quality_warnings
 from common.data.load import check_fields, load_data
 from common.data.truncation import FilteredRows, filter_by_length, lengths_shown
@@ -69,7 +68,7 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     encoder = Encoder(tokenizer, masking)
     parts, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
     kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
-    chats = not facts_of(data.train).are(TEXT).all()  # plain text does not tell how to prompt
+    chats = any(not kind.text for kind, _ in parts[0].kinds())  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
     scored = _drawn(valid.rows, options.eval_rows, options.seed)
     return TrainingRows(data, kept, valid, scored, test, stop_ids(parts[0]), template, encoder, bad)
