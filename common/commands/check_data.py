@@ -53,8 +53,10 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     for warning in filter(None, warnings):
         display.warn(str(warning))
     warn_of_context([part.rows for part in parts.values()], context_length(model.config), display)
-    if left_out := [*map(list, data.bad), *([row.source, row.reason] for row in bad)]:
-        display.table("Rows that cannot be read or labeled: dropped", ["row", "why"], left_out)
+    if dropped := [*map(list, data.bad.first), *([row.source, row.reason] for row in bad.first)]:
+        more = len(data.bad) + len(bad) - len(dropped)
+        title = "Rows that cannot be read or labeled: dropped" + (f" (and {more:,} more)" if more else "")
+        display.table(title, ["row", "why"], dropped)
     _show_long(options, parts, display)
     for row in parts["train"].rows[:_SHOWN_ROWS] if "train" in parts else ():
         display.show((f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))

@@ -3,7 +3,10 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+_LISTED = 1000
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,32 @@ class Example:
     weight: float = 1.0  # of the row's losses
 
 
+@dataclass
+class Counted(Generic[Item]):
+    """How many there are, and the first thousand of them."""
+
+    count: int = 0
+    first: list[Item] = field(default_factory=list)
+
+    def add(self, item: Item) -> None:
+        self.extend(Counted(1, [item]))
+
+    def extend(self, others: "Counted[Item]") -> None:
+        self.count += others.count
+        self.first += others.first[: _LISTED - len(self.first)]
+
+    def __len__(self) -> int:
+        return self.count
+
+
 @dataclass(frozen=True)
 class Dataset:
     train: Sequence[Example]
     valid: Sequence[Example]
     test: Sequence[Example]
     formats: dict[str, int] = field(default_factory=dict)  # how many rows came in which format
-    left_out: dict[str, Sequence[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
-    bad: list[tuple[str, str]] = field(default_factory=list)  # places and faults of rows that --on-bad-row drops
+    left_out: dict[str, Counted[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
+    bad: Counted[tuple[str, str]] = field(default_factory=Counted)  # places and faults of rows that --on-bad-row drops
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
     def described(self) -> str:

@@ -3,30 +3,28 @@
 import hashlib
 import json
 import resource
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from common.backend import Progress
-from common.data.array_folder import read_arrays
-from common.data.dataset import Example
+from common.data.dataset import Counted, Example
 from common.data.encode import Encoded, Encoder, MaskingOptions
 from common.data.encoded_rows import ARRAYS, EncodedRows, FlatRows, Kind, Store
 from common.data.facts import Sources
-from common.data.file_rows import Chunk, FileRows, read_all
-from common.data.readers import parsed
-from common.data.row_cache import cached_folder, keep
+from common.data.file_rows import FileRows, read_all
+from common.data.row_cache import Kept
+from common.data.row_parts import Chunk, Work, parts_of
+from common.data.row_source import parsed
 from common.data.turn_edges import BadRow
 from common.errors import UserError
-from common.system.workers import ordered_map, processes
 
 SHOWN = 10  # bad rows in an error
 _TOGETHER = 64  # rows that are encoded at once
-_PART = 1 << 13  # rows of a file that are kept together: what a stop may cost
-_CHUNK = 256  # rows that a process is given at once
 OnBadRow = Literal["error", "drop"]
 
 
@@ -35,7 +33,7 @@ def encode_parts(
     encoder: Encoder,
     on_bad_row: OnBadRow,
     progress: Progress = lambda share, text: None,
-) -> tuple[list[EncodedRows], list[BadRow]]:
+) -> tuple[list[EncodedRows], Counted[BadRow]]:
     """`(the rows of each part encoded, the rows that are dropped)`.
 
     With on_bad_row `error` no more rows are tried once ten cannot be labeled. Raises UserError naming these.
@@ -43,7 +41,7 @@ def encode_parts(
     work = _Work(encoder, on_bad_row, progress, sum(map(len, parts)))
     encoded = [work.file(part) if isinstance(part, FileRows) else work.rows(part) for part in parts]
     if work.bad and on_bad_row == "error":
-        raise _refused(work.bad)
+        raise _refused(work.bad.first)
     return encoded, work.bad
 
 
@@ -52,7 +50,7 @@ class _Work:
 
     def __init__(self, encoder: Encoder, on_bad_row: OnBadRow, progress: Progress, count: int) -> None:
         self.encoder, self.on_bad_row, self.progress, self.count = encoder, on_bad_row, progress, count
-        self.done, self.bad = 0, list[BadRow]()
+        self.done, self.bad = 0, Counted[BadRow]()
         self._files: dict[int, _EncodedFile] = {}  # by id of the source
 
     def rows(self, rows: Sequence[Example]) -> EncodedRows:
@@ -62,19 +60,20 @@ class _Work:
             self.progress(self.done / self.count, some[0].source)
             found = self.encoder.encode_batch(some)
             encoded += [row for row in found if isinstance(row, Encoded)]
-            self.add(len(some), [row for row in found if isinstance(row, BadRow)])
+            bad = [row for row in found if isinstance(row, BadRow)]
+            self.add(len(some), Counted(len(bad), bad))
         return EncodedRows.of(encoded)
 
     def file(self, rows: FileRows) -> EncodedRows:
         if id(rows.source) not in self._files:
-            self._files[id(rows.source)] = _encode_file(rows.whole_file(), self)
+            self._files[id(rows.source)] = _encode_file(rows, self)
         return self._files[id(rows.source)].take(rows.chosen)
 
-    def add(self, count: int, bad: list[BadRow]) -> None:
+    def add(self, count: int, bad: Counted[BadRow]) -> None:
         self.done += count
-        self.bad += bad
+        self.bad.extend(bad)
         if self.on_bad_row == "error" and len(self.bad) >= SHOWN:
-            raise _refused(self.bad[:SHOWN])
+            raise _refused(self.bad.first[:SHOWN])
 
 
 def _refused(bad: list[BadRow]) -> UserError:
@@ -88,49 +87,44 @@ def _refused(bad: list[BadRow]) -> UserError:
 @dataclass(frozen=True)
 class _EncodedFile:
     encoded: EncodedRows
-    place: np.ndarray  # of each row of the file among these; -1: it is bad
+    index: np.ndarray  # of each row of the file among these; -1: it is bad
 
     def take(self, chosen: np.ndarray) -> EncodedRows:
         """Those of the file's rows with these indices."""
-        places = self.place[chosen]
-        return self.encoded.take(places[places >= 0])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows of a file that are kept together."""
-
-    flat: FlatRows
-    rows: np.ndarray  # their indices in the file
-    bad: list[BadRow]
+        indices = self.index[chosen]
+        return self.encoded.take(indices[indices >= 0])
 
 
 def _encode_file(rows: FileRows, work: _Work) -> _EncodedFile:
-    """Every row of the file. What an earlier process has encoded is read from the cache."""
-    folder = cached_folder(rows.source, ["encoded", sorted(rows.fields.items()), _settings(work.encoder)])
-    paths = [folder / f"rows-{start:09}" for start in range(0, len(rows), _PART)]
-    parts: dict[int, _Part] = {}
-    _allow_files(2 * len(paths))
-    for number, path in enumerate(paths):
-        work.progress(work.done / work.count, f"{work.done:,} rows")
-        if (kept := read_arrays(path)) is not None:
-            parts[number] = _part(*kept)
-            work.add(len(parts[number].rows) + len(parts[number].bad), parts[number].bad)
-    missing = np.flatnonzero(~np.isin(np.arange(len(rows)) // _PART, [*parts]))
-    held: list[_Part] = []
-    for chunk, part in _encoded_chunks(rows.take(missing), missing, work.encoder):
-        work.add(len(chunk), part.bad)
-        work.progress(work.done / work.count, f"{work.done:,} rows")
-        held.append(part)
-        last = chunk[-1]
-        if last % _PART == _PART - 1 or last == len(rows) - 1:
-            number, whole = last // _PART, _joined(held)
-            rows.source.check_unchanged()
-            arrays = {name: getattr(whole.flat, name) for name in ARRAYS} | {"rows": whole.rows}
-            bad = [(row.source, row.reason, row.fix) for row in whole.bad]
-            parts[number] = _part(*keep(paths[number], arrays, {"kinds": whole.flat.table, "bad": bad}))
-            held = []
-    return _encoded_file(rows, [parts[number] for number in range(len(paths))])
+    """Every row of the file that `rows` are of. What an earlier process has encoded is read from the cache."""
+    encoder, before, count = work.encoder, work.done, len(rows.numbers)
+    settings = ["encoded", sorted(rows.fields.items()), _settings(encoder)]
+    given = encoder.tokenizer, encoder.masking, rows.source.name, rows.fields
+
+    def progress(share: float, text: str) -> None:
+        work.progress((before + share * count) / work.count, text)
+
+    _allow_files(2 * len(rows.ends))
+    flat, indices = list[FlatRows](), list[np.ndarray]()
+    with closing(parts_of(rows.source, Work(settings, _encode, _joined, _begin, given), progress)) as parts:
+        for (arrays, record), start, end in zip(parts, [0, *rows.ends], rows.ends, strict=False):
+            if record["rows"] != end - start:
+                raise rows.source.changed()
+            indices.append(start + arrays.pop("index"))
+            flat.append(FlatRows(**arrays, table=[_kind(*kind) for kind in record["kinds"]]))
+            bad = record["bad"]
+            work.add(end - start, Counted(bad["count"], [BadRow(*row) for row in bad["first"]]))
+    if len(flat) < len(rows.ends):
+        raise rows.source.changed()
+    labeled = np.concatenate(indices)
+    index = np.full(count, -1)
+    index[labeled] = np.arange(len(labeled))
+    store = Store(flat, Sources(rows.source.name, rows.numbers[labeled]))
+    return _EncodedFile(EncodedRows.every(store), index)
+
+
+def _kind(ends: list[int], notes: list[str], text: bool, control: list[str]) -> Kind:
+    return Kind(tuple(ends), tuple(notes), text, tuple(control))
 
 
 def _allow_files(more: int) -> None:
@@ -140,24 +134,6 @@ def _allow_files(more: int) -> None:
         wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
         with suppress(ValueError, OSError):  # beyond what macOS has for all
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def _encoded_file(rows: FileRows, parts: list[_Part]) -> _EncodedFile:
-    place, indices = np.full(len(rows), -1), np.concatenate([part.rows for part in parts])
-    place[indices] = np.arange(len(indices))
-    store = Store([part.flat for part in parts], Sources(rows.source.name, rows.sources.numbers[indices]))
-    return _EncodedFile(EncodedRows.every(store), place)
-
-
-def _part(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> _Part:
-    rows = arrays.pop("rows")
-    table = [Kind(tuple(ends), tuple(notes), text, tuple(control)) for ends, notes, text, control in record["kinds"]]
-    return _Part(FlatRows(**arrays, table=table), rows, [BadRow(*row) for row in record["bad"]])
-
-
-def _joined(parts: list[_Part]) -> _Part:
-    flat, rows = FlatRows.joined([part.flat for part in parts]), np.concatenate([part.rows for part in parts])
-    return _Part(flat, rows, [row for part in parts for row in part.bad])
 
 
 def _settings(encoder: Encoder) -> dict[str, Any]:
@@ -174,29 +150,6 @@ def _settings(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _encoded_chunks(rows: FileRows, indices: np.ndarray, encoder: Encoder) -> Iterator[tuple[list[int], _Part]]:
-    """The rows, by chunks that lie in one part each. indices: of the rows in the file."""
-    if not len(rows):
-        return
-    numbers = [*_cut(indices)]
-    given = rows.given()
-    work: Iterator[Chunk] = ([next(given) for _ in chunk] for chunk in numbers)
-    start = _begin, (encoder.tokenizer, encoder.masking, rows.source.name, rows.fields)
-    try:
-        for chunk, (flat, places, bad) in zip(numbers, ordered_map(_encode, work, processes(), *start), strict=True):
-            if len(places) + len(bad) < len(chunk):
-                raise rows.source.changed()
-            yield chunk, _Part(flat, np.array(chunk)[places], bad)
-    except UnicodeDecodeError:
-        raise rows.source.changed() from None
-
-
-def _cut(indices: np.ndarray) -> Iterator[list[int]]:
-    """The indices by chunks, each of one part."""
-    for part in np.split(indices, np.flatnonzero(np.diff(indices // _PART)) + 1):
-        yield from (part[start : start + _CHUNK].tolist() for start in range(0, len(part), _CHUNK))
-
-
 _HELD: list[tuple[Encoder, str, dict[str, str]]] = []  # of this process
 
 
@@ -204,11 +157,21 @@ def _begin(tokenizer: Any, masking: MaskingOptions, name: str, fields: dict[str,
     _HELD[:] = [(Encoder(tokenizer, masking), name, fields)]
 
 
-def _encode(chunk: Chunk) -> tuple[FlatRows, list[int], list[BadRow]]:
-    """`(rows encoded, their places in the chunk, bad rows)`."""
+def _encode(chunk: Chunk) -> tuple[FlatRows, np.ndarray, list[BadRow]]:
+    """`(rows encoded, which of the rows that can be read are not bad, the bad ones)`."""
     encoder, name, fields = _HELD[0]
     examples, _ = read_all(parsed(chunk), name, fields)
     found = encoder.encode_batch(examples)
-    places = [at for at, row in enumerate(found) if isinstance(row, Encoded)]
     encoded = [row for row in found if isinstance(row, Encoded)]
-    return FlatRows.of(encoded), places, [row for row in found if isinstance(row, BadRow)]
+    good = np.array([isinstance(row, Encoded) for row in found], bool)
+    return FlatRows.of(encoded), good, [row for row in found if isinstance(row, BadRow)]
+
+
+def _joined(results: list[tuple[FlatRows, np.ndarray, list[BadRow]]]) -> Kept:
+    flat = FlatRows.joined([FlatRows.of([]), *(rows for rows, _, _ in results)])
+    good = np.concatenate([np.zeros(0, bool), *(which for _, which, _ in results)])
+    bad = Counted[Any]()
+    for row in chain.from_iterable(rows for _, _, rows in results):
+        bad.add((row.source, row.reason, row.fix))
+    arrays = {name: getattr(flat, name) for name in ARRAYS} | {"index": np.flatnonzero(good)}
+    return arrays, {"kinds": flat.table, "bad": asdict(bad), "rows": len(good)}

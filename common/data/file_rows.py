@@ -2,26 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
 from common.backend import Progress
-from common.data.array_folder import read_arrays
-from common.data.dataset import Example
+from common.data.dataset import Counted, Example
 from common.data.facts import Facts, KnownRows, Sources
 from common.data.formats import read_row
 from common.data.messages import Fault, LeftOut
-from common.data.readers import NumberedRows, RowSource, not_utf8, parsed
-from common.data.row_cache import cached_folder, keep
-from common.system.workers import ordered_map, processes
-
-_CHUNK_ROWS, _CHUNK_BYTES = 256, 1 << 20  # that a process is given at once
-Chunk = list[tuple[int, Any]]  # rows with their numbers, those of JSON lines not parsed yet
+from common.data.row_cache import Kept
+from common.data.row_parts import Chunk, Work, parts_of
+from common.data.row_source import NumberedRows, RowSource, parsed
 
 
 @dataclass
@@ -30,19 +26,19 @@ class Found:
 
     numbers: list[int] = field(default_factory=list)  # of the rows that can be read
     formats: Counter[str] = field(default_factory=Counter)  # how many of them came in which format
-    left_out: dict[str, list[int]] = field(default_factory=dict)  # rows in which nothing is trained, by kind
-    faults: list[tuple[int, str]] = field(default_factory=list)
+    left_out: dict[str, Counted[int]] = field(default_factory=dict)  # rows in which nothing is trained, by kind
+    faults: Counted[tuple[int, str]] = field(default_factory=Counted)
     columns: dict[str, None] = field(default_factory=dict)
     unread: dict[str, None] = field(default_factory=dict)  # columns
 
     def add(self, other: "Found") -> None:
         """All but the numbers."""
         self.formats += other.formats
-        self.faults += other.faults
+        self.faults.extend(other.faults)
         self.columns |= other.columns
         self.unread |= other.unread
         for kind, numbers in other.left_out.items():
-            self.left_out.setdefault(kind, []).extend(numbers)
+            self.left_out.setdefault(kind, Counted()).extend(numbers)
 
 
 def read_all(rows: NumberedRows, name: str, fields: dict[str, str]) -> tuple[list[Example], Found]:
@@ -56,10 +52,10 @@ def read_all(rows: NumberedRows, name: str, fields: dict[str, str]) -> tuple[lis
                 raise row
             format, example, others = read_row(row, f"{name}:{number}", fields)
         except LeftOut as why:
-            found.left_out.setdefault(why.kind, []).append(number)
+            found.left_out.setdefault(why.kind, Counted()).add(number)
             continue
         except Fault as fault:
-            found.faults.append((number, str(fault)))
+            found.faults.add((number, str(fault)))
             continue
         found.numbers.append(number)
         found.formats[format] += 1
@@ -76,6 +72,7 @@ class FileRows(KnownRows):
     fields: dict[str, str]
     file_facts: Facts  # of all rows of the source that can be read
     numbers: np.ndarray  # of these in the source
+    ends: np.ndarray  # of each part: how many of these there are up to its end
     chosen: np.ndarray  # which of them are the rows
 
     @cached_property
@@ -87,31 +84,22 @@ class FileRows(KnownRows):
         return Sources(self.source.name, self.numbers[self.chosen])
 
     def take(self, chosen: np.ndarray) -> "FileRows":
-        return FileRows(self.source, self.fields, self.file_facts, self.numbers, self.chosen[chosen])
-
-    def whole_file(self) -> "FileRows":
-        """All rows of the source."""
-        return FileRows(self.source, self.fields, self.file_facts, self.numbers, np.arange(len(self.numbers)))
+        return replace(self, chosen=self.chosen[chosen])
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __iter__(self) -> Iterator[Example]:
-        for number, given in self.given():
-            examples, _ = read_all(parsed([(number, given)]), self.source.name, self.fields)
-            if not examples:
-                raise self.source.changed()
-            yield examples[0]
-
-    def given(self) -> NumberedRows:
-        """The rows as the source gives them."""
         wanted = iter(self.sources.numbers.tolist())
         number = next(wanted, None)
-        for at, given in self.source.rows():
+        for at, row in self.source.rows():
             if number is None:
                 return
             if at == number:
-                yield at, given
+                examples, _ = read_all(parsed([(at, row)]), self.source.name, self.fields)
+                if not examples:
+                    raise self.source.changed()
+                yield examples[0]
                 number = next(wanted, None)
         if number is not None:
             raise self.source.changed()
@@ -132,59 +120,46 @@ def read_file(source: RowSource, fields: dict[str, str], progress: Progress) -> 
 
     It is kept in the cache. Raises UserError where the source cannot be read.
     """
-    folder = cached_folder(source, ["found", sorted(fields.items())]) / "found"
-    if (kept := read_arrays(folder)) is None:
-        found_now = _read(source, fields, progress)
-        source.check_unchanged()
-        kept = keep(folder, *found_now)
-    arrays, record = kept
-    found = Found(
+    settings = ["found", sorted(fields.items())]
+    work = Work(settings, partial(_read_chunk, source.name, fields), _found_in_part)
+    found, facts, numbers = Found(), list[Facts](), list[np.ndarray]()
+    with closing(parts_of(source, work, progress)) as parts:
+        for arrays, record in parts:
+            numbers.append(arrays.pop("numbers"))
+            facts.append(Facts(**arrays))
+            found.add(_found(record))
+    every = np.concatenate(numbers)
+    ends = np.cumsum([len(part) for part in numbers])
+    return FileRows(source, fields, Facts.joined(facts), every, ends, np.arange(len(every))), found
+
+
+def _read_chunk(name: str, fields: dict[str, str], chunk: Chunk) -> tuple[Facts, Found]:
+    examples, found = read_all(parsed(chunk), name, fields)
+    return Facts.of(examples), found
+
+
+def _found_in_part(results: list[tuple[Facts, Found]]) -> Kept:
+    found, numbers = Found(), list[int]()
+    for _, more in results:
+        numbers += more.numbers
+        found.add(more)
+    facts = Facts.joined([Facts.of([]), *(part for part, _ in results)])
+    record = {
+        "formats": found.formats,
+        "left_out": {kind: asdict(rows) for kind, rows in found.left_out.items()},
+        "faults": asdict(found.faults),
+        "columns": [*found.columns],
+        "unread": [*found.unread],
+    }
+    return {"numbers": np.array(numbers, np.int64), **vars(facts)}, record
+
+
+def _found(record: dict[str, Any]) -> Found:
+    """All but the numbers."""
+    return Found(
         formats=Counter(record["formats"]),
-        left_out=record["left_out"],
-        faults=[(number, fault) for number, fault in record["faults"]],
+        left_out={kind: Counted(**rows) for kind, rows in record["left_out"].items()},
+        faults=Counted(record["faults"]["count"], [(number, fault) for number, fault in record["faults"]["first"]]),
         columns=dict.fromkeys(record["columns"]),
         unread=dict.fromkeys(record["unread"]),
     )
-    numbers = arrays.pop("numbers")
-    return FileRows(source, fields, Facts(**arrays), numbers, np.arange(len(numbers))), found
-
-
-def _read(
-    source: RowSource, fields: dict[str, str], progress: Progress
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays and the record of what is found."""
-    found, parts, numbers = Found(), [Facts.of([])], [np.zeros(0, np.int64)]
-    size, done = source.size, 0
-    work = partial(_read_chunk, source.name, fields)
-    try:
-        for facts, more, read in ordered_map(work, chunks(source.rows()), processes()):
-            parts.append(facts)
-            numbers.append(np.array(more.numbers, np.int64))
-            found.add(more)
-            done += read
-            progress(min(1.0, done / size), f"{found.formats.total():,} rows")
-    except UnicodeDecodeError:
-        raise not_utf8(Path(source.where)) from None
-    arrays = {"numbers": np.concatenate(numbers), **vars(Facts.joined(parts))}
-    record = vars(found) | {"columns": [*found.columns], "unread": [*found.unread]}
-    del record["numbers"]
-    return arrays, record
-
-
-def _read_chunk(name: str, fields: dict[str, str], chunk: Chunk) -> tuple[Facts, Found, int]:
-    """The third: bytes of the chunk's lines."""
-    examples, found = read_all(parsed(chunk), name, fields)
-    return Facts.of(examples), found, sum(len(given) + 1 for _, given in chunk if isinstance(given, bytes))
-
-
-def chunks(rows: NumberedRows) -> Iterator[Chunk]:
-    """The rows in lists that a process is given at once."""
-    chunk, size = [], 0
-    for number, given in rows:
-        chunk.append((number, given))
-        size += len(given) if isinstance(given, bytes) else 0
-        if len(chunk) == _CHUNK_ROWS or size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk

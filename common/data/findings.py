@@ -33,7 +33,7 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
     found = [
         held_out.warning("validation or test rows that are in training too", shared),
         held_out.warning("validation or test rows whose prompt is in training, with another answer", asked & ~shared),
-        *(QualityWarning(f"{kind}, left out", len(rows), [*rows[:_NAMED]]) for kind, rows in data.left_out.items()),
+        *(QualityWarning(f"{kind}, left out", len(rows), rows.first) for kind, rows in data.left_out.items()),
         train.warning("training rows that repeat another", _repeated(train.facts)),
         train.warning("training rows with the same prompt and different answers", _contradicting(train.facts)),
         every.warning("rows with a placeholder left in", every.facts.are(PLACEHOLDER)),

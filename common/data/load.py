@@ -12,12 +12,14 @@ from typing import Any, Literal
 import numpy as np
 
 from common.backend import Progress
-from common.data.dataset import Dataset, Example
+from common.data.arrow_rows import hub_rows
+from common.data.dataset import Counted, Dataset, Example
 from common.data.encode import Encoder, load_tokenizer, masking_of
-from common.data.facts import Sources, data_hash, facts_of, take
+from common.data.facts import data_hash, facts_of, take
 from common.data.file_rows import read_all, read_file
 from common.data.formats import KNOWN, PARTS, clashing
-from common.data.readers import SUFFIXES, NumberedRows, RowSource, file_source, without_none
+from common.data.readers import SUFFIXES, file_source
+from common.data.row_source import RowSource
 from common.errors import UserError, first_line
 from common.options import Options
 from common.paths import user_path
@@ -59,8 +61,8 @@ class _Reading:
     on_bad_row: OnBadRow | None  # None: no option says so
     progress: Progress = lambda share, text: None
     formats: Counter[str] = field(default_factory=Counter)
-    left_out: dict[str, Sequence[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
-    bad: list[tuple[str, str]] = field(default_factory=list)  # rows that are dropped, each with its fault
+    left_out: dict[str, Counted[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
+    bad: Counted[tuple[str, str]] = field(default_factory=Counted)  # rows that are dropped, each with its fault
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
     def data(self, train: Sequence[Example], valid: Sequence[Example], test: Sequence[Example]) -> Dataset:
@@ -154,24 +156,24 @@ def _examples(source: RowSource, reading: _Reading) -> Sequence[Example]:
         raise UserError(
             f"--field {' '.join(missing)}: {where} has no such column.", f"Its columns: {', '.join(columns)}."
         )
-    faults = [(source.place(number), fault) for number, fault in found.faults]
+    faults = Counted(len(found.faults), [(source.place(number), fault) for number, fault in found.faults.first])
     if faults and reading.on_bad_row != "drop":
         raise UserError(f"{where} has {len(faults)} bad {source.unit}(s):\n{_listed(faults)}", _remedy(reading))
     if not rows:
         raise _nothing_left(where, found.left_out, faults)
     for kind, numbers in found.left_out.items():
-        sources = Sources(source.name, np.array(numbers))
-        reading.left_out[kind] = [*reading.left_out.get(kind, ()), *sources]
+        sources = [f"{source.name}:{number}" for number in numbers.first]
+        reading.left_out.setdefault(kind, Counted()).extend(Counted(len(numbers), sources))
     reading.formats += found.formats
-    reading.bad += faults
+    reading.bad.extend(faults)
     if found.unread:
         reading.unread[where] = list(found.unread)
     return rows
 
 
-def _listed(faults: list[tuple[str, str]]) -> str:
+def _listed(faults: Counted[tuple[str, str]]) -> str:
     more = [f"... and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-    return "\n".join([*(f"{place}: {fault}" for place, fault in faults[:SHOWN_FAULTS]), *more])
+    return "\n".join([*(f"{place}: {fault}" for place, fault in faults.first[:SHOWN_FAULTS]), *more])
 
 
 def _remedy(reading: _Reading) -> str:
@@ -181,7 +183,7 @@ def _remedy(reading: _Reading) -> str:
     return f"Correct them{drop}; {FORM}\n       {known}"
 
 
-def _nothing_left(where: str, left_out: dict[str, list[int]], faults: list[tuple[str, str]]) -> UserError:
+def _nothing_left(where: str, left_out: dict[str, Counted[int]], faults: Counted[tuple[str, str]]) -> UserError:
     """The error of a file in which no row can be trained on."""
     counts = [f"{len(numbers)} {kind}" for kind, numbers in left_out.items()]
     if faults:
@@ -232,13 +234,4 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
 
 def _hub_source(source: str, part: str, rows: Any) -> RowSource:
     files = tuple(Path(file["filename"]) for file in rows.cache_files)
-    return RowSource(f"{source} ({part})", part, "row", partial(_hub_rows, rows), source, files)
-
-
-def _hub_rows(rows: Any) -> NumberedRows:
-    """The split's rows, through Arrow: columns that nobody reads, such as pictures, are not decoded."""
-    number = 0
-    for table in rows.with_format("arrow").iter(batch_size=1000):
-        for row in table.to_pylist():
-            number += 1
-            yield number, without_none(row)
+    return RowSource(f"{source} ({part})", part, "row", partial(hub_rows, rows), source, files)

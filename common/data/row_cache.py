@@ -1,65 +1,107 @@
 """Where what was read and encoded of large data is kept: by contents, so that every command finds it again."""
 
-import errno
+import atexit
 import hashlib
 import json
 import os
 import shutil
-from contextlib import suppress
-from functools import cache, lru_cache
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.backend import Progress
 from common.data.array_folder import read_arrays, write_arrays
-from common.data.readers import RowSource
+from common.data.row_source import RowSource
 from common.errors import UserError, os_fault
-from common.system.cache import cache_folder
+from common.files import scratch_folder
+from common.system.cache import artifact_lock, cache_folder
 
+Kept = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and a record, which is JSON
 _KEPT = 20 << 30  # bytes; the folders that were not used for the longest time go first
 _LIBRARIES = ("jinja2", "pyarrow", "tokenizers", "transformers")  # what else decides how a row is read and encoded
+_READ = 1 << 24
+_AGAIN = "start again: the rows that were done are kept."
 
 
-def cached_folder(source: RowSource, settings: Any) -> Path:
+@contextmanager
+def cached_folder(source: RowSource, settings: Any, progress: Progress) -> Iterator[Path]:
     """The folder for what is made of the source with these settings, which are JSON.
 
-    Raises UserError where a file cannot be read, or the folder not be made.
+    One process at a time has it, and the others wait. Raises UserError where a file cannot be read.
     """
+    rows, refused = _rows_folder(cache_folder())
     try:
-        contents = _contents(source.files, tuple(source.stamps))
+        contents = _contents(source, progress)
         key = json.dumps([source.name, source.kind, contents, settings, _code()], sort_keys=True)
-        folder = cache_folder() / "rows" / hashlib.sha256(key.encode()).hexdigest()[:32]
-        folder.mkdir(parents=True, exist_ok=True)
-        os.utime(folder)  # it was used now
+        folder = rows / hashlib.sha256(key.encode()).hexdigest()[:32]
+        with ExitStack() as stack:
+            if not refused:
+                stack.enter_context(artifact_lock(folder, lambda text: progress(0.0, text), every=1))
+            folder.mkdir(exist_ok=True)
+            os.utime(folder)  # it was used now
+            _make_room(folder)
+            yield folder
     except OSError as error:
-        raise os_fault(error, "start again. The cache folder is that of XDG_CACHE_HOME, where it is set.") from None
-    _make_room(folder)
-    return folder
+        raise os_fault(error, _AGAIN) from None
 
 
-def keep(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> tuple[dict[str, np.ndarray], Any]:
+def cache_refused() -> str:
+    """Why rows cannot be kept for the next command; empty where they can."""
+    return _rows_folder(cache_folder())[1]
+
+
+@cache
+def _rows_folder(caches: Path) -> tuple[Path, str]:
+    """`(the folder in the cache, "")`; where it cannot be used, one that ends with this process, and why."""
+    folder = caches / "rows"
+    try:
+        for used in (folder, caches / "locks"):
+            used.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=used):
+                pass
+    except OSError as error:
+        stack = ExitStack()
+        atexit.register(stack.close)
+        return stack.enter_context(scratch_folder()), f"{error.strerror}: {error.filename or folder}"
+    return folder, ""
+
+
+def keep(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) -> Kept:
     """The same, read from `folder`, where they are written. Raises UserError where the disk refuses them."""
     try:
         write_arrays(folder, arrays, record)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker with the same rows
-            raise os_fault(error, "start again: the rows that were done are kept there.") from None
+        raise os_fault(error, _AGAIN) from None
     kept = read_arrays(folder)
     if kept is None:
         raise UserError(f"{folder}: what was just written there reads otherwise.", "Check that disk.")
     return kept
 
 
-@lru_cache(maxsize=8)
-def _contents(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+_HASHES: dict[Any, str] = {}  # by files and stamps
+
+
+def _contents(source: RowSource, progress: Progress) -> str:
     """SHA-256 over the files' contents; they are read again where their stamps are others."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    key = source.files, tuple(source.stamps)
+    if key not in _HASHES:
+        digest, done = hashlib.sha256(), 0
+        for path in source.files:
+            own = hashlib.sha256()
+            with path.open("rb") as file:
+                while piece := file.read(_READ):
+                    own.update(piece)
+                    done += len(piece)
+                    progress(min(1.0, done / source.size), f"hash {path.name}")
+            digest.update(own.digest())
+        _HASHES[key] = digest.hexdigest()
+    return _HASHES[key]
 
 
 @cache

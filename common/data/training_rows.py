@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from common.backend import Progress
-from common.data.dataset import Dataset, prompt_of
+from common.data.dataset import Counted, Dataset, prompt_of
 from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
 from common.data.encoded_rows import EncodedRows, paired, stop_ids
+from common.data.file_rows import FileRows
 from common.data.findings import control_tokens, quality_warnings
 from common.data.load import check_fields, load_data
+from common.data.row_cache import cache_refused
 from common.data.truncation import FilteredRows, filter_by_length, lengths_shown
 from common.data.turn_edges import BadRow
 from common.display import Display
@@ -36,7 +38,7 @@ class TrainingRows:
     stops: list[int]  # the ids that end trained turns
     template: str | None  # that serves the model as it is trained; None for plain text
     encoder: Encoder
-    bad: list[BadRow]  # dropped: they cannot be labeled
+    bad: Counted[BadRow]  # dropped: they cannot be labeled
 
 
 def read_data(options: Options, display: Display) -> Dataset:
@@ -55,6 +57,10 @@ def load(options: Options, display: Display) -> Dataset:
     source = options.data or ""
     with display.stage("read the data") as progress:
         data = load_data(source, options.valid_share, options.seed, options.field, options.on_bad_row, progress)
+    if any(isinstance(rows, FileRows) for rows in (data.train, data.valid, data.test)) and (why := cache_refused()):
+        display.warn(
+            f"rows cannot be kept for the next start: {why}. XDG_CACHE_HOME names another folder for the cache"
+        )
     display.say(f"{source} read as: {data.described()}")
     for file, columns in data.unread.items():
         more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""
@@ -143,21 +149,25 @@ def _report_long(options: Options, parts: Sequence[FilteredRows], display: Displ
 
 
 def left_out(rows: TrainingRows) -> str:
-    """Where more than a tenth of the rows is not trained on, a line that says so; else nothing."""
-    long, unlabeled, bad = len(rows.train.dropped), len(rows.train.unlabeled), len(rows.data.bad) + len(rows.bad)
-    every = len(rows.train.every) + bad
-    if (long + unlabeled + bad) * 10 <= every:
-        return ""
-    counts = ((long, "longer than --max-length"), (unlabeled, "without a label"), (bad, "not readable or not labeled"))
-    why = ", ".join(f"{count} {what}" for count, what in counts if count)
-    return f"{long + unlabeled + bad} of {every} rows were not trained on: {why}"
+    """Where more than a tenth of all rows is left out, a line that says so; else nothing."""
+    parts = rows.train, rows.valid, rows.test
+    counts = {
+        "longer than --max-length": sum(len(part.dropped) for part in parts),
+        "without a label": sum(len(part.unlabeled) for part in parts),
+        "with nothing to train": sum(map(len, rows.data.left_out.values())),
+        "not readable or not labeled": len(rows.data.bad) + len(rows.bad),
+    }
+    out, read = sum(counts.values()), sum(len(part.every) for part in parts)
+    every = read + len(rows.data.bad) + len(rows.bad) + counts["with nothing to train"]
+    why = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{out} of {every} rows were left out: {why}" if out * 10 > every else ""
 
 
 def _warn_of_bad(rows: TrainingRows, display: Display) -> None:
-    bad = [*(f"{place}: {fault}" for place, fault in rows.data.bad), *(row.what for row in rows.bad)]
-    if bad:
-        more = [f"... and {len(bad) - SHOWN} more (check-data --on-bad-row drop lists all)"] if len(bad) > SHOWN else []
-        lines = [f"{len(bad)} rows that cannot be read or labeled are dropped:", *bad[:SHOWN], *more]
+    bad = [*(f"{place}: {fault}" for place, fault in rows.data.bad.first), *(row.what for row in rows.bad.first)]
+    if count := len(rows.data.bad) + len(rows.bad):
+        more = [f"... and {count - SHOWN} more (check-data --on-bad-row drop lists them)"] if count > SHOWN else []
+        lines = [f"{count} rows that cannot be read or labeled are dropped:", *bad[:SHOWN], *more]
         display.warn("\n".join(lines))
 
 

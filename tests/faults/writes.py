@@ -269,7 +269,7 @@ def main() -> int:
     amount.add_argument("--share", type=float, help="refuse this share of the writes, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--errors", nargs="+", default=list(ERRORS), choices=ERRORS)
-    parser.add_argument("--backends", nargs="+", default=["torch", "mlx"], choices=["torch", "mlx"])
+    parser.add_argument("--backends", nargs="*", default=["torch", "mlx"], choices=["torch", "mlx"], help="of `train`")
     parser.add_argument("--exports", nargs="*", default=["mlx", "gguf"], choices=["mlx", "gguf"], help="of `fuse`")
     args = parser.parse_args()
     if _CONTROL not in os.environ:

@@ -162,7 +162,9 @@ def test_rows_without_an_answer_are_left_out_and_listed(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", empty[0], GOOD, empty[1])
     data = load_data(str(path), 0, 0)
     assert [row.source for row in data.train] == ["a.jsonl:2"]
-    assert data.left_out == {"rows without an answer": ["a.jsonl:1", "a.jsonl:3"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {
+        "rows without an answer": ["a.jsonl:1", "a.jsonl:3"]
+    }
     assert data.formats == {"messages": 1}
     assert fault(lines(path, *empty)).what == f"{path} holds nothing to train on: 2 rows without an answer."
 
@@ -172,14 +174,16 @@ def test_answers_that_are_only_reasoning_are_left_out_and_listed(tmp_path: Path)
     path = lines(tmp_path / "a.jsonl", *(turns(("user", "Hi"), ("assistant", answer)) for answer in answers))
     data = load_data(str(path), 0, 0)
     assert [row.messages[1]["content"] for row in data.train] == list(answers[2:])
-    assert data.left_out == {"rows without an answer": ["a.jsonl:1", "a.jsonl:2"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {
+        "rows without an answer": ["a.jsonl:1", "a.jsonl:2"]
+    }
 
 
 def test_reasoning_whose_first_tag_stood_in_the_prompt(tmp_path: Path) -> None:
     answers = ("2 + 2 is\n</think>\n\nFour", "2 + 2 is\n</think>", "Write </think> behind\nit", "It ends\n</think>!")
     path = lines(tmp_path / "a.jsonl", *(turns(("user", "Hi"), ("assistant", answer)) for answer in answers))
     data = load_data(str(path), 0, 0)
-    assert data.left_out == {"rows without an answer": ["a.jsonl:2"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {"rows without an answer": ["a.jsonl:2"]}
     split = [split_thinking([dict(message) for message in row.messages])[1] for row in data.train]
     assert split[0] == {"role": "assistant", "content": "Four", "reasoning_content": "2 + 2 is"}
     assert [message["content"] for message in split[1:]] == list(answers[2:])
@@ -191,7 +195,9 @@ def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path)
     untrained = {"messages": [message | {"weight": 0} for message in row["messages"]]}
     data = load_data(str(lines(tmp_path / "a.jsonl", *map(json.dumps, [*rows, untrained]))), 0, 0)
     assert [row.source for row in data.train] == ["a.jsonl:3", "a.jsonl:4"]
-    assert data.left_out == {"rows with train: false or weight: 0": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {
+        "rows with train: false or weight: 0": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5"]
+    }
     path = lines(tmp_path / "b.jsonl", json.dumps(row | {"train": 0.5}))
     assert fault(path).what.endswith("b.jsonl line 1: `train` can be true or false")
 

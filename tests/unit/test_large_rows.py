@@ -1,11 +1,12 @@
 """Rows of a large file: the same as those of a small one, read in pieces, kept in the cache, found again."""
 
-import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,32 +14,39 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from common.data import encode_rows, file_rows, load, row_cache
-from common.data.dataset import Dataset
+from common.data import arrow_rows, file_rows, load, row_cache, row_parts
+from common.data.dataset import Counted, Dataset
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.encode_rows import encode_parts
-from common.data.encoded_rows import EncodedRows, rows_hash, stop_ids
-from common.data.facts import data_hash
+from common.data.encoded_rows import EncodedRows, FlatRows, Kind, Store, rows_hash, stop_ids
+from common.data.facts import Facts, Sources, data_hash
+from common.data.file_rows import FileRows
 from common.data.findings import control_tokens, quality_warnings
 from common.data.load import load_data
+from common.data.readers import file_source
+from common.data.training_rows import load as load_rows
 from common.data.truncation import filter_by_length
+from common.data.turn_edges import BadRow
+from common.display import Display
 from common.errors import UserError
+from common.options import Options
 from common.system import workers
+from common.system.cache import cache_folder
 from tests import ROOT
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A cache of its own; one process, small chunks and small parts, so that a few rows have edges of all kinds."""
-    monkeypatch.setattr(row_cache, "cache_folder", lambda: tmp_path / "cache")
-    for module in (file_rows, encode_rows):
-        monkeypatch.setattr(module, "processes", lambda: 1)
-    monkeypatch.setattr(file_rows, "_CHUNK_ROWS", 5)
-    monkeypatch.setattr(encode_rows, "_CHUNK", 3)
-    monkeypatch.setattr(encode_rows, "_PART", 8)
-    return tmp_path / "cache" / "rows"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(row_parts, "processes", lambda: 1)
+    monkeypatch.setattr(row_parts, "_CHUNK_ROWS", 3)
+    monkeypatch.setattr(row_parts, "_PART_ROWS", 8)
+    return cache_folder() / "rows"
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +80,6 @@ def written(path: Path) -> Path:
     if path.suffix == ".json":
         path.write_text(json.dumps(ROWS), encoding="utf-8")
     elif path.suffix == ".parquet":
-        import pyarrow
-        from pyarrow import parquet
-
         parquet.write_table(pyarrow.Table.from_pylist([row for row in ROWS if "messages" in row]), path)
     elif path.suffix == ".csv":
         texts = [f'"{row["messages"][0]["content"]}","{row["messages"][1]["content"]}"' for row in ROWS[:30]]
@@ -100,6 +105,11 @@ def shown(rows: EncodedRows) -> list[tuple[Any, ...]]:
     ]
 
 
+def shown_bad(rows: Counted[BadRow]) -> list[tuple[str, str, str]]:
+    assert len(rows) == len(rows.first)
+    return [(row.source, row.reason, row.fix) for row in rows.first]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_a_large_file_has_the_rows_of_a_small_one(
     name: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -119,7 +129,7 @@ def test_a_large_file_has_the_rows_of_a_small_one(
         )
         assert quality_warnings(data) == quality_warnings(small)
         assert [data_hash(data, version) for version in (2, 3)] == [data_hash(small, version) for version in (2, 3)]
-    assert [(row.source, row.reason, row.fix) for row in more_bad] == [(row.source, row.reason, row.fix) for row in bad]
+    assert shown_bad(more_bad) == shown_bad(bad)
     for parts in (many, same):
         assert [shown(part) for part in parts] == [shown(part) for part in few]
         assert control_tokens(parts) == control_tokens(few)
@@ -174,9 +184,9 @@ def test_a_cache_that_is_damaged_is_made_again(
 ) -> None:
     path = written(tmp_path / "a.jsonl")
     data, parts, _ = opened(path, encoder, monkeypatch)
-    wanted, count = [shown(part) for part in parts], len([*cache.rglob("rows-*/record.json")])
-    assert count == 5
-    files = sorted([*cache.rglob("found/*"), *cache.rglob("rows-*16/*")])
+    wanted, count = [shown(part) for part in parts], len([*cache.rglob("part-*/record.json")])
+    assert count == 2 * 5
+    files = sorted(cache.rglob("part-000001/*"))
     assert len(files) == 6 + 10
     for file in files:
         content = file.read_bytes()
@@ -186,30 +196,40 @@ def test_a_cache_that_is_damaged_is_made_again(
         assert file.read_bytes() == content
 
 
+@pytest.mark.parametrize("stopped", ["reading", "encoding"])
 def test_rows_in_progress_are_stopped_and_gone_on_with(
-    encoder: Encoder, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    stopped: str, encoder: Encoder, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "a.jsonl")
     wanted = [shown(part) for part in opened(path, encoder, monkeypatch, large=False)[1]]
     monkeypatch.setattr(load, "LARGE", 1)
-    data = load_data(str(path), 0.2, 1, on_bad_row="drop")
+    read: list[str] = []
+    read_row = file_rows.read_row
+    monkeypatch.setattr(
+        file_rows, "read_row", lambda row, where, fields: read.append(where) or read_row(row, where, fields)
+    )
 
     def stop(share: float, text: str) -> None:
-        if share > 0.5:
+        assert 0 <= share <= 1
+        if text == "27 rows":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    def start() -> None:
+        watch = {"progress": stop} if stopped == "reading" else {}
+        data = load_data(str(path), 0.2, 1, on_bad_row="drop", **watch)
+        read.clear()
         encode_parts((data.train, data.valid), encoder, "drop", stop)
-    done = len([*cache.rglob("rows-*/record.json")])
-    assert 0 < done < 5
-    calls: list[int] = []
-    encode = Encoder.encode_batch
-    monkeypatch.setattr(Encoder, "encode_batch", lambda self, rows: calls.append(len(rows)) or encode(self, rows))
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert len(read) == 26  # one of the 27 is not JSON
+    assert len([*cache.rglob("part-*/record.json")]) == (2 if stopped == "reading" else 5 + 2)
+    read.clear()
     assert [shown(part) for part in opened(path, encoder, monkeypatch)[1]] == wanted
-    assert sum(calls) == 38 - 8 * done
+    assert len(read) == (24 + 41 if stopped == "reading" else 24)
 
 
-def test_other_settings_and_other_contents_are_encoded_anew(
+def test_other_settings_and_other_contents_are_encoded_again(
     encoder: Encoder, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = written(tmp_path / "a.jsonl")
@@ -257,11 +277,10 @@ def test_bad_rows_of_a_large_file_are_refused_each_time(
 def test_several_processes_do_the_same(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl")
     _, few, _ = opened(path, encoder, monkeypatch, large=False)
-    for module in (file_rows, encode_rows):
-        monkeypatch.setattr(module, "processes", lambda: 2)
+    monkeypatch.setattr(row_parts, "processes", lambda: 2)
     _, many, bad = opened(path, encoder, monkeypatch)
     assert [shown(part) for part in many] == [shown(part) for part in few]
-    assert [row.source for row in bad] == ["a.jsonl:41"]
+    assert [row.source for row in bad.first] == ["a.jsonl:41"]
 
 
 def test_the_processes_end_with_the_one_that_started_them() -> None:
@@ -295,18 +314,23 @@ def test_many_parts_keep_few_files_open(encoder: Encoder, monkeypatch: pytest.Mo
     assert len([*Path("/dev/fd").iterdir()]) - before <= 2 * 50 + 2
 
 
-def test_the_same_rows_written_by_two_processes(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path, write = written(tmp_path / "a.jsonl"), row_cache.write_arrays
+def test_one_process_waits_for_the_other(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, said = written(tmp_path / "a.jsonl"), list[str]()
+    monkeypatch.setattr(load, "LARGE", 1)
+    waits = threading.Event()
 
-    def late(folder: Path, *what: Any) -> None:
-        write(folder, *what)
-        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(folder))
+    def say(share: float, text: str) -> None:
+        said.append(text)
+        if text.startswith("waiting for another process"):
+            waits.set()
 
-    wanted = [shown(part) for part in opened(path, encoder, monkeypatch, large=False)[1]]
-    monkeypatch.setattr(row_cache, "write_arrays", late)
-    assert [shown(part) for part in opened(path, encoder, monkeypatch)[1]] == wanted
+    source = file_source(path)
+    with row_cache.cached_folder(source, ["found", []], say):
+        other = threading.Thread(target=load_data, args=(str(path), 0.2, 1, {}, "drop", say))
+        other.start()
+        assert waits.wait(10)
+    other.join(10)
+    assert said[-1] == "42 rows"
 
 
 def test_what_was_not_used_for_long_makes_room(
@@ -336,13 +360,16 @@ def test_a_large_data_set_of_the_hub(
     assert [shown(part) for part in many] == [shown(part) for part in few]
 
 
-def test_a_cache_that_cannot_be_made_is_named(
-    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_without_a_cache_rows_are_kept_as_long_as_the_process_lives(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = written(tmp_path / "a.jsonl")
+    wanted = [shown(part) for part in opened(path, encoder, monkeypatch, large=False)[1]]
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match=r"(Not a directory|File exists): .*cache") as caught:
-        opened(written(tmp_path / "a.jsonl"), encoder, monkeypatch)
-    assert "XDG_CACHE_HOME" in caught.value.fix
+    assert [shown(part) for part in opened(path, encoder, monkeypatch)[1]] == wanted
+    load_rows(Options(data=str(path), on_bad_row="drop"), Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"rows cannot be kept for the next start: (Not a directory|File exists): \S*cache", said)
 
 
 def test_a_disk_that_refuses_is_named(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -351,7 +378,7 @@ def test_a_disk_that_refuses_is_named(encoder: Encoder, monkeypatch: pytest.Monk
 
     path = written(tmp_path / "a.jsonl")
     monkeypatch.setattr(np, "save", refuse)
-    with pytest.raises(UserError, match=r"No space left on device: .*found") as caught:
+    with pytest.raises(UserError, match=r"No space left on device: .*part-000000") as caught:
         opened(path, encoder, monkeypatch)
     assert caught.value.fix.startswith("Free space on that disk, then start again")
 
@@ -362,6 +389,7 @@ def test_work_grows_as_the_rows_do(encoder: Encoder, monkeypatch: pytest.MonkeyP
     def seconds(count: int) -> list[float]:
         path = tmp_path / f"{count}.jsonl"
         same = [chat("The same", f"Answer {number % 7}.") for number in range(count // 2)]  # one prompt of many rows
+        same += [{"text": "Plain text that is cut. " * 9}] * (count // 10)
         rows = [*same, *(chat(f"Question {number}?", f"Answer {number}.") for number in range(count // 2))]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         times = [time.process_time()]
@@ -371,17 +399,94 @@ def test_work_grows_as_the_rows_do(encoder: Encoder, monkeypatch: pytest.MonkeyP
         times.append(time.process_time())
         parts, _ = encode_parts((data.train, data.valid), encoder, "error")
         times.append(time.process_time())
-        filter_by_length(parts[0], 30, "truncate")
-        rows_hash(*parts)
+        for overflow in ("truncate", "split"):
+            rows_hash(filter_by_length(parts[0], 30, overflow).rows)
         times.append(time.process_time())
         return np.diff(times).tolist()
 
     monkeypatch.setattr(load, "LARGE", 1)
-    monkeypatch.setattr(file_rows, "_CHUNK_ROWS", 256)
-    monkeypatch.setattr(encode_rows, "_CHUNK", 256)
-    monkeypatch.setattr(encode_rows, "_PART", 1 << 14)
+    monkeypatch.setattr(row_parts, "_CHUNK_ROWS", 64)
+    monkeypatch.setattr(row_parts, "_PART_ROWS", 256)
     small, double = (np.min([seconds(count + extra) for extra in (0, 2)], axis=0) for count in (1000, 2000))
     assert (double < 3 * small + 0.02).all(), (small, double)
+
+
+def test_what_is_known_of_rows_is_looked_through_in_linear_time(tmp_path: Path) -> None:
+    """As above, of so many rows that a step takes far more than the clock's noise."""
+
+    def seconds(count: int) -> list[float]:
+        random = np.random.default_rng(count)
+        keys = random.integers(0, count // 2, (2, count)).astype(np.uint64)
+        keys[1, : count // 2] = 7  # one prompt of many rows
+        facts = Facts(*keys, random.integers(0, 256, (count, 32), np.uint8), random.integers(0, 8, count, np.uint8))
+        numbers = np.arange(count)
+        rows = FileRows(file_source(tmp_path / "a.jsonl"), {}, facts, numbers, np.array([count]), numbers)
+        lengths = random.integers(5, 60, count).astype(np.int32)
+        ids = np.ones(lengths.sum(), np.int32)
+        ones, kinds = np.ones(count, np.float32), np.zeros(count, np.int32)
+        flat = FlatRows(ids, ids > 0, lengths, lengths - 1, ones, ones, facts.digests, kinds, [Kind((), (), True, ())])
+        encoded = EncodedRows.every(Store([flat], Sources("a.jsonl", numbers)))
+        times = [time.process_time()]
+        train, valid = load._split_validation(rows, 0.1, 1)
+        times.append(time.process_time())
+        quality_warnings(Dataset(train, valid, []))
+        times.append(time.process_time())
+        for overflow in ("drop", "truncate", "split"):
+            rows_hash(filter_by_length(encoded, 55, overflow).rows)
+        times.append(time.process_time())
+        return np.diff(times).tolist()
+
+    small, double = (np.min([seconds(count + extra) for extra in (0, 2)], axis=0) for count in (60_000, 120_000))
+    assert (double < 3 * small).all(), (small, double)
+
+
+@pytest.mark.parametrize("given", [json.dumps(chat("a" * 400_000, "b")).encode(), chat("a" * 400_000, "b")])
+def test_long_rows_are_worked_on_few_at_a_time(given: Any) -> None:
+    chunks = [*row_parts._chunks(iter([(number, given) for number in range(30)]))]
+    assert max(len(chunk) for chunk, _ in chunks) == 3
+    assert all(size < 1 << 21 for _, size in chunks)
+    assert [number for chunk, _ in chunks for number, _ in chunk] == [*range(30)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_it_is_known_how_much_is_read(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(row_parts, "_CHUNK_ROWS", 256)
+    monkeypatch.setattr(row_parts, "_PART_ROWS", 1 << 20)
+    rows = [{"text": f"{number} " * 200} for number in range(4000)]
+    path, texts = tmp_path / name, [row["text"] for row in rows]
+    if name == "a.parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    else:
+        lines = map(json.dumps, rows) if name == "a.jsonl" else ["text", *texts] if name == "a.csv" else texts
+        path.write_text(("\n\n" if name == "a.txt" else "\n").join(lines))
+    monkeypatch.setattr(load, "LARGE", 1)
+    shares = list[float]()
+    load_data(str(path), 0, 1, progress=lambda share, text: shares.append(share) if "rows" in text else None)
+    assert shares == sorted(shares)
+    assert len({*shares} - {0, 1}) > 2
+    assert shares[-1] > 0.9
+
+
+def test_pictures_are_not_carried_along(tmp_path: Path) -> None:
+    rows = [{"text": "Hello.", "image": {"bytes": b"0" * 1_000_000, "path": "a.png"}} for _ in range(40)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none")
+    found = [row for _, row in file_source(tmp_path / "a.parquet").rows()]
+    assert found == [{"text": "Hello.", "image": {"bytes": b"", "path": "a.png"}}] * 40
+    assert arrow_rows._together(40, 40_000_000) == 1
+
+
+def test_bad_rows_are_counted_and_the_first_are_kept(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(row_parts, "_CHUNK_ROWS", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n" * 3000 + json.dumps(chat("Question", "Yes.")))
+    for large in (False, True):
+        data, _, _ = opened(path, encoder, monkeypatch, large)
+        assert (len(data.bad), len(data.bad.first)) == (3000, 1000)
+        assert data.bad.first[-1][0] == "a.jsonl line 1000"
 
 
 def test_a_dataset_of_lists_needs_no_file(encoder: Encoder) -> None:

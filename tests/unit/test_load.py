@@ -83,8 +83,8 @@ def test_faulty_rows_are_dropped_and_listed_when_asked_for(tmp_path: Path) -> No
     path.write_text("\n".join([good[0], *BAD, *good[1:]]))
     data = load_data(str(path), 0, 0, on_bad_row="drop")
     assert [row.source for row in data.train] == ["a.jsonl:1", *(f"a.jsonl:{n}" for n in (6, 7, 8))]
-    assert [place for place, _ in data.bad] == [f"a.jsonl line {n}" for n in (2, 3, 4, 5)]
-    assert data.bad[0][1] == "is not JSON at column 15: Expecting value"
+    assert [place for place, _ in data.bad.first] == [f"a.jsonl line {n}" for n in (2, 3, 4, 5)]
+    assert data.bad.first[0][1] == "is not JSON at column 15: Expecting value"
     path.write_text("\n".join(BAD))
     with pytest.raises(UserError) as caught:
         load_data(str(path), 0, 0, on_bad_row="drop")
@@ -141,7 +141,7 @@ def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
     path.write_text("instruction,input,output\nHi,,Yo\nHo,,\n")
     data = load_data(str(path), 0, 0)
     assert [m["content"] for m in data.train[0].messages] == ["Hi", "Yo"]
-    assert data.left_out == {"rows without an answer": ["a.CSV:3"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {"rows without an answer": ["a.CSV:3"]}
 
 
 def test_a_csv_says_which_rows_are_trained(tmp_path: Path) -> None:
@@ -154,7 +154,9 @@ def test_a_csv_says_which_rows_are_trained(tmp_path: Path) -> None:
     data = load_data(str(path), 0, 0)
     assert [row.messages[1]["content"] for row in data.train] == ["a", "d", "e"]
     assert [row.weight for row in data.train] == [1, 1, 0.5]
-    assert data.left_out == {"rows with train: false or weight: 0": ["a.csv:3", "a.csv:4"]}
+    assert {kind: rows.first for kind, rows in data.left_out.items()} == {
+        "rows with train: false or weight: 0": ["a.csv:3", "a.csv:4"]
+    }
 
 
 def test_a_file_of_an_unknown_ending(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from time import perf_counter
 
 import pytest
 
-from common.data.dataset import Dataset, Example
+from common.data.dataset import Counted, Dataset, Example
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.encode_rows import encode_parts
 from common.data.findings import control_tokens, quality_warnings
@@ -146,9 +146,8 @@ def test_calls_and_tools_are_part_of_a_row() -> None:
 
 
 def test_rows_without_an_answer_are_named() -> None:
-    (finding,) = quality_warnings(
-        Dataset([row("Q", "A")], [], [], {}, {"rows without an answer": [f"a:{n}" for n in range(2, 9)]})
-    )
+    left_out = Counted(7, [f"a:{n}" for n in range(2, 9)])
+    (finding,) = quality_warnings(Dataset([row("Q", "A")], [], [], {}, {"rows without an answer": left_out}))
     assert str(finding) == "7 rows without an answer, left out: a:2, a:3, a:4, a:5, a:6 and 2 more"
 
 

@@ -145,7 +145,7 @@ def test_bad_rows_are_dropped_counted_and_listed(
     printed = " ".join(capsys.readouterr().out.split())
     assert "warning: 13 rows that cannot be read or labeled are dropped: more.jsonl line 37: is not JSON" in printed
     assert "more.jsonl:33: this row cannot be labeled exactly" in printed
-    assert "... and 3 more (check-data --on-bad-row drop lists all)" in printed
+    assert "... and 3 more (check-data --on-bad-row drop lists them)" in printed
     assert f"{path}: columns not read: id" in printed
     assert "warning: 1 rows with control tokens in their text, read as such (<|im_end|>): more.jsonl:38" in printed
     assert "warning: 1 rows are longer than the model's context of 512 tokens: more.jsonl:38" in printed
@@ -466,7 +466,7 @@ def test_many_rows_that_are_left_out_are_named_at_the_end_again(
     options = Options.model_validate(given | {"valid_share": 0})
     run_training(options, context("plain", create=Bigram))
     last = " ".join(capsys.readouterr().out.split())[-400:]
-    assert (f"{long} of {24 + long} rows were not trained on: {long} longer than --max-length" in last) is said
+    assert (f"{long} of {24 + long} rows were left out: {long} longer than --max-length" in last) is said
 
 
 def split_into(given: dict[str, Any], **counts: int) -> Path:

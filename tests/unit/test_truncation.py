@@ -63,7 +63,7 @@ def test_rows_that_cannot_be_labeled_are_dropped() -> None:
         [numbered(5), [], numbered(2)], EvenOnly(), "drop", lambda share, text: shares.append(share)
     )
     assert [[row.source for row in part] for part in parts] == [["a:2", "a:4"], [], ["a:2"]]
-    assert [(row.source, row.reason) for row in bad] == [(f"a:{n}", "is odd.") for n in (1, 3, 5, 1)]
+    assert [(row.source, row.reason) for row in bad.first] == [(f"a:{n}", "is odd.") for n in (1, 3, 5, 1)]
     assert shares == [0, 5 / 7]
 
 
