@@ -40,7 +40,7 @@ def ordered_map(
 
     begin: called first in each process, with `given`. With one process all of it happens in this one. Raises what
     `function` raises, and UserError where a process was killed. The processes end with the iteration, and with this
-    process, however that ends.
+    process, however that ends. A terminal sends Ctrl-C to all of them; only this one gets it.
     """
     if processes == 1:
         begin(*given)
@@ -51,7 +51,7 @@ def ordered_map(
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(_uninterrupted(pool.submit, function, item))
             if len(waiting) >= _AHEAD * processes:
                 yield waiting.popleft().result()
         while waiting:
@@ -62,11 +62,20 @@ def ordered_map(
             "Close other programs and start again: the rows that were done are kept.",
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        _uninterrupted(pool.shutdown, cancel_futures=True)  # cut short, it would leave processes that wait for ever
+
+
+def _uninterrupted(call: Callable[..., Result], *given: Any, **named: Any) -> Result:
+    """What the call returns; Ctrl-C comes after it, and never to a process that it starts, which inherits the mask."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        return call(*given, **named)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(begin: Callable[..., None], given: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent ends its workers
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core is enough
     threading.Thread(target=_end_with_parent, daemon=True).start()
     begin(*given)
