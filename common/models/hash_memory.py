@@ -24,17 +24,20 @@ def stamps(files: list[Path]) -> Stamps:
     return [[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in found]
 
 
-def remembered(folder: Path, now: Stamps) -> str | None:
-    """The hash that the folder had when its files had these stamps; None where that is not known."""
+def remembered(folder: Path, now: Stamps, version: int) -> str | None:
+    """The hash that the folder had when its files had these stamps; None where that is not known.
+
+    version: of the way it is computed.
+    """
     try:
         known = read_json(_file(folder), "")
     except (FileNotFoundError, UserError):
         return None
-    found = known.get("hash")
-    return found if known.get("files") == now and isinstance(found, str) and len(found) == 64 else None
+    found, same = known.get("hash"), (known.get("files"), known.get("version")) == (now, version)
+    return found if same and isinstance(found, str) and len(found) == 64 else None
 
 
-def remember(folder: Path, before: Stamps, found: str) -> None:
+def remember(folder: Path, before: Stamps, version: int, found: str) -> None:
     """Keep the hash. before: the files' stamps when reading began. Without room for it nothing is kept."""
     newest = max(int(time_ns) for stamp in before for time_ns in stamp[2:])
     if sum(int(stamp[1]) for stamp in before) < LEAST or time.time() - newest / 1e9 < _SETTLED:
@@ -43,7 +46,8 @@ def remember(folder: Path, before: Stamps, found: str) -> None:
         path = _file(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps({"folder": str(folder.resolve()), "files": before, "hash": found}))
+            known = {"folder": str(folder.resolve()), "files": before, "version": version, "hash": found}
+            temporary.write_text(json.dumps(known))
 
 
 def _file(folder: Path) -> Path:

@@ -22,6 +22,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _REMEDY = "Fetch the model's files again."
 # Facts about the files and not about the model: they do not enter the hash.
 _VOLATILE = {"transformers_version", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype", "use_cache"}
+_HASHING = 1  # the version of the hash of contents; raised where the same files come to have another one
 
 
 def is_model_folder(path: Path) -> bool:
@@ -144,10 +145,10 @@ class ModelFolder:
         if read or not self._content_hash:
             found = (self.path / name for name in (CONFIG_FILE, *TOKENIZER_FILES))
             before = stamps([*self.shards, *(path for path in found if path.exists())])
-            known = None if read else remembered(self.path, before)
+            known = None if read else remembered(self.path, before, _HASHING)
             self._content_hash = known or self._hash_contents(progress)
             if not known:
-                remember(self.path, before, self._content_hash)
+                remember(self.path, before, _HASHING, self._content_hash)
         return self._content_hash
 
     def _hash_contents(self, progress: Progress) -> str:

@@ -4,9 +4,10 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from common.models import hash_memory
+from common.models import hash_memory, model_folder
 from common.models.model_folder import ModelFolder
 from tests.unit.base_folder import write_base
 
@@ -44,6 +45,24 @@ def test_a_changed_file_is_seen_though_size_and_time_are_the_same(folder: Path) 
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert weights.stat().st_mtime_ns == stat.st_mtime_ns
     assert ModelFolder(folder).content_hash() != before
+
+
+def test_a_hash_that_was_computed_in_another_way_is_not_believed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = ModelFolder(folder).content_hash()
+    (kept,) = (tmp_path / "cache" / "model-hashes").iterdir()
+    kept.write_text(kept.read_text().replace(found, "0" * 64))
+    assert ModelFolder(folder).content_hash() == "0" * 64
+    monkeypatch.setattr(model_folder, "_HASHING", 0)
+    assert ModelFolder(folder).content_hash() == found
+
+
+def test_the_way_of_hashing_is_that_of_its_version(tmp_path: Path) -> None:
+    """Where this hash changes, _HASHING is raised: else remembered hashes of the old kind are believed."""
+    weights = {"model.norm.weight": np.arange(4, dtype=np.float32)}
+    found = ModelFolder(write_base(tmp_path / "fixed", weights=weights)).content_hash()
+    assert (model_folder._HASHING, found[:16]) == (1, "0f7d4b98ade56e12")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"hash": "0", "files": []}', b'{"hash": 5}'])
