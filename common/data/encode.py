@@ -65,9 +65,15 @@ def compact(weights: np.ndarray) -> np.ndarray:
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """The folder's tokenizer; chat_template: a built-in one by name, or a file, in place of its own.
 
-    Raises UserError where there is no tokenizer, or its vocabulary lacks a token that the given template writes.
+    Raises UserError where there is no tokenizer, it is not a fast one, or its vocabulary lacks a token that the given
+    template writes.
     """
     tokenizer = open_tokenizer(folder)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            f"{folder}: its tokenizer ({type(tokenizer).__name__}) is not a fast one. Labels need its offsets.",
+            "Choose a model whose folder has a tokenizer.json that transformers loads as a fast tokenizer.",
+        )
     if isinstance(tokenizer.chat_template, dict):  # several, by name
         named = tokenizer.chat_template
         tokenizer.chat_template = named.get("default") or next(iter(named.values()))

@@ -370,6 +370,14 @@ def test_a_broken_tokenizer(tokenizer_folder: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_is_not_fast_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert f"{tmp_path}: its tokenizer (ByT5Tokenizer) is not a fast one" in caught.value.what
+    assert "tokenizer.json" in caught.value.fix
+
+
 # --- rows
 
 
