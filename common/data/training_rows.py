@@ -11,7 +11,7 @@ from common.backend import Progress
 from common.data.dataset import Counted, Dataset, prompt_of
 from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
-from common.data.encoded_rows import EncodedRows, paired, stop_ids
+from common.data.encoded_rows import EncodedRows, stop_ids
 from common.data.file_rows import FileRows
 from common.data.findings import control_tokens, quality_warnings
 from common.data.load import check_fields, load_data
@@ -186,9 +186,11 @@ def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
 
     Validation rows come first.
     """
-    for examples, fitted in ((rows.data.valid, rows.valid), (rows.data.train, rows.train)):
-        for example, row, complete in paired(examples, fitted.rows):
-            if complete and not row.text:
-                rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
-                return prompt_of(rendered), len(row.ids)
+    for examples, fitted in ((rows.data.valid, rows.valid.rows), (rows.data.train, rows.train.rows)):
+        chats = np.flatnonzero(fitted.whole & fitted.of_kind(lambda kind: not kind.text))
+        if len(chats):  # else no example is read: each may be in a large file
+            row = fitted[int(chats[0])]
+            example = next(example for example in examples if example.source == row.source)
+            rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
+            return prompt_of(rendered), len(row.ids)
     return [], 0

@@ -1,0 +1,57 @@
+"""The rows of a training: what is read of them, and what is said about them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.data.dataset import Dataset, Example
+from common.data.encode import load_tokenizer
+from common.data.training_rows import TrainingRows, encode_data, sample_prompt
+from common.options import Options
+
+
+class Rows(list[Example]):
+    """Rows that count how many of them are read one by one."""
+
+    read = 0
+
+    def __iter__(self) -> Iterator[Example]:
+        for row in super().__iter__():
+            self.read += 1
+            yield row
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder: Path) -> Any:
+    return load_tokenizer(tokenizer_folder)
+
+
+def text(number: int) -> Example:
+    return Example((), f"a:{number}", text="Once upon a time.")
+
+
+def chat(number: int, answer: str = "Yo") -> Example:
+    turns = ({"role": "user", "content": f"Hi {number}"}, {"role": "assistant", "content": answer})
+    return Example(turns, f"a:{number}")
+
+
+def encoded(tokenizer: Any, train: list[Example], valid: list[Example], **settings: Any) -> TrainingRows:
+    options = Options(model="m", data="a", **settings)
+    return encode_data(options, Dataset(Rows(train), Rows(valid), []), tokenizer, lambda share, text: None)
+
+
+def test_the_rows_are_read_up_to_the_one_that_is_the_sample(tokenizer: Any) -> None:
+    train = [*map(text, range(5)), chat(5, "long " * 50), chat(6), *map(chat, range(7, 20))]
+    rows = encoded(tokenizer, train, [*map(text, range(20, 40))], max_length=60, overflow="truncate")
+    prompt, tokens = sample_prompt(rows)
+    assert prompt == [{"role": "user", "content": "Hi 6"}]
+    assert tokens == rows.train.rows.lengths[6]
+    assert (rows.data.valid.read, rows.data.train.read) == (0, 7)
+
+
+def test_plain_text_is_not_read_for_a_sample(tokenizer: Any) -> None:
+    rows = encoded(tokenizer, [*map(text, range(5))], [text(5)])
+    assert sample_prompt(rows) == ([], 0)
+    assert (rows.data.valid.read, rows.data.train.read) == (0, 0)
