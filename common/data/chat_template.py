@@ -10,7 +10,6 @@ Message = dict[str, Any]
 # Some templates write today's date: the same recipe would have other tokens tomorrow.
 _DAY = datetime(2024, 7, 26)
 _DATE = f"{_DAY:%d %b %Y}"
-_TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
 _TOOL: dict[str, Any] = {
@@ -68,7 +67,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, thinking: str) -> None:
         self.tokenizer, self.thinking = tokenizer, thinking
-        self.source = _TODAY.sub(lambda call: json.dumps(_DAY.strftime(call[2])), str(tokenizer.chat_template))
+        self.source = str(tokenizer.chat_template)
         self.has_generation_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source))
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
@@ -109,8 +108,7 @@ class ChatTemplate:
     def _rendered(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         if not messages:
             raise Refused("a conversation without a turn")
-        given = self._variables(tools, think) | {"messages": list(map(_as_given, messages)), "documents": None}
-        compiled = self._compiled
+        given, compiled = self._given(messages, tools, think), self._compiled
         try:
             text: str = compiled.render(given, add_generation_prompt=prompt)
         except Exception as error:  # a template may raise anything; jinja2's TemplateError most often
@@ -140,20 +138,20 @@ class ChatTemplate:
         """
         if not self.has_generation_tags:
             return None
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _render_with_assistant_indices
 
-        given = self._variables(tools, think) | {"chat_template": self.source, "return_assistant_tokens_mask": True}
-        conversations = [list(map(_as_given, messages))]
+        given, compiled = self._given(messages, tools, think), self._compiled
         try:
-            texts, spans = render_jinja_template(conversations, **given)
+            text, spans = _render_with_assistant_indices(compiled, add_generation_prompt=False, **given)
         except Exception as error:  # as above
             raise Refused(str(error)) from None
-        return tuple(spans[0]) if texts[0] == rendered else None
+        return tuple(spans) if text == rendered else None
 
-    def _variables(self, tools: Any, think: bool) -> dict[str, Any]:
-        """What the template is given besides the messages."""
-        names = {"enable_thinking": think, "thinking": think, "date_string": _DATE}
-        return self._tokens | names | {"tools": list(tools) or self._no_tools}
+    def _given(self, messages: list[Message], tools: Any, think: bool) -> dict[str, Any]:
+        """What the template is given."""
+        names = {"enable_thinking": think, "thinking": think, "date_string": _DATE, "strftime_now": _DAY.strftime}
+        row = {"messages": list(map(_as_given, messages)), "documents": None, "tools": list(tools) or self._no_tools}
+        return self._tokens | names | row
 
     def prompt(self, messages: list[Message], tools: Any, think: bool) -> str:
         """The generation prompt as the exported model is served."""

@@ -1,7 +1,6 @@
 """Which tokens carry loss, by hand-written lists. The tokenizer knows bytes only: a letter is a token."""
 
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -328,14 +327,22 @@ def test_a_token_across_the_edge_of_an_answer_is_refused(tokenizer: Any) -> None
 # --- the template itself
 
 
-def test_a_row_renders_the_same_on_every_day(tokenizer: Any) -> None:
+@pytest.mark.parametrize("format", ["'%d %b %Y'", "form", "form | trim", "'%d' ~ ' %b %Y'", "format=form"])
+def test_a_row_renders_the_same_on_every_day(tokenizer: Any, format: str) -> None:
     # as Llama 3.2's template does: a run resumed tomorrow must see the same tokens
     tokenizer.chat_template = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
-        "{{ 'Today Date: ' + date_string }}" + CHATML
+        "{% set form = '%d %b %Y' %}{% if not day is defined %}{% set day = strftime_now(" + format + ") %}{% endif %}"
+        "{{ 'Today Date: ' + day + '\n' }}" + CHATML
     )
     text = ChatTemplate(tokenizer, "off").render([{"role": "user", "content": "Hi"}], (), False, False)
-    assert f"{date.today():%d %b %Y}" not in text
+    assert text.startswith("Today Date: 26 Jul 2024\n")
+
+
+def test_the_day_is_the_same_where_a_template_marks_what_it_generates(tokenizer: Any) -> None:
+    marked = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    tokenizer.chat_template = "{% set form = '%d %b %Y' %}{{ strftime_now(form) }} " + marked
+    template = ChatTemplate(tokenizer, "off")
+    assert template.generation_spans([{"role": "user", "content": "Hi"}], (), False, "26 Jul 2024 Hi") == ((12, 14),)
 
 
 def test_render_ends_in_the_prompt_when_asked(tokenizer: Any) -> None:
