@@ -12,7 +12,7 @@ from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
 from common.data.encode_rows import encode_parts
 from common.data.findings import control_tokens, quality_warnings
-from common.data.training_rows import load, note_counts, warn_of_context
+from common.data.training_rows import load, note_counts, warn_of_context, warn_of_plain_text
 from common.data.truncation import FilteredRows, filter_by_length
 from common.display import Display, Styled
 from common.errors import UserError
@@ -52,6 +52,7 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     warnings = [control_tokens([part.every for part in parts.values()]), *quality_warnings(data)]
     for warning in filter(None, warnings):
         display.warn(str(warning))
+    warn_of_plain_text(options, [part.every for part in parts.values()], display)
     warn_of_context([part.rows for part in parts.values()], context_length(model.config), display)
     if dropped := [*map(list, data.bad.first), *([row.source, row.reason] for row in bad.first)]:
         more = len(data.bad) + len(bad) - len(dropped)

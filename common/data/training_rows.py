@@ -94,6 +94,7 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     for note, count in note_counts([part.every for part in parts]).items():
         display.say(f"{count} rows: {note}")
     _warn_of_bad(rows, display)
+    warn_of_plain_text(options, [part.every for part in parts], display)
     if warning := control_tokens([part.every for part in parts]):
         display.warn(str(warning))
     weighted = [part.every.take(part.every.are_weighted()) for part in parts]
@@ -169,6 +170,15 @@ def _warn_of_bad(rows: TrainingRows, display: Display) -> None:
         more = [f"... and {count - SHOWN} more (check-data --on-bad-row drop lists them)"] if count > SHOWN else []
         lines = [f"{count} rows that cannot be read or labeled are dropped:", *bad[:SHOWN], *more]
         display.warn("\n".join(lines))
+
+
+def warn_of_plain_text(options: Options, parts: Sequence[EncodedRows], display: Display) -> None:
+    """Warn of options about turns where all rows are plain text."""
+    turns = {"--train-on last": options.train_on == "last", "--thinking keep": options.thinking == "keep"}
+    given, count = [option for option, chosen in turns.items() if chosen], sum(map(len, parts))
+    if given and count and all(kind.text for part in parts for kind, _ in part.kinds()):
+        why = f"all {count} rows are plain text, of which every token is trained"
+        display.warn(f"{' and '.join(given)}: without effect on labels, as {why}")
 
 
 def warn_of_context(parts: Sequence[EncodedRows], context: int, display: Display) -> None:

@@ -81,6 +81,15 @@ def test_what_is_dropped_obeyed_and_not_read_is_named(
     assert tables(capsys)[2]["rows"][0][0] == "a.jsonl:1"
 
 
+def test_options_about_turns_are_told_where_there_are_none(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "Once"}\n')
+    check_data(options(path, tiny_llama, train_on="last"), None, Display("plain"))
+    assert "warning: --train-on last: without effect on labels, as all 1 rows are plain" in capsys.readouterr().out
+
+
 def test_three_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_data(options(rows(tmp_path / "a.jsonl", *"ABCD"), tiny_llama), None, Display("plain"))
     out = capsys.readouterr().out

@@ -8,7 +8,8 @@ import pytest
 
 from common.data.dataset import Dataset, Example
 from common.data.encode import load_tokenizer
-from common.data.training_rows import TrainingRows, encode_data, sample_prompt
+from common.data.training_rows import TrainingRows, encode_data, report_rows, sample_prompt
+from common.display import Display
 from common.options import Options
 
 
@@ -37,9 +38,13 @@ def chat(number: int, answer: str = "Yo") -> Example:
     return Example(turns, f"a:{number}")
 
 
+def options(**settings: Any) -> Options:
+    return Options(model="m", data="a", **settings)
+
+
 def encoded(tokenizer: Any, train: list[Example], valid: list[Example], **settings: Any) -> TrainingRows:
-    options = Options(model="m", data="a", **settings)
-    return encode_data(options, Dataset(Rows(train), Rows(valid), []), tokenizer, lambda share, text: None)
+    data = Dataset(Rows(train), Rows(valid), [])
+    return encode_data(options(**settings), data, tokenizer, lambda share, text: None)
 
 
 def test_the_rows_are_read_up_to_the_one_that_is_the_sample(tokenizer: Any) -> None:
@@ -55,3 +60,25 @@ def test_plain_text_is_not_read_for_a_sample(tokenizer: Any) -> None:
     rows = encoded(tokenizer, [*map(text, range(5))], [text(5)])
     assert sample_prompt(rows) == ([], 0)
     assert (rows.data.valid.read, rows.data.train.read) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"train_on": "last"}, "--train-on last"),
+        ({"thinking": "keep"}, "--thinking keep"),
+        ({"train_on": "last", "thinking": "keep"}, "--train-on last and --thinking keep"),
+        ({"train_on": "all"}, ""),
+        ({}, ""),
+    ],
+)
+def test_options_about_turns_are_told_where_all_rows_are_plain_text(
+    tokenizer: Any, settings: dict[str, Any], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = encoded(tokenizer, [text(1), text(2)], [text(3)], **settings)
+    report_rows(options(**settings), rows, Display("plain"))
+    told = f"{named}: without effect on labels, as all 3 rows are plain text, of which every token is trained"
+    assert capsys.readouterr().out == (f"warning: {told}\n" if named else "")
+    rows = encoded(tokenizer, [text(1), chat(2)], [text(3)], **settings)
+    report_rows(options(**settings), rows, Display("plain"))
+    assert "without effect" not in capsys.readouterr().out
