@@ -318,7 +318,7 @@ def test_a_run_whose_checkpoints_are_gone(given: dict[str, Any]) -> None:
     assert error.fix == f"Start a new run from what it has trained: --adapter {done}"
 
 
-def test_a_lengthened_run_whose_checkpoints_are_gone_does_not_begin_anew(given: dict[str, Any]) -> None:
+def test_a_lengthened_run_whose_checkpoints_are_gone_does_not_begin_again(given: dict[str, Any]) -> None:
     done = run(given)
     cut = stopped({"resume": str(done.path), "steps": 12}, StopsLater())
     shutil.rmtree(cut.checkpoints)
