@@ -16,7 +16,7 @@ from common.system.workers import ordered_map, processes
 Result = TypeVar("Result")
 Chunk = list[tuple[int, Any]]  # rows with their numbers, those of JSON lines not parsed yet
 
-_CHUNK_ROWS, _CHUNK_BYTES = 1 << 8, 1 << 20  # at most, that a process is given at once
+_CHUNK_ROWS, _CHUNK_BYTES = 1 << 8, 1 << 18  # at most, that a process is given at once
 _PART_ROWS, _PART_BYTES = 1 << 13, 1 << 24  # from which on chunks are kept together
 
 
