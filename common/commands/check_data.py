@@ -2,15 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from common.commands.arguments import add_options
 from common.context import Context
-from common.data.dataset import Example
+from common.data.dataset import LISTED, Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
 from common.data.encode_rows import encode_parts
+from common.data.encoded_rows import EncodedRows
 from common.data.findings import control_tokens, quality_warnings
 from common.data.training_rows import load, note_counts, warn_of_context, warn_of_plain_text
 from common.data.truncation import FilteredRows, filter_by_length
@@ -55,9 +57,8 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     warn_of_plain_text(options, [part.every for part in parts.values()], display)
     warn_of_context([part.rows for part in parts.values()], context_length(model.config), display)
     if dropped := [*map(list, data.bad.first), *([row.source, row.reason] for row in bad.first)]:
-        more = len(data.bad) + len(bad) - len(dropped)
-        title = "Rows that cannot be read or labeled: dropped" + (f" (and {more:,} more)" if more else "")
-        display.table(title, ["row", "why"], dropped)
+        title = f"Rows that cannot be read or labeled: dropped{_more(len(data.bad) + len(bad))}"
+        display.table(title, ["row", "why"], dropped[:LISTED])
     _show_long(options, parts, display)
     for row in parts["train"].rows[:_SHOWN_ROWS] if "train" in parts else ():
         display.show((f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
@@ -84,13 +85,20 @@ def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Disp
 
 def _show_long(options: Options, parts: dict[str, FilteredRows], display: Display) -> None:
     """The rows longer than --max-length, and what becomes of them."""
-    long = [(row, "dropped") for part in parts.values() for row in part.dropped]
-    long += [(row, "truncated") for part in parts.values() for row in part.truncated]
-    long += [(row, "cut into blocks") for part in parts.values() for row in part.split]
-    refused = "not accepted: --overflow error"
-    lines = [[row.source, str(len(row.ids)), refused if options.overflow == "error" else how] for row, how in long]
-    if lines:
-        display.table(f"Rows longer than {options.max_length} tokens", ["row", "tokens", "in training"], lines)
+    refused = "not accepted: --overflow error" if options.overflow == "error" else ""
+    long: list[tuple[EncodedRows, str]] = []
+    for name, how in (("dropped", "dropped"), ("truncated", "truncated"), ("split", "cut into blocks")):
+        long += [(getattr(part, name), refused or how) for part in parts.values()]
+    count = sum(len(rows) for rows, _ in long)
+    lines = islice(([row.source, str(len(row.ids)), how] for rows, how in long for row in rows), LISTED)
+    if count:
+        title = f"Rows longer than {options.max_length} tokens{_more(count)}"
+        display.table(title, ["row", "tokens", "in training"], [*lines])
+
+
+def _more(count: int) -> str:
+    """For the title of a table of so many rows."""
+    return f" (the first {LISTED:,} of {count:,})" if count > LISTED else ""
 
 
 def colored(row: Encoded, tokenizer: Any) -> list[tuple[str, str]]:

@@ -23,8 +23,8 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, 
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array, allow_pickle=False)
         checks = {name: _check(temporary / f"{name}.npy") for name in arrays}
-        kept = {"arrays": checks, "record": record, "check": zlib.crc32(json.dumps(record).encode())}
-        (temporary / _RECORD).write_text(json.dumps(kept), encoding="utf-8")
+        kept = {"arrays": checks, "record": record}
+        (temporary / _RECORD).write_text(json.dumps(kept | {"check": _check_of(kept)}), encoding="utf-8")
 
 
 def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:
@@ -35,7 +35,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
     try:
         kept = read_json(folder / _RECORD, "")
         record: dict[str, Any] = kept["record"]
-        if zlib.crc32(json.dumps(record).encode()) != kept["check"]:
+        if kept.pop("check") != _check_of(kept):
             return None
         if any(_check(folder / f"{name}.npy") != check for name, check in kept["arrays"].items()):
             return None
@@ -49,6 +49,10 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         return None
+
+
+def _check_of(kept: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(kept).encode())
 
 
 def _check(path: Path) -> int:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from common.data.row_source import NumberedRows, Position
 from common.errors import UserError, first_line
 
+_READ = 1 << 20  # bytes of a column at a time; without it the whole file is read into memory
 _TOGETHER, _TOGETHER_BYTES = 1000, 1 << 20  # rows of Arrow that become Python objects at once
 
 
@@ -15,7 +17,7 @@ def parquet_rows(path: Path, position: Position) -> NumberedRows:
     from pyarrow.parquet import ParquetFile
 
     number = 0
-    with closing(_arrow(path, ParquetFile, path)) as file:
+    with closing(_arrow(path, partial(ParquetFile, path, pre_buffer=False, buffer_size=_READ))) as file:
         about = _arrow(path, lambda: file.metadata)
         size = sum(_arrow(path, about.row_group, at).total_byte_size for at in range(about.num_row_groups))
         position.share = lambda: number / max(1, about.num_rows)

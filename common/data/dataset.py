@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
-_LISTED = 1000
+LISTED = 1000  # rows of one kind that are named at most
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Counted(Generic[Item]):
 
     def extend(self, others: "Counted[Item]") -> None:
         self.count += others.count
-        self.first += others.first[: _LISTED - len(self.first)]
+        self.first += others.first[: LISTED - len(self.first)]
 
     def __len__(self) -> int:
         return self.count

@@ -6,11 +6,9 @@ from itertools import chain, islice
 
 import numpy as np
 
-from common.data.dataset import Dataset
+from common.data.dataset import LISTED, Dataset
 from common.data.encoded_rows import EncodedRows
 from common.data.facts import BREAKS_OFF, PLACEHOLDER, TEXT, Facts, facts_of, sources_of
-
-_NAMED = 1000  # rows of a finding whose sources are kept
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def control_tokens(parts: Sequence[EncodedRows]) -> QualityWarning | None:
     tokens = {token: None for part in parts for kind, _ in part.kinds() for token in kind.control}
     found = [part.take(part.of_kind(lambda kind: kind.control)) for part in parts]
     what = f"rows with control tokens in their text, read as such ({', '.join(list(tokens)[:3])})"
-    sources = [row.source for row in islice(chain.from_iterable(found), _NAMED)]
+    sources = [row.source for row in islice(chain.from_iterable(found), LISTED)]
     return QualityWarning(what, sum(map(len, found)), sources) if tokens else None
 
 
@@ -65,7 +63,7 @@ class _Part:
     def warning(self, what: str, rows: np.ndarray) -> QualityWarning:
         """About these rows: which of them, or their indices in order."""
         indices = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return QualityWarning(what, len(indices), [self._source(int(index)) for index in indices[:_NAMED]])
+        return QualityWarning(what, len(indices), [self._source(int(index)) for index in indices[:LISTED]])
 
     def _source(self, index: int) -> str:
         for sources in self.sources:

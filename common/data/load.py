@@ -46,6 +46,7 @@ def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
 
 SHOWN_FAULTS = 10
 LARGE = 1 << 24  # bytes of a file from which on its rows are not held in memory
+_PACKED = 4  # how much larger the texts of a Parquet file are
 OnBadRow = Literal["error", "drop"]
 FORM = 'each line: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 _PARTS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
@@ -147,7 +148,8 @@ def _rows_of(path: Path, reading: _Reading) -> Sequence[Example]:
 
 def _examples(source: RowSource, reading: _Reading) -> Sequence[Example]:
     rows: Sequence[Example]
-    if source.files and source.size >= LARGE:
+    unpacked = source.size * (_PACKED if source.kind == ".parquet" else 1)
+    if source.files and unpacked >= LARGE:
         rows, found = read_file(source, reading.fields, reading.progress)
     else:
         rows, found = read_all(source.parsed(), source.name, reading.fields)

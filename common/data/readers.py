@@ -52,6 +52,9 @@ def _json(path: Path, position: Position) -> NumberedRows:
             yield from enumerate(_elements(path, file), 1)
             return
         first, _, others = head.partition(b"\n")
+        if not others and len(head) > HEAD // 2 and file.seekable():  # a first row of its own length, or one long line
+            first, others = file.readline(), file.read(1)
+            file.seek(0)
         if others.strip() and not isinstance(_parsed(path, first), Fault):
             yield from _lines_of(file)
             return
@@ -73,11 +76,13 @@ def _parsed(path: Path, line: bytes) -> Any:
 
 def _elements(path: Path, file: io.BufferedReader) -> Iterator[Any]:
     """The elements of the list that the file holds. What is no list to its end is an error after its elements."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
     try:
-        yield from JsonList(codecs.getreader("utf-8-sig")(file)).elements()
+        yield from JsonList(text).elements()
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     except NotJson:
+        text.detach()
         if file.seekable():
             file.seek(0)
             _whole(path, file)  # it knows line and column
@@ -96,7 +101,7 @@ def _whole(path: Path, file: io.BufferedReader) -> Any:
 
 def _csv(path: Path, position: Position) -> NumberedRows:
     """The rows by Python's own reader: text stays text (`007`, `NA`), and lines can be named."""
-    csv.field_size_limit(1 << 30)
+    csv.field_size_limit(1 << 24)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     header: list[str] = []
     with _text(path, "", position) as file:

@@ -26,7 +26,6 @@ Kept = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and a record, whic
 _KEPT = 20 << 30  # bytes; the folders that were not used for the longest time go first
 _LIBRARIES = ("jinja2", "pyarrow", "tokenizers", "transformers")  # what else decides how a row is read and encoded
 _READ = 1 << 24
-_AGAIN = "start again: the rows that were done are kept."
 
 
 @contextmanager
@@ -36,19 +35,28 @@ def cached_folder(source: RowSource, settings: Any, progress: Progress) -> Itera
     One process at a time has it, and the others wait. Raises UserError where a file cannot be read.
     """
     rows, refused = _rows_folder(cache_folder())
+
+    def say(text: str) -> None:
+        progress(0.0, text)
+
     try:
         contents = _contents(source, progress)
         key = json.dumps([source.name, source.kind, contents, settings, _code()], sort_keys=True)
         folder = rows / hashlib.sha256(key.encode()).hexdigest()[:32]
         with ExitStack() as stack:
             if not refused:
-                stack.enter_context(artifact_lock(folder, lambda text: progress(0.0, text), every=1))
+                stack.enter_context(artifact_lock(folder, say, every=1, what=f"the rows of {source.where}"))
             folder.mkdir(exist_ok=True)
             os.utime(folder)  # it was used now
             _make_room(folder)
             yield folder
     except OSError as error:
-        raise os_fault(error, _AGAIN) from None
+        raise _refused(error) from None
+
+
+def _refused(error: OSError) -> UserError:
+    kept = "" if cache_refused() else ": the rows that were done are kept"
+    return os_fault(error, f"start again{kept}.")
 
 
 def cache_refused() -> str:
@@ -77,7 +85,7 @@ def keep(folder: Path, arrays: dict[str, np.ndarray], record: dict[str, Any]) ->
     try:
         write_arrays(folder, arrays, record)
     except OSError as error:
-        raise os_fault(error, _AGAIN) from None
+        raise _refused(error) from None
     kept = read_arrays(folder)
     if kept is None:
         raise UserError(f"{folder}: what was just written there reads otherwise.", "Check that disk.")

@@ -11,17 +11,14 @@ from common.backend import Progress
 from common.data.array_folder import read_arrays
 from common.data.row_cache import Kept, cached_folder, keep
 from common.data.row_source import NumberedRows, Position, RowSource, not_utf8
-from common.system.workers import ordered_map, processes
+from common.errors import UserError
+from common.system.workers import no_beginning, ordered_map, processes
 
 Result = TypeVar("Result")
 Chunk = list[tuple[int, Any]]  # rows with their numbers, those of JSON lines not parsed yet
 
 _CHUNK_ROWS, _CHUNK_BYTES = 1 << 8, 1 << 18  # at most, that a process is given at once
 _PART_ROWS, _PART_BYTES = 1 << 13, 1 << 24  # from which on chunks are kept together
-
-
-def _nothing() -> None:
-    """Where a process needs no beginning; a lambda could not be sent to it."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Work(Generic[Result]):
     settings: Any  # JSON: what decides the results, besides the rows
     function: Callable[[Chunk], Result]
     joined: Callable[[list[Result]], Kept]
-    begin: Callable[..., None] = _nothing  # called first in each process, with `given`
+    begin: Callable[..., None] = no_beginning  # called first in each process, with `given`
     given: tuple[Any, ...] = ()
 
 
@@ -45,7 +42,7 @@ def parts_of(source: RowSource, work: Work[Result], progress: Progress) -> Gener
         done, last = 0, 0
         for number in count():
             kept = read_arrays(_part(folder, number))
-            if kept is None:
+            if kept is None or kept[1]["part"] != [folder.name, number]:
                 break
             yield kept
             done, last = kept[1]["done"], kept[1]["last"]
@@ -55,7 +52,7 @@ def parts_of(source: RowSource, work: Work[Result], progress: Progress) -> Gener
         for results, at in _worked(source, work, done, last, progress):
             arrays, record = work.joined(results)
             source.check_unchanged()
-            yield keep(_part(folder, number), arrays, record | at)
+            yield keep(_part(folder, number), arrays, record | at | {"part": [folder.name, number]})
             number += 1
 
 
@@ -85,6 +82,9 @@ def _worked(
             if rows >= _PART_ROWS or size >= _PART_BYTES:
                 yield results, {"done": done, "last": end, "end": False}
                 results, rows, size = [], 0, 0
+    except UserError:
+        source.check_unchanged()
+        raise
     except UnicodeDecodeError:
         source.check_unchanged()
         raise not_utf8(Path(source.where)) from None

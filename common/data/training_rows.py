@@ -145,7 +145,7 @@ def _report_long(options: Options, parts: Sequence[FilteredRows], display: Displ
         if long := [getattr(part, what) for part in parts if getattr(part, what)]:
             display.warn(
                 f"{sum(map(len, long))} rows longer than --max-length {options.max_length} are {what}: "
-                f"{lengths_shown(long)} (check-data lists them all)"
+                f"{lengths_shown(long)} (check-data lists them)"
             )
 
 

@@ -21,10 +21,11 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = math.inf) -> Iterator[int]:
+def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = math.inf, what: str = "") -> Iterator[int]:
     """One process at a time makes `artifact`, a path in the cache; the others say that they wait, and find it made.
 
-    every: seconds after which they say so again; what `say` raises ends the wait. Yields the lock's descriptor. The
+    every: seconds after which they say so again; what `say` raises ends the wait. what: that they wait for, where the
+    artifact's name does not tell. Yields the lock's descriptor. The
     system releases the lock when the last process that has it ends, however it ends: this one, or a program to which it
     was handed on.
     """
@@ -36,7 +37,7 @@ def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = mat
     try:
         while not try_lock(descriptor):
             if time.monotonic() >= due:
-                say(f"waiting for another process, which is making {artifact.name}")
+                say(f"waiting for another process, which is making {what or artifact.name}")
                 due = time.monotonic() + every
             time.sleep(0.05)
         yield descriptor

@@ -25,7 +25,7 @@ def processes() -> int:
     return min(cores(), _MOST)
 
 
-def _nothing() -> None:
+def no_beginning() -> None:
     """Where a process needs no beginning; a lambda could not be sent to it."""
 
 
@@ -33,7 +33,7 @@ def ordered_map(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     processes: int,
-    begin: Callable[..., None] = _nothing,
+    begin: Callable[..., None] = no_beginning,
     given: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
     """`function` of each item, in the order of the items. No more items are taken than are in progress.
@@ -59,7 +59,7 @@ def ordered_map(
     except BrokenProcessPool:
         raise UserError(
             "A process that works on the rows was killed, most likely because memory ran out.",
-            "Close other programs and start again: the rows that were done are kept.",
+            "Close other programs and start again.",
         ) from None
     finally:
         _uninterrupted(pool.shutdown, cancel_futures=True)  # cut short, it would leave processes that wait for ever

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,28 @@ def test_a_json_object_with_one_list_and_lines_under_a_wrong_name(tmp_path: Path
     path.write_text("[{]")
     with pytest.raises(UserError, match=r"is not JSON \(line 1, column 3\)"):
         read_rows(path)
+    path.write_bytes(json.dumps(ROWS).encode() + "\n日".encode()[:-1])
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        read_rows(path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in [chat("a" * (1 << 20), "Yo"), *ROWS]))
+    assert len(read_rows(path)) == 5
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_pipe_is_read_once(tmp_path: Path, suffix: str, bad: bool) -> None:
+    path, lines = tmp_path / f"a{suffix}", "".join(json.dumps(row) + "\n" for row in ROWS)
+    os.mkfifo(path)
+    content = b"\xff\n" if bad else (lines if suffix == ".jsonl" else json.dumps(ROWS)).encode()
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    if bad:
+        with pytest.raises(UserError, match="is not UTF-8 text"):
+            read_rows(path)
+    else:
+        assert len(read_rows(path)) == 4
+    writer.join(5)
+    assert not writer.is_alive()
 
 
 def test_paragraphs_of_a_text_file(tmp_path: Path) -> None:
