@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from common.memory_terms import MemoryTerms, ModelDims
     from common.recipe import Plan, Recipe
     from common.sampling import Sampler
 
@@ -41,6 +41,11 @@ class Batch:
     @property
     def label_tokens(self) -> int:
         return int((self.loss_weights > 0).sum())
+
+    @property
+    def shape(self) -> MicroBatchShape:
+        rows, width = self.input_ids.shape
+        return MicroBatchShape(rows, width, self.tokens, self.label_tokens)
 
 
 def weight_sum(batches: Sequence[Batch]) -> float:
@@ -197,6 +202,13 @@ class Backend(Protocol):
         """
         ...
 
+    def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
+        """Be told how many micro-batches of which shapes are to come, where it is better to compute few different ones.
+
+        Others may come all the same.
+        """
+        ...
+
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         """The result of one optimizer step: the sum of weighted token losses by the sum of weights, over all batches.
 
@@ -257,42 +269,3 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model; the backend is not used again."""
         ...
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A backend, device or precision, and the reason for it. `warning`: what the user should know, or nothing."""
-
-    value: str
-    why: str
-    warning: str = ""
-
-
-class BackendPackage(Protocol):
-    """What `torch_backend` and `mlx_backend` answer; importing them imports no framework."""
-
-    memory_terms: MemoryTerms
-
-    def create(self) -> Backend:
-        """A backend with nothing loaded yet; its framework is imported only now."""
-
-    def fault(self) -> UserError | None:
-        """What its installation lacks, and the command that installs it; None where nothing is missing."""
-
-    def choose_device(self, wanted: str) -> Choice:
-        """The device for `--device wanted`. Raises UserError where it is not here or cannot be loaded."""
-
-    def choose_precision(self, wanted: str, device: str) -> Choice:
-        """bf16 or fp32 for `--precision wanted`: under auto bf16 where the device computes it."""
-
-    def free_memory(self, device: str) -> tuple[int, str]:
-        """Bytes that training could take on the device, and what they are: a GPU's, or the machine's."""
-
-    def quantization_scheme(self, wanted: str) -> str:
-        """The recipe's name for `--quantization wanted`. Raises UserError where it cannot be computed here."""
-
-    def is_deterministic(self, dims: ModelDims, device: str, precision: str) -> bool:
-        """Whether the same training gives the same bits again."""
-
-
-Backends = Callable[[str], BackendPackage]  # by name: torch, mlx

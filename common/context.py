@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from common.backend import Backends
+from common.backend_package import Backends
 from common.display import Display
 
 

@@ -1,7 +1,7 @@
 """What a backend's `memory_terms.py` is asked, in sizes of a model and a micro-batch, and answers in bytes."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from common.recipe import Plan, Recipe
 
@@ -28,9 +28,8 @@ class ModelDims:
     stored: int  # bytes of a weight in the checkpoint
 
 
-@dataclass(frozen=True)
-class MicroBatchShape:
-    """The sizes of a micro-batch that memory depends on."""
+class MicroBatchShape(NamedTuple):
+    """The sizes of a micro-batch, on which memory and time depend."""
 
     rows: int
     width: int  # tokens of the longest row

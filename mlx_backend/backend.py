@@ -1,5 +1,6 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.backend.Backend`."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,8 +14,7 @@ from mlx_backend.devices import preload
 preload()  # before mlx is imported, or never
 
 import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 from common.backend import (  # noqa: E402
     Adapter,
@@ -25,6 +25,9 @@ from common.backend import (  # noqa: E402
     StepResult,
     weight_sum,
 )
+from common.data.batching import split_batch  # noqa: E402
+from common.data.layouts import choose_layouts, layout_for  # noqa: E402
+from common.memory_terms import MicroBatchShape  # noqa: E402
 from common.models.mlx_quantized import is_quantized  # noqa: E402
 from common.models.model_folder import ModelFolder  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
@@ -33,11 +36,12 @@ from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
-from mlx_backend.lora import attach, paths, put  # noqa: E402
-from mlx_backend.loss import loss_sum  # noqa: E402
+from mlx_backend.lora import Dropout, attach, paths, put  # noqa: E402
+from mlx_backend.loss import Inputs, inputs_of, loss_sum  # noqa: E402
 from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
-from mlx_backend.optimizer import Optimizer  # noqa: E402
+from mlx_backend.optimizer import Optimizer, State  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
+from mlx_backend.trained import Tensors, Trained  # noqa: E402
 from mlx_backend.weights import to_mlx, to_numpy  # noqa: E402
 
 _DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
@@ -48,6 +52,7 @@ class MlxBackend:
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         self.recipe, self.start = recipe, adapter
+        self.layouts: list[MicroBatchShape] = []
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
@@ -72,14 +77,13 @@ class MlxBackend:
             if adapter is not None:
                 self.model.freeze()
                 self.layers = attach(self.model, adapter)
+            self.dropout = Dropout(self.layers.values(), recipe.dropout)
+            self.model.eval()  # all modules alike
             self.apply_plan(plan)
             for _, parameter in tree_flatten(self.model.parameters()):
                 mx.eval(parameter)  # one by one: what a weight is converted from is freed before the next is read
             self.confirmation.settle([])
-        trained = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
-        self.paths = paths(adapter) if adapter else {self.names[path]: path for path in trained}
-        self.optimizer = Optimizer(self.paths, recipe)
-        self.gradient = nn.value_and_grad(self.model, lambda batch: loss_sum(self.model, batch, self.plan.loss_chunk))
+        self._join(recipe, adapter)
         return ModelInfo(
             layers=len(self.model.layers),
             trainable=sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())),
@@ -87,66 +91,130 @@ class MlxBackend:
             architecture=type(self.model).__module__.rsplit(".", 1)[-1],
         )
 
+    def _join(self, recipe: Recipe, adapter: Adapter | None) -> None:
+        """Find the trained arrays and join them."""
+        weights = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
+        names = paths(adapter) if adapter else {self.names[path]: path for path in weights}
+        groups = recipe.optimizer_groups(names)
+        self.trained = Trained(self.model, names, [members for members, _, _ in groups], join=adapter is not None)
+        self.optimizer = Optimizer(recipe, [(ratio, decay) for _, ratio, decay in groups], self.trained.group)
+        with device_errors():
+            self.tensors = self.trained.read()
+            self.states = self.optimizer.states(self.tensors)
+            self.shown: Tensors = []  # the tensors that the model computes with, outside of a step
+            self._show()
+            self.confirmation.settle([self.tensors, self.states])
+
+    def _show(self) -> None:
+        """Have the model compute with the tensors as they are now: a step leaves others in it."""
+        if self.shown is not self.tensors:
+            self.trained.put(self.tensors)
+            self.shown = self.tensors
+
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
         self.confirmation.forget_sizes()
-        checkpoint_layers(self.model, plan.gradient_checkpointing, self.recipe.dropout > 0)
+        checkpoint_layers(self.model, plan.gradient_checkpointing)
+        self.gradient = mx.compile(mx.value_and_grad(self._training_loss))
+        self.loss = mx.compile(self._loss)
+        self.update = mx.compile(lambda *given: self.optimizer.update(*given))
+
+    def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
+        if self.plan.device == "gpu" and self.model.forward_config.rope_split is None:
+            self.layouts = choose_layouts(shapes())
+
+    def _training_loss(self, tensors: Tensors, inputs: Inputs, key: mx.array) -> mx.array:
+        self.dropout.begin(key)
+        return self._loss(tensors, inputs)
+
+    def _loss(self, tensors: Tensors, inputs: Inputs) -> mx.array:
+        self.trained.put(tensors)
+        return loss_sum(self.model, inputs, self.plan.loss_chunk)
+
+    def _inputs(self, batch: Batch) -> list[Inputs]:
+        """The parts of a micro-batch that are computed together; none of a part without a label."""
+        parts = split_batch(batch, self.model.forward_config.rope_split)
+        return [inputs_of(part, layout_for(part.shape, self.layouts)) for part in parts if part.label_tokens]
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        self.model.train()
-        total_weight = weight_sum(micro_batches)
-        total_loss, gradients = mx.array(0.0), None
-        kept = self.optimizer.keep(self.model)
-        restore = partial(self.optimizer.restore, self.model, kept)
+        self._train(True)
+        weight, total_loss, gradients = weight_sum(micro_batches), mx.array(0.0), None
+        computed: list[MicroBatchShape] = []
+        restore = partial(self._restore_step, self.tensors, self.states)
         with self.confirmation.undoing(restore):
+            self.shown = []
             for number, batch in enumerate(micro_batches):
-                if self.recipe.dropout:
-                    mx.random.seed((self.recipe.seed << 32) + (step << 12) + number)
-                loss, part = self.gradient(batch)
-                part = tree_map(lambda g: g / total_weight, part)
-                gradients = part if gradients is None else tree_map(mx.add, gradients, part)
-                total_loss = total_loss + loss
-                mx.async_eval(total_loss, gradients)  # each micro-batch's activations are freed as soon as possible
-            norm = self.optimizer.step(self.model, kept, gradients, learning_rate, self.recipe.max_grad_norm)
+                key = mx.random.key((self.recipe.seed << 32) + (step << 12) + number)
+                for inputs in self._inputs(batch):
+                    computed.append(inputs.shape)
+                    loss, part = self.gradient(self.tensors, inputs, key)
+                    gradients = part if gradients is None else [*map(mx.add, gradients, part)]
+                    total_loss = total_loss + loss
+                    mx.async_eval(total_loss, gradients)  # activations are freed as soon as possible
+            rate = mx.array(learning_rate)
+            given = self.tensors, self.states, gradients, mx.array(weight), rate
+            self.tensors, self.states, norm = self.update(*given)
             self.confirmation.wait()
-            written = [self.model.trainable_parameters(), self.optimizer.states(), norm]
+            written = [self.tensors, self.states, norm]
             mx.async_eval(written)
-            figures = self.confirmation.launched(micro_batches, [total_loss, norm], written, restore)
-        padded = sum(batch.input_ids.size for batch in micro_batches)
+            figures = self.confirmation.launched(computed, [total_loss, norm], written, restore)
+        padded = sum(size.rows * size.width for size in computed)
         return StepResult.of(micro_batches, figures[0], figures[1], padded)
 
-    def eval_step(self, batch: Batch) -> StepResult:
+    def _restore_step(self, tensors: Tensors, states: list[State]) -> None:
+        self.tensors, self.states = tensors, states
+
+    def _train(self, training: bool) -> None:
+        if self.model.training is not training:  # it walks through all modules
+            self.model.train(training)
+
+    def _ready(self) -> None:
+        """For anything but a step: all is computed, and the model has its weights."""
         self.confirmation.confirm()
-        self.model.eval()
+        self._train(False)
+        self.dropout.end()
+        self._show()
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        self._ready()
+        self.shown = []
         with device_errors():
-            loss = loss_sum(self.model, batch, self.plan.loss_chunk)
+            loss = sum((self.loss(self.tensors, inputs) for inputs in self._inputs(batch)), mx.array(0.0))
             self.confirmation.settle(loss)  # here, where running out of memory is still caught
         return StepResult.of([batch], loss, 0.0, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
         self.confirmation.confirm()
-        trained = dict(tree_flatten(self.model.trainable_parameters()))
         with device_errors():
-            arrays = {name: to_numpy(name, trained[path]) for name, path in self.paths.items()}
+            arrays = self._to_numpy(self.tensors)
         if self.start is None:
             return Adapter(self.recipe.model, len(self.model.layers), 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
 
     def set_adapter(self, adapter: Adapter) -> None:
         self.confirmation.confirm()
-        given = [(self.paths[name], to_mlx(name, array)) for name, array in adapter.arrays().items()]
-        self.model.update(tree_unflatten(given))
         with device_errors():
-            self.confirmation.settle(self.model.trainable_parameters())
+            self.tensors = self._to_tensors(adapter.arrays())
+            self.confirmation.settle(self.tensors)
+
+    def _to_numpy(self, tensors: Tensors) -> dict[str, np.ndarray]:
+        return {name: to_numpy(name, array) for name, array in self.trained.cut(tensors).items()}
+
+    def _to_tensors(self, arrays: dict[str, np.ndarray]) -> Tensors:
+        return self.trained.joined({name: to_mlx(name, array) for name, array in arrays.items()})
 
     def get_optimizer(self) -> OptimizerState:
         self.confirmation.confirm()
         with device_errors():
-            return self.optimizer.get()
+            m, v = (self._to_numpy(self.optimizer.moments(self.states, which)) for which in ("m", "v"))
+            return OptimizerState(int(self.states[0]["step"].item()), m, v)
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.confirmation.confirm()
-        self.optimizer.set(state)
+        with device_errors():
+            m, v = (self._to_tensors(moments) for moments in (state.exp_avg, state.exp_avg_sq))
+            self.states = self.optimizer.states_of(state.step, m, v)
+            self.confirmation.settle(self.states)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         def checked(make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -158,8 +226,7 @@ class MlxBackend:
         return {name: partial(checked, make) for name, make in dequantized(self.model, self.names).items()}
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
-        self.confirmation.confirm()
-        self.model.eval()
+        self._ready()
         inputs = mx.array(np.asarray(token_ids, np.int32))
         with device_errors(), self._adapter(adapter):
             hidden = hidden_states(self.model, inputs, RaggedRows(1, len(inputs), None))
@@ -185,8 +252,7 @@ class MlxBackend:
             nonlocal caches
             if restart:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
-            self.confirmation.confirm()
-            self.model.eval()  # at every token: training may continue in between
+            self._ready()  # at every token: training may continue in between
             with device_errors(), self._adapter(adapter):
                 hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
                 return self._read(head(self.model, hidden[-1:])[0])
@@ -210,7 +276,8 @@ class MlxBackend:
         return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
 
     def close(self) -> None:
-        del self.model, self.layers, self.optimizer, self.gradient
+        del self.model, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown
+        del self.gradient, self.loss, self.update
         self._restore()
 
     def _restore(self) -> None:

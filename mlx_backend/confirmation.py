@@ -14,8 +14,9 @@ from typing import Any, SupportsFloat
 
 import mlx.core as mx
 
-from common.backend import Batch, OutOfMemory
+from common.backend import OutOfMemory
 from common.errors import UserError, device_fault
+from common.memory_terms import MicroBatchShape
 
 _SHORT = 0.9  # of the memory budget
 _DEVICE = ("[metal]", "command buffer", "cuda")  # in texts of errors that are the device's
@@ -119,15 +120,18 @@ class Confirmation:
             self._step.read()
 
     def launched(
-        self, batches: Sequence[Batch], figures: list[mx.array], written: Any, restore: Callable[[], None]
+        self, computed: Sequence[MicroBatchShape], figures: list[mx.array], written: Any, restore: Callable[[], None]
     ) -> Sequence[SupportsFloat]:
-        """Take note of a step that the stream has accepted: the one before is confirmed. Returns its figures, lazy."""
+        """Take note of a step that the stream has accepted: the one before is confirmed. Returns its figures, lazy.
+
+        computed: the sizes of its micro-batches.
+        """
         if not self.late:
             return figures
         if self._step is not None:
             self._step.release()
         step = self._step = _Step(figures, written, restore)
-        sizes = [(b.input_ids.size, b.input_ids.shape[1], b.label_tokens) for b in batches]
+        sizes = [(size.rows * size.width, size.width, size.labels) for size in computed]
         largest = tuple(map(max, zip(self._largest, *sizes, strict=True)))
         peak = mx.get_peak_memory()
         self._peak = max(self._peak, peak)

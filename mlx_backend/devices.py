@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from common.backend import Choice
+from common.backend_package import Choice
 from common.errors import UserError
 from common.memory_terms import ModelDims
 from common.system.cgroup import core_limit

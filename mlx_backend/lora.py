@@ -1,7 +1,10 @@
 """mlx-lm's LoRA and DoRA layers on a model, each with the rank and scale of its own weight."""
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
@@ -20,10 +23,37 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     for name, weight in sorted(adapter.weights.items()):
         kind = LoRALinear if weight.magnitude is None and not adapter.dora else DoRALinear
         linear = modules[text_name(name)]
-        layers[name] = kind.from_base(linear, r=weight.rank, dropout=adapter.dropout, scale=weight.scale)
+        layers[name] = kind.from_base(linear, r=weight.rank, scale=weight.scale)
+        for part, array in weight.parts().items():
+            setattr(layers[name], PARTS[part], to_mlx(part, array))
     put(model, layers)
-    set_weights(layers, adapter)
     return layers
+
+
+class Dropout:
+    """Dropout in place of the LoRA layers' own. Each has a key, so one that is recomputed draws its mask again."""
+
+    def __init__(self, layers: Iterable[Any], share: float) -> None:
+        """share: of a layer's inputs, how many become 0."""
+        self.share, self.count, self.keys = share, 0, mx.zeros((0, 2), mx.uint32)
+        for layer in layers if share else ():
+            layer.dropout = partial(self._drop, self.count)
+            self.count += 1
+
+    def begin(self, key: mx.array) -> None:
+        """Draw masks from this key from now on."""
+        if self.count:
+            self.keys = mx.random.split(key, self.count)
+
+    def end(self) -> None:
+        """Drop nothing from now on."""
+        self.keys = mx.zeros((0, 2), mx.uint32)
+
+    def _drop(self, number: int, x: mx.array) -> mx.array:
+        if not len(self.keys):
+            return x
+        kept = mx.random.bernoulli(1 - self.share, x.shape, self.keys[number])
+        return kept * x * (1 / (1 - self.share))
 
 
 def paths(adapter: Adapter) -> dict[str, str]:
@@ -35,9 +65,3 @@ def paths(adapter: Adapter) -> dict[str, str]:
 def put(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace modules of the model, given by their Hugging Face names."""
     model.update_modules(tree_unflatten([(text_name(name), module) for name, module in modules.items()]))
-
-
-def set_weights(layers: dict[str, Any], adapter: Adapter) -> None:
-    for name, weight in adapter.weights.items():
-        for part, array in weight.parts().items():
-            setattr(layers[name], PARTS[part], to_mlx(part, array))

@@ -1,36 +1,66 @@
 """Cross-entropy at label positions only, and without logits: no `tokens x vocabulary` array ever exists."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from common.backend import Batch
-from common.data.batching import split_batch
+from common.memory_terms import MicroBatchShape
 from mlx_backend.attention import RaggedRows
 from mlx_backend.model import finish, head_weight, hidden_states, project
 
 _BLOCK = 256
 
 
-def loss_sum(model: Any, batch: Batch, chunk: int) -> mx.array:
+class Inputs(NamedTuple):
+    """A micro-batch as the model takes it: N tokens, of which P are followed by a label, packed."""
+
+    rows: int  # B
+    width: int  # T
+    ids: mx.array  # [N] int32
+    indices: mx.array | None  # [N] int32: where the tokens belong among [B * T] positions; None: nothing is padded
+    label_positions: mx.array  # [P] int32, among the tokens
+    targets: mx.array  # [P] int32
+    loss_weights: mx.array  # [P] float32
+
+    @property
+    def shape(self) -> MicroBatchShape:
+        return MicroBatchShape(self.rows, self.width, len(self.ids), len(self.targets))
+
+
+def inputs_of(batch: Batch, layout: MicroBatchShape) -> Inputs:
+    """The micro-batch in a layout that holds it. What is added weighs nothing, and no token of the batch sees it.
+
+    An added token is a position of padding; an added label has the weight 0.
+    """
+    real = np.zeros((layout.rows, layout.width), bool)
+    real[: len(batch.lengths)] = np.arange(layout.width) < batch.lengths[:, None]
+    given = real[: len(batch.lengths), : batch.targets.shape[1]]
+    positions, whole = real.ravel().nonzero()[0], layout.tokens == real.size
+    added = (~real).ravel().nonzero()[0][: layout.tokens - len(positions)]
+    place = positions if whole else np.arange(len(positions))  # of each real token among those of the layout
+    ids = np.zeros(layout.tokens, np.int32)
+    ids[place] = batch.input_ids[given]
+    loss_weights = batch.loss_weights[given]
+    labels = loss_weights.nonzero()[0]
+    arrays = place[labels].astype(np.int32), batch.targets[given][labels], loss_weights[labels]
+    return Inputs(
+        layout.rows,
+        layout.width,
+        mx.array(ids),
+        None if whole else mx.array(np.concatenate([positions, added]).astype(np.int32)),
+        *(mx.array(np.concatenate([a, np.zeros(layout.labels - len(a), a.dtype)])) for a in arrays),
+    )
+
+
+def loss_sum(model: Any, inputs: Inputs, chunk: int) -> mx.array:
     """Weighted sum of the token losses of a micro-batch, a float32 scalar. `model` is load_base's.
 
     chunk: label positions whose logits are held at once.
     """
-    total = mx.array(0.0)
-    for part in split_batch(batch, model.forward_config.rope_split):
-        real = np.arange(part.targets.shape[1]) < part.lengths[:, None]
-        loss_weights = part.loss_weights[real]
-        label_positions = loss_weights.nonzero()[0]
-        if len(label_positions) == 0:
-            continue
-        indices = None if real.all() else mx.array(real.ravel().nonzero()[0])
-        rows = RaggedRows(real.shape[0], real.shape[1], indices)
-        hidden = hidden_states(model, mx.array(part.input_ids[real]), rows)
-        targets, weights = mx.array(part.targets[real][label_positions]), mx.array(loss_weights[label_positions])
-        total = total + linear_cross_entropy(model, hidden[mx.array(label_positions)], targets, weights, chunk)
-    return total
+    hidden = hidden_states(model, inputs.ids, RaggedRows(inputs.rows, inputs.width, inputs.indices))
+    return linear_cross_entropy(model, hidden[inputs.label_positions], inputs.targets, inputs.loss_weights, chunk)
 
 
 def linear_cross_entropy(

@@ -4,6 +4,7 @@ They are counted from MLX's graph: what the vjp of each operation in `attention.
 change there changes a term here; `python -m benchmarks.memory` compares the estimate with measured peaks.
 """
 
+from common.data.layouts import smallest_layout
 from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, StepMemory
 from common.recipe import Plan, Recipe
 
@@ -48,6 +49,7 @@ def measured(device: str, precision: str) -> MeasuredTerms:
 
 def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
     item = 4 if recipe.precision == "fp32" else 2
+    shape = smallest_layout(shape) if plan.device == "gpu" else shape
     padding = shape.rows * shape.width / shape.tokens
     layer = _kept_values(dims, padding) * item + 28 * recipe.rank
     scores = dims.heads * shape.width * padding * 4  # a row of attention scores for each token, written out

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.backend import Choice
+from common.backend_package import Choice
 from common.errors import UserError
 from common.memory_terms import ModelDims
 from common.system.hardware import (

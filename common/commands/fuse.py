@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.backend import Backends
+from common.backend_package import Backends
 from common.commands.arguments import add_options
 from common.context import Context
 from common.data.load import data_of

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter, Choice
+from common.backend import Adapter
+from common.backend_package import Choice
 from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import load_tokenizer

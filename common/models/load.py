@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from common.backend import Adapter, Backend, Backends, ModelInfo, OutOfMemory
+from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
+from common.backend_package import Backends
 from common.context import Context
 from common.display import Display
 from common.errors import UserError

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.backend import Backends, Choice
+from common.backend_package import Backends, Choice
 from common.errors import UserError
 from common.system.cgroup import core_limit
 

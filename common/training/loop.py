@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from common.backend import Backend, Batch, OutOfMemory, StepResult, weight_sum
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
@@ -18,6 +20,7 @@ from common.training.faults import not_finite, unsaved
 from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
 from common.training.pending import Pending
+from common.training.planner import Work
 from common.training.short_memory import ShortMemory
 
 
@@ -73,6 +76,7 @@ class TrainingLoop:
         with closing(Metrics(path, self.state.step, unvalidated, self.observer.warn)) as self._metrics:
             if unvalidated:
                 self._validate(saved=True)
+            self._expect()
             ready = self._split(self.state.step + 1)
             for number in range(self.state.step + 1, self.recipe.steps + 1):
                 ready = self._launch(number, *ready)
@@ -96,6 +100,15 @@ class TrainingLoop:
         limit = 60 * self.plan.save_minutes
         late = limit > 0 and time.monotonic() - self._saved_at >= limit
         return late or step == self.recipe.steps or step % self.plan.save_every == 0
+
+    def _expect(self) -> None:
+        """Tell the backend what is to come, now that the size of micro-batches is known, or is another."""
+
+        def shapes() -> Counter[MicroBatchShape]:
+            work, size = Work.of(self.rows, self.recipe), self.state.micro_batch_tokens
+            return work.shapes_of(self.recipe.steps, size, self.plan.device)
+
+        self.backend.expect(shapes)
 
     def _split(self, step: int) -> tuple[list[Encoded], list[Batch]]:
         """The step's rows, and the same as micro-batches; none beyond the last step."""
@@ -125,6 +138,7 @@ class TrainingLoop:
         if before is not None:
             self._finish(before, started)
             if self.state.micro_batch_tokens != size:
+                self._expect()
                 ready = self._split(step + 1)
         return ready
 

@@ -4,11 +4,12 @@ Each backend's `memory_terms.py` counts what its own code holds; here the terms 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from common.backend import Adapter, BackendPackage
+from common.backend import Adapter
+from common.backend_package import BackendPackage
 from common.memory_terms import MicroBatchShape, ModelDims
 from common.models.families import forward_config
 from common.models.shapes import tensor_shapes
@@ -69,7 +70,7 @@ class TrainingMemory:
     adapter: Adapter | None  # None: full fine-tuning
 
     def estimate(
-        self, plan: Plan, shapes: Sequence[MicroBatchShape], validation: MicroBatchShape | None = None
+        self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None = None
     ) -> MemoryEstimate:
         """The peak over micro-batches of `shapes` in training, and of `validation`, which has no backward pass."""
         terms, dims, recipe = self.package.memory_terms, self.dims, self.recipe

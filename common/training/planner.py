@@ -1,5 +1,6 @@
 """Which plan: the fastest of those whose estimated memory fits the budget."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,17 +48,22 @@ class Work:
         steps = [sorted((lengths[i], labels[i]) for i in step) for step in [*chosen, longest]]
         return Work(steps[:-1], steps[-1], held_out)
 
-    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[list[MicroBatchShape], int, int]:
+    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[Counter[MicroBatchShape], int, int]:
         """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
-        shapes: set[MicroBatchShape] = set()
+        shapes = Counter[MicroBatchShape]()
         tokens, count = 0, 0
         for step in [*self.steps, self.worst]:
             cuts = cut([length for length, _ in step], micro_batch_tokens, device)
             for start, end in cuts:
-                shapes.add(_shape(step[start:end]))
+                shapes[_shape(step[start:end])] += 1
             if step is not self.worst:
                 tokens, count = tokens + sum(length for length, _ in step), count + len(cuts)
-        return list(shapes), tokens, count
+        return shapes, tokens, count
+
+    def shapes_of(self, steps: int, micro_batch_tokens: int, device: str) -> Counter[MicroBatchShape]:
+        """How many micro-batches of which shapes so many steps have, by those that are looked at."""
+        shapes, share = self.cut(micro_batch_tokens, device)[0], steps / len(self.steps)
+        return Counter({shape: round(count * share) for shape, count in shapes.items()})
 
     def longest_validation(self, micro_batch_tokens: int) -> MicroBatchShape | None:
         """The micro-batch of the longest validation rows; None where there are none."""

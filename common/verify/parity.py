@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.backend import Backends
+from common.backend_package import Backends
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded

@@ -8,7 +8,8 @@ from typing import cast
 
 import numpy as np
 
-from common.backend import Adapter, Backend, Backends, LoraWeight, Progress
+from common.backend import Adapter, Backend, LoraWeight, Progress
+from common.backend_package import Backends
 from common.context import Context
 from common.data.encode import load_tokenizer
 from common.display import Display

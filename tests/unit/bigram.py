@@ -4,6 +4,7 @@ Its only weights are the first adapted layer's: logits of token t are `scale * B
 layer's size. Pairs are counted before anything is computed, so its results cannot depend on how a step is cut.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from common.backend import Adapter, Batch, Memory, ModelInfo, OptimizerState, OutOfMemory, StepResult
 from common.data.encode import Encoded
+from common.memory_terms import MicroBatchShape
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
 
@@ -106,6 +108,9 @@ class Bigram:
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.optimizer = state
+
+    def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
+        self.expected = shapes()
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self._remember(micro_batches)

@@ -126,6 +126,7 @@ LAYERS = (
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
+    {"backend_package"},
     {"display", "system"},
     {"context"},
     {"data", "models"},
@@ -136,7 +137,8 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY = {
-    *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "data.batching"),
+    *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "backend_package"),
+    *("data.batching", "data.layouts"),
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }

@@ -12,7 +12,7 @@ import pytest
 
 import mlx_backend
 import torch_backend
-from common.backend import BackendPackage, Choice
+from common.backend_package import BackendPackage, Choice
 from common.commands.doctor import doctor
 from common.commands.prepare import choose_hardware
 from common.errors import UserError

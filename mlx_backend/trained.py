@@ -1,0 +1,56 @@
+"""The trained arrays of a model. An adapter's are joined, so that a few kernels clip and update them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import mlx.core as mx
+
+Tensors = list[mx.array]
+
+
+class Trained:
+    """Where the trained arrays lie, in tensors and in the model.
+
+    A joined tensor holds the arrays of one group of the optimizer, flat, one behind the other.
+    """
+
+    def __init__(self, model: Any, paths: Mapping[str, str], groups: Sequence[Sequence[str]], join: bool) -> None:
+        """paths: the arrays' paths in the model, by canonical name. groups: the optimizer's, of these names."""
+        modules = dict(model.named_modules())
+        self.join = join
+        self.names = [list(group) for group in groups] if join else [[name] for group in groups for name in group]
+        self.group = [number for number, group in enumerate(groups) for _ in range(1 if join else len(group))]
+        self._places: dict[str, tuple[Any, str]] = {}  # by name: the module, and its attribute
+        for name, path in paths.items():
+            module, _, attribute = path.rpartition(".")
+            self._places[name] = modules[module], attribute
+        self._shapes = {name: getattr(*place).shape for name, place in self._places.items()}
+
+    def read(self) -> Tensors:
+        """The tensors of what the model holds."""
+        return self.joined({name: getattr(*place) for name, place in self._places.items()})
+
+    def joined(self, arrays: Mapping[str, mx.array]) -> Tensors:
+        """The tensors of arrays by name."""
+        parts = ([arrays[name] for name in names] for names in self.names)
+        return [mx.concatenate([part.flatten() for part in some]) if self.join else some[0] for some in parts]
+
+    def cut(self, tensors: Sequence[mx.array]) -> dict[str, mx.array]:
+        """The arrays by name; those of a joined tensor are views of it."""
+        found: dict[str, mx.array] = {}
+        for names, tensor in zip(self.names, tensors, strict=True):
+            parts: Any = mx.split(tensor, self._ends(names)) if self.join else [tensor]  # one concatenate backwards
+            found |= {name: part.reshape(self._shapes[name]) for name, part in zip(names, parts, strict=True)}
+        return found
+
+    def _ends(self, names: list[str]) -> list[int]:
+        """Where the arrays but the last end in their tensor."""
+        return list(accumulate(math.prod(self._shapes[name]) for name in names[:-1]))
+
+    def put(self, tensors: Sequence[mx.array]) -> None:
+        """Have the model compute with these tensors."""
+        for name, array in self.cut(tensors).items():
+            module, attribute = self._places[name]
+            setattr(module, attribute, array)
