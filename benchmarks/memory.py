@@ -4,6 +4,7 @@
     python -m benchmarks.memory --only mlx       # those whose description contains the word
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B at full depth, 16 rows of 512 tokens a step
     python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
+    python -m benchmarks.memory --device gpu     # those of the MLX backend on MLX's GPU, in bf16
 
 Every configuration runs in a process of its own: load, then three steps of one micro-batch. The peak does not change
 after those (AdamW's moments are touched at the end of the first). Real sizes take one step on MLX, two on torch.
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a word of the configurations to run")
     parser.add_argument("--real-sizes", action="store_true", help="Gemma-3 270M, 1B and 4B against the limits of use")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda", "gpu"], default="cpu", help="gpu: MLX's")
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
     if arguments.real_sizes:
@@ -178,6 +179,8 @@ def main() -> None:
         found = real_sizes(chosen)
     else:
         cases = CUDA_CASES if arguments.device == "cuda" else CASES
+        if arguments.device == "gpu":
+            cases = [case | {"device": "gpu", "precision": "bf16"} for case in CASES if case["backend"] == "mlx"]
         found = table([case for case in cases if arguments.only in described(case)])
         worst = max(abs(result["predicted"] / result["peak"] - 1) for result in found)
         print(f"\n{len(found)} configurations, the worst {worst:.1%} away")

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
     "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpus() else [])],
     "mlx-lm": ["mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
+    "mlx-lm on a GPU": [f"mlx{'[cuda13]' if nvidia_gpus() else ''}>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
     "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
     "unsloth": ["unsloth==2026.10.9"],
 }
@@ -34,8 +35,19 @@ PEERS = {
 }
 
 
-def environment(name: str) -> Path:
-    """The Python of the peer's own environment, made where it is not there."""
+# That run on CUDA; on MLX's GPU, be it Apple's or NVIDIA's; on a CPU.
+RUN_ON = {
+    "cuda": ("twintune-torch", "twintune-lean", "trl", "trl-best", "padded", "unsloth", "unsloth-lean"),
+    "gpu": ("twintune-mlx", "mlx_lm.lora"),
+    "cpu": tuple(peer for peer in PEERS if "unsloth" not in peer),
+}
+
+
+def environment(peer: str, device: str) -> str:
+    """The Python of the peer's own environment, made where it is not there; this one for Twintune."""
+    if PEERS[peer] is None:
+        return sys.executable
+    name = str(PEERS[peer]) + (" on a GPU" if device == "gpu" else "")
     folder = cache_folder() / "peers" / name
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
@@ -43,7 +55,7 @@ def environment(name: str) -> Path:
         for package in INSTALL[name]:
             subprocess.run([str(python), "-m", "pip", "install", "-q", package], check=True)
         (folder / "ready").touch()
-    return python
+    return str(python)
 
 
 def run(command: list[str], **variables: str) -> tuple[str, int]:
@@ -65,19 +77,25 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
     options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
     options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
-    if job["peer"] != "twintune-mlx":
-        options += ["--precision", job["precision"], "--device", job["device"]]
+    options += ["--device", job["device"]]
+    options += ["--precision", job["precision"]] if job["peer"] != "twintune-mlx" else []
     options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
-    _, peak = run([sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options])
+    command = [sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options]
+    _, peak = run(command, **_cold(output))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {
         "seconds": [line["seconds"] for line in lines if "seconds" in line],
-        "peak": record["peak_memory_bytes"] if job["device"] == "cuda" else peak,
+        "peak": peak if job["device"] == "cpu" else record["peak_memory_bytes"],
         "adapter": str(output / "adapter"),
         "estimated": record["predicted_peak_bytes"],
         "counted": record["peak_memory_bytes"],
     }
+
+
+def _cold(output: Path) -> dict[str, str]:
+    """Variables by which MLX finds none of the CUDA kernels that earlier runs have compiled."""
+    return {"MLX_PTX_CACHE_DIR": f"{output}-kernels"}
 
 
 def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
@@ -109,31 +127,38 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     }
     (output / "config.json").write_text(json.dumps(config))  # JSON is YAML
     code = (
-        "import json, sys, time; import mlx_lm.lora as lora\n"
+        "import json, sys, time; import mlx.core as mx; import mlx_lm.lora as lora\n"
+        f"mx.set_default_device(mx.{job['device']})\n"
         "from mlx_lm.tuner.callbacks import TrainingCallback; marks = []\n"
         "class Clock(TrainingCallback):\n"
         "    def on_train_loss_report(self, info): marks.append(time.perf_counter())\n"
         "lora.get_reporting_callbacks = lambda *a, **k: Clock()\n"
+        "train = lora.train\n"
+        "lora.train = lambda *a, **k: (marks.append(time.perf_counter()), train(*a, **k))[1]\n"
         "sys.argv = ['mlx_lm.lora', '-c', sys.argv[1]]; lora.main()\n"
-        "print(json.dumps(marks))"
+        "print(json.dumps([marks, mx.get_peak_memory()]))"
     )
-    blas = find_library("openblas")
-    preload = {"LD_PRELOAD": blas} if blas and sys.platform == "linux" else {}
-    printed, peak = run([str(environment("mlx-lm")), "-c", code, str(output / "config.json")], **preload)
-    ends = json.loads(printed.splitlines()[-1])
-    seconds = [0.0, *(after - before for before, after in pairwise(ends))]  # where the first began is not known
-    return {"seconds": seconds, "peak": peak, "adapter": str(output / "adapter")}
+    blas = find_library("openblas") if job["device"] == "cpu" and sys.platform == "linux" else None
+    variables = _cold(output) | ({"LD_PRELOAD": blas} if blas else {})
+    printed, peak = run([job["python"], "-c", code, str(output / "config.json")], **variables)
+    marks, allocated = json.loads(printed.splitlines()[-1])
+    seconds = [after - before for before, after in pairwise(marks)]
+    return {
+        "seconds": seconds,
+        "peak": peak if job["device"] == "cpu" else allocated,
+        "adapter": str(output / "adapter"),
+    }
 
 
 def hugging_face(job: dict[str, Any]) -> dict[str, Any]:
-    printed, peak = run([str(environment("trl")), str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
+    printed, peak = run([job["python"], str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
     found = json.loads(printed.splitlines()[-1])
     return {"seconds": found["seconds"], "peak": found["peak"] or peak, "adapter": job["output"]}
 
 
 def unsloth(job: dict[str, Any]) -> dict[str, Any]:
     job = job | {"checkpointing": "unsloth" if job["peer"] == "unsloth-lean" else False}
-    printed, _ = run([str(environment("unsloth")), str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)])
+    printed, _ = run([job["python"], str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)])
     found = json.loads(printed.splitlines()[-1])
     return {"seconds": found["seconds"], "peak": found["peak"], "adapter": job["output"]}
 
@@ -186,7 +211,7 @@ def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
         "run_exp(json.load(open(sys.argv[1])), callbacks=[Clock()])\n"
         "print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))"
     )
-    command = [str(environment("llamafactory")), "-c", code, str(output / "config.yaml")]
+    command = [job["python"], "-c", code, str(output / "config.yaml")]
     printed, peak = run(command, DISABLE_VERSION_CHECK="1")
     return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": str(output / "adapter")}
 

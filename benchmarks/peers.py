@@ -5,13 +5,17 @@
 
 Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
 the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
-first; peak: the resident set of the whole process, as the system counts it for everyone. The validation loss after
-equal data is computed by Twintune for every adapter alike; exits with status 1 where Twintune's is worse than a peer's
-by more than 0.01. `twintune-lean` is the torch backend with gradient checkpointing.
+first, which warms up; steady: over the second half of the steps. peak: the resident set of the whole process, as the
+system counts it for everyone. The validation loss after equal data is computed by Twintune for every adapter alike;
+exits with status 1 where Twintune's is worse than a peer's by more than 0.01. `twintune-lean` is the torch backend with
+gradient checkpointing.
 
     python -m benchmarks.peers --device cuda --peers twintune-torch trl trl-best unsloth
 
-On a GPU the peak is what torch's allocator had given out at the most.
+    python -m benchmarks.peers --device gpu --steps 200 --batch 8   # MLX's GPU: Twintune and mlx_lm.lora
+
+On a GPU the peak is what the framework's allocator had given out at the most. MLX begins without compiled kernels,
+and its first step counts.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from typing import Any
 
 import torch_backend
 from benchmarks.one_step import recipe_of
-from benchmarks.peer_runs import PEERS, ROOT, RUNNERS, environment
+from benchmarks.peer_runs import PEERS, ROOT, RUN_ON, RUNNERS, environment
 from common.data.batching import micro_batches
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.encode_rows import encode_parts
@@ -74,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=list(RUN_ON), default="cpu", help="gpu: MLX's")
     parser.add_argument("--peers", nargs="+", choices=list(RUNNERS), help="by default all that run on the device")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
@@ -88,12 +92,10 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
-    gpu = {"twintune-torch", "twintune-lean", "trl", "trl-best", "padded", "unsloth", "unsloth-lean"}
-    if arguments.peers is None:
-        arguments.peers = [p for p in RUNNERS if (p in gpu if arguments.device == "cuda" else "unsloth" not in p)]
-    arguments.precision = arguments.precision or torch_backend.choose_precision("auto", arguments.device).value
-    for name in {PEERS[peer] for peer in arguments.peers} - {None}:
-        environment(str(name))
+    arguments.peers = arguments.peers or list(RUN_ON[arguments.device])
+    torch_device = arguments.device if arguments.device != "gpu" else "cpu"  # of the validation losses
+    arguments.precision = arguments.precision or torch_backend.choose_precision("auto", torch_device).value
+    pythons = {peer: environment(peer, arguments.device) for peer in arguments.peers}
     folder = resolve(arguments.model, lambda text: print(text, file=sys.stderr)).path
     results: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
     with tempfile.TemporaryDirectory() as temporary:
@@ -103,6 +105,7 @@ def main() -> None:
             for peer in arguments.peers:
                 output = str(work / f"{peer}-{number}")
                 job = vars(arguments) | {"peer": peer, "model": str(folder), "output": output, "json": None}
+                job["python"] = pythons[peer]
                 result = RUNNERS[peer](job | {"rows": str(work / "rows.jsonl"), "data": str(work / "split.jsonl")})
                 results[peer].append(result)
                 print(
@@ -110,7 +113,7 @@ def main() -> None:
                     file=sys.stderr,
                 )
         for runs in results.values():  # after all runs: Linux counts a parent's peak as its later children's too
-            runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank, arguments.device)
+            runs[0]["loss"] = valid_loss(folder, Path(runs[0]["adapter"]), held, arguments.rank, torch_device)
     tokens = sum(len(row.ids) - 1 for row in rows)
     report(arguments, results, tokens, sum(row.label_tokens for row in rows))
     losses = {peer: runs[0]["loss"] for peer, runs in results.items()}
@@ -118,6 +121,11 @@ def main() -> None:
     worse = [peer for peer, loss in losses.items() if not PEERS[peer] and loss > best + 0.01]
     if worse:
         raise SystemExit(f"The validation loss of {', '.join(worse)} is worse than the best of the others, {best:.4f}.")
+
+
+def speed_of(tokens: int, seconds: list[float], first: int) -> float:
+    """Tokens a second from step `first` on; every step has as many on average."""
+    return tokens * (1 - first / len(seconds)) / sum(seconds[first:])
 
 
 def machine(device: str) -> str:
@@ -130,9 +138,13 @@ def machine(device: str) -> str:
 def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], tokens: int, labels: int) -> None:
     figures = {}
     for peer, runs in results.items():
-        speeds = [tokens * (1 - 1 / len(r["seconds"])) / sum(r["seconds"][1:]) for r in runs]
-        step = statistics.median(second for r in runs for second in r["seconds"][1:])
-        figures[peer] = (statistics.median(speeds), step, statistics.median(r["peak"] for r in runs), runs[0]["loss"])
+        skipped = 0 if arguments.device == "gpu" else 1
+        speed, steady = (
+            statistics.median(speed_of(tokens, r["seconds"], first) for r in runs)
+            for first in (skipped, len(runs[0]["seconds"]) // 2)
+        )
+        step = statistics.median(second for r in runs for second in r["seconds"][skipped:])
+        figures[peer] = (speed, steady, step, statistics.median(r["peak"] for r in runs), runs[0]["loss"])
     base = figures[arguments.peers[0]]
     print(
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
@@ -141,13 +153,14 @@ def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]
         f"{machine(arguments.device)}\n"
     )
     first = arguments.peers[0]
-    print(f"| | tokens/s | {first} is faster by | median step | peak memory | its share of it | validation loss |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for peer, (speed, step, peak, loss) in figures.items():
-        print(
-            f"| {peer} | {speed:.1f} | {base[0] / speed:.2f}x | {step:.3f} s | {peak / 1e9:.2f} GB | "
-            f"{base[2] / peak:.2f} | {loss:.4f} |"
-        )
+    print(
+        f"| | tokens/s | {first} is faster by | steady | by | median step | peak memory | its share of it | "
+        "validation loss |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for peer, (speed, steady, step, peak, loss) in figures.items():
+        speeds = f"{speed:.1f} | {base[0] / speed:.2f}x | {steady:.1f} | {base[1] / steady:.2f}x"
+        print(f"| {peer} | {speeds} | {step:.3f} s | {peak / 1e9:.2f} GB | {base[3] / peak:.2f} | {loss:.4f} |")
     if arguments.json:
         content = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "tokens": tokens, "runs": results}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")

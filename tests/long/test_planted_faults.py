@@ -132,8 +132,9 @@ FAULTS = [
     Fault(
         "gradients are averaged by micro-batch (MLX)",
         "mlx_backend/backend.py",
-        "lambda g: g / total_weight",
-        "lambda g: g / (weight_sum([batch]) * len(micro_batches))",
+        "loss, part = self.gradient(self.tensors, inputs, key)",
+        "loss, part = self.gradient(self.tensors, inputs, key); "
+        "part = [g * weight / (weight_sum([batch]) * len(micro_batches)) for g in part]",
         "mlx/test_mlx_backend.py",
     ),
     Fault(
