@@ -1,4 +1,4 @@
-"""All that only a Mac can tell, in one command of about an hour; writes one JSON file to send back.
+"""All that only a Mac can tell, in one command; writes one JSON file to send back.
 
     python -m benchmarks.mac                    # every stage
     python -m benchmarks.mac --only peers       # one of: facts tests example peers memory sizes
