@@ -151,6 +151,7 @@ class MlxBackend:
                     gradients = part if gradients is None else [*map(mx.add, gradients, part)]
                     total_loss = total_loss + loss
                     mx.async_eval(total_loss, gradients)  # activations are freed as soon as possible
+            self.trained.release()
             rate = mx.array(learning_rate)
             given = self.tensors, self.states, gradients, mx.array(weight), rate
             self.tensors, self.states, norm = self.update(*given)

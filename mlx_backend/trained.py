@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 Tensors = list[mx.array]
+_NOTHING = mx.zeros(0)
 
 
 class Trained:
@@ -48,6 +49,11 @@ class Trained:
     def _ends(self, names: list[str]) -> list[int]:
         """Where the arrays but the last end in their tensor."""
         return list(accumulate(math.prod(self._shapes[name]) for name in names[:-1]))
+
+    def release(self) -> None:
+        """Have the model hold none: those of a step would lie beside those of the next."""
+        for module, attribute in self._places.values():
+            setattr(module, attribute, _NOTHING)
 
     def put(self, tensors: Sequence[mx.array]) -> None:
         """Have the model compute with these tensors."""
