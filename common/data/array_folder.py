@@ -34,18 +34,18 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | 
     """
     try:
         kept = read_json(folder / _RECORD, "")
-        record: dict[str, Any] = kept["record"]
-        if kept.pop("check") != _check_of(kept):
+        if not isinstance(kept, dict) or kept.pop("check", None) != _check_of(kept):
             return None
-        if any(_check(folder / f"{name}.npy") != check for name, check in kept["arrays"].items()):
+        checks, record = kept["arrays"], kept["record"]
+        if any(_check(folder / f"{name}.npy") != check for name, check in checks.items()):
             return None
-        paths = {name: folder / f"{name}.npy" for name in kept["arrays"]}
+        paths = {name: folder / f"{name}.npy" for name in checks}
         arrays = {
             name: np.asarray(np.load(path, mmap_mode="r") if name in _MAPPED else np.load(path))
             for name, path in paths.items()
         }
         return arrays, record
-    except (OSError, UserError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, UserError) as error:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
             raise
         return None

@@ -50,6 +50,7 @@ def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any
     fails.
     """
     log = out.with_name(f"{out.name}.log")
+    log.unlink(missing_ok=True)  # of a run that failed
     progress(0.0, "quantizing to 4 bits")
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.backend import Progress
 from common.errors import UserError
-from common.files import atomic_write, scratch_folder
+from common.files import atomic_folder, atomic_write, scratch_folder
 from common.llama_cpp.install import (
     LOGITS,
     OURS,
@@ -93,6 +93,7 @@ def build(progress: Progress) -> LlamaCpp:
     with artifact_lock(root, lambda text: progress(0.0, text), every=1) as lock:
         ready = own_build()
         if ready is None:
+            (root / "build.log").unlink(missing_ok=True)  # of a build that failed
             if not (root / "source").is_dir():
                 _fetch(root, lock, progress)
             _compile(root, lock, progress)
@@ -127,8 +128,8 @@ def _fetch(root: Path, lock: int, progress: Progress) -> None:
         if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
             raise UserError(f"{archive.name} is not the pinned file.", "Check which package index pip uses.")
         progress(0.02, "unpacking llama.cpp's source")
-        extract(archive, f"llama_cpp_python-{VERSION}/vendor/llama.cpp", work / "source")
-        (work / "source").rename(root / "source")  # so that source/ is complete wherever it exists
+        with atomic_folder(root / "source") as source:
+            extract(archive, f"llama_cpp_python-{VERSION}/vendor/llama.cpp", source)
 
 
 def extract(archive: Path, prefix: str, target: Path) -> None:

@@ -29,6 +29,7 @@ def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
     """Run the program and give `out` its name. UserError where it fails, with its last lines; its log stays then."""
     out.parent.mkdir(parents=True, exist_ok=True)
     log = out.with_name(f"{out.name}.log")
+    log.unlink(missing_ok=True)  # of a run that failed
     progress(0.0, run.title)
 
     def advance(line: str) -> None:

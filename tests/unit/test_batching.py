@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,3 +158,12 @@ def test_a_gpu_is_given_fewer_and_larger_micro_batches() -> None:
     assert len(micro_batches(rows, 800)) == 2
     assert len(micro_batches(rows, 800, "cuda")) == 1
     assert len(micro_batches(rows, 400, "cuda")) == 2
+
+
+def test_the_order_of_an_epoch_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    default_rng = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or default_rng(seed))
+    rows = [row for step in range(1, 101) for row in step_rows(1_000_000, 8, 71, step)]
+    assert made == [[71, 2, 0]]
+    assert len({*rows}) == 800

@@ -67,3 +67,14 @@ def test_no_process_outlives_the_one_that_is_stopped(tmp_path: Path, numbers: li
             process.send_signal(number)
             time.sleep(0.05)
         process.communicate(timeout=20)  # until nobody holds its output
+
+
+def test_a_strangers_folder_gives_the_processes_no_module(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    trap.mkdir()
+    for name in ("multiprocessing", "common", "numpy", "json", "signal", "work"):
+        (trap / f"{name}.py").write_text(f"open({str(tmp_path / 'obeyed')!r}, 'w').close()")
+    (tmp_path / "work.py").write_text(CODE.format(root=str(ROOT), seconds=0).replace("* 1000", "* 10"))
+    done = subprocess.run([sys.executable, str(tmp_path / "work.py")], cwd=trap, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout.count("done")) == (0, "", 10)
+    assert not (tmp_path / "obeyed").exists()
