@@ -46,7 +46,7 @@ def cached_folder(source: RowSource, settings: Any, progress: Progress) -> Itera
         with ExitStack() as stack:
             if not refused:
                 stack.enter_context(artifact_lock(folder, say, every=1, what=f"the rows of {source.where}"))
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             os.utime(folder)  # it was used now
             _make_room(folder)
             yield folder
