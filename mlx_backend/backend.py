@@ -169,15 +169,19 @@ class MlxBackend:
         if self.model.training is not training:  # it walks through all modules
             self.model.train(training)
 
-    def _ready(self) -> None:
-        """For anything but a step: all is computed, and the model has its weights."""
+    def _end_step(self) -> None:
+        """All that was launched is computed, and what follows is no training."""
         self.confirmation.confirm()
         self._train(False)
         self.dropout.end()
+
+    def _ready(self) -> None:
+        """For anything but a step: the model has its weights."""
+        self._end_step()
         self._show()
 
     def eval_step(self, batch: Batch) -> StepResult:
-        self._ready()
+        self._end_step()
         self.shown = []
         with device_errors():
             loss = sum((self.loss(self.tensors, inputs) for inputs in self._inputs(batch)), mx.array(0.0))
