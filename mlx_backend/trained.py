@@ -9,6 +9,7 @@ import mlx.core as mx
 
 Tensors = list[mx.array]
 _NOTHING = mx.zeros(0)
+_PARTS = 10
 
 
 class Trained:
@@ -42,13 +43,9 @@ class Trained:
         """The arrays by name; those of a joined tensor are views of it."""
         found: dict[str, mx.array] = {}
         for names, tensor in zip(self.names, tensors, strict=True):
-            parts: Any = mx.split(tensor, self._ends(names)) if self.join else [tensor]  # one concatenate backwards
+            parts = _split(tensor, [math.prod(self._shapes[name]) for name in names]) if self.join else [tensor]
             found |= {name: part.reshape(self._shapes[name]) for name, part in zip(names, parts, strict=True)}
         return found
-
-    def _ends(self, names: list[str]) -> list[int]:
-        """Where the arrays but the last end in their tensor."""
-        return list(accumulate(math.prod(self._shapes[name]) for name in names[:-1]))
 
     def release(self) -> None:
         """Have the model hold none: those of a step would lie beside those of the next."""
@@ -60,3 +57,16 @@ class Trained:
         for name, array in self.cut(tensors).items():
             module, attribute = self._places[name]
             setattr(module, attribute, array)
+
+
+def _split(tensor: mx.array, sizes: Sequence[int]) -> list[mx.array]:
+    """Views of these sizes, whose gradients are concatenated.
+
+    MLX makes more than ten parts by slicing, and the gradient of each slice is as long as the tensor.
+    """
+    if len(sizes) == 1:
+        return [tensor]
+    each = -(-len(sizes) // _PARTS)
+    groups = [sizes[start : start + each] for start in range(0, len(sizes), each)]
+    parts: Any = mx.split(tensor, list(accumulate(sum(group) for group in groups[:-1])))
+    return [view for part, group in zip(parts, groups, strict=True) for view in _split(part, group)]
