@@ -33,6 +33,7 @@ from common.data.training_rows import encode_data, read_data
 from common.display import Display
 from common.models.resolve import resolve
 from common.options import EXAMPLE, Options
+from common.system import cache as system_cache
 from common.system.hardware import cores
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -56,10 +57,10 @@ def write_rows(path: Path, count: int) -> None:
 
 def by_twintune(data: Path, cache: Path) -> int:
     """How many rows can be trained on. cache: of what is read and encoded."""
-    row_cache.cache_folder = lambda: cache
     options = Options(data=str(data), model=MODEL, max_length=4096)
     display = Display("quiet")
     tokenizer = load_tokenizer(resolve(MODEL, display.say).path)
+    row_cache.cache_folder = system_cache.cache_folder = lambda: cache
     print(READY, flush=True)
     rows = encode_data(options, read_data(options, display), tokenizer, lambda share, text: None)
     return len(rows.train.rows) + len(rows.valid.rows)
