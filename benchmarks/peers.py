@@ -43,7 +43,7 @@ from common.models.shapes import linear_shapes
 from common.recipe import Plan
 from common.system.environment import chip
 from common.system.hardware import nvidia_gpus
-from common.training.loop import evaluate
+from common.training.validation import evaluate
 
 
 def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, device: str) -> float:

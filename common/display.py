@@ -295,4 +295,5 @@ class Display:
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, figures=self._figures.format(self._valid))
         if self.mode in ("plain", "rich"):
-            self._print(f"step {line['step']}: validation loss {self._valid}")
+            when = f"step {line['step']}" if line["step"] else "before the first step"
+            self._print(f"{when}: validation loss {self._valid}")

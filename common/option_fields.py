@@ -68,8 +68,16 @@ class RecipeFields(BaseModel):
     eval_rows: int = in_training(
         200, "validation rows that are scored, drawn by --seed where there are more; 0: all of them", ge=0
     )
-    batch_size: int = in_training(8, "rows of an optimizer step", ge=1)
-    learning_rate: float = in_training(2e-4, "highest learning rate of the schedule", gt=0)
+    patience: int = in_training(
+        4, "validations without a better one after which training ends; 0: it goes through all its steps", ge=0
+    )
+    min_delta: float = in_training(
+        0.002, "share of the best validation loss by which another must be below it to be better", ge=0, lt=1
+    )
+    batch_size: int = in_training(8, "rows of an optimizer step; chosen by --recipe auto unless given", ge=1)
+    learning_rate: float = in_training(
+        2e-4, "highest learning rate of the schedule; chosen by --recipe auto unless given", gt=0
+    )
     schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")
     weight_decay: float = in_training(
         0.0, "decoupled weight decay of AdamW; norms, biases, embeddings and DoRA's magnitudes are spared", ge=0
@@ -87,7 +95,7 @@ class RecipeFields(BaseModel):
     method: Literal["lora", "dora", "full"] = in_adapter(
         "lora", "LoRA; DoRA, which also learns the length of each weight row; or every weight of a small model"
     )
-    rank: int = in_adapter(16, "rank of the LoRA matrices", ge=1)
+    rank: int = in_adapter(16, "rank of the LoRA matrices; chosen by --recipe auto unless given", ge=1)
     alpha: float = in_adapter(32.0, "LoRA's update is multiplied by alpha / rank", gt=0)
     targets: list[str] = in_adapter(
         ["all-linear"], "layers to adapt: all-linear, attention, mlp, or names such as q_proj"

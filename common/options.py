@@ -70,10 +70,17 @@ class Options(RecipeFields, PlanFields):
         {}, "names that the rows use for the parts of a row: instruction=question output=answer"
     )
 
+    recipe: Literal["auto", "fixed"] = in_training(
+        "auto",
+        "what is not given of --learning-rate, --epochs, --batch-size and --rank: chosen for the model and the rows, "
+        "or the plain defaults",
+    )
     steps: int | None = in_training(None, "optimizer steps, instead of --epochs", ge=1)
-    epochs: float | None = in_training(None, "passes over the training rows, 3 unless given", gt=0)
+    epochs: float | None = in_training(None, "passes over the training rows; plain default: 3", gt=0)
     warmup: float = in_training(0.05, "warm-up of the learning rate: a share of the steps below 1, else steps", ge=0)
-    eval_every: int = in_training(0, "steps between validations; 0: at the end of each epoch", ge=0)
+    eval_every: int = in_training(
+        0, "steps between validations; 0: four times an epoch, less often where that would take much time", ge=0
+    )
 
     backend: Literal["auto", "mlx", "torch"] = in_memory("auto", "auto: MLX on Apple silicon, else PyTorch")
     device: str = in_memory(

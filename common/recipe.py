@@ -18,11 +18,17 @@ TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
 _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # how the names of such parameters end
 
 
-VERSION = 3  # of recipes; raised where the same fields come to give another result
-SINCE_2 = {"version", "rows_hash", "on_bad_row", "tools"}  # fields that a recipe of version 1 lacks
+VERSION = 4  # of recipes; raised where the same fields come to give another result
+# Fields that older recipes lack, by the version that brought them.
+SINCE = {2: {"version", "rows_hash", "on_bad_row", "tools"}, 4: {"patience", "min_delta"}}
 OPTIONAL = {"parent", "eval_rows"}  # fields that a recipe of any version may lack
 # Names; and options whose whole effect is in data_hash and rows_hash.
 _NOT_HASHED = {"model", "data", "on_bad_row", "tools", "eval_rows"}
+
+
+def lacking(version: int) -> set[str]:
+    """The fields that a recipe of this version has not got."""
+    return {name for since, names in SINCE.items() if version < since for name in names}
 
 
 class Parent(BaseModel):
@@ -44,6 +50,8 @@ class Recipe(RecipeFields):
 
     version: int = VERSION
     eval_rows: int = 0  # all of them, in a recipe from before this option
+    patience: int = 0  # so too
+    min_delta: float = 0.0
     model: str  # not hashed
     data: str  # not hashed
     model_hash: str  # contents of weights, config and tokenizer
@@ -69,7 +77,7 @@ class Recipe(RecipeFields):
 
     def content(self) -> dict[str, Any]:
         """Every field that the recipe's version has; `parent` only where there is one."""
-        left_out = SINCE_2 if self.version == 1 else set()
+        left_out = lacking(self.version)
         return self.model_dump(exclude=left_out if self.parent else left_out | {"parent"})
 
     def optimizer_groups(self, names: Iterable[str]) -> list[tuple[list[str], float, float]]:

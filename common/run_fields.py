@@ -105,6 +105,7 @@ class RunRecord(_Record):
     label_tokens_per_second: float | None = None
     padding_fraction: float | None = None
     final_train_loss: float | None = None
+    start_valid_loss: float | None = None  # before the first step
     best_valid_loss: float | None = None
     best_step: int | None = None
     test_loss: float | None = None  # of the exported adapter

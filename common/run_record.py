@@ -17,7 +17,7 @@ from common import strict_json
 from common.documents import fault_of, read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
-from common.recipe import OPTIONAL, SINCE_2, VERSION, Plan, Recipe
+from common.recipe import OPTIONAL, VERSION, Plan, Recipe, lacking
 from common.run_fields import RunRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -135,7 +135,7 @@ class Run:
     def resumable_recipe(self) -> Recipe:
         """The recipe, by which this version trains as its writer did. Raises UserError where it would not."""
         recipe, fields = self.recipe, self._yaml("recipe.yaml").keys()
-        known = Recipe.model_fields.keys() - (SINCE_2 if recipe.version == 1 else set())
+        known = Recipe.model_fields.keys() - lacking(recipe.version)
         other = sorted((fields ^ known) - OPTIONAL)
         if recipe.version > VERSION:
             other.append("version")

@@ -162,6 +162,8 @@ class Quiet:
 
     def evaluation(self, line) -> None: ...
 
+    def say(self, text) -> None: ...
+
     def warn(self, text) -> None:
         self.warnings.append(text)
 

@@ -10,7 +10,15 @@ from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import load_tokenizer
 from common.data.encoded_rows import EncodedRows
-from common.data.training_rows import encode_data, left_out, read_data, report_rows, sample_prompt, warn_of_context
+from common.data.training_rows import (
+    TrainingRows,
+    encode_data,
+    left_out,
+    read_data,
+    report_rows,
+    sample_prompt,
+    warn_of_context,
+)
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, needs_llama, warn_of_memory
@@ -28,10 +36,11 @@ from common.recipe import VERSION, Parent, Plan, Recipe
 from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
+from common.training.auto_recipe import auto_recipe
 from common.training.memory_estimate import TrainingMemory, model_dims
 from common.training.metrics import timed
 from common.training.planner import ChosenPlan, choose_plan
-from common.training.setup import make_plan, make_recipe
+from common.training.setup import ENOUGH, make_plan, make_recipe
 from common.verify.cases import Cases, make_cases
 
 
@@ -93,11 +102,12 @@ def prepare(
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
     report_rows(options, rows, display)
+    if not resumed:
+        options = _chosen(options, base, rows, display)
     kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
     warn_of_context(kept, context_length(base.model.config), display)
-    with display.stage("hash the model") as progress:
-        version = resumed.recipe.version if resumed else VERSION
-        recipe = make_recipe(options, base, rows, hardware.precision.value, progress, parent, version)
+    version = resumed.recipe.version if resumed else VERSION
+    recipe = _recipe(options, base, rows, hardware.precision.value, parent, version, display)
     start = start_adapter(recipe, base)
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
@@ -132,6 +142,35 @@ def prepare(
         cases=make_cases(data, rows.valid, rows.train, rows.encoder),
         left_out=left_out(rows),
     )
+
+
+def _chosen(options: Options, base: Base, rows: TrainingRows, display: Display) -> Options:
+    """The options with what --recipe auto chooses."""
+    if options.recipe == "fixed":
+        return options
+    options, why = auto_recipe(options, base, rows.train.rows)
+    if why:
+        display.say(why)
+    return options
+
+
+def _recipe(
+    options: Options,
+    base: Base,
+    rows: TrainingRows,
+    precision: str,
+    parent: Parent | None,
+    version: int,
+    display: Display,
+) -> Recipe:
+    with display.stage("hash the model") as progress:
+        recipe = make_recipe(options, base, rows, precision, progress, parent, version)
+    if options.patience > recipe.patience and rows.scored:
+        display.say(
+            f"{len(rows.scored)} validation rows are too few to stop by (at least {ENOUGH}): training goes through all "
+            "its steps, and the adapter with the lowest validation loss is exported"
+        )
+    return recipe
 
 
 def _check_request(options: Options, display: Display) -> None:

@@ -32,11 +32,12 @@ from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.faults import unsaved
-from common.training.loop import Interrupted, TrainingLoop, evaluate
+from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.observer import DisplayObserver
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
+from common.training.validation import evaluate, worse_than_start
 from common.verify.cases import write_cases
 
 
@@ -121,6 +122,11 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
         _record(job, state, backend.memory(), swap_used() - swap)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)
+    if worse_than_start(state):
+        display.warn(
+            f"no validation was better than before the first step ({state.start_valid_loss:.4f}; the best was "
+            f"{state.best_valid_loss:.4f}): lower --learning-rate, or look at the rows with check-data"
+        )
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     # What was made of another adapter is no longer this run's, wherever this process ends.

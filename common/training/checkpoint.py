@@ -49,6 +49,7 @@ class State:
     micro_batch_tokens: int = 0  # the plan's, or less after an out-of-memory
     gradient_checkpointing: bool = False  # the plan's, or switched on after an out-of-memory
     train_loss: float | None = None  # of the last step
+    start_valid_loss: float | None = None  # before the first step
     evaluated: int = 0  # the last step after which validation was done
     best_valid_loss: float | None = None
     best_step: int | None = None

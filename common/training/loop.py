@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from common.training.observer import Observer
 from common.training.pending import Pending
 from common.training.planner import Work
 from common.training.short_memory import ShortMemory
+from common.training.validation import Validation, nothing_to_learn
 
 
 class Interrupted(Exception):
@@ -66,19 +67,26 @@ class TrainingLoop:
         """
         self.seconds.setdefault("train", 0.0)
         self._pending: Pending | None = None
-        self._validation: tuple[int, list[Batch]] = 0, []  # the validation rows, cut for that size
         self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
         self._saved_at, self._refused = time.monotonic(), False
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
+        self._validation = Validation(
+            self.backend, self.recipe, self.plan, self.valid, self.run, self.state, self._memory
+        )
         unvalidated = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
         path = self.run / "metrics.jsonl"
         with closing(Metrics(path, self.state.step, unvalidated, self.observer.warn)) as self._metrics:
             if unvalidated:
                 self._validate(saved=True)
+            elif not self.state.step and self.valid:
+                self._validate_start()
             self._expect()
             ready = self._split(self.state.step + 1)
             for number in range(self.state.step + 1, self.recipe.steps + 1):
+                if self._validation.no_better():
+                    self._stop_early()
+                    break
                 ready = self._launch(number, *ready)
                 stop, evaluates = self.observer.stop_requested(), self._evaluates(number)
                 saves = stop or self._saves(number)
@@ -247,56 +255,38 @@ class TrainingLoop:
             except OSError as error:
                 self.observer.warn(f"{unsaved(self.run, error).what}; a resumed run repeats this validation")
 
+    def _validate_start(self) -> None:
+        """Validate before the first step: what training is to improve on."""
+        with timed(self.seconds, "evaluate"):
+            self.state.start_valid_loss = loss = self._validation.loss(self.observer.stop_requested)
+        if loss is None:
+            raise Interrupted(self.run)
+        self._report_validation(loss)
+
     def _evaluate(self) -> bool:
         """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for."""
-        state, size = self.state, self.state.micro_batch_tokens
-        while True:
-            try:
-                if self._validation[0] != size:
-                    self._validation = size, micro_batches(self.valid, size, self.plan.device)
-                loss = evaluate(self.backend, self._validation[1], self.observer.stop_requested)
-                break
-            except OutOfMemory:
-                what = f"the validation after step {state.step} ran out of memory"
-                self._memory.use_less(self._micro_batches(self.valid), what)
-                size = state.micro_batch_tokens
+        loss = self._validation.loss(self.observer.stop_requested)
         if loss is None:
             return False
-        if not math.isfinite(loss):
-            checkpoint.discard(self.run, state.step)  # nothing can continue from such weights
-            raise not_finite(self.run, state.step, self.valid, "validation loss")
-        if loss == 0 and not self._nothing_to_learn(self.valid):
-            raise not_finite(self.run, state.step, self.valid, "validation loss", "exactly 0")
-        state.evaluated = state.step
-        if state.best_valid_loss is None or loss < state.best_valid_loss:
-            state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter()
-        line = {"step": state.step, "valid_loss": loss}
-        self._metrics.write(line)
-        self.observer.evaluation(line)
+        self._validation.keep(loss)
+        self._report_validation(loss)
         return True
 
+    def _report_validation(self, loss: float) -> None:
+        line = {"step": self.state.step, "valid_loss": loss}
+        self._metrics.write(line)
+        self.observer.evaluation(line)
+
+    def _stop_early(self) -> None:
+        """What has been trained is saved, and the schedule's other steps are left out."""
+        if checkpoint.latest_step(self.run) != self.state.step:
+            self._save()
+        state = self.state
+        self.observer.say(
+            f"stopped at step {state.step} of {self.recipe.steps}: the validation loss was {state.best_valid_loss:.4f} "
+            f"at step {state.best_step}, and not lower in the {self.recipe.patience} validations since (--patience)"
+        )
+
     def _nothing_to_learn(self, rows: Sequence[Encoded]) -> bool:
-        """Whether a loss of exactly 0 may be true: the rows, one at a time, have hardly any.
-
-        A device that ran out of memory leaves arrays unwritten, and an unwritten figure reads as 0.
-        """
         self._wait()  # an error of the next step says nothing of these rows
-        with suppress(OutOfMemory):
-            loss = evaluate(self.backend, micro_batches(rows, 1, self.plan.device))
-            return loss is not None and loss < _HARDLY_ANY
-        return False
-
-
-def evaluate(backend: Backend, batches: list[Batch], stop: Callable[[], bool] = lambda: False) -> float | None:
-    """Weighted mean loss over all label tokens; None where `stop` asked for it between two micro-batches."""
-    results: list[StepResult] = []
-    for batch in batches:
-        if stop():
-            return None
-        results.append(backend.eval_step(batch))
-        if len(results) > 1:
-            float(results[-2].loss_sum)  # stay one micro-batch ahead of the device, so that a stop comes in time
-    return sum(float(r.loss_sum) for r in results) / sum(r.weight_sum for r in results)
-
-
-_HARDLY_ANY = 1e-3  # mean loss
+        return nothing_to_learn(self.backend, rows, self.plan.device)

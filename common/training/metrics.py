@@ -29,6 +29,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
         # of the positions that attention computes; matrix products see no padding except that of a CUDA graph
         "padding_fraction": 1 - state.tokens / state.padded_tokens if state.padded_tokens else 0.0,
         "final_train_loss": state.train_loss,
+        "start_valid_loss": state.start_valid_loss,
         "best_valid_loss": state.best_valid_loss,
         "best_step": state.best_step,
     }
@@ -63,11 +64,11 @@ class Metrics:
     def __init__(self, path: Path, step: int, unvalidated: bool, warn: Callable[[str], None]) -> None:
         """The lines of what a resumed run will do again are removed.
 
-        Those are the steps after `step` and, where `step` is `unvalidated`, the validation after it. `warn` hears once
-        of a disk that refuses lines.
+        Those are the steps after `step` and, where `step` is `unvalidated` or 0, the validation after it. `warn` hears
+        once of a disk that refuses lines.
         """
         kept = [line for line in _lines(path) if line["step"] <= step]
-        if unvalidated:
+        if unvalidated or not step:
             kept = [line for line in kept if line["step"] < step or "valid_loss" not in line]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

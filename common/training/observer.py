@@ -13,6 +13,8 @@ class Observer(Protocol):
 
     def evaluation(self, line: dict) -> None: ...
 
+    def say(self, text: str) -> None: ...
+
     def warn(self, text: str) -> None: ...
 
     def stop_requested(self) -> bool: ...
@@ -30,6 +32,9 @@ class DisplayObserver:
 
     def evaluation(self, line: dict) -> None:
         self.display.evaluation(line)
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
 
     def warn(self, text: str) -> None:
         self.display.warn(text)

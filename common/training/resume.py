@@ -24,7 +24,7 @@ def resumed_options(options: Options, run: Run) -> Options:
     recipe, plan = run.resumable_recipe(), run.plan
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
-    kept |= {"precision": recipe.precision, "eval_rows": recipe.eval_rows}
+    kept |= {name: getattr(recipe, name) for name in ("precision", "eval_rows", "eval_every", "patience", "min_delta")}
     if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
         del kept["device"]  # a GPU that was asked for, not the freest of that day
     if "memory_limit" in given:  # a new plan

@@ -5,7 +5,7 @@ import math
 from common.backend import Progress
 from common.data.batching import steps_per_epoch
 from common.data.encode import template_hash
-from common.data.encoded_rows import rows_hash
+from common.data.encoded_rows import EncodedRows, rows_hash
 from common.data.facts import data_hash
 from common.data.training_rows import TrainingRows
 from common.models.adapter_files import adapter_hash
@@ -14,6 +14,11 @@ from common.models.training_base import Base, adapter_options
 from common.option_fields import RecipeFields
 from common.options import Options
 from common.recipe import VERSION, Parent, Plan, Recipe
+
+_EVALUATIONS = 4  # an epoch, at most
+_EVALUATION_SHARE = 0.1  # of the time of training
+_EVALUATED_COST = 0.5  # of a token in training
+ENOUGH = 10  # validation rows; the mean loss of fewer says too little to stop by
 
 
 def make_recipe(
@@ -29,7 +34,7 @@ def make_recipe(
     steps, warmup_steps = length(options, len(rows.train.rows))
     as_given = {name: getattr(options, name) for name in RecipeFields.model_fields if name != "targets"}
     return Recipe(
-        **as_given | adapter_options(base.given),
+        **as_given | adapter_options(base.given) | {"patience": options.patience * (len(rows.scored) >= ENOUGH)},
         model=options.model or "",
         data=options.data or "",
         model_hash=base.model.content_hash(progress, read=options.rehash),
@@ -43,7 +48,7 @@ def make_recipe(
         quantization=base.scheme,
         steps=steps,
         warmup_steps=warmup_steps,
-        eval_every=options.eval_every or steps_per_epoch(len(rows.train.rows), options.batch_size),
+        eval_every=options.eval_every or evaluation_interval(rows.train.rows, rows.scored, options.batch_size),
         parent=parent,
     )
 
@@ -54,6 +59,17 @@ def length(options: Options, rows: int) -> tuple[int, int]:
     steps = options.steps or max(1, math.ceil(round((options.epochs or 3) * per_epoch, 6)))  # 0.07 * 100 is above 7
     warmup = round(options.warmup * steps) if options.warmup < 1 else min(int(options.warmup), steps)
     return steps, warmup
+
+
+def evaluation_interval(train: EncodedRows, valid: EncodedRows, batch_size: int) -> int:
+    """Steps between validations: a fourth of an epoch, or so many that validating takes a tenth of the time.
+
+    A token that is only evaluated takes half the time of one that is trained on: its backward pass is left out.
+    """
+    per_epoch = steps_per_epoch(len(train), batch_size)
+    step_tokens = batch_size * train.lengths.mean()
+    within_a_tenth = math.ceil(_EVALUATED_COST * valid.lengths.sum() / (_EVALUATION_SHARE * step_tokens))
+    return max(1, min(per_epoch, max(round(per_epoch / _EVALUATIONS), within_a_tenth)))
 
 
 def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -> Plan:

@@ -10,7 +10,7 @@ import yaml
 from common.data.facts import data_hash
 from common.data.load import load_data
 from common.models.adapter_files import read_peft, write_mlx
-from common.recipe import SINCE_2
+from common.recipe import lacking
 from common.run_record import Run
 from common.training import checkpoint
 
@@ -22,7 +22,10 @@ RECORD = (
     *("predicted_peak_bytes", "predicted_parts", "memory_kind", "peak_memory_bytes", "peak_rss_bytes"),
     *("swap_growth_bytes", "export", "exported_adapter", "exported_step", "base", "verify", "stage_seconds"),
 )
-NEWER = ("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash")  # of options and plan
+NEWER = (  # of options and plan
+    *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
+    *("patience", "min_delta", "recipe"),
+)
 
 
 def make_old(run: Path) -> Path:
@@ -35,7 +38,7 @@ def make_old(run: Path) -> Path:
         record["stage_seconds"]["tokenise"] = record["stage_seconds"].pop("tokenize")
     given = record["options"]
     data = load_data(given["data"], given["valid_share"], given["seed"], given["field"], given["on_bad_row"])
-    changes = dict.fromkeys(SINCE_2 | {"eval_rows"}) | {"data_hash": data_hash(data, 1)}
+    changes = dict.fromkeys(lacking(1) | {"eval_rows"}) | {"data_hash": data_hash(data, 1)}
     edit_yaml(run / "recipe.yaml", changes)
     record["recipe_hash"] = Run(run).recipe.hash()
     (run / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

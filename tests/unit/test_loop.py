@@ -18,11 +18,12 @@ from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
 from common.models.lora_init import initial_adapter
-from common.recipe import Plan, Recipe
+from common.recipe import Parent, Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, TrainingLoop, evaluate, learning_rate
+from common.training.loop import Interrupted, TrainingLoop, learning_rate
 from common.training.metrics import Metrics
+from common.training.validation import evaluate, worse_than_start
 from tests.full_disk import full_disk
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows
 
@@ -37,12 +38,16 @@ class Watch:
         self.steps: list[dict] = []
         self.evaluations: list[dict] = []
         self.warnings: list[str] = []
+        self.said: list[str] = []
 
     def step(self, line: dict, memory: Memory) -> None:
         self.steps.append(line)
 
     def evaluation(self, line: dict) -> None:
         self.evaluations.append(line)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -78,6 +83,7 @@ def run(
 
 def metrics(folder: Path, *dropped: str) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["step"]]  # without the validation before the first step
     return [{key: value for key, value in line.items() if key not in dropped} for line in lines]
 
 
@@ -226,8 +232,8 @@ def test_what_is_counted(tmp_path: Path) -> None:
 def test_evaluation_comes_at_its_interval_and_at_the_end(tmp_path: Path) -> None:
     watch = Watch()
     run(tmp_path, watch=watch, the_recipe=recipe(eval_every=3))
-    assert [line["step"] for line in watch.evaluations] == [3, 6, 8]
-    assert [list(line) for line in watch.evaluations] == [["step", "valid_loss"]] * 3
+    assert [line["step"] for line in watch.evaluations] == [0, 3, 6, 8]
+    assert [list(line) for line in watch.evaluations] == [["step", "valid_loss"]] * 4
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
 
 
@@ -251,17 +257,83 @@ class Scripted(Bigram):
 
 
 def test_the_adapter_of_the_best_validation_loss_is_kept(tmp_path: Path) -> None:
-    backend = Scripted(3.0, 1.0, 2.0, 1.0)
+    backend = Scripted(9.0, 3.0, 1.0, 2.0, 1.0)
     state, _ = run(tmp_path, backend, the_recipe=recipe(eval_every=2), valid=VALID[:1])
     assert (state.best_valid_loss, state.best_step) == (1.0, 4)
     assert state.best is not None
-    assert same(state.best, backend.seen[1])
+    assert same(state.best, backend.seen[2])
     assert not same(state.best, backend.get_adapter())
 
 
 def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 2"):
-        run(tmp_path, Scripted(math.nan, 1.0, 1.0, 1.0), the_recipe=recipe(eval_every=2), valid=VALID[:1])
+        run(tmp_path, Scripted(2.0, math.nan, 1.0, 1.0, 1.0), the_recipe=recipe(eval_every=2), valid=VALID[:1])
+
+
+def test_a_validation_loss_that_is_not_finite_before_the_first_step(tmp_path: Path) -> None:
+    words = r"The validation loss is not finite before the first step, on the rows train.jsonl:1\.\nLook at those rows"
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, Scripted(math.nan), valid=VALID[:1])
+
+
+# --- before the first step, and before the last
+
+
+def test_what_training_is_to_improve_on_is_validated_once(tmp_path: Path) -> None:
+    backend = Scripted(9.0, 3.0, 4.0, 5.0)
+    chosen, watch = recipe(eval_every=2, steps=6), Watch(stop_after=4)
+    with pytest.raises(Interrupted):
+        run(tmp_path, backend, watch, chosen, valid=VALID[:1])
+    state, _ = run(tmp_path, backend, the_recipe=chosen, valid=VALID[:1], resume=True)
+    assert (state.start_valid_loss, state.best_valid_loss, worse_than_start(state)) == (9.0, 3.0, False)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["valid_loss"]) for line in lines if "valid_loss" in line] == [
+        *((0, 9.0), (2, 3.0), (4, 4.0), (6, 5.0))
+    ]
+
+
+def test_a_start_that_was_killed_leaves_no_second_line_of_its_validation(tmp_path: Path) -> None:
+    class Killed(Bigram):
+        def train_step(self, *args: Any) -> StepResult:
+            raise KeyboardInterrupt
+
+    for backend in (Killed(), Killed()):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, backend, resume=True)
+        assert (tmp_path / "metrics.jsonl").read_text().count("valid_loss") == 1
+
+
+def test_a_run_that_only_harmed_is_known(tmp_path: Path) -> None:
+    state, _ = run(tmp_path, Scripted(1.0, 3.0, 2.0, 4.0), the_recipe=recipe(eval_every=3), valid=VALID[:1])
+    assert (state.best_valid_loss, worse_than_start(state)) == (2.0, True)
+
+
+def test_training_stops_when_validations_get_no_better(tmp_path: Path) -> None:
+    chosen = recipe(eval_every=2, steps=20, patience=2, min_delta=0.01)
+    watch, backend = Watch(), Scripted(9.0, 3.0, 2.0, 1.99, 2.5)  # 1.99 is not lower by a hundredth
+    state, _ = run(tmp_path, backend, watch, chosen, valid=VALID[:1])
+    assert (state.step, state.best_step, state.best_valid_loss) == (8, 4, 2.0)
+    assert watch.said == [
+        "stopped at step 8 of 20: the validation loss was 2.0000 at step 4, and not lower in the 2 validations since "
+        "(--patience)"
+    ]
+    assert checkpoint.latest_step(tmp_path) == 8
+    again, _ = run(tmp_path, Scripted(), the_recipe=chosen, valid=VALID[:1], resume=True)
+    assert again.step == 8  # it is over
+
+
+def test_a_run_that_stopped_early_goes_on_when_it_is_made_longer(tmp_path: Path) -> None:
+    chosen = recipe(eval_every=2, steps=20, patience=2)
+    run(tmp_path, Scripted(9.0, 3.0, 4.0, 5.0), the_recipe=chosen, valid=VALID[:1])
+    longer = chosen.model_copy(update={"steps": 24, "parent": Parent(recipe=chosen.hash(), step=6)})
+    state, _ = run(tmp_path, Scripted(3.5, 3.4), the_recipe=longer, valid=VALID[:1], resume=True)
+    assert (state.step, state.best_step) == (10, 2)
+
+
+def test_without_patience_every_step_is_done(tmp_path: Path) -> None:
+    losses = [9.0, 1.0, *(2.0 for _ in range(19))]
+    state, _ = run(tmp_path, Scripted(*losses), the_recipe=recipe(eval_every=1, steps=20), valid=VALID[:1])
+    assert state.step == 20
 
 
 # --- out of memory
@@ -275,7 +347,8 @@ def test_out_of_memory_cuts_finer_and_changes_nothing_else(tmp_path: Path) -> No
     assert metrics(tmp_path / "a", *left_out) == metrics(tmp_path / "b", *left_out)
     assert state.micro_batch_tokens <= 15
     assert watch.warnings
-    assert watch.warnings[0].startswith("step 1 ran out of memory; micro-batches now have at most ")
+    first = "the validation before the first step ran out of memory; micro-batches now have at most "
+    assert watch.warnings[0].startswith(first)
 
 
 def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
@@ -647,7 +720,7 @@ def test_replan_cuts_finer_then_checkpoints_then_says_that_nothing_is_left(tmp_p
 
 def test_one_row_at_a_time_is_the_end_of_it(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
-        run(tmp_path, Bigram(memory_limit=1))
+        run(tmp_path, Bigram(memory_limit=1), valid=[])
     assert caught.value.what.startswith("Step 1 ran out of memory with one row at a time; its longest row has ")
     assert caught.value.fix == "Lower --max-length or --rank, or train a smaller model."
 
@@ -668,7 +741,7 @@ def test_out_of_memory_in_evaluation_cuts_finer_too(tmp_path: Path) -> None:
 
     watch = Watch()
     run(tmp_path, Small(), watch, the_plan=plan(micro_batch_tokens=1000))
-    assert [line["step"] for line in watch.evaluations] == [4, 8]
+    assert [line["step"] for line in watch.evaluations] == [0, 4, 8]
     assert watch.warnings
 
 
@@ -816,11 +889,11 @@ def test_a_stop_within_a_validation_is_heard_saved_and_the_validation_done_at_re
 
     class Asking(Watch):
         def stop_requested(self) -> bool:
-            return Stopping.evaluated == 2
+            return Stopping.evaluated == len(VALID) + 2  # the second row of the second validation
 
     with pytest.raises(Interrupted):
         run(tmp_path / "cut", Stopping(), Asking(), the_plan=every)
-    assert Stopping.evaluated == 2 < len(VALID)
+    assert Stopping.evaluated < 2 * len(VALID)
     assert [line["step"] for line in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
     found = checkpoint.latest(tmp_path / "cut")
     assert found is not None
@@ -834,7 +907,9 @@ def test_a_stop_within_a_validation_is_heard_saved_and_the_validation_done_at_re
 def test_a_kill_within_a_validation_loses_no_step(tmp_path: Path) -> None:
     class Killed(Bigram):
         def eval_step(self, batch: Batch) -> StepResult:
-            raise KeyboardInterrupt  # as kill -9
+            if self.calls:
+                raise KeyboardInterrupt  # as kill -9
+            return super().eval_step(batch)
 
     run(tmp_path / "complete")
     with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ import pytest
 
 import torch_backend
 from common import files
-from common.backend import Memory
+from common.backend import Memory, StepResult
 from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
@@ -29,10 +29,11 @@ from common.options import Options
 from common.run_fields import GgufRecord
 from common.run_lock import held
 from common.run_record import Run
-from common.training import checkpoint, loop
+from common.training import checkpoint, validation
 from common.training.checkpoint import latest
-from common.training.loop import Interrupted, evaluate
+from common.training.loop import Interrupted
 from common.training.resume import resumed_options
+from common.training.validation import evaluate
 from common.verify.verify import verify_run
 from tests.contexts import context
 from tests.full_disk import full_disk
@@ -106,6 +107,48 @@ def test_a_run_keeps_the_gpu_that_was_asked_for_and_else_takes_the_freest(
     run({"resume": str(folder)})
     assert plan_of(folder) == ("cuda", 1 if asked else 2)
     assert asked_of == (["cuda:1", "cuda:1"] if asked else ["cuda", "cuda:2"])
+
+
+# --- the recipe that is chosen
+
+
+def test_recipe_auto_chooses_what_was_not_given_and_resume_keeps_it(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del given["steps"], given["rank"]
+    options = Options.model_validate(given)
+    with pytest.raises(Interrupted):
+        run_training(options, context("plain", create=Stops))
+    folder = Path(given["output"])
+    said = "22 rows, 385 label tokens: 8 epochs, 4 rows a step, learning rate 0.002 (llama of hidden size 64), rank 16"
+    assert said in capsys.readouterr().out.replace("\n", " ")
+    recipe = Run(folder).recipe
+    chosen = (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.rank)
+    assert chosen == (48, 4, 0.002, 16)
+    run({"resume": str(folder)})
+    assert Run(folder).recipe == recipe
+    fixed = ready(given | {"recipe": "fixed", "output": None}).recipe
+    assert (fixed.steps, fixed.batch_size, fixed.learning_rate, fixed.rank) == (9, 8, 2e-4, 16)
+
+
+def test_too_few_validation_rows_to_stop_by(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    said = "2 validation rows are too few to stop by (at least 10): training goes through all its steps"
+    few = prepare(Options.model_validate(given), None, context("plain"))
+    assert said in capsys.readouterr().out.replace("\n", " ")
+    enough = ready(given, valid_share=0.5, output=None)
+    assert (few.recipe.patience, enough.recipe.patience) == (0, 4)
+
+
+def test_training_that_only_harmed_is_told(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    class Harmed(Bigram):
+        def eval_step(self, batch: Any) -> Any:
+            return StepResult.of([batch], (2.0 + bool(self.calls)) * batch.label_tokens, 0.0, 0)
+
+    folder, _ = run(given, Harmed())
+    assert (
+        "no validation was better than before the first step (2.0000; the best was 3.0000)" in capsys.readouterr().err
+    )
+    assert (Run(folder).record.start_valid_loss, Run(folder).record.best_valid_loss) == (2.0, 3.0)
 
 
 # --- faults before the first step
@@ -225,9 +268,9 @@ def test_epochs_are_not_rounded_up_by_the_last_bit(given: dict[str, Any], epochs
     assert ready(given, epochs=epochs, batch_size=1, valid_share=0.0).recipe.steps == steps
 
 
-def test_without_steps_and_epochs_there_are_three_epochs(given: dict[str, Any]) -> None:
+def test_the_plain_defaults_are_three_epochs(given: dict[str, Any]) -> None:
     given.pop("steps")
-    assert ready(given, batch_size=8, valid_share=0.0).recipe.steps == 9
+    assert ready(given, recipe="fixed", batch_size=8, valid_share=0.0).recipe.steps == 9
 
 
 def test_where_the_files_lie_does_not_change_the_recipe(given: dict[str, Any], tmp_path: Path) -> None:
@@ -436,10 +479,10 @@ def test_validation_scores_the_rows_that_eval_rows_leaves(
 
 
 def test_validation_rows_are_cut_once(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    cuts, real = [], loop.micro_batches
-    monkeypatch.setattr(loop, "micro_batches", lambda rows, *more: (cuts.append(len(rows)), real(rows, *more))[1])
+    cuts, real = [], validation.micro_batches
+    monkeypatch.setattr(validation, "micro_batches", lambda rows, *more: (cuts.append(len(rows)), real(rows, *more))[1])
     folder, _ = run(given | {"eval_every": 1, "valid_share": 0.5, "batch_size": 4})
-    assert len([line for line in metrics(folder) if "valid_loss" in line]) == 6
+    assert len([line for line in metrics(folder) if "valid_loss" in line]) == 7
     assert cuts.count(12) == 1
 
 
@@ -543,7 +586,7 @@ def test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends(given: dic
         run(given | {"output": str(cut)}, Stops())
     assert str(caught.value) == str(cut)
     assert json.loads((cut / "run.json").read_text())["status"] == "interrupted"
-    assert [line["step"] for line in metrics(cut)] == [1, 2, 3]  # the validation that was due is left for later
+    assert [line["step"] for line in metrics(cut)] == [0, 1, 2, 3]  # the validation that was due is left for later
     run({"resume": str(cut)})
     assert metrics(cut) == metrics(complete)
     one, other = (read_peft(folder / "adapter").weights for folder in (complete, cut))

@@ -1,0 +1,228 @@
+"""How far the automatic recipe is from the best of a grid, by validation loss; and the old default, and others' rules.
+
+    python -m benchmarks.regret --from DIR                    # all pairs of model and data that are not done yet
+    python -m benchmarks.regret --models smollm2 --data chat --minutes 30
+    python -m benchmarks.regret --table                       # what was measured, as Markdown
+
+Every run is written as soon as it ends, to benchmarks/results/regret-MODEL-DATA.json, and a run that is written is not
+done again: stop it at any time, and start it again. A run whose validation loss is a tenth above its best three times
+in a row ends there, as its best cannot change. --from: folder of the public sets, with identity/identity.json
+(LLaMA-Factory's, Apache-2.0) and wikisql/{train,valid}.jsonl (mlx-examples', BSD-3-Clause).
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.regret_data import SETS, data_set, write_set
+from common.backend import Memory
+from common.commands.prepare import choose_hardware
+from common.context import Context
+from common.data.batching import steps_per_epoch
+from common.data.encode import load_tokenizer
+from common.data.training_rows import encode_data, read_data
+from common.display import Display
+from common.files import atomic_write
+from common.models.training_base import find_base
+from common.options import Options
+from common.training.loop import Interrupted
+from common.training.trials import Trials
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = {
+    "smollm2": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+    "gemma3": {"model": "google/gemma-3-270m", "chat_template": "gemma"},
+}
+RATES, EPOCHS, BATCHES = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (2, 4, 8), (4, 8)
+GRID = [
+    {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
+    for epochs, rate, batch in product(EPOCHS, RATES, BATCHES)
+]
+Settings = dict[str, Any]
+_OVER, _TIMES = 1.1, 3  # a run ends when its loss is so many times its best, so often in a row
+
+
+def rules(rows: int) -> dict[str, Settings]:
+    """What others choose for so many training rows; their rank and alpha too.
+
+    fixed: Twintune's plain defaults. Unsloth: its notebooks' LoRA preset, 60 steps. Soup: `decide_lr`, `decide_epochs`
+    and `decide_batch_size` of soup-cli 0.77.0. OpenAI: its published rule for epochs, a batch of 0.2 % of the rows.
+    """
+    return {
+        "fixed": {"learning_rate": 2e-4, "epochs": 3, "batch_size": 8},
+        "unsloth": {
+            **{"learning_rate": 2e-4, "steps": 60, "batch_size": 8, "alpha": 16},
+            **{"schedule": "linear", "warmup": 5, "weight_decay": 0.001},
+        },
+        "soup": {"learning_rate": 3e-4, "epochs": 5 if rows < 500 else 3, "batch_size": 32, "rank": 8, "alpha": 16},
+        "openai": {
+            "learning_rate": 2e-4,
+            "epochs": 3 if rows >= 100 / 3 else min(25, round(100 / rows)),
+            "batch_size": max(1, round(rows * 0.002)),
+        },
+    }
+
+
+class _Watcher:
+    """The loop's observer: keeps the validation losses, and ends a run that has only got worse."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[int, float]] = []
+
+    def step(self, line: dict, memory: Memory) -> None:
+        """Of no interest here."""
+
+    def evaluation(self, line: dict) -> None:
+        self.losses.append((line["step"], round(line["valid_loss"], 5)))
+
+    def say(self, text: str) -> None:
+        """Of no interest here."""
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    def stop_requested(self) -> bool:
+        best = min((loss for _, loss in self.losses), default=0.0)
+        return len(self.losses) > _TIMES and all(loss > _OVER * best for _, loss in self.losses[-_TIMES:])
+
+
+class Pair:
+    """A model and a data set: what was measured of them, and how to measure more."""
+
+    def __init__(self, model: str, data: str) -> None:
+        self.model, self.data = model, data
+        self.path = RESULTS / f"regret-{model}-{data}.json"
+        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.about: dict[str, Any] = found.get("about", {})
+        self.runs: list[dict[str, Any]] = found.get("runs", [])
+
+    def of(self, settings: Settings, seed: int = 0) -> dict[str, Any] | None:
+        """The run with these settings, where it was done."""
+        return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
+
+    def measure(self, settings: list[Settings], public: Path | None, ends: float) -> None:
+        """Do the runs that are not done, until the clock says `ends`."""
+        todo = [some for some in settings if self.of(some) is None]
+        if not todo or time.monotonic() > ends:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_set(data_set(self.data, public), Path(folder))
+            trials = self._trials(folder)
+            for number, some in enumerate(todo):
+                if time.monotonic() < ends:
+                    self._add(trials, some, Path(folder) / f"run-{number}")
+            trials.close()
+
+    def _options(self, **more: Any) -> Options:
+        return Options(**MODELS[self.model], precision="fp32", eval_rows=0, **more)
+
+    def _trials(self, folder: str) -> Trials:
+        context = Context(_backend, Display("quiet"))
+        options = self._options(data=folder)
+        hardware = choose_hardware(options, context)
+        backend, device = hardware.backend.value, hardware.device.value
+        base = find_base(options, backend, "none", context.display)
+        tokenizer = load_tokenizer(base.model.path, options.chat_template)
+        rows = encode_data(options, read_data(options, context.display), tokenizer, lambda share, text: None)
+        train = rows.train.rows
+        self.about = {
+            "train rows": len(train),
+            "valid rows": len(rows.scored),
+            "tokens": int(train.lengths.sum()),
+            "label tokens": int(train.label_tokens.sum()),
+        }
+        return Trials(context, base, rows, backend, device, "fp32")
+
+    def _add(self, trials: Trials, settings: Settings, folder: Path) -> None:
+        rows, watcher, began = trials.rows.train.rows, _Watcher(), time.perf_counter()
+        per_epoch = steps_per_epoch(len(rows), settings["batch_size"])
+        options = self._options(data="regret", eval_every=max(1, round(per_epoch / 2)), **settings)
+        try:
+            trials.train(options, folder, watcher)
+        except Interrupted:
+            pass
+        step, best = min(watcher.losses, key=lambda entry: entry[1])
+        run = {
+            **{"settings": settings, "seed": 0, "best": best, "step": step, "losses": watcher.losses},
+            **{"seconds": round(time.perf_counter() - began, 1), "environment": _environment(trials)},
+        }
+        self.runs.append(run)
+        RESULTS.mkdir(exist_ok=True)
+        with atomic_write(self.path) as temporary:
+            lines = ",\n".join(f"    {json.dumps(one)}" for one in self.runs)
+            temporary.write_text(f'{{\n  "about": {json.dumps(self.about)},\n  "runs": [\n{lines}\n  ]\n}}\n')
+        print(f"{self.model} {self.data} {settings}: {best} after step {step}, {run['seconds']} s", flush=True)
+
+
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"{name}_backend")
+
+
+def _environment(trials: Trials) -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor())
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "host": f"{trials.device}, {model.partition(':')[2].strip() or model}",
+        "backend": f"{trials.backend} {version(trials.backend)}",
+    }
+
+
+def _cpu_lines() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def table(pairs: list[Pair]) -> str:
+    """Markdown: of every pair the grid's best, and how many percent above it each rule is."""
+    names = [*rules(100)]
+    lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
+    for pair in pairs:
+        done = [run for run in pair.runs if run["settings"] in GRID]
+        if not done:
+            continue
+        best = min(done, key=lambda run: run["best"])
+        at = "{learning_rate:g} x {epochs}, {batch_size} rows".format(**best["settings"])
+        count = "" if len(done) == len(GRID) else f" ({len(done)} of {len(GRID)} runs)"
+        figures = []
+        for settings in rules(pair.about["train rows"]).values():
+            run = pair.of(settings)
+            figures.append(f"{100 * (run['best'] / best['best'] - 1):+.1f} %" if run else "")
+        rows = pair.about["train rows"]
+        lines.append(
+            f"| {pair.model}, {pair.data} | {rows} | {best['best']:.4f}{count} | {at} | {' | '.join(figures)} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.regret")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
+    parser.add_argument("--data", nargs="+", choices=SETS, default=[*SETS])
+    parser.add_argument("--from", type=Path, dest="public", metavar="DIR", help="folder of the public sets")
+    parser.add_argument("--minutes", type=float, default=np.inf, help="begin no run after so long")
+    parser.add_argument("--table", action="store_true", help="print what was measured")
+    given = parser.parse_args()
+    pairs = [Pair(model, data) for model, data in product(given.models, given.data)]
+    if not given.table:
+        ends = time.monotonic() + 60 * given.minutes
+        for pair in pairs:
+            rows = len(data_set(pair.data, given.public)["train"])
+            pair.measure([*rules(rows).values(), *GRID], given.public, ends)
+    print(table(pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""`--recipe auto`: hyperparameters chosen for the model and the rows. Every number is here, with where it is from.
+
+Thinking Machines: "LoRA Without Regret" (2025) and the sweeps of its tinker-cookbook. OpenAI: its fine-tuning guide.
+Regret: `python -m benchmarks.regret`, docs/recipe.md.
+"""
+
+import math
+
+from common.data.batching import steps_per_epoch
+from common.data.encoded_rows import EncodedRows
+from common.models.training_base import Base
+from common.options import Options
+
+# Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines; checked by Regret.
+_RATE, _WIDTH = 5e-4, 2000
+_EXPONENTS = {"qwen2": 0.0775, "qwen3": 0.0775}
+_EXPONENT = 0.781  # Llama's, for all other families
+_MOST_RATE = 2e-3  # for still smaller models. tinker-cookbook: 3e-3 diverges nearly everywhere
+_FULL = 0.1  # of LoRA's rate, where every weight is trained. Thinking Machines
+# Rows of a step, by how many rows there are at most. A small set needs many steps more than smooth ones: Regret.
+_BATCHES = ((200, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
+_STEPS = 150  # that a run should have: fewer need a higher rate or more epochs. Thinking Machines
+# Epochs, by how many rows there are at most. OpenAI: 3, fewer for many rows.
+_EPOCHS = ((10_000, 3), (50_000, 2), (math.inf, 1))
+_MOST_EPOCHS = 8  # Regret: more only overfit; with fewer than 12 rows 100 / rows, up to 25. OpenAI
+# A label token holds about a bit, a parameter of an adapter about two. Thinking Machines
+_RANKS = (16, 32, 64)
+_BITS = 2
+
+
+def auto_recipe(options: Options, base: Base, rows: EncodedRows) -> tuple[Options, str]:
+    """The options with what was not given chosen, and a line that says what and why; empty where all was given.
+
+    rows: of training.
+    """
+    labels = int(rows.label_tokens.sum())
+    chosen: dict[str, float] = {}
+    reasons: list[str] = []
+
+    def choose(name: str, value: float, shown: str) -> None:
+        if name not in options.model_fields_set:
+            chosen[name] = value
+            reasons.append(shown)
+
+    batch = options.batch_size if "batch_size" in options.model_fields_set else _up_to(_BATCHES, len(rows))
+    epochs = _epochs(len(rows), int(batch))
+    if options.steps is None:
+        choose("epochs", epochs, f"{epochs} epochs")
+    choose("batch_size", batch, f"{batch} rows a step")
+    rate, why = _learning_rate(options, base)
+    choose("learning_rate", rate, f"learning rate {rate:g} ({why})")
+    if options.method != "full" and base.given is None:
+        rank = _rank(labels, sum(map(sum, base.shapes.values())))
+        choose("rank", rank, f"rank {rank}")
+    result = options.model_copy(update=chosen)
+    said = f"{len(rows):,} rows, {labels:,} label tokens: {', '.join(reasons)} (--recipe auto)" if chosen else ""
+    return result, said
+
+
+def _up_to(steps: tuple[tuple[float, int], ...], size: int) -> int:
+    """Of the first step that reaches the size."""
+    return next(value for limit, value in steps if size <= limit)
+
+
+def _epochs(rows: int, batch_size: int) -> int:
+    most = max(_MOST_EPOCHS, min(25, round(100 / rows)))
+    return min(most, max(_up_to(_EPOCHS, rows), math.ceil(_STEPS / steps_per_epoch(rows, batch_size))))
+
+
+def _learning_rate(options: Options, base: Base) -> tuple[float, str]:
+    """`(the rate, in two digits; why)`"""
+    config = base.model.config
+    hidden, kind = config["hidden_size"], config["model_type"]
+    rate = min(_MOST_RATE, _RATE * (_WIDTH / hidden) ** _EXPONENTS.get(kind, _EXPONENT))
+    why = f"{kind} of hidden size {hidden}"
+    if options.method == "full":
+        rate, why = rate * _FULL, f"{why}, every weight"
+    return float(f"{rate:.1e}"), why
+
+
+def _rank(labels: int, size_of_rank_one: int) -> int:
+    """size_of_rank_one: the parameters of an adapter of rank 1."""
+    return next((rank for rank in _RANKS if _BITS * rank * size_of_rank_one >= labels), _RANKS[-1])
