@@ -128,10 +128,13 @@ class Display:
         if self.mode != "json":
             self._warnings.print(_text((f"warning: {text}", "yellow")))
 
-    def sample(self, by: str, prompt: str, answer: str) -> None:
-        """Show the tuned model's answer to a prompt, cut where it is long. by: what runs the model."""
+    def sample(self, by: str, prompt: str, answer: str, before: str | None = None) -> None:
+        """Show a model's answer to a prompt that is cut where it is long. by: what runs the model, or when.
+
+        before: the answer from before training.
+        """
         short = prompt if len(prompt) <= _SHOWN_PROMPT else f"{prompt[:_SHOWN_PROMPT]}..."
-        self.say(f"{by}: {short!r} -> {answer!r}")
+        self.say(f"{by}: {short!r} -> {answer!r}" + (f" (before: {before!r})" if before is not None else ""))
 
     @contextmanager
     def optional(self, what: str) -> Iterator[None]:

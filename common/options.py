@@ -82,6 +82,10 @@ class Options(RecipeFields, PlanFields):
         0, "steps between validations; 0: four times an epoch, less often where that would take much time", ge=0
     )
 
+    sample_prompt: list[str] = in_training(
+        [], "prompts that are answered at each validation, before those of validation rows", value="TEXT [TEXT ...]"
+    )
+
     backend: Literal["auto", "mlx", "torch"] = in_memory("auto", "auto: MLX on Apple silicon, else PyTorch")
     device: str = in_memory(
         "auto",
@@ -132,6 +136,7 @@ class Options(RecipeFields, PlanFields):
         value="RUN",
     )
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
+    no_text: bool = in_output(False, "keep no answers of the model in samples.jsonl")
     quiet: bool = in_output(False, "print only warnings, errors and the result")
     json_output: bool = in_output(False, "print one JSON object per event", alias="json")
 

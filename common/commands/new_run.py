@@ -50,8 +50,8 @@ def begin(job: Job) -> None:
         plans=[{"from_step": 1} | job.plan.model_dump()],
         deterministic=deterministic(job.recipe, job.chosen.deterministic),
         stop_ids=job.served.stops,
-        sample_prompt=job.sample,
-        sample_tokens=job.sample_tokens,
+        sample_prompt=job.prompts[0].messages if job.prompts else [],
+        sample_tokens=job.prompts[0].tokens if job.prompts else 0,
         data=DataRecord(
             train_rows=len(job.train),
             valid_rows=len(job.valid),

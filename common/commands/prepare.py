@@ -10,13 +10,13 @@ from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import load_tokenizer
 from common.data.encoded_rows import EncodedRows
+from common.data.sample_prompts import SamplePrompt, row_prompts
 from common.data.training_rows import (
     TrainingRows,
     encode_data,
     left_out,
     read_data,
     report_rows,
-    sample_prompt,
     warn_of_context,
 )
 from common.display import Display, gigabytes
@@ -42,6 +42,8 @@ from common.training.metrics import timed
 from common.training.planner import ChosenPlan, choose_plan
 from common.training.setup import ENOUGH, make_plan, make_recipe
 from common.verify.cases import Cases, make_cases
+
+_PROMPTS = 3  # by which a training is watched
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,7 @@ class Job:
     stages: list[Stage]  # of the export, estimated
     llama: LlamaCpp | None
     served: ServingConfig
-    sample: list[dict[str, Any]]  # a prompt to try the result with; empty for plain text
-    sample_tokens: int  # of the row that the prompt is from
+    prompts: list[SamplePrompt]  # of rows; none for plain text
     cases: Cases
     left_out: str  # a line for the end, where many rows are not trained on
 
@@ -120,7 +121,6 @@ def prepare(
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages], build)
     warn_of_memory(stages, display)
     llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(data.train, 200_000))
-    sample, sample_tokens = sample_prompt(rows)
     return Job(
         options=options,
         run=run,
@@ -137,8 +137,7 @@ def prepare(
         stages=stages,
         llama=llama,
         served=ServingConfig(rows.stops, rows.template),
-        sample=sample,
-        sample_tokens=sample_tokens,
+        prompts=row_prompts(rows, _PROMPTS),
         cases=make_cases(data, rows.valid, rows.train, rows.encoder),
         left_out=left_out(rows),
     )

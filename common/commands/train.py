@@ -10,6 +10,7 @@ from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
+from common.commands.watch import chat_format, watching
 from common.context import Context
 from common.data.batching import micro_batches, steps_per_epoch
 from common.display import Display, gigabytes
@@ -17,7 +18,7 @@ from common.errors import PROGRAM, UserError, os_fault
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import Upload, push
-from common.inference.backend_chat import ChatFormat, backend_chat_model
+from common.inference.backend_chat import backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
@@ -34,7 +35,6 @@ from common.training.checkpoint import Checkpoint, State
 from common.training.faults import unsaved
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
-from common.training.observer import DisplayObserver
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
 from common.training.validation import evaluate, worse_than_start
@@ -110,11 +110,11 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     del found  # as large as what is trained, three times
     _show_header(job, info, display)
     with stop_signals(display.stopping) as received, display.training(recipe.steps, state.step):
-        observer = DisplayObserver(display, received)
         try:
-            TrainingLoop(
-                backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
-            ).train()
+            with watching(job, backend, state, display, received) as observer:
+                TrainingLoop(
+                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
+                ).train()
         except BaseException:
             with display.optional("run.json lacks the figures of this process"):
                 _record(job, state, backend.memory(), swap_used() - swap)
@@ -163,7 +163,7 @@ def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str,
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:
-    if job.options.export != "gguf" and job.sample:  # no GGUF will be there to be asked
+    if job.options.export != "gguf" and job.prompts:  # no GGUF will be there to be asked
         with timed(seconds, "try"):
             _sample(job, backend, adapter, context.display)
     backend.close()
@@ -184,17 +184,14 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
 
 def _sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> None:
     """Show and keep the tuned model's answer to the sample prompt. A failure here costs nobody a training."""
-    served, think = job.served, job.recipe.thinking == "keep"
-    form = ChatFormat(
-        job.base.model.path, served.template, served.stops, think, context=job.sample_tokens + SAMPLE_TOKENS
-    )
+    prompt = job.prompts[0]
     with display.optional("no sample"):
         backend.set_adapter(adapter)
-        model = backend_chat_model(backend, form, "", True)
-        pieces = model.answer(job.sample, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
+        model = backend_chat_model(backend, chat_format(job, prompt.tokens + SAMPLE_TOKENS), "", True)
+        pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
-        job.run.update_export(sample={"prompt": job.sample, "answer": answer})
-        display.sample(job.plan.backend, str(job.sample[-1]["content"]), answer)
+        job.run.update_export(sample={"prompt": prompt.messages, "answer": answer})
+        display.sample(job.plan.backend, prompt.text, answer)
 
 
 def _show_header(job: Job, info: ModelInfo, display: Display) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.backend import Progress
-from common.data.dataset import Counted, Dataset, prompt_of
+from common.data.dataset import Counted, Dataset
 from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
 from common.data.encoded_rows import EncodedRows, stop_ids
@@ -189,18 +189,3 @@ def warn_of_context(parts: Sequence[EncodedRows], context: int, display: Display
             f"{sum(map(len, long))} rows are longer than the model's context of {context} tokens: "
             f"{lengths_shown(long)}. It was not made for such positions: --max-length {context} keeps within it"
         )
-
-
-def sample_prompt(rows: TrainingRows) -> tuple[list[dict[str, Any]], int]:
-    """`(the prompt of the first complete chat row, the tokens of that row)`; `([], 0)` where there is none.
-
-    Validation rows come first.
-    """
-    for examples, fitted in ((rows.data.valid, rows.valid.rows), (rows.data.train, rows.train.rows)):
-        chats = np.flatnonzero(fitted.whole & fitted.of_kind(lambda kind: not kind.text))
-        if len(chats):  # else no example is read: each may be in a large file
-            row = fitted[int(chats[0])]
-            example = next(example for example in examples if example.source == row.source)
-            rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
-            return prompt_of(rendered), len(row.ids)
-    return [], 0

@@ -59,7 +59,7 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 class Metrics:
-    """metrics.jsonl of a run, open for appending. What the disk refuses is written with the next line."""
+    """A file of lines by step, open for appending. What the disk refuses is written with the next line."""
 
     def __init__(self, path: Path, step: int, unvalidated: bool, warn: Callable[[str], None]) -> None:
         """The lines of what a resumed run will do again are removed.
@@ -69,10 +69,10 @@ class Metrics:
         """
         kept = [line for line in _lines(path) if line["step"] <= step]
         if unvalidated or not step:
-            kept = [line for line in kept if line["step"] < step or "valid_loss" not in line]
+            kept = [line for line in kept if line["step"] < step or "loss" in line]
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._path, self._warn, self._left, self._refused = path, warn, b"", False
+        self.path, self._warn, self._left, self._refused = path, warn, b"", False
         self._file = path.open("ab", buffering=0)
 
     def write(self, line: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class Metrics:
             self._refused = False
         except OSError as error:
             if not self._refused:
-                self._warn(f"{self._path}: {error.strerror}; training continues, and its lines are written later")
+                self._warn(f"{self.path}: {error.strerror}; training continues, and its lines are written later")
             self._refused = True
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Metrics:
             self._write_left()
         except OSError:
             lines = self._left.count(b"\n")
-            self._warn(f"{self._path} lacks its last {lines} lines: the disk refuses them")
+            self._warn(f"{self.path} lacks its last {lines} lines: the disk refuses them")
         self._file.close()
 
     def _write_left(self) -> None:

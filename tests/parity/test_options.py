@@ -82,6 +82,7 @@ ELSEWHERE = {
     "json": "e2e/test_commands.py::test_json_mode_prints_one_event_a_line",
     "llama_cpp": "unit/test_llama_cpp.py::test_a_folder_in_each_layout",
     "min_delta": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
+    "no_text": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",
     "no_verify": "gguf/test_strangers.py::test_what_is_made_of_their_run_holds_no_code",
     "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
     "patience": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
@@ -91,6 +92,7 @@ ELSEWHERE = {
     "quiet": "e2e/test_commands.py::test_quiet_mode_is_quiet",
     "recipe": "unit/test_train.py::test_recipe_auto_chooses_what_was_not_given_and_resume_keeps_it",
     "rehash": "unit/test_hash_memory.py::test_unchanged_weights_are_read_once",
+    "sample_prompt": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",
     "resume": "unit/test_train.py::test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends",
 }
 

@@ -8,7 +8,8 @@ import pytest
 
 from common.data.dataset import Dataset, Example
 from common.data.encode import load_tokenizer
-from common.data.training_rows import TrainingRows, encode_data, report_rows, sample_prompt
+from common.data.sample_prompts import row_prompts
+from common.data.training_rows import TrainingRows, encode_data, report_rows
 from common.display import Display
 from common.options import Options
 
@@ -50,15 +51,17 @@ def encoded(tokenizer: Any, train: list[Example], valid: list[Example], **settin
 def test_the_rows_are_read_up_to_the_one_that_is_the_sample(tokenizer: Any) -> None:
     train = [*map(text, range(5)), chat(5, "long " * 50), chat(6), *map(chat, range(7, 20))]
     rows = encoded(tokenizer, train, [*map(text, range(20, 40))], max_length=60, overflow="truncate")
-    prompt, tokens = sample_prompt(rows)
-    assert prompt == [{"role": "user", "content": "Hi 6"}]
-    assert tokens == rows.train.rows.lengths[6]
+    (prompt,) = row_prompts(rows, 1)
+    assert prompt.messages == [{"role": "user", "content": "Hi 6"}]
+    assert (prompt.text, prompt.answer) == ("Hi 6", "Yo")
+    assert prompt.tokens == rows.train.rows.lengths[6]
     assert (rows.data.valid.read, rows.data.train.read) == (0, 7)
+    assert [each.text for each in row_prompts(rows, 3)] == ["Hi 6", "Hi 7", "Hi 8"]
 
 
 def test_plain_text_is_not_read_for_a_sample(tokenizer: Any) -> None:
     rows = encoded(tokenizer, [*map(text, range(5))], [text(5)])
-    assert sample_prompt(rows) == ([], 0)
+    assert row_prompts(rows, 3) == []
     assert (rows.data.valid.read, rows.data.train.read) == (0, 0)
 
 

@@ -1,0 +1,91 @@
+"""Answers to the same few prompts at every validation of a training, beside those from before its first step."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.data.sample_prompts import SamplePrompt
+from common.display import Display
+from common.documents import read_json_lines
+from common.inference.backend_chat import ChatModel
+from common.sampling import Sampling
+from common.training.metrics import Metrics
+
+LONGEST = 96  # tokens of an answer
+_SECONDS, _SHARE = 5.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one of the prompts. ended: whether it came to its end within the tokens that it had."""
+
+    prompt: SamplePrompt
+    text: str
+    ended: bool
+
+
+class Samples:
+    """Asks the model that is being trained.
+
+    Each answer is a line of a file, with the step, the prompt's last turn, the row's own answer, and whether it ended.
+    """
+
+    def __init__(self, model: ChatModel, prompts: Sequence[SamplePrompt], file: Metrics | None) -> None:
+        """file: where the answers are kept; None: nowhere."""
+        self._model, self._prompts, self._file = model, prompts, file
+        self._before = _answers_before(file.path) if file else {}
+        self._began, self._spent = time.monotonic(), 0.0
+
+    def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[Answer]:
+        """The answers after `step`, shown and kept; none where they would take too much time, or a stop came."""
+        began = time.monotonic()
+        allowed = _SECONDS + _SHARE * (began - self._began) - self._spent
+        answers: list[Answer] = []
+        for prompt in self._prompts:
+            answer = self._answer(prompt, lambda: stop() or time.monotonic() - began > allowed)
+            if answer is None:
+                break
+            answers.append(answer)
+        self._spent += time.monotonic() - began
+        if len(answers) < len(self._prompts):
+            return []
+        for number, answer in enumerate(answers):
+            self._keep(step, number, answer)
+        self._show(step, answers[0], display)
+        return answers
+
+    def _answer(self, prompt: SamplePrompt, late: Callable[[], bool]) -> Answer | None:
+        """None where it got too late."""
+        text, ended = "", False
+        if late():
+            return None
+        pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=LONGEST), ())
+        for piece, end in pieces:
+            text, ended = text + piece, end == "stop"
+            if late():
+                pieces.close()
+                return None
+        return Answer(prompt, text, ended)
+
+    def _keep(self, step: int, number: int, answer: Answer) -> None:
+        if not step:
+            self._before[number] = answer.text
+        if self._file:
+            line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
+            self._file.write(line | {"answer": answer.text, "ended": answer.ended})
+
+    def _show(self, step: int, answer: Answer, display: Display) -> None:
+        before = self._before.get(0)
+        display.sample(
+            f"step {step}" if step else "before the first step",
+            answer.prompt.text,
+            answer.text,
+            before if step else None,
+        )
+
+
+def _answers_before(file: Path) -> dict[int, str]:
+    """The answers from before the first step, by number of the prompt."""
+    lines = read_json_lines(file, "Remove it: no result depends on it.")
+    return {line.get("number", 0): str(line.get("answer")) for line in lines if line.get("step") == 0}

@@ -1,0 +1,173 @@
+"""A training is watched by its answers: asked at each validation, shown, kept, and never in its way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.backend import OutOfMemory
+from common.commands.train import run_training
+from common.data.sample_prompts import SamplePrompt, given_prompts
+from common.display import Display
+from common.errors import UserError
+from common.evaluation import samples as module
+from common.evaluation.samples import Samples
+from common.options import Options
+from common.run_record import Run
+from common.training.loop import Interrupted
+from common.training.metrics import Metrics
+from tests.contexts import context
+from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
+
+PROMPTS = [SamplePrompt([{"role": "user", "content": text}], f"no {text}", 9) for text in ("a", "b")]
+
+
+class Model:
+    """Answers with texts that are given; what ends with ... is cut at its tokens."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers, self.asked = list(answers), list[Any]()
+
+    def answer(self, messages: Any, sampling: Any, tools: Any) -> Any:
+        assert (sampling.temperature, sampling.max_tokens) == (0, module.LONGEST)
+        self.asked.append(messages)
+        text = self.answers.pop(0)
+        yield from ((letter, None) for letter in text)
+        yield "", "length" if text.endswith("...") else "stop"
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def never() -> bool:
+    return False
+
+
+def opened(file: Path, step: int = 0, unvalidated: bool = False) -> Metrics:
+    return Metrics(file, step, unvalidated, pytest.fail)
+
+
+def test_answers_are_kept_and_shown_beside_those_from_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    samples = Samples(Model("A", "B", "C", "D..."), PROMPTS, opened(file))  # type: ignore[arg-type]
+    samples.ask(0, Display("plain"), never)
+    answers = samples.ask(5, Display("plain"), never)
+    assert [(answer.text, answer.ended) for answer in answers] == [("C", True), ("D...", False)]
+    assert lines(file)[2:] == [
+        {"step": 5, "number": 0, "prompt": "a", "reference": "no a", "answer": "C", "ended": True},
+        {"step": 5, "number": 1, "prompt": "b", "reference": "no b", "answer": "D...", "ended": False},
+    ]
+    assert capsys.readouterr().out == "before the first step: 'a' -> 'A'\nstep 5: 'a' -> 'C' (before: 'A')\n"
+
+
+def test_a_resumed_run_knows_the_answers_from_before_and_repeats_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    samples = Samples(Model(*"ABCDEF"), PROMPTS, opened(file))  # type: ignore[arg-type]
+    for step in (0, 5, 10):
+        samples.ask(step, Display("quiet"), never)
+    Samples(Model("G", "H"), PROMPTS, opened(file, 5, unvalidated=True)).ask(5, Display("plain"), never)  # type: ignore[arg-type]
+    assert [(line["step"], line["answer"]) for line in lines(file)] == [(0, "A"), (0, "B"), (5, "G"), (5, "H")]
+    assert capsys.readouterr().out == "step 5: 'a' -> 'G' (before: 'A')\n"
+
+
+def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    class Slow(Model):
+        def answer(self, *args: Any) -> Any:
+            for piece in super().answer(*args):
+                clock[0] += 2
+                yield piece
+
+    file = tmp_path / "samples.jsonl"
+    samples = Samples(Slow("A", "B", "C", "D", "E", "F"), PROMPTS, opened(file))  # type: ignore[arg-type]
+    assert samples.ask(0, Display("quiet"), never) == []  # 8 of 5 seconds
+    clock[0] += 1000  # of which 3 % are 30 seconds
+    assert len(samples.ask(5, Display("quiet"), never)) == 2
+    assert [line["step"] for line in lines(file)] == [5, 5]
+
+
+def test_a_stop_comes_between_two_tokens(tmp_path: Path) -> None:
+    model = Model("A" * 50, "B")
+    assert Samples(model, PROMPTS, None).ask(0, Display("quiet"), lambda: bool(model.asked)) == []  # type: ignore[arg-type]
+    assert len(model.asked) == 1
+
+
+def test_a_given_prompt_follows_the_rows_system_turn() -> None:
+    system = {"role": "system", "content": "Pip"}
+    rows = [SamplePrompt([system, {"role": "user", "content": "a"}], "b", 9)]
+    (given,) = given_prompts(["Hi"], rows)
+    assert given.messages == [system, {"role": "user", "content": "Hi"}]
+    assert given_prompts(["Hi"], PROMPTS)[0].messages == [{"role": "user", "content": "Hi"}]
+
+
+# --- in a training
+
+
+@pytest.fixture
+def given(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    return {
+        **{"model": str(tiny_llama), "data": str(write_rows(tmp_path / "rows.jsonl")), "output": str(tmp_path / "run")},
+        **{"backend": "torch", "device": "cpu", "precision": "fp32", "export": "none"},
+        **{"rank": 2, "steps": 6, "eval_every": 3, "valid_share": 0.5},
+    }
+
+
+def train(given: dict[str, Any], backend: type[Bigram] = Bigram) -> Path:
+    return run_training(Options.model_validate(given), context(create=backend))
+
+
+def test_every_validation_asks_three_prompts_and_the_given_one_first(given: dict[str, Any]) -> None:
+    folder = train(given | {"sample_prompt": ["What now?"]})
+    found = lines(folder / "samples.jsonl")
+    assert [(line["step"], line["number"]) for line in found] == [(step, n) for step in (0, 3, 6) for n in range(3)]
+    assert [line["prompt"] for line in found[:3]].index("What now?") == 0
+    assert all(line["reference"] for line in found[1:3])
+    plain = train(given | {"output": str(folder.with_name("plain")), "no_text": True, "eval_every": 2})
+    assert not (plain / "samples.jsonl").exists()
+    assert Run(plain).recipe.steps == 6
+
+
+def test_a_model_that_cannot_answer_costs_no_training(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mute(Bigram):
+        def generate(self, *args: Any) -> Any:
+            raise OutOfMemory("no")
+
+    folder = train(given, Mute)
+    assert Run(folder).record.status == "complete"
+    assert capsys.readouterr().err.count("warning: no samples during training: Memory ran out: no\n") == 1
+
+
+def test_a_stop_in_an_answer_is_saved_and_resumed(given: dict[str, Any]) -> None:
+    complete = train(given | {"output": str(Path(given["output"]).with_name("complete"))})
+
+    class Stops(Bigram):
+        def generate(self, *args: Any) -> Any:
+            if len(self.calls) == 3:
+                raise KeyboardInterrupt
+            return super().generate(*args)
+
+    with pytest.raises((Interrupted, KeyboardInterrupt)):
+        train(given, Stops)
+    folder = train({"resume": given["output"]})
+    assert lines(folder / "samples.jsonl") == lines(complete / "samples.jsonl")
+
+
+def test_a_prompt_needs_its_text() -> None:
+    from common.commands.arguments import read_flags
+    from common.option_sources import load_options
+
+    assert load_options(read_flags(["--sample-prompt", "Hi there", "Bye"]))[0].sample_prompt == ["Hi there", "Bye"]
+    with pytest.raises(UserError, match="--sample-prompt needs a value"):
+        load_options(read_flags(["--sample-prompt"]))
