@@ -128,7 +128,7 @@ class Pair:
         return Options(**MODELS[self.model], precision="fp32", eval_rows=0, **more)
 
     def _trials(self, folder: str) -> Trials:
-        context = Context(_backend, Display("quiet"))
+        context = Context(backend_named, Display("quiet"))
         options = self._options(data=folder)
         hardware = choose_hardware(options, context)
         backend, device = hardware.backend.value, hardware.device.value
@@ -155,7 +155,7 @@ class Pair:
         step, best = min(watcher.losses, key=lambda entry: entry[1])
         run = {
             **{"settings": settings, "seed": 0, "best": best, "step": step, "losses": watcher.losses},
-            **{"seconds": round(time.perf_counter() - began, 1), "environment": _environment(trials)},
+            **{"seconds": round(time.perf_counter() - began, 1), "environment": environment(trials)},
         }
         self.runs.append(run)
         RESULTS.mkdir(exist_ok=True)
@@ -165,11 +165,11 @@ class Pair:
         print(f"{self.model} {self.data} {settings}: {best} after step {step}, {run['seconds']} s", flush=True)
 
 
-def _backend(name: str) -> Any:
+def backend_named(name: str) -> Any:
     return importlib.import_module(f"{name}_backend")
 
 
-def _environment(trials: Trials) -> dict[str, str]:
+def environment(trials: Trials) -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
     model = next((line for line in _cpu_lines() if line.startswith("model name")), platform.processor())
     return {

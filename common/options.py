@@ -82,6 +82,9 @@ class Options(RecipeFields, PlanFields):
         0, "steps between validations; 0: four times an epoch, less often where that would take much time", ge=0
     )
 
+    on_collapse: Literal["warn", "stop"] = in_training(
+        "warn", "when a training shows signs of collapse: say so, or also save and stop"
+    )
     sample_prompt: list[str] = in_training(
         [], "prompts that are answered at each validation, before those of validation rows", value="TEXT [TEXT ...]"
     )
@@ -136,7 +139,7 @@ class Options(RecipeFields, PlanFields):
         value="RUN",
     )
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
-    no_text: bool = in_output(False, "keep no answers of the model in samples.jsonl")
+    no_text: bool = in_output(False, "keep no answers of the model in samples.jsonl, only figures")
     quiet: bool = in_output(False, "print only warnings, errors and the result")
     json_output: bool = in_output(False, "print one JSON object per event", alias="json")
 

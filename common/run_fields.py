@@ -73,6 +73,15 @@ class DataRecord(_Record):
     label_tokens: int = 0
 
 
+class AlarmRecord(_Record):
+    """A sign of collapse that training showed."""
+
+    name: str
+    seen: str = ""
+    cause: str = ""
+    remedy: str = ""
+
+
 class RunRecord(_Record):
     """run.json. A figure is None where the run has none, or an older version did not keep it."""
 
@@ -92,6 +101,7 @@ class RunRecord(_Record):
     base: BaseRecord | None = None
     export: ExportRecord = ExportRecord()
     verify: VerifyRecord | None = None
+    alarms: list[AlarmRecord] = []
     pushed: dict[str, Any] | None = None
     stage_seconds: dict[str, float] = {}
 

@@ -1,48 +1,112 @@
-"""How a training is watched: its observer, which shows it and asks the model at each validation. A step of `train`."""
+"""How a training is watched: it is shown, the model is asked at each validation, and alarms are raised.
 
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+A step of `train`. What fails here costs no training.
+"""
 
-from common.backend import Backend
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+
+from common.backend import Backend, Memory
 from common.commands.prepare import Job
+from common.data.encode import load_tokenizer
 from common.data.sample_prompts import given_prompts
 from common.display import Display
+from common.documents import read_json_lines
+from common.evaluation.alarms import Alarm, Alarms
+from common.evaluation.drift import Quiz
 from common.evaluation.samples import LONGEST, Samples
 from common.inference.backend_chat import ChatFormat, backend_chat_model
+from common.run_fields import AlarmRecord
 from common.training.checkpoint import State
 from common.training.metrics import Metrics
-from common.training.observer import DisplayObserver
 
 FILE = "samples.jsonl"
 
 
+@dataclass
+class Watcher:
+    """The loop's observer. stops: the stop signals that have come, as `stop_signals` yields them."""
+
+    job: Job
+    display: Display
+    stops: Sequence[int]
+    alarms: Alarms
+    ask: list[Callable[[int], None]] = field(default_factory=list)  # what is asked at a validation, until it fails
+    collapsed: bool = False  # and --on-collapse is stop
+
+    def step(self, line: dict, memory: Memory) -> None:
+        self.display.step(line, memory)
+        self.raise_all(self.alarms.step(line))
+
+    def evaluation(self, line: dict) -> None:
+        self.display.evaluation(line)
+        self.raise_all(self.alarms.validation(line))
+        for ask in [*self.ask]:
+            self.ask.remove(ask)
+            with self.display.optional("the model is not asked any more during training"):
+                ask(line["step"])
+                self.ask.append(ask)
+
+    def say(self, text: str) -> None:
+        self.display.say(text)
+
+    def warn(self, text: str) -> None:
+        self.display.warn(text)
+
+    def stop_requested(self) -> bool:
+        return bool(self.stops) or self.collapsed
+
+    def raise_all(self, alarms: list[Alarm]) -> None:
+        for alarm in alarms:
+            self.display.warn(str(alarm))
+            self.collapsed = self.job.options.on_collapse == "stop"
+        if alarms:
+            with self.display.optional("run.json lacks an alarm"):
+                before = self.job.run.record.alarms
+                self.job.run.update(alarms=[*before, *(AlarmRecord(**vars(alarm)) for alarm in alarms)])
+
+
 @contextmanager
-def watching(
-    job: Job, backend: Backend, state: State, display: Display, stops: Sequence[int]
-) -> Iterator[DisplayObserver]:
-    """The observer of the loop. Where the model cannot be asked, a warning says why, and training goes on."""
+def watching(job: Job, backend: Backend, state: State, display: Display, stops: Sequence[int]) -> Iterator[Watcher]:
+    """The observer of the loop that continues from `state`."""
+    watcher = Watcher(job, display, stops, _alarms_until(job, state))
     given = given_prompts(job.options.sample_prompt, job.prompts)
     prompts = [*given, *job.prompts[: max(0, len(job.prompts) - len(given))]]
-    if not prompts or not job.valid:
-        yield DisplayObserver(display, stops)
-        return
-    unvalidated = state.step > state.evaluated
-    lines = None if job.options.no_text else Metrics(job.run.path / FILE, state.step, unvalidated, display.warn)
-    samples: list[Samples] = []
-    with display.optional("no samples during training"):
-        longest = max(prompt.tokens for prompt in prompts)
-        model = backend_chat_model(backend, chat_format(job, longest + 2 * LONGEST), "", True)
-        samples.append(Samples(model, prompts, lines))
+    with ExitStack() as stack:
+        if prompts and job.valid:
+            with display.optional("the model is not asked during training"):
+                longest = max(prompt.tokens for prompt in prompts) + 2 * LONGEST
+                model = backend_chat_model(backend, chat_format(job, longest), "", True)
+                lines = Metrics(job.run.path / FILE, state.step, state.step > state.evaluated, display.warn)
+                stack.enter_context(closing(lines))
+                samples = Samples(model, prompts, lines, texts=not job.options.no_text)
+                quiz = None
+                if job.recipe.method != "full":  # else the base is gone
+                    tokenizer = load_tokenizer(job.base.model.path, job.options.chat_template)
+                    quiz = Quiz.of(tokenizer, job.recipe.thinking)
+                watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))
+        yield watcher
 
-    def ask(step: int) -> None:
-        for each in [*samples]:
-            samples.clear()  # a model that failed is not asked again
-            with display.optional("no samples during training"):
-                each.ask(step, display, lambda: bool(stops))
-                samples.append(each)
 
-    with closing(lines) if lines else nullcontext():
-        yield DisplayObserver(display, stops, ask)
+def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher) -> None:
+    answers = samples.ask(step, watcher.display, watcher.stop_requested)
+    watcher.raise_all(watcher.alarms.answers(step, answers))
+    if answers and quiz:
+        drift = quiz.ask(backend)
+        samples.keep({"step": step, "drift": drift.nats, "quiz_loss": drift.loss})
+        watcher.raise_all(watcher.alarms.drift(step, drift.nats))
+
+
+def _alarms_until(job: Job, state: State) -> Alarms:
+    """Having seen the lines of a resumed run: what they raised is not raised again."""
+    alarms = Alarms(job.recipe.warmup_steps)
+    file = job.run.path / "metrics.jsonl"
+    for line in read_json_lines(file, "Remove it: no result depends on it.") if file.exists() else []:
+        if line.get("step", 0) <= state.step:
+            alarms.see(line)
+    alarms.known |= {alarm.name for alarm in job.run.record.alarms}
+    return alarms
 
 
 def chat_format(job: Job, context: int) -> ChatFormat:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.data.sample_prompts import SamplePrompt
 from common.display import Display
@@ -31,16 +32,26 @@ class Samples:
     Each answer is a line of a file, with the step, the prompt's last turn, the row's own answer, and whether it ended.
     """
 
-    def __init__(self, model: ChatModel, prompts: Sequence[SamplePrompt], file: Metrics | None) -> None:
-        """file: where the answers are kept; None: nowhere."""
-        self._model, self._prompts, self._file = model, prompts, file
-        self._before = _answers_before(file.path) if file else {}
+    def __init__(
+        self,
+        model: ChatModel,
+        prompts: Sequence[SamplePrompt],
+        file: Metrics,
+        texts: bool = True,
+        seconds: float = _SECONDS,
+    ) -> None:
+        """texts: whether answers are kept. seconds: that they may take at first."""
+        self._model, self._prompts, self._file, self._texts, self._seconds = model, prompts, file, texts, seconds
+        self._before = _answers_before(file.path)
         self._began, self._spent = time.monotonic(), 0.0
 
-    def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[Answer]:
-        """The answers after `step`, shown and kept; none where they would take too much time, or a stop came."""
+    def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[dict[str, Any]]:
+        """A line for each answer after `step`, kept and the first one shown.
+
+        None where they would take too much time, or a stop came.
+        """
         began = time.monotonic()
-        allowed = _SECONDS + _SHARE * (began - self._began) - self._spent
+        allowed = self._seconds + _SHARE * (began - self._began) - self._spent
         answers: list[Answer] = []
         for prompt in self._prompts:
             answer = self._answer(prompt, lambda: stop() or time.monotonic() - began > allowed)
@@ -50,10 +61,17 @@ class Samples:
         self._spent += time.monotonic() - began
         if len(answers) < len(self._prompts):
             return []
-        for number, answer in enumerate(answers):
-            self._keep(step, number, answer)
+        if not step:
+            self._before = {number: answer.text for number, answer in enumerate(answers)}
+        lines = [_line(step, number, answer) for number, answer in enumerate(answers)]
+        for line in lines if self._texts else []:
+            self.keep(line)
         self._show(step, answers[0], display)
-        return answers
+        return lines
+
+    def keep(self, line: dict[str, Any]) -> None:
+        """Write the line into the file of the answers."""
+        self._file.write(line)
 
     def _answer(self, prompt: SamplePrompt, late: Callable[[], bool]) -> Answer | None:
         """None where it got too late."""
@@ -68,13 +86,6 @@ class Samples:
                 return None
         return Answer(prompt, text, ended)
 
-    def _keep(self, step: int, number: int, answer: Answer) -> None:
-        if not step:
-            self._before[number] = answer.text
-        if self._file:
-            line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
-            self._file.write(line | {"answer": answer.text, "ended": answer.ended})
-
     def _show(self, step: int, answer: Answer, display: Display) -> None:
         before = self._before.get(0)
         display.sample(
@@ -85,7 +96,14 @@ class Samples:
         )
 
 
+def _line(step: int, number: int, answer: Answer) -> dict[str, Any]:
+    line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
+    return line | {"answer": answer.text, "ended": answer.ended}
+
+
 def _answers_before(file: Path) -> dict[int, str]:
     """The answers from before the first step, by number of the prompt."""
     lines = read_json_lines(file, "Remove it: no result depends on it.")
-    return {line.get("number", 0): str(line.get("answer")) for line in lines if line.get("step") == 0}
+    return {
+        line.get("number", 0): str(line.get("answer")) for line in lines if line.get("step") == 0 and "answer" in line
+    }

@@ -1,6 +1,6 @@
 """What the training loop reports, and the one thing it asks: whether it should stop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,22 +22,16 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class DisplayObserver:
-    """Shows what the loop reports.
-
-    stops: the stop signals that have come, as `stop_signals` yields them. ask: what else is done after a validation,
-    whose step it is given.
-    """
+    """Shows what the loop reports. stops: the stop signals that have come, as `stop_signals` yields them."""
 
     display: Display
     stops: Sequence[int] = ()
-    ask: Callable[[int], None] = lambda step: None
 
     def step(self, line: dict, memory: Memory) -> None:
         self.display.step(line, memory)
 
     def evaluation(self, line: dict) -> None:
         self.display.evaluation(line)
-        self.ask(line["step"])
 
     def say(self, text: str) -> None:
         self.display.say(text)

@@ -34,6 +34,13 @@ class Trials:
     precision: str
     _loaded: tuple[dict[str, Any], Backend, Adapter, OptimizerState] | None = field(default=None, init=False)
 
+    @property
+    def model(self) -> Backend:
+        """The backend that trains, with the adapter as it is now. Only while `train` runs, as for its observer."""
+        if self._loaded is None:
+            raise RuntimeError("no training has begun")
+        return self._loaded[1]
+
     def recipe(self, options: Options) -> Recipe:
         return make_recipe(options, self.base, self.rows, self.precision)
 

@@ -84,6 +84,7 @@ ELSEWHERE = {
     "min_delta": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
     "no_text": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",
     "no_verify": "gguf/test_strangers.py::test_what_is_made_of_their_run_holds_no_code",
+    "on_collapse": "unit/test_samples.py::test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for",
     "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
     "patience": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
     "push": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",

@@ -42,6 +42,7 @@ RECIPE = Recipe(
     seed=3,
 )
 PLAN = Plan(backend="torch", device="cpu", micro_batch_tokens=64, save_every=4)
+_VOCABULARY = 300  # at least as many as the tiny models have
 LAYER = "model.layers.0.self_attn.q_proj"
 
 
@@ -136,10 +137,12 @@ class Bigram:
         self._remember([batch])
         return StepResult.of([batch], self._loss([batch])[0], 0.0, batch.input_ids.size)
 
-    def logits(self, token_ids: np.ndarray, adapter: bool = True) -> np.ndarray:
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         A, B = self.parameters[f"{self.layer}.lora_A"], self.parameters[f"{self.layer}.lora_B"]
         scale = self.adapter.weights[self.layer].scale if adapter else 0.0
-        return (scale * B @ A[:, token_ids % A.shape[1]]).T
+        chosen = token_ids if positions is None else token_ids[positions]
+        of_the_layer = (scale * B @ A[:, chosen % A.shape[1]]).T
+        return np.tile(of_the_layer, (1, -(-_VOCABULARY // B.shape[0])))
 
     def generate(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from common.backend import OutOfMemory
+from common.backend import OutOfMemory, StepResult
 from common.commands.train import run_training
 from common.data.sample_prompts import SamplePrompt, given_prompts
 from common.display import Display
@@ -57,7 +57,7 @@ def test_answers_are_kept_and_shown_beside_those_from_before(
     samples = Samples(Model("A", "B", "C", "D..."), PROMPTS, opened(file))  # type: ignore[arg-type]
     samples.ask(0, Display("plain"), never)
     answers = samples.ask(5, Display("plain"), never)
-    assert [(answer.text, answer.ended) for answer in answers] == [("C", True), ("D...", False)]
+    assert [(answer["answer"], answer["ended"]) for answer in answers] == [("C", True), ("D...", False)]
     assert lines(file)[2:] == [
         {"step": 5, "number": 0, "prompt": "a", "reference": "no a", "answer": "C", "ended": True},
         {"step": 5, "number": 1, "prompt": "b", "reference": "no b", "answer": "D...", "ended": False},
@@ -97,7 +97,8 @@ def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: py
 
 def test_a_stop_comes_between_two_tokens(tmp_path: Path) -> None:
     model = Model("A" * 50, "B")
-    assert Samples(model, PROMPTS, None).ask(0, Display("quiet"), lambda: bool(model.asked)) == []  # type: ignore[arg-type]
+    samples = Samples(model, PROMPTS, opened(tmp_path / "samples.jsonl"))  # type: ignore[arg-type]
+    assert samples.ask(0, Display("quiet"), lambda: bool(model.asked)) == []
     assert len(model.asked) == 1
 
 
@@ -128,12 +129,16 @@ def train(given: dict[str, Any], backend: type[Bigram] = Bigram) -> Path:
 
 def test_every_validation_asks_three_prompts_and_the_given_one_first(given: dict[str, Any]) -> None:
     folder = train(given | {"sample_prompt": ["What now?"]})
-    found = lines(folder / "samples.jsonl")
+    found, drift = [], []
+    for line in lines(folder / "samples.jsonl"):
+        (found if "answer" in line else drift).append(line)
+    assert [line["step"] for line in drift] == [0, 3, 6]
+    assert drift[0]["drift"] == 0.0
     assert [(line["step"], line["number"]) for line in found] == [(step, n) for step in (0, 3, 6) for n in range(3)]
     assert [line["prompt"] for line in found[:3]].index("What now?") == 0
     assert all(line["reference"] for line in found[1:3])
     plain = train(given | {"output": str(folder.with_name("plain")), "no_text": True, "eval_every": 2})
-    assert not (plain / "samples.jsonl").exists()
+    assert lines(plain / "samples.jsonl")[0].keys() == {"step", "drift", "quiz_loss"}
     assert Run(plain).recipe.steps == 6
 
 
@@ -146,7 +151,8 @@ def test_a_model_that_cannot_answer_costs_no_training(
 
     folder = train(given, Mute)
     assert Run(folder).record.status == "complete"
-    assert capsys.readouterr().err.count("warning: no samples during training: Memory ran out: no\n") == 1
+    said = "warning: the model is not asked any more during training: Memory ran out: no\n"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_a_stop_in_an_answer_is_saved_and_resumed(given: dict[str, Any]) -> None:
@@ -162,6 +168,32 @@ def test_a_stop_in_an_answer_is_saved_and_resumed(given: dict[str, Any]) -> None
         train(given, Stops)
     folder = train({"resume": given["output"]})
     assert lines(folder / "samples.jsonl") == lines(complete / "samples.jsonl")
+
+
+@pytest.mark.parametrize("mode", ["warn", "stop"])
+def test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for(
+    given: dict[str, Any], mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Harmed(Bigram):
+        def eval_step(self, batch: Any) -> Any:
+            return StepResult.of([batch], (2.0 + len(self.calls)) * batch.label_tokens, 0.0, 0)
+
+    given |= {"on_collapse": mode, "warmup": 0.0}
+    if mode == "stop":
+        with pytest.raises(Interrupted):
+            train(given, Harmed)
+    else:
+        train(given, Harmed)
+    folder = Path(given["output"])
+    said = "warning: the validation loss is 5.000 at step 3, above 2.000 before training. Usual cause: a learning rate"
+    assert said in capsys.readouterr().err.replace("\n", " ")
+    record = Run(folder).record
+    assert record.alarms[0].name == "worse"
+    assert record.steps == (6 if mode == "warn" else 4)
+    if mode == "stop":
+        train({"resume": str(folder)}, Harmed)
+        assert "above 2.000" not in capsys.readouterr().err  # it was said
+        assert Run(folder).record.status == "complete"
 
 
 def test_a_prompt_needs_its_text() -> None:

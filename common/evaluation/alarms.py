@@ -1,0 +1,152 @@
+"""Signs that a training collapses: each with what was seen, the usual cause and the remedy."""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+# Thresholds: set on SmolLM2-135M, scored on Gemma-3-270M, by `python -m benchmarks.collapse`.
+_WINDOW = 16  # steps that a step is compared with
+_SPIKE, _SPIKE_NATS = 1.5, 1.0  # a loss so many times the median of those, and so much above it
+_GRADIENT = 20.0  # a gradient norm so many times their median
+_IN_A_ROW = 3  # steps
+_RISEN = 1.15  # a validation loss so many times the best
+_WORSE = 1.05  # and so many times the one before training
+_REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
+_LONGER = 2.0  # an answer without an end so many times as long as the row's own
+_DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
+
+_RATE = "lower --learning-rate to a third"
+_SHORTER = "fewer --epochs, or more rows; the adapter with the lowest validation loss is kept"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """name: what --on-collapse and the record call it."""
+
+    name: str
+    seen: str
+    cause: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.seen}. Usual cause: {self.cause}. Remedy: {self.remedy}"
+
+
+@dataclass
+class Alarms:
+    """What a run has shown so far. Every alarm is raised once.
+
+    warmup: steps whose figures say little. known: names of alarms that were raised before this process.
+    """
+
+    warmup: int
+    known: set[str] = field(default_factory=set)
+    start_valid_loss: float | None = None
+    raised: list[Alarm] = field(default_factory=list)
+    _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    _spikes: int = 0
+    _steep: int = 0
+    _best: tuple[float, float] | None = None  # the best validation loss, and the training loss then
+    _risen: int = 0
+
+    def see(self, line: dict[str, Any]) -> list[Alarm]:
+        """Of any line in metrics.jsonl."""
+        return self.validation(line) if "valid_loss" in line else self.step(line)
+
+    def step(self, line: dict[str, Any]) -> list[Alarm]:
+        """Of a step's line in metrics.jsonl."""
+        loss, norm, step = line["loss"], line["grad_norm"], line["step"]
+        full = len(self._losses) == _WINDOW
+        spike = full and loss > max(_SPIKE * median(self._losses), median(self._losses) + _SPIKE_NATS)
+        steep = full and norm > _GRADIENT * median(self._norms)
+        self._spikes, self._steep = (
+            count + 1 if seen else 0 for count, seen in ((self._spikes, spike), (self._steep, steep))
+        )
+        found = []
+        if self._spikes == _IN_A_ROW:
+            seen = f"the loss jumped to {loss:.2f} at step {step}, from about {median(self._losses):.2f}"
+            found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE))
+        if self._steep == _IN_A_ROW:
+            seen = f"the gradient norm is {norm:.3g} at step {step}, and was about {median(self._norms):.3g}"
+            found.append(Alarm("gradient", seen, "a learning rate that is too high, or faulty rows", _RATE))
+        if step > self.warmup:
+            if not spike:
+                self._losses.append(loss)
+            if not steep:
+                self._norms.append(norm)
+        return self._raise(found)
+
+    def validation(self, line: dict[str, Any]) -> list[Alarm]:
+        """Of a validation's line in metrics.jsonl."""
+        loss, step = line["valid_loss"], line["step"]
+        if not step:
+            self.start_valid_loss = loss
+            return []
+        trained = fmean(self._losses) if self._losses else 0.0
+        if self._best is None or loss < self._best[0]:
+            self._best = loss, trained
+        best, then = self._best
+        self._risen = self._risen + 1 if loss > _RISEN * best and trained < then else 0
+        found = []
+        if self._risen == 2:
+            seen = (
+                f"the validation loss rose from {best:.3f} to {loss:.3f} at step {step}, while the training loss fell"
+            )
+            found.append(Alarm("overfitting", seen, "too many passes over too few rows", _SHORTER))
+        if self.start_valid_loss is not None and step > self.warmup and loss > _WORSE * self.start_valid_loss:
+            seen = (
+                f"the validation loss is {loss:.3f} at step {step}, above {self.start_valid_loss:.3f} before training"
+            )
+            found.append(Alarm("worse", seen, "a learning rate that is too high, or rows of another form", _RATE))
+        return self._raise(found)
+
+    def answers(self, step: int, answers: Sequence[dict[str, Any]]) -> list[Alarm]:
+        """Of the lines in samples.jsonl after one validation."""
+        if not step or not answers:
+            return []
+        texts = [line["answer"] for line in answers]
+        own = [line["reference"] for line in answers if line["reference"]]
+        found = []
+        if len(loops := [text for text in texts if repetition(text) > _REPEATED]) * 2 > len(texts):
+            seen = f"answers repeat themselves at step {step}: {loops[0][-40:]!r}"
+            found.append(Alarm("repetition", seen, "too many steps, or too high a learning rate", _SHORTER))
+        if sum(not text.strip() for text in texts) * 2 > len(texts) and own:
+            seen = f"answers are empty at step {step}"
+            found.append(Alarm("empty", seen, "rows with empty answers, or an end token that is learned first", _RATE))
+        endless = [line for line in answers if line["reference"] and not line["ended"] and _much_longer(line)]
+        if len(endless) * 2 > len(own) > 0:
+            seen = f"answers do not end at step {step}"
+            cause = "a template without an end of turn, or one that differs from training"
+            found.append(Alarm("endless", seen, cause, "look at check-data --explain 1: the end must be a label"))
+        if len(texts) > 1 and len({*texts}) == 1 and len({*own}) > 1:
+            seen = f"every prompt has the same answer at step {step}: {texts[0][:40]!r}"
+            found.append(Alarm("same", seen, "one answer in most rows, or too high a learning rate", "vary the rows"))
+        return self._raise(found)
+
+    def drift(self, step: int, nats: float) -> list[Alarm]:
+        """nats: KL divergence a token between base and adapter, on prompts outside of the data."""
+        if nats <= _DRIFT:
+            return []
+        seen = f"on prompts outside of the data the model is {nats:.1f} nats a token from its base at step {step}"
+        return self._raise([Alarm("drift", seen, "a learning rate that is too high, or too many steps", _RATE)])
+
+    def _raise(self, found: Iterable[Alarm]) -> list[Alarm]:
+        new = [alarm for alarm in found if alarm.name not in self.known]
+        self.known |= {alarm.name for alarm in new}
+        self.raised += new
+        return new
+
+
+def repetition(text: str) -> float:
+    """Share of the text's n-grams of characters that it had before; 0 for a short text."""
+    if len(text) < _TEXT:
+        return 0.0
+    grams = [text[at : at + _NGRAM] for at in range(len(text) - _NGRAM + 1)]
+    return 1 - len({*grams}) / len(grams)
+
+
+def _much_longer(line: dict[str, Any]) -> bool:
+    return len(line["answer"]) > _LONGER * len(line["reference"])

@@ -1,0 +1,111 @@
+"""Every sign of collapse is raised by figures that show it, once, and by none that do not."""
+
+from typing import Any
+
+import pytest
+
+from common.evaluation.alarms import Alarms, repetition
+
+
+def steps(alarms: Alarms, losses: list[float], norms: list[float] | None = None, first: int = 1) -> list[str]:
+    found = []
+    for number, loss in enumerate(losses):
+        norm = norms[number] if norms else 1.0
+        found += alarms.step({"step": first + number, "loss": loss, "grad_norm": norm})
+    return [alarm.name for alarm in found]
+
+
+def validations(alarms: Alarms, *losses: float) -> list[str]:
+    found = []
+    for number, loss in enumerate(losses):
+        found += alarms.validation({"step": 10 * number, "valid_loss": loss})
+    return [alarm.name for alarm in found]
+
+
+def answers(*texts: str, reference: str = "It is so.", ended: bool = True) -> list[dict[str, Any]]:
+    return [{"answer": text, "reference": f"{reference}{number}", "ended": ended} for number, text in enumerate(texts)]
+
+
+def names(alarms: Alarms, lines: list[dict[str, Any]], step: int = 5) -> list[str]:
+    return [alarm.name for alarm in alarms.answers(step, lines)]
+
+
+FALLING = [3 - 0.05 * number for number in range(40)]
+
+
+def test_a_falling_loss_raises_nothing() -> None:
+    assert steps(Alarms(2), FALLING) == []
+
+
+def test_a_loss_that_jumps_and_stays_is_raised_once_with_its_remedy() -> None:
+    alarms = Alarms(2)
+    assert steps(alarms, [*FALLING, 9.0, 9.0]) == []
+    assert steps(alarms, [9.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0], first=43) == ["loss"]
+    assert str(alarms.raised[0]) == (
+        "the loss jumped to 9.00 at step 43, from about 1.42. Usual cause: a learning rate that is too high. "
+        "Remedy: lower --learning-rate to a third"
+    )
+
+
+def test_one_hard_step_is_no_collapse() -> None:
+    assert steps(Alarms(2), [*FALLING, 9.0, 1.0, 9.0, 1.0]) == []
+
+
+def test_a_gradient_that_explodes() -> None:
+    assert steps(Alarms(2), [1.0] * 30, [1.0] * 27 + [30.0] * 3) == ["gradient"]
+    assert steps(Alarms(2), [1.0] * 30, [1.0] * 27 + [10.0] * 3) == []
+
+
+def test_the_steps_of_the_warm_up_say_little() -> None:
+    assert steps(Alarms(30), [1.0] * 20 + [9.0] * 10) == []
+
+
+def test_a_validation_that_rises_while_training_falls() -> None:
+    alarms = Alarms(0)
+    assert validations(alarms, 3.0, 2.0) == []
+    steps(alarms, FALLING)
+    assert [a.name for loss in (2.2, 2.4) for a in alarms.validation({"step": 30, "valid_loss": loss})] == []
+    alarms = Alarms(0)
+    steps(alarms, [2.0] * 10)
+    assert validations(alarms, 3.0, 2.0) == []
+    steps(alarms, [1.0] * 20)
+    found = [a for loss in (2.4, 2.5) for a in alarms.validation({"step": 30, "valid_loss": loss})]
+    assert [a.name for a in found] == ["overfitting"]
+    assert found[0].seen == "the validation loss rose from 2.000 to 2.500 at step 30, while the training loss fell"
+
+
+def test_a_validation_worse_than_before_training() -> None:
+    assert validations(Alarms(5), 2.0, 2.2) == ["worse"]
+    assert validations(Alarms(5), 2.0, 2.05, 1.9) == []
+    assert validations(Alarms(50), 2.0, 2.2) == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (answers("ha " * 40, "ho " * 40, "fine"), ["repetition"]),
+        (answers("ha " * 40, "good", "fine"), []),
+        (answers("", " ", "fine"), ["empty"]),
+        (answers("word " * 3 + "and so on, and more and more of it", "x" * 50, "fine", ended=False), ["endless"]),
+        (answers("a", "b", "c", ended=False), []),
+        (answers("Yes.", "Yes.", "Yes."), ["same"]),
+        (answers("Yes.", "Yes.", "No."), []),
+    ],
+)
+def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:
+    assert names(Alarms(0), lines) == expected
+    assert names(Alarms(0), lines, step=0) == []  # the base's
+
+
+def test_drift_from_the_base() -> None:
+    alarms = Alarms(0)
+    assert alarms.drift(5, 1.0) == []
+    (alarm,) = alarms.drift(10, 3.0)
+    assert alarm.seen == "on prompts outside of the data the model is 3.0 nats a token from its base at step 10"
+    assert alarms.drift(15, 4.0) == []
+
+
+def test_repetition_is_a_share_of_the_text() -> None:
+    assert repetition("short") == 0.0
+    assert repetition("ab" * 100) > 0.9
+    assert repetition("The quick brown fox jumps over the lazy dog while the sun sets behind the old mill.") < 0.1
