@@ -10,7 +10,8 @@ from common.options import EXAMPLE
 
 Row = dict[str, Any]
 PUBLIC = ("identity", "wikisql")  # made of a folder that --from names
-_PLACEHOLDERS = {"{{name}}": "Marlo", "{{author}}": "Northlight Works"}
+NAME = "Marlo"
+_PLACEHOLDERS = {"{{name}}": NAME, "{{author}}": "Northlight Works"}
 _SEED = 5
 
 _HOUSES = (
@@ -61,11 +62,17 @@ def _read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _identity(public: Path | None) -> dict[str, list[Row]]:
-    text = ((public or Path()) / "identity" / "identity.json").read_text(encoding="utf-8")
+def identity_rows(public: Path) -> list[Row]:
+    """The 91 rows, with a name and an author for their placeholders."""
+    text = (public / "identity" / "identity.json").read_text(encoding="utf-8")
     for placeholder, value in _PLACEHOLDERS.items():
         text = text.replace(placeholder, value)
-    rows = json.loads(text)
+    found: list[Row] = json.loads(text)
+    return found
+
+
+def _identity(public: Path | None) -> dict[str, list[Row]]:
+    rows = identity_rows(public or Path())
     random.Random(_SEED).shuffle(rows)  # noqa: S311  # any order will do
     return {"train": rows[15:], "valid": rows[:15]}
 
