@@ -103,14 +103,14 @@ FAULTS = [
     ),
     Fault(
         "the worst adapter is kept as the best",
-        "common/training/loop.py",
-        "loss < state.best_valid_loss",
-        "loss > state.best_valid_loss",
+        "common/training/validation.py",
+        "loss < state.best_valid_loss * (1",
+        "loss > state.best_valid_loss * (1",
         "unit/test_loop.py",
     ),
     Fault(
         "the validation loss is a mean of means",
-        "common/training/loop.py",
+        "common/training/validation.py",
         "sum(float(r.loss_sum) for r in results) / sum(r.weight_sum for r in results)",
         "sum(float(r.loss_sum) / r.weight_sum for r in results) / len(results)",
         "unit/test_loop.py",

@@ -203,10 +203,10 @@ def test_the_sample_of_a_row_whose_tools_are_text(given: dict[str, Any], tmp_pat
     path = tmp_path / "tools.jsonl"
     row = chat("Hi", "Yo") | {"tools": [{"name": "weather"}]}
     path.write_text(json.dumps(row) + "\n")
-    system, asked = ready(given, data=str(path), tools="system").sample
+    system, asked = ready(given, data=str(path), tools="system").prompts[0].messages
     assert (system["role"], asked["content"]) == ("system", "Hi")
     assert '"name": "weather"' in system["content"]
-    assert ready(given, data=str(path), tools="drop").sample == [asked]
+    assert ready(given, data=str(path), tools="drop").prompts[0].messages == [asked]
 
 
 def test_rows_longer_than_max_length_are_dropped_counted_and_listed(
@@ -342,7 +342,8 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     folder, backend = run(given)
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "adapter", "adapter-mlx", "checkpoints", "environment.json"),
-        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json", "verify-cases.json"),
+        *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json", "samples.jsonl"),
+        "verify-cases.json",
     }
     known = json.loads((folder / "run.json").read_text())
     assert (known["status"], known["steps"], known["backend"]) == ("complete", 6, "torch")
@@ -696,7 +697,8 @@ def test_a_sample_that_fails_costs_nothing(given: dict[str, Any], capsys: pytest
     class Mute(Bigram):
         def generate(self, *args: Any, **kwargs: Any) -> Any:
             folder = Path(given["output"])
-            assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+            if json.loads((folder / "run.json").read_text())["status"] != "complete":
+                return super().generate(*args, **kwargs)
             assert (folder / "adapter" / "adapter_model.safetensors").exists()
             raise RuntimeError("out of luck")
 
@@ -713,20 +715,20 @@ def test_the_sample_is_of_a_row_that_was_kept(given: dict[str, Any], tmp_path: P
     rows = [chat("a long question " * 40, "No."), chat("Short?", "Yes."), chat("Another?", "Yes.")]
     (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dropped = ready(given, data=str(folder), max_length=150)
-    assert dropped.sample == [{"role": "user", "content": "Short?"}]
-    assert dropped.sample_tokens == len(dropped.valid[0].ids) < 150
-    assert ready(given, data=str(folder), max_length=150, overflow="truncate").sample == dropped.sample
+    assert dropped.prompts[0].messages == [{"role": "user", "content": "Short?"}]
+    assert dropped.prompts[0].tokens == len(dropped.valid[0].ids) < 150
+    assert ready(given, data=str(folder), max_length=150, overflow="truncate").prompts == dropped.prompts
     (folder / "valid.jsonl").write_text(json.dumps(chat("Q", "a long answer " * 80)) + "\n")
     first = json.loads((folder / "train.jsonl").read_text().splitlines()[0])
     cut = ready(
         given, data=str(folder), max_length=150, overflow="truncate"
     )  # a row that is complete, though trained on
-    assert cut.sample == first["messages"][:-1]
-    assert cut.sample_tokens <= 150
+    assert cut.prompts[0].messages == first["messages"][:-1]
+    assert cut.prompts[0].tokens <= 150
     (folder / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kept = ready(given, data=str(folder), max_length=2000)
-    assert kept.sample[0]["content"] == rows[0]["messages"][0]["content"]
-    assert kept.sample_tokens == len(kept.valid[0].ids) > 600
+    assert kept.prompts[0].messages[0]["content"] == rows[0]["messages"][0]["content"]
+    assert kept.prompts[0].tokens == len(kept.valid[0].ids) > 600
 
 
 # --- one process at a time
