@@ -202,6 +202,13 @@ class Backend(Protocol):
         """
         ...
 
+    def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
+        """Train another adapter over the base that is loaded, as after `load`; not after full fine-tuning.
+
+        recipe: of the same base, precision, quantization and method. plan: as for apply_plan.
+        """
+        ...
+
     def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
         """Be told how many micro-batches of which shapes are to come, where it is better to compute few different ones.
 

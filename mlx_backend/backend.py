@@ -36,6 +36,7 @@ from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
+from mlx_backend.device_settings import set_limits  # noqa: E402
 from mlx_backend.lora import Dropout, attach, paths, put  # noqa: E402
 from mlx_backend.loss import Inputs, inputs_of, loss_sum  # noqa: E402
 from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
@@ -51,14 +52,13 @@ class MlxBackend:
     """See `common.backend.Backend` for the contract of every method."""
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        self.recipe, self.start = recipe, adapter
         self.layouts: list[MicroBatchShape] = []
         self.previous_device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
         if plan.device == "cpu":
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
         mx.reset_peak_memory()
-        self.limits = _set_limits(plan)
+        self.limits = set_limits(plan)
         budget = min(plan.memory_budget, mx.get_memory_limit())
         self.confirmation = Confirmation(plan.device == "gpu", budget, always=adapter is None)
         try:
@@ -73,6 +73,23 @@ class MlxBackend:
         with device_errors():
             if recipe.quantization != "none" and not is_quantized(base):
                 quantize(self.model, recipe.quantization)
+        self._begin(recipe, plan, adapter)
+        return ModelInfo(
+            layers=len(self.model.layers),
+            trainable=sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())),
+            total=sum(p.size for _, p in tree_flatten(self.model.parameters())),
+            architecture=type(self.model).__module__.rsplit(".", 1)[-1],
+        )
+
+    def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
+        self._end_step()
+        put(self.model, {name: layer.linear for name, layer in self.layers.items()})
+        self._begin(recipe, plan, adapter)
+
+    def _begin(self, recipe: Recipe, plan: Plan, adapter: Adapter | None) -> None:
+        """Have the loaded model train this, from the start."""
+        self.recipe, self.start = recipe, adapter
+        with device_errors():
             self.layers: dict[str, Any] = {}
             if adapter is not None:
                 self.model.freeze()
@@ -84,12 +101,6 @@ class MlxBackend:
                 mx.eval(parameter)  # one by one: what a weight is converted from is freed before the next is read
             self.confirmation.settle([])
         self._join(recipe, adapter)
-        return ModelInfo(
-            layers=len(self.model.layers),
-            trainable=sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())),
-            total=sum(p.size for _, p in tree_flatten(self.model.parameters())),
-            architecture=type(self.model).__module__.rsplit(".", 1)[-1],
-        )
 
     def _join(self, recipe: Recipe, adapter: Adapter | None) -> None:
         """Find the trained arrays and join them."""
@@ -292,15 +303,3 @@ class MlxBackend:
             set_limit(before)
         mx.enable_compile()
         mx.set_default_device(self.previous_device)
-
-
-def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
-    """Set MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
-    if not plan.memory_budget:
-        return []
-    limit = min(plan.memory_budget, mx.get_memory_limit())  # MLX's own is below what the device has
-    wanted = [(mx.set_memory_limit, limit), (mx.set_cache_limit, limit // 16)]
-    if plan.device == "gpu" and mx.metal.is_available():
-        recommended = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
-        wanted.append((mx.set_wired_limit, min(limit, recommended)))
-    return [(set_limit, set_limit(value)) for set_limit, value in wanted]

@@ -373,6 +373,41 @@ def check_resume_is_bit_identical(name: str, folder: Path, rows: list[Encoded], 
         np.testing.assert_array_equal(weight.B, both[1][module].B)
 
 
+def check_an_exchanged_adapter_trains_as_a_loaded_one(name: str, folder: Path, rows: list[Encoded], **changes) -> None:
+    recipes = [
+        make_recipe(folder, **changes),
+        make_recipe(folder, rank=8, dropout=0.1, seed=5, learning_rate=3e-3, **changes),
+        make_recipe(folder, rank=2, targets=["q_proj", "down_proj"], **changes),
+    ]
+
+    def outcome(backend: Backend, recipe: Recipe) -> tuple:
+        losses = run_steps(backend, recipe, rows, 3)
+        loss = float(backend.eval_step(make_batch(rows[:4])).loss_sum)
+        moments = backend.get_optimizer()
+        return losses, loss, matrices(backend), moments.step, moments.exp_avg
+
+    expected = []
+    for recipe in recipes:
+        backend = load(name, folder, recipe, gradient_checkpointing=recipe.rank == 8)
+        expected.append(outcome(backend, recipe))
+        backend.close()
+    backend = load(name, folder, recipes[1])
+    run_steps(backend, recipes[1], rows, 1)
+    for recipe, wanted in zip(recipes, expected, strict=True):
+        plan = make_plan(name, gradient_checkpointing=recipe.rank == 8)
+        adapter = start_adapter(folder, recipe)
+        assert adapter is not None
+        backend.exchange(recipe, plan, adapter)
+        found = outcome(backend, recipe)
+        assert found[:2] == wanted[:2]
+        assert found[3] == wanted[3] == 3
+        for key in (2, 4):
+            assert found[key].keys() == wanted[key].keys()
+            for array in wanted[key]:
+                np.testing.assert_array_equal(found[key][array], wanted[key][array])
+    backend.close()
+
+
 def check_optimizer_state_round_trip(name: str, folder: Path, rows: list[Encoded]) -> None:
     recipe = make_recipe(folder)
     backend = load(name, folder, recipe)

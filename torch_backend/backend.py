@@ -65,7 +65,7 @@ class TorchBackend:
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         _import_libraries()
         return_large_blocks()
-        self.recipe, self.start, self.device = recipe, adapter, torch.device(plan.device_name)
+        self.device = torch.device(plan.device_name)
         self.settings = DeviceSettings(self.device, plan.memory_budget)
         try:
             return self._load(recipe, plan, ModelFolder(folder), adapter)
@@ -78,7 +78,6 @@ class TorchBackend:
         self.rope_split = forward_config(config).rope_split
         with _device_errors():
             self.model: Any = _load_model(base, recipe, self.device, adapter)
-            self.outer, self.parameters = self._trainable(adapter)
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::TRIM_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._trim)
@@ -89,16 +88,32 @@ class TorchBackend:
         self.flash = packs and has_flash(self.device)
         if self.flash:
             self.settings.make_deterministic()
-        self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
-        self.apply_plan(plan)
-        with _device_errors():
-            self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
+        self._begin(recipe, plan, adapter)
         return ModelInfo(
             layers=self.model.config.num_hidden_layers,
             trainable=sum(p.numel() for p in self.parameters.values()),
             total=sum(p.numel() for p in self.outer.parameters()),
             architecture=type(self.model).__name__,
         )
+
+    def _begin(self, recipe: Recipe, plan: Plan, adapter: Adapter | None) -> None:
+        """Have the loaded model train this, from the start."""
+        self.recipe, self.start = recipe, adapter
+        with _device_errors():
+            self.outer, self.parameters = self._trainable(adapter)
+        self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        self.apply_plan(plan)
+        with _device_errors():
+            self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
+
+    def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
+        if (
+            self.model.is_gradient_checkpointing
+        ):  # PEFT would have the embeddings' output take part in the backward pass
+            self.model.gradient_checkpointing_disable()
+        self.outer.unload()
+        del self.optimizer, self.graphs, self.parameters  # before there are others
+        self._begin(recipe, plan, adapter)
 
     def _trainable(self, adapter: Adapter | None) -> tuple[Any, dict[str, torch.nn.Parameter]]:
         """`(the model, with PEFT's around it where there is an adapter; the trained parameters by canonical name)`."""

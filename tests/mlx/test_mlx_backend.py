@@ -77,6 +77,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows,
     backends.check_resume_is_bit_identical("mlx", model, rows, tmp_path, dropout)
 
 
+@pytest.mark.parametrize("changes", [{}, {"method": "dora"}, {"quantization": "mlx-4bit-64"}], ids=str)
+def test_an_exchanged_adapter_trains_as_a_loaded_one(model, rows, changes):
+    backends.check_an_exchanged_adapter_trains_as_a_loaded_one("mlx", model, rows, **changes)
+
+
 def test_optimizer_state_leaves_a_backend_and_comes_back(model, rows):
     backends.check_optimizer_state_round_trip("mlx", model, rows)
 

@@ -88,6 +88,10 @@ class Bigram:
             self.set_adapter(adapter)
         return ModelInfo(1, 10, 100, "Bigram")
 
+    def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
+        self.recipe, self.plan = recipe, plan
+        self.set_adapter(adapter)
+
     def set_adapter(self, adapter: Adapter) -> None:
         self.layer = next(iter(adapter.weights))
         self.adapter = adapter
