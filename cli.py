@@ -21,6 +21,7 @@ _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export i
 COMMANDS = {
     "train": "fine-tune a model on your rows and export it; without options, the built-in example",
     "plan": "estimate memory and time of train with the same options; train nothing",
+    "tune": "search learning rate, epochs, batch size, rank and dropout, and write the best recipe",
     "check-data": "count rows and tokens, list suspicious rows, show which tokens are trained",
     "fuse": "fuse the adapter of a finished run and export it again",
     "verify": "check that what llama.cpp runs is what was trained",

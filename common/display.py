@@ -251,7 +251,7 @@ class Display:
     @contextmanager
     def training(self, steps: int, done: int) -> Iterator[None]:
         """Around the loop; `step` and `evaluation` move the bar."""
-        self._total = steps
+        self._total, self._steps, self._tokens, self._seconds, self._valid = steps, 0, 0, 0.0, "-"
         if self.mode != "rich":
             yield
             return

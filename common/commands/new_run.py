@@ -2,11 +2,10 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name
 from common.files import atomic_write
-from common.paths import user_path
+from common.options import absolute_paths
 from common.run_fields import DataRecord
 from common.run_lock import held
 from common.run_record import Run
@@ -58,13 +57,5 @@ def begin(job: Job) -> None:
             tokens=int(job.train.lengths.sum()),
             label_tokens=int(job.train.label_tokens.sum()),
         ),
-        options=_absolute(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
+        options=absolute_paths(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )
-
-
-def _absolute(options: dict[str, Any]) -> dict[str, Any]:
-    """Paths made absolute, so that the run can be resumed from another working folder."""
-    for key in ("model", "data", "llama_cpp", "adapter", "chat_template"):
-        if options[key] and (path := user_path(options[key], f"--{key.replace('_', '-')}")).exists():
-            options[key] = str(path.resolve())
-    return options

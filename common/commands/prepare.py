@@ -94,15 +94,10 @@ def prepare(
     """The job, after every check, cheapest first. seconds: gets the time of tokenizing. Raises UserError."""
     seconds = {} if seconds is None else seconds
     display = context.display
-    _check_request(options, display)
+    check_request(options, display)
     hardware = choose_hardware(options, context)
     run = resumed or Run(_output(options, hardware.backend.value))
-    data = read_data(options, display)
-    base = find_base(options, hardware.backend.value, hardware.scheme, display)
-    tokenizer = load_tokenizer(base.model.path, options.chat_template)
-    with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
-        rows = encode_data(options, data, tokenizer, progress)
-    report_rows(options, rows, display)
+    base, rows, tokenizer = model_and_rows(options, hardware, display, seconds)
     if not resumed:
         options = _chosen(options, base, rows, display)
     kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
@@ -120,7 +115,7 @@ def prepare(
     build = build_bytes(needs_llama(options.export), options.llama_cpp)
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages], build)
     warn_of_memory(stages, display)
-    llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(data.train, 200_000))
+    llama = tools_for(options, recipe.method, base.model, display, tokenizer, first_texts(rows.data.train, 200_000))
     return Job(
         options=options,
         run=run,
@@ -138,9 +133,22 @@ def prepare(
         llama=llama,
         served=ServingConfig(rows.stops, rows.template),
         prompts=row_prompts(rows, _PROMPTS),
-        cases=make_cases(data, rows.valid, rows.train, rows.encoder),
+        cases=make_cases(rows.data, rows.valid, rows.train, rows.encoder),
         left_out=left_out(rows),
     )
+
+
+def model_and_rows(
+    options: Options, hardware: Hardware, display: Display, seconds: dict[str, float]
+) -> tuple[Base, TrainingRows, Any]:
+    """`(the model, its rows encoded, its tokenizer)`, each reported. seconds: gets the time of tokenizing."""
+    data = read_data(options, display)
+    base = find_base(options, hardware.backend.value, hardware.scheme, display)
+    tokenizer = load_tokenizer(base.model.path, options.chat_template)
+    with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
+        rows = encode_data(options, data, tokenizer, progress)
+    report_rows(options, rows, display)
+    return base, rows, tokenizer
 
 
 def _chosen(options: Options, base: Base, rows: TrainingRows, display: Display) -> Options:
@@ -172,7 +180,7 @@ def _recipe(
     return recipe
 
 
-def _check_request(options: Options, display: Display) -> None:
+def check_request(options: Options, display: Display) -> None:
     """Raises UserError for what can be known to fail from the options alone."""
     if options.push:
         check_push(options.push, not options.push_public, display)

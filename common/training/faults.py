@@ -8,17 +8,21 @@ from common.errors import PROGRAM, UserError, os_fault
 from common.training import checkpoint
 
 
+class NotFinite(UserError):
+    """Training has diverged, or computes with broken figures."""
+
+
 def not_finite(
     run: Path, step: int, rows: Sequence[Encoded], what: str = "loss or its gradient", is_: str = "not finite"
-) -> UserError:
+) -> NotFinite:
     more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
     sources = ", ".join(row.source for row in rows[:32]) + more
     if not step:
         fix = "Look at those rows; try another --precision; check the model's files."
-        return UserError(f"The {what} is {is_} before the first step, on the rows {sources}.", fix)
+        return NotFinite(f"The {what} is {is_} before the first step, on the rows {sources}.", fix)
     saved = checkpoint.latest_step(run)
     kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
-    return UserError(
+    return NotFinite(
         f"The {what} is {is_} at step {step}, on the rows {sources}. {kept}.",
         "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
         "--memory-limit (Metal was seen to continue with wrong numbers where memory ran out).",

@@ -256,11 +256,14 @@ class TrainingLoop:
                 self.observer.warn(f"{unsaved(self.run, error).what}; a resumed run repeats this validation")
 
     def _validate_start(self) -> None:
-        """Validate before the first step: what training is to improve on."""
-        with timed(self.seconds, "evaluate"):
-            self.state.start_valid_loss = loss = self._validation.loss(self.observer.stop_requested)
+        """Validate before the first step, unless that is known: what training is to improve on."""
+        loss = self.state.start_valid_loss
+        if loss is None:
+            with timed(self.seconds, "evaluate"):
+                loss = self._validation.loss(self.observer.stop_requested)
         if loss is None:
             raise Interrupted(self.run)
+        self.state.start_valid_loss = loss
         self._report_validation(loss)
 
     def _evaluate(self) -> bool:

@@ -104,7 +104,8 @@ def choose_plan(
 ) -> ChosenPlan:
     """`base` with micro-batches, checkpointing and loss chunk chosen; what the user typed stays.
 
-    rows, validation: what is trained on, and validated on. Raises UserError where --memory-limit cannot be kept.
+    base: its memory budget counts where it has one. rows, validation: what is trained on, and validated on. Raises
+    UserError where --memory-limit cannot be kept.
     """
     budget, why = _budget(options, memory, base)
     deterministic = memory.package.is_deterministic(memory.dims, base.device, memory.recipe.precision)
@@ -159,6 +160,8 @@ def described(plan: Plan) -> str:
 def _budget(options: Options, memory: TrainingMemory, plan: Plan) -> tuple[int, str]:
     if options.memory_limit is not None:
         return read_size(options.memory_limit), "asked for"
+    if plan.memory_budget:
+        return plan.memory_budget, "as before"
     free, what = memory.package.free_memory(plan.device_name)
     return round(0.85 * free), f"85 % of {what}, {gigabytes(free)}"
 

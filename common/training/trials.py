@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from common.backend import Adapter, Backend, OptimizerState
+from common.backend import Adapter, Backend
 from common.context import Context
 from common.data.training_rows import TrainingRows
+from common.errors import UserError
 from common.models.load import loaded
 from common.models.training_base import Base, start_adapter
 from common.options import Options
 from common.recipe import Plan, Recipe
+from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
 from common.training.memory_estimate import TrainingMemory, model_dims
@@ -18,13 +19,13 @@ from common.training.observer import Observer
 from common.training.planner import choose_plan
 from common.training.setup import make_plan, make_recipe
 
-# What the loop alone needs: a loaded backend trains with any of them.
-_OF_THE_LOOP = {"batch_size", "learning_rate", "schedule", "steps", "warmup_steps", "eval_every", "eval_rows", "parent"}
-
 
 @dataclass
 class Trials:
-    """A model that stays loaded, and its rows. precision: bf16 or fp32. device: as --device names it."""
+    """A model that stays loaded, and its rows. precision: bf16 or fp32. device: as --device names it.
+
+    Each training gets an adapter of its own over the base. Full fine-tuning changes the base, and loads it again.
+    """
 
     context: Context
     base: Base
@@ -32,20 +33,22 @@ class Trials:
     backend: str
     device: str
     precision: str
-    _loaded: tuple[dict[str, Any], Backend, Adapter, OptimizerState] | None = field(default=None, init=False)
+    _loaded: Backend | None = field(default=None, init=False)
+    _budget: int = field(default=0, init=False)  # of memory, before the model was loaded
+    _start_loss: float | None = field(default=None, init=False)  # before the first step: the same in each
 
     @property
     def model(self) -> Backend:
         """The backend that trains, with the adapter as it is now. Only while `train` runs, as for its observer."""
         if self._loaded is None:
             raise RuntimeError("no training has begun")
-        return self._loaded[1]
+        return self._loaded
 
     def recipe(self, options: Options) -> Recipe:
         return make_recipe(options, self.base, self.rows, self.precision)
 
     def train(self, options: Options, folder: Path, observer: Observer) -> State:
-        """The state after a training from the start, whose metrics and checkpoints lie in `folder`.
+        """The state after a training whose metrics and checkpoints lie in `folder`; it continues from the latest.
 
         Raises what `TrainingLoop.train` does.
         """
@@ -54,27 +57,40 @@ class Trials:
         config = self.base.model.config | {"dtype": self.base.model.dtype}
         memory = TrainingMemory(package, model_dims(config), recipe, start)
         train, valid = self.rows.train.rows, self.rows.scored
-        plan = choose_plan(options, memory, make_plan(options, self.backend, self.device, self.rows), train, valid).plan
-        backend = self._ready(recipe, plan, start)
+        base_plan = make_plan(options, self.backend, self.device, self.rows)
+        base_plan = base_plan.model_copy(update={"memory_budget": self._budget})
+        plan = choose_plan(options, memory, base_plan, train, valid).plan
+        self._budget = plan.memory_budget
         folder.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.latest(folder, recipe.hash(), observer.warn)
+        backend = self._ready(recipe, plan, start)
         state = State.before_training(plan)
-        return TrainingLoop(backend, recipe, plan, train, valid, folder, state, observer).train()
+        if found:
+            found.require_fit(start)
+            backend.set_adapter(found.adapter)
+            backend.set_optimizer(found.optimizer)
+            state = found.state
+        elif self._start_loss is not None:
+            state.start_valid_loss = self._start_loss
+        try:
+            state = TrainingLoop(backend, recipe, plan, train, valid, folder, state, observer).train()
+        except UserError:
+            self.close()  # the next training begins with a model in order
+            raise
+        self._start_loss = state.start_valid_loss
+        return state
 
     def _ready(self, recipe: Recipe, plan: Plan, start: Adapter | None) -> Backend:
-        """The backend as before the first step; the model is loaded where the recipe needs another adapter."""
-        key = recipe.model_dump(exclude=_OF_THE_LOOP)
-        if self._loaded is None or self._loaded[0] != key:
-            self.close()
-            backend, _ = loaded(self.context, recipe, plan, self.base.training_base, start)
-            self._loaded = key, backend, backend.get_adapter(), backend.get_optimizer()
-            return backend
-        _, backend, adapter, optimizer = self._loaded
-        backend.apply_plan(plan)
-        backend.set_adapter(adapter)
-        backend.set_optimizer(optimizer)
-        return backend
+        """The backend as before the first step."""
+        if self._loaded is not None and start is not None:
+            self._loaded.exchange(recipe, plan, start)
+            return self._loaded
+        self.close()
+        with self.context.display.stage("load the model"):
+            self._loaded, _ = loaded(self.context, recipe, plan, self.base.training_base, start)
+        return self._loaded
 
     def close(self) -> None:
         if self._loaded is not None:
-            self._loaded[1].close()
+            self._loaded.close()
             self._loaded = None

@@ -237,3 +237,22 @@ def test_doctor_compares_the_backends():
     out = twintune("doctor", "--parity", "qwen3")
     assert "step losses" in out
     assert "NO" not in out
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_search_that_is_killed_continues_and_its_best_recipe_trains(tiny, tmp_path, backend):
+    model, rows = tiny
+    found = tmp_path / "found"
+    words = ["tune", "--model", model, "--data", rows, "--output", found, "--backend", backend, "--precision", "fp32"]
+    words += ["--valid-share", 0.3, "--epochs", 20, "--batch-size", 4, "--trials", 2, "--dropout", 0]
+    interrupted(words, found / "trials" / "002", signal.SIGKILL)
+    before = (found / "trials" / "001" / "metrics.jsonl").read_bytes()
+    out = twintune(*words)
+    assert "found holds this search: 1 trials are kept, and it continues" in out
+    assert (found / "trials" / "001" / "metrics.jsonl").read_bytes() == before
+    assert not list(found.glob("trials/*/checkpoints"))
+    run = tmp_path / "run"
+    options = ["--backend", backend, "--export", "none", "--output", run]
+    twintune("train", "--config", found / "best.yaml", *options)
+    best = re.search(r"is trial (\d)", out)
+    assert step_losses(run) == step_losses(found / "trials" / f"00{best[1]}")

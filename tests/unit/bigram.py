@@ -89,7 +89,7 @@ class Bigram:
         return ModelInfo(1, 10, 100, "Bigram")
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
-        self.recipe, self.plan = recipe, plan
+        self.recipe, self.plan, self.calls = recipe, plan, []
         self.set_adapter(adapter)
 
     def set_adapter(self, adapter: Adapter) -> None:
