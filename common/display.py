@@ -184,10 +184,10 @@ class Display:
             table.add_row(*map(_text, row))
         self.console.print(table)
 
-    def show(self, *parts: Styled) -> None:
-        """A result that is running text: shown even with --quiet."""
+    def show(self, *parts: Styled, kind: str = "note", **facts: Any) -> None:
+        """A result that is running text: shown even with --quiet. kind and facts: of its event."""
         text = Text().join(map(_text, parts))
-        self.event("note", text=text.plain)
+        self.event(kind, text=text.plain, **facts)
         if self.mode != "json":
             self.console.print(text)
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -11,11 +12,12 @@ from common.commands.arguments import add_options
 from common.context import Context
 from common.data.dataset import LISTED, Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
-from common.data.encode_rows import encode_parts
 from common.data.encoded_rows import EncodedRows
-from common.data.findings import control_tokens, quality_warnings
-from common.data.training_rows import load, note_counts, warn_of_context, warn_of_plain_text
-from common.data.truncation import FilteredRows, filter_by_length
+from common.data.findings import beyond_context, control_tokens, quality_warnings
+from common.data.text_sample import TextSample, text_sample
+from common.data.training_rows import encode_data, load, note_counts, warn_of_plain_text
+from common.data.truncation import FilteredRows
+from common.data.verdict import Advice, of_rows, of_texts, of_warnings, ordered, verdict
 from common.display import Display, Styled
 from common.errors import UserError
 from common.model_files import tokenize
@@ -29,41 +31,57 @@ _SHOWN_ROWS = 3
 
 
 def check_data(options: Options, explain: int | None, display: Display) -> None:
-    """Print shapes, counts, length percentiles, suspicious and long rows, and three rows with labels colored.
+    """Print shapes, counts, length percentiles, suspicious and long rows, three rows with labels colored, a verdict.
 
     `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
     """
     data = load(options, display)
     model = resolve(options.model or "", display.say)
     tokenizer = load_tokenizer(model.path, options.chat_template)
-    encoder = Encoder(tokenizer, masking_of(options))
     if explain is not None:
-        explain_row(data.train, explain, encoder, display)
+        explain_row(data.train, explain, Encoder(tokenizer, masking_of(options)), display)
         return
+    shown = options.model_copy(update={"overflow": "drop" if options.overflow == "error" else options.overflow})
     with display.stage("tokenize the data") as progress:
-        encoded, bad = encode_parts((data.train, data.valid, data.test), encoder, options.on_bad_row, progress)
-    overflow = "drop" if options.overflow == "error" else options.overflow
-    parts = {
-        name: filter_by_length(part, options.max_length, overflow)
-        for name, part in zip(("train", "valid", "test"), encoded, strict=True)
-        if part
-    }
+        rows = encode_data(shown, data, tokenizer, progress)
+    parts = {name: part for name in ("train", "valid", "test") if (part := getattr(rows, name)).every}
     _show_counts(options, parts, display)
-    for note, count in note_counts([parts["train"].every] if "train" in parts else []).items():
+    for note, count in note_counts([rows.train.every]).items():
         display.say(f"{count} training rows: {note}")
-    warnings = [control_tokens([part.every for part in parts.values()]), *quality_warnings(data)]
-    for warning in filter(None, warnings):
+    every = [part.every for part in parts.values()]
+    warnings = [*filter(None, [control_tokens(every)]), *quality_warnings(data)]
+    for warning in warnings:
         display.warn(str(warning))
-    warn_of_plain_text(options, [part.every for part in parts.values()], display)
-    warn_of_context([part.rows for part in parts.values()], context_length(model.config), display)
-    if dropped := [*map(list, data.bad.first), *([row.source, row.reason] for row in bad.first)]:
-        title = f"Rows that cannot be read or labeled: dropped{_more(len(data.bad) + len(bad))}"
+    warn_of_plain_text(options, every, display)
+    context = beyond_context([part.rows for part in parts.values()], context_length(model.config))
+    if context:
+        display.warn(f"{context}. {context.to_do}")
+    if dropped := [*map(list, data.bad.first), *([row.source, row.reason] for row in rows.bad.first)]:
+        title = f"Rows that cannot be read or labeled: dropped{_more(len(data.bad) + len(rows.bad))}"
         display.table(title, ["row", "why"], dropped[:LISTED])
     _show_long(options, parts, display)
-    for row in parts["train"].rows[:_SHOWN_ROWS] if "train" in parts else ():
+    for row in rows.train.rows[:_SHOWN_ROWS]:
         display.show((f"\n{row.source}: {len(row.ids)} tokens, {row.label_tokens} of them labels", "bold"))
         display.show(*colored(row, tokenizer))
     display.show(("\nlabel tokens", "black on green"), " carry loss; the others are only read")
+    with display.stage("look at the texts") as progress:
+        sample = text_sample(data.train, options.seed, progress)
+    found = of_warnings([*warnings, *([context] if context else [])], data.rows)
+    _show_verdict(ordered([*found, *of_rows(options, rows), *of_texts(sample)]), sample, display)
+
+
+def _show_verdict(advice: Sequence[Advice], sample: TextSample, display: Display) -> None:
+    """The verdict in one line, then what to do, in order; with --json all of it is one event."""
+    scripts = {script: len(rows) for script, rows in sample.scripts.items()}
+    if len(scripts) > 1:
+        shown = sorted(scripts.items(), key=lambda item: -item[1])
+        display.say(f"scripts of the answers: {', '.join(f'{script} {count}' for script, count in shown)}")
+    if not sample.all:
+        display.say(f"texts: {sample.rows:,} of {sample.of:,} training rows were looked at, drawn by --seed")
+    lines = [f"\n{verdict(advice)}", *(["What to do:"] if advice else [])]
+    lines += [f"{number}. {one}" for number, one in enumerate(advice, 1)]
+    facts = {"rows_looked_at": sample.rows, "rows": sample.of, "scripts": scripts}
+    display.show("\n".join(lines), kind="verdict", **facts, advice=[asdict(one) for one in advice])
 
 
 def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Display) -> None:

@@ -10,15 +10,18 @@ from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import load_tokenizer
 from common.data.encoded_rows import EncodedRows
+from common.data.findings import QualityWarning
 from common.data.sample_prompts import SamplePrompt, row_prompts
 from common.data.training_rows import (
     TrainingRows,
     encode_data,
     left_out,
-    read_data,
+    load,
     report_rows,
     warn_of_context,
+    warn_of_quality,
 )
+from common.data.verdict import of_rows, of_warnings, serious_line
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, check_disk, needs_llama, warn_of_memory
@@ -100,8 +103,6 @@ def prepare(
     base, rows, tokenizer = model_and_rows(options, hardware, display, seconds)
     if not resumed:
         options = _chosen(options, base, rows, display)
-    kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
-    warn_of_context(kept, context_length(base.model.config), display)
     version = resumed.recipe.version if resumed else VERSION
     recipe = _recipe(options, base, rows, hardware.precision.value, parent, version, display)
     start = start_adapter(recipe, base)
@@ -142,13 +143,25 @@ def model_and_rows(
     options: Options, hardware: Hardware, display: Display, seconds: dict[str, float]
 ) -> tuple[Base, TrainingRows, Any]:
     """`(the model, its rows encoded, its tokenizer)`, each reported. seconds: gets the time of tokenizing."""
-    data = read_data(options, display)
+    data = load(options, display)
+    suspicious = warn_of_quality(options, data, display)
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
-    report_rows(options, rows, display)
+    _report(options, rows, suspicious, base, display)
     return base, rows, tokenizer
+
+
+def _report(
+    options: Options, rows: TrainingRows, suspicious: list[QualityWarning], base: Base, display: Display
+) -> None:
+    """Say what is changed, left out or unfit. Raises UserError where nothing is left to train on."""
+    report_rows(options, rows, display)
+    if serious := serious_line([*of_warnings(suspicious, rows.data.rows), *of_rows(options, rows)]):
+        display.warn(serious)
+    kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
+    warn_of_context(kept, context_length(base.model.config), display)
 
 
 def _chosen(options: Options, base: Base, rows: TrainingRows, display: Display) -> Options:

@@ -53,6 +53,10 @@ class Dataset:
     bad: Counted[tuple[str, str]] = field(default_factory=Counted)  # places and faults of rows that --on-bad-row drops
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
 
+    @property
+    def rows(self) -> int:
+        return len(self.train) + len(self.valid) + len(self.test)
+
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""
         return ", ".join(f"{format}, {count} rows" for format, count in self.formats.items())

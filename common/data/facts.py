@@ -10,10 +10,12 @@ from typing import Any, overload
 import numpy as np
 
 from common.data.dataset import Dataset, Example, content_key, prompt_key
+from common.data.personal import has_secret
 from common.data.quality import breaks_off, placeholder
 from common.recipe import VERSION
 
-TEXT, PLACEHOLDER, BREAKS_OFF = 1, 2, 4  # plain text; a placeholder in it; its last answer ends in the middle
+# Plain text; a placeholder in it; its last answer ends in the middle; a key or token in it.
+TEXT, PLACEHOLDER, BREAKS_OFF, SECRET = 1, 2, 4, 8
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Facts:
     contents: np.ndarray  # [N] uint64: equal for equal rows, whatever their weights
     prompts: np.ndarray  # [N] uint64: equal for rows that ask the same
     digests: np.ndarray  # [N, 32] uint8: SHA-256 of contents and weights
-    flags: np.ndarray  # [N] uint8: TEXT, PLACEHOLDER, BREAKS_OFF
+    flags: np.ndarray  # [N] uint8: TEXT, PLACEHOLDER, BREAKS_OFF, SECRET
 
     @staticmethod
     def of(rows: Iterable[Example]) -> "Facts":
@@ -50,12 +52,14 @@ class Facts:
 
 
 def _facts(row: Example) -> tuple[bytes, bytes, bytes, int]:
-    digest = hashlib.sha256(content_key(row).encode())
+    key = content_key(row)
+    digest = hashlib.sha256(key.encode())
     content = digest.digest()[:8]
     if (weights := _weights(row)) is not None:
         digest.update(weights)
     text = row.text if row.text is not None else "\n".join(message["content"] for message in row.messages)
     flags = TEXT * (row.text is not None) | PLACEHOLDER * bool(placeholder(text)) | BREAKS_OFF * breaks_off(row)
+    flags |= SECRET * has_secret(key)
     return content, hashlib.sha256(prompt_key(row).encode()).digest()[:8], digest.digest(), flags
 
 

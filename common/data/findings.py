@@ -1,4 +1,4 @@
-"""What is suspicious about the rows of a data set: duplicates, leakage, placeholders, answers that break off."""
+"""What is suspicious about the rows of a data set: secrets, placeholders, duplicates, leakage, broken answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,12 @@ import numpy as np
 
 from common.data.dataset import LISTED, Dataset
 from common.data.encoded_rows import EncodedRows
-from common.data.facts import BREAKS_OFF, PLACEHOLDER, TEXT, Facts, facts_of, sources_of
+from common.data.facts import BREAKS_OFF, PLACEHOLDER, SECRET, TEXT, Facts, facts_of, sources_of
+
+LEFT_IN = "rows with a placeholder left in"
+REPEATS = "training rows that repeat another"
+SEVERAL_ANSWERS = "training rows with the same prompt and different answers"
+BROKEN_OFF = "rows whose answer seems to break off"
 
 
 @dataclass(frozen=True)
@@ -16,6 +21,7 @@ class QualityWarning:
     what: str
     count: int  # of the rows
     sources: list[str]  # of the first of them
+    to_do: str
 
     def __str__(self) -> str:
         more = f" and {self.count - 5} more" if self.count > 5 else ""
@@ -29,13 +35,41 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
     shared = np.isin(held_out.facts.contents, train.facts.contents)
     asked = np.isin(held_out.facts.prompts, train.facts.prompts[~train.facts.are(TEXT)])
     found = [
-        held_out.warning("validation or test rows that are in training too", shared),
-        held_out.warning("validation or test rows whose prompt is in training, with another answer", asked & ~shared),
-        *(QualityWarning(f"{kind}, left out", len(rows), rows.first) for kind, rows in data.left_out.items()),
-        train.warning("training rows that repeat another", _repeated(train.facts)),
-        train.warning("training rows with the same prompt and different answers", _contradicting(train.facts)),
-        every.warning("rows with a placeholder left in", every.facts.are(PLACEHOLDER)),
-        every.warning("rows whose answer seems to break off", every.facts.are(BREAKS_OFF)),
+        every.warning(
+            "rows with an API key, a token or a private key in their text",
+            every.facts.are(SECRET),
+            "Revoke it and remove it: the model may repeat it to anybody.",
+        ),
+        held_out.warning(
+            "validation or test rows that are in training too",
+            shared,
+            "Remove them from one side: their loss says nothing about new rows.",
+        ),
+        held_out.warning(
+            "validation or test rows whose prompt is in training, with another answer",
+            asked & ~shared,
+            "Keep the rows of one prompt on one side.",
+        ),
+        *(
+            QualityWarning(f"{kind}, left out", len(rows), rows.first, "Give them an answer that is trained.")
+            for kind, rows in data.left_out.items()
+        ),
+        train.warning(
+            REPEATS,
+            _repeated(train.facts),
+            "Remove the repeats; to count a row more, give it a weight.",
+        ),
+        train.warning(
+            SEVERAL_ANSWERS,
+            _contradicting(train.facts),
+            "Keep them where several answers are right; else keep the right one.",
+        ),
+        every.warning(LEFT_IN, every.facts.are(PLACEHOLDER), "Fill in the placeholders, or leave these rows out."),
+        every.warning(
+            BROKEN_OFF,
+            every.facts.are(BREAKS_OFF),
+            "Complete the answers: the model learns to end where they do.",
+        ),
     ]
     return [warning for warning in found if warning.count]
 
@@ -46,7 +80,17 @@ def control_tokens(parts: Sequence[EncodedRows]) -> QualityWarning | None:
     found = [part.take(part.of_kind(lambda kind: kind.control)) for part in parts]
     what = f"rows with control tokens in their text, read as such ({', '.join(list(tokens)[:3])})"
     sources = [row.source for row in islice(chain.from_iterable(found), LISTED)]
-    return QualityWarning(what, sum(map(len, found)), sources) if tokens else None
+    to_do = "Write them otherwise, such as with a space, where the model is not to obey them."
+    return QualityWarning(what, sum(map(len, found)), sources, to_do) if tokens else None
+
+
+def beyond_context(parts: Sequence[EncodedRows], context: int) -> QualityWarning | None:
+    """The rows longer than `context`, the tokens that the model's positions were made for (0: not known)."""
+    long = [part.take(part.lengths > context) for part in parts if context > 0]
+    sources = [f"{row.source} ({len(row.ids)})" for row in islice(chain.from_iterable(long), LISTED)]
+    what = f"rows are longer than the model's context of {context} tokens"
+    to_do = f"It was not made for such positions: --max-length {context} keeps within it."
+    return QualityWarning(what, sum(map(len, long)), sources, to_do) if sources else None
 
 
 @dataclass(frozen=True)
@@ -60,10 +104,10 @@ class _Part:
     def joined(parts: list["_Part"]) -> "_Part":
         return _Part(Facts.joined([part.facts for part in parts]), [names for part in parts for names in part.sources])
 
-    def warning(self, what: str, rows: np.ndarray) -> QualityWarning:
+    def warning(self, what: str, rows: np.ndarray, to_do: str) -> QualityWarning:
         """About these rows: which of them, or their indices in order."""
         indices = np.flatnonzero(rows) if rows.dtype == bool else rows
-        return QualityWarning(what, len(indices), [self._source(int(index)) for index in indices[:LISTED]])
+        return QualityWarning(what, len(indices), [self._source(int(index)) for index in indices[:LISTED]], to_do)
 
     def _source(self, index: int) -> str:
         for sources in self.sources:

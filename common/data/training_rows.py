@@ -13,7 +13,7 @@ from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
 from common.data.encoded_rows import EncodedRows, stop_ids
 from common.data.file_rows import FileRows
-from common.data.findings import control_tokens, quality_warnings
+from common.data.findings import QualityWarning, beyond_context, control_tokens, quality_warnings
 from common.data.load import check_fields, load_data
 from common.data.row_cache import cache_refused
 from common.data.truncation import FilteredRows, filter_by_length, lengths_shown
@@ -44,11 +44,18 @@ class TrainingRows:
 def read_data(options: Options, display: Display) -> Dataset:
     """What --data names, with a warning for all that is suspicious. Raises UserError naming faulty rows."""
     data = load(options, display)
-    for warning in quality_warnings(data):
+    warn_of_quality(options, data, display)
+    return data
+
+
+def warn_of_quality(options: Options, data: Dataset, display: Display) -> list[QualityWarning]:
+    """Warn of all that is suspicious; the same as a list."""
+    warnings = quality_warnings(data)
+    for warning in warnings:
         display.warn(str(warning))
     if options.valid_share and not data.valid and not user_path(options.data or "", "--data").is_dir():
         display.warn("no row could be kept for validation: all rows have the same prompt")
-    return data
+    return warnings
 
 
 def load(options: Options, display: Display) -> Dataset:
@@ -183,9 +190,5 @@ def warn_of_plain_text(options: Options, parts: Sequence[EncodedRows], display: 
 
 def warn_of_context(parts: Sequence[EncodedRows], context: int, display: Display) -> None:
     """Warn of rows longer than `context`, the tokens that the model's positions were made for (0: not known)."""
-    long = [part.take(part.lengths > context) for part in parts if context > 0]
-    if any(map(len, long)):
-        display.warn(
-            f"{sum(map(len, long))} rows are longer than the model's context of {context} tokens: "
-            f"{lengths_shown(long)}. It was not made for such positions: --max-length {context} keeps within it"
-        )
+    if warning := beyond_context(parts, context):
+        display.warn(f"{warning}. {warning.to_do}")
