@@ -52,7 +52,7 @@ EXPLAINED = {
     "packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "sample_packing": "rows of like length are computed together without packing, so there is nothing to turn on",
     "fp16": "float16 overflows in Gemma-3 and is very slow on CPUs; use precision: bf16 or fp32",
-    "datasets": "Axolotl's list; use data with one file or folder",
+    "datasets": "Axolotl's list; use data with files or folders",
     "auto_find_batch_size": "a step that runs out of memory is split into smaller micro-batches by itself",
     "push_to_hub": "use push with owner/name",
     "trust_remote_code": "code that comes with a model is never run; the model must be of a supported family",

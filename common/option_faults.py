@@ -13,6 +13,19 @@ _ADAPTER = [name for name, field in RecipeFields.model_fields.items() if extra_o
 SHAPE = ["adapter", *(name for name in _ADAPTER if name != "method")]  # of the adapter
 
 
+def faults_of_data(options: Any) -> list[str]:
+    sources, weights, faults = options.data, options.weights, []
+    if twice := [source for source in dict.fromkeys(sources) if sources.count(source) > 1]:
+        faults.append(f"data: {', '.join(twice)} is given twice: to count its rows more, give it a weight")
+    if weights and len(sources) < 2:
+        faults.append("weights are for several sources of data, and there is one")
+    elif weights and len(weights) != len(sources):
+        faults.append(f"weights: {len(weights)} numbers for {len(sources)} sources of data: give one for each")
+    if wrong := [weight for weight in weights if not weight > 0]:
+        faults.append(f"weights: {wrong[0]:g} must be above 0; leave out a source that is not wanted")
+    return faults
+
+
 def faults_of_method(options: Any) -> list[str]:
     fields = type(options).model_fields
     changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}

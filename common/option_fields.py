@@ -49,6 +49,12 @@ class RecipeFields(BaseModel):
     thinking: Literal["off", "keep"] = in_data(
         "off", "train and export a thinking model without its reasoning, or keep the reasoning of the rows"
     )
+    weights: list[float] = in_data(
+        [],
+        "with several sources, the share of each in an epoch's training rows: --weights 2 1; all rows of all unless "
+        "given",
+        value="X [X ...]",
+    )
     max_length: int = in_data(1024, "most tokens of a row; --overflow says what becomes of longer rows", ge=2)
     overflow: Literal["drop", "truncate", "split", "error"] = in_data(
         "drop",

@@ -126,11 +126,19 @@ def _anchor(written: dict[str, Any], config: Path) -> None:
     folder, ours = config.parent, config == QUICKSTART  # whatever lies where it is run: ours means our example
     for key in [*PATHS, *(other for other, name in SAME.items() if name in PATHS)]:
         value = written.get(key)
-        if not isinstance(value, str) or path_fault(value):  # reported with all other faults
-            continue
-        if (ours or not Path(value).exists()) and (folder / value).exists():
-            found, here = (folder / value).resolve(), Path.cwd()
-            written[key] = str(found.relative_to(here) if found.is_relative_to(here) else found)
+        if isinstance(value, list):
+            written[key] = [_anchored(one, folder, ours) for one in value]
+        elif value is not None:
+            written[key] = _anchored(value, folder, ours)
+
+
+def _anchored(value: Any, folder: Path, ours: bool) -> Any:
+    if not isinstance(value, str) or path_fault(value):  # reported with all other faults
+        return value
+    if (ours or not Path(value).exists()) and (folder / value).exists():
+        found, here = (folder / value).resolve(), Path.cwd()
+        return str(found.relative_to(here) if found.is_relative_to(here) else found)
+    return value
 
 
 def _validated(merged: _Merged, allowed: Collection[str] | None) -> Options | None:
@@ -179,9 +187,10 @@ def _idle_in_training(flags: Collection[str], options: Options) -> list[str]:
     if "valid_share" in flags and options.valid_share == 0:
         idle = given(("eval_every", "eval_rows"))
         faults += [f"{flag} is for validation, and --valid-share 0 keeps no rows for it" for flag in idle]
-    one_file = options.data is None or not user_path(options.data, "--data").is_dir()
-    if "valid_share" in flags and options.valid_share > 0 and not one_file:
-        faults.append(f"--valid-share is for one file, and --data {options.data} is a folder: put a valid file into it")
+    folders = options.data and all(user_path(source, "--data").is_dir() for source in options.data)
+    if "valid_share" in flags and options.valid_share > 0 and folders:
+        shown = f"--data {options.data[0]} is a folder" if len(options.data) == 1 else "all sources are folders"
+        faults.append(f"--valid-share is for one file, and {shown}: put a valid file into it")
     return faults
 
 

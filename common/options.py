@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from common.option_faults import faults_of_export, faults_of_method
+from common.option_faults import faults_of_data, faults_of_export, faults_of_method
 from common.option_fields import (
     PlanFields,
     RecipeFields,
@@ -59,11 +59,12 @@ class Options(RecipeFields, PlanFields):
         value="NAME",
     )
 
-    data: str | None = in_data(
-        None,
-        "training rows: JSONL, JSON, CSV, Parquet or text file, folder with train/valid/test files, or hub data set",
+    data: list[str] = in_data(
+        [],
+        "training rows: JSONL, JSON, CSV, Parquet or text file, folder with train/valid/test files, or hub data set; "
+        "several are mixed",
         path=True,
-        value="SOURCE",
+        value="SOURCE [SOURCE ...]",
     )
     valid_share: float = in_data(0.1, "share of the rows of one file that is kept for validation", ge=0, lt=1)
     field: dict[str, str] = in_data(
@@ -147,7 +148,12 @@ class Options(RecipeFields, PlanFields):
         """How the display prints; None: as the terminal allows."""
         return "json" if self.json_output else "quiet" if self.quiet else None
 
-    @field_validator("targets", "quant", mode="before")
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [] if value is None else [value] if isinstance(value, str) else value
+
+    @field_validator("targets", "quant", "weights", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
@@ -186,9 +192,10 @@ class Options(RecipeFields, PlanFields):
 
     @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "output", "resume")
     @classmethod
-    def _possible_path(cls, value: str | None) -> str | None:
-        if value is not None and (fault := path_fault(value)):
-            raise ValueError(f"is not a path: {fault}")
+    def _possible_path(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for path in [value] if isinstance(value, str) else value or []:
+            if fault := path_fault(path):
+                raise ValueError(f"is not a path: {fault}")
         return value
 
     @field_validator("memory_limit")
@@ -233,7 +240,7 @@ class Options(RecipeFields, PlanFields):
     def _together(self) -> "Options":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given: leave one out")
-        if faults := [*faults_of_method(self), *faults_of_export(self)]:
+        if faults := [*faults_of_data(self), *faults_of_method(self), *faults_of_export(self)]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -249,9 +256,16 @@ PATHS = [name for name, field in by_flag().items() if extra_of(field)["path"]]
 
 def absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
     """The options with paths that exist made absolute, so that they hold in another working folder too."""
+
+    def absolute(name: str, value: str) -> str:
+        path = user_path(value, f"--{name.replace('_', '-')}")
+        return str(path.resolve()) if path.exists() else value
+
     given = {name: options[name] for name in PATHS if options.get(name)}
-    paths = {name: user_path(value, f"--{name.replace('_', '-')}") for name, value in given.items()}
-    return options | {name: str(path.resolve()) for name, path in paths.items() if path.exists()}
+    return options | {
+        name: absolute(name, value) if isinstance(value, str) else [absolute(name, one) for one in value]
+        for name, value in given.items()
+    }
 
 
 # What a resumed run may be given again; all else is its own recipe and plan.
@@ -286,9 +300,3 @@ def nearest(name: str, known: list[str]) -> str:
     """`did you mean X? ` where something is near, else nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}? " if close else ""
-
-
-def source_name(source: str | None) -> str:
-    """What a model or data set is called in names of runs and files: its path, ending and revision left out."""
-    name = Path(source or "").name
-    return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]

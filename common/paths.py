@@ -28,3 +28,15 @@ def user_path(text: str, option: str) -> Path:
     if fault := path_fault(text):
         raise UserError(f"{option} {text[:80]!r} is not a path: {fault}.", "Check the path.")
     return Path(text).expanduser()
+
+
+def source_name(source: str | None) -> str:
+    """What a model or data set is called in names of runs and files: its path, ending and revision left out."""
+    name = Path(source or "").name
+    return name.removesuffix(".gguf").removesuffix(".jsonl").partition(":")[0].partition("@")[0]
+
+
+def sources_name(sources: list[str]) -> str:
+    """What the data is called in names of runs: the first source, and the second, or how many more."""
+    names = [source_name(source) for source in sources]
+    return "-".join(names if len(names) < 3 else [names[0], f"and-{len(names) - 1}-more"])

@@ -21,9 +21,9 @@ _NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # 
 VERSION = 4  # of recipes; raised where the same fields come to give another result
 # Fields that older recipes lack, by the version that brought them.
 SINCE = {2: {"version", "rows_hash", "on_bad_row", "tools"}, 4: {"patience", "min_delta"}}
-OPTIONAL = {"parent", "eval_rows"}  # fields that a recipe of any version may lack
+OPTIONAL = {"parent", "eval_rows", "weights"}  # fields that a recipe of any version may lack
 # Names; and options whose whole effect is in data_hash and rows_hash.
-_NOT_HASHED = {"model", "data", "on_bad_row", "tools", "eval_rows"}
+_NOT_HASHED = {"model", "data", "weights", "on_bad_row", "tools", "eval_rows"}
 
 
 def lacking(version: int) -> set[str]:

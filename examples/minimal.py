@@ -50,4 +50,4 @@ def fine_tune(options: Options, out: Path, display: Display) -> None:
 
 if __name__ == "__main__":
     model, data, folder = sys.argv[1:]
-    fine_tune(Options(model=model, data=data), Path(folder), Display())
+    fine_tune(Options(model=model, data=[data]), Path(folder), Display())

@@ -49,10 +49,16 @@ def main(words: list[str]) -> int:
     return int(counts["after"] < given.at_least)
 
 
+def _is_example(data: object) -> bool:
+    """data: as a run's record has it, a list of sources; in older ones the source alone."""
+    sources = data if isinstance(data, list) else [data]
+    return [Path(str(source)).resolve() for source in sources] == [EXAMPLE.resolve()]
+
+
 def score(run: Run, context: Context) -> dict[str, int]:
     """`{"total", "before", "after"}`, printed too; all 0 where the run is not of the example, or has no GGUF."""
     record, display = run.require_complete(), context.display
-    if Path(str(record.options.get("data"))).resolve() != EXAMPLE.resolve() or not record.export.gguf:
+    if not _is_example(record.options.get("data")) or not record.export.gguf:
         what = "has no GGUF" if not record.export.gguf else "is not of the built-in example"
         display.say(f"Nothing to count: {run} {what}.")
         return {"total": 0, "before": 0, "after": 0}

@@ -13,7 +13,9 @@ from common.context import Context
 from common.data.dataset import LISTED, Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
 from common.data.encoded_rows import EncodedRows
-from common.data.findings import beyond_context, control_tokens, quality_warnings
+from common.data.findings import beyond_context, control_tokens, distinct_count, quality_warnings
+from common.data.mixed_rows import distinct
+from common.data.sources import named
 from common.data.text_sample import TextSample, text_sample
 from common.data.training_rows import encode_data, load, note_counts, warn_of_plain_text
 from common.data.truncation import FilteredRows
@@ -65,8 +67,8 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
         display.show(*colored(row, tokenizer))
     display.show(("\nlabel tokens", "black on green"), " carry loss; the others are only read")
     with display.stage("look at the texts") as progress:
-        sample = text_sample(data.train, options.seed, progress)
-    found = of_warnings([*warnings, *([context] if context else [])], data.rows)
+        sample = text_sample(distinct(data.train), options.seed, progress)
+    found = of_warnings([*warnings, *([context] if context else [])], distinct_count(data))
     _show_verdict(ordered([*found, *of_rows(options, rows), *of_texts(sample)]), sample, display)
 
 
@@ -93,7 +95,7 @@ def _show_counts(options: Options, parts: dict[str, FilteredRows], display: Disp
         rows[-1].append(str(len(part.dropped) + len(part.truncated)))
         lengths.append([name, *(f"{np.percentile(every.lengths, p):.0f}" for p in _PERCENTILES)])
     columns = ["", "rows", "tokens", "label tokens", f"longer than --max-length {options.max_length}"]
-    display.table(f"{options.data} by {options.model}", columns, rows)
+    display.table(f"{named(options)} by {options.model}", columns, rows)
     display.table(
         "Tokens a row, percentiles",
         ["", *("shortest" if p == 0 else "longest" if p == 100 else f"{p} %" for p in _PERCENTILES)],
@@ -186,14 +188,16 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
 
 _DEFAULTS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "valid_share": 0.0}
 _OPTIONS = (
-    *("model", "chat_template", "valid_share", "field", "train_on", "thinking", "tools"),
+    *("model", "chat_template", "valid_share", "weights", "field", "train_on", "thinking", "tools"),
     *("max_length", "overflow", "on_bad_row", "seed"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s DATA [--option VALUE ...]"
-    parser.add_argument("data", metavar="DATA", help="file, folder or hub data set, as --data of train")
+    parser.usage = "%(prog)s DATA [DATA ...] [--option VALUE ...]"
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="file, folder or hub data set, or several, as --data of train"
+    )
     parser.add_argument(
         "--explain", type=int, metavar="N", help="show only training row N, counted from 1, token by token with reasons"
     )

@@ -12,7 +12,7 @@ import numpy as np
 from common.backend_package import Backends
 from common.commands.arguments import add_options
 from common.context import Context
-from common.data.load import data_of
+from common.data.sources import data_of
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, StageMeter, check_disk, needs_llama, warn_of_memory

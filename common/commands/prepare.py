@@ -10,7 +10,7 @@ from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import load_tokenizer
 from common.data.encoded_rows import EncodedRows
-from common.data.findings import QualityWarning
+from common.data.findings import QualityWarning, distinct_count
 from common.data.sample_prompts import SamplePrompt, row_prompts
 from common.data.training_rows import (
     TrainingRows,
@@ -34,7 +34,8 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter
-from common.options import Options, source_name
+from common.options import Options
+from common.paths import source_name, sources_name
 from common.recipe import VERSION, Parent, Plan, Recipe
 from common.run_lock import LOCK
 from common.run_record import Run
@@ -158,7 +159,7 @@ def _report(
 ) -> None:
     """Say what is changed, left out or unfit. Raises UserError where nothing is left to train on."""
     report_rows(options, rows, display)
-    if serious := serious_line([*of_warnings(suspicious, rows.data.rows), *of_rows(options, rows)]):
+    if serious := serious_line([*of_warnings(suspicious, distinct_count(rows.data)), *of_rows(options, rows)]):
         display.warn(serious)
     kept = [part.rows for part in (rows.train, rows.valid, rows.test)]
     warn_of_context(kept, context_length(base.model.config), display)
@@ -242,7 +243,7 @@ def _output(options: Options, backend: str) -> Path:
         if run.exists() and not (run.is_dir() and _unused(run)):
             raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
         return run
-    return free_name(Path("runs") / f"{source_name(options.model)}-{source_name(options.data)}-{backend}")
+    return free_name(Path("runs") / f"{source_name(options.model)}-{sources_name(options.data)}-{backend}")
 
 
 # What a new run writes before its record.

@@ -28,6 +28,7 @@ def schema() -> dict[str, object]:
     found = Options.model_json_schema(by_alias=True)
     for name in ("config", "llama_cpp", "resume"):  # a file may not name another one, or programs; a run has its own
         del found["properties"][name]
+    found["properties"]["data"]["type"] = ["array", "string"]  # one source needs no list
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from common.commands.arguments import add_options
 from common.commands.prepare import Hardware, check_request, choose_hardware, model_and_rows
 from common.context import Context
+from common.data.sources import named
 from common.data.training_rows import TrainingRows
 from common.display import Display
 from common.documents import read_json
@@ -27,7 +28,8 @@ from common.models.training_base import Base, start_adapter
 from common.option_fields import extra_of
 from common.option_sources import load_options, options_over
 from common.option_translation import translate
-from common.options import Options, absolute_paths, by_flag, source_name
+from common.options import Options, absolute_paths, by_flag
+from common.paths import source_name, sources_name
 from common.run_lock import held
 from common.run_record import Run
 from common.system.hardware import installed
@@ -104,7 +106,7 @@ def _check_validation(options: Options, rows: TrainingRows) -> None:
     if found < ENOUGH:
         what = f"{found} validation rows" if found else "no validation row"
         raise UserError(
-            f"{options.data} has {what}, by which trials cannot be compared: at least {ENOUGH} are needed.",
+            f"{named(options)} has {what}, by which trials cannot be compared: at least {ENOUGH} are needed.",
             "Raise --valid-share, put more rows into the valid file of the folder, or train without a search.",
         )
 
@@ -134,7 +136,7 @@ def _folder(options: Options, hardware: Hardware, search: dict[str, Any]) -> Pat
                 f"Give another folder; to continue that search: {PROGRAM} tune --resume {Run(folder)}",
             )
         raise UserError(f"--output {folder} is not an empty folder.", "Give a new or an empty folder.")
-    name = f"{source_name(options.model)}-{source_name(options.data)}-{hardware.backend.value}-tune"
+    name = f"{source_name(options.model)}-{sources_name(options.data)}-{hardware.backend.value}-tune"
     folder, number = Path("runs") / name, 1
     while folder.exists() and not _is_of(folder, search):
         number += 1

@@ -52,10 +52,7 @@ class Dataset:
     left_out: dict[str, Counted[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
     bad: Counted[tuple[str, str]] = field(default_factory=Counted)  # places and faults of rows that --on-bad-row drops
     unread: dict[str, list[str]] = field(default_factory=dict)  # by file: columns that are not read
-
-    @property
-    def rows(self) -> int:
-        return len(self.train) + len(self.valid) + len(self.test)
+    mix: list[str] = field(default_factory=list)  # of several sources: how often an epoch has the rows of each
 
     def described(self) -> str:
         """`ShareGPT, 400 rows`."""

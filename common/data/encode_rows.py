@@ -6,7 +6,7 @@ import resource
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from common.data.encode import Encoded, Encoder, MaskingOptions
 from common.data.encoded_rows import ARRAYS, EncodedRows, FlatRows, Kind, Store
 from common.data.facts import Sources
 from common.data.file_rows import FileRows, read_all
+from common.data.mixed_rows import MixedRows
 from common.data.row_cache import Kept
 from common.data.row_parts import Chunk, Work, parts_of
 from common.data.row_source import parsed
@@ -38,8 +39,9 @@ def encode_parts(
 
     With on_bad_row `error` no more rows are tried once ten cannot be labeled. Raises UserError naming these.
     """
-    work = _Work(encoder, on_bad_row, progress, sum(map(len, parts)))
-    encoded = [work.file(part) if isinstance(part, FileRows) else work.rows(part) for part in parts]
+    single = [rows for part in parts for rows in (part.parts if isinstance(part, MixedRows) else [part])]
+    work = _Work(encoder, on_bad_row, progress, sum(map(len, single)))
+    encoded = [work.every(part) for part in parts]
     if work.bad and on_bad_row == "error":
         raise _refused(work.bad.first)
     return encoded, work.bad
@@ -51,23 +53,35 @@ class _Work:
     def __init__(self, encoder: Encoder, on_bad_row: OnBadRow, progress: Progress, count: int) -> None:
         self.encoder, self.on_bad_row, self.progress, self.count = encoder, on_bad_row, progress, count
         self.done, self.bad = 0, Counted[BadRow]()
-        self._files: dict[int, _EncodedFile] = {}  # by id of the source
+        self._files: dict[int, _Indexed] = {}  # by id of the source
 
-    def rows(self, rows: Sequence[Example]) -> EncodedRows:
+    def every(self, rows: Sequence[Example]) -> EncodedRows:
+        if isinstance(rows, MixedRows):
+            return _Indexed.joined([self.indexed(part) for part in rows.parts]).take(rows.numbers)
+        return self.indexed(rows).encoded
+
+    def indexed(self, rows: Sequence[Example]) -> "_Indexed":
+        """All of the rows."""
+        return self.file(rows).of(rows.chosen) if isinstance(rows, FileRows) else self.rows(rows)
+
+    def rows(self, rows: Sequence[Example]) -> "_Indexed":
         encoded: list[Encoded] = []
+        good: list[bool] = []
         for start in range(0, len(rows), _TOGETHER):
             some = rows[start : start + _TOGETHER]
             self.progress(self.done / self.count, some[0].source)
             found = self.encoder.encode_batch(some)
             encoded += [row for row in found if isinstance(row, Encoded)]
+            good += [isinstance(row, Encoded) for row in found]
             bad = [row for row in found if isinstance(row, BadRow)]
             self.add(len(some), Counted(len(bad), bad))
-        return EncodedRows.of(encoded)
+        return _Indexed(EncodedRows.of(encoded), _numbered(np.array(good, bool)))
 
-    def file(self, rows: FileRows) -> EncodedRows:
+    def file(self, rows: FileRows) -> "_Indexed":
+        """All rows of its file."""
         if id(rows.source) not in self._files:
             self._files[id(rows.source)] = _encode_file(rows, self)
-        return self._files[id(rows.source)].take(rows.chosen)
+        return self._files[id(rows.source)]
 
     def add(self, count: int, bad: Counted[BadRow]) -> None:
         self.done += count
@@ -85,17 +99,35 @@ def _refused(bad: list[BadRow]) -> UserError:
 
 
 @dataclass(frozen=True)
-class _EncodedFile:
+class _Indexed:
+    """Rows encoded, of which some are bad."""
+
     encoded: EncodedRows
-    index: np.ndarray  # of each row of the file among these; -1: it is bad
+    index: np.ndarray  # [N] of each row among these; -1: it is bad
+
+    @staticmethod
+    def joined(parts: Sequence["_Indexed"]) -> "_Indexed":
+        starts = [0, *accumulate(len(part.encoded) for part in parts)]
+        index = [np.where(part.index < 0, -1, part.index + at) for at, part in zip(starts, parts, strict=False)]
+        return _Indexed(EncodedRows.joined([part.encoded for part in parts]), np.concatenate(index))
 
     def take(self, chosen: np.ndarray) -> EncodedRows:
-        """Those of the file's rows with these indices."""
+        """Those of the rows with these indices that are not bad."""
         indices = self.index[chosen]
         return self.encoded.take(indices[indices >= 0])
 
+    def of(self, chosen: np.ndarray) -> "_Indexed":
+        """The rows with these indices alone."""
+        good = self.index[chosen] >= 0
+        return _Indexed(self.take(chosen), _numbered(good))
 
-def _encode_file(rows: FileRows, work: _Work) -> _EncodedFile:
+
+def _numbered(good: np.ndarray) -> np.ndarray:
+    """[N]: of each that is good, which of the good ones it is; -1 for the others."""
+    return np.where(good, np.cumsum(good) - 1, -1)
+
+
+def _encode_file(rows: FileRows, work: _Work) -> _Indexed:
     """Every row of the file that `rows` are of. What an earlier process has encoded is read from the cache."""
     encoder, before, count = work.encoder, work.done, len(rows.numbers)
     settings = ["encoded", sorted(rows.fields.items()), _settings(encoder)]
@@ -120,7 +152,7 @@ def _encode_file(rows: FileRows, work: _Work) -> _EncodedFile:
     index = np.full(count, -1)
     index[labeled] = np.arange(len(labeled))
     store = Store(flat, Sources(rows.source.name, rows.numbers[labeled]))
-    return _EncodedFile(EncodedRows.every(store), index)
+    return _Indexed(EncodedRows.every(store), index)
 
 
 def _kind(ends: list[int], notes: list[str], text: bool, control: list[str]) -> Kind:

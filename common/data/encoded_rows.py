@@ -4,12 +4,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from common.data.dataset import Example
 from common.data.encode import Encoded, compact
+from common.data.mixed_rows import JoinedSources
 from common.recipe import VERSION
 
 
@@ -79,7 +81,7 @@ class Store:
     """Rows of several FlatRows. sources: of each row."""
 
     def __init__(self, parts: Sequence[FlatRows], sources: Sequence[str]) -> None:
-        self.sources, self._parts = sources, parts
+        self.sources, self.parts = sources, parts
         self.kinds, self.table = _joined_kinds(parts)
         self.lengths, self.labels, self.lightest, self.heaviest, self.digests = (
             np.concatenate([getattr(part, name) for part in parts]) for name in _OF_ROWS
@@ -90,12 +92,12 @@ class Store:
 
     def tokens(self, row: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """`(ids, loss weights)` of these of a row's tokens; float32 as in its part."""
-        part, start = self._parts[self._part[row]], int(self._start[row])
+        part, start = self.parts[self._part[row]], int(self._start[row])
         return part.ids[start + first : start + last], part.weights[start + first : start + last]
 
     def begin_unlabeled(self) -> np.ndarray:
         """[N] bool: the rows whose first token is not a label."""
-        pairs = zip(self._parts, self._starts, strict=True)
+        pairs = zip(self.parts, self._starts, strict=True)
         return np.concatenate([part.weights[starts] == 0 for part, starts in pairs])
 
 
@@ -123,6 +125,16 @@ class EncodedRows(Sequence[Encoded]):
         return EncodedRows(
             store, np.arange(count), np.zeros(count, np.int32), store.lengths.copy(), np.zeros(count, bool)
         )
+
+    @staticmethod
+    def joined(parts: Sequence["EncodedRows"]) -> "EncodedRows":
+        """The rows of all parts, as rows of one store; no token is copied."""
+        stores = [part.store for part in parts]
+        store = Store([flat for one in stores for flat in one.parts], JoinedSources([one.sources for one in stores]))
+        starts = [0, *accumulate(len(one.lengths) for one in stores)]
+        rows = np.concatenate([start + part.rows for start, part in zip(starts, parts, strict=False)])
+        others = (np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "last", "bos"))
+        return EncodedRows(store, rows, *others)
 
     def take(self, chosen: np.ndarray) -> "EncodedRows":
         """The rows with these indices, or where this is true."""

@@ -9,6 +9,7 @@ import numpy as np
 from common.data.dataset import LISTED, Dataset
 from common.data.encoded_rows import EncodedRows
 from common.data.facts import BREAKS_OFF, PLACEHOLDER, SECRET, TEXT, Facts, facts_of, sources_of
+from common.data.mixed_rows import distinct
 
 LEFT_IN = "rows with a placeholder left in"
 REPEATS = "training rows that repeat another"
@@ -30,7 +31,8 @@ class QualityWarning:
 
 def quality_warnings(data: Dataset) -> list[QualityWarning]:
     """Everything suspicious, the most serious first. Nothing is changed here."""
-    parts = [_Part(facts_of(rows), [sources_of(rows)]) for rows in (data.train, data.valid, data.test)]
+    every_part = [distinct(rows) for rows in (data.train, data.valid, data.test)]
+    parts = [_Part(facts_of(rows), [sources_of(rows)]) for rows in every_part]
     train, held_out, every = parts[0], _Part.joined(parts[1:]), _Part.joined(parts)
     shared = np.isin(held_out.facts.contents, train.facts.contents)
     asked = np.isin(held_out.facts.prompts, train.facts.prompts[~train.facts.are(TEXT)])
@@ -72,6 +74,11 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
         ),
     ]
     return [warning for warning in found if warning.count]
+
+
+def distinct_count(data: Dataset) -> int:
+    """How many rows there are, those that are drawn twice counted once."""
+    return sum(len(distinct(rows)) for rows in (data.train, data.valid, data.test))
 
 
 def control_tokens(parts: Sequence[EncodedRows]) -> QualityWarning | None:

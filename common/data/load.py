@@ -4,7 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,35 +14,13 @@ import numpy as np
 from common.backend import Progress
 from common.data.arrow_rows import hub_rows
 from common.data.dataset import Counted, Dataset, Example
-from common.data.encode import Encoder, load_tokenizer, masking_of
-from common.data.facts import data_hash, facts_of, take
+from common.data.facts import facts_of, take
 from common.data.file_rows import read_all, read_file
 from common.data.formats import KNOWN, PARTS, clashing
 from common.data.readers import SUFFIXES, file_source
 from common.data.row_source import RowSource
 from common.errors import UserError, first_line
-from common.options import Options
 from common.paths import user_path
-from common.recipe import Recipe
-from common.run_record import Run
-
-
-def data_of(run: Run, options: Options) -> Dataset:
-    """The run's data, read again. Raises UserError where it has changed since, or is gone."""
-    without = "or do without it: --no-verify, no --imatrix."
-    try:
-        data = load_data(options.data or "", options.valid_share, options.seed, options.field, options.on_bad_row)
-    except UserError as error:
-        raise UserError(error.what, f"Restore the data of {run}, {without}") from None
-    if data_hash(data, run.recipe.version) != run.recipe.data_hash:
-        raise UserError(f"{options.data} is not the data that {run} was trained on.", f"Restore that data, {without}")
-    return data
-
-
-def encoder_of(base: Path, options: Options, recipe: Recipe) -> Encoder:
-    """As in training. `base` is the model's folder: its tokenizer is the one that training used."""
-    return Encoder(load_tokenizer(base, options.chat_template), masking_of(recipe))
-
 
 SHOWN_FAULTS = 10
 LARGE = 1 << 24  # bytes of a file from which on its rows are not held in memory
@@ -61,6 +39,7 @@ class _Reading:
     fields: dict[str, str]
     on_bad_row: OnBadRow | None  # None: no option says so
     progress: Progress = lambda share, text: None
+    prefix: str = ""  # before the sources of rows
     formats: Counter[str] = field(default_factory=Counter)
     left_out: dict[str, Counted[str]] = field(default_factory=dict)  # sources of rows not trained on, by kind
     bad: Counted[tuple[str, str]] = field(default_factory=Counted)  # rows that are dropped, each with its fault
@@ -77,6 +56,7 @@ def load_data(
     fields: dict[str, str] | None = None,
     on_bad_row: OnBadRow = "error",
     progress: Progress = lambda share, text: None,
+    prefix: str = "",
 ) -> Dataset:
     """The rows of a file, of a folder with train and maybe valid and test files, or of a data set on the hub.
 
@@ -84,8 +64,9 @@ def load_data(
     validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt
     stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
     in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one UserError.
+    prefix: stands before the source of each row.
     """
-    path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row, progress)
+    path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row, progress, prefix)
     if path.is_dir():
         found = {part: _file_of(path, names) for part, names in _PARTS.items()}
         if found["train"] is None:
@@ -98,7 +79,7 @@ def load_data(
         return reading.data(parts["train"], parts["valid"], parts["test"])
     if not path.exists() and (hub := _HUB_NAME.fullmatch(source)) and path.suffix not in SUFFIXES:
         parts = {
-            part: _examples(_hub_source(source, part, rows), reading)
+            part: _examples(_hub_source(source, part, rows, prefix), reading)
             for part, rows in _from_hub(source, **hub.groupdict()).items()
         }
         train, valid = parts["train"], parts.get("valid", [])
@@ -143,7 +124,8 @@ def read_rows(path: Path) -> Sequence[Example]:
 
 
 def _rows_of(path: Path, reading: _Reading) -> Sequence[Example]:
-    return _examples(file_source(path), reading)
+    source = file_source(path)
+    return _examples(replace(source, name=f"{reading.prefix}{source.name}"), reading)
 
 
 def _examples(source: RowSource, reading: _Reading) -> Sequence[Example]:
@@ -234,6 +216,6 @@ def _from_hub(source: str, name: str, config: str | None, revision: str | None, 
     return splits
 
 
-def _hub_source(source: str, part: str, rows: Any) -> RowSource:
+def _hub_source(source: str, part: str, rows: Any, prefix: str) -> RowSource:
     files = tuple(Path(file["filename"]) for file in rows.cache_files)
-    return RowSource(f"{source} ({part})", part, "row", partial(hub_rows, rows), source, files)
+    return RowSource(f"{source} ({part})", f"{prefix}{part}", "row", partial(hub_rows, rows), source, files)

@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 
 from common.backend import Progress
-from common.data.dataset import Counted, Dataset
+from common.data.dataset import Counted, Dataset, Example
 from common.data.encode import Encoder, exported_template, masking_of
 from common.data.encode_rows import SHOWN, encode_parts
 from common.data.encoded_rows import EncodedRows, stop_ids
 from common.data.file_rows import FileRows
 from common.data.findings import QualityWarning, beyond_context, control_tokens, quality_warnings
-from common.data.load import check_fields, load_data
+from common.data.load import check_fields
+from common.data.mixed_rows import MixedRows
 from common.data.row_cache import cache_refused
+from common.data.sources import are_folders, named, read_sources
 from common.data.truncation import FilteredRows, filter_by_length, lengths_shown
 from common.data.turn_edges import BadRow
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
-from common.paths import user_path
 
 _SHOWN_COLUMNS = 12
 
@@ -53,7 +54,7 @@ def warn_of_quality(options: Options, data: Dataset, display: Display) -> list[Q
     warnings = quality_warnings(data)
     for warning in warnings:
         display.warn(str(warning))
-    if options.valid_share and not data.valid and not user_path(options.data or "", "--data").is_dir():
+    if options.valid_share and not data.valid and not are_folders(options):
         display.warn("no row could be kept for validation: all rows have the same prompt")
     return warnings
 
@@ -61,18 +62,23 @@ def warn_of_quality(options: Options, data: Dataset, display: Display) -> list[Q
 def load(options: Options, display: Display) -> Dataset:
     """What --data names; says its format, and which columns are not read. Raises UserError naming faulty rows."""
     check_fields(options.field)
-    source = options.data or ""
     with display.stage("read the data") as progress:
-        data = load_data(source, options.valid_share, options.seed, options.field, options.on_bad_row, progress)
-    if any(isinstance(rows, FileRows) for rows in (data.train, data.valid, data.test)) and (why := cache_refused()):
+        data = read_sources(options, progress)
+    if any(map(_is_large, (data.train, data.valid, data.test))) and (why := cache_refused()):
         display.warn(
             f"rows cannot be kept for the next start: {why}. XDG_CACHE_HOME names another folder for the cache"
         )
-    display.say(f"{source} read as: {data.described()}")
+    display.say(f"{named(options)} read as: {data.described()}")
+    if data.mix:
+        display.say(f"training rows of an epoch: {', '.join(data.mix)}")
     for file, columns in data.unread.items():
         more = f" and {len(columns) - _SHOWN_COLUMNS} more" if len(columns) > _SHOWN_COLUMNS else ""
         display.say(f"{file}: columns not read: {', '.join(columns[:_SHOWN_COLUMNS])}{more}")
     return data
+
+
+def _is_large(rows: Sequence[Example]) -> bool:
+    return any(map(_is_large, rows.parts)) if isinstance(rows, MixedRows) else isinstance(rows, FileRows)
 
 
 def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progress) -> TrainingRows:
@@ -114,16 +120,16 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
         display.warn(f"{count} rows without a label token are left out: {unlabeled[0][0].source} ...")
     if not rows.train.every:
         raise UserError(
-            f"--on-bad-row drop: no row of {options.data} is left to train on.", "Look at it with check-data."
+            f"--on-bad-row drop: no row of {named(options)} is left to train on.", "Look at it with check-data."
         )
     if not rows.train.rows and not rows.train.dropped:
         raise UserError(
-            f"--train-on {options.train_on}: no token of {options.data} is trained.",
+            f"--train-on {options.train_on}: no token of {named(options)} is trained.",
             "Look at it with check-data --explain 1; train: false and weight: 0 take turns out.",
         )
     if not rows.train.rows:
         raise UserError(
-            f"--max-length {options.max_length}: every row of {options.data} is longer "
+            f"--max-length {options.max_length}: every row of {named(options)} is longer "
             f"(the shortest has {rows.train.every.lengths.min()} tokens).",
             "Raise --max-length.",
         )

@@ -74,7 +74,7 @@ def of_warnings(warnings: Sequence[QualityWarning], rows: int) -> list[Advice]:
 def of_rows(options: Options, rows: TrainingRows) -> list[Advice]:
     """What counts and lengths say; no text is read."""
     every = rows.train.every
-    count = len(every) - len(rows.train.unlabeled)
+    count = len(np.unique(every.rows)) - len(np.unique(rows.train.unlabeled.rows))
     found = []
     more = "Add rows, such as other ways to ask the same."
     if all(kind.text for kind, _ in every.kinds()):

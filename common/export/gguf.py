@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.backend import Progress
-from common.data.load import data_of, encoder_of
+from common.data.sources import data_of, encoder_of
 from common.display import Display
 from common.export.budget import StageMeter
 from common.export.job import ExportJob
@@ -25,7 +25,7 @@ from common.llama_cpp.server import Server, ServerOptions
 from common.model_files import names_code
 from common.models.model_folder import ModelFolder
 from common.option_faults import UNGUIDED
-from common.options import source_name
+from common.paths import source_name
 from common.run_fields import GgufRecord
 from common.run_record import Run
 

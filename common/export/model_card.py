@@ -58,7 +58,7 @@ def card(run: Run, parts: list[str]) -> str:
     terms = terms_of(record.base.terms)
     model = str(record.options["model"])  # a local model is on record by its absolute path, never a hub name
     base = model if is_hub_name(model) else ""
-    data = _data_name(str(record.options["data"]))
+    data = _data_names(record.options["data"])
     sections = [
         f"---\n{_front_matter(terms, base, data, recipe, parts)}\n---",
         f"# {base.rpartition('/')[2] or 'A local model'}, fine-tuned",
@@ -74,7 +74,7 @@ def card(run: Run, parts: list[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(terms: Terms, base: str, data: str, recipe: Recipe, parts: list[str]) -> str:
+def _front_matter(terms: Terms, base: str, data: list[str], recipe: Recipe, parts: list[str]) -> str:
     from huggingface_hub import ModelCardData
 
     order = ["license", "license_name", "license_link", "base_model", "datasets", "library_name", "pipeline_tag"]
@@ -83,7 +83,7 @@ def _front_matter(terms: Terms, base: str, data: str, recipe: Recipe, parts: lis
         license_name=terms.name or None,
         license_link=(terms.link or None) if terms.license == "other" else None,
         base_model=base or None,
-        datasets=[data] if data else None,
+        datasets=[name for name in data if name] or None,
         library_name="transformers" if "fused" in parts else "peft" if "adapter" in parts else None,
         pipeline_tag="text-generation",
         tags=["twintune", *([recipe.method] if recipe.method != "full" else []), *(["gguf"] * ("gguf" in parts))],
@@ -106,14 +106,21 @@ def _about(record: RunRecord, form: str, recipe: Recipe, base: str) -> str:
     return " ".join(filter(None, lines))
 
 
-def _data_name(source: str) -> str:
-    """The data set's name on the hub, or "": the name of a local file stays private."""
-    name = source.partition("#")[0].partition("@")[0].partition(":")[0]
-    return name if is_hub_name(name) and not Path(source).exists() else ""
+def _data_names(given: Any) -> list[str]:
+    """The name of each source on the hub, or "": the name of a local file stays private.
+
+    given: as the record has it; in older ones a source is not in a list.
+    """
+    sources = given if isinstance(given, list) else [str(given)]
+    names = [source.partition("#")[0].partition("@")[0].partition(":")[0] for source in sources]
+    known = zip(names, sources, strict=True)
+    return [name if is_hub_name(name) and not Path(source).exists() else "" for name, source in known]
 
 
-def _data(record: RunRecord, recipe: Recipe, name: str) -> str:
-    what = f"[{name}](https://huggingface.co/datasets/{name})" if name else "A local data set"
+def _data(record: RunRecord, recipe: Recipe, names: list[str]) -> str:
+    shown = [f"[{name}](https://huggingface.co/datasets/{name})" if name else "a local data set" for name in names]
+    what = " and ".join(shown)
+    what = f"{what[:1].upper()}{what[1:]}"
     counts = record.data.model_dump()
     known = [f"{counts[key]:,} {text}" for key, text in _COUNTS.items() if counts.get(key)]
     details = f": {', '.join(known)}" if known else ""

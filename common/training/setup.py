@@ -36,7 +36,7 @@ def make_recipe(
     return Recipe(
         **as_given | adapter_options(base.given) | {"patience": options.patience * (len(rows.scored) >= ENOUGH)},
         model=options.model or "",
-        data=options.data or "",
+        data=" + ".join(options.data),
         model_hash=base.model.content_hash(progress, read=options.rehash),
         version=version,
         data_hash=data_hash(rows.data, version),

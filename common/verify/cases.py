@@ -17,7 +17,7 @@ from common.data.dataset import Dataset, Example, first_texts
 from common.data.encode import Encoded, Encoder
 from common.data.encode_rows import encode_parts
 from common.data.encoded_rows import paired
-from common.data.load import data_of, encoder_of
+from common.data.sources import data_of, encoder_of
 from common.data.truncation import FilteredRows, filter_by_length
 from common.documents import read_json
 from common.errors import UserError

@@ -57,6 +57,7 @@ RESULT: dict[str, list[str]] = {
     "train_on": ["--train-on", "all"],
     "valid_share": ["--valid-share", "0.5"],
     "warmup": ["--warmup", "0.9"],
+    "weights": ["--data", "{rows}", "{thoughtful}", "--weights", "1", "9"],
     "weight_decay": ["--weight-decay", "5"],
 }
 # What must not change it: the plan, and what is only shown or kept.
@@ -177,6 +178,8 @@ def test_an_option_changes_the_result(option, plain, tiny_llama, files, tmp_path
     if option in ("thinking", "overflow"):  # beside the same data and length without it
         others = [word for pair in pairwise(flags) for word in pair if pair[0] in ("--data", "--max-length")]
         run = go(backend, tiny_llama, files, tmp_path / "beside", others)
+    if option == "weights":  # beside the same sources without it
+        run = go(backend, tiny_llama, files, tmp_path / "beside", flags[:3])
     other = go(backend, tiny_llama, files, tmp_path / "run", flags)
     assert not same(result(run), result(other), 1e-4)
     assert Run(run).recipe.hash() != Run(other).recipe.hash()

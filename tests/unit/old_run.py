@@ -24,7 +24,7 @@ RECORD = (
 )
 NEWER = (  # of options and plan
     *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
-    *("patience", "min_delta", "recipe"),
+    *("patience", "min_delta", "recipe", "weights"),
 )
 
 
@@ -37,8 +37,9 @@ def make_old(run: Path) -> Path:
     if "stage_seconds" in record:
         record["stage_seconds"]["tokenise"] = record["stage_seconds"].pop("tokenize")
     given = record["options"]
+    (given["data"],) = given["data"]
     data = load_data(given["data"], given["valid_share"], given["seed"], given["field"], given["on_bad_row"])
-    changes = dict.fromkeys(lacking(1) | {"eval_rows"}) | {"data_hash": data_hash(data, 1)}
+    changes = dict.fromkeys(lacking(1) | {"eval_rows", "weights"}) | {"data_hash": data_hash(data, 1)}
     edit_yaml(run / "recipe.yaml", changes)
     record["recipe_hash"] = Run(run).recipe.hash()
     (run / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

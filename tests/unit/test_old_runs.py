@@ -12,7 +12,7 @@ from common.commands.compare import compare
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
-from common.data.load import data_of, encoder_of
+from common.data.sources import data_of, encoder_of
 from common.display import Display
 from common.errors import UserError
 from common.inference.chat_models import choose

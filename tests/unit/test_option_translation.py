@@ -166,7 +166,7 @@ def test_lora_parameters_that_are_no_numbers() -> None:
         ("fp16", True, "fp16: float16 overflows in Gemma-3 and is very slow on CPUs; use precision: bf16 or fp32"),
         ("packing", True, "packing: rows of like length are computed together without packing"),
         ("lr_schedule", {"name": "cosine_decay"}, "lr_schedule: mlx_lm's list of function and arguments"),
-        ("datasets", [{"path": "x"}], "datasets: Axolotl's list; use data with one file or folder"),
+        ("datasets", [{"path": "x"}], "datasets: Axolotl's list; use data with files or folders"),
         ("adapter_path", "adapters", "adapter_path: mlx_lm's folder for adapters alone"),
     ],
 )
@@ -243,7 +243,7 @@ def test_a_whole_trl_recipe() -> None:
         "learning_rate": "1e-4",
     }
     options, notes = load_options(given)
-    assert (options.model, options.data, options.batch_size, options.epochs) == ("a/b", "rows.jsonl", 8, 2)
+    assert (options.model, options.data, options.batch_size, options.epochs) == ("a/b", ["rows.jsonl"], 8, 2)
     assert (options.schedule, options.warmup, options.learning_rate) == ("constant", 0.1, 1e-4)
     assert len(notes) == 8
 

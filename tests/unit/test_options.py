@@ -73,20 +73,19 @@ def test_without_config_and_data_the_built_in_example_is_the_base() -> None:
     written = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     options = load("--rank", "2")
     assert (options.model, options.epochs, options.rank) == (written["model"], written["epochs"], 2)
-    assert options.data is not None
-    assert (Path(options.data) / "train.jsonl").exists()
+    assert (Path(options.data[0]) / "train.jsonl").exists()
 
 
 def test_a_path_in_yaml_may_be_meant_from_its_own_folder(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     config = write(tmp_path / "c.yaml", "data: rows.jsonl\n")
-    assert load("--config", config).data == str((tmp_path / "rows.jsonl").resolve())
+    assert load("--config", config).data == [str((tmp_path / "rows.jsonl").resolve())]
 
 
 def test_a_path_under_another_programs_name_is_found_from_the_yamls_folder_too(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     config = write(tmp_path / "c.yaml", "dataset_name: rows.jsonl\n")
-    assert load("--config", config).data == str((tmp_path / "rows.jsonl").resolve())
+    assert load("--config", config).data == [str((tmp_path / "rows.jsonl").resolve())]
 
 
 # --- steps and epochs
@@ -228,7 +227,7 @@ def another(name: str, value: Any) -> Any:
     if isinstance(value, str):
         return next((c for c in choices if c != value), "other") if choices else "other"
     if isinstance(value, list):
-        return [*value, "v_proj"]
+        return [*value, 2.0 if name == "weights" else "v_proj"]
     if isinstance(value, dict):
         return {**value, "v_proj": 3}
     if value is None:
@@ -243,7 +242,7 @@ def test_the_recipe_hash_leaves_out_names_and_what_the_rows_hashes_hold() -> Non
         content[name] = another(name, content[name])
         if Recipe.model_validate(content).hash() != RECIPE.hash():
             changing.add(name)
-    assert set(Recipe.model_fields) - changing == {"model", "data", "on_bad_row", "tools", "eval_rows"}
+    assert set(Recipe.model_fields) - changing == {"model", "data", "weights", "on_bad_row", "tools", "eval_rows"}
 
 
 def test_a_recipe_survives_its_yaml(tmp_path: Path) -> None:
