@@ -4,9 +4,8 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +16,9 @@ from common.data.dataset import Example
 from common.data.load import SHOWN_FAULTS
 from common.display import Display
 from common.documents import parse_json
-from common.errors import Refusal, UserError
+from common.errors import UserError
 from common.files import atomic_write, errors_naming
-from common.inference.backend_chat import ChatModel
+from common.inference.answers import AS_WRITTEN, ask_all
 from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
 from common.run_record import Run
@@ -60,7 +59,7 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
             display.say(f"{part}: {finished} of {len(rows)} answers exist already")
         if left:
             with (
-                opened(target, context, wanted.length, slots, _FLAGS) as models,
+                opened(target, context, wanted.length, slots, AS_WRITTEN) as models,
                 display.stage("answers") as progress,
             ):
 
@@ -73,7 +72,7 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
                     finished += 1
                     progress(min(1.0, finished / len(rows)), f"{finished} of {len(rows)}")
 
-                _ask_all(models.tuned, {number: rows[number] for number in left}, sampling, slots, keep)
+                ask_all(models.tuned, {number: rows[number] for number in left}, sampling, slots, keep)
         _finish(out, part, rows, [done[number] for number in range(len(rows))], display)
 
 
@@ -98,7 +97,6 @@ def _held(part: Path, out: Path) -> Iterator[BinaryIO]:
             file.close()
 
 
-_FLAGS = ("--reasoning-format", "none", "--skip-chat-parsing")  # a tool call is kept as the model wrote it
 _REFUSED = {"finish": "error"}
 
 
@@ -120,43 +118,6 @@ def _finish(out: Path, part: Path, rows: list[Example], answers: list[dict[str, 
         + "\n".join([*refused[:SHOWN_FAULTS], *more]),
         "Give the same command again, with a larger --context where that is too small: it asks these prompts alone.",
     )
-
-
-def _ask_all(
-    model: ChatModel,
-    left: dict[int, Example],
-    sampling: Sampling,
-    slots: int,
-    keep: Callable[[int, dict[str, Any]], None],
-) -> None:
-    """Ask for the rows of `left`, by number; `keep` is called in this thread with the number and the answered row."""
-
-    def ask(number: int) -> dict[str, Any]:
-        row, text, finish = left[number], "", None
-        tools = {"tools": list(row.tools)} if row.tools else {}
-        try:
-            with closing(model.answer(row.messages, sampling.for_row(number), row.tools)) as pieces:
-                for piece, end in pieces:
-                    text, finish = text + piece, end
-        except Refusal as error:  # of this prompt: others can be answered
-            return {"messages": list(row.messages), "finish": "error", "error": error.what} | tools
-        return {"messages": [*row.messages, {"role": "assistant", "content": text}], "finish": finish} | tools
-
-    if slots == 1:  # in this thread: a backend's framework may not be called from another
-        for number in left:
-            keep(number, ask(number))
-        return
-    pool = ThreadPoolExecutor(slots)
-    jobs = {pool.submit(ask, number): number for number in left}
-    try:
-        for job in as_completed(list(jobs)):
-            keep(jobs[job], job.result())
-            del jobs[job]
-    finally:  # after a failure or Ctrl-C: the server ends next, and with it the answers that are under way
-        pool.shutdown(wait=False, cancel_futures=True)
-        for job, number in jobs.items():
-            if job.done() and not job.cancelled() and job.exception() is None:
-                keep(number, job.result())
 
 
 def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> str:

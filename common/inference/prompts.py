@@ -38,7 +38,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
             try:
                 if isinstance(row, Fault):
                     raise row
-                found.append(_prompt(row, f"{source.name}:{number}"))
+                found.append(prompt_of_row(row, f"{source.name}:{number}"))
             except Fault as fault:
                 faults.append(f"{source.place(number)}: {fault}")
         if faults:
@@ -56,7 +56,7 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
     ]
 
 
-def _prompt(row: Any, source: str) -> Example:
+def prompt_of_row(row: Any, source: str) -> Example:
     """The prompt of a row, trained or not. Raises Fault where it has none."""
     if isinstance(row, dict):
         row = {name: value for name, value in row.items() if name not in ("train", "weight", *OTHER_TRAINING)}

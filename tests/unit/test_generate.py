@@ -13,6 +13,7 @@ from common.commands import generate as answers
 from common.commands.generate import Answers, generate
 from common.data.load import read_rows
 from common.errors import Refusal, UserError
+from common.inference import answers as inference
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels, choose
 from common.inference.prompts import read_prompts
@@ -165,22 +166,22 @@ def test_a_stop_keeps_every_answer_that_is_there(job: Any, monkeypatch: pytest.M
         assert wait(jobs, 30).not_done == set()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(answers, "as_completed", stop)
+    monkeypatch.setattr(inference, "as_completed", stop)
     with pytest.raises(KeyboardInterrupt):
         job(slots=3)
     assert len((job.folder / "out.jsonl.part").read_text().splitlines()) == 1 + 3
 
 
 def test_a_second_process_is_refused(job: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ask_all = answers._ask_all
+    ask_all = answers.ask_all
 
     def again(*arguments: Any) -> None:
-        monkeypatch.setattr(answers, "_ask_all", ask_all)
+        monkeypatch.setattr(answers, "ask_all", ask_all)
         with pytest.raises(UserError, match=r"Another process is answering into .*out\.jsonl\."):
             job()
         ask_all(*arguments)
 
-    monkeypatch.setattr(answers, "_ask_all", again)
+    monkeypatch.setattr(answers, "ask_all", again)
     job()
     assert sorted(path.name for path in job.folder.iterdir()) == ["m.gguf", "out.jsonl", "p.txt"]
 
