@@ -43,7 +43,7 @@ def read_json_lines(path: Path, fix: str) -> list[dict[str, Any]]:
 def parse_json(text: bytes, allow_nan: bool = False) -> dict[str, Any]:
     """The object in the JSON text. Raises ValueError saying what the text is instead: "not JSON: ..."."""
     try:
-        content = json.loads(text.decode(), parse_constant=None if allow_nan else _refuse_constant)
+        content = json.loads(text.decode(), parse_constant=None if allow_nan else refuse_constant)
     except ValueError as error:  # UnicodeDecodeError too
         raise ValueError(f"not JSON: {error}") from None
     except RecursionError:
@@ -55,7 +55,8 @@ def parse_json(text: bytes, allow_nan: bool = False) -> dict[str, Any]:
     return content
 
 
-def _refuse_constant(name: str) -> None:
+def refuse_constant(name: str) -> None:
+    """For json's parse_constant: NaN and Infinity raise ValueError."""
     raise ValueError(f"{name} is not a number of JSON")
 
 

@@ -119,6 +119,9 @@ class RunRecord(_Record):
     best_valid_loss: float | None = None
     best_step: int | None = None
     test_loss: float | None = None  # of the exported adapter
+    test_loss_interval: list[float] = []  # 95 %; none of a single row
+    test_perplexity: float | None = None
+    test_perplexity_interval: list[float] = []
     test_rows: int | None = None
     exported_adapter: str | None = None  # best or last
     exported_step: int | None = None

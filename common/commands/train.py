@@ -12,9 +12,11 @@ from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
 from common.commands.watch import chat_format, watching
 from common.context import Context
-from common.data.batching import micro_batches, steps_per_epoch
+from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import PROGRAM, UserError, os_fault
+from common.evaluation.bootstrap import estimate, mean, perplexity
+from common.evaluation.losses import grouped_losses
 from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import Upload, push
@@ -37,7 +39,7 @@ from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
-from common.training.validation import evaluate, worse_than_start
+from common.training.validation import worse_than_start
 from common.verify.cases import write_cases
 
 
@@ -151,15 +153,23 @@ def _record(job: Job, state: State, memory: Memory, swap_growth: int) -> None:
 
 
 def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:
-    """Show and keep the loss of the exported adapter over the test rows. A failure here costs nobody a training."""
+    """Show and keep the exported adapter's loss over the test rows. A failure here costs nobody a training."""
     if not job.test:
         return
     with display.optional("the test rows are not scored"), timed(seconds, "test"):
         backend.set_adapter(adapter)
         with display.stage("score the test rows"):
-            loss = evaluate(backend, micro_batches(job.test, job.plan.micro_batch_tokens, job.plan.device))
-        job.run.update(test_loss=loss, test_rows=len(job.test))
-        display.say(f"test loss {loss:.4f} over {len(job.test)} rows")
+            losses = grouped_losses(backend, job.test, job.plan, job.recipe.seed)
+        loss = estimate(losses, mean, job.recipe.seed)
+        of_tokens = loss.through(perplexity)
+        job.run.update(
+            test_loss=loss.value,
+            test_loss_interval=loss.interval,
+            test_perplexity=of_tokens.value,
+            test_perplexity_interval=of_tokens.interval,
+            test_rows=len(job.test),
+        )
+        display.say(f"test loss {loss:.4f}, perplexity {of_tokens:.3f} over {len(job.test)} rows")
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:

@@ -158,7 +158,7 @@ def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: Exit
 
     def load(folder: Path, recipe: Recipe, adapter: Adapter | None) -> Backend:
         if adapter is None:
-            recipe, adapter = _untrained(folder, recipe)
+            recipe, adapter = untrained(folder, recipe)
         with context.display.stage("load the model"):
             backend, _ = loaded(context, recipe, runnable(run.plan, recipe, context.backends), folder, adapter)
         stack.callback(backend.close)
@@ -177,7 +177,7 @@ def _in_backend(run: Run, kind: Kind, context: Context, length: int, stack: Exit
     return ChatModels(tuned, lambda: backend_chat_model(backend, form, "base", False))
 
 
-def _untrained(folder: Path, recipe: Recipe) -> tuple[Recipe, Adapter]:
+def untrained(folder: Path, recipe: Recipe) -> tuple[Recipe, Adapter]:
     """An adapter of one layer that changes nothing: without one, a backend takes every weight as trained."""
     first = dict(list(linear_shapes(ModelFolder(folder), ["all-linear"]).items())[:1])
     changes: dict[str, Any] = {"method": "lora", "rank": 1, "dropout": 0.0, "lora_plus": 1.0}

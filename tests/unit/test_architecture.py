@@ -373,7 +373,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     return capsys.readouterr().out
 
 
-TALKING = ("chat", "generate", "serve")
+TALKING = ("chat", "generate", "serve", "eval")
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,6 +413,7 @@ def test_trains_help_names_no_option_that_is_refused(
         ("chat", ["--with", "--system-file", "--temperature", "--top-k", "--min-p", "--repeat-penalty", "--seed"]),
         ("generate", ["--prompts", "--out", "--max-tokens", "--slots"]),
         ("serve", ["--port", "--host", "--context"]),
+        ("eval", ["RUN|MODEL", "--data", "--with", "--metric", "--regex", "--json-schema", "--scorer"]),
     ],
 )
 def test_every_commands_help_names_what_it_takes(

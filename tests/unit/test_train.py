@@ -1,6 +1,7 @@
 """What is checked before the first step, and a complete run without a framework."""
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -529,12 +530,19 @@ def test_the_exported_adapter_is_scored_on_the_test_rows(
     """What is scored is the best adapter, not the last, and scoring changes nothing of the training."""
     folder = split_into(given, train=14, valid=5, test=5)
     backend = Bigram()
-    scored, _ = run(given | {"data": str(folder), "learning_rate": 0.5}, backend)
+    options = Options.model_validate(given | {"data": str(folder), "learning_rate": 0.5})
+    scored = run_training(options, context("plain", create=lambda: backend))
     job = ready(given | {"data": str(folder), "output": None})
     record = Run(scored).record
     backend.set_adapter(read_trained(scored))
     assert record.test_loss == pytest.approx(evaluate(backend, micro_batches(job.test, 300)))
     assert (record.test_rows, len(job.test)) == (5, 5)
+    low, high = record.test_loss_interval
+    assert low < record.test_loss < high
+    assert record.test_perplexity == pytest.approx(math.exp(record.test_loss))
+    assert record.test_perplexity_interval == pytest.approx([math.exp(low), math.exp(high)])
+    said = f"test loss {record.test_loss:.4f} [{low:.4f}, {high:.4f}], perplexity {record.test_perplexity:.3f} ["
+    assert said in " ".join(capsys.readouterr().out.split())
     assert "test" in record.stage_seconds
     (folder / "test.jsonl").unlink()
     plain, _ = run(given | {"data": str(folder), "output": f"{scored}-2", "learning_rate": 0.5})
@@ -545,7 +553,7 @@ def test_the_exported_adapter_is_scored_on_the_test_rows(
 def test_test_rows_that_cannot_be_scored_cost_no_training(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "evaluate", lambda *args: 1 / 0)
+    monkeypatch.setattr(module, "grouped_losses", lambda *args: 1 / 0)
     folder, _ = run(given | {"data": str(split_into(given, train=19, test=5))})
     assert Run(folder).record.status == "complete"
     assert "the test rows are not scored: ZeroDivisionError" in capsys.readouterr().err
