@@ -9,7 +9,7 @@ from pathlib import Path
 from common.commands.arguments import add_llama
 from common.context import Context
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
-from common.data.load import encoder_of
+from common.data.sources import encoder_of
 from common.display import Display
 from common.errors import UserError
 from common.evaluation.judge import Evaluation, compared, judge, scores_of
@@ -22,7 +22,7 @@ from common.inference.chat_models import choose
 from common.models.load import base_of
 from common.models.resolve import resolve
 from common.option_sources import options_over
-from common.options import source_name
+from common.paths import source_name
 from common.run_lock import held
 from common.run_record import Run
 
