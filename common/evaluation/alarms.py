@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-# Thresholds: set on SmolLM2-135M, scored on Gemma-3-270M, by `python -m benchmarks.collapse`.
+# Thresholds, chosen by hand and not calibrated yet: `python -m benchmarks.collapse` counts what they raise.
 _WINDOW = 16  # steps that a step is compared with
 _SPIKE, _SPIKE_NATS = 1.5, 1.0  # a loss so many times the median of those, and so much above it
 _GRADIENT = 20.0  # a gradient norm so many times their median

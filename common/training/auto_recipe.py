@@ -1,7 +1,7 @@
 """`--recipe auto`: hyperparameters chosen for the model and the rows. Every number is here, with where it is from.
 
 Thinking Machines: "LoRA Without Regret" (2025) and the sweeps of its tinker-cookbook. OpenAI: its fine-tuning guide.
-Regret: `python -m benchmarks.regret`, docs/recipe.md.
+`python -m benchmarks.regret` measures how far all this is from the best of a grid; it has not been run to its end yet.
 """
 
 import math
@@ -11,18 +11,18 @@ from common.data.encoded_rows import EncodedRows
 from common.models.training_base import Base
 from common.options import Options
 
-# Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines; checked by Regret.
+# Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines.
 _RATE, _WIDTH = 5e-4, 2000
 _EXPONENTS = {"qwen2": 0.0775, "qwen3": 0.0775}
 _EXPONENT = 0.781  # Llama's, for all other families
 _MOST_RATE = 2e-3  # for still smaller models. tinker-cookbook: 3e-3 diverges nearly everywhere
 _FULL = 0.1  # of LoRA's rate, where every weight is trained. Thinking Machines
-# Rows of a step, by how many rows there are at most. A small set needs many steps more than smooth ones: Regret.
+# Rows of a step, by how many rows there are at most. A small set needs many steps more than smooth ones.
 _BATCHES = ((200, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
 _STEPS = 150  # that a run should have: fewer need a higher rate or more epochs. Thinking Machines
 # Epochs, by how many rows there are at most. OpenAI: 3, fewer for many rows.
 _EPOCHS = ((10_000, 3), (50_000, 2), (math.inf, 1))
-_MOST_EPOCHS = 8  # Regret: more only overfit; with fewer than 12 rows 100 / rows, up to 25. OpenAI
+_MOST_EPOCHS = 8  # with fewer than 12 rows 100 / rows, up to 25. OpenAI
 # A label token holds about a bit, a parameter of an adapter about two. Thinking Machines
 _RANKS = (16, 32, 64)
 _BITS = 2

@@ -210,7 +210,7 @@ def test_every_table_of_the_benchmarks_carries_date_host_and_commit() -> None:
         around = "\n".join(blocks[number - 1 : number + 2])
         for what, pattern in (
             ("date", r"\b\d+ [A-Z][a-z]+ 20\d\d\b"),
-            ("host", r"\b(?:EPYC|H200|Mac\w+)\b"),
+            ("host", r"\b(?:EPYC|Xeon|H200|Mac\w+)\b"),
             ("commit", r"\bcommits? [0-9a-f]{7}\b"),
         ):
             assert re.search(pattern, around), f"{blocks[number].splitlines()[0]}: no {what}"
