@@ -169,9 +169,11 @@ def _write_search(folder: Path, options: Options, given: Collection[str], search
 
 
 def _say_state(study: Study, folder: Path, display: Display) -> None:
-    found = study.outcomes()
-    if found:
-        display.say(f"{folder} holds this search: {len(study.ended())} trials are kept, and it continues")
+    if study.outcomes():
+        ended = len(study.ended())
+        display.say(
+            f"{folder} holds this search: {ended} trial{'s are' if ended != 1 else ' is'} kept, and it continues"
+        )
 
 
 def _report(study: Study, space: Space, folder: Path, stopped: bool, display: Display) -> int:

@@ -24,6 +24,7 @@ from common.training.trials import Trials
 
 SEEDS = (1, 2)  # added to --seed where the best trial and the automatic one are repeated
 _REPETITIONS_SHARE = 1 / 3  # of the budget that is kept for that, at most
+_KEPT_SECONDS = 10.0  # after which the time of a training is kept: a killed one counts too
 _MARGIN = 1.15  # a trial ends after the step during which its time is up
 
 
@@ -51,16 +52,20 @@ class _Watcher:
     pruned: bool = False
 
     def __post_init__(self) -> None:
-        self._began, self._before = time.monotonic(), self.kept.get("seconds", 0.0)
+        self._began = self._kept_at = time.monotonic()
+        self._before = self.kept.get("seconds", 0.0)
         self._reported = self.trial.reported if self.trial else 0
 
     def keep(self, **figures: Any) -> None:
-        self.kept |= figures | {"seconds": round(self._before + time.monotonic() - self._began, 2)}
+        self._kept_at = time.monotonic()
+        self.kept |= figures | {"seconds": round(self._before + self._kept_at - self._began, 2)}
         self.save(self.kept)
 
     def step(self, line: dict, memory: Memory) -> None:
         self.kept["steps"] = line["step"]
         self.shown.step(line, memory)
+        if time.monotonic() - self._kept_at > _KEPT_SECONDS:
+            self.keep()
 
     def evaluation(self, line: dict) -> None:
         self.shown.evaluation(line)

@@ -65,19 +65,19 @@ def _spread(losses: list[float]) -> float:
 
 
 def show_table(study: Study, chosen: Outcome, display: Display) -> None:
-    """Every trial in its order."""
+    """Every trial in its order; auto: the automatic recipe."""
     found = study.outcomes()
     names = list(found[0].settings)
     rows: list[list[Styled]] = []
     for each in found:
         figures = ["" if each.loss is None else f"{each.loss:.4f}", str(each.steps), f"{each.seconds:.0f} s"]
-        marks = {each.how: each.how != "complete", "automatic": each.number == 1, "best": each.number == chosen.number}
+        marks = {each.how: each.how != "complete", "auto": each.number == 1, "best": each.number == chosen.number}
         cells = [str(each.number), *(f"{each.settings[name]:.3g}" for name in names), *figures]
         cells.append(", ".join(mark for mark, is_so in marks.items() if is_so))
         style = "bold green" if each.number == chosen.number else "" if each.how == "complete" else "dim"
         rows.append([(cell, style) for cell in cells])
-    columns = ["", *(_COLUMNS.get(name, name) for name in names), "valid loss", "steps", "time", ""]
-    display.table("Trials", columns, rows)
+    columns = ["", *(_COLUMNS.get(name, name) for name in names), "loss", "steps", "time", ""]
+    display.table("Trials, by their best validation losses", columns, rows)
 
 
 def write_best(path: Path, space: Space, settings: Settings, about: str) -> None:

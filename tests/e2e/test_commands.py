@@ -248,7 +248,7 @@ def test_a_search_that_is_killed_continues_and_its_best_recipe_trains(tiny, tmp_
     interrupted(words, found / "trials" / "002", signal.SIGKILL)
     before = (found / "trials" / "001" / "metrics.jsonl").read_bytes()
     out = twintune(*words)
-    assert "found holds this search: 1 trials are kept, and it continues" in out
+    assert "found holds this search: 1 trial is kept, and it continues" in out
     assert (found / "trials" / "001" / "metrics.jsonl").read_bytes() == before
     assert not list(found.glob("trials/*/checkpoints"))
     run = tmp_path / "run"

@@ -127,7 +127,7 @@ def test_a_search_finds_the_best_and_writes_it(words: list[str], capsys: pytest.
     )
     assert "trial 1 (the automatic recipe) of 6: learning rate 0.002, epochs 8, batch size 4, rank 16, dropout 0" in out
     assert re.search(r"trial 2 of 6: .*; best so far \d\.\d{4}", out)
-    assert "automatic" in out
+    assert re.search(r"│ +1 │.*│ auto", out)
     assert (folder / "trials.svg").read_text().startswith("<?xml")
     assert not list(folder.glob("trials/*/checkpoints"))
     assert len(list(folder.glob("trials/*/metrics.jsonl"))) >= 6
@@ -336,6 +336,14 @@ def test_a_part_of_the_budget_is_kept_for_other_seeds(
     slow(monkeypatch, 2)
     run(words, "--budget", "6m", *QUICK)
     assert "with 2 other seeds" in capsys.readouterr().out
+
+
+def test_the_time_of_a_killed_trial_counts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 11)
+    with pytest.raises(Killed):
+        run(words, "--budget", "2m", *QUICK, create=killing(9))
+    error = fault(words, "--budget", "80s", *QUICK)
+    assert error.what == "Not even one trial was complete within the limits."
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400)])
