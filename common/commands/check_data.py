@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.commands.arguments import add_options
+from common.commands.prepare import choose_hardware
 from common.context import Context
 from common.data.dataset import LISTED, Example
 from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
@@ -17,14 +18,16 @@ from common.data.findings import beyond_context, control_tokens, distinct_count,
 from common.data.mixed_rows import distinct
 from common.data.sources import named
 from common.data.text_sample import TextSample, text_sample
-from common.data.training_rows import encode_data, load, note_counts, warn_of_plain_text
+from common.data.training_rows import TrainingRows, encode_data, load, note_counts, warn_of_plain_text
 from common.data.truncation import FilteredRows
-from common.data.verdict import Advice, of_rows, of_texts, of_warnings, ordered, verdict
+from common.data.verdict import Advice, of_base, of_rows, of_texts, of_warnings, ordered, verdict
 from common.display import Display, Styled
 from common.errors import UserError
+from common.evaluation.base_answers import ASKED, base_answers
 from common.model_files import tokenize
 from common.models.families import context_length
 from common.models.resolve import resolve
+from common.models.training_base import find_base
 from common.option_sources import load_options
 from common.options import Options
 
@@ -32,10 +35,11 @@ _PERCENTILES = (0, 25, 50, 75, 90, 95, 100)
 _SHOWN_ROWS = 3
 
 
-def check_data(options: Options, explain: int | None, display: Display) -> None:
+def check_data(options: Options, explain: int | None, display: Display, asked: Context | None = None) -> None:
     """Print shapes, counts, length percentiles, suspicious and long rows, three rows with labels colored, a verdict.
 
-    `explain`: print this training row alone, token by token. Raises UserError for data that training would refuse.
+    `explain`: print this training row alone, token by token. asked: to ask the base model by; None: it is not asked.
+    Raises UserError for data that training would refuse.
     """
     data = load(options, display)
     model = resolve(options.model or "", display.say)
@@ -69,7 +73,21 @@ def check_data(options: Options, explain: int | None, display: Display) -> None:
     with display.stage("look at the texts") as progress:
         sample = text_sample(distinct(data.train), options.seed, progress)
     found = of_warnings([*warnings, *([context] if context else [])], distinct_count(data))
-    _show_verdict(ordered([*found, *of_rows(options, rows), *of_texts(sample)]), sample, display)
+    known = _ask_base(options, rows, asked) if asked is not None and rows.train.rows else []
+    _show_verdict(ordered([*found, *of_rows(options, rows), *of_texts(sample), *known]), sample, display)
+
+
+def _ask_base(options: Options, rows: TrainingRows, context: Context) -> list[Advice]:
+    """What the base model already answers, said, and as advice."""
+    hardware = choose_hardware(options, context)
+    base = find_base(options, hardware.backend.value, hardware.scheme, context.display)
+    plan = {name: getattr(hardware, name).value for name in ("backend", "device", "precision")}
+    answers = base_answers(options, base, rows.train.rows, plan, context)
+    context.display.say(
+        f"base model: loss {answers.loss:.4f} a label token over {answers.asked} drawn rows, of which it answers "
+        f"{answers.answered} word for word"
+    )
+    return of_base(answers.answered, answers.asked)
 
 
 def _show_verdict(advice: Sequence[Advice], sample: TextSample, display: Display) -> None:
@@ -187,9 +205,11 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
 
 
 _DEFAULTS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "valid_share": 0.0}
+_OF_MODEL = ("backend", "device")
 _OPTIONS = (
     *("model", "chat_template", "valid_share", "weights", "field", "train_on", "thinking", "tools"),
     *("max_length", "overflow", "on_bad_row", "seed"),
+    *_OF_MODEL,
 )
 
 
@@ -201,12 +221,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--explain", type=int, metavar="N", help="show only training row N, counted from 1, token by token with reasons"
     )
+    parser.add_argument(
+        "--with-model",
+        "--with_model",
+        action="store_true",
+        help=f"load the model, and count how many of {ASKED} rows it already answers",
+    )
     add_options(parser, _OPTIONS, _DEFAULTS)
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
+    if (idle := [f"--{name}" for name in _OF_MODEL if name in args.flags]) and not args.with_model:
+        raise UserError(f"{' and '.join(idle)}: no model is loaded.", "Add --with-model, or leave it out.")
+    if args.with_model and args.explain is not None:
+        raise UserError("--with-model: --explain shows one row, and asks no model.", "Leave one of them out.")
     given = _DEFAULTS | args.flags | {"data": args.data}
     options, notes = load_options(given, "check-data", [*args.allowed, "data"])
     for note in notes:
         context.display.say(note)
-    check_data(options, args.explain, context.display)
+    check_data(options, args.explain, context.display, context if args.with_model else None)

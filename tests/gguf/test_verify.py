@@ -219,7 +219,7 @@ def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None
 
 def test_data_that_changed_matters_only_to_a_run_that_keeps_no_cases(run: Path) -> None:
     """An older version's run keeps none; its data give the same cases."""
-    data, from_data = Path(Run(run).record.options["data"]), None
+    data, from_data = Path(Run(run).record.options["data"][0]), None
     kept, file = data.read_text(encoding="utf-8"), run / "verify-cases.json"
     try:
         data.write_text(kept.replace("red", "blue"), encoding="utf-8")
