@@ -141,6 +141,20 @@ def _anchored(value: Any, folder: Path, ours: bool) -> Any:
     return value
 
 
+def absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with paths that exist made absolute, so that they hold in another working folder too."""
+
+    def absolute(name: str, value: str) -> str:
+        path = user_path(value, f"--{name.replace('_', '-')}")
+        return str(path.resolve()) if path.exists() else value
+
+    given = {name: options[name] for name in PATHS if options.get(name)}
+    return options | {
+        name: absolute(name, value) if isinstance(value, str) else [absolute(name, one) for one in value]
+        for name, value in given.items()
+    }
+
+
 def _validated(merged: _Merged, allowed: Collection[str] | None) -> Options | None:
     """The options, or None where there are faults, which are added to `merged`."""
     known, values, sources, faults = by_flag(), merged.values, merged.sources, merged.faults

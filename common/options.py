@@ -4,7 +4,7 @@ import difflib
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -21,7 +21,7 @@ from common.option_fields import (
     in_output,
     in_training,
 )
-from common.paths import path_fault, user_path
+from common.paths import path_fault
 from common.recipe import TARGET_GROUPS
 
 QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the built-in example
@@ -252,22 +252,6 @@ def by_flag() -> dict[str, FieldInfo]:
 
 
 PATHS = [name for name, field in by_flag().items() if extra_of(field)["path"]]
-
-
-def absolute_paths(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with paths that exist made absolute, so that they hold in another working folder too."""
-
-    def absolute(name: str, value: str) -> str:
-        path = user_path(value, f"--{name.replace('_', '-')}")
-        return str(path.resolve()) if path.exists() else value
-
-    given = {name: options[name] for name in PATHS if options.get(name)}
-    return options | {
-        name: absolute(name, value) if isinstance(value, str) else [absolute(name, one) for one in value]
-        for name, value in given.items()
-    }
-
-
 # What a resumed run may be given again; all else is its own recipe and plan.
 RESUME_OPTIONS = {"steps", "epochs"} | {
     name

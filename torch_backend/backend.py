@@ -107,9 +107,7 @@ class TorchBackend:
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
-        if (
-            self.model.is_gradient_checkpointing
-        ):  # PEFT would have the embeddings' output take part in the backward pass
+        if self.model.is_gradient_checkpointing:  # or PEFT has the embeddings' output take part in the backward pass
             self.model.gradient_checkpointing_disable()
         self.outer.unload()
         del self.optimizer, self.graphs, self.parameters  # before there are others

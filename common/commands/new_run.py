@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name
 from common.files import atomic_write
-from common.options import absolute_paths
+from common.option_sources import absolute_paths
 from common.run_fields import DataRecord
 from common.run_lock import held
 from common.run_record import Run

@@ -26,9 +26,9 @@ from common.export.fused_folder import checkpoints_disk, trained_bytes
 from common.files import atomic_write
 from common.models.training_base import Base, start_adapter
 from common.option_fields import extra_of
-from common.option_sources import load_options, options_over
+from common.option_sources import absolute_paths, load_options, options_over
 from common.option_translation import translate
-from common.options import Options, absolute_paths, by_flag
+from common.options import Options, by_flag
 from common.paths import source_name, sources_name
 from common.run_lock import held
 from common.run_record import Run

@@ -3,6 +3,7 @@
 A step of `train`. What fails here costs no training.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -93,7 +94,9 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
     answers = samples.ask(step, watcher.display, watcher.stop_requested)
     watcher.raise_all(watcher.alarms.answers(step, answers))
     if answers and quiz:
+        began = time.monotonic()
         drift = quiz.ask(backend)
+        samples.spend(time.monotonic() - began)
         samples.keep({"step": step, "drift": drift.nats, "quiz_loss": drift.loss})
         watcher.raise_all(watcher.alarms.drift(step, drift.nats))
 
@@ -103,7 +106,7 @@ def _alarms_until(job: Job, state: State) -> Alarms:
     alarms = Alarms(job.recipe.warmup_steps)
     file = job.run.path / "metrics.jsonl"
     for line in read_json_lines(file, "Remove it: no result depends on it.") if file.exists() else []:
-        if line.get("step", 0) <= state.step:
+        if isinstance(line.get("step"), int) and line["step"] <= state.step:
             alarms.see(line)
     alarms.known |= {alarm.name for alarm in job.run.record.alarms}
     return alarms

@@ -12,11 +12,12 @@ from common.data.training_rows import TrainingRows
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """Turns to answer. answer: the row's own, empty where the prompt is of no row. tokens: of the whole row."""
+    """Turns to answer. answer: the row's own. tokens, labels: of the whole row. Empty where the prompt is of no row."""
 
     messages: list[dict[str, Any]]
-    answer: str
-    tokens: int
+    answer: str = ""
+    tokens: int = 0
+    labels: int = 0
 
     @property
     def text(self) -> str:
@@ -28,14 +29,14 @@ def row_prompts(rows: TrainingRows, count: int) -> list[SamplePrompt]:
     """The prompts of the first complete chat rows of validation, or of training where there are none."""
     for examples, fitted in ((rows.data.valid, rows.valid.rows), (rows.data.train, rows.train.rows)):
         chats = np.flatnonzero(fitted.whole & fitted.of_kind(lambda kind: not kind.text))[:count]
-        wanted = {row.source: len(row.ids) for row in map(fitted.__getitem__, map(int, chats))}
+        wanted = {row.source: (len(row.ids), row.label_tokens) for row in map(fitted.__getitem__, map(int, chats))}
         found: list[SamplePrompt] = []
         for example in examples if wanted else ():  # else no example is read: each may be in a large file
             if example.source in wanted:
                 rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
                 turns = prompt_of(rendered)
                 answer = str(rendered.messages[len(turns)]["content"])
-                found.append(SamplePrompt(turns, answer, wanted.pop(example.source)))
+                found.append(SamplePrompt(turns, answer, *wanted.pop(example.source)))
             if not wanted:
                 return found
     return []
@@ -44,4 +45,4 @@ def row_prompts(rows: TrainingRows, count: int) -> list[SamplePrompt]:
 def given_prompts(texts: Sequence[str], rows: list[SamplePrompt]) -> list[SamplePrompt]:
     """Of --sample-prompt, after the system turn that the rows begin with."""
     head = rows[0].messages[:1] if rows and rows[0].messages[:1] and rows[0].messages[0]["role"] == "system" else []
-    return [SamplePrompt([*head, {"role": "user", "content": text}], "", 0) for text in texts]
+    return [SamplePrompt([*head, {"role": "user", "content": text}]) for text in texts]

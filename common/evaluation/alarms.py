@@ -53,7 +53,10 @@ class Alarms:
     _risen: int = 0
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
-        """Of any line in metrics.jsonl."""
+        """Of any line in metrics.jsonl; nothing of one that lacks its figures."""
+        names = ("valid_loss",) if "valid_loss" in line else ("loss", "grad_norm")
+        if not all(isinstance(line.get(name), int | float) for name in ("step", *names)):
+            return []
         return self.validation(line) if "valid_loss" in line else self.step(line)
 
     def step(self, line: dict[str, Any]) -> list[Alarm]:
@@ -105,7 +108,7 @@ class Alarms:
 
     def answers(self, step: int, answers: Sequence[dict[str, Any]]) -> list[Alarm]:
         """Of the lines in samples.jsonl after one validation."""
-        if not step or not answers:
+        if not step or len(answers) < 2:  # one answer says little
             return []
         texts = [line["answer"] for line in answers]
         own = [line["reference"] for line in answers if line["reference"]]
@@ -121,7 +124,7 @@ class Alarms:
             seen = f"answers do not end at step {step}"
             cause = "a template without an end of turn, or one that differs from training"
             found.append(Alarm("endless", seen, cause, "look at check-data --explain 1: the end must be a label"))
-        if len(texts) > 1 and len({*texts}) == 1 and len({*own}) > 1:
+        if len({*texts}) == 1 and len({*own}) > 1:
             seen = f"every prompt has the same answer at step {step}: {texts[0][:40]!r}"
             found.append(Alarm("same", seen, "one answer in most rows, or too high a learning rate", "vary the rows"))
         return self._raise(found)

@@ -13,7 +13,8 @@ from common.inference.backend_chat import ChatModel
 from common.sampling import Sampling
 from common.training.metrics import Metrics
 
-LONGEST = 96  # tokens of an answer
+LONGEST = 96  # tokens of an answer; fewer where the row's own is short
+_MORE = 16  # tokens beyond twice the row's own
 _SECONDS, _SHARE = 5.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
 
 
@@ -48,7 +49,7 @@ class Samples:
     def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[dict[str, Any]]:
         """A line for each answer after `step`, kept and the first one shown.
 
-        None where they would take too much time, or a stop came.
+        They end where they would take too much time, or a stop comes: there may be none.
         """
         began = time.monotonic()
         allowed = self._seconds + _SHARE * (began - self._began) - self._spent
@@ -58,16 +59,19 @@ class Samples:
             if answer is None:
                 break
             answers.append(answer)
-        self._spent += time.monotonic() - began
-        if len(answers) < len(self._prompts):
-            return []
+        self.spend(time.monotonic() - began)
         if not step:
             self._before = {number: answer.text for number, answer in enumerate(answers)}
         lines = [_line(step, number, answer) for number, answer in enumerate(answers)]
         for line in lines if self._texts else []:
             self.keep(line)
-        self._show(step, answers[0], display)
+        if answers:
+            self._show(step, answers[0], display)
         return lines
+
+    def spend(self, seconds: float) -> None:
+        """Count seconds that asking has taken."""
+        self._spent += seconds
 
     def keep(self, line: dict[str, Any]) -> None:
         """Write the line into the file of the answers."""
@@ -78,7 +82,8 @@ class Samples:
         text, ended = "", False
         if late():
             return None
-        pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=LONGEST), ())
+        longest = min(LONGEST, 2 * prompt.labels + _MORE) if prompt.labels else LONGEST
+        pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=longest), ())
         for piece, end in pieces:
             text, ended = text + piece, end == "stop"
             if late():

@@ -12,7 +12,8 @@ from common.evaluation.search_space import Settings, Space
 from common.evaluation.study import Outcome, Study
 from common.files import atomic_write
 from common.option_fields import extra_of
-from common.options import Options, absolute_paths, by_flag
+from common.option_sources import absolute_paths
+from common.options import Options, by_flag
 
 # Of the machine and of a single run; the precision changes the result.
 _LEFT_OUT = {"config", "recipe", "rehash"} | {

@@ -90,6 +90,7 @@ def test_a_validation_worse_than_before_training() -> None:
         (answers("a", "b", "c", ended=False), []),
         (answers("Yes.", "Yes.", "Yes."), ["same"]),
         (answers("Yes.", "Yes.", "No."), []),
+        (answers("ha " * 40), []),  # one answer says little
     ],
 )
 def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:
@@ -103,6 +104,12 @@ def test_drift_from_the_base() -> None:
     (alarm,) = alarms.drift(10, 3.0)
     assert alarm.seen == "on prompts outside of the data the model is 3.0 nats a token from its base at step 10"
     assert alarms.drift(15, 4.0) == []
+
+
+def test_a_line_without_its_figures_is_passed_over() -> None:
+    alarms = Alarms(0)
+    for line in ({"step": 1}, {"step": 1, "loss": "2", "grad_norm": 1.0}, {"step": 1, "valid_loss": None}, {}):
+        assert alarms.see(line) == []
 
 
 def test_repetition_is_a_share_of_the_text() -> None:

@@ -1,6 +1,7 @@
 """A training is watched by its answers: asked at each validation, shown, kept, and never in its way."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.contexts import context
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
 
-PROMPTS = [SamplePrompt([{"role": "user", "content": text}], f"no {text}", 9) for text in ("a", "b")]
+PROMPTS = [SamplePrompt([{"role": "user", "content": text}], f"no {text}", 90, 80) for text in ("a", "b")]
 
 
 class Model:
@@ -77,6 +78,19 @@ def test_a_resumed_run_knows_the_answers_from_before_and_repeats_none(
     assert capsys.readouterr().out == "step 5: 'a' -> 'G' (before: 'A')\n"
 
 
+def test_an_answer_has_twice_the_tokens_of_the_rows_own(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Measured(Model):
+        def answer(self, messages: Any, sampling: Any, tools: Any) -> Any:
+            asked.append(sampling.max_tokens)
+            yield "", "stop"
+
+    prompts = [replace(PROMPTS[0], labels=labels) for labels in (12, 40, 0)]
+    Samples(Measured(), prompts, opened(tmp_path / "samples.jsonl")).ask(0, Display("quiet"), never)  # type: ignore[arg-type]
+    assert asked == [40, 96, 96]
+
+
 def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
@@ -89,10 +103,12 @@ def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: py
 
     file = tmp_path / "samples.jsonl"
     samples = Samples(Slow("A", "B", "C", "D", "E", "F"), PROMPTS, opened(file))  # type: ignore[arg-type]
-    assert samples.ask(0, Display("quiet"), never) == []  # 8 of 5 seconds
-    clock[0] += 1000  # of which 3 % are 30 seconds
-    assert len(samples.ask(5, Display("quiet"), never)) == 2
-    assert [line["step"] for line in lines(file)] == [5, 5]
+    assert [line["answer"] for line in samples.ask(0, Display("quiet"), never)] == ["A"]  # 4 of 5 seconds
+    clock[0] += 100  # of which 3 % are 3 seconds
+    assert samples.ask(5, Display("quiet"), never) == []
+    clock[0] += 1000
+    assert len(samples.ask(10, Display("quiet"), never)) == 2
+    assert [line["step"] for line in lines(file)] == [0, 10, 10]
 
 
 def test_a_stop_comes_between_two_tokens(tmp_path: Path) -> None:
