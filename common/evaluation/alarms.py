@@ -14,7 +14,7 @@ _IN_A_ROW = 3  # steps
 _RISEN = 1.15  # a validation loss so many times the best
 _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
-_LONGER = 2.0  # an answer without an end so many times as long as the row's own
+_LONGER = 1.5  # an answer without an end so many times as long as the row's own
 _DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
 
 _RATE = "lower --learning-rate to a third"

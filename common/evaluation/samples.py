@@ -14,8 +14,8 @@ from common.sampling import Sampling
 from common.training.metrics import Metrics
 
 LONGEST = 96  # tokens of an answer; fewer where the row's own is short
-_MORE = 16  # tokens beyond twice the row's own
-_SECONDS, _SHARE = 5.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
+_MORE = 8  # tokens beyond one and a half times the row's own
+_SECONDS, _SHARE = 8.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Samples:
         text, ended = "", False
         if late():
             return None
-        longest = min(LONGEST, 2 * prompt.labels + _MORE) if prompt.labels else LONGEST
+        longest = min(LONGEST, prompt.labels * 3 // 2 + _MORE) if prompt.labels else LONGEST
         pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=longest), ())
         for piece, end in pieces:
             text, ended = text + piece, end == "stop"

@@ -78,7 +78,7 @@ def test_a_resumed_run_knows_the_answers_from_before_and_repeats_none(
     assert capsys.readouterr().out == "step 5: 'a' -> 'G' (before: 'A')\n"
 
 
-def test_an_answer_has_twice_the_tokens_of_the_rows_own(tmp_path: Path) -> None:
+def test_an_answer_has_half_as_many_tokens_again_as_the_rows_own(tmp_path: Path) -> None:
     asked: list[int] = []
 
     class Measured(Model):
@@ -86,9 +86,9 @@ def test_an_answer_has_twice_the_tokens_of_the_rows_own(tmp_path: Path) -> None:
             asked.append(sampling.max_tokens)
             yield "", "stop"
 
-    prompts = [replace(PROMPTS[0], labels=labels) for labels in (12, 40, 0)]
+    prompts = [replace(PROMPTS[0], labels=labels) for labels in (12, 70, 0)]
     Samples(Measured(), prompts, opened(tmp_path / "samples.jsonl")).ask(0, Display("quiet"), never)  # type: ignore[arg-type]
-    assert asked == [40, 96, 96]
+    assert asked == [26, 96, 96]
 
 
 def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +102,13 @@ def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: py
                 yield piece
 
     file = tmp_path / "samples.jsonl"
-    samples = Samples(Slow("A", "B", "C", "D", "E", "F"), PROMPTS, opened(file))  # type: ignore[arg-type]
-    assert [line["answer"] for line in samples.ask(0, Display("quiet"), never)] == ["A"]  # 4 of 5 seconds
+    samples = Samples(Slow(*"ABCDEFG"), [*PROMPTS, PROMPTS[0]], opened(file))  # type: ignore[arg-type]
+    assert [line["answer"] for line in samples.ask(0, Display("quiet"), never)] == ["A", "B"]  # 8 of 8 seconds
     clock[0] += 100  # of which 3 % are 3 seconds
     assert samples.ask(5, Display("quiet"), never) == []
     clock[0] += 1000
-    assert len(samples.ask(10, Display("quiet"), never)) == 2
-    assert [line["step"] for line in lines(file)] == [0, 10, 10]
+    assert [line["answer"] for line in samples.ask(10, Display("quiet"), never)] == ["E", "F", "G"]
+    assert [line["step"] for line in lines(file)] == [0, 0, 10, 10, 10]
 
 
 def test_a_stop_comes_between_two_tokens(tmp_path: Path) -> None:
