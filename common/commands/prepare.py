@@ -8,7 +8,7 @@ from common.backend import Adapter
 from common.backend_package import Choice
 from common.context import Context
 from common.data.dataset import first_texts
-from common.data.encode import load_tokenizer
+from common.data.encode import Encoder, load_tokenizer
 from common.data.encoded_rows import EncodedRows
 from common.data.findings import QualityWarning, distinct_count
 from common.data.sample_prompts import SamplePrompt, row_prompts
@@ -80,6 +80,7 @@ class Job:
     llama: LlamaCpp | None
     served: ServingConfig
     prompts: list[SamplePrompt]  # of rows; none for plain text
+    encoder: Encoder
     cases: Cases
     left_out: str  # a line for the end, where many rows are not trained on
 
@@ -135,6 +136,7 @@ def prepare(
         llama=llama,
         served=ServingConfig(rows.stops, rows.template),
         prompts=row_prompts(rows, _PROMPTS),
+        encoder=rows.encoder,
         cases=make_cases(rows.data, rows.valid, rows.train, rows.encoder),
         left_out=left_out(rows),
     )

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from common.backend import Backend, Memory
 from common.commands.prepare import Job
-from common.data.encode import load_tokenizer
 from common.data.sample_prompts import given_prompts
 from common.display import Display
 from common.documents import read_json_lines
@@ -82,10 +81,8 @@ def watching(job: Job, backend: Backend, state: State, display: Display, stops: 
                 lines = Metrics(job.run.path / FILE, state.step, state.step > state.evaluated, display.warn)
                 stack.enter_context(closing(lines))
                 samples = Samples(model, prompts, lines, texts=not job.options.no_text)
-                quiz = None
-                if job.recipe.method != "full":  # else the base is gone
-                    tokenizer = load_tokenizer(job.base.model.path, job.options.chat_template)
-                    quiz = Quiz.of(tokenizer, job.recipe.thinking)
+                base_is_there = job.recipe.method != "full"
+                quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking) if base_is_there else None
                 watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))
         yield watcher
 

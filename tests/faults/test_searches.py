@@ -18,7 +18,8 @@ from common.errors import UserError
 from common.evaluation import search as search_module
 from common.option_sources import load_options
 from tests.contexts import context
-from tests.searches import QUICK, Backends, fault, losses, run, trials
+from tests.searches import QUICK, Backends, fault, losses, run, trials, without
+from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
 
 pytest_plugins = ("tests.searches",)  # its fixtures
@@ -336,3 +337,64 @@ def test_a_trial_that_fails_ends_alone_and_two_in_a_row_end_the_search(
 
 
 # --- what is better than noise
+
+
+# --- what another search, or another process, has left
+
+
+def test_another_search_is_not_mixed_in(words: list[str]) -> None:
+    run(words, "--trials", 1)
+    error = fault(words, "--trials", 2, "--alpha", 8)
+    assert "found holds another search: of other options, rows or another model." in error.what
+    assert "tune --resume" in error.fix
+    assert len(trials(Path("found"))) == 1
+    Path("full").mkdir()
+    Path("full/file").touch()
+    other = [*without(words, "--output"), "--output", "full"]
+    assert fault(other, "--trials", 1).what == "--output full is not an empty folder."
+
+
+def test_without_output_the_same_command_finds_its_folder(words: list[str]) -> None:
+    plain = without(words, "--output")
+    run(plain, "--trials", 1)
+    run(plain, "--trials", 2)
+    run(plain, "--trials", 1, "--alpha", 8)
+    assert sorted(path.name for path in Path("runs").iterdir()) == [
+        "tiny-llama-rows-torch-tune",
+        "tiny-llama-rows-torch-tune-2",
+    ]
+    assert len(trials(Path("runs/tiny-llama-rows-torch-tune"))) == 2
+
+
+def test_what_resume_does_not_take(words: list[str]) -> None:
+    assert fault([], "--resume", "nowhere", "--trials", 1).what == "--resume nowhere: no search is there."
+    run(words, "--trials", 1)
+    error = fault([], "--resume", "found", "--trials", 2, "--alpha", 4, "--output", "x")
+    assert "it does not combine with --alpha, --output." in error.what
+    Path("found/search.json").write_text("{}")
+    assert fault([], "--resume", "found", "--trials", 2).what == "found/search.json is not what tune has written."
+    Path("found/search.json").write_text("{")
+    assert "found/search.json is not JSON" in fault([], "--resume", "found", "--trials", 2).what
+
+
+def test_changed_rows_are_another_search(words: list[str]) -> None:
+    run(words, "--trials", 1)
+    write_rows(Path("rows.jsonl"), 26)
+    error = fault([], "--resume", "found", "--trials", 2)
+    assert error.what == "found holds another search: the model, the rows or the automatic recipe have changed."
+
+
+def test_a_damaged_file_of_trials(words: list[str]) -> None:
+    run(words, "--trials", 1)
+    Path("found/trials.sqlite3").write_bytes(b"not a database" * 100)
+    error = fault(words, "--trials", 2)
+    assert "trials.sqlite3 cannot be read:" in error.what
+    assert error.fix == "Give another --output folder, or remove this one to start again."
+
+
+def test_two_at_once(words: list[str]) -> None:
+    from common.run_lock import held
+
+    run(words, "--trials", 1)
+    with held(Path("found")):
+        assert "by another process" in fault(words, "--trials", 2).what

@@ -10,8 +10,7 @@ from common.commands import tune as module
 from common.commands.tune import seconds_of
 from common.evaluation.search_report import judged
 from common.evaluation.study import Outcome
-from tests.searches import fault, run, trials, without
-from tests.tiny import write_rows
+from tests.searches import fault, without
 
 pytest_plugins = ("tests.searches",)  # its fixtures
 
@@ -105,61 +104,3 @@ def test_something_must_be_left_to_search(words: list[str]) -> None:
     error = fault(words, "--trials", 2, *fixed)
     assert error.what == "Nothing is left to search."
     assert error.fix == "Leave out one of --learning-rate, --epochs, --batch-size, --rank, --dropout."
-
-
-def test_another_search_is_not_mixed_in(words: list[str]) -> None:
-    run(words, "--trials", 1)
-    error = fault(words, "--trials", 2, "--alpha", 8)
-    assert "found holds another search: of other options, rows or another model." in error.what
-    assert "tune --resume" in error.fix
-    assert len(trials(Path("found"))) == 1
-    Path("full").mkdir()
-    Path("full/file").touch()
-    other = [*without(words, "--output"), "--output", "full"]
-    assert fault(other, "--trials", 1).what == "--output full is not an empty folder."
-
-
-def test_without_output_the_same_command_finds_its_folder(words: list[str]) -> None:
-    plain = without(words, "--output")
-    run(plain, "--trials", 1)
-    run(plain, "--trials", 2)
-    run(plain, "--trials", 1, "--alpha", 8)
-    assert sorted(path.name for path in Path("runs").iterdir()) == [
-        "tiny-llama-rows-torch-tune",
-        "tiny-llama-rows-torch-tune-2",
-    ]
-    assert len(trials(Path("runs/tiny-llama-rows-torch-tune"))) == 2
-
-
-def test_what_resume_does_not_take(words: list[str]) -> None:
-    assert fault([], "--resume", "nowhere", "--trials", 1).what == "--resume nowhere: no search is there."
-    run(words, "--trials", 1)
-    error = fault([], "--resume", "found", "--trials", 2, "--alpha", 4, "--output", "x")
-    assert "it does not combine with --alpha, --output." in error.what
-    Path("found/search.json").write_text("{}")
-    assert fault([], "--resume", "found", "--trials", 2).what == "found/search.json is not what tune has written."
-    Path("found/search.json").write_text("{")
-    assert "found/search.json is not JSON" in fault([], "--resume", "found", "--trials", 2).what
-
-
-def test_changed_rows_are_another_search(words: list[str]) -> None:
-    run(words, "--trials", 1)
-    write_rows(Path("rows.jsonl"), 26)
-    error = fault([], "--resume", "found", "--trials", 2)
-    assert error.what == "found holds another search: the model, the rows or the automatic recipe have changed."
-
-
-def test_a_damaged_file_of_trials(words: list[str]) -> None:
-    run(words, "--trials", 1)
-    Path("found/trials.sqlite3").write_bytes(b"not a database" * 100)
-    error = fault(words, "--trials", 2)
-    assert "trials.sqlite3 cannot be read:" in error.what
-    assert error.fix == "Give another --output folder, or remove this one to start again."
-
-
-def test_two_at_once(words: list[str]) -> None:
-    from common.run_lock import held
-
-    run(words, "--trials", 1)
-    with held(Path("found")):
-        assert "by another process" in fault(words, "--trials", 2).what
