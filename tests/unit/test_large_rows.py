@@ -406,7 +406,7 @@ def test_a_disk_that_refuses_is_named(encoder: Encoder, monkeypatch: pytest.Monk
 
 
 def test_work_grows_as_the_rows_do(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Twice the rows, at most three times the seconds, in every step from the file to its hash."""
+    """Four times the rows, at most eight times the seconds (their square is 16), in every step from file to hash."""
 
     def seconds(count: int) -> list[float]:
         path = tmp_path / f"{count}.jsonl"
@@ -429,8 +429,8 @@ def test_work_grows_as_the_rows_do(encoder: Encoder, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(load, "LARGE", 1)
     monkeypatch.setattr(row_parts, "_CHUNK_ROWS", 64)
     monkeypatch.setattr(row_parts, "_PART_ROWS", 256)
-    small, double = (np.min([seconds(count + extra) for extra in (0, 2)], axis=0) for count in (1000, 2000))
-    assert (double < 3 * small + 0.02).all(), (small, double)
+    few, many = (np.min([seconds(count + extra) for extra in range(3)], axis=0) for count in (500, 2000))
+    assert (many < 8 * few + 0.05).all(), (few, many)
 
 
 def test_what_is_known_of_rows_is_looked_through_in_linear_time(tmp_path: Path) -> None:
@@ -458,8 +458,8 @@ def test_what_is_known_of_rows_is_looked_through_in_linear_time(tmp_path: Path) 
         times.append(time.process_time())
         return np.diff(times).tolist()
 
-    small, double = (np.min([seconds(count + extra) for extra in (0, 2, 4, 6)], axis=0) for count in (60_000, 120_000))
-    assert (double < 3 * small).all(), (small, double)
+    few, many = (np.min([seconds(count + extra) for extra in range(3)], axis=0) for count in (30_000, 120_000))
+    assert (many < 8 * few).all(), (few, many)
 
 
 @pytest.mark.parametrize("given", [json.dumps(chat("a" * 100_000, "b")).encode(), chat("a" * 100_000, "b")])
