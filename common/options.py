@@ -83,8 +83,10 @@ class Options(RecipeFields, PlanFields):
         0, "steps between validations; 0: four times an epoch, less often where that would take much time", ge=0
     )
 
-    on_collapse: Literal["warn", "stop"] = in_training(
-        "warn", "when a training shows signs of collapse: say so, or also save and stop"
+    on_collapse: Literal["warn", "stop", "rollback"] = in_training(
+        "warn",
+        "when a training shows signs of collapse: say so; also save and stop; or continue from the best adapter at "
+        "half the learning rate, at most three times",
     )
     sample_prompt: list[str] = in_training(
         [], "prompts that are answered at each validation, before those of validation rows", value="TEXT [TEXT ...]"

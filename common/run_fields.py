@@ -82,6 +82,15 @@ class AlarmRecord(_Record):
     remedy: str = ""
 
 
+class RollbackRecord(_Record):
+    """A return to an earlier step, at half the learning rate. alarms: why; none where the loss was not finite."""
+
+    from_step: int
+    to_step: int
+    learning_rate: float
+    alarms: list[AlarmRecord] = []
+
+
 class RunRecord(_Record):
     """run.json. A figure is None where the run has none, or an older version did not keep it."""
 
@@ -101,7 +110,8 @@ class RunRecord(_Record):
     base: BaseRecord | None = None
     export: ExportRecord = ExportRecord()
     verify: VerifyRecord | None = None
-    alarms: list[AlarmRecord] = []
+    alarms: list[AlarmRecord] = []  # since the last rollback
+    rollbacks: list[RollbackRecord] = []
     pushed: dict[str, Any] | None = None
     stage_seconds: dict[str, float] = {}
 

@@ -39,12 +39,22 @@ from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
+from common.training.rollback import RolledBack, roll_back
 from common.training.validation import worse_than_start
 from common.verify.cases import write_cases
 
 
 def run_training(options: Options, context: Context) -> Path:
     """`train`: check, train, export. Returns the run folder. Raises UserError, or Interrupted after a saved stop."""
+    while True:
+        try:
+            return _run_training(options, context)
+        except RolledBack as back:
+            options = Options(resume=str(back))
+
+
+def _run_training(options: Options, context: Context) -> Path:
+    """The same, from the start or a checkpoint on. Raises RolledBack too."""
     seconds: dict[str, float] = {}
     display = context.display
     with ExitStack() as lock:
@@ -113,13 +123,16 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     _show_header(job, info, display)
     with stop_signals(display.stopping) as received, display.training(recipe.steps, state.step):
         try:
-            with watching(job, backend, state, display, received) as observer:
+            with watching(job, backend, state, display, received) as observer, observer.rolling_back(state):
                 TrainingLoop(
                     backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
                 ).train()
-        except BaseException:
+        except BaseException as error:
             with display.optional("run.json lacks the figures of this process"):
                 _record(job, state, backend.memory(), swap_used() - swap)
+            if isinstance(error, RolledBack):
+                display.warn(roll_back(job.run, recipe, state))
+                backend.close()
             raise
         _record(job, state, backend.memory(), swap_used() - swap)
     if received:  # after the last step: the export is left for later too

@@ -19,7 +19,10 @@ from common.evaluation.samples import LONGEST, Samples
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.run_fields import AlarmRecord
 from common.training.checkpoint import State
+from common.training.faults import NotFinite
+from common.training.loop import Interrupted
 from common.training.metrics import Metrics
+from common.training.rollback import MOST, RolledBack
 
 FILE = "samples.jsonl"
 
@@ -33,7 +36,8 @@ class Watcher:
     stops: Sequence[int]
     alarms: Alarms
     ask: list[Callable[[int], None]] = field(default_factory=list)  # what is asked at a validation, until it fails
-    collapsed: bool = False  # and --on-collapse is stop
+    collapsed: bool = False  # and --on-collapse is more than a warning
+    curable: bool = False  # by a lower learning rate
 
     def step(self, line: dict, memory: Memory) -> None:
         self.display.step(line, memory)
@@ -57,10 +61,34 @@ class Watcher:
     def stop_requested(self) -> bool:
         return bool(self.stops) or self.collapsed
 
+    @contextmanager
+    def rolling_back(self, state: State) -> Iterator[None]:
+        """Raises RolledBack in place of the exception that ends a collapsed training, where that was asked for."""
+        try:
+            yield
+        except (Interrupted, NotFinite) as error:
+            if self._rolls_back(error, state):
+                raise RolledBack(self.job.run.path) from None
+            raise
+
+    def _rolls_back(self, error: Exception, state: State) -> bool:
+        """Whether the training that `error` ends can be saved by a lower learning rate."""
+        diverged = isinstance(error, NotFinite) and (state.step > 0 or state.start_valid_loss is not None)
+        if self.job.options.on_collapse != "rollback" or self.stops or not (self.collapsed or diverged):
+            return False
+        if not (self.curable or diverged):
+            self.warn("not rolled back: a lower learning rate does not help against this")
+            return False
+        if len(self.job.run.record.rollbacks) == MOST:
+            self.warn(f"not rolled back again, after {MOST} times: look at the rows with check-data")
+            return False
+        return True
+
     def raise_all(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             self.display.warn(str(alarm))
-            self.collapsed = self.job.options.on_collapse == "stop"
+            self.collapsed = self.job.options.on_collapse != "warn"
+            self.curable |= alarm.of_rate
         if alarms:
             with self.display.optional("run.json lacks an alarm"):
                 before = self.job.run.record.alarms

@@ -30,6 +30,11 @@ class Alarm:
     cause: str
     remedy: str
 
+    @property
+    def of_rate(self) -> bool:
+        """Whether a lower learning rate may help."""
+        return self.remedy in (_RATE, _SHORTER)
+
     def __str__(self) -> str:
         return f"{self.seen}. Usual cause: {self.cause}. Remedy: {self.remedy}"
 

@@ -145,6 +145,12 @@ def discard(run: Path, step: int) -> None:
     shutil.rmtree(_folder(run, step), ignore_errors=True)
 
 
+def discard_all(run: Path) -> None:
+    """Remove all checkpoints, the newest first: a kill leaves a run that continues from an older one."""
+    for folder in _folders(run):
+        shutil.rmtree(folder)
+
+
 def latest(
     run: Path,
     recipe_hash: str | None = None,

@@ -1,0 +1,203 @@
+"""A training that collapses goes back to its best adapter, at half the learning rate."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.backend import StepResult
+from common.commands.train import run_training
+from common.documents import read_json_lines
+from common.errors import UserError
+from common.options import Options
+from common.run_record import Run
+from common.training import checkpoint, rollback
+from common.training.faults import NotFinite
+from common.training.loop import Interrupted
+from tests.contexts import context
+from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
+
+RATE = 0.008
+
+
+@pytest.fixture
+def given(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    return {
+        **{"model": str(tiny_llama), "data": str(write_rows(tmp_path / "rows.jsonl")), "output": str(tmp_path / "run")},
+        **{"backend": "torch", "device": "cpu", "precision": "fp32", "export": "none", "on_collapse": "rollback"},
+        **{"rank": 2, "steps": 10, "eval_every": 2, "valid_share": 0.5, "learning_rate": RATE, "warmup": 0.0},
+    }
+
+
+class Collapses(Bigram):
+    """Its validation loss jumps after step 4, while the recipe's learning rate is above `bearable`."""
+
+    bearable = RATE / 3
+    trained = 0
+    opened: list["Collapses"]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened.append(self)
+
+    def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> StepResult:
+        self.trained = step
+        return super().train_step(micro_batches, learning_rate, step)
+
+    def eval_step(self, batch: Any) -> StepResult:
+        collapsed = self.trained > 4 and self.recipe.learning_rate > self.bearable
+        loss = 9.0 if collapsed else 5.0 - 0.1 * self.trained
+        return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
+
+    def generate(self, token_ids: np.ndarray, *args: Any, **more: Any) -> Iterator[int]:
+        yield 5 + len(token_ids) % 40
+
+
+def train(given: dict[str, Any], kind: type[Collapses] = Collapses) -> Path:
+    kind.opened = []
+    return run_training(Options.model_validate(given), context(create=kind))
+
+
+def lines(folder: Path) -> list[int]:
+    return [line["step"] for line in read_json_lines(folder / "metrics.jsonl", "") if "loss" in line]
+
+
+def test_it_continues_from_the_best_adapter_until_it_holds(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = train(given)
+    run, said = Run(folder), capsys.readouterr().err.replace("\n", " ")
+    first, second = run.record.rollbacks
+    assert (first.to_step, first.learning_rate, [alarm.name for alarm in first.alarms]) == (4, RATE / 2, ["worse"])
+    assert (second.to_step, second.learning_rate) == (4, RATE / 4)
+    assert f"rolled back from step {first.from_step} to step 4, the best so far (validation loss 4.6000)" in said
+    assert "the learning rate is now 0.004, half of what it was" in said
+    record, recipe = run.record, run.recipe
+    assert (record.status, record.steps, record.alarms) == ("complete", 10, [])
+    assert (record.recipe_hash, recipe.learning_rate) == (recipe.hash(), RATE / 4)
+    assert recipe.parent is not None and recipe.parent.step == 4
+    assert lines(folder) == [*range(1, 11)]
+    assert [backend.closed for backend in Collapses.opened] == [True, True, True]
+
+
+def test_what_was_the_best_is_what_training_continues_from(given: dict[str, Any]) -> None:
+    best: list[dict[str, np.ndarray]] = []
+    continued: list[dict[str, np.ndarray]] = []
+
+    class Watched(Collapses):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> StepResult:
+            found = super().train_step(micro_batches, learning_rate, step)
+            if step == 4:
+                best.append({name: array.copy() for name, array in self.parameters.items()})
+            return found
+
+        def set_optimizer(self, state: Any) -> None:
+            super().set_optimizer(state)
+            continued.append({name: array.copy() for name, array in self.parameters.items()})
+            assert state.step == 0
+            assert not any(array.any() for array in [*state.exp_avg.values(), *state.exp_avg_sq.values()])
+
+    train(given, Watched)
+    assert (len(best), len(continued)) == (1, 2)
+    for name, array in best[0].items():
+        np.testing.assert_array_equal(array, continued[0][name])
+        np.testing.assert_array_equal(array, continued[1][name])
+
+
+def test_after_three_it_stops_and_says_so(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    class Hopeless(Collapses):
+        bearable = 0.0
+
+    with pytest.raises(Interrupted):
+        train(given, Hopeless)
+    run = Run(Path(given["output"]))
+    assert [back.learning_rate for back in run.record.rollbacks] == [RATE / 2, RATE / 4, RATE / 8]
+    assert len(run.record.rollbacks) == rollback.MOST
+    assert run.record.status == "interrupted"
+    assert "not rolled back again, after 3 times: look at the rows" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_loss_that_is_not_finite_is_rolled_back_to_the_start(given: dict[str, Any]) -> None:
+    class Diverges(Collapses):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> StepResult:
+            found = super().train_step(micro_batches, learning_rate, step)
+            if step == 2 and self.recipe.learning_rate == RATE:
+                return StepResult.of(micro_batches, float("nan"), 1.0, 0)
+            return found
+
+        def eval_step(self, batch: Any) -> StepResult:
+            return StepResult.of([batch], (5 - 0.1 * self.trained) * batch.label_tokens, 0.0, 0)
+
+    folder = train(given, Diverges)
+    (back,) = Run(folder).record.rollbacks
+    assert (back.from_step, back.to_step, back.alarms) == (1, 0, [])
+    assert Run(folder).recipe.parent is None
+    assert lines(folder) == [*range(1, 11)]
+    with pytest.raises(NotFinite):
+        train(given | {"output": f"{folder}-warned", "on_collapse": "warn"}, Diverges)
+
+
+def test_what_a_lower_rate_does_not_help_stops(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    class Same(Collapses):
+        bearable = 1.0
+
+        def generate(self, *args: Any, **more: Any) -> Any:
+            yield 5
+
+    with pytest.raises(Interrupted):
+        train(given, Same)
+    record = Run(Path(given["output"])).record
+    assert ({alarm.name for alarm in record.alarms} <= {"same", "endless"}, record.rollbacks) == (True, [])
+    assert "a lower learning rate does not help against this" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_a_kill_at_any_point_of_it_leaves_a_run_that_continues(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the record decides, the run continues as it was; afterwards, from the best adapter at half the rate."""
+    real = Run.update
+
+    def killed(self: Run, **fields: Any) -> None:
+        if "rollbacks" in fields:
+            raise KeyboardInterrupt
+        real(self, **fields)
+
+    monkeypatch.setattr(Run, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(given)
+    monkeypatch.setattr(Run, "update", real)
+    run = Run(Path(given["output"]))
+    assert checkpoint.latest_step(run.path) == 4
+    train({"resume": given["output"]})
+    assert (run.record.status, run.record.steps) == ("complete", 10)
+
+    given |= {"output": f"{given['output']}-2"}
+    monkeypatch.setattr(Run, "write_recipe", _killed_at_rollback(Run.write_recipe))
+    with pytest.raises(KeyboardInterrupt):
+        train(given)
+    monkeypatch.undo()
+    train({"resume": given["output"]})
+    run = Run(Path(given["output"]))
+    assert (run.record.status, run.record.recipe_hash) == ("complete", run.recipe.hash())
+    assert [back.learning_rate for back in run.record.rollbacks] == [RATE / 2, RATE / 4]
+
+
+def _killed_at_rollback(write: Any) -> Any:
+    def killed(self: Run, recipe: Any) -> None:
+        if recipe.parent is not None:
+            raise KeyboardInterrupt
+        write(self, recipe)
+
+    return killed
+
+
+def test_a_run_that_was_rolled_back_can_be_lengthened(given: dict[str, Any]) -> None:
+    folder = train(given)
+    train({"resume": str(folder), "steps": 14})
+    assert (Run(folder).record.steps, Run(folder).recipe.learning_rate) == (14, RATE / 4)
+    with pytest.raises(UserError, match="has trained 14 steps already"):
+        train({"resume": str(folder), "steps": 14})
