@@ -190,7 +190,7 @@ def test_an_adapter_is_inspected_converted_and_gone_on_with(tiny, tmp_path):
     more = ["--steps", 3, "--adapter", tmp_path / "theirs"]
     out = twintune(*tiny_train(tiny, tmp_path / "next", "mlx", *more))
     assert "continuing from a given adapter" in out
-    first, last = step_losses(tmp_path / "run")[0][1], step_losses(tmp_path / "next")[0][1]
+    (_, first, _), (_, last, _) = (step_losses(tmp_path / name)[1] for name in ("run", "next"))  # of step 1
     assert last < first
     assert "holds no adapter" in twintune("adapter", "inspect", tmp_path, code=1)
 
