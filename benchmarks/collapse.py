@@ -27,7 +27,7 @@ from common.commands.prepare import choose_hardware
 from common.context import Context
 from common.data.encode import TEMPLATES, Encoded, load_tokenizer
 from common.data.encoded_rows import EncodedRows
-from common.data.sample_prompts import row_prompts
+from common.data.sample_prompts import row_prompts, trained_answers
 from common.data.training_rows import encode_data, read_data
 from common.display import Display
 from common.documents import read_json_lines
@@ -113,7 +113,8 @@ class _Recorder:
             rows = self.trials.rows
             form = ChatFormat(self.trials.base.model.path, self.template, rows.stops, False, 2048)
             model = backend_chat_model(self.trials.model, form, "", True)
-            self.asked.append(Samples(model, row_prompts(rows, 3), self.file, seconds=1e9))
+            trained = trained_answers(rows.train.rows, rows.encoder.tokenizer)
+            self.asked.append(Samples(model, row_prompts(rows, 3), self.file, seconds=1e9, trained=trained))
         self.asked[0].ask(line["step"], Display("quiet"), lambda: False)
         drift = self.quiz.ask(self.trials.model)
         self.lines.append({"step": line["step"], "drift": drift.nats, "quiz_loss": drift.loss})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from common.backend import Backend, Memory
 from common.commands.prepare import Job
-from common.data.sample_prompts import given_prompts
+from common.data.sample_prompts import given_prompts, trained_answers
 from common.display import Display
 from common.documents import read_json_lines
 from common.evaluation.alarms import Alarm, Alarms
@@ -108,7 +108,13 @@ def watching(job: Job, backend: Backend, state: State, display: Display, stops: 
                 model = backend_chat_model(backend, chat_format(job, longest), "", True)
                 lines = Metrics(job.run.path / FILE, state.step, state.step > state.evaluated, display.warn)
                 stack.enter_context(closing(lines))
-                samples = Samples(model, prompts, lines, texts=not job.options.no_text)
+                samples = Samples(
+                    model,
+                    prompts,
+                    lines,
+                    texts=not job.options.no_text,
+                    trained=trained_answers(job.train, job.encoder.tokenizer),
+                )
                 base_is_there = job.recipe.method != "full"
                 quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking) if base_is_there else None
                 watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))

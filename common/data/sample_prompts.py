@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from common.data.dataset import prompt_of
+from common.data.encode import Encoded
 from common.data.training_rows import TrainingRows
+
+_LEARNED = 2000  # rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,17 @@ def row_prompts(rows: TrainingRows, count: int) -> list[SamplePrompt]:
             if not wanted:
                 return found
     return []
+
+
+def trained_answers(rows: Sequence[Encoded], tokenizer: Any) -> set[str]:
+    """What the labels of the first rows say: the texts that a model may have learned by heart."""
+    found = set()
+    for number in range(min(len(rows), _LEARNED)):
+        row = rows[number]
+        ends = np.flatnonzero(np.diff(row.mask.astype(np.int8), prepend=0, append=0))
+        for start, end in ends.reshape(-1, 2):
+            found.add(tokenizer.decode(row.ids[start:end], skip_special_tokens=True).strip())
+    return found
 
 
 def given_prompts(texts: Sequence[str], rows: list[SamplePrompt]) -> list[SamplePrompt]:

@@ -15,6 +15,7 @@ _RISEN = 1.15  # a validation loss so many times the best
 _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
 _LONGER = 1.5  # an answer without an end so many times as long as the row's own
+_COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of answers that are alike
 _DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
 
 _RATE = "lower --learning-rate to a third"
@@ -129,6 +130,10 @@ class Alarms:
             seen = f"answers do not end at step {step}"
             cause = "a template without an end of turn, or one that differs from training"
             found.append(Alarm("endless", seen, cause, "look at check-data --explain 1: the end must be a label"))
+        copies = [line for line in answers if line["copied"] and line["reference"] and _unlike(line)]
+        if len(copies) * 2 > len(own) > 1:
+            seen = f"answers are copied from training rows at step {step}: {copies[0]['answer'][:40]!r}"
+            found.append(Alarm("copies", seen, "too many passes over too few rows", _SHORTER))
         if len({*texts}) == 1 and len({*own}) > 1:
             seen = f"every prompt has the same answer at step {step}: {texts[0][:40]!r}"
             found.append(Alarm("same", seen, "one answer in most rows, or too high a learning rate", "vary the rows"))
@@ -154,6 +159,15 @@ def repetition(text: str) -> float:
         return 0.0
     grams = [text[at : at + _NGRAM] for at in range(len(text) - _NGRAM + 1)]
     return 1 - len({*grams}) / len(grams)
+
+
+def _unlike(line: dict[str, Any]) -> bool:
+    """Whether the answer has little in common with the row's own."""
+    answer, own = (
+        {text[at : at + _COMMON] for at in range(max(1, len(text) - _COMMON + 1))}
+        for text in (line["answer"].strip(), line["reference"].strip())
+    )
+    return len(answer & own) < _ALIKE * min(len(answer), len(own))
 
 
 def _much_longer(line: dict[str, Any]) -> bool:

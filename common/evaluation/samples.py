@@ -1,7 +1,7 @@
 """Answers to the same few prompts at every validation of a training, beside those from before its first step."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,10 @@ class Samples:
         file: Metrics,
         texts: bool = True,
         seconds: float = _SECONDS,
+        trained: Set[str] = frozenset(),
     ) -> None:
-        """texts: whether answers are kept. seconds: that they may take at first."""
+        """texts: whether answers are kept. seconds: that they may take at first. trained: answers of training rows."""
+        self._trained = trained
         self._model, self._prompts, self._file, self._texts, self._seconds = model, prompts, file, texts, seconds
         self._before = _answers_before(file.path)
         self._began, self._spent = time.monotonic(), 0.0
@@ -62,7 +64,7 @@ class Samples:
         self.spend(time.monotonic() - began)
         if not step:
             self._before = {number: answer.text for number, answer in enumerate(answers)}
-        lines = [_line(step, number, answer) for number, answer in enumerate(answers)]
+        lines = [_line(step, number, answer, self._trained) for number, answer in enumerate(answers)]
         for line in lines if self._texts else []:
             self.keep(line)
         if answers:
@@ -101,9 +103,11 @@ class Samples:
         )
 
 
-def _line(step: int, number: int, answer: Answer) -> dict[str, Any]:
+def _line(step: int, number: int, answer: Answer, trained: Set[str]) -> dict[str, Any]:
+    """copied: the answer is that of a training row, word for word, and the prompt's own answer is none of those."""
     line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
-    return line | {"answer": answer.text, "ended": answer.ended}
+    copied = answer.text.strip() in trained and answer.prompt.answer.strip() not in trained
+    return line | {"answer": answer.text, "ended": answer.ended, "copied": copied}
 
 
 def _answers_before(file: Path) -> dict[int, str]:

@@ -22,8 +22,13 @@ def validations(alarms: Alarms, *losses: float) -> list[str]:
     return [alarm.name for alarm in found]
 
 
-def answers(*texts: str, reference: str = "It is so.", ended: bool = True) -> list[dict[str, Any]]:
-    return [{"answer": text, "reference": f"{reference}{number}", "ended": ended} for number, text in enumerate(texts)]
+def answers(
+    *texts: str, reference: str = "It is so.", ended: bool = True, copied: bool = False
+) -> list[dict[str, Any]]:
+    return [
+        {"answer": text, "reference": f"{reference}{number}", "ended": ended, "copied": copied}
+        for number, text in enumerate(texts)
+    ]
 
 
 def names(alarms: Alarms, lines: list[dict[str, Any]], step: int = 5) -> list[str]:
@@ -91,6 +96,8 @@ def test_a_validation_worse_than_before_training() -> None:
         (answers("Yes.", "Yes.", "Yes."), ["same"]),
         (answers("Yes.", "Yes.", "No."), []),
         (answers("ha " * 40), []),  # one answer says little
+        (answers("The harbor is closed.", "Tea is at four.", "fine", copied=True), ["copies"]),
+        (answers("It is so: closed.", "It is so, yes.", "fine", copied=True), []),  # like the rows' own
     ],
 )
 def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:

@@ -12,6 +12,7 @@ from common.commands.train import run_training
 from common.documents import read_json_lines
 from common.errors import UserError
 from common.options import Options
+from common.recipe import Parent, Recipe
 from common.run_record import Run
 from common.training import checkpoint, rollback
 from common.training.faults import NotFinite
@@ -67,8 +68,16 @@ def lines(folder: Path) -> list[int]:
 
 
 def test_it_continues_from_the_best_adapter_until_it_holds(
-    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    begun: list[str] = []
+    write = Run.write_recipe
+
+    def watched(self: Run, recipe: Recipe) -> None:
+        begun.append(recipe.hash())
+        write(self, recipe)
+
+    monkeypatch.setattr(Run, "write_recipe", watched)
     folder = train(given)
     run, said = Run(folder), capsys.readouterr().err.replace("\n", " ")
     first, second = run.record.rollbacks
@@ -79,7 +88,8 @@ def test_it_continues_from_the_best_adapter_until_it_holds(
     record, recipe = run.record, run.recipe
     assert (record.status, record.steps, record.alarms) == ("complete", 10, [])
     assert (record.recipe_hash, recipe.learning_rate) == (recipe.hash(), RATE / 4)
-    assert recipe.parent is not None and recipe.parent.step == 4
+    middle = recipe.model_copy(update={"learning_rate": RATE / 2, "parent": Parent(recipe=begun[0], step=4)})
+    assert recipe.parent == Parent(recipe=middle.hash(), step=4)
     assert lines(folder) == [*range(1, 11)]
     assert [backend.closed for backend in Collapses.opened] == [True, True, True]
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.backend import OutOfMemory, StepResult
 from common.commands.train import run_training
-from common.data.sample_prompts import SamplePrompt, given_prompts
+from common.data.encode import Encoded, load_tokenizer
+from common.data.sample_prompts import SamplePrompt, given_prompts, trained_answers
 from common.display import Display
 from common.errors import UserError
 from common.evaluation import samples as module
@@ -60,8 +62,8 @@ def test_answers_are_kept_and_shown_beside_those_from_before(
     answers = samples.ask(5, Display("plain"), never)
     assert [(answer["answer"], answer["ended"]) for answer in answers] == [("C", True), ("D...", False)]
     assert lines(file)[2:] == [
-        {"step": 5, "number": 0, "prompt": "a", "reference": "no a", "answer": "C", "ended": True},
-        {"step": 5, "number": 1, "prompt": "b", "reference": "no b", "answer": "D...", "ended": False},
+        {"step": 5, "number": 0, "prompt": "a", "reference": "no a", "answer": "C", "ended": True, "copied": False},
+        {"step": 5, "number": 1, "prompt": "b", "reference": "no b", "answer": "D...", "ended": False, "copied": False},
     ]
     assert capsys.readouterr().out == "before the first step: 'a' -> 'A'\nstep 5: 'a' -> 'C' (before: 'A')\n"
 
@@ -89,6 +91,25 @@ def test_an_answer_has_half_as_many_tokens_again_as_the_rows_own(tmp_path: Path)
     prompts = [replace(PROMPTS[0], labels=labels) for labels in (12, 70, 0)]
     Samples(Measured(), prompts, opened(tmp_path / "samples.jsonl")).ask(0, Display("quiet"), never)  # type: ignore[arg-type]
     assert asked == [26, 96, 96]
+
+
+def test_an_answer_of_a_training_row_is_a_copy_unless_the_rows_own_is_one(tmp_path: Path) -> None:
+    samples = Samples(
+        Model("Yes.", "No.", "No idea."),  # type: ignore[arg-type]
+        [PROMPTS[0], replace(PROMPTS[0], answer="No."), PROMPTS[0]],
+        opened(tmp_path / "samples.jsonl"),
+        trained={"Yes.", "No."},
+    )
+    assert [line["copied"] for line in samples.ask(3, Display("quiet"), never)] == [True, False, False]
+
+
+def test_what_a_model_may_have_learned_by_heart(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    texts = [tokenizer.encode(text, add_special_tokens=False) for text in (" Hello you", "What?", " Fine. ")]
+    ids = np.concatenate([*texts, [tokenizer.eos_token_id]]).astype(np.int32)
+    first, second = len(texts[0]), len(texts[0]) + len(texts[1])
+    mask = (np.arange(len(ids)) < first) | (np.arange(len(ids)) >= second)
+    assert trained_answers([Encoded(ids, mask, "a.jsonl:1")], tokenizer) == {"Hello you", "Fine."}
 
 
 def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
