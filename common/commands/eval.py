@@ -1,7 +1,7 @@
 """`eval RUN`: losses and scored answers on rows that were not trained on, base and tuned models side by side."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from common.evaluation.report import show, write
 from common.evaluation.rows import JudgedRow, read_test
 from common.evaluation.scorer import scorer
 from common.evaluation.subjects import KINDS, Lengths, Subject, gguf_subject, model_subject, subjects_of, targets_of
-from common.inference.chat_models import choose
+from common.evaluation.suite import Suite, run_suite
+from common.inference.chat_models import Target, choose
 from common.models.load import base_of
 from common.models.resolve import resolve
 from common.option_sources import options_over
@@ -81,21 +82,57 @@ def metrics_of(args: argparse.Namespace) -> list[Metric]:
 
 def evaluate(args: argparse.Namespace, context: Context) -> None:
     """Judge every subject, show the figures and keep them. Raises UserError before anything is loaded where it can."""
-    display, metrics, run = context.display, metrics_of(args), run_of(Path(args.model))
+    run = run_of(Path(args.model))
     with ExitStack() as stack:
         if run is not None:
             run.require_complete()
             stack.enter_context(held(run.path))
-        given = given_by(args, run, context)
-        with display.stage("read the data"):
-            rows = read_test(args.data, given.encoder, args.limit)
-        folder = args.out or given.folder
-        evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
-        _check(evaluation, given.subjects, args.data)
-        _say_rows(evaluation, display)
-        judged = [judge(subject, evaluation, display) for subject in given.subjects]
-        scores = scores_of(evaluation, judged)
-        write(evaluation, judged, scores, {"model": args.model, "data": str(args.data)})
+        suite = suite_of(args, run, context) if args.suite else None
+        if args.data:
+            _judge(args, run, context)
+        if suite:
+            suite()
+
+
+def suite_of(args: argparse.Namespace, run: Run | None, context: Context) -> Callable[[], None]:
+    """What has the model, or base and fused folder of the run, do the tasks of --suite.
+
+    Raises UserError where that is not possible.
+    """
+    folders, ggufs = dict[str, Path](), list[Target]()
+    if run is not None:
+        if "adapter" in (args.kinds or ()):
+            raise UserError("--suite: an adapter alone is not a model.", "The fused folder is the same: --with fused.")
+        for target in targets_of(run, args.kinds or (None if args.quant else ["base", "fused"]), args.quant):
+            if target.kind == "gguf":
+                ggufs.append(target)
+            elif target.kind == "base":
+                folders["base"] = base_of(run, context.display).path
+            else:
+                folders[target.kind] = run.path / str(run.record.export.fused)
+    elif args.model.endswith(".gguf"):
+        ggufs.append(choose(Path(args.model), None, None))
+    else:
+        folders["model"] = resolve(args.model, context.display.say).path
+    results = args.out or (run.path / "eval" if run is not None else Path("eval") / source_name(args.model))
+    suite = Suite(args.suite, args.suite_tasks, args.limit, results / "suite")
+    suite.check(bool(ggufs))
+    return lambda: run_suite(suite, folders, ggufs, args.slots, args.context, context)
+
+
+def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
+    """On the rows of --data."""
+    display, metrics = context.display, metrics_of(args)
+    given = given_by(args, run, context)
+    with display.stage("read the data"):
+        rows = read_test(args.data, given.encoder, args.limit)
+    folder = args.out or given.folder
+    evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
+    _check(evaluation, given.subjects, args.data)
+    _say_rows(evaluation, display)
+    judged = [judge(subject, evaluation, display) for subject in given.subjects]
+    scores = scores_of(evaluation, judged)
+    write(evaluation, judged, scores, {"model": args.model, "data": str(args.data)})
     show(evaluation, judged, scores, display)
     display.say(f"Answers and figures: {folder}/rows.jsonl, {folder}/scores.json")
 
@@ -167,6 +204,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--slots", type=_count, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
     )
+    tasks = parser.add_argument_group("Tasks of lm-evaluation-harness, where that is installed")
+    tasks.add_argument("--suite", nargs="+", metavar="NAME", help="tasks for base and fused folder, or those of --with")
+    tasks.add_argument("--suite-tasks", type=Path, metavar="DIR", help="folder of your own task files; may hold code")
     more = parser.add_argument_group("More")
     more.add_argument("--context", type=_count, default=4096, metavar="N", help="most tokens of a row (default: 4096)")
     more.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the intervals (default: 0)")
@@ -187,6 +227,6 @@ def _seed(text: str) -> int:
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
-    if args.data is None:
-        raise UserError("No data is given.", "Add --data FILE, with rows that were not trained on.")
+    if args.data is None and not args.suite:
+        raise UserError("No data is given.", "Add --data FILE, with rows that were not trained on; or --suite NAME.")
     evaluate(args, context)
