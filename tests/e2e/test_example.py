@@ -87,6 +87,41 @@ def test_peft_loads_the_adapter_with_the_logits_that_were_trained(trained):
     assert (tuned - merged).abs().max() < 0.1 * (tuned - plain).abs().max()
 
 
+def test_eval_finds_the_loss_of_peft_and_the_answers_of_the_server(trained, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, run, _ = trained
+    data = tmp_path / "test.jsonl"
+    lines = (EXAMPLE / "test.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ("--with", "base", "adapter", "gguf", "--quant", "Q4_K_M", "--scorer", ROOT / "examples" / "eval_score.py")
+    out = twintune("eval", run, "--data", data, *words, "--max-tokens", 24, "--out", tmp_path / "eval")
+    assert "Against the base, on the same rows" in out
+    found = [json.loads(line)["models"] for line in (tmp_path / "eval" / "rows.jsonl").read_text().splitlines()]
+    folder = resolve(SMOLLM2, print).path
+    tokenizer = load_tokenizer(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(base, run / "adapter")
+    for models, row in zip(found, read_rows(data), strict=True):
+        encoded = encode(row, tokenizer)
+        ids = torch.tensor(encoded.ids[None].astype(np.int64))
+        labels = torch.where(torch.tensor(encoded.mask[None]), ids, -100)
+        with torch.no_grad():
+            after = float(tuned(ids, labels=labels).loss)
+            with tuned.disable_adapter():
+                before = float(tuned(ids, labels=labels).loss)
+        assert models["adapter"]["loss"] == pytest.approx(after, rel=1e-3)
+        assert models["base"]["loss"] == pytest.approx(before, rel=1e-3)
+        assert models["Q4_K_M"]["loss"] == pytest.approx(models["adapter"]["loss"], abs=0.3)
+    with Server(
+        ensure(None, lambda share, text: None), run / "gguf" / "model-Q4_K_M.gguf", ServerOptions(1024)
+    ) as server:
+        for models, line in zip(found, lines, strict=True):
+            assert models["Q4_K_M"]["answer"] == server.chat(json.loads(line)["messages"][:-1], 24)
+
+
 def test_mlx_lm_loads_the_adapter_with_the_same_logits_as_peft(trained):
     import mlx.core as mx
     import torch
