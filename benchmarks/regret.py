@@ -36,6 +36,7 @@ from common.display import Display
 from common.files import atomic_write
 from common.models.training_base import find_base
 from common.options import Options
+from common.training.auto_recipe import auto_recipe
 from common.training.loop import Interrupted
 from common.training.trials import Trials
 
@@ -49,6 +50,7 @@ GRID = [
     {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
     for epochs, rate, batch in product(EPOCHS, RATES, BATCHES)
 ]
+AUTO = ("learning_rate", "epochs", "batch_size", "rank")  # what the automatic recipe chooses
 Settings = dict[str, Any]
 _OVER, _TIMES = 1.1, 3  # a run ends when its loss is so many times its best, so often in a row
 
@@ -114,13 +116,13 @@ class Pair:
     def measure(self, settings: list[Settings], public: Path | None, ends: float) -> None:
         """Do the runs that are not done, until the clock says `ends`."""
         todo = [some for some in settings if self.of(some) is None]
-        if not todo or time.monotonic() > ends:
+        if (not todo and self.of(self.about.get("auto", {}))) or time.monotonic() > ends:
             return
         with tempfile.TemporaryDirectory() as folder:
             write_set(data_set(self.data, public), Path(folder))
             trials = self._trials(folder)
-            for number, some in enumerate(todo):
-                if time.monotonic() < ends:
+            for number, some in enumerate([self.about["auto"], *todo]):
+                if self.of(some) is None and time.monotonic() < ends:
                     self._add(trials, some, Path(folder) / f"run-{number}")
             trials.close()
 
@@ -141,6 +143,7 @@ class Pair:
             "valid rows": len(rows.scored),
             "tokens": int(train.lengths.sum()),
             "label tokens": int(train.label_tokens.sum()),
+            "auto": auto_recipe(options, base, train)[0].model_dump(include={*AUTO}),
         }
         return Trials(context, base, rows, backend, device, "fp32")
 
@@ -187,7 +190,7 @@ def _cpu_lines() -> list[str]:
 
 def table(pairs: list[Pair]) -> str:
     """Markdown: of every pair the grid's best, and how many percent above it each rule is."""
-    names = [*rules(100)]
+    names = ["auto", *rules(100)]
     lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
     for pair in pairs:
         done = [run for run in pair.runs if run["settings"] in GRID]
@@ -197,7 +200,7 @@ def table(pairs: list[Pair]) -> str:
         at = "{learning_rate:g} x {epochs}, {batch_size} rows".format(**best["settings"])
         count = "" if len(done) == len(GRID) else f" ({len(done)} of {len(GRID)} runs)"
         figures = []
-        for settings in rules(pair.about["train rows"]).values():
+        for settings in [pair.about.get("auto", {}), *rules(pair.about["train rows"]).values()]:
             run = pair.of(settings)
             figures.append(f"{100 * (run['best'] / best['best'] - 1):+.1f} %" if run else "")
         rows = pair.about["train rows"]
