@@ -57,6 +57,7 @@ class Alarms:
     _steep: int = 0
     _best: tuple[float, float] | None = None  # the best validation loss, and the training loss then
     _risen: int = 0
+    _signs: set[str] = field(default_factory=set)  # in the last answers
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
         """Of any line in metrics.jsonl; nothing of one that lacks its figures."""
@@ -113,7 +114,7 @@ class Alarms:
         return self._raise(found)
 
     def answers(self, step: int, answers: Sequence[dict[str, Any]]) -> list[Alarm]:
-        """Of the lines in samples.jsonl after one validation."""
+        """Of the lines in samples.jsonl after one validation. A sign counts when it is seen twice in a row."""
         if not step or len(answers) < 2:  # one answer says little
             return []
         texts = [line["answer"] for line in answers]
@@ -137,7 +138,8 @@ class Alarms:
         if len({*texts}) == 1 and len({*own}) > 1:
             seen = f"every prompt has the same answer at step {step}: {texts[0][:40]!r}"
             found.append(Alarm("same", seen, "one answer in most rows, or too high a learning rate", "vary the rows"))
-        return self._raise(found)
+        before, self._signs = self._signs, {alarm.name for alarm in found}
+        return self._raise(alarm for alarm in found if alarm.name in before)
 
     def drift(self, step: int, nats: float) -> list[Alarm]:
         """nats: KL divergence a token between base and adapter, on prompts outside of the data."""
