@@ -171,6 +171,9 @@ TRAIN += ("--export", "none", "--batch-size", "2", "--max-length", "4096")
 TORCH = ("--backend", "torch", "--device", "cpu", "--precision", "fp32")
 LINKS = "links in it lead out of the folder: run.json.tmp to "
 ANSWERS = ("--prompts", "prompts.txt", "--max-tokens", "4", "--out")
+SHORT = ("--metric", "exact", "--max-tokens", "4", "--limit", "2")
+TUNE = ("--model", "llama-model", "--data", "data/train.jsonl", "--chat-template", "evil.jinja", "--steps", "1")
+TUNE += ("--trials", "1", "--batch-size", "2", "--max-length", "4096", "--valid-share", "0.5")
 # For every command, what is given to it, and what it says (nothing in particular where that is empty).
 CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "check-data": [
@@ -219,6 +222,18 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         ((*TRAIN, *TORCH, "--adapter", "adapter", "--output", "t3"), "rank_pattern cannot be used"),
         (("--model", "evil.gguf", "--data", "rows", "--steps", "1", "--export", "none", *TORCH, "--output", "t4"), ""),
         (("--config", "evil.yaml"), "cannot be read as YAML"),
+    ],
+    "eval": [
+        ((RUN, "--data", "rows.parquet", "--with", "gguf", *SHORT), NAMED),
+        ((RUN, "--data", "rows.parquet", "--with", "fused", *SHORT), "exact"),
+        (("evil.gguf", "--data", "rows.parquet", *SHORT), ""),
+        (("yaml", "--data", "rows.parquet"), ""),
+        (("linked", "--data", "rows.parquet"), ""),
+    ],
+    "tune": [
+        ((*TUNE, *TORCH, "--output", "t5"), "Trial"),
+        (("--config", "evil.yaml", "--trials", "1"), "cannot be read as YAML"),
+        (("--resume", "yaml", "--trials", "1"), "no search is there"),
     ],
     "llama": [(("where",), "llama-server")],
     "doctor": [((), "This machine")],
