@@ -32,7 +32,7 @@ def lacking(version: int) -> set[str]:
 
 
 class Parent(BaseModel):
-    """The recipe that a longer one continues, and the step after which it does."""
+    """The recipe that another one continues, and the step after which it does; 0 where that began again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,7 +65,7 @@ class Recipe(RecipeFields):
     steps: int
     warmup_steps: int
     eval_every: int
-    parent: Parent | None = None  # of a run whose length was changed; hashed only there
+    parent: Parent | None = None  # of a run that was lengthened or rolled back; hashed only there
 
     def hash(self) -> str:
         """SHA-256 over the canonical JSON of `hashed()`; 64 hex digits."""

@@ -80,10 +80,15 @@ class AlarmRecord(_Record):
     seen: str = ""
     cause: str = ""
     remedy: str = ""
+    since: int = 0  # the step from which on it was seen
+    quote: str = ""  # from an answer
 
 
 class RollbackRecord(_Record):
-    """A return to an earlier step, at half the learning rate. alarms: why; none where the loss was not finite."""
+    """A return to an earlier step, 0 the start, at half the learning rate.
+
+    alarms: why; none where the loss was not finite.
+    """
 
     from_step: int
     to_step: int

@@ -41,7 +41,7 @@ def compare(runs: list[Path], display: Display) -> None:
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
         display.say(_agreement(runs[0], recipes[0], run, recipe))
     for run, recipe in zip(runs, recipes, strict=True):
-        if recipe.parent is not None:
+        if recipe.parent is not None and recipe.parent.step:
             display.say(f"{run.name} continues {recipe.parent}: its curve until then is of that recipe.")
     for run, record in zip(runs, records, strict=True):
         if len(record.plans) > 1:

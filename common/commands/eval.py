@@ -19,7 +19,7 @@ from common.evaluation.rows import JudgedRow, read_test
 from common.evaluation.scorer import scorer
 from common.evaluation.subjects import KINDS, Lengths, Subject, gguf_subject, model_subject, subjects_of, targets_of
 from common.evaluation.suite import Suite, run_suite
-from common.inference.chat_models import Target, choose
+from common.inference.chat_models import Kind, Target, choose
 from common.models.load import base_of
 from common.models.resolve import resolve
 from common.option_sources import options_over
@@ -52,14 +52,11 @@ def given_by(args: argparse.Namespace, run: Run | None, context: Context) -> Giv
     if run is not None:
         if args.chat_template:
             raise UserError("--chat-template: a run has its own.", "Leave it out.")
-        kinds = args.kinds or (["fused"] if path.name == "fused" and run.path != path else None)
-        targets = targets_of(run, kinds, args.quant)
+        targets = targets_of(run, _kinds(args, run), args.quant)
         base = base_of(run, context.display)
         encoder = encoder_of(base.path, options_over(run.record.options, {}), run.recipe)
         return Given(subjects_of(run, base, targets, lengths, context), encoder, run.path / "eval" / args.data.stem)
-    if args.kinds or args.quant:
-        option = "--with" if args.kinds else "--quant"
-        raise UserError(f"{option}: {args.model} is not a run, and has one form only.", "Leave it out.")
+    _refuse_forms(args)
     if path.suffix == ".gguf":
         return Given([gguf_subject(choose(path, None, None), lengths, context)], None, results)
     if not path.exists() and path.parent != Path() and path.parent.is_dir():  # no hub name
@@ -69,6 +66,18 @@ def given_by(args: argparse.Namespace, run: Run | None, context: Context) -> Giv
     template = tokenizer.chat_template if args.chat_template else None
     subject = model_subject(args.model, model, template, lengths, context)
     return Given([subject], Encoder(tokenizer, MaskingOptions()), results)
+
+
+def _kinds(args: argparse.Namespace, run: Run) -> list[Kind] | None:
+    """The forms that were asked for; None where nothing was said."""
+    return args.kinds or (["fused"] if Path(args.model).name == "fused" and run.path != Path(args.model) else None)
+
+
+def _refuse_forms(args: argparse.Namespace) -> None:
+    """Raises UserError where a model that is not a run is to have several."""
+    if args.kinds or args.quant:
+        option = "--with" if args.kinds else "--quant"
+        raise UserError(f"{option}: {args.model} is not a run, and has one form only.", "Leave it out.")
 
 
 def metrics_of(args: argparse.Namespace) -> list[Metric]:
@@ -99,20 +108,27 @@ def suite_of(args: argparse.Namespace, run: Run | None, context: Context) -> Cal
 
     Raises UserError where that is not possible.
     """
+    if args.chat_template:
+        raise UserError("--chat-template: --suite asks a model in its own.", "Leave it out.")
     folders, ggufs = dict[str, Path](), list[Target]()
     if run is not None:
-        if "adapter" in (args.kinds or ()):
+        kinds: list[Kind] = _kinds(args, run) or ["base", "fused"]
+        if args.quant and not args.kinds:
+            kinds = [*kinds, "gguf"]
+        if "adapter" in kinds:
             raise UserError("--suite: an adapter alone is not a model.", "The fused folder is the same: --with fused.")
-        for target in targets_of(run, args.kinds or (None if args.quant else ["base", "fused"]), args.quant):
+        for target in targets_of(run, kinds, args.quant):
             if target.kind == "gguf":
                 ggufs.append(target)
             elif target.kind == "base":
                 folders["base"] = base_of(run, context.display).path
             else:
                 folders[target.kind] = run.path / str(run.record.export.fused)
-    elif args.model.endswith(".gguf"):
+    elif Path(args.model).suffix == ".gguf":
+        _refuse_forms(args)
         ggufs.append(choose(Path(args.model), None, None))
     else:
+        _refuse_forms(args)
         folders["model"] = resolve(args.model, context.display.say).path
     results = args.out or (run.path / "eval" if run is not None else Path("eval") / source_name(args.model))
     suite = Suite(args.suite, args.suite_tasks, args.limit, results / "suite")
@@ -173,7 +189,9 @@ def _say_rows(evaluation: Evaluation, display: Display) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = "Answers are kept: a stopped evaluation continues, and another metric asks for none again."
+    parser.epilog = (
+        "Answers to --data are kept: a stopped evaluation continues, and another metric asks for none again."
+    )
     parser.add_argument("model", metavar="RUN|MODEL", help="run folder; or a model: hub name, folder or GGUF file")
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows to judge on, in any format that train reads")
     parser.add_argument(
@@ -229,4 +247,8 @@ def _seed(text: str) -> int:
 def run(args: argparse.Namespace, context: Context) -> None:
     if args.data is None and not args.suite:
         raise UserError("No data is given.", "Add --data FILE, with rows that were not trained on; or --suite NAME.")
+    if args.data is None and (args.metric or args.regex is not None or args.json_schema or args.scorer):
+        raise UserError(
+            "Answers are scored on rows, and --data is not given.", "Add --data FILE, or leave the score out."
+        )
     evaluate(args, context)

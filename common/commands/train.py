@@ -25,7 +25,7 @@ from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
-from common.options import Options
+from common.options import RESUME_OPTIONS, Options
 from common.recipe import Recipe
 from common.run_fields import ExportRecord
 from common.run_lock import held
@@ -50,7 +50,9 @@ def run_training(options: Options, context: Context) -> Path:
         try:
             return _run_training(options, context)
         except RolledBack as back:
-            options = Options(resume=str(back))
+            given = options.model_dump(by_alias=True, exclude_unset=True)
+            kept = {name: given[name] for name in given.keys() & RESUME_OPTIONS - {"steps", "epochs"}}
+            options = Options.model_validate(kept | {"resume": str(back.run.path)})
 
 
 def _run_training(options: Options, context: Context) -> Path:
@@ -131,8 +133,10 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
             with display.optional("run.json lacks the figures of this process"):
                 _record(job, state, backend.memory(), swap_used() - swap)
             if isinstance(error, RolledBack):
-                display.warn(roll_back(job.run, recipe, state))
+                display.warn(roll_back(job.run, recipe, job.plan, state, error.since))
                 backend.close()
+                if received:
+                    raise Interrupted(job.run) from None
             raise
         _record(job, state, backend.memory(), swap_used() - swap)
     if received:  # after the last step: the export is left for later too

@@ -3,10 +3,13 @@
 A step of `train`. What fails here costs no training.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from common.backend import Backend, Memory
 from common.commands.prepare import Job
@@ -19,7 +22,7 @@ from common.evaluation.samples import LONGEST, Samples
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.run_fields import AlarmRecord
 from common.training.checkpoint import State
-from common.training.faults import NotFinite
+from common.training.faults import NotFinite, Unwritten
 from common.training.loop import Interrupted
 from common.training.metrics import Metrics
 from common.training.rollback import MOST, RolledBack
@@ -36,8 +39,7 @@ class Watcher:
     stops: Sequence[int]
     alarms: Alarms
     ask: list[Callable[[int], None]] = field(default_factory=list)  # what is asked at a validation, until it fails
-    collapsed: bool = False  # and --on-collapse is more than a warning
-    curable: bool = False  # by a lower learning rate
+    collapse: list[Alarm] = field(default_factory=list)  # what was raised, where --on-collapse is more than a warning
 
     def step(self, line: dict, memory: Memory) -> None:
         self.display.step(line, memory)
@@ -59,24 +61,35 @@ class Watcher:
         self.display.warn(text)
 
     def stop_requested(self) -> bool:
-        return bool(self.stops) or self.collapsed
+        return bool(self.stops or self.collapse)
 
     @contextmanager
     def rolling_back(self, state: State) -> Iterator[None]:
-        """Raises RolledBack in place of the exception that ends a collapsed training, where that was asked for."""
+        """Raises RolledBack for a training that has collapsed, where that was asked for and can help.
+
+        At once for a run that was stopped or killed between an alarm and its rollback.
+        """
+        if self.job.options.on_collapse == "rollback":
+            known = self.job.run.record.alarms
+            self.collapse = [Alarm(a.name, a.seen, a.cause, a.remedy, a.since, a.quote) for a in known]
+            if self.collapse and self._can_be_helped():
+                raise self._rolled_back()
+            self.collapse = []
         try:
             yield
         except (Interrupted, NotFinite) as error:
-            if self._rolls_back(error, state):
-                raise RolledBack(self.job.run.path) from None
+            diverged = isinstance(error, NotFinite) and not isinstance(error, Unwritten)
+            diverged = diverged and (state.step > 0 or state.start_valid_loss is not None)
+            asked = self.job.options.on_collapse == "rollback" and not self.stops
+            if asked and (self.collapse or diverged) and self._can_be_helped():
+                if isinstance(error, NotFinite):
+                    self.warn(error.what)
+                raise self._rolled_back(state.step + 1) from None
             raise
 
-    def _rolls_back(self, error: Exception, state: State) -> bool:
-        """Whether the training that `error` ends can be saved by a lower learning rate."""
-        diverged = isinstance(error, NotFinite) and (state.step > 0 or state.start_valid_loss is not None)
-        if self.job.options.on_collapse != "rollback" or self.stops or not (self.collapsed or diverged):
-            return False
-        if not (self.curable or diverged):
+    def _can_be_helped(self) -> bool:
+        """Whether a lower learning rate may help against all that was seen, and was not tried too often."""
+        if any(not alarm.of_rate for alarm in self.collapse):
             self.warn("not rolled back: a lower learning rate does not help against this")
             return False
         if len(self.job.run.record.rollbacks) == MOST:
@@ -84,15 +97,19 @@ class Watcher:
             return False
         return True
 
+    def _rolled_back(self, since: int = sys.maxsize) -> RolledBack:
+        return RolledBack(self.job.run, min([since, *(alarm.since for alarm in self.collapse)]))
+
     def raise_all(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             self.display.warn(str(alarm))
-            self.collapsed = self.job.options.on_collapse != "warn"
-            self.curable |= alarm.of_rate
+        if self.job.options.on_collapse != "warn":
+            self.collapse += alarms
         if alarms:
             with self.display.optional("run.json lacks an alarm"):
+                quotes = {"quote": ""} if self.job.options.no_text else {}
                 before = self.job.run.record.alarms
-                self.job.run.update(alarms=[*before, *(AlarmRecord(**vars(alarm)) for alarm in alarms)])
+                self.job.run.update(alarms=[*before, *(AlarmRecord(**vars(alarm) | quotes) for alarm in alarms)])
 
 
 @contextmanager
@@ -135,12 +152,20 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
 def _alarms_until(job: Job, state: State) -> Alarms:
     """Having seen the lines of a resumed run: what they raised is not raised again."""
     alarms = Alarms(job.recipe.warmup_steps)
-    file = job.run.path / "metrics.jsonl"
-    for line in read_json_lines(file, "Remove it: no result depends on it.") if file.exists() else []:
-        if isinstance(line.get("step"), int) and line["step"] <= state.step:
-            alarms.see(line)
+    lines = [line for name in ("metrics.jsonl", FILE) for line in _lines(job.run.path / name, state.step)]
+    for line in lines:
+        alarms.see(line)
+    answers = [line for line in lines if {"answer", "reference", "ended"} <= line.keys()]
+    for step in dict.fromkeys(line["step"] for line in answers):
+        alarms.answers(step, [line for line in answers if line["step"] == step])
     alarms.known |= {alarm.name for alarm in job.run.record.alarms}
     return alarms
+
+
+def _lines(file: Path, step: int) -> list[dict[str, Any]]:
+    """Those until `step`."""
+    found = read_json_lines(file, "Remove it: no result depends on it.") if file.exists() else []
+    return [line for line in found if isinstance(line.get("step"), int) and line["step"] <= step]
 
 
 def chat_format(job: Job, context: int) -> ChatFormat:

@@ -52,7 +52,8 @@ def trained_answers(rows: Sequence[Encoded], tokenizer: Any) -> set[str]:
         row = rows[number]
         ends = np.flatnonzero(np.diff(row.mask.astype(np.int8), prepend=0, append=0))
         for start, end in ends.reshape(-1, 2):
-            found.add(tokenizer.decode(row.ids[start:end], skip_special_tokens=True).strip())
+            text = tokenizer.decode(row.ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            found.add(text.strip())
     return found
 
 

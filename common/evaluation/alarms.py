@@ -16,20 +16,24 @@ _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
 _LONGER = 1.5  # an answer without an end so many times as long as the row's own
 _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of answers that are alike
+_QUOTED = 40  # characters of an answer
 _DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
 
+_FIGURES = (("valid_loss",), ("drift",))  # of lines that are not of a step
 _RATE = "lower --learning-rate to a third"
 _SHORTER = "fewer --epochs, or more rows; the adapter with the lowest validation loss is kept"
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """name: what --on-collapse and the record call it."""
+    """name: what the record calls it. since: the step from which on it was seen. quote: from an answer."""
 
     name: str
     seen: str
     cause: str
     remedy: str
+    since: int
+    quote: str = ""
 
     @property
     def of_rate(self) -> bool:
@@ -37,7 +41,8 @@ class Alarm:
         return self.remedy in (_RATE, _SHORTER)
 
     def __str__(self) -> str:
-        return f"{self.seen}. Usual cause: {self.cause}. Remedy: {self.remedy}"
+        quoted = f": {self.quote!r}" if self.quote else ""
+        return f"{self.seen}{quoted}. Usual cause: {self.cause}. Remedy: {self.remedy}"
 
 
 @dataclass
@@ -57,13 +62,16 @@ class Alarms:
     _steep: int = 0
     _best: tuple[float, float] | None = None  # the best validation loss, and the training loss then
     _risen: int = 0
-    _signs: set[str] = field(default_factory=set)  # in the last answers
+    _signs: dict[str, int] = field(default_factory=dict)  # in the last answers, and since which step
+    _drifted: float = 0.0  # from the base before the first step, as a given adapter has
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
-        """Of any line in metrics.jsonl; nothing of one that lacks its figures."""
-        names = ("valid_loss",) if "valid_loss" in line else ("loss", "grad_norm")
+        """Of any line in metrics.jsonl, or of drift in samples.jsonl; nothing of one that lacks its figures."""
+        names = next((names for names in _FIGURES if names[0] in line), ("loss", "grad_norm"))
         if not all(isinstance(line.get(name), int | float) for name in ("step", *names)):
             return []
+        if "drift" in line:
+            return self.drift(line["step"], line["drift"])
         return self.validation(line) if "valid_loss" in line else self.step(line)
 
     def step(self, line: dict[str, Any]) -> list[Alarm]:
@@ -78,10 +86,11 @@ class Alarms:
         found = []
         if self._spikes == _IN_A_ROW:
             seen = f"the loss jumped to {loss:.2f} at step {step}, from about {median(self._losses):.2f}"
-            found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE))
+            found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE, step - _IN_A_ROW + 1))
         if self._steep == _IN_A_ROW:
             seen = f"the gradient norm is {norm:.3g} at step {step}, and was about {median(self._norms):.3g}"
-            found.append(Alarm("gradient", seen, "a learning rate that is too high, or faulty rows", _RATE))
+            cause = "a learning rate that is too high, or faulty rows"
+            found.append(Alarm("gradient", seen, cause, _RATE, step - _IN_A_ROW + 1))
         if step > self.warmup:
             if not spike:
                 self._losses.append(loss)
@@ -105,12 +114,13 @@ class Alarms:
             seen = (
                 f"the validation loss rose from {best:.3f} to {loss:.3f} at step {step}, while the training loss fell"
             )
-            found.append(Alarm("overfitting", seen, "too many passes over too few rows", _SHORTER))
+            found.append(Alarm("overfitting", seen, "too many passes over too few rows", _SHORTER, step))
         if self.start_valid_loss is not None and step > self.warmup and loss > _WORSE * self.start_valid_loss:
             seen = (
                 f"the validation loss is {loss:.3f} at step {step}, above {self.start_valid_loss:.3f} before training"
             )
-            found.append(Alarm("worse", seen, "a learning rate that is too high, or rows of another form", _RATE))
+            cause = "a learning rate that is too high, or rows of another form"
+            found.append(Alarm("worse", seen, cause, _RATE, step))
         return self._raise(found)
 
     def answers(self, step: int, answers: Sequence[dict[str, Any]]) -> list[Alarm]:
@@ -119,34 +129,40 @@ class Alarms:
             return []
         texts = [line["answer"] for line in answers]
         own = [line["reference"] for line in answers if line["reference"]]
-        found = []
+        found: list[Alarm] = []
+
+        def sign(name: str, seen: str, cause: str, remedy: str, quote: str = "") -> None:
+            since = self._signs.get(name, step)
+            found.append(Alarm(name, f"{seen} at step {step}", cause, remedy, since, quote))
+
         if len(loops := [text for text in texts if repetition(text) > _REPEATED]) * 2 > len(texts):
-            seen = f"answers repeat themselves at step {step}: {loops[0][-40:]!r}"
-            found.append(Alarm("repetition", seen, "too many steps, or too high a learning rate", _SHORTER))
+            cause = "too many steps, or too high a learning rate"
+            sign("repetition", "answers repeat themselves", cause, _SHORTER, loops[0][-_QUOTED:])
         if sum(not text.strip() for text in texts) * 2 > len(texts) and own:
-            seen = f"answers are empty at step {step}"
-            found.append(Alarm("empty", seen, "rows with empty answers, or an end token that is learned first", _RATE))
+            sign("empty", "answers are empty", "rows with empty answers, or an end token that is learned first", _RATE)
         endless = [line for line in answers if line["reference"] and not line["ended"] and _much_longer(line)]
         if len(endless) * 2 > len(own) > 0:
-            seen = f"answers do not end at step {step}"
             cause = "a template without an end of turn, or one that differs from training"
-            found.append(Alarm("endless", seen, cause, "look at check-data --explain 1: the end must be a label"))
-        copies = [line for line in answers if line["copied"] and line["reference"] and _unlike(line)]
+            sign("endless", "answers do not end", cause, "look at check-data --explain 1: the end must be a label")
+        copies = [line["answer"] for line in answers if line.get("copied") and line["reference"] and _unlike(line)]
         if len(copies) * 2 > len(own) > 1:
-            seen = f"answers are copied from training rows at step {step}: {copies[0]['answer'][:40]!r}"
-            found.append(Alarm("copies", seen, "too many passes over too few rows", _SHORTER))
+            cause = "too many passes over too few rows"
+            sign("copies", "answers are copied from training rows", cause, _SHORTER, copies[0][:_QUOTED])
         if len({*texts}) == 1 and len({*own}) > 1:
-            seen = f"every prompt has the same answer at step {step}: {texts[0][:40]!r}"
-            found.append(Alarm("same", seen, "one answer in most rows, or too high a learning rate", "vary the rows"))
-        before, self._signs = self._signs, {alarm.name for alarm in found}
+            remedy = "vary the rows"
+            sign("same", "every prompt has the same answer", "one answer in most rows", remedy, texts[0][:_QUOTED])
+        before, self._signs = self._signs, {alarm.name: alarm.since for alarm in found}
         return self._raise(alarm for alarm in found if alarm.name in before)
 
     def drift(self, step: int, nats: float) -> list[Alarm]:
         """nats: KL divergence a token between base and adapter, on prompts outside of the data."""
-        if nats <= _DRIFT:
+        if not step:
+            self._drifted = nats
+            return []
+        if nats <= _DRIFT + self._drifted:
             return []
         seen = f"on prompts outside of the data the model is {nats:.1f} nats a token from its base at step {step}"
-        return self._raise([Alarm("drift", seen, "a learning rate that is too high, or too many steps", _RATE)])
+        return self._raise([Alarm("drift", seen, "a learning rate that is too high, or too many steps", _RATE, step)])
 
     def _raise(self, found: Iterable[Alarm]) -> list[Alarm]:
         new = [alarm for alarm in found if alarm.name not in self.known]

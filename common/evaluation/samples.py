@@ -15,6 +15,7 @@ from common.training.metrics import Metrics
 
 LONGEST = 96  # tokens of an answer; fewer where the row's own is short
 _MORE = 8  # tokens beyond one and a half times the row's own
+_LONG = 20  # characters of a beginning that is more than a turn of phrase
 _SECONDS, _SHARE = 8.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
 
 
@@ -104,9 +105,14 @@ class Samples:
 
 
 def _line(step: int, number: int, answer: Answer, trained: Set[str]) -> dict[str, Any]:
-    """copied: the answer is that of a training row, word for word, and the prompt's own answer is none of those."""
+    """copied: the answer is that of a training row, word for word, and the prompt's own answer is none of those.
+
+    An answer that was cut is so where it is the beginning of one.
+    """
     line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
-    copied = answer.text.strip() in trained and answer.prompt.answer.strip() not in trained
+    text = answer.text.strip()
+    known = text in trained or (not answer.ended and len(text) >= _LONG and any(t.startswith(text) for t in trained))
+    copied = known and answer.prompt.answer.strip() not in trained
     return line | {"answer": answer.text, "ended": answer.ended, "copied": copied}
 
 

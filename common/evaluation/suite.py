@@ -17,7 +17,9 @@ from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_write
 from common.inference.chat_models import Target, llama_of
+from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import LOOPBACK, Server, ServerOptions
+from common.model_files import scrubbed
 from common.system.hardware import installed
 from common.system.process import fraction, run_logged
 
@@ -29,13 +31,18 @@ _Figures = dict[str, dict[str, Any]]  # by task, as the harness writes them
 @dataclass(frozen=True)
 class Suite:
     """names: tasks or groups of tasks. tasks_from: folder of the user's own task files, which may name code. limit:
-    rows of each task, all where None. folder: that gets the figures and the log.
+    rows of each task, all where None. folder: that gets the figures and the logs.
     """
 
     names: Sequence[str]
     tasks_from: Path | None
     limit: int | None
     folder: Path
+
+    @property
+    def file(self) -> Path:
+        """The figures by model and task, those of earlier calls among them."""
+        return self.folder / "suite.json"
 
     def check(self, gguf: bool) -> None:
         """Raises UserError where the harness, PyTorch or the folder is missing, or a GGUF cannot do a task."""
@@ -54,50 +61,60 @@ class Suite:
 def run_suite(
     suite: Suite, folders: dict[str, Path], ggufs: Sequence[Target], slots: int, length: int, context: Context
 ) -> None:
-    """Have every model do the tasks; show the figures side by side and keep them.
+    """Have every model do the tasks; show the figures side by side, and keep those of each as soon as they are there.
 
     folders: model folders by name. ggufs: served by llama.cpp, `slots` answers of `length` tokens at once.
     """
+    llama = [llama_of(target, context) for target in ggufs]  # before hours of work
+    templates = {name: load_tokenizer(folder).chat_template is not None for name, folder in folders.items()}
+    if len({*templates.values()}) > 1:
+        plain = ", ".join(name for name, there in templates.items() if not there)
+        context.display.warn(f"{plain} has no chat template, and is asked in plain text: compare with care")
     suite.folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, _Figures] = {}
     for name, folder in folders.items():
-        found[name] = _figures(suite, name, _in_pytorch(folder, context), {}, context.display)
-    for target in ggufs:
-        with _served(target, slots, length, context) as (settings, key):
-            name = target.path.stem.removeprefix("model-")
-            found[name] = _figures(
-                suite, name, settings, {"OPENAI_API_KEY": key, "NO_PROXY": LOOPBACK}, context.display
-            )
-    with atomic_write(suite.folder / "suite.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
+        with scrubbed(folder, weights=True) as clean:
+            found[name] = _figures(suite, name, _in_pytorch(clean, templates[name], context), {}, context.display)
+    for target, programs in zip(ggufs, llama, strict=True):
+        with _served(target, programs, slots, length) as (settings, key):
+            name, env = target.path.stem.removeprefix("model-"), {"OPENAI_API_KEY": key, **_no_proxy()}
+            found[name] = _figures(suite, name, settings, env, context.display)
     context.display.table("lm-evaluation-harness, each figure with its standard error", *_table(found))
-    context.display.say(f"Figures: {suite.folder}/suite.json")
+    context.display.say(f"Figures: {suite.file}")
 
 
-def _in_pytorch(folder: Path, context: Context) -> dict[str, Any]:
-    """How the harness loads a model folder. A chat model is asked in its own template."""
+def _in_pytorch(folder: Path, chats: bool, context: Context) -> dict[str, Any]:
+    """How the harness loads a model folder. chats: whether to ask it in its own template."""
     device = context.backends("torch").choose_device("auto").value
-    settings = {
+    dtype = "float32" if device == "cpu" else "auto"
+    return {
         "model": "hf",
-        "model_args": {"pretrained": str(folder), "dtype": "float32" if device == "cpu" else "auto"},
+        "model_args": {"pretrained": str(folder), "dtype": dtype, "use_safetensors": True},
         "device": device,
         "batch_size": _BATCH,
+        "apply_chat_template": chats,
     }
-    return settings | {"apply_chat_template": load_tokenizer(folder).chat_template is not None}
 
 
 @contextmanager
-def _served(target: Target, slots: int, length: int, context: Context) -> Iterator[tuple[dict[str, Any], str]]:
+def _served(target: Target, llama: LlamaCpp, slots: int, length: int) -> Iterator[tuple[dict[str, Any], str]]:
     """`(how the harness asks the server of a GGUF, the server's key)`."""
     options = ServerOptions(length, slots)
-    with Server(llama_of(target, context), target.path, options) as server:
+    with Server(llama, target.path, options) as server:
         url = f"http://{LOOPBACK}:{server.port}/v1/chat/completions"
         model = {"model": target.path.stem, "base_url": url, "num_concurrent": slots}
         yield {"model": "local-chat-completions", "model_args": model, "apply_chat_template": True}, str(options.key)
 
 
+def _no_proxy() -> dict[str, str]:
+    """The user's proxy has no part in a request to this machine."""
+    names = ("NO_PROXY", "no_proxy")
+    known = next((os.environ[name] for name in names if os.environ.get(name)), "")
+    return dict.fromkeys(names, f"{known},{LOOPBACK}".lstrip(","))
+
+
 def _figures(suite: Suite, name: str, settings: dict[str, Any], env: dict[str, str], display: Display) -> _Figures:
-    """Of one model. Raises UserError with the harness's last lines where it fails."""
+    """Of one model, kept. Raises UserError with the harness's last lines where it fails."""
     log = suite.folder / f"{name}.log"
     with tempfile.TemporaryDirectory() as folder, display.stage(f"lm-evaluation-harness: {name}") as progress:
         config = settings | {"tasks": list(suite.names), "limit": suite.limit, "output_path": folder}
@@ -107,11 +124,11 @@ def _figures(suite: Suite, name: str, settings: dict[str, Any], env: dict[str, s
         file.write_text(json.dumps(config), encoding="utf-8")
 
         def show(line: str) -> None:
-            name, colon, _ = line.strip().partition(": ")
+            what, colon, _ = line.strip().partition(": ")
             if colon and (share := fraction(line)) is not None:
-                progress(share, name)
+                progress(share, what)
 
-        command = [sys.executable, "-m", "lm_eval", "run", "--config", str(file)]
+        command = [sys.executable, "-P", "-m", "lm_eval", "run", "--config", str(file)]
         status, tail = run_logged(command, log, show, env=dict(os.environ) | env)
         results = sorted(Path(folder).rglob("results_*.json"))
         if status or not results:
@@ -119,8 +136,11 @@ def _figures(suite: Suite, name: str, settings: dict[str, Any], env: dict[str, s
                 f"lm-evaluation-harness failed on {name}. It said last:\n{tail}",
                 f"All that it said: {log}. Its tasks: {sys.executable} -m lm_eval ls tasks",
             )
-        found: _Figures = read_json(results[-1], f"Look at {log}.")["results"]
-        return found
+        found: _Figures = read_json(results[-1], f"Look at {log}.", allow_nan=True)["results"]
+    known = read_json(suite.file, f"Remove {suite.file}.", allow_nan=True) if suite.file.exists() else {}
+    with atomic_write(suite.file) as temporary:
+        temporary.write_text(json.dumps(known | {name: known.get(name, {}) | found}, indent=2), encoding="utf-8")
+    return found
 
 
 def _table(found: dict[str, _Figures]) -> tuple[list[str], list[list[str]]]:

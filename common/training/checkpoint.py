@@ -145,10 +145,24 @@ def discard(run: Path, step: int) -> None:
     shutil.rmtree(_folder(run, step), ignore_errors=True)
 
 
-def discard_all(run: Path) -> None:
-    """Remove all checkpoints, the newest first: a kill leaves a run that continues from an older one."""
+def discard_stale(run: Path, recipe_hash: str, parent: Parent) -> None:
+    """Remove what other recipes made after the step where the recipe continues its parent: a rollback left it."""
     for folder in _folders(run):
-        shutil.rmtree(folder)
+        step = _step_of(folder)
+        if step > parent.step and recipe_at(run, step) not in (None, recipe_hash):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def recipe_at(run: Path, step: int) -> str | None:
+    """The hash of the recipe that made the step's checkpoint; None where that is not complete, or does not say."""
+    folder = _folder(run, step)
+    own = _read_state(folder, f"Remove {folder}.").get("recipe_hash") if _complete(folder) else None
+    return own if isinstance(own, str) else None
+
+
+def step_before(run: Path, step: int) -> int | None:
+    """The newest step before `step` that has a complete checkpoint."""
+    return next((_step_of(folder) for folder in _folders(run) if _step_of(folder) < step and _complete(folder)), None)
 
 
 def latest(

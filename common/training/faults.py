@@ -12,17 +12,22 @@ class NotFinite(UserError):
     """Training has diverged, or computes with broken figures."""
 
 
+class Unwritten(NotFinite):
+    """A figure is exactly 0: the device did not write it."""
+
+
 def not_finite(
     run: Path, step: int, rows: Sequence[Encoded], what: str = "loss or its gradient", is_: str = "not finite"
 ) -> NotFinite:
+    kind = NotFinite if is_ == "not finite" else Unwritten
     more = f" and {len(rows) - 32} more" if len(rows) > 32 else ""
     sources = ", ".join(row.source for row in rows[:32]) + more
     if not step:
         fix = "Look at those rows; try another --precision; check the model's files."
-        return NotFinite(f"The {what} is {is_} before the first step, on the rows {sources}.", fix)
+        return kind(f"The {what} is {is_} before the first step, on the rows {sources}.", fix)
     saved = checkpoint.latest_step(run)
     kept = "No checkpoint had been written yet" if saved is None else f"The checkpoint of step {saved} is kept"
-    return NotFinite(
+    return kind(
         f"The {what} is {is_} at step {step}, on the rows {sources}. {kept}.",
         "Lower --learning-rate or raise --warmup; look at those rows; on a GPU try --precision fp32, or a lower "
         "--memory-limit (Metal was seen to continue with wrong numbers where memory ran out).",

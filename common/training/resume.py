@@ -132,8 +132,10 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]
         run.write_recipe(recipe)
     if changes := environment_changes(run.path):
         warn(f"not the environment that the run began in, so the last digits may differ: {', '.join(changes)}")
+    if recipe.parent is not None:
+        checkpoint.discard_stale(run.path, recipe.hash(), recipe.parent)
     found, plans = checkpoint.latest(run.path, recipe.hash(), warn, recipe.parent), record.plans
-    if found is None and recipe.parent is not None:
+    if found is None and recipe.parent is not None and recipe.parent.step:
         raise _no_checkpoint(run)
     if _without_budget(plan) != _without_budget(run.plan):
         if found:

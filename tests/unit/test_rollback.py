@@ -1,5 +1,7 @@
 """A training that collapses goes back to its best adapter, at half the learning rate."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,9 +10,11 @@ import numpy as np
 import pytest
 
 from common.backend import StepResult
+from common.commands import train as command
 from common.commands.train import run_training
 from common.documents import read_json_lines
 from common.errors import UserError
+from common.evaluation import alarms
 from common.options import Options
 from common.recipe import Parent, Recipe
 from common.run_record import Run
@@ -88,8 +92,7 @@ def test_it_continues_from_the_best_adapter_until_it_holds(
     record, recipe = run.record, run.recipe
     assert (record.status, record.steps, record.alarms) == ("complete", 10, [])
     assert (record.recipe_hash, recipe.learning_rate) == (recipe.hash(), RATE / 4)
-    middle = recipe.model_copy(update={"learning_rate": RATE / 2, "parent": Parent(recipe=begun[0], step=4)})
-    assert recipe.parent == Parent(recipe=middle.hash(), step=4)
+    assert recipe.parent == Parent(recipe=begun[0], step=4)  # whose curve it has until then
     assert lines(folder) == [*range(1, 11)]
     assert [backend.closed for backend in Collapses.opened] == [True, True, True]
 
@@ -142,13 +145,14 @@ def test_a_loss_that_is_not_finite_is_rolled_back_to_the_start(given: dict[str, 
         def eval_step(self, batch: Any) -> StepResult:
             return StepResult.of([batch], (5 - 0.1 * self.trained) * batch.label_tokens, 0.0, 0)
 
+    warned = Path(given["output"]).with_name("warned")
+    with pytest.raises(NotFinite):
+        train(given | {"output": str(warned), "on_collapse": "warn"}, Diverges)
     folder = train(given, Diverges)
     (back,) = Run(folder).record.rollbacks
     assert (back.from_step, back.to_step, back.alarms) == (1, 0, [])
-    assert Run(folder).recipe.parent is None
+    assert Run(folder).recipe.parent == Parent(recipe=Run(warned).record.recipe_hash, step=0)
     assert lines(folder) == [*range(1, 11)]
-    with pytest.raises(NotFinite):
-        train(given | {"output": f"{folder}-warned", "on_collapse": "warn"}, Diverges)
 
 
 def test_what_a_lower_rate_does_not_help_stops(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -203,6 +207,113 @@ def _killed_at_rollback(write: Any) -> Any:
         write(self, recipe)
 
     return killed
+
+
+def test_a_kill_between_an_alarm_and_its_rollback_forgets_nothing(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*args: Any) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "roll_back", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(given)
+    monkeypatch.undo()
+    record = Run(Path(given["output"])).record
+    assert ([alarm.name for alarm in record.alarms], record.rollbacks) == (["worse"], [])
+    folder = train({"resume": given["output"]})
+    first, second = Run(folder).record.rollbacks
+    assert [(back.to_step, back.learning_rate) for back in (first, second)] == [(4, RATE / 2), (4, RATE / 4)]
+    assert Run(folder).record.status == "complete"
+
+
+def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Drifts(Collapses):
+        bearable = 1.0
+
+    monkeypatch.setattr(alarms, "_DRIFT", -1.0)
+    with pytest.raises(Interrupted):
+        train(given, Drifts)
+    record = Run(Path(given["output"])).record
+    assert [(back.to_step, back.alarms[0].name) for back in record.rollbacks] == [(0, "drift")] * 3
+
+
+def test_without_validations_it_continues_from_the_checkpoint_before(given: dict[str, Any]) -> None:
+    class Diverges(Collapses):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> StepResult:
+            found = super().train_step(micro_batches, learning_rate, step)
+            diverged = step == 8 and self.recipe.learning_rate == RATE
+            return StepResult.of(micro_batches, float("nan"), 1.0, 0) if diverged else found
+
+        def set_optimizer(self, state: Any) -> None:
+            super().set_optimizer(state)
+            assert any(array.any() for array in state.exp_avg.values())
+
+    folder = train(given | {"valid_share": 0.0, "save_every": 3}, Diverges)
+    (back,) = Run(folder).record.rollbacks
+    assert (back.from_step, back.to_step) == (7, 6)
+    assert lines(folder) == [*range(1, 11)]
+
+
+def test_a_lengthened_run_can_begin_again(given: dict[str, Any]) -> None:
+    class NoBetter(Collapses):
+        def eval_step(self, batch: Any) -> StepResult:
+            collapsed = self.trained > 12 and self.recipe.learning_rate == RATE
+            loss = 9.0 if collapsed else 5.0 + 0.1 * (self.trained > 0)
+            return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
+
+    folder = train(given | {"warmup": 0.2, "patience": 0}, NoBetter)
+    train({"resume": str(folder), "steps": 20}, NoBetter)
+    assert [back.to_step for back in Run(folder).record.rollbacks] == [0]
+    assert (Run(folder).record.status, lines(folder)) == ("complete", [*range(1, 21)])
+    assert Run(folder).recipe.warmup_steps == 2  # as it began
+
+
+def test_a_stop_during_a_rollback_is_a_stop(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*args: Any) -> str:
+        said = rollback.roll_back(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return said
+
+    monkeypatch.setattr(command, "roll_back", stopped)
+    with pytest.raises(Interrupted) as caught:
+        train(given)
+    assert not isinstance(caught.value, rollback.RolledBack)
+    monkeypatch.undo()
+    train({"resume": given["output"]})
+    assert len(Run(Path(given["output"])).record.rollbacks) == 2
+
+
+def test_what_was_given_with_the_command_still_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Options] = []
+
+    def once(options: Options, _: Any) -> Path:
+        seen.append(options)
+        if len(seen) == 1:
+            raise rollback.RolledBack(Run(tmp_path), 3)
+        return tmp_path
+
+    monkeypatch.setattr(command, "_run_training", once)
+    words = {"llama_cpp": "mine", "no_text": True, "export": "fused"}
+    run_training(Options.model_validate(words | {"resume": "runs/a", "steps": 9}), context())
+    assert seen[1].model_dump(exclude_unset=True) == words | {"resume": str(tmp_path)}
+
+
+def test_no_text_of_an_answer_is_kept(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    class Same(Collapses):
+        bearable = 1.0
+
+        def generate(self, *args: Any, **more: Any) -> Any:
+            yield 40
+
+    for name, more in (("kept", {}), ("not", {"no_text": True})):
+        folder = train(given | more | {"output": f"{given['output']}-{name}", "on_collapse": "warn"}, Same)
+        quotes = {alarm.quote for alarm in Run(folder).record.alarms if alarm.name == "same"}
+        said = capsys.readouterr().err
+        assert "every prompt has the same answer at step 4" in said.replace("\n", " ")
+        assert (quotes == {""}) == (name == "not")
 
 
 def test_a_run_that_was_rolled_back_can_be_lengthened(given: dict[str, Any]) -> None:

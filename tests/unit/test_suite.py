@@ -6,6 +6,7 @@ tests/long/test_suite.py runs the harness itself.
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_a_model_folder_does_the_tasks(
     words = ("--suite", "words", "choice", "--suite-tasks", tmp_path / "mine", "--limit", 3, "--out", tmp_path / "out")
     go(tiny_llama, *words)
     (told,) = seen()
-    assert told["model_args"] == {"pretrained": str(tiny_llama), "dtype": "float32"}
+    assert Path(told["model_args"]["pretrained"]).name == tiny_llama.name
+    assert Path(told["model_args"]["pretrained"]) != tiny_llama  # a copy without code
+    assert (told["model_args"]["dtype"], told["model_args"]["use_safetensors"]) == ("float32", True)
     assert (told["model"], told["device"], told["apply_chat_template"]) == ("hf", "cpu", True)
     assert (told["tasks"], told["limit"], told["include_path"]) == (["words", "choice"], 3, str(tmp_path / "mine"))
     kept = json.loads((tmp_path / "out" / "suite" / "suite.json").read_text())
@@ -145,8 +148,45 @@ def test_a_run_is_judged_as_base_and_fused_folder(
     with pytest.raises(UserError, match="has no fused folder"):
         go(run, "--suite", "words", "--with", "fused")
     go(run, "--suite", "words", "--with", "base")
-    assert [told["model_args"]["pretrained"] for told in seen()] == [str(tiny_llama)]
-    assert (run / "eval" / "suite" / "suite.json").exists()
+    assert len(seen()) == 1
+    kept = run / "eval" / "suite" / "suite.json"
+    assert [*json.loads(kept.read_text())] == ["base"]
+    shutil.copytree(tiny_llama, run / "fused")
+    go(run, "--suite", "plain")
+    go(run / "fused", "--suite", "mild")
+    assert [told["tasks"] for told in seen()[1:]] == [["plain"], ["plain"], ["mild"]]
+    found = json.loads(kept.read_text())
+    assert {name: [*tasks] for name, tasks in found.items()} == {"base": ["words", "plain"], "fused": ["plain", "mild"]}
+
+
+def test_a_model_whose_template_is_missing_is_named(
+    seen: Any, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = with_ggufs(tmp_path / "run", "Q4_K_M")
+    shutil.copytree(tiny_llama, run / "fused")
+    plain = shutil.copytree(tiny_llama, tmp_path / "plain")
+    tokenizer = json.loads((plain / "tokenizer_config.json").read_text())
+    tokenizer.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    monkeypatch.setattr("common.commands.eval.base_of", lambda *args: argparse.Namespace(path=plain))
+    go(run, "--suite", "words")
+    assert [told["apply_chat_template"] for told in seen()] == [False, True]
+    assert "base has no chat template, and is asked in plain text" in capsys.readouterr().out
+
+
+def test_what_cannot_be_combined(seen: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    for words in (["--with", "base"], ["--quant", "Q4_K_M"], ["--chat-template", "gemma"]):
+        with pytest.raises(UserError, match=words[0]):
+            go(tiny_llama, "--suite", "words", *words)
+
+
+def test_the_proxy_of_the_user_is_kept_from_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert module._no_proxy() == {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    monkeypatch.setenv("no_proxy", "corp")
+    assert module._no_proxy() == {"NO_PROXY": "corp,127.0.0.1", "no_proxy": "corp,127.0.0.1"}
 
 
 def test_a_harness_that_is_missing_is_named(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,9 +204,12 @@ def test_a_folder_of_tasks_that_is_missing_is_named(seen: Any, tiny_llama: Path,
 def test_neither_rows_nor_tasks() -> None:
     from common.commands.eval import run
 
+    parser = cli.build_parser("eval")
     with pytest.raises(UserError, match="No data is given") as caught:
-        run(cli.build_parser("eval").parse_args(["eval", "M"]), context())
+        run(parser.parse_args(["eval", "M"]), context())
     assert "--suite NAME" in caught.value.fix
+    with pytest.raises(UserError, match="--data is not given"):
+        run(parser.parse_args(["eval", "M", "--suite", "words", "--metric", "exact"]), context())
 
 
 def test_figures_of_models_stand_side_by_side() -> None:
