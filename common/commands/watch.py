@@ -155,7 +155,8 @@ def _alarms_until(job: Job, state: State) -> Alarms:
     lines = [line for name in ("metrics.jsonl", FILE) for line in _lines(job.run.path / name, state.step)]
     for line in lines:
         alarms.see(line)
-    answers = [line for line in lines if {"answer", "reference", "ended"} <= line.keys()]
+    kinds = {"answer": str, "reference": str, "ended": bool}
+    answers = [line for line in lines if all(isinstance(line.get(name), kind) for name, kind in kinds.items())]
     for step in dict.fromkeys(line["step"] for line in answers):
         alarms.answers(step, [line for line in answers if line["step"] == step])
     alarms.known |= {alarm.name for alarm in job.run.record.alarms}

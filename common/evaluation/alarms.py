@@ -19,7 +19,6 @@ _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of 
 _QUOTED = 40  # characters of an answer
 _DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
 
-_FIGURES = (("valid_loss",), ("drift",))  # of lines that are not of a step
 _RATE = "lower --learning-rate to a third"
 _SHORTER = "fewer --epochs, or more rows; the adapter with the lowest validation loss is kept"
 
@@ -67,7 +66,7 @@ class Alarms:
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
         """Of any line in metrics.jsonl, or of drift in samples.jsonl; nothing of one that lacks its figures."""
-        names = next((names for names in _FIGURES if names[0] in line), ("loss", "grad_norm"))
+        names: list[str] = [name for name in ("drift", "valid_loss") if name in line] or ["loss", "grad_norm"]
         if not all(isinstance(line.get(name), int | float) for name in ("step", *names)):
             return []
         if "drift" in line:

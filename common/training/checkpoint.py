@@ -148,9 +148,10 @@ def discard(run: Path, step: int) -> None:
 def discard_stale(run: Path, recipe_hash: str, parent: Parent) -> None:
     """Remove what other recipes made after the step where the recipe continues its parent: a rollback left it."""
     for folder in _folders(run):
-        step = _step_of(folder)
-        if step > parent.step and recipe_at(run, step) not in (None, recipe_hash):
-            shutil.rmtree(folder, ignore_errors=True)
+        if _step_of(folder) > parent.step and (folder / _STATE).exists():
+            own = _read_state(folder, f"Remove {folder}.").get("recipe_hash")  # its weights need not be read
+            if isinstance(own, str) and own != recipe_hash:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def recipe_at(run: Path, step: int) -> str | None:

@@ -31,15 +31,15 @@ def roll_back(run: Run, recipe: Recipe, plan: Plan, state: State, since: int) ->
     rollback or after it. Returns what was done, in a line.
     """
     record, rate, to_step = run.record, recipe.learning_rate / 2, _target(run, state, since)
-    parent = Parent(recipe=recipe.hash(), step=to_step)
-    if recipe.parent is not None and recipe.parent.step == to_step:
-        parent = recipe.parent  # its curve until then
+    again = recipe.parent is not None and recipe.parent.step == to_step
+    begun = recipe.parent.recipe if recipe.parent and again else recipe.hash()  # whose curve it has until then
     if to_step:
         made_by = checkpoint.recipe_at(run.path, to_step)
         if made_by is None and state.best is not None:
             kept = replace(state, step=to_step, evaluated=to_step, best=None)
-            checkpoint.save(run.path, kept, state.best, _fresh(state.best), parent.recipe, plan.keep_checkpoints)
-        parent = Parent(recipe=made_by or parent.recipe, step=to_step)
+            checkpoint.save(run.path, kept, state.best, _fresh(state.best), begun, plan.keep_checkpoints)
+        begun = made_by or begun
+    parent = Parent(recipe=begun, step=to_step)
     changed = recipe.model_copy(update={"learning_rate": rate, "parent": parent})
     back = RollbackRecord(from_step=state.step, to_step=to_step, learning_rate=rate, alarms=record.alarms)
     run.update(  # decides; all else follows it

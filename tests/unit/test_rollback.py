@@ -1,5 +1,6 @@
 """A training that collapses goes back to its best adapter, at half the learning rate."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -284,6 +285,18 @@ def test_a_stop_during_a_rollback_is_a_stop(given: dict[str, Any], monkeypatch: 
     monkeypatch.undo()
     train({"resume": given["output"]})
     assert len(Run(Path(given["output"])).record.rollbacks) == 2
+
+
+def test_damaged_answers_of_a_run_cost_no_resume(given: dict[str, Any]) -> None:
+    class Good(Collapses):
+        bearable = 1.0
+
+    folder = train(given, Good)
+    with (folder / "samples.jsonl").open("a") as file:
+        for line in ({"answer": None}, {"answer": "a", "reference": 3, "ended": True}, {"drift": "far"}):
+            file.write(json.dumps({"step": 4} | line) + "\n")
+    train({"resume": str(folder), "steps": 12}, Good)
+    assert Run(folder).record.steps == 12
 
 
 def test_what_was_given_with_the_command_still_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
