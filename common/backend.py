@@ -269,6 +269,10 @@ class Backend(Protocol):
 
     def memory(self) -> Memory: ...
 
+    def cpu_threads(self) -> tuple[int, int] | None:
+        """`(threads that compute now, as many as compute on a quiet machine)`; None where they do not adapt to load."""
+        ...
+
     def apply_plan(self, plan: Plan) -> None:
         """Continue with another plan of the same backend and device: checkpointing and the loss chunk may change."""
         ...

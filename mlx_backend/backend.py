@@ -291,6 +291,9 @@ class MlxBackend:
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
 
+    def cpu_threads(self) -> None:
+        """None: on a CPU OpenBLAS's threads were as fast beside a busy program."""
+
     def close(self) -> None:
         del self.model, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown
         del self.gradient, self.loss, self.update

@@ -170,6 +170,7 @@ class TorchBackend:
             self.share.fill_(1 / weight_sum(micro_batches))
             self.optimizer.zero_grad()  # also those of a step that ran out of memory
             for batch in micro_batches:
+                self.settings.adapt_threads()
                 if self.graphs is not None:
                     self.graphs.run(batch)
                 else:
@@ -199,6 +200,7 @@ class TorchBackend:
     @torch.no_grad()
     def eval_step(self, batch: Batch) -> StepResult:
         self.outer.eval()
+        self.settings.adapt_threads()
         loss = self._with_memory(lambda: self._loss(batch))
         return StepResult.of([batch], loss, 0.0, self._padded_tokens(batch))
 
@@ -225,6 +227,7 @@ class TorchBackend:
     @torch.no_grad()
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self.outer.eval()
+        self.settings.adapt_threads()
         kept = torch.from_numpy(np.asarray(range(len(token_ids)) if positions is None else positions, np.int64))
         inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
         with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
@@ -249,6 +252,7 @@ class TorchBackend:
             if restart:
                 cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may continue in between
+            self.settings.adapt_threads()
             inputs = torch.tensor([ids], device=self.device)
             with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
@@ -258,6 +262,9 @@ class TorchBackend:
 
     def memory(self) -> Memory:
         return self.settings.memory()
+
+    def cpu_threads(self) -> tuple[int, int] | None:
+        return self.settings.threads()
 
     def close(self) -> None:
         del self.model, self.outer, self.parameters, self.optimizer, self.graphs

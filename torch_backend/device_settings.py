@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from common.backend import Memory
+from common.system.cpu_load import ThreadCount
 from common.system.hardware import physical_cores
 from common.system.memory import ResidentSet, swap_used, total
 
@@ -14,7 +15,7 @@ _MPS_DEFAULT = 1.7  # torch's ceiling as a multiple of the recommended size: mor
 
 
 class DeviceSettings:
-    """Settings of the process for one device, made at once; `restore` undoes those of a GPU.
+    """Settings of the process for one device, made at once; `restore` undoes them.
 
     memory_budget: bytes that the model and its training may take; 0: not known.
     """
@@ -22,8 +23,12 @@ class DeviceSettings:
     def __init__(self, device: torch.device, memory_budget: int) -> None:
         self.device, self._resident, self._driver_peak = device, ResidentSet(), 0
         self._undo = ExitStack()
+        self._threads: ThreadCount | None = None
         if device.type == "cpu":
-            _limit_threads()
+            if "OMP_NUM_THREADS" not in os.environ:
+                self._threads = ThreadCount(min(torch.get_num_threads(), physical_cores()))
+                self._undo.callback(torch.set_num_threads, torch.get_num_threads())
+            self.adapt_threads()
         elif device.type == "cuda":
             self._undo.callback(torch.cuda.set_device, torch.cuda.current_device())
             torch.cuda.set_device(device)  # libraries that are told of no device take the current one
@@ -39,6 +44,17 @@ class DeviceSettings:
         self._undo.callback(_deterministic, *before)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants; older torch insists on it
         _deterministic(True, False)  # filling is for debugging
+
+    def adapt_threads(self) -> None:
+        """On a CPU one thread for each core that no other program keeps busy, unless OMP_NUM_THREADS says otherwise.
+
+        A setting of the calling thread, which is also the one that autograd computes on.
+        """
+        if self._threads is not None and self._threads.look() != torch.get_num_threads():
+            torch.set_num_threads(self._threads.now)
+
+    def threads(self) -> tuple[int, int] | None:
+        return (self._threads.now, self._threads.most) if self._threads else None
 
     def memory(self) -> Memory:
         if self.device.type == "cpu":
@@ -65,12 +81,6 @@ def empty_cache() -> None:
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
-
-
-def _limit_threads() -> None:
-    """One thread for each core of this process, unless the user says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), physical_cores()))
 
 
 def _deterministic(algorithms: bool, fill: bool) -> None:

@@ -15,6 +15,7 @@ from common.errors import UserError
 from common.memory_terms import MicroBatchShape
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
+from common.training.busy_cpu import BusyCpu
 from common.training.checkpoint import State
 from common.training.faults import not_finite, unsaved
 from common.training.metrics import Metrics, timed
@@ -70,6 +71,7 @@ class TrainingLoop:
         self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
         self._saved_at, self._refused = time.monotonic(), False
+        self._busy_cpu = BusyCpu(self.backend, self.observer)
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
         self._validation = Validation(
             self.backend, self.recipe, self.plan, self.valid, self.run, self.state, self._memory
@@ -216,6 +218,7 @@ class TrainingLoop:
             "seconds": seconds,
             "memory": memory.used,
         }
+        self._busy_cpu.note(line)
         self._metrics.write(line)
         self.observer.step(line, memory)
         self._memory.watch_swap(memory, step.batches)

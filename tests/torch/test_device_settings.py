@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from common.backend import OutOfMemory
+from common.system.cpu_load import OtherPrograms
 from torch_backend import backend as backend_module
+from torch_backend import device_settings
 from torch_backend.device_settings import DeviceSettings
 
 pytestmark = pytest.mark.cpu
@@ -84,7 +86,27 @@ def test_one_thread_a_core_unless_the_user_says_otherwise(monkeypatch, variable,
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8 if logical else 1)
     torch.set_num_threads(2)
     try:
-        DeviceSettings(torch.device("cpu"), 0)
+        settings = DeviceSettings(torch.device("cpu"), 0)
         assert torch.get_num_threads() == threads
+        settings.restore()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("3", 3)])
+def test_a_busy_cpu_gets_fewer_threads_unless_the_user_says_otherwise(monkeypatch, variable, threads):
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(device_settings, "physical_cores", lambda: 3)
+    monkeypatch.setattr(OtherPrograms, "busy_cores", lambda self: self.cores - 1)
+    torch.set_num_threads(3)
+    try:
+        settings = DeviceSettings(torch.device("cpu"), 0)
+        settings.adapt_threads()
+        assert torch.get_num_threads() == threads
+        assert settings.threads() == (None if variable else (1, 3))
     finally:
         torch.set_num_threads(before)

@@ -164,6 +164,9 @@ class Bigram:
     def memory(self) -> Memory:
         return Memory(1, 2, 3, "rss", 0)
 
+    def cpu_threads(self) -> tuple[int, int] | None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 
