@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A bug in an optional part of an export is a warning for users; a test, and the commands that it runs, fail.
 os.environ["TWINTUNE_RAISE_BUGS"] = "1"
+os.environ["TWINTUNE_LEARN_MEMORY"] = "0"  # what this machine has taught changes plans
 
 import pytest
 

@@ -1,5 +1,6 @@
 """What torch keeps for the process while a device computes: the current GPU, threads, ceilings; and what it holds."""
 
+import gc
 import os
 from contextlib import ExitStack
 
@@ -9,6 +10,7 @@ from common.backend import Memory
 from common.system.cpu_load import ThreadCount
 from common.system.hardware import physical_cores
 from common.system.memory import ResidentSet, swap_used, total
+from torch_backend.host_memory import malloc_trim
 
 _MPS_CEILING = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"  # torch's own setting, which then stays as the user wants it
 _MPS_DEFAULT = 1.7  # torch's ceiling as a multiple of the recommended size: more than the machine has
@@ -21,6 +23,8 @@ class DeviceSettings:
     """
 
     def __init__(self, device: torch.device, memory_budget: int) -> None:
+        gc.collect()
+        malloc_trim()  # what preparation has freed is not there for training to take uncounted
         self.device, self._resident, self._driver_peak = device, ResidentSet(), 0
         self._undo = ExitStack()
         self._threads: ThreadCount | None = None

@@ -10,9 +10,11 @@ from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.display import gigabytes
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 from common.models.load import loaded
 from common.options import Options
-from common.training.planner import described, largest
+from common.training.learned_memory import forget, summary
+from common.training.planner import Work, described, largest, prediction
 
 
 def estimate_run(options: Options, probe: bool, context: Context) -> None:
@@ -25,6 +27,8 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
     rows.append(["budget", f"{gigabytes(chosen.budget)} ({chosen.why})"])
     known = "" if chosen.prediction.measured else f", {plan.backend} on {plan.device}: coefficients not yet measured"
     display.table(f"Memory of {recipe.model}{known}", ["part", "size"], rows)
+    if job.memory.learned.observations:
+        display.say(f"{job.memory.learned}; plan --forget removes it")
     display.say(f"plan: {plan.backend} on {plan.device_name}, {recipe.precision}, {described(plan)}")
     longest = int(job.train.lengths.max()) - 1
     batch, length = largest(job.memory, plan, longest, job.config["max_position_embeddings"], chosen.budget)
@@ -49,6 +53,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     with display.stage("load the model"):
         backend, _ = loaded(context, recipe, plan, job.base.training_base, job.start)
     seconds, tokens = time.perf_counter() - started, 0
+    shapes: set[MicroBatchShape] = set()
     try:
         with display.stage("two steps to measure") as progress:
             for step in (1, 2):
@@ -58,6 +63,7 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
                 result = backend.train_step(batches, recipe.learning_rate, step)
                 float(result.loss_sum)
                 second, tokens = time.perf_counter() - started, result.tokens
+                shapes.update(batch.shape for batch in batches)
                 progress(step / 2, f"step {step}")
         peak = backend.memory().peak
     except OutOfMemory as error:
@@ -70,11 +76,14 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     evaluations = recipe.steps / recipe.eval_every * int((job.valid.lengths - 1).sum()) / 3
     speed = tokens / second
     estimated = seconds + (trained + evaluations) / speed
+    work = Work.of(job.train, recipe, job.valid)
+    corrected = prediction(job.memory.corrected(plan, shapes, None, peak), plan, work).peak
     display.say(
-        f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} so far; training {recipe.steps} steps would take "
-        f"about {_duration(estimated)}, export not counted"
+        f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} in two steps, by which training takes "
+        f"{gigabytes(corrected)}; {recipe.steps} steps would take about {_duration(estimated)}, export not counted"
     )
-    return {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
+    measured = {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
+    return measured | {"corrected_peak_bytes": corrected}
 
 
 def _duration(seconds: float) -> str:
@@ -83,11 +92,16 @@ def _duration(seconds: float) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s [MODEL] [--no-probe] [--option VALUE ...]"
+    parser.usage = "%(prog)s [MODEL] [--no-probe] [--forget] [--option VALUE ...]"
     parser.epilog = f"Example: {parser.prog} google/gemma-3-1b-it --data rows.jsonl --rank 32 --memory-limit 8GB"
     parser.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     parser.add_argument(
         "--no-probe", action="store_true", help="only compute; else two steps are taken to measure the speed"
+    )
+    parser.add_argument(
+        "--forget",
+        action="store_true",
+        help="first remove what earlier runs have taught the estimate of memory; without other options, do only that",
     )
     add_options(parser)
 
@@ -100,6 +114,10 @@ def run(args: argparse.Namespace, context: Context) -> None:
     if "resume" in args.flags:
         raise UserError("--resume: plan estimates a new training.", "Give the model and the data instead.")
     options, context = read_options(args, context)
+    if args.forget:
+        context.display.say(f"forgotten: {summary(forget()) or 'nothing had been learned'}")
+        if not args.flags:
+            return
     if idle := [f"--{name.replace('_', '-')}" for name in args.flags if heading_of(name) == "Export"]:
         context.display.say(f"plan estimates the training alone: {', '.join(idle)} is for what train does after it")
     estimate_run(options, not args.no_probe, context)

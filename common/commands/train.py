@@ -35,6 +35,7 @@ from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.faults import unsaved
+from common.training.learned_memory import keep
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.planner import described
@@ -116,6 +117,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     if found:
         found.require_fit(job.start)
     state = found.state if found else State.before_training(job.plan)
+    whole = found is None  # the training is, in this process
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)
         if found:
@@ -127,7 +129,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
         try:
             with watching(job, backend, state, display, received) as observer, observer.rolling_back(state):
                 TrainingLoop(
-                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds
+                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds, job.memory
                 ).train()
         except BaseException as error:
             with display.optional("run.json lacks the figures of this process"):
@@ -139,6 +141,8 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
                     raise Interrupted(job.run) from None
             raise
         _record(job, state, backend.memory(), swap_used() - swap)
+        if whole:
+            _learn(job, state, display)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)
     if worse_than_start(state):
@@ -167,6 +171,18 @@ def _record(job: Job, state: State, memory: Memory, swap_growth: int) -> None:
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
         swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
     )
+
+
+def _learn(job: Job, state: State, display: Display) -> None:
+    """Keep what the training has taken for later estimates, unless it changed its plan or was swapped out."""
+    plan, record = job.plan, job.run.record
+    as_planned = (state.micro_batch_tokens, state.gradient_checkpointing) == (
+        plan.micro_batch_tokens,
+        plan.gradient_checkpointing,
+    )
+    if as_planned and not record.swap_growth_bytes and record.peak_memory_bytes:
+        with display.optional("later estimates of memory do not learn from this run"):
+            keep(job.memory.observed(plan, job.chosen.prediction, record.peak_memory_bytes))
 
 
 def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:
@@ -240,7 +256,9 @@ def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
             f"{info.trainable:,} of {info.total:,} parameters are trained ({info.trainable / info.total:.2%})",
             "plan": described(plan),
             "memory": f"about {gigabytes(job.chosen.prediction.peak)} will be taken of {gigabytes(plan.memory_budget)} "
-            f"({job.chosen.why})" + ("" if job.chosen.prediction.measured else "; on this device not yet measured"),
+            f"({job.chosen.why})"
+            + ("" if job.chosen.prediction.measured else "; on this device not yet measured")
+            + (f"; {job.memory.learned}" if job.memory.learned.observations else ""),
             "run": str(job.run),
         },
     )

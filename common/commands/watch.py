@@ -172,4 +172,4 @@ def _lines(file: Path, step: int) -> list[dict[str, Any]]:
 def chat_format(job: Job, context: int) -> ChatFormat:
     """How the model is prompted, as it is trained. context: tokens of prompt and answer together."""
     served, think = job.served, job.recipe.thinking == "keep"
-    return ChatFormat(job.base.model.path, served.template, served.stops, think, context)
+    return ChatFormat(job.base.model.path, served.template, served.stops, think, context, job.encoder.tokenizer)

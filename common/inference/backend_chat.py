@@ -40,6 +40,7 @@ class ChatFormat:
     stops: list[int]  # the ids that end trained turns
     think: bool  # whether it was trained with reasoning
     context: int  # tokens of prompt and answer together
+    tokenizer: Any = None  # the folder's, where it is loaded already: Gemma's takes 250 MB
 
 
 def adapt_messages(messages: list[Message], render: Callable[[list[Message]], str]) -> list[Message]:
@@ -59,7 +60,7 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
 
     Raises UserError where there is no chat template.
     """
-    tokenizer = load_tokenizer(form.folder)
+    tokenizer = form.tokenizer or load_tokenizer(form.folder)
     if form.template is not None:
         tokenizer.chat_template = form.template
     if not tokenizer.chat_template:

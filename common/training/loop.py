@@ -18,6 +18,8 @@ from common.training import checkpoint
 from common.training.busy_cpu import BusyCpu
 from common.training.checkpoint import State
 from common.training.faults import not_finite, unsaved
+from common.training.forecast import Forecast
+from common.training.memory_estimate import TrainingMemory
 from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
 from common.training.pending import Pending
@@ -47,7 +49,8 @@ class TrainingLoop:
     validation that was interrupted is repeated when the run continues.
 
     valid: rows to validate on; without any, nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
-    seconds: gets the time of training, validation and saving.
+    seconds: gets the time of training, validation and saving. estimate: of memory, where the first steps are to correct
+    the plan.
     """
 
     backend: Backend
@@ -59,6 +62,7 @@ class TrainingLoop:
     state: State
     observer: Observer
     seconds: dict[str, float] = field(default_factory=dict)
+    estimate: TrainingMemory | None = None
 
     def train(self) -> State:
         """The state after the recipe's last step.
@@ -73,6 +77,7 @@ class TrainingLoop:
         self._saved_at, self._refused = time.monotonic(), False
         self._busy_cpu = BusyCpu(self.backend, self.observer)
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
+        self._forecast = Forecast(self.estimate, self.rows, self.valid, self._memory)
         self._validation = Validation(
             self.backend, self.recipe, self.plan, self.valid, self.run, self.state, self._memory
         )
@@ -94,6 +99,7 @@ class TrainingLoop:
                 saves = stop or self._saves(number)
                 if evaluates or saves or not self._warm:  # the first step's time is its own: it warms up
                     self._finish_pending()
+                    ready = self._as_cut_now(number + 1, *ready)
                 saved = saves and self._save(stop)
                 if stop:
                     raise Interrupted(self.run)
@@ -122,6 +128,7 @@ class TrainingLoop:
 
     def _split(self, step: int) -> tuple[list[Encoded], list[Batch]]:
         """The step's rows, and the same as micro-batches; none beyond the last step."""
+        self._cut = self.state.micro_batch_tokens
         if step > self.recipe.steps:
             return [], []
         indices = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
@@ -144,13 +151,17 @@ class TrainingLoop:
                     self._finish(self._pending, started)
             raise
         before, self._pending = self._pending, Pending(step, rate, rows, batches, result, started)
-        size, ready = self.state.micro_batch_tokens, self._split(step + 1)
+        ready = self._split(step + 1)
         if before is not None:
             self._finish(before, started)
-            if self.state.micro_batch_tokens != size:
-                self._expect()
-                ready = self._split(step + 1)
-        return ready
+        return self._as_cut_now(step + 1, *ready)
+
+    def _as_cut_now(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
+        """What `_split` gave, or gives now that micro-batches are smaller than then."""
+        if self.state.micro_batch_tokens == self._cut:
+            return rows, batches
+        self._expect()
+        return self._split(step)
 
     def _step(
         self, step: int, rate: float, rows: list[Encoded], batches: list[Batch]
@@ -222,6 +233,7 @@ class TrainingLoop:
         self._metrics.write(line)
         self.observer.step(line, memory)
         self._memory.watch_swap(memory, step.batches)
+        self._forecast.finished(step.batches, memory)
 
     def _save(self, stop: bool = False, again: str = "it is tried again later") -> bool:
         """Whether the checkpoint was written. Where the disk refuses it, it is tried again when the next is due.

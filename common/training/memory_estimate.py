@@ -3,9 +3,13 @@
 Each backend's `memory_terms.py` counts what its own code holds; here the terms are added up.
 """
 
+import inspect
 import math
+import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib import metadata
 from typing import Any
 
 from common.backend import Adapter
@@ -14,11 +18,17 @@ from common.memory_terms import MicroBatchShape, ModelDims
 from common.models.families import forward_config
 from common.models.shapes import tensor_shapes
 from common.recipe import Plan, Recipe
+from common.system.environment import chip
+from common.system.hardware import nvidia_gpus
+from common.training.learned_memory import LearnedMemory, Observation, learned
+
+_OF_STEP = ("saved activations", "working memory", "loss chunk", "validation")  # what one micro-batch adds
+_LEARNED = "learned"
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by part, of the moment when most is needed."""
+    """Bytes by part, of the moment when most is needed. What earlier runs have taught is a part, often negative."""
 
     parts: dict[str, int]
     measured: bool  # False: on a kind of device whose coefficients nobody has measured
@@ -26,6 +36,16 @@ class MemoryEstimate:
     @property
     def peak(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def step(self) -> int:
+        """What the largest micro-batch adds, as counted: without what was learned."""
+        return sum(self.parts.get(name, 0) for name in _OF_STEP)
+
+    @property
+    def fixed(self) -> int:
+        """The rest, as counted."""
+        return self.peak - self.step - self.parts.get(_LEARNED, 0)
 
 
 def model_dims(config: dict[str, Any]) -> ModelDims:
@@ -68,6 +88,28 @@ class TrainingMemory:
     dims: ModelDims
     recipe: Recipe
     adapter: Adapter | None  # None: full fine-tuning
+    learned: LearnedMemory = field(default_factory=LearnedMemory)
+
+    def with_learned(self, plan: Plan) -> "TrainingMemory":
+        """The same, corrected by what was observed on the plan's device of trainings of this kind."""
+        recipe, backend = self.recipe, f"{plan.backend} {metadata.version(plan.backend)}"
+        device = chip() if plan.device == "cpu" else ", ".join(sorted({gpu.name for gpu in nvidia_gpus()})) or chip()
+        how = f"{recipe.precision} {recipe.quantization} {recipe.method}{' with dropout' * bool(recipe.dropout)}"
+        sources = inspect.getsource(self.package.memory_terms) + inspect.getsource(sys.modules[__name__])  # type: ignore[arg-type]
+        version = sha256(sources.encode()).hexdigest()[:12]
+        kind = f"{backend}, {plan.device}: {device}, {how}"
+        return replace(self, learned=learned(kind, version, recipe.model_hash))
+
+    def observed(self, plan: Plan, estimate: MemoryEstimate, peak: int) -> Observation:
+        """What a measured peak says of the estimate of the same micro-batches."""
+        return self.learned.observation(plan.gradient_checkpointing, estimate.fixed, estimate.step, peak)
+
+    def corrected(
+        self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None, peak: int
+    ) -> "TrainingMemory":
+        """The same, corrected by the peak of these micro-batches."""
+        seen = self.observed(plan, self.estimate(plan, shapes, validation), peak)
+        return replace(self, learned=self.learned.with_observation(seen))
 
     def estimate(
         self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None = None
@@ -90,7 +132,9 @@ class TrainingMemory:
             parts = {"weights": parts["weights"], "while loading": loading - parts["weights"]}
         measured = terms.measured(plan.device, recipe.precision)
         parts["slack"] = measured.overhead + round(measured.slack * sum(parts.values()))
-        return MemoryEstimate(parts, measured.known)
+        counted = MemoryEstimate(parts, measured.known)
+        correction = self.learned.correction(plan.gradient_checkpointing, counted.fixed, counted.step)
+        return MemoryEstimate(parts | {_LEARNED: correction}, measured.known) if correction else counted
 
     def _validation(self, plan: Plan, shape: MicroBatchShape) -> dict[str, int]:
         """What a micro-batch adds without a backward pass: one layer's share, since each is freed in its turn."""

@@ -112,18 +112,40 @@ def choose_plan(
     chunk = memory.package.memory_terms.loss_chunk(memory.dims.vocabulary, base.device)
     base = base.model_copy(update={"loss_chunk": chunk, "memory_budget": budget})
     candidates = _candidates(options, memory, base, Work.of(rows, memory.recipe, validation))
-    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
-    if fitting:
-        fastest = min(candidate.cost for candidate in fitting)
-        chosen = min(
-            (candidate for candidate in fitting if candidate.cost <= fastest * _WORTH),
-            key=lambda c: (c.peak, c.plan.micro_batch_tokens),  # smaller micro-batches spare the validation memory too
-        )
-    else:
-        chosen = min(candidates, key=lambda candidate: candidate.peak)
-        if options.memory_limit is not None:
-            raise _too_small(options, chosen.peak)
+    chosen = _choose(candidates, budget)
+    if chosen.peak > budget and options.memory_limit is not None:
+        raise _too_small(options, chosen.peak)
     return ChosenPlan(chosen.plan, chosen.prediction, budget, why, deterministic)
+
+
+def leaner_plan(memory: TrainingMemory, plan: Plan, work: Work) -> Plan | None:
+    """What to train with in place of `plan`, which turned out not to fit its budget; None where nothing takes less."""
+    candidates = [
+        candidate
+        for candidate in _candidates(Options(), memory, plan, work)
+        if candidate.plan.micro_batch_tokens <= plan.micro_batch_tokens
+        and candidate.plan.gradient_checkpointing >= plan.gradient_checkpointing
+    ]
+    chosen = _choose(candidates, plan.memory_budget)
+    return chosen.plan if chosen.peak < prediction(memory, plan, work).peak else None
+
+
+def prediction(memory: TrainingMemory, plan: Plan, work: Work) -> MemoryEstimate:
+    """What `plan` will take at its peak."""
+    shapes, _, _ = work.cut(plan.micro_batch_tokens, plan.device)
+    return memory.estimate(plan, shapes, work.longest_validation(plan.micro_batch_tokens))
+
+
+def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
+    """The fastest that fits; where none does, the one that takes least."""
+    fitting = [candidate for candidate in candidates if candidate.peak <= budget]
+    if not fitting:
+        return min(candidates, key=lambda candidate: candidate.peak)
+    fastest = min(candidate.cost for candidate in fitting)
+    return min(
+        (candidate for candidate in fitting if candidate.cost <= fastest * _WORTH),
+        key=lambda c: (c.peak, c.plan.micro_batch_tokens),  # smaller micro-batches spare the validation memory too
+    )
 
 
 def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work) -> list[_Candidate]:

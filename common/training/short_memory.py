@@ -8,6 +8,7 @@ from common.recipe import Plan
 from common.training.checkpoint import State
 from common.training.observer import Observer
 
+_COMPUTED_TWICE = "each layer is now computed twice, to save memory (gradient checkpointing)"
 _SWAP_GROWTH = 256 * 10**6  # bytes; smaller changes come and go by themselves
 
 
@@ -38,13 +39,25 @@ class ShortMemory:
         elif not self.state.gradient_checkpointing:
             self.state.gradient_checkpointing = True
             self._checkpoint_gradients(True)
-            self.observer.warn(f"{what}; each layer is now computed twice, to save memory (gradient checkpointing)")
+            self.observer.warn(f"{what}; {_COMPUTED_TWICE}")
         else:
             longest = max(batch.input_ids.size for batch in batches)
             raise UserError(
                 f"{what.capitalize()} with one row at a time; its longest row has {longest} tokens.",
                 "Lower --max-length or --rank, or train a smaller model.",
             ) from None
+
+    def use_plan(self, plan: Plan, what: str) -> None:
+        """Use the plan's micro-batches and checkpointing from the next step on."""
+        changes = []
+        if plan.micro_batch_tokens < self.state.micro_batch_tokens:
+            self.state.micro_batch_tokens = plan.micro_batch_tokens
+            changes.append(f"micro-batches now have at most {plan.micro_batch_tokens} tokens")
+        if plan.gradient_checkpointing and not self.state.gradient_checkpointing:
+            self.state.gradient_checkpointing = True
+            self._checkpoint_gradients(True)
+            changes.append(_COMPUTED_TWICE)
+        self.observer.warn("; ".join([what, *changes]))
 
     def _checkpoint_gradients(self, on: bool) -> None:
         self.backend.apply_plan(self.plan.model_copy(update={"gradient_checkpointing": on}))

@@ -1,6 +1,7 @@
 """`plan`: what it prints is what `train` then does."""
 
 import json
+import re
 
 import pytest
 
@@ -65,3 +66,31 @@ def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):
     options = load_options(read_flags([*flags, "--memory-limit", "3MB"]))[0]
     with pytest.raises(UserError, match=r"--memory-limit 3MB: training needs about .* at least"):
         estimate_run(options, True, context("quiet"))
+
+
+def test_runs_teach_the_estimate_until_it_is_told_to_forget(flags, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "memory.jsonl"
+    monkeypatch.setenv("TWINTUNE_LEARN_MEMORY", str(kept))
+
+    def command(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["twintune", *words])
+        cli.main()
+        return capsys.readouterr().out
+
+    trained = [*flags, "--export", "none", "--output"]
+    assert "learned" not in command("train", *trained, str(tmp_path / "first"))
+    first = Run(tmp_path / "first").record
+    (line,) = map(json.loads, kept.read_text().splitlines())
+    assert line["peak"] == first.peak_memory_bytes
+    assert line["fixed"] + line["step"] == first.predicted_peak_bytes
+    assert "; learned on this machine from 1 run, the last on " in command("train", *trained, str(tmp_path / "again"))
+    again = Run(tmp_path / "again").record
+    assert again.predicted_parts["learned"] == again.predicted_peak_bytes - first.predicted_peak_bytes
+    taken = max(first.peak_memory_bytes, first.predicted_peak_bytes / 2)  # tests before this one loaded the libraries
+    assert again.predicted_peak_bytes == pytest.approx(taken, rel=0.02)
+    printed = " ".join(command("plan", *flags).split())
+    assert "learned on this machine from 2 runs" in printed
+    assert re.search(r"peak [\d.]+ MB in two steps, by which training takes [\d.]+ MB; 3 steps would take", printed)
+    assert command("plan", "--forget").startswith("forgotten: learned on this machine from 2 runs, the last on ")
+    assert command("plan", "--forget") == "forgotten: nothing had been learned\n"
+    assert "learned" not in command("plan", *flags, "--no-probe")
