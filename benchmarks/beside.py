@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -66,14 +67,14 @@ def _answering(gguf: Path) -> Iterator[None]:
         while not over.is_set():
             server.chat([{"role": "user", "content": "Write a long story about a harbor."}], 200)
 
-    with Server(ensure(None, lambda share, text: None), gguf, ServerOptions(1024)) as server:
-        asking = threading.Thread(target=ask)
-        asking.start()
+    options = ServerOptions(1024)
+    with Server(ensure(None, lambda share, text: None), gguf, options) as server, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
         try:
             yield
         finally:
             over.set()
-            asking.join()
+        asking.result()
 
 
 if __name__ == "__main__":

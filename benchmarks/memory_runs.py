@@ -3,7 +3,7 @@
     python -m benchmarks.memory_runs [--only WORD] [--learned FILE]
 
 Each case is `train --steps 50` of its own. It runs twice: the second time on other rows, with another batch size, after
-the first has taught the estimate. --learned: where what was learned is kept; by default a file of this process, empty
+the first has taught the estimate. --learned: where what was learned is kept; by default a file for each case, empty
 at first. Estimate and peak are run.json's.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
         for backend in ("torch", "mlx"):
             for name, (first, second) in CASES.items():
                 if given.only in f"{backend} {name}":
-                    learned = given.learned or Path(folder) / "learned.jsonl"
+                    learned = given.learned or Path(folder) / f"{backend} {name}.jsonl"
                     _case(f"{backend} {name}", backend, first, second, Path(folder), learned, given.steps)
 
 

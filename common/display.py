@@ -32,7 +32,7 @@ _BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 
 
 def gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if abs(size) >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def shown(text: str) -> str:

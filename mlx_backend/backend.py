@@ -292,7 +292,7 @@ class MlxBackend:
         return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
 
     def cpu_threads(self) -> None:
-        """None: on a CPU OpenBLAS's threads were as fast beside a busy program."""
+        """None: beside a busy program OpenBLAS's threads do not wait for each other for long."""
 
     def close(self) -> None:
         del self.model, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown

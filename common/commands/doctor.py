@@ -16,6 +16,7 @@ from common.system.cgroup import core_limit, memory_limit
 from common.system.environment import chip
 from common.system.hardware import choose_backend, mlx_install, nvidia_gpus, physical_cores
 from common.system.memory import available, physical, swap_used, total
+from common.training.learned_memory import observations, summary
 from common.verify.parity import parity
 
 
@@ -38,6 +39,7 @@ def doctor(context: Context) -> None:
             ["hub token", "present" if _has_token() else "none (only gated or private models need one)"],
             ["free disk", f"{gigabytes(shutil.disk_usage(Path.cwd()).free)} here"],
             ["cache", str(cache_folder())],
+            ["memory estimates", summary(observations()) or "nothing learned on this machine yet"],
         ],
     )
     rows = []

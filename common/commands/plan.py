@@ -77,7 +77,8 @@ def _probe(job: Job, context: Context) -> dict[str, float]:
     speed = tokens / second
     estimated = seconds + (trained + evaluations) / speed
     work = Work.of(job.train, recipe, job.valid)
-    corrected = prediction(job.memory.corrected(plan, shapes, None, peak), plan, work).peak
+    seen = job.memory.observed(plan, shapes, None, max(1, peak))
+    corrected = prediction(job.memory.corrected(seen), plan, work).peak
     display.say(
         f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} in two steps, by which training takes "
         f"{gigabytes(corrected)}; {recipe.steps} steps would take about {_duration(estimated)}, export not counted"

@@ -35,12 +35,14 @@ from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
 from common.training.faults import unsaved
+from common.training.forecast import Forecast
 from common.training.learned_memory import keep
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.planner import described
 from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
 from common.training.rollback import RolledBack, roll_back
+from common.training.short_memory import SWAP_GROWTH
 from common.training.validation import worse_than_start
 from common.verify.cases import write_cases
 
@@ -117,7 +119,9 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     if found:
         found.require_fit(job.start)
     state = found.state if found else State.before_training(job.plan)
-    whole = found is None  # the training is, in this process
+    options = job.options
+    chosen = options.micro_batch_tokens is None and options.gradient_checkpointing is None and not recipe.dropout
+    forecast = Forecast(None if found else job.memory, replans=chosen)
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)
         if found:
@@ -129,7 +133,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
         try:
             with watching(job, backend, state, display, received) as observer, observer.rolling_back(state):
                 TrainingLoop(
-                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds, job.memory
+                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds, forecast
                 ).train()
         except BaseException as error:
             with display.optional("run.json lacks the figures of this process"):
@@ -141,8 +145,9 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
                     raise Interrupted(job.run) from None
             raise
         _record(job, state, backend.memory(), swap_used() - swap)
-        if whole:
-            _learn(job, state, display)
+        if (seen := forecast.observation(backend.memory().peak)) and swap_used() - swap < SWAP_GROWTH:
+            with display.optional("later estimates of memory do not learn from this run"):
+                keep(seen)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)
     if worse_than_start(state):
@@ -171,18 +176,6 @@ def _record(job: Job, state: State, memory: Memory, swap_growth: int) -> None:
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
         swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
     )
-
-
-def _learn(job: Job, state: State, display: Display) -> None:
-    """Keep what the training has taken for later estimates, unless it changed its plan or was swapped out."""
-    plan, record = job.plan, job.run.record
-    as_planned = (state.micro_batch_tokens, state.gradient_checkpointing) == (
-        plan.micro_batch_tokens,
-        plan.gradient_checkpointing,
-    )
-    if as_planned and not record.swap_growth_bytes and record.peak_memory_bytes:
-        with display.optional("later estimates of memory do not learn from this run"):
-            keep(job.memory.observed(plan, job.chosen.prediction, record.peak_memory_bytes))
 
 
 def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:

@@ -60,7 +60,7 @@ def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: b
 
     Raises UserError where there is no chat template.
     """
-    tokenizer = form.tokenizer or load_tokenizer(form.folder)
+    tokenizer = load_tokenizer(form.folder) if form.tokenizer is None else form.tokenizer
     if form.template is not None:
         tokenizer.chat_template = form.template
     if not tokenizer.chat_template:

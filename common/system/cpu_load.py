@@ -13,29 +13,32 @@ class OtherPrograms:
     """The cores that other programs keep busy, among those that this process may use. Counts from its creation on."""
 
     def __init__(self) -> None:
-        self._allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        self.cores = len(self._allowed or ()) or os.cpu_count() or 1
-        self._busy, self._own, self._at = self._seconds()
+        self._allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.cores = len(self._allowed) or os.cpu_count() or 1
+        self._others, self._at = self._seconds(), time.monotonic()
 
     def busy_cores(self) -> float | None:
-        """On average since the last answer; None where that is less than half a second ago."""
-        if time.monotonic() - self._at < _EVERY:
+        """On average since the last answer; None where that is less than half a second ago, or nothing counts them."""
+        passed = time.monotonic() - self._at
+        if passed < _EVERY:
             return None
-        busy, own, at = self._seconds()
-        found = (busy - self._busy - (own - self._own)) / (at - self._at)
-        self._busy, self._own, self._at = busy, own, at
-        return max(0.0, found)
+        before, self._others = self._others, self._seconds()
+        self._at += passed
+        return None if before is None or self._others is None else max(0.0, self._others - before) / passed
 
-    def _seconds(self) -> tuple[float, float, float]:
-        """`(of all programs, of this process, the clock)`; what a hypervisor takes is nobody's here."""
+    def _seconds(self) -> float | None:
+        """Of all other programs; what a hypervisor takes is nobody's here."""
         import psutil
 
-        of_cores = psutil.cpu_times(percpu=True)
-        some = [of_cores[i] for i in self._allowed if i < len(of_cores)] if self._allowed else of_cores
+        try:
+            counted = psutil.cpu_times(percpu=True)
+        except OSError:  # a container without /proc/stat
+            return None
+        if self._allowed and self._allowed[-1] < len(counted):
+            counted = [counted[i] for i in self._allowed]
         names = ("user", "nice", "system", "irq", "softirq")
-        times = os.times()
-        busy = sum(getattr(core, name, 0.0) for core in some for name in names)
-        return busy, times.user + times.system, time.monotonic()
+        own = os.times()
+        return sum(getattr(core, name, 0.0) for core in counted for name in names) - own.user - own.system
 
 
 class ThreadCount:

@@ -12,18 +12,21 @@ from common.system import cgroup
 class ResidentSet:
     """Growth of the resident set since this object was made, where no allocator keeps a peak.
 
-    Making it resets the process's own peak on Linux: `peak_rss` then counts from there on.
+    Making it resets the process's own peak on Linux: `peak_rss` then counts from there on. Where it cannot be reset,
+    the peak is the highest growth that was asked for: what was taken before must not count.
     """
 
     def __init__(self) -> None:
-        reset_peak_rss()
-        self._start = rss()
+        self._exact = reset_peak_rss()
+        self._start, self._highest = rss(), 0
 
     def used(self) -> int:
-        return max(0, rss() - self._start)
+        found = max(0, rss() - self._start)
+        self._highest = max(self._highest, found)
+        return found
 
     def peak(self) -> int:
-        return max(0, peak_rss() - self._start)
+        return max(0, peak_rss() - self._start) if self._exact else max(self._highest, self.used())
 
     def memory(self) -> Memory:
         return Memory(self.used(), self.peak(), total(), "rss", swap_used())
@@ -41,12 +44,13 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def reset_peak_rss() -> None:
-    """Let Linux count the peak from here on (proc(5), clear_refs); elsewhere it counts from the process's start."""
+def reset_peak_rss() -> bool:
+    """Let Linux count the peak from here on (proc(5), clear_refs); False where it counts from the process's start."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass
+        return False
+    return True
 
 
 def total() -> int:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from common.backend import Backend
 from common.training.observer import Observer
 
 
@@ -11,15 +10,14 @@ from common.training.observer import Observer
 class BusyCpu:
     """Adds the number of threads to a step's line, for rounding depends on it; says once that there are fewer."""
 
-    backend: Backend
     observer: Observer
     _said: bool = False
 
-    def note(self, line: dict[str, Any]) -> None:
-        found = self.backend.cpu_threads()
-        if found is None:
+    def note(self, line: dict[str, Any], threads: tuple[int, int] | None) -> None:
+        """threads: the step's, as cpu_threads gave them."""
+        if threads is None:
             return
-        line["threads"], most = found
+        line["threads"], most = threads
         if line["threads"] < most and not self._said:
             self._said = True
             self.observer.say(

@@ -5,12 +5,14 @@ Kept in the user's cache, for each kind of training. Nothing here stops a traini
 
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from common.documents import read_json_lines
 from common.errors import UserError
@@ -33,9 +35,9 @@ class Observation(BaseModel):
     model: str  # its content hash
     recomputes: bool  # with gradient checkpointing
     date: str
-    fixed: int  # estimated: weights, adapter, moments, libraries
-    step: int  # estimated: what the largest micro-batch adds
-    peak: int  # measured, all in all
+    fixed: int = Field(ge=0, lt=2**63)  # estimated: weights, adapter, moments, libraries
+    step: int = Field(ge=0, lt=2**63)  # estimated: what the largest micro-batch adds
+    peak: int = Field(gt=0, lt=2**63)  # measured, all in all
 
 
 @dataclass(frozen=True)
@@ -64,29 +66,31 @@ class LearnedMemory:
         return replace(self, observations=(*self.observations, seen))
 
     def correction(self, recomputes: bool, fixed: int, step: int) -> int:
-        """Bytes to add to an estimate of `fixed` and `step` bytes.
+        """Bytes to add to an estimate of `fixed` and `step` bytes, with gradient checkpointing or without.
 
-        It is `a + b * step`, the likeliest a and b by what was observed (ridge regression). Beforehand both are normal
-        about 0, so one observation corrects both, each by as much as it may be off.
+        It is `a + b * step`, with one b for trainings with checkpointing and one for those without: the likeliest by
+        what was observed (ridge regression). Beforehand each is normal about 0, so that a single observation corrects
+        both, each by as much as it may be off.
         """
-        seen = [one for one in self.observations if one.recomputes == recomputes]
-        if not seen:
+        if not self.observations:
             return 0
-        weights = [self._weight(one, newer) for newer, one in zip(reversed(range(len(seen))), seen, strict=True)]
-        steps = [float(one.step) for one in seen]
-        errors = [float(one.peak - one.fixed - one.step) for one in seen]
-        weighted = [weight * x for weight, x in zip(weights, steps, strict=True)]
-        # the normal equations: aa * a + ab * b = a_error, ab * a + bb * b = b_error
-        aa, ab = sum(weights) + 1 / (_FIXED + _OF_FIXED * fixed) ** 2, sum(weighted)
-        bb = _dot(weighted, steps) + 1 / _STEP**2
-        a_error, b_error = _dot(weights, errors), _dot(weighted, errors)
-        determinant = aa * bb - ab * ab
-        a, b = (bb * a_error - ab * b_error) / determinant, (aa * b_error - ab * a_error) / determinant
-        return round(max(a + b * step, -0.5 * (fixed + step)))
+        seen = self.observations
+        weights = np.sqrt(self._weights())
+        errors = np.array([one.peak - one.fixed - one.step for one in seen], float)
+        terms = np.array([[1.0, one.step * (not one.recomputes), one.step * one.recomputes] for one in seen])
+        beforehand = np.diag([1 / (_FIXED + _OF_FIXED * fixed), 1 / _STEP, 1 / _STEP])
+        terms, errors = np.vstack([terms * weights[:, None], beforehand]), np.append(errors * weights, [0.0] * 3)
+        a, *b = np.linalg.lstsq(terms, errors, rcond=None)[0].tolist()
+        return round(max(a + b[recomputes] * step, -0.5 * (fixed + step)))
 
-    def _weight(self, seen: Observation, newer: int) -> float:
-        off = _SAME if seen.model == self.model else _OTHER
-        return 1 / (seen.peak * off * (1 + _OLDER * newer)) ** 2
+    def _weights(self) -> list[float]:
+        """Of each observation: newer ones of the same model count most."""
+        newer, found = Counter[str](), list[float]()
+        for seen in reversed(self.observations):
+            off = (_SAME if seen.model == self.model else _OTHER) * (1 + _OLDER * newer[seen.model])
+            found.append(1 / (seen.peak * off) ** 2)
+            newer[seen.model] += 1
+        return found[::-1]
 
     def __str__(self) -> str:
         return summary(self.observations)
@@ -98,10 +102,6 @@ def summary(observations: Sequence[Observation]) -> str:
         return ""
     runs = f"{len(observations)} run{'s' * (len(observations) > 1)}"
     return f"learned on this machine from {runs}, the last on {max(seen.date for seen in observations)}"
-
-
-def _dot(left: Sequence[float], right: Sequence[float]) -> float:
-    return sum(x * y for x, y in zip(left, right, strict=True))
 
 
 def learned(kind: str, estimate: str, model: str) -> LearnedMemory:
@@ -122,8 +122,8 @@ def observations() -> list[Observation]:
 
 
 def keep(seen: Observation) -> None:
-    """Raises OSError where the cache cannot be written."""
-    if path := _file():
+    """Keep what says of which kind it is. Raises OSError where the cache cannot be written."""
+    if (path := _file()) and seen.kind:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [one.model_dump_json() + "\n" for one in [*observations(), seen][-_KEPT:]]
         with atomic_write(path) as temporary:

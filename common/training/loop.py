@@ -19,7 +19,6 @@ from common.training.busy_cpu import BusyCpu
 from common.training.checkpoint import State
 from common.training.faults import not_finite, unsaved
 from common.training.forecast import Forecast
-from common.training.memory_estimate import TrainingMemory
 from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
 from common.training.pending import Pending
@@ -49,8 +48,7 @@ class TrainingLoop:
     validation that was interrupted is repeated when the run continues.
 
     valid: rows to validate on; without any, nothing is validated. run: folder of checkpoints/ and metrics.jsonl.
-    seconds: gets the time of training, validation and saving. estimate: of memory, where the first steps are to correct
-    the plan.
+    seconds: gets the time of training, validation and saving. forecast: of memory, which first steps correct.
     """
 
     backend: Backend
@@ -62,7 +60,7 @@ class TrainingLoop:
     state: State
     observer: Observer
     seconds: dict[str, float] = field(default_factory=dict)
-    estimate: TrainingMemory | None = None
+    forecast: Forecast = field(default_factory=Forecast)
 
     def train(self) -> State:
         """The state after the recipe's last step.
@@ -74,10 +72,11 @@ class TrainingLoop:
         self._pending: Pending | None = None
         self._skipped = False  # whether a step was
         self._warm = False  # whether this process has finished a step
+        self._cut = 0  # tokens of a micro-batch when rows were last split
         self._saved_at, self._refused = time.monotonic(), False
-        self._busy_cpu = BusyCpu(self.backend, self.observer)
+        self._busy_cpu = BusyCpu(self.observer)
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
-        self._forecast = Forecast(self.estimate, self.rows, self.valid, self._memory)
+        self.forecast.begin(self.rows, self.valid, self._memory)
         self._validation = Validation(
             self.backend, self.recipe, self.plan, self.valid, self.run, self.state, self._memory
         )
@@ -88,18 +87,20 @@ class TrainingLoop:
                 self._validate(saved=True)
             elif not self.state.step and self.valid:
                 self._validate_start()
-            self._expect()
             ready = self._split(self.state.step + 1)
             for number in range(self.state.step + 1, self.recipe.steps + 1):
                 if self._validation.no_better():
                     self._stop_early()
                     break
-                ready = self._launch(number, *ready)
+                ready = self._launch(number, *self._as_cut_now(number, *ready))
                 stop, evaluates = self.observer.stop_requested(), self._evaluates(number)
                 saves = stop or self._saves(number)
-                if evaluates or saves or not self._warm:  # the first step's time is its own: it warms up
+                if (
+                    evaluates or saves or self.forecast.corrects(number) or not self._warm
+                ):  # the first step's time is its own
                     self._finish_pending()
-                    ready = self._as_cut_now(number + 1, *ready)
+                if self.forecast.corrects(number):
+                    self.forecast.correct(self.backend.memory().peak)
                 saved = saves and self._save(stop)
                 if stop:
                     raise Interrupted(self.run)
@@ -128,9 +129,11 @@ class TrainingLoop:
 
     def _split(self, step: int) -> tuple[list[Encoded], list[Batch]]:
         """The step's rows, and the same as micro-batches; none beyond the last step."""
-        self._cut = self.state.micro_batch_tokens
         if step > self.recipe.steps:
             return [], []
+        if self._cut != self.state.micro_batch_tokens:
+            self._cut = self.state.micro_batch_tokens
+            self._expect()
         indices = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
         rows = [self.rows[i] for i in indices]
         return rows, self._micro_batches(rows)
@@ -150,18 +153,16 @@ class TrainingLoop:
                 with suppress(OutOfMemory):
                     self._finish(self._pending, started)
             raise
-        before, self._pending = self._pending, Pending(step, rate, rows, batches, result, started)
+        threads = self.backend.cpu_threads()
+        before, self._pending = self._pending, Pending(step, rate, rows, batches, result, started, threads)
         ready = self._split(step + 1)
         if before is not None:
             self._finish(before, started)
-        return self._as_cut_now(step + 1, *ready)
+        return ready
 
     def _as_cut_now(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
         """What `_split` gave, or gives now that micro-batches are smaller than then."""
-        if self.state.micro_batch_tokens == self._cut:
-            return rows, batches
-        self._expect()
-        return self._split(step)
+        return (rows, batches) if self._cut == self.state.micro_batch_tokens else self._split(step)
 
     def _step(
         self, step: int, rate: float, rows: list[Encoded], batches: list[Batch]
@@ -229,11 +230,11 @@ class TrainingLoop:
             "seconds": seconds,
             "memory": memory.used,
         }
-        self._busy_cpu.note(line)
+        self._busy_cpu.note(line, step.threads)
         self._metrics.write(line)
         self.observer.step(line, memory)
         self._memory.watch_swap(memory, step.batches)
-        self._forecast.finished(step.batches, memory)
+        self.forecast.finished(step.batches)
 
     def _save(self, stop: bool = False, again: str = "it is tried again later") -> bool:
         """Whether the checkpoint was written. Where the disk refuses it, it is tried again when the next is due.
@@ -293,6 +294,7 @@ class TrainingLoop:
     def _report_validation(self, loss: float) -> None:
         line = {"step": self.state.step, "valid_loss": loss}
         self._metrics.write(line)
+        self.forecast.validated = True
         self.observer.evaluation(line)
 
     def _stop_early(self) -> None:

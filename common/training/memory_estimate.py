@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from importlib import metadata
 from typing import Any
 
 from common.backend import Adapter
@@ -18,7 +17,7 @@ from common.memory_terms import MicroBatchShape, ModelDims
 from common.models.families import forward_config
 from common.models.shapes import tensor_shapes
 from common.recipe import Plan, Recipe
-from common.system.environment import chip
+from common.system.environment import chip, environment
 from common.system.hardware import nvidia_gpus
 from common.training.learned_memory import LearnedMemory, Observation, learned
 
@@ -92,23 +91,26 @@ class TrainingMemory:
 
     def with_learned(self, plan: Plan) -> "TrainingMemory":
         """The same, corrected by what was observed on the plan's device of trainings of this kind."""
-        recipe, backend = self.recipe, f"{plan.backend} {metadata.version(plan.backend)}"
-        device = chip() if plan.device == "cpu" else ", ".join(sorted({gpu.name for gpu in nvidia_gpus()})) or chip()
+        packages, recipe = environment()["packages"], self.recipe
+        gpus = sorted({gpu.name for gpu in nvidia_gpus()}) if plan.device != "cpu" else []
+        try:
+            sources = inspect.getsource(self.package.memory_terms) + inspect.getsource(sys.modules[__name__])  # type: ignore[arg-type]
+        except OSError:  # an installation without sources: nobody knows which version of the estimate it is
+            return self
+        device = f"{plan.device_name} of {', '.join(gpus) or chip()}"
         how = f"{recipe.precision} {recipe.quantization} {recipe.method}{' with dropout' * bool(recipe.dropout)}"
-        sources = inspect.getsource(self.package.memory_terms) + inspect.getsource(sys.modules[__name__])  # type: ignore[arg-type]
-        version = sha256(sources.encode()).hexdigest()[:12]
-        kind = f"{backend}, {plan.device}: {device}, {how}"
-        return replace(self, learned=learned(kind, version, recipe.model_hash))
+        kind = f"{plan.backend} {packages[plan.backend]}, {device}, {how}"
+        return replace(self, learned=learned(kind, sha256(sources.encode()).hexdigest()[:12], recipe.model_hash))
 
-    def observed(self, plan: Plan, estimate: MemoryEstimate, peak: int) -> Observation:
-        """What a measured peak says of the estimate of the same micro-batches."""
-        return self.learned.observation(plan.gradient_checkpointing, estimate.fixed, estimate.step, peak)
-
-    def corrected(
+    def observed(
         self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None, peak: int
-    ) -> "TrainingMemory":
-        """The same, corrected by the peak of these micro-batches."""
-        seen = self.observed(plan, self.estimate(plan, shapes, validation), peak)
+    ) -> Observation:
+        """What the measured peak of these micro-batches, in bytes above 0, says of their estimate."""
+        counted = self.estimate(plan, shapes, validation)
+        return self.learned.observation(plan.gradient_checkpointing, counted.fixed, counted.step, peak)
+
+    def corrected(self, seen: Observation) -> "TrainingMemory":
+        """The same, having learned from one more observation."""
         return replace(self, learned=self.learned.with_observation(seen))
 
     def estimate(

@@ -37,7 +37,7 @@ def figures(state: State, recipe: Recipe, plan: Plan) -> dict[str, Any]:
 
 def deterministic(recipe: Recipe, exact: bool) -> dict[str, str]:
     """Which results of a run are reproducible, and how exactly. exact: training gives the same bits again."""
-    same = "the same bits on the same machine with the same plan and packages"
+    same = "the same bits on the same machine with the same plan, packages and number of threads"
     return {
         "row order, adapter start, validation split": "drawn by numpy from the seed: the same everywhere",
         "training": same if exact else "up to the rounding of the GPU's kernels",

@@ -17,6 +17,7 @@ class Pending:
     batches: list[Batch]
     result: StepResult
     started: float
+    threads: tuple[int, int] | None = None  # as cpu_threads gives them
 
     def read(self) -> tuple[float, float]:
         """`(mean loss, gradient norm)`, after waiting for them. Raises UserError for a fault the device reports."""

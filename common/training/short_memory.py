@@ -9,7 +9,7 @@ from common.training.checkpoint import State
 from common.training.observer import Observer
 
 _COMPUTED_TWICE = "each layer is now computed twice, to save memory (gradient checkpointing)"
-_SWAP_GROWTH = 256 * 10**6  # bytes; smaller changes come and go by themselves
+SWAP_GROWTH = 256 * 10**6  # bytes; smaller changes come and go by themselves
 
 
 @dataclass
@@ -26,6 +26,12 @@ class ShortMemory:
         self._swap = self.backend.memory().swap
         if self.state.gradient_checkpointing != self.plan.gradient_checkpointing:
             self._checkpoint_gradients(self.state.gradient_checkpointing)
+
+    @property
+    def current_plan(self) -> Plan:
+        """With the micro-batches and the checkpointing that are used now."""
+        names = ("micro_batch_tokens", "gradient_checkpointing")
+        return self.plan.model_copy(update={name: getattr(self.state, name) for name in names})
 
     def use_less(self, batches: list[Batch], what: str) -> None:
         """Halve the largest micro-batch; where each is one row, checkpoint gradients.
@@ -68,7 +74,7 @@ class ShortMemory:
         A step that waits for the disk takes minutes.
         """
         growth = memory.swap - self._swap
-        if growth < _SWAP_GROWTH:
+        if growth < SWAP_GROWTH:
             return
         self._swap = memory.swap
         what = f"swap has grown by {growth / 1e6:.0f} MB at step {self.state.step}: the machine is short of memory"

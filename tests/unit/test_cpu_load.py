@@ -12,6 +12,8 @@ import pytest
 from common.system import cpu_load
 from common.system.cpu_load import OtherPrograms, ThreadCount
 from common.training.busy_cpu import BusyCpu
+from tests.unit.bigram import Bigram
+from tests.unit.test_loop import metrics, run
 
 _Core = namedtuple("_Core", "user nice system irq softirq idle")
 _Times = namedtuple("_Times", "user system")
@@ -92,6 +94,8 @@ def test_threads_fall_at_once_and_return_after_five_quiet_seconds(monkeypatch):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the real count is tried on Linux")
 def test_a_busy_program_is_seen_on_this_machine(monkeypatch):
+    if not psutil.cpu_times().user:
+        pytest.skip("this system counts no programs")
     core = min(os.sched_getaffinity(0))
     monkeypatch.setattr(cpu_load.os, "sched_getaffinity", lambda _: {core})
     others = OtherPrograms()
@@ -102,22 +106,45 @@ def test_a_busy_program_is_seen_on_this_machine(monkeypatch):
     assert found > 0.2  # it shares the core with other tests
 
 
-class _Backend:
-    def __init__(self, *found: tuple[int, int] | None) -> None:
-        self.found = [*found]
-
-    def cpu_threads(self) -> tuple[int, int] | None:
-        return self.found.pop(0)
-
-
 def test_fewer_threads_are_told_once_and_stand_in_the_metrics():
     said: list[str] = []
     observer: Any = type("Observer", (), {"say": lambda self, text: said.append(text)})()
-    backend: Any = _Backend((4, 4), (3, 4), (2, 4), (4, 4), None)
-    busy = BusyCpu(backend, observer)
+    busy = BusyCpu(observer)
     lines: list[dict[str, int]] = []
-    for _ in range(5):
+    for threads in [(4, 4), (3, 4), (2, 4), (4, 4), None]:
         lines.append({})
-        busy.note(lines[-1])
+        busy.note(lines[-1], threads)
     assert lines == [{"threads": 4}, {"threads": 3}, {"threads": 2}, {"threads": 4}, {}]
     assert said == ["other programs keep the CPU busy: 3 of 4 threads compute until they are done"]
+
+
+def test_a_step_has_its_own_number_of_threads_on_record(tmp_path):
+    class Adapting(Bigram):
+        def cpu_threads(self) -> tuple[int, int]:
+            return len(self.calls), 9  # the first step computes with one thread, the second with two
+
+    run(tmp_path, Adapting(), valid=[])
+    assert [line["threads"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_where_nothing_counts_programs_the_threads_stay(monkeypatch):
+    machine = Machine(monkeypatch, 4)
+    count = ThreadCount(4)
+
+    def denied(percpu: bool) -> None:
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(psutil, "cpu_times", denied)
+    machine.clock += 1
+    assert count.look() == 4
+    assert OtherPrograms().busy_cores() is None
+
+
+def test_cores_without_numbers_of_their_own_count_all_together(monkeypatch):
+    """A container may list its own few cores under other numbers than the affinity has."""
+    machine = Machine(monkeypatch, 2)
+    monkeypatch.setattr(cpu_load.os, "sched_getaffinity", lambda _: {6, 7})
+    machine.allowed = {0, 1}
+    others = OtherPrograms()
+    machine.passes(1.0, busy=0.7, own=1.0)
+    assert others.busy_cores() == pytest.approx(0.7)

@@ -1,0 +1,81 @@
+"""Commands of this repository run one after another on a machine to be measured; their output in one JSON file."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_runs import ROOT
+from common.system.environment import environment
+from common.system.hardware import nvidia_gpus
+from common.system.memory import swap_used
+
+_KEPT = 20_000  # characters of a command's output, from its end
+Stages = dict[str, list[list[str]]]  # by name, the arguments of Python in each of its commands
+
+
+def facts() -> dict[str, Any]:
+    """The machine and what is installed on it."""
+    gpus = [gpu.name for gpu in nvidia_gpus()]
+    return environment() | {"release": platform.platform(), "gpus": gpus, "commit": _commit()}
+
+
+def _commit() -> str:
+    """Of the checkout; empty where it is none."""
+    head = ROOT / ".git" / "HEAD"
+    if not head.is_file():
+        return ""
+    name = head.read_text(encoding="utf-8").strip().removeprefix("ref: ")
+    branch = ROOT / ".git" / name
+    return branch.read_text(encoding="utf-8").strip() if branch.is_file() else name
+
+
+def run_stages(stages: Stages, out: Path, hidden: dict[str, str], minutes: float = float("inf")) -> None:
+    """Run every command, and write what is known to `out` after each stage; one that fails does not stop the others.
+
+    hidden: words that must not stand in the report, and what is written for them. minutes: no command begins after
+    them, and none runs on.
+    """
+    ends = time.monotonic() + 60 * minutes
+    report: dict[str, Any] = {"machine": facts(), "stages": {}}
+    for name, commands in stages.items():
+        print(f"{name} ...", flush=True)
+        done = [_run(command, ends - time.monotonic()) for command in commands]
+        for result in done:
+            print(f"    {'FAILED' if result['status'] else 'ok'} in {result['seconds']} s", flush=True)
+        report["stages"][name] = done
+        text = json.dumps(report, indent=2) + "\n"
+        for word, instead in hidden.items():
+            text = text.replace(word, instead)
+        out.write_text(text, encoding="utf-8")
+    print(f"Written: {out}")
+
+
+def _run(arguments: list[str], seconds: float) -> dict[str, Any]:
+    """What a command printed, its status, its seconds, and how much swap grew meanwhile."""
+    started, swap = time.monotonic(), swap_used()
+    result: dict[str, Any] = {"command": " ".join(["python", *arguments])}
+    if seconds <= 0:
+        return result | {"status": "not begun: the time was over", "seconds": 0.0}
+    try:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=None if seconds == float("inf") else seconds,
+        )
+        status, output = done.returncode, done.stdout
+    except subprocess.TimeoutExpired as error:
+        status, output = "ended: the time was over", (error.stdout or b"").decode(errors="replace")
+    return result | {
+        "status": status,
+        "seconds": round(time.monotonic() - started, 1),
+        "swap_growth": swap_used() - swap,
+        "output": output[-_KEPT:],
+    }
