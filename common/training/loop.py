@@ -70,8 +70,7 @@ class TrainingLoop:
         """
         self.seconds.setdefault("train", 0.0)
         self._pending: Pending | None = None
-        self._skipped = False  # whether a step was
-        self._warm = False  # whether this process has finished a step
+        self._skipped, self._warm = False, False  # whether a step was; whether this process has finished one
         self._cut = 0  # tokens of a micro-batch when rows were last split
         self._saved_at, self._refused = time.monotonic(), False
         self._busy_cpu = BusyCpu(self.observer)
@@ -95,11 +94,10 @@ class TrainingLoop:
                 ready = self._launch(number, *self._as_cut_now(number, *ready))
                 stop, evaluates = self.observer.stop_requested(), self._evaluates(number)
                 saves = stop or self._saves(number)
-                if (
-                    evaluates or saves or self.forecast.corrects(number) or not self._warm
-                ):  # the first step's time is its own
+                corrects = self.forecast.corrects(number)
+                if evaluates or saves or corrects or not self._warm:  # the first step's time is its own: it warms up
                     self._finish_pending()
-                if self.forecast.corrects(number):
+                if corrects:
                     self.forecast.correct(self.backend.memory().peak)
                 saved = saves and self._save(stop)
                 if stop:
