@@ -120,7 +120,7 @@ def test_every_command_that_is_named_exists_and_takes_its_flags(path: Path) -> N
     for name, flags in commands(path):
         shown = help_of("train" if name == "plan" else name)  # plan takes train's options
         if name not in NESTED:
-            own = ("--no-probe",) if name == "plan" else ()
+            own = ("--no-probe", "--forget") if name == "plan" else ()
             wrong += [f"{name} {flag}" for flag in flags if flag not in shown and flag not in (*own, "--help")]
     assert wrong == []
 
