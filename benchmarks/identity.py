@@ -5,6 +5,7 @@
 
 DIR/identity/identity.json is LLaMA-Factory's (Apache-2.0); its placeholders are filled in. The 20 phrasings of
 identity.txt stand in no row, and were written before the first run. An answer counts that says the name.
+The smallest quant answers that `verify` finds sound.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from benchmarks.peer_runs import ROOT
 from benchmarks.regret import MODELS
 from benchmarks.regret_data import NAME, identity_rows
 
+LARGER = ("Q5_K_M", "Q6_K", "Q8_0")
 PHRASINGS = Path(__file__).with_suffix(".txt")
 
 
@@ -36,13 +38,29 @@ def main() -> None:
         raise SystemExit(f"phrasings that stand in rows: {known}")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in MODELS[given.model].items()]
     _twintune("train", *options, "--data", data, "--output", run)
-    _twintune("generate", run, "--prompts", PHRASINGS, "--out", answers, "--temperature", 0, "--max-tokens", 64)
+    quant = _sound_quant(run)
+    asking = ("--quant", quant, "--prompts", PHRASINGS, "--out", answers, "--temperature", 0, "--max-tokens", 64)
+    _twintune("generate", run, *asking)
     count = 0
     for line in answers.read_text(encoding="utf-8").splitlines():
         *_, question, answer = json.loads(line)["messages"]
         count += (named := NAME in answer["content"])
         print(f"{'yes' if named else 'NO '} {question['content']} -> {answer['content']}")
-    print(f"{count} of {len(asked)} answers say the name")
+    print(f"{count} of {len(asked)} answers of {quant} say the name")
+
+
+def _sound_quant(run: Path) -> str:
+    """The smallest quant that `verify` finds sound; larger ones are made where the one that `train` makes is not."""
+    for quants in ([], ["--quant", *LARGER]):
+        if quants:
+            _twintune("fuse", run, *quants)
+        checks = json.loads((run / "run.json").read_text())["verify"]["checks"]
+        found = {check["name"]: check["state"] for check in checks}
+        for quant in ("Q4_K_M", *LARGER):
+            print(f"{quant}: {found.get(quant, 'not made')}")
+            if found.get(quant) == "ok":
+                return quant
+    raise SystemExit("no quant is sound")
 
 
 def _twintune(*words: object) -> None:
