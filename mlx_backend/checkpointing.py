@@ -31,7 +31,8 @@ def _checkpointed(kind: type) -> Any:
         named = tree_flatten(self.trainable_parameters())
         if not named:  # a layer without an adapter
             return mx.checkpoint(inner)({}, *args, **kwargs)
-        arrays, hidden = _together([array for _, array in named], args[0])
+        tied: Any = _together([array for _, array in named], args[0])
+        arrays, hidden = tied
         parameters = tree_unflatten([(name, array) for (name, _), array in zip(named, arrays, strict=True)])
         return mx.checkpoint(inner)(parameters, hidden, *args[1:], **kwargs)
 
