@@ -145,8 +145,8 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
                     raise Interrupted(job.run) from None
             raise
         _record(job, state, backend.memory(), swap_used() - swap)
-        if (seen := forecast.observation(backend.memory().peak)) and swap_used() - swap < SWAP_GROWTH:
-            with display.optional("later estimates of memory do not learn from this run"):
+        with display.optional("later estimates of memory do not learn from this run"):
+            if (seen := forecast.observation(backend.memory().peak)) and swap_used() - swap < SWAP_GROWTH:
                 keep(seen)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)
