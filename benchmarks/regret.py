@@ -5,8 +5,8 @@
     python -m benchmarks.regret --table                       # what was measured, as Markdown
 
 Every run is written as soon as it ends, to benchmarks/results/regret-MODEL-DATA.json, and a run that is written is not
-done again: stop it at any time, and start it again. A run whose validation loss is a tenth above its best three times
-in a row ends there, as its best cannot change. --from: folder of the public sets, with identity/identity.json
+done again: stop it at any time, and start it again. A run whose validation loss is 5 % above its best three times in a
+row ends there, as its best will not change. --from: folder of the public sets, with identity/identity.json
 (LLaMA-Factory's, Apache-2.0) and wikisql/{train,valid}.jsonl (mlx-examples', BSD-3-Clause).
 """
 
@@ -45,14 +45,20 @@ MODELS = {
     "smollm2": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "gemma3": {"model": "google/gemma-3-270m", "chat_template": "gemma"},
 }
-RATES, EPOCHS, BATCHES = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (2, 4, 8), (4, 8)
-GRID = [
-    {"learning_rate": rate, "epochs": epochs, "batch_size": batch}
-    for epochs, rate, batch in product(EPOCHS, RATES, BATCHES)
-]
+RATES, BATCHES = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (4, 8)
 AUTO = ("learning_rate", "epochs", "batch_size", "rank")  # what the automatic recipe chooses
 Settings = dict[str, Any]
-_OVER, _TIMES = 1.1, 3  # a run ends when its loss is so many times its best, so often in a row
+SEEDS = (1, 2)  # of the best and the automatic run, besides 0
+_OVER, _TIMES = 1.05, 3  # a run ends when its loss is so many times its best, so often in a row
+
+
+def grid(rows: int) -> list[Settings]:
+    """The settings that are tried with so many training rows: 24."""
+    epochs = (2, 4, 8) if rows <= 100 else (1, 2, 4)
+    return [
+        {"learning_rate": rate, "epochs": count, "batch_size": batch}
+        for count, rate, batch in product(epochs, RATES, BATCHES)
+    ]
 
 
 def rules(rows: int) -> dict[str, Settings]:
@@ -113,18 +119,29 @@ class Pair:
         """The run with these settings, where it was done."""
         return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
 
-    def measure(self, settings: list[Settings], public: Path | None, ends: float) -> None:
-        """Do the runs that are not done, until the clock says `ends`."""
-        todo = [some for some in settings if self.of(some) is None]
-        if (not todo and self.of(self.about.get("auto", {}))) or time.monotonic() > ends:
-            return
+    def best(self) -> dict[str, Any] | None:
+        """The best run of the grid; None before there is one."""
+        tried = grid(self.about.get("train rows", 0))
+        done = [run for run in self.runs if run["settings"] in tried and not run["seed"]]
+        return min(done, key=lambda run: run["best"], default=None)
+
+    def measure(self, public: Path | None, ends: float) -> None:
+        """Do the runs that are not done, until the clock says `ends`: last the automatic one and the best once more."""
         with tempfile.TemporaryDirectory() as folder:
             write_set(data_set(self.data, public), Path(folder))
             trials = self._trials(folder)
-            for number, some in enumerate([self.about["auto"], *todo]):
-                if self.of(some) is None and time.monotonic() < ends:
-                    self._add(trials, some, Path(folder) / f"run-{number}")
+            rows, auto = self.about["train rows"], self.about["auto"]
+            self._add_all(trials, [auto, *rules(rows).values(), *grid(rows)], 0, ends)
+            best = self.best()
+            for seed in SEEDS:
+                self._add_all(trials, [auto, best["settings"]] if best else [], seed, ends)
             trials.close()
+
+    def _add_all(self, trials: Trials, settings: list[Settings], seed: int, ends: float) -> None:
+        for some in settings:
+            if self.of(some, seed) is None and time.monotonic() < ends:
+                with tempfile.TemporaryDirectory() as folder:
+                    self._add(trials, some, seed, Path(folder))
 
     def _options(self, **more: Any) -> Options:
         return Options(**MODELS[self.model], precision="fp32", eval_rows=0, **more)
@@ -147,17 +164,18 @@ class Pair:
         }
         return Trials(context, base, rows, backend, device, "fp32")
 
-    def _add(self, trials: Trials, settings: Settings, folder: Path) -> None:
+    def _add(self, trials: Trials, settings: Settings, seed: int, folder: Path) -> None:
         rows, watcher, began = trials.rows.train.rows, _Watcher(), time.perf_counter()
         per_epoch = steps_per_epoch(len(rows), settings["batch_size"])
-        options = self._options(data="regret", eval_every=max(1, round(per_epoch / 2)), **settings)
+        times = 2 if len(rows) >= 4 * len(trials.rows.scored) else 1  # an epoch is validated: it costs a fifth at most
+        options = self._options(data="regret", eval_every=max(1, round(per_epoch / times)), seed=seed, **settings)
         try:
             trials.train(options, folder, watcher)
         except Interrupted:
             pass
         step, best = min(watcher.losses, key=lambda entry: entry[1])
         run = {
-            **{"settings": settings, "seed": 0, "best": best, "step": step, "losses": watcher.losses},
+            **{"settings": settings, "seed": seed, "best": best, "step": step, "losses": watcher.losses},
             **{"seconds": round(time.perf_counter() - began, 1), "environment": environment(trials)},
         }
         self.runs.append(run)
@@ -165,7 +183,10 @@ class Pair:
         with atomic_write(self.path) as temporary:
             lines = ",\n".join(f"    {json.dumps(one)}" for one in self.runs)
             temporary.write_text(f'{{\n  "about": {json.dumps(self.about)},\n  "runs": [\n{lines}\n  ]\n}}\n')
-        print(f"{self.model} {self.data} {settings}: {best} after step {step}, {run['seconds']} s", flush=True)
+        print(
+            f"{self.model} {self.data} {settings}, seed {seed}: {best} after step {step}, {run['seconds']} s",
+            flush=True,
+        )
 
 
 def backend_named(name: str) -> Any:
@@ -193,17 +214,17 @@ def table(pairs: list[Pair]) -> str:
     names = ["auto", *rules(100)]
     lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
     for pair in pairs:
-        done = [run for run in pair.runs if run["settings"] in GRID]
-        if not done:
+        best = pair.best()
+        if best is None:
             continue
-        best = min(done, key=lambda run: run["best"])
+        rows = pair.about["train rows"]
+        done = [run for run in pair.runs if run["settings"] in grid(rows) and not run["seed"]]
         at = "{learning_rate:g} x {epochs}, {batch_size} rows".format(**best["settings"])
-        count = "" if len(done) == len(GRID) else f" ({len(done)} of {len(GRID)} runs)"
+        count = "" if len(done) == len(grid(rows)) else f" ({len(done)} of {len(grid(rows))} runs)"
         figures = []
-        for settings in [pair.about.get("auto", {}), *rules(pair.about["train rows"]).values()]:
+        for settings in [pair.about.get("auto", {}), *rules(rows).values()]:
             run = pair.of(settings)
             figures.append(f"{100 * (run['best'] / best['best'] - 1):+.1f} %" if run else "")
-        rows = pair.about["train rows"]
         lines.append(
             f"| {pair.model}, {pair.data} | {rows} | {best['best']:.4f}{count} | {at} | {' | '.join(figures)} |"
         )
@@ -222,8 +243,8 @@ def main() -> None:
     if not given.table:
         ends = time.monotonic() + 60 * given.minutes
         for pair in pairs:
-            rows = len(data_set(pair.data, given.public)["train"])
-            pair.measure([*rules(rows).values(), *GRID], given.public, ends)
+            if time.monotonic() < ends:
+                pair.measure(given.public, ends)
     print(table(pairs))
 
 

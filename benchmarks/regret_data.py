@@ -79,7 +79,7 @@ def _identity(public: Path | None) -> dict[str, list[Row]]:
 
 def _wikisql(public: Path | None) -> dict[str, list[Row]]:
     folder = (public or Path()) / "wikisql"
-    return {part: _read(folder / f"{part}.jsonl")[:count] for part, count in (("train", 100), ("valid", 30))}
+    return {part: _read(folder / f"{part}.jsonl")[:count] for part, count in (("train", 80), ("valid", 30))}
 
 
 def _chat(public: Path | None) -> dict[str, list[Row]]:
@@ -90,9 +90,9 @@ def _chat(public: Path | None) -> dict[str, list[Row]]:
     draw = random.Random(_SEED)  # noqa: S311  # any order will do
     stays = [(h, w, t, k) for h in _HOUSES for w in _WISHES for t in _TIMES for k in _WALKS]
     draw.shuffle(stays)
-    kept = {(wish, time, walk) for _, wish, time, walk in stays[:20]}
-    others = [stay for stay in stays[20:] if stay[1:] not in kept]
-    return {"train": [*_talks(others[:80])], "valid": [*_talks(stays[:20])]}
+    kept = {(wish, time, walk) for _, wish, time, walk in stays[:15]}
+    others = [stay for stay in stays[15:] if stay[1:] not in kept]
+    return {"train": [*_talks(others[:60])], "valid": [*_talks(stays[:15])]}
 
 
 def _talks(stays: list[tuple[tuple[str, ...], ...]]) -> Iterator[Row]:
