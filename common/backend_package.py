@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from common.backend import Backend
+from common.backend import Backend, RankBackend
 from common.errors import UserError
 from common.memory_terms import MemoryTerms, ModelDims
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,25 @@ class Choice:
     value: str
     why: str
     warning: str = ""
+
+
+class Group(Protocol):
+    """The processes that a launcher has started to train together, each a rank. All call the same, in the same order.
+
+    Each method raises RankLost where one of them has ended.
+    """
+
+    rank: int
+    size: int
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        """Rank 0's data, on every rank; the others give None."""
+
+    def gather(self, array: np.ndarray) -> list[np.ndarray]:
+        """Every rank's array, by rank, on every rank; all are of one shape and type."""
+
+    def close(self) -> None:
+        """Leave; nobody calls anything after that."""
 
 
 class BackendPackage(Protocol):
@@ -45,6 +67,24 @@ class BackendPackage(Protocol):
 
     def is_deterministic(self, dims: ModelDims, device: str, precision: str) -> bool:
         """Whether the same training gives the same bits again."""
+
+
+class RankPackage(BackendPackage, Protocol):
+    """What else they answer of a training on several devices."""
+
+    def create(self) -> RankBackend: ...
+
+    def rank_device(self, wanted: str, local_rank: int) -> str:
+        """The device for `--device wanted` of one of several ranks on this machine."""
+
+    def device_count(self, device: str) -> int:
+        """How many devices of this kind there are, for `--devices all`."""
+
+    def launch(self, count: int, command: list[str]) -> int:
+        """Run the Python program `command` in so many processes, by the framework's own launcher; the exit status."""
+
+    def join(self, device: str) -> Group:
+        """The group that the launcher's environment describes, for a rank that computes on the device."""
 
 
 Backends = Callable[[str], BackendPackage]  # by name: torch, mlx

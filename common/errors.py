@@ -28,6 +28,18 @@ class UserError(Exception):
         return type(self), (self.what, self.fix)
 
 
+class RankLost(UserError):
+    """Another process that trains with this one has ended; raised in place of the framework's own error."""
+
+    def __init__(self, reason: str, who: str = "a process that trains with this one") -> None:
+        short = re.sub(r"^\[[^]]*\] ", "", reason).partition(". ")[0]  # torch begins with its source file, and goes on
+        super().__init__(f"{who} has ended: {short}", "A run continues with --resume RUN, on any number of devices.")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), (self.reason,)
+
+
 class Refusal(UserError):
     """A model cannot take these messages; it may take others."""
 

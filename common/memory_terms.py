@@ -36,6 +36,11 @@ class MicroBatchShape(NamedTuple):
     tokens: int  # without padding
     labels: int
 
+    @property
+    def positions(self) -> int:
+        """Those that attention computes."""
+        return self.rows * self.width
+
 
 @dataclass(frozen=True)
 class StepMemory:

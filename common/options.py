@@ -100,6 +100,13 @@ class Options(RecipeFields, PlanFields):
         value="{auto,cpu,gpu,cuda,cuda:N,mps}",
         choices=("auto", "cpu", "gpu", "cuda", "mps"),
     )
+    devices: str | None = in_memory(
+        None,
+        "devices of this machine that train together: a number, or all GPUs; changes speed and memory, never the "
+        "result. On several machines: see docs/scale.md",
+        value="N",
+        choices=("all",),
+    )
     precision: Literal["auto", "bf16", "fp32"] = in_memory(
         "auto", "type of the frozen base's weights; the adapter and its optimizer are always float32"
     )
@@ -191,6 +198,14 @@ class Options(RecipeFields, PlanFields):
         if not re.fullmatch(r"auto|cpu|gpu|cuda(:\d{1,3})?|mps", value, re.ASCII):
             raise ValueError("must be auto, cpu, gpu, cuda, cuda:N (N counts from 0) or mps")
         return value
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _a_number_or_all(cls, value: object) -> object:
+        text = None if value is None else str(value)
+        if text is not None and text != "all" and not re.fullmatch(r"[1-9]\d{,3}", text, re.ASCII):
+            raise ValueError("must be a number from 1, or all")
+        return text
 
     @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "output", "resume")
     @classmethod

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
-from mlx_backend.device_settings import set_limits  # noqa: E402
-from mlx_backend.lora import Dropout, attach, paths, put  # noqa: E402
+from mlx_backend.device_settings import DeviceSettings  # noqa: E402
+from mlx_backend.group import sum_over_ranks  # noqa: E402
+from mlx_backend.lora import Dropout, attach, detached, paths, put  # noqa: E402
 from mlx_backend.loss import Inputs, inputs_of, loss_sum  # noqa: E402
 from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
 from mlx_backend.optimizer import Optimizer, State  # noqa: E402
@@ -53,18 +53,13 @@ class MlxBackend:
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         self.layouts: list[MicroBatchShape] = []
-        self.previous_device = mx.default_device()
-        mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
-        if plan.device == "cpu":
-            mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
-        mx.reset_peak_memory()
-        self.limits = set_limits(plan)
+        self.settings = DeviceSettings(plan)
         budget = min(plan.memory_budget, mx.get_memory_limit())
         self.confirmation = Confirmation(plan.device == "gpu", budget, always=adapter is None)
         try:
             return self._load(recipe, plan, ModelFolder(folder), adapter)
         except BaseException:  # nobody closes what was never loaded
-            self._restore()
+            self.settings.restore()
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
@@ -115,6 +110,7 @@ class MlxBackend:
             self.shown: Tensors = []  # the tensors that the model computes with, outside of a step
             self._show()
             self.confirmation.settle([self.tensors, self.states])
+        self.accumulated: list[mx.array] = []  # the loss and the gradients of a step that has begun
 
     def _show(self) -> None:
         """Have the model compute with the tensors as they are now: a step leaves others in it."""
@@ -148,30 +144,54 @@ class MlxBackend:
         return [inputs_of(part, layout_for(part.shape, self.layouts)) for part in parts if part.label_tokens]
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
-        self._train(True)
-        weight, total_loss, gradients = weight_sum(micro_batches), mx.array(0.0), None
-        computed: list[MicroBatchShape] = []
         restore = partial(self._restore_step, self.tensors, self.states)
         with self.confirmation.undoing(restore):
-            self.shown = []
-            for number, batch in enumerate(micro_batches):
-                key = mx.random.key((self.recipe.seed << 32) + (step << 12) + number)
-                for inputs in self._inputs(batch):
-                    computed.append(inputs.shape)
-                    loss, part = self.gradient(self.tensors, inputs, key)
-                    gradients = part if gradients is None else [*map(mx.add, gradients, part)]
-                    total_loss = total_loss + loss
-                    mx.async_eval(total_loss, gradients)  # activations are freed as soon as possible
-            self.trained.release()
-            rate = mx.array(learning_rate)
-            given = self.tensors, self.states, gradients, mx.array(weight), rate
-            self.tensors, self.states, norm = self.update(*given)
+            computed = self._accumulate(micro_batches, weight_sum(micro_batches), step)
+            total_loss, norm = self._apply(learning_rate)
             self.confirmation.wait()
             written = [self.tensors, self.states, norm]
             mx.async_eval(written)
             figures = self.confirmation.launched(computed, [total_loss, norm], written, restore)
-        padded = sum(size.rows * size.width for size in computed)
-        return StepResult.of(micro_batches, figures[0], figures[1], padded)
+        return StepResult.of(micro_batches, figures[0], figures[1], sum(shape.positions for shape in computed))
+
+    def _accumulate(self, micro_batches: Sequence[Batch], weight: float, step: int) -> list[MicroBatchShape]:
+        """Launch the gradients; the shapes that are computed."""
+        self._train(True)
+        total_loss, gradients, computed = mx.array(0.0), None, []
+        self.shown = []
+        for number, batch in enumerate(micro_batches):
+            key = mx.random.key(((self.recipe.seed << 32) ^ (batch.rank << 48)) + (step << 12) + number)
+            for inputs in self._inputs(batch):
+                computed.append(inputs.shape)
+                loss, part = self.gradient(self.tensors, inputs, key)
+                gradients = part if gradients is None else [*map(mx.add, gradients, part)]
+                total_loss = total_loss + loss
+                mx.async_eval(total_loss, gradients)  # activations are freed as soon as possible
+        self.trained.release()
+        self.accumulated = [total_loss, *(gradients or map(mx.zeros_like, self.tensors))]
+        self.weight = mx.array(weight)
+        return computed
+
+    def _apply(self, learning_rate: float) -> tuple[mx.array, mx.array]:
+        (total_loss, *gradients), self.accumulated = self.accumulated, []
+        given = self.tensors, self.states, gradients, self.weight, mx.array(learning_rate)
+        self.tensors, self.states, norm = self.update(*given)
+        return total_loss, norm
+
+    def accumulate(self, micro_batches: Sequence[Batch], weight: float, step: int) -> int:
+        with device_errors():
+            computed = self._accumulate(micro_batches, weight, step)
+            self.confirmation.settle(self.accumulated)
+        return sum(shape.positions for shape in computed)
+
+    def sum_gradients(self) -> None:
+        self.accumulated = sum_over_ranks(self.accumulated)
+
+    def apply_gradients(self, learning_rate: float) -> tuple[mx.array, mx.array]:
+        with device_errors():
+            total_loss, norm = self._apply(learning_rate)
+            self.confirmation.settle([self.tensors, self.states, total_loss, norm])
+        return total_loss, norm
 
     def _restore_step(self, tensors: Tensors, states: list[State]) -> None:
         self.tensors, self.states = tensors, states
@@ -244,7 +264,7 @@ class MlxBackend:
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self._ready()
         inputs = mx.array(np.asarray(token_ids, np.int32))
-        with device_errors(), self._adapter(adapter):
+        with device_errors(), detached(self.model, {} if adapter else self.layers):
             hidden = hidden_states(self.model, inputs, RaggedRows(1, len(inputs), None))
             return self._read(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
 
@@ -269,24 +289,12 @@ class MlxBackend:
             if restart:
                 caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
             self._ready()  # at every token: training may continue in between
-            with device_errors(), self._adapter(adapter):
+            with device_errors(), detached(self.model, {} if adapter else self.layers):
                 hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
                 return self._read(head(self.model, hidden[-1:])[0])
 
         rope_split = self.model.forward_config.rope_split
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, rope_split)
-
-    @contextmanager
-    def _adapter(self, wanted: bool) -> Iterator[None]:
-        """The model with its adapter, or, within the context, without it."""
-        if wanted:
-            yield
-            return
-        put(self.model, {name: layer.linear for name, layer in self.layers.items()})
-        try:
-            yield
-        finally:
-            put(self.model, self.layers)
 
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
@@ -296,13 +304,5 @@ class MlxBackend:
 
     def close(self) -> None:
         del self.model, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown
-        del self.gradient, self.loss, self.update
-        self._restore()
-
-    def _restore(self) -> None:
-        """What MLX keeps for the process, as it was before `load`."""
-        mx.clear_cache()
-        for set_limit, before in self.limits:
-            set_limit(before)
-        mx.enable_compile()
-        mx.set_default_device(self.previous_device)
+        del self.gradient, self.loss, self.update, self.accumulated
+        self.settings.restore()

@@ -7,7 +7,7 @@ import mlx.core as mx
 from common.recipe import Plan
 
 
-def set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
+def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
     """Set MLX's own limits by the plan's budget; returns `(setter, value before)` for each, to be restored."""
     if not plan.memory_budget:
         return []
@@ -17,3 +17,23 @@ def set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
         recommended = int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
         wanted.append((mx.set_wired_limit, min(limit, recommended)))
     return [(set_limit, set_limit(value)) for set_limit, value in wanted]
+
+
+class DeviceSettings:
+    """Set for a plan, until they are restored."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._device = mx.default_device()
+        mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
+        if plan.device == "cpu":
+            mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
+        mx.reset_peak_memory()
+        self._limits = _set_limits(plan)
+
+    def restore(self) -> None:
+        """What MLX keeps for the process becomes what it was before."""
+        mx.clear_cache()
+        for set_limit, before in self._limits:
+            set_limit(before)
+        mx.enable_compile()
+        mx.set_default_device(self._device)

@@ -38,6 +38,15 @@ def choose_device(wanted: str) -> Choice:
     return Choice("cpu", f"{why}; {blas} computes its products")
 
 
+def rank_device(wanted: str, local_rank: int) -> str:
+    """MLX has one GPU a process, which CUDA_VISIBLE_DEVICES chooses."""
+    return wanted
+
+
+def device_count(device: str) -> int:
+    return 1
+
+
 def _first_of(mx: Any) -> str:
     """Which GPU MLX computes on, where it has several."""
     count = mx.device_count(mx.gpu)

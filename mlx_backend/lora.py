@@ -1,6 +1,7 @@
 """mlx-lm's LoRA and DoRA layers on a model, each with the rank and scale of its own weight."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -65,3 +66,13 @@ def paths(adapter: Adapter) -> dict[str, str]:
 def put(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace modules of the model, given by their Hugging Face names."""
     model.update_modules(tree_unflatten([(text_name(name), module) for name, module in modules.items()]))
+
+
+@contextmanager
+def detached(model: Any, layers: dict[str, Any]) -> Iterator[None]:
+    """Within the context the model computes without these of its LoRA layers."""
+    put(model, {name: layer.linear for name, layer in layers.items()})
+    try:
+        yield
+    finally:
+        put(model, layers)

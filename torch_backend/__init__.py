@@ -3,30 +3,49 @@
 `BackendPackage` says what each name here answers. torch is imported by `create`, or by what must look at a device.
 """
 
-from common.backend import Backend
+from common.backend import RankBackend
+from common.backend_package import Group
 from torch_backend import memory_terms
 from torch_backend.devices import (
     choose_device,
     choose_precision,
+    device_count,
     fault,
     free_memory,
     is_deterministic,
     quantization_scheme,
+    rank_device,
 )
 
 __all__ = [
     "choose_device",
     "choose_precision",
     "create",
+    "device_count",
     "fault",
     "free_memory",
     "is_deterministic",
+    "join",
+    "launch",
     "memory_terms",
     "quantization_scheme",
+    "rank_device",
 ]
 
 
-def create() -> Backend:
+def create() -> RankBackend:
     from torch_backend.backend import TorchBackend
 
     return TorchBackend()
+
+
+def join(device: str) -> Group:
+    from torch_backend.group import TorchGroup
+
+    return TorchGroup(device)
+
+
+def launch(count: int, command: list[str]) -> int:
+    from torch_backend.launch import launch
+
+    return launch(count, command)

@@ -31,6 +31,7 @@ from common.sampling import Sampler, generate_tokens
 from torch_backend.attention import has_flash
 from torch_backend.cuda_graphs import Graphs, Layout, can_graph
 from torch_backend.device_settings import DeviceSettings, empty_cache
+from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
 from torch_backend.layers import install
 from torch_backend.lora import attach, set_arrays
@@ -38,12 +39,11 @@ from torch_backend.loss import PackedBatch, loss_of, loss_sum
 from torch_backend.matmul import pad_multiple
 from torch_backend.memory_terms import packs_attention
 from torch_backend.mlp import recomputing
-from torch_backend.model import convert, load_base
+from torch_backend.model import DTYPES, load_model
 from torch_backend.optimizer import Optimizer, to_numpy
-from torch_backend.quantize import dequantized, quantization_config, quantize_nf4
+from torch_backend.quantize import dequantized
 
 _T = TypeVar("_T")
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _import_libraries() -> None:
@@ -74,10 +74,10 @@ class TorchBackend:
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
-        config, self.names, dtype = base.config, base.full_names, _DTYPES[recipe.precision]
+        config, self.names, dtype = base.config, base.full_names, DTYPES[recipe.precision]
         self.rope_split = forward_config(config).rope_split
         with _device_errors():
-            self.model: Any = _load_model(base, recipe, self.device, adapter)
+            self.model: Any = load_model(base, recipe, self.device, adapter)
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::TRIM_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._trim)
@@ -161,13 +161,18 @@ class TorchBackend:
         """Nothing is chosen by them."""
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        padded = self.accumulate(micro_batches, weight_sum(micro_batches), step)
+        return StepResult.of(micro_batches, *self.apply_gradients(learning_rate), padded)
+
+    def accumulate(self, micro_batches: Sequence[Batch], weight: float, step: int) -> int:
         self.outer.train()
         if self.recipe.dropout:
-            torch.manual_seed((self.recipe.seed << 32) + step)
+            rank = micro_batches[0].rank if micro_batches else 0
+            torch.manual_seed(((self.recipe.seed << 32) ^ (rank << 48)) + step)
 
         def compute() -> None:
             self.total.zero_()
-            self.share.fill_(1 / weight_sum(micro_batches))
+            self.share.fill_(1 / weight)
             self.optimizer.zero_grad()  # also those of a step that ran out of memory
             for batch in micro_batches:
                 self.settings.adapt_threads()
@@ -177,8 +182,14 @@ class TorchBackend:
                     self._accumulate(self._loss(batch))
 
         self._with_memory(compute)
+        return sum(map(self._padded_tokens, micro_batches))
+
+    def sum_gradients(self) -> None:
+        sum_over_ranks([self.total, *self.optimizer.gradients()])
+
+    def apply_gradients(self, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
-        return StepResult.of(micro_batches, self.total.clone(), norm, sum(map(self._padded_tokens, micro_batches)))
+        return self.total.clone(), norm
 
     def _padded_tokens(self, batch: Batch) -> int:
         if self.graphs is not None:
@@ -270,20 +281,6 @@ class TorchBackend:
         del self.model, self.outer, self.parameters, self.optimizer, self.graphs
         gc.collect()  # layers whose forward is replaced refer to themselves
         self.settings.restore()
-
-
-def _load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
-    """The base in the recipe's precision and quantization, on the device."""
-    dtype, quantization = _DTYPES[recipe.precision], quantization_config(recipe.quantization)
-    settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
-    model = load_base(base, dtype, **settings)
-    if recipe.quantization == "nf4":
-        quantize_nf4(model, dtype, device)
-    if not quantization:
-        lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the stored type
-        convert(model, dtype, keep_stored=lora and device.type == "cpu" and dtype == torch.float32)
-        model.to(device)
-    return model
 
 
 @contextmanager

@@ -59,6 +59,18 @@ def choose_device(wanted: str) -> Choice:
     return _freest(seen)
 
 
+def rank_device(wanted: str, local_rank: int) -> str:
+    """Under auto and cuda each rank has the next GPU, round and round where there are more ranks than GPUs."""
+    if wanted not in ("auto", "cuda"):
+        return wanted
+    count = len(cards())
+    return f"cuda:{local_rank % count}" if count else wanted
+
+
+def device_count(device: str) -> int:
+    return len(cards()) if device.startswith("cuda") else 1
+
+
 def cards() -> list[Card]:
     """The NVIDIA GPUs that the installed torch can use; a CPU build can use none."""
     if not nvidia_gpus():  # torch need not be imported to know

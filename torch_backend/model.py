@@ -5,17 +5,35 @@ from typing import Any
 
 import torch
 
+from common.backend import Adapter
 from common.errors import UserError
 from common.models.model_folder import ModelFolder
+from common.recipe import Recipe
 from torch_backend.attention import register
 from torch_backend.host_memory import release_pages
+from torch_backend.quantize import quantization_config, quantize_nf4
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # From a multimodal checkpoint's names, in the older layout and in today's, to those of the language model alone.
 _TEXT_NAMES = {
     r"^language_model\.model\.": "model.",
     r"^language_model\.lm_head\.": "lm_head.",
     r"^model\.language_model\.": "model.",
 }
+
+
+def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
+    """The base in the recipe's precision and quantization, on the device."""
+    dtype, quantization = DTYPES[recipe.precision], quantization_config(recipe.quantization)
+    settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
+    model = load_base(base, dtype, **settings)
+    if recipe.quantization == "nf4":
+        quantize_nf4(model, dtype, device)
+    if not quantization:
+        lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the stored type
+        convert(model, dtype, keep_stored=lora and device.type == "cpu" and dtype == torch.float32)
+        model.to(device)
+    return model
 
 
 def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:

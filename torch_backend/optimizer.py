@@ -44,6 +44,13 @@ class Optimizer:
         """Clear the gradients; those of joined parameters keep their memory."""
         self.adamw.zero_grad(set_to_none=not self.joined)
 
+    def gradients(self) -> list[torch.Tensor]:
+        """Of `tensors`; zeros where none was accumulated."""
+        for tensor in self.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+
     def step(self, learning_rate: float, max_grad_norm: float) -> torch.Tensor:
         """Clip and step; the global norm of the gradients before clipping, a scalar on the device."""
         norm = torch.nn.utils.clip_grad_norm_(self.tensors, max_grad_norm or float("inf"))

@@ -19,6 +19,7 @@ def compare(runs: list[Path], display: Display) -> None:
     rows.append(["agrees", "-", *["yes" if r.hash() == recipes[0].hash() else "NO" for r in recipes[1:]]])
     for name in ("backend", "device"):
         rows.append([name, *[str(getattr(record, name)) for record in records]])
+    rows.append(["devices", *[str(Run(run).plan.ranks) for run in runs]])
     rows.append(["precision", *[recipe.precision for recipe in recipes]])
     for label, key, show in (
         ("tokens/s", "tokens_per_second", "{:.1f}"),
@@ -59,7 +60,8 @@ def compare(runs: list[Path], display: Display) -> None:
 
 def _moved(plan: dict[str, Any]) -> str:
     card = f":{plan['device_index']}" if plan.get("device_index") else ""
-    return f"{plan['backend']} on {plan['device']}{card} from step {plan['from_step']}"
+    ranks = f" ({plan['ranks']} ranks)" if plan.get("ranks", 1) > 1 else ""
+    return f"{plan['backend']} on {plan['device']}{card}{ranks} from step {plan['from_step']}"
 
 
 def stage_shares(record: RunRecord) -> dict[str, float]:

@@ -10,6 +10,7 @@ from common.run_fields import DataRecord
 from common.run_lock import held
 from common.run_record import Run
 from common.system.environment import write_environment
+from common.system.launch import launched
 from common.training.metrics import deterministic
 from common.verify.cases import write_cases
 
@@ -57,5 +58,6 @@ def begin(job: Job) -> None:
             tokens=int(job.train.lengths.sum()),
             label_tokens=int(job.train.label_tokens.sum()),
         ),
+        launch=launch.name if (launch := launched()) else "",
         options=absolute_paths(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )

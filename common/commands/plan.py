@@ -6,6 +6,7 @@ import time
 from common.backend import OutOfMemory
 from common.commands.arguments import add_options, heading_of, read_options
 from common.commands.prepare import Job, prepare
+from common.commands.several import counted
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.display import gigabytes
@@ -41,7 +42,9 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
         "predicted_peak_bytes": chosen.prediction.peak,
         "plan": plan.model_dump(),
     }
-    if probe:
+    if plan.ranks > 1:
+        display.say(f"all of this is of each of {plan.ranks} devices; their speed together is not measured")
+    elif probe:
         event |= _probe(job, context)
     display.event("plan", **event, largest_micro_batch_rows=batch, largest_row_tokens=length)
 
@@ -121,4 +124,4 @@ def run(args: argparse.Namespace, context: Context) -> None:
             return
     if idle := [f"--{name.replace('_', '-')}" for name in args.flags if heading_of(name) == "Export"]:
         context.display.say(f"plan estimates the training alone: {', '.join(idle)} is for what train does after it")
-    estimate_run(options, not args.no_probe, context)
+    estimate_run(counted(options, context), not args.no_probe, context)

@@ -1,7 +1,7 @@
 """The main job in its order: check everything, train, fuse, export, verify."""
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +10,12 @@ from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
+from common.commands.several import first_rank, other_rank, start
 from common.commands.watch import chat_format, watching
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
-from common.errors import PROGRAM, UserError, os_fault
+from common.errors import PROGRAM, RankLost, UserError, os_fault
 from common.evaluation.bootstrap import estimate, mean, perplexity
 from common.evaluation.losses import grouped_losses
 from common.export.gguf import SAMPLE_TOKENS
@@ -25,12 +26,13 @@ from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
-from common.options import RESUME_OPTIONS, Options
+from common.options import Options
 from common.recipe import Recipe
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
 from common.sampling import Sampling
+from common.system.launch import launched
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
 from common.training.checkpoint import Checkpoint, State
@@ -40,7 +42,14 @@ from common.training.learned_memory import keep
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.planner import described
-from common.training.resume import as_begun, change_length, parent_of, resume_run, resumed_options
+from common.training.resume import (
+    as_begun,
+    change_length,
+    options_to_resume,
+    parent_of,
+    resume_run,
+    resumed_options,
+)
 from common.training.rollback import RolledBack, roll_back
 from common.training.short_memory import SWAP_GROWTH
 from common.training.validation import worse_than_start
@@ -53,9 +62,7 @@ def run_training(options: Options, context: Context) -> Path:
         try:
             return _run_training(options, context)
         except RolledBack as back:
-            given = options.model_dump(by_alias=True, exclude_unset=True)
-            kept = {name: given[name] for name in given.keys() & RESUME_OPTIONS - {"steps", "epochs"}}
-            options = Options.model_validate(kept | {"resume": str(back.run.path)})
+            options = options_to_resume(options, back.run)
 
 
 def _run_training(options: Options, context: Context) -> Path:
@@ -94,7 +101,7 @@ def _run_training(options: Options, context: Context) -> Path:
                 record_seconds(job.run, seconds)
             if isinstance(error, OSError):
                 raise unsaved(job.run.path, error) from None
-            if not isinstance(error, (Interrupted, UserError)):
+            if isinstance(error, RankLost) or not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
         try:
@@ -239,7 +246,8 @@ def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
         {
             "model": f"{recipe.model} ({info.architecture}, {info.layers} layers)",
             "backend": f"{plan.backend}: {hardware.backend.why}",
-            "device": f"{plan.device_name}: {hardware.device.why}",
+            "device": f"{plan.device_name}: {hardware.device.why}"
+            + (f"; {plan.ranks} devices train together" if plan.ranks > 1 else ""),
             "precision": f"{recipe.precision}: {hardware.precision.why}",
             "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
@@ -278,9 +286,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
+    launch = launched()
+    if launch and launch.rank:
+        return other_rank(args, context, launch)
     options, context = read_options(args, context)
+    if launch is None and options.devices not in (None, "1"):
+        return start(options, context)
     try:
-        run_training(options, context)
+        with first_rank(options, context, launch) if launch else nullcontext((options, context)) as (options, context):
+            run_training(options, context)
     except Interrupted as stop:
         command = f"{PROGRAM} train --resume {stop}"
         context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")

@@ -1,5 +1,6 @@
 """Seeded order, micro-batches of rows of similar length, padding, shifted labels: numpy only, for every backend."""
 
+import heapq
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -36,11 +37,32 @@ def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, 2, epoch]).permutation(rows)
 
 
-def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int, device: str = "cpu") -> list[Batch]:
-    """The rows sorted by length and split where it costs least, at most `micro_batch_tokens` padded tokens a batch."""
+def micro_batches(rows: Sequence[Encoded], micro_batch_tokens: int, device: str = "cpu", ranks: int = 1) -> list[Batch]:
+    """The rows sorted by length and split where it costs least, at most `micro_batch_tokens` padded tokens a batch.
+
+    ranks: of which each gets as much work as the others; their batches come one rank after another.
+    """
     ordered = sorted(rows, key=lambda row: len(row.ids))
-    cuts = cut([len(row.ids) - 1 for row in ordered], micro_batch_tokens, device)
-    return [make_batch(ordered[start:end]) for start, end in cuts]
+    lengths, batches = [len(row.ids) - 1 for row in ordered], list[Batch]()
+    for rank, dealt in enumerate(deal(lengths, ranks)):
+        for start, end in cut([lengths[i] for i in dealt], micro_batch_tokens, device):
+            batches.append(make_batch([ordered[i] for i in dealt[start:end]], rank))
+    return batches
+
+
+def deal(lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """For each rank the numbers of its rows, rising: the longest first, each to the rank with the fewest tokens.
+
+    lengths: rising.
+    """
+    if ranks == 1:
+        return [[*range(len(lengths))]]
+    dealt, loads = [list[int]() for _ in range(ranks)], [(0, rank) for rank in range(ranks)]  # loads: a heap
+    for number in reversed(range(len(lengths))):
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + lengths[number], rank))
+        dealt[rank].append(number)
+    return [numbers[::-1] for numbers in dealt]
 
 
 def cut(lengths: Sequence[int], micro_batch_tokens: int, device: str = "cpu") -> list[tuple[int, int]]:
@@ -64,7 +86,7 @@ def cut(lengths: Sequence[int], micro_batch_tokens: int, device: str = "cpu") ->
     return cuts[::-1]
 
 
-def make_batch(rows: Sequence[Encoded]) -> Batch:
+def make_batch(rows: Sequence[Encoded], rank: int = 0) -> Batch:
     """The rows padded on the right, [rows, width]. Padding weighs 0 by its position, whatever its id is."""
     lengths = np.array([len(row.ids) - 1 for row in rows], np.int32)
     width = int(lengths.max())
@@ -73,7 +95,7 @@ def make_batch(rows: Sequence[Encoded]) -> Batch:
     for i, row in enumerate(rows):
         input_ids[i, : lengths[i]], targets[i, : lengths[i]] = row.ids[:-1], row.ids[1:]
         loss_weights[i, : lengths[i]] = row.loss_weights[1:]
-    return Batch(input_ids, targets, loss_weights, lengths)
+    return Batch(input_ids, targets, loss_weights, lengths, rank)
 
 
 def rounded(size: int, least: int, steps: int) -> int:

@@ -121,7 +121,7 @@ class TrainingLoop:
 
         def shapes() -> Counter[MicroBatchShape]:
             work, size = Work.of(self.rows, self.recipe), self.state.micro_batch_tokens
-            return work.shapes_of(self.recipe.steps, size, self.plan.device)
+            return work.shapes_of(self.recipe.steps, size, self.plan.device, self.plan.ranks)
 
         self.backend.expect(shapes)
 
@@ -137,7 +137,7 @@ class TrainingLoop:
         return rows, self._micro_batches(rows)
 
     def _micro_batches(self, rows: Sequence[Encoded]) -> list[Batch]:
-        return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device)
+        return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device, self.plan.ranks)
 
     def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
         """Start the step, and finish the one before while the device computes. Returns the next step's rows."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.data.batching import START_COST, cut, step_rows
+from common.data.batching import START_COST, cut, deal, step_rows
 from common.data.encode import Encoded
 from common.data.encoded_rows import EncodedRows
 from common.display import gigabytes
@@ -48,21 +48,29 @@ class Work:
         steps = [sorted((lengths[i], labels[i]) for i in step) for step in [*chosen, longest]]
         return Work(steps[:-1], steps[-1], held_out)
 
-    def cut(self, micro_batch_tokens: int, device: str = "cpu") -> tuple[Counter[MicroBatchShape], int, int]:
-        """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at."""
+    def cut(
+        self, micro_batch_tokens: int, device: str = "cpu", ranks: int = 1
+    ) -> tuple[Counter[MicroBatchShape], int, int]:
+        """`(shapes of the micro-batches, tokens, micro-batches)`, of the steps that are looked at.
+
+        tokens, micro-batches: of the rank that has most to do in each step.
+        """
         shapes = Counter[MicroBatchShape]()
         tokens, count = 0, 0
         for step in [*self.steps, self.worst]:
-            cuts = cut([length for length, _ in step], micro_batch_tokens, device)
-            for start, end in cuts:
-                shapes[_shape(step[start:end])] += 1
+            loads = []
+            for dealt in deal([length for length, _ in step], ranks):
+                rows = [step[number] for number in dealt]
+                cuts = cut([length for length, _ in rows], micro_batch_tokens, device)
+                shapes.update(_shape(rows[start:end]) for start, end in cuts)
+                loads.append((sum(length for length, _ in rows), len(cuts)))
             if step is not self.worst:
-                tokens, count = tokens + sum(length for length, _ in step), count + len(cuts)
+                tokens, count = tokens + max(loads)[0], count + max(loads)[1]
         return shapes, tokens, count
 
-    def shapes_of(self, steps: int, micro_batch_tokens: int, device: str) -> Counter[MicroBatchShape]:
+    def shapes_of(self, steps: int, micro_batch_tokens: int, device: str, ranks: int = 1) -> Counter[MicroBatchShape]:
         """How many micro-batches of which shapes so many steps have, by those that are looked at."""
-        shapes, share = self.cut(micro_batch_tokens, device)[0], steps / len(self.steps)
+        shapes, share = self.cut(micro_batch_tokens, device, ranks)[0], steps / len(self.steps)
         return Counter({shape: round(count * share) for shape, count in shapes.items()})
 
     def longest_validation(self, micro_batch_tokens: int) -> MicroBatchShape | None:
@@ -132,7 +140,7 @@ def leaner_plan(memory: TrainingMemory, plan: Plan, work: Work) -> Plan | None:
 
 def prediction(memory: TrainingMemory, plan: Plan, work: Work) -> MemoryEstimate:
     """What `plan` will take at its peak."""
-    shapes, _, _ = work.cut(plan.micro_batch_tokens, plan.device)
+    shapes, _, _ = work.cut(plan.micro_batch_tokens, plan.device, plan.ranks)
     return memory.estimate(plan, shapes, work.longest_validation(plan.micro_batch_tokens))
 
 
@@ -153,7 +161,7 @@ def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work
     checkpointing = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
     found = []
     for size in sizes:
-        shapes, tokens, count = work.cut(size, base.device)
+        shapes, tokens, count = work.cut(size, base.device, base.ranks)
         for recompute in checkpointing:
             plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": recompute})
             cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if recompute else 1)

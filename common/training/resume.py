@@ -5,7 +5,7 @@ from collections.abc import Callable
 from common.data.batching import steps_per_epoch
 from common.errors import UserError
 from common.option_sources import options_over
-from common.options import Options
+from common.options import RESUME_OPTIONS, Options
 from common.recipe import Parent, Plan, Recipe
 from common.run_fields import RunRecord
 from common.run_record import Run
@@ -14,6 +14,13 @@ from common.training import checkpoint
 from common.training.checkpoint import Checkpoint
 from common.training.loop import learning_rate
 from common.training.setup import length
+
+
+def options_to_resume(options: Options, run: Run) -> Options:
+    """Of a command that is to continue the run: what was given that a run may be given again."""
+    given = options.model_dump(by_alias=True, exclude_unset=True)
+    kept = {name: given[name] for name in given.keys() & RESUME_OPTIONS - {"steps", "epochs"}}
+    return Options.model_validate(kept | {"resume": str(run.path)})
 
 
 def resumed_options(options: Options, run: Run) -> Options:
@@ -25,6 +32,7 @@ def resumed_options(options: Options, run: Run) -> Options:
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
     kept |= {name: getattr(recipe, name) for name in ("precision", "eval_rows", "eval_every", "patience", "min_delta")}
+    kept["devices"] = None  # as many as this time
     if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
         del kept["device"]  # a GPU that was asked for, not the freest of that day
     if "memory_limit" in given:  # a new plan

@@ -77,6 +77,7 @@ def make_plan(options: Options, backend: str, device: str, rows: TrainingRows) -
     return Plan(
         backend=backend,  # type: ignore[arg-type]  # pydantic checks it
         device="cpu",  # `on` replaces it
+        ranks=int(options.devices or 1),
         micro_batch_tokens=1,
         on_swap=options.on_swap,
         save_every=options.save_every or steps_per_epoch(len(rows.train.rows), options.batch_size),

@@ -41,19 +41,23 @@ class Validation:
             size = state.micro_batch_tokens
             try:
                 if self._cut[0] != size:
-                    self._cut = size, micro_batches(self.rows, size, self.plan.device)
+                    self._cut = size, self._micro_batches(size)
                 loss = evaluate(self.backend, self._cut[1], stop)
                 break
             except OutOfMemory:
                 after = f"after step {state.step}" if state.step else "before the first step"
                 what = f"the validation {after} ran out of memory"
-                self.memory.use_less(micro_batches(self.rows, size, self.plan.device), what)
+                self.memory.use_less(self._micro_batches(size), what)
         if loss is not None and not math.isfinite(loss):
             checkpoint.discard(self.run, state.step)  # nothing can continue from such weights
             raise not_finite(self.run, state.step, self.rows, "validation loss")
         if loss == 0 and not nothing_to_learn(self.backend, self.rows, self.plan.device):
             raise not_finite(self.run, state.step, self.rows, "validation loss", "exactly 0")
         return loss
+
+    def _micro_batches(self, size: int) -> list[Batch]:
+        """Of so many tokens a rank: the ranks share each."""
+        return micro_batches(self.rows, size * self.plan.ranks, self.plan.device)
 
     def keep(self, loss: float) -> None:
         """Take this loss of `state.step` into the state, and the adapter too if it is better than the best so far."""

@@ -120,6 +120,13 @@ class Bigram:
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         self._remember(micro_batches)
         loss, grads = self._loss(micro_batches)
+        norm = self._update(grads, learning_rate, step)
+        if step == self.nan_step:
+            loss = float("nan")
+        return StepResult.of(micro_batches, loss, norm, sum(batch.input_ids.size for batch in micro_batches))
+
+    def _update(self, grads: dict[str, np.ndarray], learning_rate: float, step: int) -> float:
+        """Returns the gradients' norm."""
         norm = float(np.sqrt(sum(float(np.square(grad).sum()) for grad in grads.values())))
         limit = self.recipe.max_grad_norm
         shrink = min(1.0, limit / norm) if limit and norm else 1.0
@@ -133,9 +140,7 @@ class Bigram:
             kept = self.parameters[name] * (1 - learning_rate * r.weight_decay)
             self.parameters[name] = (kept - learning_rate * m / (np.sqrt(v) + r.epsilon)).astype(np.float32)
         self.optimizer = OptimizerState(step, first, second)
-        if step == self.nan_step:
-            loss = float("nan")
-        return StepResult.of(micro_batches, loss, norm, sum(batch.input_ids.size for batch in micro_batches))
+        return norm
 
     def eval_step(self, batch: Batch) -> StepResult:
         self._remember([batch])

@@ -1,0 +1,74 @@
+"""Whether the number of ranks changes a training's curve: step losses beside those of one device, in float32.
+
+    python -m benchmarks.ranks                       # SmolLM2-135M, 50 steps, torch over gloo and MLX over its ring
+    python -m benchmarks.ranks --only "torch full"
+
+Prints the largest relative difference of a step's loss to one device, for one device that cuts its micro-batches
+otherwise, and for several ranks; and the peak memory of the fullest rank beside its estimate.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.peer_runs import ROOT
+from common.options import EXAMPLE
+from common.run_record import Run
+
+CASES = {
+    "torch lora": ("torch", "lora", (2, 4)),
+    "torch full": ("torch", "full", (2, 4)),
+    "mlx lora": ("mlx", "lora", (2, 3)),
+    "mlx full": ("mlx", "full", (2, 3)),
+}
+
+
+def train(folder: Path, backend: str, method: str, steps: int, *more: str) -> Run:
+    words = ["--backend", backend, "--method", method, "--steps", str(steps), "--device", "cpu", "--precision", "fp32"]
+    words += ["--data", str(EXAMPLE / "train.jsonl"), "--valid-share", "0", "--batch-size", "4", "--export", "none"]
+    words += ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--quiet", "--output", str(folder), *more]
+    subprocess.run([sys.executable, str(ROOT / "cli.py"), "train", *words], check=True, cwd=ROOT)
+    return Run(folder)
+
+
+def losses(run: Run) -> list[float]:
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def measure(name: str, steps: int) -> None:
+    backend, method, ranks = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        one = train(Path(folder) / "one", backend, method, steps)
+        expected = losses(one)
+        ways = {"one device, a row at a time": ["--micro-batch-tokens", "1"]}
+        ways |= {f"{count} ranks": ["--devices", str(count)] for count in ranks}
+        for number, (way, more) in enumerate(ways.items()):
+            run = train(Path(folder) / str(number), backend, method, steps, *more)
+            apart = max(abs(a - b) / a for a, b in zip(expected, losses(run), strict=True))
+            record = run.record
+            if record.recipe_hash != one.record.recipe_hash:
+                raise SystemExit(f"{way}: another recipe")
+            peak, estimate = record.peak_memory_bytes or 0, record.predicted_peak_bytes or 0
+            print(
+                f"| {name} | {way} | {apart:.1e} | {peak / 1e9:.2f} GB ({100 * (estimate / peak - 1):+.0f} %) | "
+                f"{record.tokens_per_second:.0f} |",
+                flush=True,
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES])
+    parser.add_argument("--steps", type=int, default=50)
+    given = parser.parse_args()
+    print("| training | on | step losses apart from one device | peak (estimate) | tokens/s |\n|" + " --- |" * 5)
+    for name in given.only:
+        measure(name, given.steps)
+
+
+if __name__ == "__main__":
+    main()

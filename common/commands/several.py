@@ -1,0 +1,133 @@
+"""A training on several devices: start the launcher, or be one of the processes that it has started."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from common.backend_package import RankPackage
+from common.context import Context
+from common.display import Display
+from common.errors import RankLost, UserError
+from common.models.training_base import find_base
+from common.option_sources import load_options
+from common.options import Options
+from common.recipe import Recipe
+from common.run_record import Run
+from common.system.hardware import choose_backend
+from common.system.launch import Launch
+from common.training.ranked_backend import RankedPackage, follow
+from common.training.ranks import Ranks
+from common.training.resume import options_to_resume
+
+
+def start(options: Options, context: Context) -> int:
+    """Give this command to --devices processes of this machine; the exit status."""
+    package, device = _on(options, context)
+    count, here = int(counted(options, context).devices or 1), package.device_count(device)
+    if device != "cpu" and count > here:
+        raise UserError(
+            f"--devices {options.devices}: {here} {'GPU is' if here == 1 else 'GPUs are'} here.",
+            "Give a smaller number, or all. Several machines: see docs/scale.md.",
+        )
+    return package.launch(count, sys.argv)
+
+
+def counted(options: Options, context: Context) -> Options:
+    """The options with --devices as a number."""
+    if options.devices != "all":
+        return options
+    package, device = _on(options, context)
+    return options.model_copy(update={"devices": str(package.device_count(device))})
+
+
+def _on(options: Options, context: Context) -> tuple[RankPackage, str]:
+    """The package of the backend that would train, and the device."""
+    kept = Run(Path(options.resume)).plan.backend if options.resume else "auto"
+    name = choose_backend(kept if options.backend == "auto" else options.backend, context.backends).value
+    package = _package(name, context)
+    return package, package.choose_device(options.device).value
+
+
+def restarted(options: Options, launch: Launch) -> Options:
+    """Where torchrun has started all ranks again: the options that continue the run that they had begun."""
+    if not launch.restarts or options.resume:
+        return options
+    folders = [Path(options.output)] if options.output else [*Path("runs").glob("*")]
+    runs = [Run(folder) for folder in folders if Run(folder).record_file.exists()]
+    begun = [run for run in runs if run.record.launch == launch.name]
+    newest = max(begun, key=lambda run: run.record_file.stat().st_mtime, default=None)
+    return options_to_resume(options, newest) if newest else options
+
+
+@contextmanager
+def first_rank(options: Options, context: Context, launch: Launch) -> Iterator[tuple[Options, Context]]:
+    """The options and the context with which rank 0 trains on all ranks; these end when it does."""
+    package, ranks = _join(options, context, launch)
+    ranked = RankedPackage(package, ranks)
+    backends = context.backends
+    given = {"backend": launch.by, "device": ranks.members[0].device, "devices": str(ranks.group.size)}
+    lost = False
+    try:
+        yield (
+            restarted(options, launch).model_copy(update=given),
+            replace(context, backends=lambda name: ranked if name == launch.by else backends(name)),
+        )
+    except RankLost:
+        lost = True  # the others see it too; nothing more can be told
+        raise
+    finally:
+        if not lost:
+            with suppress(RankLost):
+                ranks.tell("end")
+        ranks.group.close()
+
+
+def other_rank(args: argparse.Namespace, context: Context, launch: Launch) -> int:
+    """Do what rank 0 asks for, which stops where that is asked for, and alone says what is wrong."""
+    try:
+        options, _ = load_options(args.flags, args.command)
+        package, ranks = _join(options, context, launch)
+    except UserError:  # rank 0 has it too
+        return 1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        follow(package.create, ranks, lambda recipe: _base(options, recipe, launch.by))
+    except RankLost:  # rank 0 says which
+        return 1
+    except UserError as error:
+        raise UserError(f"rank {launch.rank}: {error.what}", error.fix) from None
+    ranks.group.close()
+    return 0
+
+
+def _join(options: Options, context: Context, launch: Launch) -> tuple[RankPackage, Ranks]:
+    if options.backend not in ("auto", launch.by):
+        launcher = {"torch": "torchrun", "mlx": "mlx.launch"}[launch.by]
+        raise UserError(f"--backend {options.backend}: {launcher} has started this.", f"Use --backend {launch.by}.")
+    package = _package(launch.by, context)
+    if fault := package.fault():
+        raise fault
+    device = package.choose_device(package.rank_device(options.device, launch.local_rank))
+    handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's would run only when all have joined
+    ranks = Ranks.join(package, device.value)
+    signal.signal(signal.SIGTERM, handler)
+    return package, ranks
+
+
+def _package(name: str, context: Context) -> RankPackage:
+    return cast(RankPackage, context.backends(name))
+
+
+def _base(options: Options, recipe: Recipe, backend: str) -> Path:
+    """What this rank's backend loads. Raises UserError where it is not the recipe's model."""
+    name = options.model or recipe.model
+    base = find_base(Options(model=name), backend, recipe.quantization, Display("quiet"))
+    if base.model.content_hash() != recipe.model_hash:
+        raise UserError(f"{name} is another model here than on rank 0.", "Give all machines the same model.")
+    return base.training_base

@@ -1,0 +1,252 @@
+"""Several ranks behind one backend. Rank 0 trains as if it were alone, and the others do their part of what it does.
+
+So what a training decides is decided once: where to cut finer, when to stop, which adapter is the best. What is told,
+and what each rank then does, stands in `RankedBackend` and `follow`, method by method.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.backend import (
+    Adapter,
+    Backend,
+    Batch,
+    Memory,
+    ModelInfo,
+    OptimizerState,
+    OutOfMemory,
+    RankBackend,
+    StepResult,
+    weight_sum,
+)
+from common.backend_package import RankPackage
+from common.errors import RankLost, UserError
+from common.memory_terms import MicroBatchShape
+from common.recipe import Plan, Recipe
+from common.sampling import Sampler
+from common.training.messages import (
+    Message,
+    adapter_of,
+    adapter_parts,
+    batch_arrays,
+    batches_of,
+    optimizer_arrays,
+    optimizer_of,
+)
+from common.training.ranks import Ranks
+
+_ELSEWHERE = "on another rank"
+
+
+@dataclass
+class RankedBackend:
+    """Rank 0's. See `common.backend.Backend` for the contract of every method."""
+
+    local: RankBackend
+    ranks: Ranks
+    peak: int = field(default=0, init=False)  # bytes, of the rank that has taken most
+
+    def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
+        values, arrays = adapter_parts(adapter) if adapter else (None, {})
+        settings = {"recipe": recipe.content(), "plan": plan.model_dump(), "adapter": values}
+        self.ranks.tell("load", settings, arrays)
+        return _load(self.local, self.ranks, recipe, plan, lambda: folder, adapter)
+
+    def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
+        raise NotImplementedError("one training after another over a loaded base is for one device")
+
+    def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
+        found = shapes()
+        self.ranks.tell("expect", {"shapes": [[*shape, count] for shape, count in found.items()]})
+        self.local.expect(lambda: found)
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        weight = weight_sum(micro_batches)
+        values = {"step": step, "rate": learning_rate, "weight": weight, "ranks": [b.rank for b in micro_batches]}
+        self.ranks.tell("step", values, batch_arrays(micro_batches))
+        loss, norm, padded, peak = _step(self.local, self.ranks, micro_batches, weight, learning_rate, step)
+        self.peak = max(self.peak, peak)
+        return StepResult.of(micro_batches, loss, norm, padded)
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        self.ranks.tell("evaluate", {}, batch_arrays([batch]))
+        loss, padded = _evaluate(self.local, self.ranks, batch)
+        return StepResult.of([batch], loss, 0.0, padded)
+
+    def get_adapter(self) -> Adapter:
+        return self.local.get_adapter()
+
+    def set_adapter(self, adapter: Adapter) -> None:
+        self.ranks.tell("adapter", *adapter_parts(adapter))
+        self.local.set_adapter(adapter)
+
+    def get_optimizer(self) -> OptimizerState:
+        return self.local.get_optimizer()
+
+    def set_optimizer(self, state: OptimizerState) -> None:
+        self.ranks.tell("optimizer", {"step": state.step}, optimizer_arrays(state))
+        self.local.set_optimizer(state)
+
+    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
+        return self.local.dequantized()
+
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
+        return self.local.logits(token_ids, adapter, positions)
+
+    def generate(
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
+    ) -> Iterator[int]:
+        return self.local.generate(token_ids, max_new_tokens, stop_ids, sampler, adapter)
+
+    def memory(self) -> Memory:
+        found = self.local.memory()
+        return replace(found, peak=max(found.peak, self.peak))
+
+    def cpu_threads(self) -> tuple[int, int] | None:
+        return self.local.cpu_threads()
+
+    def apply_plan(self, plan: Plan) -> None:
+        self.ranks.tell("plan", {"plan": plan.model_dump()})
+        self.local.apply_plan(plan)
+
+    def close(self) -> None:
+        self.ranks.tell("close")
+        self.local.close()
+
+
+def follow(create: Callable[[], RankBackend], ranks: Ranks, base: Callable[[Recipe], Path]) -> None:
+    """Do what rank 0 asks for, until it ends.
+
+    base: gives the folder of the recipe's model on this machine; may raise UserError.
+    """
+    device = ranks.members[ranks.group.rank].device
+    while (message := ranks.hear()).kind != "end":
+        kind, values, arrays = message
+        if kind == "load":
+            recipe, plan = Recipe.model_validate(values["recipe"]), Plan.model_validate(values["plan"]).on(device)
+            adapter = adapter_of(values["adapter"], arrays) if values["adapter"] else None
+            backend = create()
+            try:
+                _load(backend, ranks, recipe, plan, partial(base, recipe), adapter)
+            except RankLost:
+                raise
+            except UserError:
+                pass  # rank 0 says it, and ends
+        elif kind == "close":
+            backend.close()
+        else:
+            _do(message, backend, ranks, device)
+
+
+def _do(message: Message, backend: RankBackend, ranks: Ranks, device: str) -> None:
+    """What is asked of a backend that is loaded."""
+    kind, values, arrays = message
+    if kind == "step":
+        micro_batches = batches_of(arrays, values["ranks"])
+        try:
+            _step(backend, ranks, micro_batches, values["weight"], values["rate"], values["step"])
+        except OutOfMemory:
+            pass  # rank 0 raises it too, and repeats the step
+    elif kind == "evaluate":
+        try:
+            _evaluate(backend, ranks, *batches_of(arrays, [0]))
+        except OutOfMemory:
+            pass
+    elif kind == "expect":
+        shapes = Counter({MicroBatchShape(*shape): count for *shape, count in values["shapes"]})
+        backend.expect(lambda: shapes)
+    elif kind == "adapter":
+        backend.set_adapter(adapter_of(values, arrays))
+    elif kind == "optimizer":
+        backend.set_optimizer(optimizer_of(values["step"], arrays))
+    elif kind == "plan":
+        backend.apply_plan(Plan.model_validate(values["plan"]).on(device))
+
+
+def _load(
+    backend: RankBackend, ranks: Ranks, recipe: Recipe, plan: Plan, base: Callable[[], Path], adapter: Adapter | None
+) -> ModelInfo:
+    """Load on every rank. Raises the fault of the first that cannot."""
+    fault, info = None, None
+    try:
+        info = backend.load(recipe, plan, base(), adapter)
+    except UserError as error:
+        fault = error
+    ranks.agree(fault)
+    if info is None:
+        raise RuntimeError("a fault is not told")
+    return info
+
+
+def _step(
+    backend: RankBackend, ranks: Ranks, micro_batches: Sequence[Batch], weight: float, rate: float, step: int
+) -> tuple[Any, Any, int, int]:
+    """`(loss, gradient norm, positions, peak memory)` of the step over all ranks, the peak of the one that takes most.
+
+    Raises OutOfMemory on all where one does.
+    """
+    padded, fault = 0, None
+    try:
+        padded = backend.accumulate([batch for batch in micro_batches if batch.rank == ranks.group.rank], weight, step)
+    except OutOfMemory as error:
+        fault = error
+    found = ranks.gather(fault is not None, padded, backend.memory().peak)
+    failed, positions, _ = found.sum(axis=0)
+    if failed:
+        raise fault or OutOfMemory(_ELSEWHERE)
+    ranks.naming(backend.sum_gradients)
+    return *backend.apply_gradients(rate), int(positions), int(found[:, 2].max())
+
+
+def _evaluate(backend: RankBackend, ranks: Ranks, batch: Batch) -> tuple[float, int]:
+    """`(loss, positions)` of a micro-batch whose rows the ranks share. Raises OutOfMemory on all where one does."""
+    loss, padded, fault = 0.0, 0, None
+    try:
+        if mine := _share(batch, ranks.group.rank, ranks.group.size):
+            result = backend.eval_step(mine)
+            loss, padded = float(result.loss_sum), result.padded_tokens
+    except OutOfMemory as error:
+        fault = error
+    failed, loss, positions = ranks.gather(fault is not None, loss, padded).sum(axis=0)
+    if failed:
+        raise fault or OutOfMemory(_ELSEWHERE)
+    return float(loss), int(positions)
+
+
+def _share(batch: Batch, rank: int, size: int) -> Batch | None:
+    """The rows of one rank: every so many, so that all have rows of like lengths. None where there are fewer rows."""
+    lengths = batch.lengths[rank::size]
+    if not len(lengths):
+        return None
+    width = int(lengths.max())
+    cut = {name: getattr(batch, name)[rank::size, :width] for name in ("input_ids", "targets", "loss_weights")}
+    return replace(batch, lengths=lengths, **cut)
+
+
+class RankedPackage:
+    """A package that makes a backend of all ranks, on rank 0. See `common.backend_package.BackendPackage`."""
+
+    def __init__(self, package: RankPackage, ranks: Ranks) -> None:
+        self._package, self._ranks = package, ranks
+        self.memory_terms, self.fault = package.memory_terms, package.fault
+        self.choose_device, self.choose_precision = package.choose_device, package.choose_precision
+        self.quantization_scheme, self.is_deterministic = package.quantization_scheme, package.is_deterministic
+
+    def create(self) -> Backend:
+        return RankedBackend(self._package.create(), self._ranks)
+
+    def free_memory(self, device: str) -> tuple[int, str]:
+        """Of the rank that has least."""
+        least = min(self._ranks.members, key=lambda member: member.free)
+        return least.free, f"{least.what} of rank {least.rank}"

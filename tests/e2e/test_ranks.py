@@ -1,0 +1,148 @@
+"""Trainings on several devices as a user starts them: each rank a process, over gloo or MLX's ring."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.models.adapter_files import read_trained
+from common.run_record import Run
+from common.training import checkpoint
+from tests import ROOT
+from tests.e2e.command_line import twintune
+from tests.e2e.test_stops import saved, steps, wait_for
+from tests.tiny import write_model, write_rows
+
+BACKENDS = ("torch", "mlx")
+FOREVER = ("--steps", 100_000, "--patience", 0, "--eval-every", 100_000)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    place = tmp_path_factory.mktemp("ranks")
+    model, data = write_model(place / "model"), place / "data"
+    data.mkdir()
+    write_rows(data / "train.jsonl", 24, longest=90)
+    write_rows(data / "valid.jsonl", 11)
+    words = ("--model", model, "--data", data, "--device", "cpu", "--precision", "fp32", "--export", "none")
+    return [*map(str, words), "--batch-size", "6"]
+
+
+def losses(run: Path) -> np.ndarray:
+    """Those of steps and validations, in their order."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return np.array([line.get("loss", line.get("valid_loss")) for line in lines])
+
+
+def arrays(run: Path) -> dict[str, np.ndarray]:
+    return read_trained(run, 2).arrays()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_ranks_give_the_curve_and_the_adapter_of_one_device(
+    backend: str, method: str, given: list[str], tmp_path: Path
+) -> None:
+    words = ["train", *given, "--backend", backend, "--method", method, "--steps", "12", "--eval-every", "4"]
+    twintune(*words, "--output", tmp_path / "one")
+    twintune(*words, "--devices", 3, "--output", tmp_path / "three")
+    one, three = (Run(tmp_path / name) for name in ("one", "three"))
+    assert (one.plan.ranks, three.plan.ranks) == (1, 3)
+    assert one.recipe.hash() == three.recipe.hash()
+    np.testing.assert_allclose(losses(three.path), losses(one.path), rtol=1e-5)
+    for name, array in arrays(one.path).items():
+        np.testing.assert_allclose(arrays(three.path)[name], array, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rank_that_is_killed_ends_the_run_by_name_and_it_continues(
+    backend: str, given: list[str], tmp_path: Path
+) -> None:
+    """On the same number of ranks to the same bits, and on one device up to rounding."""
+    words = ["train", *given, "--backend", backend, "--steps", "60", "--save-every", "10", "--patience", "0"]
+    twintune(*words, "--devices", 2, "--output", tmp_path / "reference")
+    run = tmp_path / "killed"
+    with started([*words, "--devices", "2", "--output", str(run)], tmp_path / "log") as process:
+        wait_for(lambda: steps(run) > 15, 120)
+        victim = ranks(process)[1]
+        os.kill(victim, signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert f"rank 1 (process {victim} on " in (tmp_path / "log").read_text()
+    assert f"--resume {run}" in (tmp_path / "log").read_text()
+    assert checkpoint.latest_step(run) == 10
+    shutil.copytree(run, tmp_path / "alone")
+    twintune("train", "--resume", run, "--devices", 2)
+    assert all(np.array_equal(arrays(run)[name], array) for name, array in arrays(tmp_path / "reference").items())
+    assert np.array_equal(losses(run), losses(tmp_path / "reference"))
+    twintune("train", "--resume", tmp_path / "alone")
+    assert [plan["ranks"] for plan in Run(tmp_path / "alone").record.plans] == [2, 1]
+    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(run), rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_ctrl_c_saves_and_ends_all(backend: str, given: list[str], tmp_path: Path) -> None:
+    run, words = tmp_path / "run", ["train", *given, *FOREVER, "--backend", backend, "--devices", 2]
+    with started([*words, "--output", run], tmp_path / "log") as process:
+        wait_for(lambda: steps(run) > 15, 120)
+        pids = ranks(process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        assert process.wait(60) == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert saved(run) > 15
+    text = (tmp_path / "log").read_text()
+    assert "stopping: the step is finished and saved first" in text
+    assert "error" not in text
+
+
+def test_torchrun_starts_again_and_the_run_continues(given: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    words = [str(ROOT / "cli.py"), "train", *given, "--steps", "60", "--save-every", "10", "--patience", "0"]
+    with started([*words, "--output", str(run)], tmp_path / "log", torchrun) as process:
+        wait_for(lambda: steps(run) > 15, 120)
+        os.kill(ranks(process)[1], signal.SIGKILL)
+        assert process.wait(120) == 0
+    assert Run(run).record.status == "complete"
+    assert losses(run).size == 60 + 1 + Run(run).record.steps // Run(run).recipe.eval_every
+
+
+def test_bad_input_is_said_once(given: list[str], tmp_path: Path) -> None:
+    text = twintune("train", *given, "--devices", 2, "--targets", "q_proj", "--layers", "7", code=1)
+    assert text.count("error:") == 1
+    assert "--layers" in text
+    text = twintune("train", *given, "--devices", 2, "--data", tmp_path / "nothing.jsonl", code=1)
+    assert text.count("error:") == 1
+    assert "nothing.jsonl" in text
+
+
+def started(words: list[object], log: Path, before: list[str] | None = None) -> subprocess.Popen:
+    program = before if before is not None else [str(ROOT / "cli.py")]
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *program, *map(str, words)],
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+
+def ranks(process: subprocess.Popen) -> list[int]:
+    """The processes' ids, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            env = dict(entry.partition(b"=")[::2] for entry in path.read_bytes().split(b"\0"))
+            parent = int((path.parent / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == process.pid and (rank := env.get(b"RANK") or env.get(b"MLX_RANK")):
+            found[int(rank)] = int(path.parent.name)
+    return [found[rank] for rank in sorted(found)]

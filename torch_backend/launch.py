@@ -1,0 +1,45 @@
+"""Several processes of this machine that train together, started as torchrun starts them."""
+
+import logging
+import os
+import signal
+import sys
+
+from common.errors import RankLost
+from common.system.hardware import physical_cores
+
+_GRACE = 300  # seconds in which a rank that is told to end may finish and save its step
+
+
+def launch(count: int, command: list[str]) -> int:
+    """Run the program in `count` processes; the exit status of the first that failed, 130 where the user stopped it."""
+    import psutil
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.disable()  # the ranks say what happened
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=f"twintune-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGINT,SIGTERM,SIGHUP",  # each rank gets it: rank 0 stops, and the others with it
+        shutdown_timeout=_GRACE,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*command)
+    except SignalException:
+        for rank in psutil.Process().children():  # of a second Ctrl-C
+            rank.kill()
+        return 130
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        if rank == 0 and first.exitcode < 0:  # of another rank rank 0 has said it
+            raise RankLost(signal.Signals(-first.exitcode).name, f"rank 0 (process {first.pid})") from None
+        return max(1, first.exitcode)
+    return 0
