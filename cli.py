@@ -30,6 +30,7 @@ COMMANDS = {
     "generate": "answer every prompt of a file, as rows in the training format",
     "serve": "serve the GGUF of a run as an OpenAI-compatible endpoint",
     "compare": "put runs side by side: recipe, speed, memory, losses",
+    "worker": "help a training on another computer (train --with)",
     "push": "upload a finished run to the hub",
     "adapter": "inspect or convert an adapter of PEFT, mlx-lm or llama.cpp",
     "llama": "build, find or remove llama.cpp",

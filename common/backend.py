@@ -281,26 +281,3 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free the model; the backend is not used again."""
         ...
-
-
-class RankBackend(Backend, Protocol):
-    """A backend that can be one of several ranks, which compute a step together."""
-
-    def accumulate(self, micro_batches: Sequence[Batch], weight: float, step: int) -> int:
-        """Begin a step of which others compute a part: the gradients of these of its micro-batches, if any.
-
-        weight: the sum of weights of the complete step, by which each part is divided. Returns the positions that
-        attention computes. Raises OutOfMemory with weights and optimizer state as they were.
-        """
-        ...
-
-    def sum_gradients(self) -> None:
-        """Add to the loss and the gradients what the other ranks have accumulated: all get the same bits.
-
-        Raises RankLost.
-        """
-        ...
-
-    def apply_gradients(self, learning_rate: float) -> tuple[SupportsFloat, SupportsFloat]:
-        """End the step: clip, and update the weights. `(the loss's sum over label tokens, the gradient norm)`."""
-        ...

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from common.backend import Backend, RankBackend
+from common.backend import Backend
 from common.errors import UserError
 from common.memory_terms import MemoryTerms, ModelDims
+from common.rank_backend import RankBackend
 
 if TYPE_CHECKING:
     import numpy as np

@@ -3,6 +3,7 @@
 Options are validated by these functions, so this file cannot import Options.
 """
 
+import re
 from typing import Any
 
 from common.option_fields import RecipeFields, extra_of
@@ -13,7 +14,14 @@ _ADAPTER = [name for name, field in RecipeFields.model_fields.items() if extra_o
 SHAPE = ["adapter", *(name for name in _ADAPTER if name != "method")]  # of the adapter
 
 
-def faults_of_data(options: Any) -> list[str]:
+_ADDRESS = re.compile(r"([^\s:/]+|\[[0-9a-f:]+\]):\d{1,5}")
+
+
+def faults_of(options: Any) -> list[str]:
+    return [*_of_data(options), *_of_method(options), *_of_devices(options), *_of_export(options)]
+
+
+def _of_data(options: Any) -> list[str]:
     sources, weights, faults = options.data, options.weights, []
     if twice := [source for source in dict.fromkeys(sources) if sources.count(source) > 1]:
         faults.append(f"data: {', '.join(twice)} is given twice: to count its rows more, give it a weight")
@@ -26,7 +34,7 @@ def faults_of_data(options: Any) -> list[str]:
     return faults
 
 
-def faults_of_method(options: Any) -> list[str]:
+def _of_method(options: Any) -> list[str]:
     fields = type(options).model_fields
     changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
     faults = []
@@ -42,7 +50,18 @@ def faults_of_method(options: Any) -> list[str]:
     return faults
 
 
-def faults_of_export(options: Any) -> list[str]:
+def _of_devices(options: Any) -> list[str]:
+    faults = []
+    if options.devices is not None and options.workers:
+        faults.append("devices and with cannot be combined: give one of them")
+    if options.workers and options.method == "full":
+        faults.append("with cannot be combined with method full: every weight would go out with each step")
+    if wrong := [address for address in options.workers if not _ADDRESS.fullmatch(address)]:
+        faults.append(f"with: {wrong[0]!r} is not HOST:PORT")
+    return faults
+
+
+def _of_export(options: Any) -> list[str]:
     faults = []
     if options.imatrix and options.export != "gguf":
         faults.append(f"imatrix is for a GGUF, and export is {options.export}")

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from common.option_faults import faults_of_data, faults_of_export, faults_of_method
+from common.option_faults import faults_of
 from common.option_fields import (
     PlanFields,
     RecipeFields,
@@ -106,6 +106,12 @@ class Options(RecipeFields, PlanFields):
         "result. On several machines: see docs/scale.md",
         value="N",
         choices=("all",),
+    )
+    workers: list[str] = in_memory(
+        [],
+        "other computers on which `worker` runs and helps; each computes a part of every step by its speed",
+        alias="with",
+        value="HOST:PORT [HOST:PORT ...]",
     )
     precision: Literal["auto", "bf16", "fp32"] = in_memory(
         "auto", "type of the frozen base's weights; the adapter and its optimizer are always float32"
@@ -257,7 +263,7 @@ class Options(RecipeFields, PlanFields):
     def _together(self) -> "Options":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("steps and epochs are both given: leave one out")
-        if faults := [*faults_of_data(self), *faults_of_method(self), *faults_of_export(self)]:
+        if faults := faults_of(self):
             raise ValueError("; ".join(faults))
         return self
 

@@ -106,6 +106,7 @@ class RunRecord(_Record):
     stop_ids: list[int]
     named_llama_cpp: str | None = None  # --llama-cpp when the run was made; a program is never taken from a record
 
+    shares: list[dict[str, Any]] = []  # of the tokens, what each computer of --with has computed
     launch: str = ""  # of several ranks that began it, by the name that torchrun's restarts keep
     parent: Parent | None = None  # of the recipe
     plans: list[dict[str, Any]] = []

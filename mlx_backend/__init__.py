@@ -3,8 +3,8 @@
 `BackendPackage` says what each name here answers. MLX is imported by `create`, or by what must look at a device.
 """
 
-from common.backend import RankBackend
 from common.backend_package import Group
+from common.rank_backend import RankBackend
 from mlx_backend import memory_terms
 from mlx_backend.devices import (
     choose_device,

@@ -39,13 +39,11 @@ from mlx_backend.device_settings import DeviceSettings  # noqa: E402
 from mlx_backend.group import sum_over_ranks  # noqa: E402
 from mlx_backend.lora import Dropout, attach, detached, paths, put  # noqa: E402
 from mlx_backend.loss import Inputs, inputs_of, loss_sum  # noqa: E402
-from mlx_backend.model import head, hidden_states, load_base  # noqa: E402
+from mlx_backend.model import DTYPES, head, hidden_states, load_base  # noqa: E402
 from mlx_backend.optimizer import Optimizer, State  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
 from mlx_backend.trained import Tensors, Trained  # noqa: E402
 from mlx_backend.weights import to_mlx, to_numpy  # noqa: E402
-
-_DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
 class MlxBackend:
@@ -63,7 +61,7 @@ class MlxBackend:
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
-        self.model: Any = load_base(base, _DTYPES[recipe.precision])
+        self.model: Any = load_base(base, DTYPES[recipe.precision])
         self.names = base.full_names
         with device_errors():
             if recipe.quantization != "none" and not is_quantized(base):
@@ -187,6 +185,16 @@ class MlxBackend:
     def sum_gradients(self) -> None:
         self.accumulated = sum_over_ranks(self.accumulated)
 
+    def accumulated_loss(self) -> float:
+        return float(self.accumulated[0])
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        return self._to_numpy([gradient / self.weight for gradient in self.accumulated[1:]])
+
+    def add_gradients(self, loss: float, gradients: dict[str, np.ndarray]) -> None:
+        added = [mx.array(loss), *(tensor * self.weight for tensor in self._to_tensors(gradients))]
+        self.accumulated = [*map(mx.add, self.accumulated, added)]
+
     def apply_gradients(self, learning_rate: float) -> tuple[mx.array, mx.array]:
         with device_errors():
             total_loss, norm = self._apply(learning_rate)
@@ -253,13 +261,7 @@ class MlxBackend:
             self.confirmation.settle(self.states)
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        def checked(make: Callable[[], np.ndarray]) -> np.ndarray:
-            with device_errors():
-                array = make()
-                self.confirmation.settle([])
-            return array
-
-        return {name: partial(checked, make) for name, make in dequantized(self.model, self.names).items()}
+        return dequantized(self.model, self.names, self.confirmation)
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self._ready()

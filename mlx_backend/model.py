@@ -19,6 +19,8 @@ from mlx_backend.attention import RaggedRows
 from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
 
+DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
+
 
 class _Rope(nn.Module):
     """Rotates x [B, heads, T, head_dim] by positions from `offset` on; see `mlx_backend.rope`."""

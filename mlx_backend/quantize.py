@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from common.errors import UserError
+from mlx_backend.confirmation import Confirmation, device_errors
 
 
 def quantize(model: Any, scheme: str) -> None:
@@ -29,15 +30,18 @@ def quantize(model: Any, scheme: str) -> None:
         mx.eval(layer.parameters())
 
 
-def dequantized(model: Any, names: dict[str, str]) -> dict[str, Callable[[], np.ndarray]]:
+def dequantized(model: Any, names: dict[str, str], confirmation: Confirmation) -> dict[str, Callable[[], np.ndarray]]:
     """See `common.backend.Backend`. names: of a tensor in the language model alone -> in the checkpoint."""
     return {
-        names[f"{name.removesuffix('.linear')}.weight"]: partial(_dequantize, module)
+        names[f"{name.removesuffix('.linear')}.weight"]: partial(_dequantize, module, confirmation)
         for name, module in model.named_modules()
         if isinstance(module, nn.QuantizedLinear)
     }
 
 
-def _dequantize(module: Any) -> np.ndarray:
-    weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode)
-    return np.array(weight.astype(mx.float32))
+def _dequantize(module: Any, confirmation: Confirmation) -> np.ndarray:
+    with device_errors():
+        weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits, module.mode)
+        array = np.array(weight.astype(mx.float32))
+        confirmation.settle([])
+    return array

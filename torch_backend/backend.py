@@ -1,8 +1,6 @@
 """The PyTorch backend: a transformers model with PEFT's LoRA layers behind `common.backend.Backend`."""
 
 import gc
-import logging
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -39,22 +37,11 @@ from torch_backend.loss import PackedBatch, loss_of, loss_sum
 from torch_backend.matmul import pad_multiple
 from torch_backend.memory_terms import packs_attention
 from torch_backend.mlp import recomputing
-from torch_backend.model import DTYPES, load_model
+from torch_backend.model import DTYPES, import_libraries, load_model
 from torch_backend.optimizer import Optimizer, to_numpy
 from torch_backend.quantize import dequantized
 
 _T = TypeVar("_T")
-
-
-def _import_libraries() -> None:
-    """Import them before memory is counted: what they take is not the model's. Ours is the only display."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names a package that would be faster
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 class TorchBackend:
@@ -63,7 +50,7 @@ class TorchBackend:
     graphs: Graphs | None
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
-        _import_libraries()
+        import_libraries()
         return_large_blocks()
         self.device = torch.device(plan.device_name)
         self.settings = DeviceSettings(self.device, plan.memory_budget)
@@ -186,6 +173,20 @@ class TorchBackend:
 
     def sum_gradients(self) -> None:
         sum_over_ranks([self.total, *self.optimizer.gradients()])
+
+    def accumulated_loss(self) -> float:
+        with _device_errors():
+            return float(self.total)
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        self.optimizer.gradients()
+        return {name: to_numpy(parameter.grad) for name, parameter in self.parameters.items()}
+
+    def add_gradients(self, loss: float, gradients: dict[str, np.ndarray]) -> None:
+        self.total += loss
+        self.optimizer.gradients()
+        for name, parameter in self.parameters.items():
+            parameter.grad += torch.from_numpy(gradients[name]).to(self.device)
 
     def apply_gradients(self, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
         norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)

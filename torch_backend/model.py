@@ -1,5 +1,7 @@
 """The frozen base model: transformers' own, every weight read from the checkpoint and checked."""
 
+import logging
+import warnings
 from functools import partial
 from typing import Any
 
@@ -20,6 +22,17 @@ _TEXT_NAMES = {
     r"^language_model\.lm_head\.": "lm_head.",
     r"^model\.language_model\.": "model.",
 }
+
+
+def import_libraries() -> None:
+    """Import them before memory is counted: what they take is not the model's. Ours is the only display."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names a package that would be faster
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:

@@ -50,12 +50,24 @@ def compare(runs: list[Path], display: Display) -> None:
             display.say(
                 f"{run.name} changed its plan during training ({moves}): its speed and memory are of both plans."
             )
+    for run, record in zip(runs, records, strict=True):
+        if record.shares:
+            display.say(f"{run.name} was computed by {'; '.join(_shares(record.shares))}.")
     kinds = {record.memory_kind for record in records}
     if len(kinds) > 1:
         display.say(
             f"peak memory was measured in different ways ({', '.join(sorted(map(str, kinds)))}): "
             "compare peak RSS instead, which is the same in every run."
         )
+
+
+def _shares(shares: list[dict[str, Any]]) -> list[str]:
+    total = sum(share["tokens"] for share in shares)
+    return [
+        f"{share['who']} ({share['what']}): {share['tokens'] / total:.0%} of the tokens, "
+        f"{share['tokens_per_second']:.0f} tokens/s"
+        for share in shares
+    ]
 
 
 def _moved(plan: dict[str, Any]) -> str:

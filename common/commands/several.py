@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from common.backend_package import RankPackage
+from common.backend_package import BackendPackage, RankPackage
 from common.context import Context
 from common.display import Display
 from common.errors import RankLost, UserError
@@ -23,6 +23,8 @@ from common.system.launch import Launch
 from common.training.ranked_backend import RankedPackage, follow
 from common.training.ranks import Ranks
 from common.training.resume import options_to_resume
+from common.training.shared_backend import SharedPackage
+from common.training.transport import Line, secret
 
 
 def start(options: Options, context: Context) -> int:
@@ -97,7 +99,7 @@ def other_rank(args: argparse.Namespace, context: Context, launch: Launch) -> in
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     try:
-        follow(package.create, ranks, lambda recipe: _base(options, recipe, launch.by))
+        follow(package.create, ranks, lambda recipe: base_folder(options.model, recipe, launch.by))
     except RankLost:  # rank 0 says which
         return 1
     except UserError as error:
@@ -124,10 +126,24 @@ def _package(name: str, context: Context) -> RankPackage:
     return cast(RankPackage, context.backends(name))
 
 
-def _base(options: Options, recipe: Recipe, backend: str) -> Path:
-    """What this rank's backend loads. Raises UserError where it is not the recipe's model."""
-    name = options.model or recipe.model
+@contextmanager
+def workers(options: Options, context: Context) -> Iterator[Context]:
+    """The context with which this computer trains with those of --with."""
+    shared = secret()
+    lines = [Line(address, shared) for address in options.workers]
+
+    def package(name: str) -> BackendPackage:
+        return SharedPackage(_package(name, context), lines, context.display.say)
+
+    yield replace(context, backends=package)
+
+
+def base_folder(given: str | None, recipe: Recipe, backend: str) -> Path:
+    """What a backend of another process than the first loads. Raises UserError where it is not the recipe's model."""
+    name = given or recipe.model
     base = find_base(Options(model=name), backend, recipe.quantization, Display("quiet"))
     if base.model.content_hash() != recipe.model_hash:
-        raise UserError(f"{name} is another model here than on rank 0.", "Give all machines the same model.")
+        raise UserError(
+            f"{name} is another model here than where the training began.", "Give all machines the same model."
+        )
     return base.training_base

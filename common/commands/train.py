@@ -1,16 +1,16 @@
 """The main job in its order: check everything, train, fuse, export, verify."""
 
 import argparse
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from common.backend import Adapter, Backend, Memory, ModelInfo
+from common.backend import Adapter, Backend, ModelInfo
 from common.commands.arguments import add_options, read_options
 from common.commands.fuse import export_run, record_seconds
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
-from common.commands.several import first_rank, other_rank, start
+from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.watch import chat_format, watching
 from common.context import Context
 from common.data.batching import steps_per_epoch
@@ -51,6 +51,7 @@ from common.training.resume import (
     resumed_options,
 )
 from common.training.rollback import RolledBack, roll_back
+from common.training.shared_backend import SharedBackend
 from common.training.short_memory import SWAP_GROWTH
 from common.training.validation import worse_than_start
 from common.verify.cases import write_cases
@@ -144,14 +145,14 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
                 ).train()
         except BaseException as error:
             with display.optional("run.json lacks the figures of this process"):
-                _record(job, state, backend.memory(), swap_used() - swap)
+                _record(job, state, backend, swap_used() - swap)
             if isinstance(error, RolledBack):
                 display.warn(roll_back(job.run, recipe, job.plan, state, error.since))
                 backend.close()
                 if received:
                     raise Interrupted(job.run) from None
             raise
-        _record(job, state, backend.memory(), swap_used() - swap)
+        _record(job, state, backend, swap_used() - swap)
         with display.optional("later estimates of memory do not learn from this run"):
             if (seen := forecast.observation(backend.memory().peak)) and swap_used() - swap < SWAP_GROWTH:
                 keep(seen)
@@ -171,13 +172,14 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     return backend, state.best or backend.get_adapter()
 
 
-def _record(job: Job, state: State, memory: Memory, swap_growth: int) -> None:
+def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
     """Put on record what training determines; the peaks of a resumed run are of all its processes."""
-    before = job.run.record
+    before, memory = job.run.record, backend.memory()
     job.run.update(
         **figures(state, job.recipe, job.plan),
         predicted_peak_bytes=job.chosen.prediction.peak,
         predicted_parts=job.chosen.prediction.parts,
+        shares=backend.shares() if isinstance(backend, SharedBackend) else [],
         memory_kind=memory.kind,
         peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
@@ -293,7 +295,11 @@ def run(args: argparse.Namespace, context: Context) -> int:
     if launch is None and options.devices not in (None, "1"):
         return start(options, context)
     try:
-        with first_rank(options, context, launch) if launch else nullcontext((options, context)) as (options, context):
+        with ExitStack() as stack:
+            if launch:
+                options, context = stack.enter_context(first_rank(options, context, launch))
+            elif options.workers:
+                context = stack.enter_context(workers(options, context))
             run_training(options, context)
     except Interrupted as stop:
         command = f"{PROGRAM} train --resume {stop}"

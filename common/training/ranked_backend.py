@@ -5,13 +5,11 @@ and what each rank then does, stands in `RankedBackend` and `follow`, method by 
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from common.backend import (
     Adapter,
@@ -21,15 +19,14 @@ from common.backend import (
     ModelInfo,
     OptimizerState,
     OutOfMemory,
-    RankBackend,
     StepResult,
     weight_sum,
 )
 from common.backend_package import RankPackage
 from common.errors import RankLost, UserError
 from common.memory_terms import MicroBatchShape
+from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
-from common.sampling import Sampler
 from common.training.messages import (
     Message,
     adapter_of,
@@ -44,13 +41,15 @@ from common.training.ranks import Ranks
 _ELSEWHERE = "on another rank"
 
 
-@dataclass
 class RankedBackend:
     """Rank 0's. See `common.backend.Backend` for the contract of every method."""
 
-    local: RankBackend
-    ranks: Ranks
-    peak: int = field(default=0, init=False)  # bytes, of the rank that has taken most
+    def __init__(self, local: RankBackend, ranks: Ranks) -> None:
+        self.local, self.ranks = local, ranks
+        self.peak = 0  # bytes, of the rank that has taken most
+        self.get_adapter, self.get_optimizer = local.get_adapter, local.get_optimizer
+        self.logits, self.generate, self.dequantized = local.logits, local.generate, local.dequantized
+        self.cpu_threads = local.cpu_threads
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         values, arrays = adapter_parts(adapter) if adapter else (None, {})
@@ -79,42 +78,17 @@ class RankedBackend:
         loss, padded = _evaluate(self.local, self.ranks, batch)
         return StepResult.of([batch], loss, 0.0, padded)
 
-    def get_adapter(self) -> Adapter:
-        return self.local.get_adapter()
-
     def set_adapter(self, adapter: Adapter) -> None:
         self.ranks.tell("adapter", *adapter_parts(adapter))
         self.local.set_adapter(adapter)
-
-    def get_optimizer(self) -> OptimizerState:
-        return self.local.get_optimizer()
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.ranks.tell("optimizer", {"step": state.step}, optimizer_arrays(state))
         self.local.set_optimizer(state)
 
-    def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
-        return self.local.dequantized()
-
-    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
-        return self.local.logits(token_ids, adapter, positions)
-
-    def generate(
-        self,
-        token_ids: np.ndarray,
-        max_new_tokens: int,
-        stop_ids: Sequence[int],
-        sampler: Sampler,
-        adapter: bool = True,
-    ) -> Iterator[int]:
-        return self.local.generate(token_ids, max_new_tokens, stop_ids, sampler, adapter)
-
     def memory(self) -> Memory:
         found = self.local.memory()
         return replace(found, peak=max(found.peak, self.peak))
-
-    def cpu_threads(self) -> tuple[int, int] | None:
-        return self.local.cpu_threads()
 
     def apply_plan(self, plan: Plan) -> None:
         self.ranks.tell("plan", {"plan": plan.model_dump()})

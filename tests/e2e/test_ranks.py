@@ -112,6 +112,26 @@ def test_torchrun_starts_again_and_the_run_continues(given: list[str], tmp_path:
     assert losses(run).size == 60 + 1 + Run(run).record.steps // Run(run).recipe.eval_every
 
 
+def test_a_worker_of_the_other_backend_gives_the_same_curve(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWINTUNE_SECRET", "a secret that nobody guesses")
+    words = ["train", *given, "--backend", "torch", "--steps", "12", "--eval-every", "4"]
+    log = tmp_path / "worker.log"
+    with started(["worker", "--backend", "mlx", "--device", "cpu", "--port", "0"], log) as worker:
+        wait_for(lambda: "listens on" in log.read_text(), 60)
+        address = log.read_text().partition("listens on ")[2].partition(";")[0]
+        twintune(*words, "--with", address, "--output", tmp_path / "two")
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 130
+    twintune(*words, "--output", tmp_path / "one")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
+    here, there = Run(tmp_path / "two").record.shares
+    assert (here["what"], there["what"]) == ("torch on cpu", "mlx on cpu")
+    assert there["tokens"] > 0
+    assert "100%" not in twintune("compare", tmp_path / "one", tmp_path / "two").partition("computed by")[2]
+
+
 def test_bad_input_is_said_once(given: list[str], tmp_path: Path) -> None:
     text = twintune("train", *given, "--devices", 2, "--targets", "q_proj", "--layers", "7", code=1)
     assert text.count("error:") == 1

@@ -126,6 +126,7 @@ LAYERS = (
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
+    {"rank_backend"},
     {"backend_package"},
     {"display", "system"},
     {"context"},
@@ -137,7 +138,7 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY = {
-    *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "backend_package"),
+    *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "backend_package", "rank_backend"),
     *("data.batching", "data.layouts"),
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),

@@ -1,80 +1,264 @@
-"""Processes that work on the rows: Ctrl-C, which a terminal sends to all of them, is their parent's to act on."""
+"""One training on several computers: coordinator and workers in one process, over a real line."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[2]
-# Its workers take half a second to start.
-CODE = """
-import signal, sys, time
-sys.path.insert(0, {root!r})
-from common.system.workers import ordered_map
-if __name__ == "__mp_main__":
-    time.sleep(0.5)
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    print("started", flush=True)
-    try:
-        for _ in ordered_map(time.sleep, [{seconds}] * 1000, 2):
-            print("done", flush=True)
-    except KeyboardInterrupt:
-        sys.exit(130)
-"""
+from common.backend import Batch
+from common.data.batching import micro_batches
+from common.errors import UserError
+from common.options import Options
+from common.training.checkpoint import State
+from common.training.dealing import deal_by_speed, regrouped, single_rows
+from common.training.loop import TrainingLoop
+from common.training.messages import adapter_parts, batch_arrays, decoded, encoded
+from common.training.shared_backend import SharedPackage
+from common.training.transport import SECRET, Line, secret, serve
+from common.training.worker import Worker
+from tests.backends import Quiet
+from tests.unit.bigram import LAYER, Bigram, plan, recipe, rows
+from tests.unit.test_ranks import start
+
+SHARED = "a secret that nobody guesses"
 
 
-@contextmanager
-def working(path: Path, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own that has started."""
-    path.write_text(CODE.format(root=str(ROOT), seconds=seconds))
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, str(path)], start_new_session=True, text=True, **pipes) as process:
-        assert process.stdout
-        assert process.stdout.readline() == "started\n"
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+class PartBigram(Bigram):
+    """A bigram model that can compute a part of a step. fails_at: the step at which it has an unknown fault."""
+
+    def __init__(self, memory_limit: int | None = None) -> None:
+        super().__init__(memory_limit)
+        self.computed: list[int] = []
+
+    def accumulate(self, some: Sequence[Batch], weight: float, step: int) -> int:
+        self._remember(some)
+        self.computed.append(sum(len(batch.lengths) for batch in some))
+        self.step, self.loss, self.grads = step, 0.0, {n: np.zeros(a.shape) for n, a in self.parameters.items()}
+        if some:
+            self.loss, grads = self._loss(some)
+            share = sum(float(batch.loss_weights.sum()) for batch in some) / weight
+            self.grads = {name: share * grad for name, grad in grads.items()}
+        return sum(batch.input_ids.size for batch in some)
+
+    def accumulated_loss(self) -> float:
+        return self.loss
+
+    def gradients(self) -> dict[str, np.ndarray]:
+        return self.grads
+
+    def add_gradients(self, loss: float, gradients: dict[str, np.ndarray]) -> None:
+        self.loss += loss
+        self.grads = {name: grad + gradients[name] for name, grad in self.grads.items()}
+
+    def apply_gradients(self, learning_rate: float) -> tuple[float, float]:
+        return self.loss, self._update(self.grads, learning_rate, self.step)
 
 
-@pytest.mark.parametrize("after", [0.1, 0.4, 0.9])
-def test_ctrl_c_is_quiet_at_any_moment(tmp_path: Path, after: float) -> None:
-    with working(tmp_path / "work.py", 0.01) as process:
-        time.sleep(after)
-        os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    assert (process.returncode, errors) == (130, "")
+class Package:
+    memory_terms = SimpleNamespace(loss_chunk=lambda vocabulary, device: 64)
+    fault = choose_device = choose_precision = quantization_scheme = is_deterministic = None
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings, self.created = settings, list[PartBigram]()
+
+    def create(self) -> PartBigram:
+        self.created.append(PartBigram(**self.settings))
+        return self.created[-1]
+
+    def free_memory(self, device: str) -> tuple[int, str]:
+        return 10**9, "the free memory"
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGINT]])
-@pytest.mark.parametrize("begun", [False, True])
-def test_no_process_outlives_the_one_that_is_stopped(tmp_path: Path, numbers: list[int], begun: bool) -> None:
-    with working(tmp_path / "work.py", 0.2) as process:
-        assert process.stdout
-        if begun:
-            assert process.stdout.readline() == "done\n"
-        else:
-            time.sleep(0.3)
-        for number in numbers:
-            process.send_signal(number)
-            time.sleep(0.05)
-        process.communicate(timeout=20)  # until nobody holds its output
+class Here:
+    """A worker of this process. fails_at: the step that it cannot compute."""
+
+    def __init__(self, folder: Path, fails_at: int = 0, **settings: Any) -> None:
+        self.package, self.said, self.fails_at = Package(**settings), list[str](), fails_at
+        self.worker = Worker(self.package, "mlx", "cpu", lambda recipe: folder, self.said.append)
+        self.server, port = serve(self.answer, "127.0.0.1:0", SHARED)
+        self.address = f"127.0.0.1:{port}"
+
+    def answer(self, data: bytes) -> bytes:
+        message = decoded(data)
+        if message.kind == "gradients" and message.values["step"] == self.fails_at:
+            self.fails_at = 0
+            raise RuntimeError("an unknown fault")
+        return self.worker.answer(data)
+
+    @property
+    def computed(self) -> list[int]:
+        return [count for model in self.package.created for count in model.computed]
 
 
-def test_a_strangers_folder_gives_the_processes_no_module(tmp_path: Path) -> None:
-    trap = tmp_path / "trap"
-    trap.mkdir()
-    for name in ("multiprocessing", "common", "numpy", "json", "signal", "work"):
-        (trap / f"{name}.py").write_text(f"open({str(tmp_path / 'obeyed')!r}, 'w').close()")
-    (tmp_path / "work.py").write_text(CODE.format(root=str(ROOT), seconds=0).replace("* 1000", "* 10"))
-    done = subprocess.run([sys.executable, str(tmp_path / "work.py")], cwd=trap, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, done.stdout.count("done")) == (0, "", 10)
-    assert not (tmp_path / "obeyed").exists()
+@pytest.fixture
+def worker(tiny_llama: Path) -> Iterator[Callable[..., Here]]:
+    made = []
+
+    def make(**settings: Any) -> Here:
+        made.append(Here(tiny_llama, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.stop(0).wait()
+
+
+def trained(backend: Any, run: Path) -> tuple[State, Any]:
+    run.mkdir()
+    some, chosen = recipe(batch_size=8), plan()
+    backend.load(some, chosen, Path("here"), start())
+    state = State.before_training(chosen)
+    TrainingLoop(backend, some, chosen, rows(20, 1), rows(7, 2), run, state, Quiet()).train()
+    adapter = backend.get_adapter()
+    backend.close()
+    return state, adapter
+
+
+def shared(addresses: Sequence[str], said: list[str]) -> Any:
+    return SharedPackage(Package(), [Line(address, SHARED) for address in addresses], said.append).create()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_workers_change_no_more_than_rounding(count: int, worker: Callable[..., Here], tmp_path: Path) -> None:
+    expected, adapter = trained(Bigram(), tmp_path / "alone")
+    workers, said = [worker() for _ in range(count)], list[str]()
+    backend = shared([one.address for one in workers], said)
+    state, found = trained(backend, tmp_path / "together")
+    assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    for name, array in adapter.arrays().items():
+        np.testing.assert_allclose(found.arrays()[name], array, atol=1e-6)
+    assert said == [f"{one.address} helps: mlx on cpu" for one in workers]
+    assert all(sum(one.computed) > 0 for one in workers)
+    shares = backend.shares()
+    assert [share["who"] for share in shares] == ["here", *(one.address for one in workers)]
+    assert sum(share["tokens"] for share in shares) == expected.tokens
+    assert all(one.package.created[0].closed for one in workers)
+
+
+def test_a_worker_that_fails_costs_one_step_and_comes_again(
+    worker: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.shared_backend._RETRY", 0)
+    expected, _ = trained(Bigram(), tmp_path / "alone")
+    one, said = worker(fails_at=3), list[str]()
+    state, _ = trained(shared([one.address], said), tmp_path / "together")
+    assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    assert said[:2] == [f"{one.address} helps: mlx on cpu", f"{one.address} does not help: unknown"]
+    assert said[2:] in ([], [f"{one.address} helps: mlx on cpu"])  # as the few steps left allow
+
+
+@pytest.mark.parametrize(("given", "why"), [("another secret, as long", f"another {SECRET}"), (SHARED, "reached")])
+def test_why_a_worker_does_not_help(given: str, why: str, worker: Callable[..., Here], tmp_path: Path) -> None:
+    one, said = worker(), list[str]()
+    address = one.address
+    if given == SHARED:
+        one.server.stop(0).wait()
+    backend = SharedPackage(Package(), [Line(address, given)], said.append).create()
+    trained(backend, tmp_path / "run")
+    assert len(said) == 1
+    assert why in said[0]
+    assert not one.package.created
+
+
+def test_a_worker_with_another_model_does_not_help(worker: Callable[..., Here], tmp_path: Path) -> None:
+    one, said = worker(), list[str]()
+
+    def base(given: Any) -> Path:
+        raise UserError("some/model is another model here.", "Give the same.")
+
+    one.worker.base = base
+    trained(shared([one.address], said), tmp_path / "run")
+    assert said == [f"{one.address} does not help: some/model is another model here."]
+
+
+def test_a_worker_helps_one_training_at_a_time(worker: Callable[..., Here]) -> None:
+    one = worker()
+    values, arrays = adapter_parts(start())
+    told = {"recipe": recipe().content(), "micro_batch_tokens": 64, "adapter": values}
+    kinds = []
+    for session in ("first", "second", "first"):
+        kinds.append(decoded(one.worker.answer(encoded("load", told | {"session": session}, arrays))).kind)
+    assert kinds == ["ready", "fault", "ready"]
+    one.worker._asked -= 100
+    assert decoded(one.worker.answer(encoded("load", told | {"session": "second"}, arrays))).kind == "ready"
+    late = decoded(one.worker.answer(encoded("gradients", {"session": "first"}, {})))
+    assert (late.kind, late.values["what"]) == ("fault", "it helps another training now")
+
+
+def test_a_worker_cuts_finer_where_its_memory_is_short(worker: Callable[..., Here], tmp_path: Path) -> None:
+    expected, _ = trained(Bigram(), tmp_path / "alone")
+    one, said = worker(memory_limit=14), list[str]()
+    state, _ = trained(shared([one.address], said), tmp_path / "together")
+    assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    assert said == [f"{one.address} helps: mlx on cpu"]
+    assert any("memory ran out" in text for text in one.said)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({f"a:{LAYER}.lora_A": np.zeros((3, 6), "float32")}, "other tensors"),
+        ({"b:0.input_ids": np.full((1, 3), 10**6, "int32")}, "a token that the model has not"),
+    ],
+)
+def test_a_worker_computes_only_what_fits(changed: dict, what: str, worker: Callable[..., Here]) -> None:
+    one, adapter = worker(), start()
+    values, arrays = adapter_parts(adapter)
+    told = {"session": "s", "recipe": recipe().content(), "micro_batch_tokens": 64, "adapter": values}
+    one.worker.answer(encoded("load", told, arrays))
+    (batch,) = micro_batches(rows(1, 3), 64)
+    sent = {f"a:{n}": a for n, a in arrays.items()} | {f"b:{n}": a for n, a in batch_arrays([batch]).items()}
+    asked = encoded("gradients", {"session": "s", "step": 1, "weight": 1.0, "ranks": [1]}, sent | changed)
+    answer = decoded(one.worker.answer(asked))
+    assert answer.kind == "fault"
+    assert what in answer.values["what"]
+
+
+def test_rows_are_dealt_by_speed() -> None:
+    batches = micro_batches(rows(60, 4), 100)
+    shares = deal_by_speed(batches, [3.0, 1.0, 0.0])
+    tokens = [sum(batch.tokens for batch in share) for share in shares]
+    assert sum(tokens) == sum(batch.tokens for batch in batches)
+    assert tokens[0] / tokens[1] == pytest.approx(3, rel=0.1)
+    assert not shares[2]
+    assert {batch.rank for batch in shares[1]} == {1}
+    assert max(batch.input_ids.size for share in shares for batch in share) <= 100
+    weights = sum(float(batch.loss_weights.sum()) for share in shares for batch in share)
+    assert weights == sum(float(batch.loss_weights.sum()) for batch in batches)
+
+
+def test_rows_that_are_grouped_again_are_the_same() -> None:
+    (batch,) = micro_batches(rows(9, 2), 1000)
+    again = regrouped(single_rows(batch), 1000)
+    assert [part.lengths.tolist() for part in again] == [batch.lengths.tolist()]
+    for name in ("input_ids", "targets", "loss_weights"):
+        assert np.array_equal(getattr(again[0], name), getattr(batch, name))
+
+
+@pytest.mark.parametrize("given", ["", "short", "日本語の合言葉は長くても駄目です。"])
+def test_a_secret_that_can_be_guessed_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {SECRET: given})
+    with pytest.raises(UserError, match=f"{SECRET} is not set, or has fewer than 16"):
+        secret()
+
+
+@pytest.mark.parametrize("given", ["localhost", "http://box:1", "box:", "box:123456", "a b:1"])
+def test_an_address_is_host_and_port(given: str) -> None:
+    with pytest.raises(ValueError, match="is not HOST:PORT"):
+        Options.model_validate({"with": [given]})
+
+
+def test_what_workers_cannot_help_with() -> None:
+    with pytest.raises(ValueError, match="devices and with cannot be combined"):
+        Options.model_validate({"with": ["box:1"], "devices": "2"})
+    with pytest.raises(ValueError, match="with cannot be combined with method full"):
+        Options.model_validate({"with": ["box:1"], "method": "full"})
+
+
+def test_a_port_that_is_taken_is_said(worker: Callable[..., Here]) -> None:
+    with pytest.raises(UserError, match="is not free"):
+        serve(lambda data: data, worker().address, SHARED)
