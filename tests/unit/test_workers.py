@@ -131,7 +131,7 @@ def test_workers_change_no_more_than_rounding(count: int, worker: Callable[..., 
     assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
     for name, array in adapter.arrays().items():
         np.testing.assert_allclose(found.arrays()[name], array, atol=1e-6)
-    assert said == [f"{one.address} helps: mlx on cpu" for one in workers]
+    assert sorted(said) == sorted(f"{one.address} helps: mlx on cpu" for one in workers)
     assert all(sum(one.computed) > 0 for one in workers)
     shares = backend.shares()
     assert [share["who"] for share in shares] == ["here", *(one.address for one in workers)]
