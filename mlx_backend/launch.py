@@ -15,6 +15,7 @@ from pathlib import Path
 
 from common.errors import RankLost
 from common.system.hardware import physical_cores
+from common.system.signals import STOPS
 
 
 def launch(count: int, command: list[str]) -> int:
@@ -35,7 +36,7 @@ def launch(count: int, command: list[str]) -> int:
             )
             for rank in range(count)
         ]
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOPS:
             signal.signal(number, lambda number, frame: ranks[0].send_signal(number))
         first, *_ = [process.wait() for process in ranks]
     if first < 0:

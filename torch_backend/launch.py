@@ -7,6 +7,7 @@ import sys
 
 from common.errors import RankLost
 from common.system.hardware import physical_cores
+from common.system.signals import STOPS
 
 _GRACE = 300  # seconds in which a rank that is told to end may finish and save its step
 
@@ -28,7 +29,7 @@ def launch(count: int, command: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGINT,SIGTERM,SIGHUP",  # each rank gets it: rank 0 stops, and the others with it
+        signals_to_handle=",".join(number.name for number in STOPS),  # for rank 0, which stops
         shutdown_timeout=_GRACE,
     )
     try:

@@ -20,6 +20,7 @@ from common.recipe import Recipe
 from common.run_record import Run
 from common.system.hardware import choose_backend
 from common.system.launch import Launch
+from common.system.signals import STOPS
 from common.training.ranked_backend import RankedPackage, follow
 from common.training.ranks import Ranks
 from common.training.resume import options_to_resume
@@ -96,7 +97,7 @@ def other_rank(args: argparse.Namespace, context: Context, launch: Launch) -> in
         package, ranks = _join(options, context, launch)
     except UserError:  # rank 0 has it too
         return 1
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     try:
         follow(package.create, ranks, lambda recipe: base_folder(options.model, recipe, launch.by))
@@ -133,7 +134,7 @@ def workers(options: Options, context: Context) -> Iterator[Context]:
     lines = [Line(address, shared) for address in options.workers]
 
     def package(name: str) -> BackendPackage:
-        return SharedPackage(_package(name, context), lines, context.display.say)
+        return SharedPackage(_package(name, context), lines, context.display)
 
     yield replace(context, backends=package)
 

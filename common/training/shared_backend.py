@@ -7,7 +7,7 @@ the step in which it did, which is done again with who is left; one that comes i
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from common.backend import (
     weight_sum,
 )
 from common.backend_package import RankPackage
+from common.display import Display
 from common.memory_terms import MicroBatchShape
 from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
@@ -56,28 +57,28 @@ class Helper:
             raise RuntimeError("nobody asks this computer over a line")
         return self.line
 
-    def look(self, load: Callable[[], bytes], say: Callable[[str], None]) -> None:
+    def look(self, load: Callable[[], bytes], display: Display) -> None:
         """Begin to load where it is away; take note where it has loaded, or cannot."""
         if self.state == "away" and time.monotonic() - self._tried > _RETRY:
             self._tried, self.state = time.monotonic(), "loading"
             self._loading = self.reached.ask(load(), _LOADING)
         if self.state == "loading" and self._loading.done():
             if fault := self.reached.fault(self._loading):
-                self.leave(fault, say)
+                self.leave(fault, display)
                 return
             kind, values, _ = decoded(self._loading.result())
             if kind == "ready":
                 self.state, self.what, self._said = "ready", values["what"], ""
-                say(f"{self.reached.address} helps: {self.what}")
+                display.say(f"{self.reached.address} helps: {self.what}")
             else:
-                self.leave(values.get("what", kind), say)
+                self.leave(values.get("what", kind), display)
 
-    def leave(self, why: str, say: Callable[[str], None]) -> None:
+    def leave(self, why: str, display: Display) -> None:
         """It is away; `why` is said once."""
         self.state, self._tried = "away", time.monotonic()
         if why != self._said:
             self._said = why
-            say(f"{self.reached.address} does not help: {why}")
+            display.warn(f"{self.reached.address} does not help: {why}")
 
     def finished(self, tokens: int, seconds: float) -> None:
         now = tokens / max(seconds, 1e-6)
@@ -98,24 +99,27 @@ class Asked:
     def _end(self, future: Any) -> None:
         self.ended = time.perf_counter()
 
-    def reply(self, say: Callable[[str], None]) -> Message | None:
-        """With loss, positions and gradients; None where the helper has left."""
+    def reply(self, shapes: Mapping[str, tuple[int, ...]], display: Display) -> Message | None:
+        """With loss, positions and gradients of these shapes; None where the helper has left."""
         fault = self.helper.reached.fault(self.future)
         if not fault:
             message = decoded(self.future.result())
-            if message.kind == "gradients":
+            if message.kind != "gradients":
+                fault = message.values.get("what", message.kind)
+            elif {name: array.shape for name, array in message.arrays.items()} != shapes:
+                fault = "its gradients are of another adapter"
+            else:
                 self.helper.finished(self.tokens, self.ended - self.began)
                 return message
-            fault = message.values.get("what", message.kind)
-        self.helper.leave(fault, say)
+        self.helper.leave(fault, display)
         return None
 
 
 class SharedBackend:
-    """See `common.backend.Backend` for the contract of every method. say: for what becomes of the workers."""
+    """See `common.backend.Backend` for the contract of every method. display: for what becomes of the workers."""
 
-    def __init__(self, local: RankBackend, lines: Sequence[Line], say: Callable[[str], None]) -> None:
-        self.local, self.say = local, say
+    def __init__(self, local: RankBackend, lines: Sequence[Line], display: Display) -> None:
+        self.local, self.display = local, display
         self.session = secrets.token_hex(8)
         self.helpers = [Helper(line) for line in lines]
         self.own = Helper(None)
@@ -136,7 +140,7 @@ class SharedBackend:
 
     def _look(self) -> None:
         for helper in self.helpers:
-            helper.look(self._load_message, self.say)
+            helper.look(self._load_message, self.display)
 
     def _load_message(self) -> bytes:
         values, arrays = adapter_parts(self.local.get_adapter())
@@ -171,7 +175,8 @@ class SharedBackend:
         self.local.accumulated_loss()  # waits
         if mine:
             self.own.finished(sum(batch.tokens for batch in mine), time.perf_counter() - began)
-        found = [one.reply(self.say) for one in asked]
+        shapes = {name: array.shape for name, array in self.local.get_adapter().arrays().items()} if asked else {}
+        found = [one.reply(shapes, self.display) for one in asked]
         for reply in found:
             if reply is None:
                 return None
@@ -221,11 +226,11 @@ class SharedBackend:
 class SharedPackage:
     """A package whose backend has workers. See `common.backend_package.BackendPackage`."""
 
-    def __init__(self, package: RankPackage, lines: Sequence[Line], say: Callable[[str], None]) -> None:
-        self._package, self._lines, self._say = package, lines, say
+    def __init__(self, package: RankPackage, lines: Sequence[Line], display: Display) -> None:
+        self._package, self._lines, self._display = package, lines, display
         self.memory_terms, self.fault, self.free_memory = package.memory_terms, package.fault, package.free_memory
         self.choose_device, self.choose_precision = package.choose_device, package.choose_precision
         self.quantization_scheme, self.is_deterministic = package.quantization_scheme, package.is_deterministic
 
     def create(self) -> SharedBackend:
-        return SharedBackend(self._package.create(), self._lines, self._say)
+        return SharedBackend(self._package.create(), self._lines, self._display)

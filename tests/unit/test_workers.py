@@ -107,6 +107,13 @@ def worker(tiny_llama: Path) -> Iterator[Callable[..., Here]]:
         one.server.stop(0).wait()
 
 
+class Noted:
+    """A display of which only these are used."""
+
+    def __init__(self, said: list[str]) -> None:
+        self.say = self.warn = said.append
+
+
 def trained(backend: Any, run: Path) -> tuple[State, Any]:
     run.mkdir()
     some, chosen = recipe(batch_size=8), plan()
@@ -119,7 +126,7 @@ def trained(backend: Any, run: Path) -> tuple[State, Any]:
 
 
 def shared(addresses: Sequence[str], said: list[str]) -> Any:
-    return SharedPackage(Package(), [Line(address, SHARED) for address in addresses], said.append).create()
+    return SharedPackage(Package(), [Line(address, SHARED) for address in addresses], Noted(said)).create()
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -157,7 +164,7 @@ def test_why_a_worker_does_not_help(given: str, why: str, worker: Callable[..., 
     address = one.address
     if given == SHARED:
         one.server.stop(0).wait()
-    backend = SharedPackage(Package(), [Line(address, given)], said.append).create()
+    backend = SharedPackage(Package(), [Line(address, given)], Noted(said)).create()
     trained(backend, tmp_path / "run")
     assert len(said) == 1
     assert why in said[0]
