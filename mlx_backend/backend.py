@@ -155,7 +155,7 @@ class MlxBackend:
     def _accumulate(self, micro_batches: Sequence[Batch], weight: float, step: int) -> list[MicroBatchShape]:
         """Launch the gradients; the shapes that are computed."""
         self._train(True)
-        total_loss, gradients, computed = mx.array(0.0), None, []
+        total_loss, gradients, computed, self.accumulated = mx.array(0.0), None, [], []
         self.shown = []
         for number, batch in enumerate(micro_batches):
             key = mx.random.key(((self.recipe.seed << 32) ^ (batch.rank << 48)) + (step << 12) + number)
@@ -196,7 +196,7 @@ class MlxBackend:
         self.accumulated = [*map(mx.add, self.accumulated, added)]
 
     def apply_gradients(self, learning_rate: float) -> tuple[mx.array, mx.array]:
-        with device_errors():
+        with device_errors(last=True):
             total_loss, norm = self._apply(learning_rate)
             self.confirmation.settle([self.tensors, self.states, total_loss, norm])
         return total_loss, norm

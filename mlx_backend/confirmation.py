@@ -23,12 +23,17 @@ _DEVICE = ("[metal]", "command buffer", "cuda")  # in texts of errors that are t
 
 
 @contextmanager
-def device_errors() -> Iterator[None]:
-    """OutOfMemory, or UserError where the device failed otherwise; MLX's RuntimeErrors for both differ in text only."""
+def device_errors(last: bool = False) -> Iterator[None]:
+    """OutOfMemory, or UserError where the device failed otherwise; MLX's RuntimeErrors for both differ in text only.
+
+    last: what fails cannot be repeated, so there is no OutOfMemory.
+    """
     try:
         yield
     except RuntimeError as error:
         text = str(error).lower()
+        if last:
+            raise device_fault(error) from None
         if "memory" in text or "malloc" in text:
             mx.clear_cache()
             raise OutOfMemory(str(error).split("\n")[0]) from None

@@ -4,6 +4,7 @@ mlx.launch itself ends with status 0 whatever its ranks did (mlx 0.32), and spin
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -11,11 +12,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import RankLost
 from common.system.hardware import physical_cores
-from common.system.signals import STOPS
+from common.system.signals import heeded
+
+_GRACE, _POLL = 30.0, 0.1  # seconds
 
 
 def launch(count: int, command: list[str]) -> int:
@@ -28,20 +33,39 @@ def launch(count: int, command: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *command],
-                env=env | {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-                start_new_session=True,  # a signal comes once, from here
-            )
-            for rank in range(count)
-        ]
-        for number in STOPS:
-            signal.signal(number, lambda number, frame: ranks[0].send_signal(number))
-        first, *_ = [process.wait() for process in ranks]
-    if first < 0:
-        raise RankLost(signal.Signals(-first).name, f"rank 0 (process {ranks[0].pid})")
-    return first
+        ranks: list[subprocess.Popen] = []
+
+        def forward(number: int, frame: object) -> None:
+            """A signal comes once, from here: each rank has a session of its own."""
+            for rank in ranks[:1]:
+                rank.send_signal(number)
+
+        for number in heeded():
+            signal.signal(number, forward)
+        try:
+            for rank in range(count):
+                place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                ranks.append(subprocess.Popen([sys.executable, *command], env=env | place, start_new_session=True))
+            return _wait(ranks)
+        finally:
+            for process in ranks:
+                process.kill()  # nothing where it has ended
+                process.wait()
+
+
+def _wait(ranks: Sequence[subprocess.Popen]) -> int:
+    """Rank 0's exit status. Where another fails, rank 0 has some time to say so: before all have joined it cannot."""
+    failed_at = math.inf
+    while (first := ranks[0].poll()) is None and time.monotonic() < failed_at + _GRACE:
+        if any(rank.poll() for rank in ranks[1:]):
+            failed_at = min(failed_at, time.monotonic())
+        time.sleep(_POLL)
+    if first is not None and first >= 0:
+        return first
+    number = next(number for number, rank in enumerate(ranks) if rank.poll())
+    status = ranks[number].returncode
+    reason = signal.Signals(-status).name if status < 0 else f"status {status}"
+    raise RankLost(reason, f"rank {number} (process {ranks[number].pid})")
 
 
 def _free_ports(count: int) -> range:

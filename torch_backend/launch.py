@@ -7,7 +7,7 @@ import sys
 
 from common.errors import RankLost
 from common.system.hardware import physical_cores
-from common.system.signals import STOPS
+from common.system.signals import heeded
 
 _GRACE = 300  # seconds in which a rank that is told to end may finish and save its step
 
@@ -29,7 +29,7 @@ def launch(count: int, command: list[str]) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle=",".join(number.name for number in STOPS),  # for rank 0, which stops
+        signals_to_handle=",".join(number.name for number in heeded()),  # for rank 0, which stops
         shutdown_timeout=_GRACE,
     )
     try:
@@ -40,7 +40,8 @@ def launch(count: int, command: list[str]) -> int:
         return 130
     except ChildFailedError as error:
         rank, first = error.get_first_failure()
-        if rank == 0 and first.exitcode < 0:  # of another rank rank 0 has said it
-            raise RankLost(signal.Signals(-first.exitcode).name, f"rank 0 (process {first.pid})") from None
+        said = 0 in error.failures and error.failures[0].exitcode > 0  # by rank 0, of another rank
+        if first.exitcode < 0 and not said:
+            raise RankLost(signal.Signals(-first.exitcode).name, f"rank {rank} (process {first.pid})") from None
         return max(1, first.exitcode)
     return 0

@@ -14,7 +14,7 @@ from common.context import Context
 from common.display import Display
 from common.errors import RankLost, UserError
 from common.models.training_base import find_base
-from common.option_sources import load_options
+from common.option_sources import absolute_paths, load_options
 from common.options import Options
 from common.recipe import Recipe
 from common.run_record import Run
@@ -58,13 +58,27 @@ def _on(options: Options, context: Context) -> tuple[RankPackage, str]:
 
 def restarted(options: Options, launch: Launch) -> Options:
     """Where torchrun has started all ranks again: the options that continue the run that they had begun."""
-    if not launch.restarts or options.resume:
+    if not launch.restarts:
         return options
+    if options.resume:
+        run = Run(Path(options.resume))
+        before = run.record.options
+        as_long = (before.get("steps"), before.get("epochs")) == (options.steps, options.epochs)
+        return options_to_resume(options, run) if as_long else options
     folders = [Path(options.output)] if options.output else [*Path("runs").glob("*")]
-    runs = [Run(folder) for folder in folders if Run(folder).record_file.exists()]
-    begun = [run for run in runs if run.record.launch == launch.name]
+    begun = [run for run in map(Run, folders) if _began(run, options, launch)]
     newest = max(begun, key=lambda run: run.record_file.stat().st_mtime, default=None)
     return options_to_resume(options, newest) if newest else options
+
+
+def _began(run: Run, options: Options, launch: Launch) -> bool:
+    """Whether the launch began the run, with the same model and data: its name may have been used before."""
+    given = absolute_paths(options.model_dump(by_alias=True, include={"model", "data"}))
+    try:
+        record = run.record if run.record_file.exists() else None
+    except UserError:
+        return False
+    return record is not None and record.launch == launch.name and given.items() <= record.options.items()
 
 
 @contextmanager
@@ -74,6 +88,8 @@ def first_rank(options: Options, context: Context, launch: Launch) -> Iterator[t
     ranked = RankedPackage(package, ranks)
     backends = context.backends
     given = {"backend": launch.by, "device": ranks.members[0].device, "devices": str(ranks.group.size)}
+    if options.workers:
+        raise UserError("--with: a launcher has started several ranks.", "Use one of them.")
     lost = False
     try:
         yield (
@@ -81,25 +97,25 @@ def first_rank(options: Options, context: Context, launch: Launch) -> Iterator[t
             replace(context, backends=lambda name: ranked if name == launch.by else backends(name)),
         )
     except RankLost:
-        lost = True  # the others see it too; nothing more can be told
+        lost = True
         raise
     finally:
-        if not lost:
+        if not lost and not ranks.within:  # or nothing more can be told; the others see that this rank ends
             with suppress(RankLost):
                 ranks.tell("end")
-        ranks.group.close()
+            ranks.group.close()
 
 
 def other_rank(args: argparse.Namespace, context: Context, launch: Launch) -> int:
     """Do what rank 0 asks for, which stops where that is asked for, and alone says what is wrong."""
     try:
         options, _ = load_options(args.flags, args.command)
-        package, ranks = _join(options, context, launch)
     except UserError:  # rank 0 has it too
         return 1
-    for number in STOPS:
-        signal.signal(number, signal.SIG_IGN)
     try:
+        package, ranks = _join(options, context, launch)
+        for number in STOPS:
+            signal.signal(number, signal.SIG_IGN)
         follow(package.create, ranks, lambda recipe: base_folder(options.model, recipe, launch.by))
     except RankLost:  # rank 0 says which
         return 1
@@ -113,6 +129,8 @@ def _join(options: Options, context: Context, launch: Launch) -> tuple[RankPacka
     if options.backend not in ("auto", launch.by):
         launcher = {"torch": "torchrun", "mlx": "mlx.launch"}[launch.by]
         raise UserError(f"--backend {options.backend}: {launcher} has started this.", f"Use --backend {launch.by}.")
+    if ":" in options.device:
+        raise UserError(f"--device {options.device}: each rank has a GPU of its own.", "Leave the number out.")
     package = _package(launch.by, context)
     if fault := package.fault():
         raise fault
@@ -133,10 +151,19 @@ def workers(options: Options, context: Context) -> Iterator[Context]:
     shared = secret()
     lines = [Line(address, shared) for address in options.workers]
 
-    def package(name: str) -> BackendPackage:
-        return SharedPackage(_package(name, context), lines, context.display)
+    made: list[SharedPackage] = []
 
-    yield replace(context, backends=package)
+    def package(name: str) -> BackendPackage:
+        made.append(SharedPackage(_package(name, context), lines, context.display))
+        return made[-1]
+
+    try:
+        yield replace(context, backends=package)
+    finally:
+        for one in made:
+            one.release()
+        for line in lines:
+            line.close()
 
 
 def base_folder(given: str | None, recipe: Recipe, backend: str) -> Path:

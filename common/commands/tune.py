@@ -45,7 +45,7 @@ _OPTIONS = [
     if name in ("output", "save_minutes", "quiet", "json")
     or (
         extra_of(field)["heading"] in ("Model", "Data", "Training", "Adapter", "Memory and device")
-        and name not in ("recipe", "sample_prompt", "on_collapse", "devices")
+        and name not in ("recipe", "sample_prompt", "on_collapse", "devices", "with")
     )
 ]
 _UNITS = {"s": 1, "m": 60, "h": 3600}

@@ -7,6 +7,11 @@ from contextlib import contextmanager
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def heeded() -> list[signal.Signals]:
+    """Of STOPS those that this process does not ignore, as it does SIGHUP under nohup."""
+    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextmanager
 def stop_signals(on_first: Callable[[], None]) -> Iterator[list[int]]:
     """Yields the list of stop signals that have come: Ctrl-C, SIGTERM, and SIGHUP of a terminal that hangs up.

@@ -6,6 +6,7 @@ and what each rank then does, stands in `RankedBackend` and `follow`, method by 
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from common.backend import (
     weight_sum,
 )
 from common.backend_package import RankPackage
-from common.errors import RankLost, UserError
+from common.errors import UserError
 from common.memory_terms import MicroBatchShape
 from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
@@ -36,7 +37,7 @@ from common.training.messages import (
     optimizer_arrays,
     optimizer_of,
 )
-from common.training.ranks import Ranks
+from common.training.ranks import Agreed, Ranks
 
 _ELSEWHERE = "on another rank"
 
@@ -54,8 +55,9 @@ class RankedBackend:
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         values, arrays = adapter_parts(adapter) if adapter else (None, {})
         settings = {"recipe": recipe.content(), "plan": plan.model_dump(), "adapter": values}
-        self.ranks.tell("load", settings, arrays)
-        return _load(self.local, self.ranks, recipe, plan, lambda: folder, adapter)
+        with self.ranks.together():
+            self.ranks.tell("load", settings, arrays)
+            return _load(self.local, self.ranks, recipe, plan, lambda: folder, adapter)
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
         raise NotImplementedError("one training after another over a loaded base is for one device")
@@ -68,14 +70,16 @@ class RankedBackend:
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         weight = weight_sum(micro_batches)
         values = {"step": step, "rate": learning_rate, "weight": weight, "ranks": [b.rank for b in micro_batches]}
-        self.ranks.tell("step", values, batch_arrays(micro_batches))
-        loss, norm, padded, peak = _step(self.local, self.ranks, micro_batches, weight, learning_rate, step)
+        with self.ranks.together():
+            self.ranks.tell("step", values, batch_arrays(micro_batches))
+            loss, norm, padded, peak = _step(self.local, self.ranks, micro_batches, weight, learning_rate, step)
         self.peak = max(self.peak, peak)
         return StepResult.of(micro_batches, loss, norm, padded)
 
     def eval_step(self, batch: Batch) -> StepResult:
-        self.ranks.tell("evaluate", {}, batch_arrays([batch]))
-        loss, padded = _evaluate(self.local, self.ranks, batch)
+        with self.ranks.together():
+            self.ranks.tell("evaluate", {}, batch_arrays([batch]))
+            loss, padded = _evaluate(self.local, self.ranks, batch)
         return StepResult.of([batch], loss, 0.0, padded)
 
     def set_adapter(self, adapter: Adapter) -> None:
@@ -95,7 +99,8 @@ class RankedBackend:
         self.local.apply_plan(plan)
 
     def close(self) -> None:
-        self.ranks.tell("close")
+        if not self.ranks.within:
+            self.ranks.tell("close")
         self.local.close()
 
 
@@ -113,9 +118,7 @@ def follow(create: Callable[[], RankBackend], ranks: Ranks, base: Callable[[Reci
             backend = create()
             try:
                 _load(backend, ranks, recipe, plan, partial(base, recipe), adapter)
-            except RankLost:
-                raise
-            except UserError:
+            except Agreed:
                 pass  # rank 0 says it, and ends
         elif kind == "close":
             backend.close()
@@ -128,15 +131,11 @@ def _do(message: Message, backend: RankBackend, ranks: Ranks, device: str) -> No
     kind, values, arrays = message
     if kind == "step":
         micro_batches = batches_of(arrays, values["ranks"])
-        try:
+        with suppress(Agreed):  # rank 0 raises it too, and repeats the step or ends
             _step(backend, ranks, micro_batches, values["weight"], values["rate"], values["step"])
-        except OutOfMemory:
-            pass  # rank 0 raises it too, and repeats the step
     elif kind == "evaluate":
-        try:
+        with suppress(Agreed):
             _evaluate(backend, ranks, *batches_of(arrays, [0]))
-        except OutOfMemory:
-            pass
     elif kind == "expect":
         shapes = Counter({MicroBatchShape(*shape): count for *shape, count in values["shapes"]})
         backend.expect(lambda: shapes)
@@ -151,7 +150,7 @@ def _do(message: Message, backend: RankBackend, ranks: Ranks, device: str) -> No
 def _load(
     backend: RankBackend, ranks: Ranks, recipe: Recipe, plan: Plan, base: Callable[[], Path], adapter: Adapter | None
 ) -> ModelInfo:
-    """Load on every rank. Raises the fault of the first that cannot."""
+    """Load on every rank. Raises Agreed, with the fault of the first that cannot."""
     fault, info = None, None
     try:
         info = backend.load(recipe, plan, base(), adapter)
@@ -168,34 +167,46 @@ def _step(
 ) -> tuple[Any, Any, int, int]:
     """`(loss, gradient norm, positions, peak memory)` of the step over all ranks, the peak of the one that takes most.
 
-    Raises OutOfMemory on all where one does.
+    Raises Agreed, with OutOfMemory or another fault, where one of them fails.
     """
     padded, fault = 0, None
     try:
         padded = backend.accumulate([batch for batch in micro_batches if batch.rank == ranks.group.rank], weight, step)
-    except OutOfMemory as error:
+    except UserError as error:
         fault = error
-    found = ranks.gather(fault is not None, padded, backend.memory().peak)
-    failed, positions, _ = found.sum(axis=0)
-    if failed:
-        raise fault or OutOfMemory(_ELSEWHERE)
+    found = ranks.gather(*_flags(fault), padded, backend.memory().peak)
+    *failed, positions, _ = found.sum(axis=0)
+    _agree(ranks, failed, fault)
     ranks.naming(backend.sum_gradients)
-    return *backend.apply_gradients(rate), int(positions), int(found[:, 2].max())
+    return *backend.apply_gradients(rate), int(positions), int(found[:, 3].max())
 
 
 def _evaluate(backend: RankBackend, ranks: Ranks, batch: Batch) -> tuple[float, int]:
-    """`(loss, positions)` of a micro-batch whose rows the ranks share. Raises OutOfMemory on all where one does."""
+    """`(loss, positions)` of a micro-batch whose rows the ranks share. Raises Agreed where one of them fails."""
     loss, padded, fault = 0.0, 0, None
     try:
         if mine := _share(batch, ranks.group.rank, ranks.group.size):
             result = backend.eval_step(mine)
             loss, padded = float(result.loss_sum), result.padded_tokens
-    except OutOfMemory as error:
+    except UserError as error:
         fault = error
-    failed, loss, positions = ranks.gather(fault is not None, loss, padded).sum(axis=0)
-    if failed:
-        raise fault or OutOfMemory(_ELSEWHERE)
+    *failed, loss, positions = ranks.gather(*_flags(fault), loss, padded).sum(axis=0)
+    _agree(ranks, failed, fault)
     return float(loss), int(positions)
+
+
+def _flags(fault: UserError | None) -> tuple[bool, bool]:
+    """`(whether memory ran out, whether there is another fault)`"""
+    return isinstance(fault, OutOfMemory), fault is not None and not isinstance(fault, OutOfMemory)
+
+
+def _agree(ranks: Ranks, failed: Sequence[float], fault: UserError | None) -> None:
+    """Raises Agreed on all ranks where one has failed. failed: how many by OutOfMemory, and otherwise."""
+    short, otherwise = failed
+    if otherwise:
+        ranks.agree(None if isinstance(fault, OutOfMemory) else fault)
+    if short:
+        raise Agreed(fault or OutOfMemory(_ELSEWHERE))
 
 
 def _share(batch: Batch, rank: int, size: int) -> Batch | None:

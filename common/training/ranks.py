@@ -4,7 +4,8 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,6 +18,14 @@ from common.training.messages import Arrays, Message, decoded, encoded
 _TEXT = 2048  # bytes of what a rank tells all others
 _MOST = 250  # characters of a part of it
 _T = TypeVar("_T")
+
+
+class Agreed(Exception):
+    """All ranks raise the fault."""
+
+    def __init__(self, fault: UserError) -> None:
+        super().__init__(fault.what)
+        self.fault = fault
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,27 @@ class Member:
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """A group and its members. All call the same of its methods in the same order, and `hear` where rank 0 tells."""
+    """A group and its members. All call the same of its methods in the same order, and `hear` where rank 0 tells.
+
+    within: rank 0 has told something that all do together, and that has not come to its end: nothing else can be told.
+    """
 
     group: Group
     members: list[Member]
+    within: bool = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all do together. An error that all raise ends it too; another leaves the ranks at odds."""
+        self.within = True
+        try:
+            yield
+        except Agreed as error:
+            self.within = False
+            raise error.fault from None
+        self.within = False
 
     @staticmethod
     def join(package: RankPackage, device: str) -> "Ranks":
@@ -66,11 +90,11 @@ class Ranks:
         return np.stack(self.naming(lambda: self.group.gather(np.array(figures, np.float64))))
 
     def agree(self, fault: UserError | None) -> None:
-        """Raises UserError where any of the ranks has a fault: that of the first."""
+        """Raises Agreed where any of the ranks has a fault: that of the first."""
         mine = [fault.what[:_MOST], fault.fix[:_MOST]] if fault else None
         for member, found in zip(self.members, self.naming(lambda: _gather_values(self.group, mine)), strict=True):
             if found:
-                raise UserError(f"{member}: {found[0]}", found[1])
+                raise Agreed(UserError(f"{member}: {found[0]}", found[1]))
 
     def naming(self, call: Callable[[], _T]) -> _T:
         """The call's result. RankLost says which rank has ended, where that can be seen from here."""

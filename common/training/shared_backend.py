@@ -90,7 +90,7 @@ class Asked:
     """A share of a step that a helper computes."""
 
     def __init__(self, helper: Helper, share: Sequence[Batch], data: bytes, began: float) -> None:
-        self.helper, self.began, self.ended = helper, began, began
+        self.helper, self.ended = helper, began
         self.tokens = sum(batch.tokens for batch in share)
         limit = max(_LEAST, _TIMES * self.tokens / helper.speed) if helper.speed else _LOADING
         self.future = helper.reached.ask(data, limit)
@@ -109,7 +109,6 @@ class Asked:
             elif {name: array.shape for name, array in message.arrays.items()} != shapes:
                 fault = "its gradients are of another adapter"
             else:
-                self.helper.finished(self.tokens, self.ended - self.began)
                 return message
         self.helper.leave(fault, display)
         return None
@@ -145,7 +144,8 @@ class SharedBackend:
     def _load_message(self) -> bytes:
         values, arrays = adapter_parts(self.local.get_adapter())
         told = {"session": self.session, "recipe": self.recipe.content(), "adapter": values}
-        return encoded("load", told | {"micro_batch_tokens": self.plan.micro_batch_tokens}, arrays)
+        plan = {"backend": self.plan.backend, "micro_batch_tokens": self.plan.micro_batch_tokens}
+        return encoded("load", told | plan, arrays)
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         weight = weight_sum(micro_batches)
@@ -173,8 +173,7 @@ class SharedBackend:
                 one.future.cancel()
             raise
         self.local.accumulated_loss()  # waits
-        if mine:
-            self.own.finished(sum(batch.tokens for batch in mine), time.perf_counter() - began)
+        ended = time.perf_counter()
         shapes = {name: array.shape for name, array in self.local.get_adapter().arrays().items()} if asked else {}
         found = [one.reply(shapes, self.display) for one in asked]
         for reply in found:
@@ -182,6 +181,10 @@ class SharedBackend:
                 return None
             self.local.add_gradients(reply.values["loss"], dict(reply.arrays))
             positions += int(reply.values["positions"])
+        for one in asked:
+            one.helper.finished(one.tokens, one.ended - began)
+        if mine:
+            self.own.finished(sum(batch.tokens for batch in mine), ended - began)
         return positions
 
     def _share_message(self, share: Sequence[Batch], weight: float, step: int) -> bytes:
@@ -206,11 +209,15 @@ class SharedBackend:
         ]
 
     def close(self) -> None:
+        self.release()
+        self.local.close()
+
+    def release(self) -> None:
+        """The workers need not help any longer."""
         for helper in self.helpers:
             if helper.state != "away":
                 helper.reached.ask(encoded("close", {"session": self.session}, {}), 10.0).exception()
-            helper.reached.close()
-        self.local.close()
+                helper.state = "away"
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
         raise NotImplementedError("one training after another over a loaded base is for one computer")
@@ -232,5 +239,12 @@ class SharedPackage:
         self.choose_device, self.choose_precision = package.choose_device, package.choose_precision
         self.quantization_scheme, self.is_deterministic = package.quantization_scheme, package.is_deterministic
 
+        self._created: list[SharedBackend] = []
+
     def create(self) -> SharedBackend:
-        return SharedBackend(self._package.create(), self._lines, self._display)
+        self._created.append(SharedBackend(self._package.create(), self._lines, self._display))
+        return self._created[-1]
+
+    def release(self) -> None:
+        for backend in self._created:
+            backend.release()

@@ -28,7 +28,7 @@ _AGAIN = [("grpc.initial_reconnect_backoff_ms", 500), ("grpc.max_reconnect_backo
 def secret() -> str:
     """Raises UserError where there is none, or one that can be guessed."""
     found = os.environ.get(SECRET, "")
-    if len(found) < _LEAST or not found.isascii():
+    if len(found) < _LEAST or not (found.isascii() and found.isprintable()):
         raise UserError(
             f"{SECRET} is not set, or has fewer than {_LEAST} characters.",
             f"Give both sides the same: export {SECRET}=$(openssl rand -hex 16)",

@@ -56,8 +56,8 @@ class Validation:
         return loss
 
     def _micro_batches(self, size: int) -> list[Batch]:
-        """Of so many tokens a rank: the ranks share each."""
-        return micro_batches(self.rows, size * self.plan.ranks, self.plan.device)
+        """The ranks share the rows of each, evenly in their number: so none has more than `size` tokens of it."""
+        return micro_batches(self.rows, size * (self.plan.ranks + 1) // 2, self.plan.device)
 
     def keep(self, loss: float) -> None:
         """Take this loss of `state.step` into the state, and the adapter too if it is better than the best so far."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from common.backend import Adapter, Batch, OutOfMemory
 from common.backend_package import RankPackage
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.models.model_folder import ModelFolder
 from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
@@ -47,6 +47,10 @@ class Worker:
             return encoded("closed", {}, {})
         except UserError as error:
             return encoded("fault", {"what": error.what, "fix": error.fix}, {})
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # of another version of this program
+            what = f"{type(error).__name__}: {first_line(error)}"
+            self.say(f"a message could not be answered: {what}")
+            return encoded("fault", {"what": what, "fix": "Give both sides the same version."}, {})
 
     def _load(self, message: Message) -> bytes:
         another = self._model is not None and message.values["session"] != self._session
@@ -54,6 +58,12 @@ class Worker:
             raise UserError("it helps another training", "Start another worker.")
         self.close()
         recipe = Recipe.model_validate(message.values["recipe"])
+        if recipe.quantization != "none" and message.values["backend"] != self.backend:
+            by = message.values["backend"]
+            raise UserError(
+                f"the base is quantized by {by} ({recipe.quantization}), and this is {self.backend}",
+                "Train without --quantization, or give the worker the same --backend.",
+            )
         adapter = adapter_of(message.values["adapter"], message.arrays)
         folder = self.base(recipe)
         self.say(f"loading {recipe.model}, to help with recipe {recipe.hash()[:12]}")
@@ -95,9 +105,9 @@ class Worker:
             try:
                 return model.accumulate(self._cut(batches), weight, step)
             except OutOfMemory:
-                largest = max(batch.input_ids.size for batch in self._cut(batches) if len(batch.lengths) > 1)
-                if any(len(batch.lengths) > 1 for batch in self._cut(batches)):
-                    self._plan = self._plan.model_copy(update={"micro_batch_tokens": largest // 2})
+                sizes = [batch.input_ids.size for batch in self._cut(batches) if len(batch.lengths) > 1]
+                if sizes:
+                    self._plan = self._plan.model_copy(update={"micro_batch_tokens": max(sizes) // 2})
                 elif not self._plan.gradient_checkpointing:
                     self._plan = self._plan.model_copy(update={"gradient_checkpointing": True})
                     model.apply_plan(self._plan)

@@ -54,6 +54,15 @@ def test_a_restart_continues_the_newest_run_of_its_launch(
     assert (again.resume, again.model) == (str(first), None)
     assert several.restarted(options, Launch("torch", 0, 0, "job-3", restarts=1)) is options
     assert several.restarted(options, Launch("torch", 0, 0, "job-1")) is options
+    other = options.model_copy(update={"model": "another"})  # a name that was used before
+    assert several.restarted(other, Launch("torch", 0, 0, "job-1", restarts=1)) is other
+    (Path("runs") / "broken").mkdir()
+    (Path("runs") / "broken" / "run.json").write_text("{")
+    longer = Options(resume=str(first), steps=2, micro_batch_tokens=50)
+    again = several.restarted(longer, Launch("torch", 0, 0, "job-1", restarts=1))
+    assert (again.resume, again.steps, again.micro_batch_tokens) == (str(first), None, 50)
+    longer = Options(resume=str(first), steps=9)
+    assert several.restarted(longer, Launch("torch", 0, 0, "job-1", restarts=1)) is longer
     named = options.model_copy(update={"output": str(first)})
     assert several.restarted(named, Launch("torch", 0, 0, "job-1", restarts=1)).resume == str(first)
 

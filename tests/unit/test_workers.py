@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.backend import Batch
+from common.backend import Batch, OutOfMemory
 from common.data.batching import micro_batches
 from common.errors import UserError
 from common.options import Options
@@ -187,6 +187,7 @@ def test_a_worker_helps_one_training_at_a_time(worker: Callable[..., Here]) -> N
     values, arrays = adapter_parts(start())
     told = {"recipe": recipe().content(), "micro_batch_tokens": 64, "adapter": values}
     kinds = []
+    told["backend"] = "torch"
     for session in ("first", "second", "first"):
         kinds.append(decoded(one.worker.answer(encoded("load", told | {"session": session}, arrays))).kind)
     assert kinds == ["ready", "fault", "ready"]
@@ -203,6 +204,51 @@ def test_a_worker_cuts_finer_where_its_memory_is_short(worker: Callable[..., Her
     assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
     assert said == [f"{one.address} helps: mlx on cpu"]
     assert any("memory ran out" in text for text in one.said)
+
+
+def test_a_worker_with_one_long_row_computes_each_layer_twice(worker: Callable[..., Here], tmp_path: Path) -> None:
+    one, plans = worker(), []
+
+    class Short(PartBigram):
+        """Memory for any row with gradient checkpointing, and for none without."""
+
+        def accumulate(self, some: Sequence[Batch], weight: float, step: int) -> int:
+            if some and not self.plan.gradient_checkpointing:
+                raise OutOfMemory
+            return super().accumulate(some, weight, step)
+
+        def apply_plan(self, plan: Any) -> None:
+            plans.append(plan)
+            super().apply_plan(plan)
+
+    one.package.create = Short
+    said = list[str]()
+    state, _ = trained(shared([one.address], said), tmp_path / "together")
+    assert state.train_loss == pytest.approx(trained(Bigram(), tmp_path / "alone")[0].train_loss, rel=1e-6)
+    assert said == [f"{one.address} helps: mlx on cpu"]
+    assert [plan.gradient_checkpointing for plan in plans] == [True]
+
+
+def test_a_quantized_base_needs_a_worker_of_the_same_backend(worker: Callable[..., Here]) -> None:
+    one, (values, arrays) = worker(), adapter_parts(start())
+    told = {"session": "s", "recipe": recipe(quantization="nf4").content(), "micro_batch_tokens": 64, "adapter": values}
+    answer = decoded(one.worker.answer(encoded("load", told | {"backend": "torch"}, arrays)))
+    assert (answer.kind, answer.values["what"]) == ("fault", "the base is quantized by torch (nf4), and this is mlx")
+    assert decoded(one.worker.answer(encoded("load", told | {"backend": "mlx"}, arrays))).kind == "ready"
+
+
+def test_a_message_of_another_version_is_answered(worker: Callable[..., Here]) -> None:
+    one = worker()
+    answer = decoded(one.worker.answer(encoded("load", {"session": "s", "recipe": {"new": 1}}, {})))
+    assert (answer.kind, answer.values["fix"]) == ("fault", "Give both sides the same version.")
+
+
+def test_a_training_that_begins_again_has_its_workers_again(worker: Callable[..., Here], tmp_path: Path) -> None:
+    one, said = worker(), list[str]()
+    package = SharedPackage(Package(), [Line(one.address, SHARED)], Noted(said))
+    for name in ("first", "second"):  # as after a rollback
+        trained(package.create(), tmp_path / name)
+    assert said == [f"{one.address} helps: mlx on cpu"] * 2
 
 
 @pytest.mark.parametrize(
@@ -246,7 +292,7 @@ def test_rows_that_are_grouped_again_are_the_same() -> None:
         assert np.array_equal(getattr(again[0], name), getattr(batch, name))
 
 
-@pytest.mark.parametrize("given", ["", "short", "日本語の合言葉は長くても駄目です。"])
+@pytest.mark.parametrize("given", ["", "short", "日本語の合言葉は長くても駄目です。", "long enough, but a line\r\n"])
 def test_a_secret_that_can_be_guessed_is_refused(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {SECRET: given})
     with pytest.raises(UserError, match=f"{SECRET} is not set, or has fewer than 16"):
