@@ -20,7 +20,7 @@ from common.training.messages import adapter_of, adapter_parts, decoded, encoded
 from common.training.ranked_backend import RankedBackend, RankedPackage, follow
 from common.training.ranks import Ranks
 from tests.backends import Quiet
-from tests.unit.bigram import LAYER, Bigram, plan, recipe, rows
+from tests.unit.bigram import LAYER, Bigram, PartBigram, plan, recipe, rows
 
 
 class Table:
@@ -56,7 +56,7 @@ class ThreadGroup:
         self.table.barrier.abort()
 
 
-class RankBigram(Bigram):
+class RankBigram(PartBigram):
     """fault: raised while it loads."""
 
     def __init__(self, group: Group, memory_limit: int | None = None, fault: UserError | None = None) -> None:
@@ -71,20 +71,11 @@ class RankBigram(Bigram):
 
     def accumulate(self, some: Sequence[Batch], weight: float, step: int) -> int:
         assert {batch.rank for batch in some} <= {self.group.rank}
-        self._remember(some)
-        self.step, self.loss, self.grads = step, 0.0, {n: np.zeros(a.shape) for n, a in self.parameters.items()}
-        if some:
-            self.loss, grads = self._loss(some)
-            share = sum(float(batch.loss_weights.sum()) for batch in some) / weight
-            self.grads = {name: share * grad for name, grad in grads.items()}
-        return sum(batch.input_ids.size for batch in some)
+        return super().accumulate(some, weight, step)
 
     def sum_gradients(self) -> None:
         self.loss = sum(self.group.gather(np.array(self.loss)))
         self.grads = {name: sum(self.group.gather(grad)) for name, grad in self.grads.items()}
-
-    def apply_gradients(self, learning_rate: float) -> tuple[float, float]:
-        return self.loss, self._update(self.grads, learning_rate, self.step)
 
     def eval_step(self, batch: Batch) -> Any:
         self.evaluated.append(batch)

@@ -21,41 +21,10 @@ from common.training.shared_backend import SharedPackage
 from common.training.transport import SECRET, Line, secret, serve
 from common.training.worker import Worker
 from tests.backends import Quiet
-from tests.unit.bigram import LAYER, Bigram, plan, recipe, rows
+from tests.unit.bigram import LAYER, Bigram, PartBigram, plan, recipe, rows
 from tests.unit.test_ranks import start
 
 SHARED = "a secret that nobody guesses"
-
-
-class PartBigram(Bigram):
-    """A bigram model that can compute a part of a step. fails_at: the step at which it has an unknown fault."""
-
-    def __init__(self, memory_limit: int | None = None) -> None:
-        super().__init__(memory_limit)
-        self.computed: list[int] = []
-
-    def accumulate(self, some: Sequence[Batch], weight: float, step: int) -> int:
-        self._remember(some)
-        self.computed.append(sum(len(batch.lengths) for batch in some))
-        self.step, self.loss, self.grads = step, 0.0, {n: np.zeros(a.shape) for n, a in self.parameters.items()}
-        if some:
-            self.loss, grads = self._loss(some)
-            share = sum(float(batch.loss_weights.sum()) for batch in some) / weight
-            self.grads = {name: share * grad for name, grad in grads.items()}
-        return sum(batch.input_ids.size for batch in some)
-
-    def accumulated_loss(self) -> float:
-        return self.loss
-
-    def gradients(self) -> dict[str, np.ndarray]:
-        return self.grads
-
-    def add_gradients(self, loss: float, gradients: dict[str, np.ndarray]) -> None:
-        self.loss += loss
-        self.grads = {name: grad + gradients[name] for name, grad in self.grads.items()}
-
-    def apply_gradients(self, learning_rate: float) -> tuple[float, float]:
-        return self.loss, self._update(self.grads, learning_rate, self.step)
 
 
 class Package:
