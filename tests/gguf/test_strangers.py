@@ -5,9 +5,11 @@ What only this finds: code that a tool of another project loads out of a folder,
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from common.llama_cpp.build import own
 from common.llama_cpp.install import LlamaCpp
 from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
+from common.training.transport import SECRET
 from tests import ROOT
 from tests.progress import silent
 from tests.tiny import chat
@@ -235,6 +238,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         (("--config", "evil.yaml", "--trials", "1"), "cannot be read as YAML"),
         (("--resume", "yaml", "--trials", "1"), "no search is there"),
     ],
+    "worker": [(("--port", "0", "--model", "llama-model", *TORCH[:4]), "listens on")],
     "llama": [(("where",), "llama-server")],
     "doctor": [((), "This machine")],
     "schema": [((), "properties")],
@@ -253,6 +257,8 @@ def test_no_command_runs_anything_of_theirs(
     monkeypatch.chdir(things)
     monkeypatch.setattr("common.models.adapter_settings._PATTERN_SECONDS", 0.1)
     monkeypatch.setattr("common.llama_cpp.server.Server.wait", lambda self: None)  # serve ends as soon as it has begun
+    monkeypatch.setattr("grpc._server._Server.wait_for_termination", lambda self: None)  # and so does worker
+    monkeypatch.setenv(SECRET, "nobody guesses this secret")
     for argv, says in CASES[command]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 3))
         monkeypatch.setattr(sys, "argv", ["cli.py", command, *argv])
@@ -264,6 +270,23 @@ def test_no_command_runs_anything_of_theirs(
         assert "this is a bug" not in out, f"{argv}\n{out}"
         assert nothing_ran(things), argv
     assert (things / "bashrc").read_text() == "precious"
+
+
+def test_a_worker_that_loads_their_model_runs_nothing_of_it(things: Path, tmp_path: Path) -> None:
+    env, log = os.environ | {SECRET: "nobody guesses this secret"}, tmp_path / "worker.log"
+    words = [sys.executable, "-u", str(ROOT / "cli.py"), "worker", "--port", "0", "--model", "llama-model"]
+    with log.open("w") as file, subprocess.Popen(words, cwd=things, env=env, stdout=file, stderr=file) as worker:
+        while "listens on" not in log.read_text():
+            assert worker.poll() is None, log.read_text()
+            time.sleep(0.1)
+        address = log.read_text().partition("listens on ")[2].partition(";")[0]
+        try:
+            out = twintune(things, "train", *TRAIN, *TORCH, "--with", address, "--output", "helped", env=env)
+        finally:
+            worker.kill()
+    assert "The run is in helped" in said(out)
+    assert "loading llama-model" in said(log.read_text())
+    assert nothing_ran(things)
 
 
 def said(text: str) -> str:
