@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
@@ -127,14 +127,15 @@ class LoraWeight:
 class Adapter:
     """The result of training: LoRA weights by module (`model.layers.0.self_attn.q_proj`), or all weights by name.
 
-    After full fine-tuning `full` holds every tensor in float32, and `weights` is empty.
+    After full fine-tuning `full` holds every tensor in float32, and `weights` is empty. A backend's is read tensor by
+    tensor: it changes with the next step, and is gone when the backend is closed.
     """
 
     base_model: str
     layers: int  # of the base model, 0 where not known: mlx-lm counts adapted layers from the last
     dropout: float
     weights: dict[str, LoraWeight] = field(repr=False)
-    full: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    full: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     dora: bool = False  # also where the magnitudes are still to be taken from the base
 
     @property
@@ -150,9 +151,13 @@ class Adapter:
     def arrays(self) -> dict[str, np.ndarray]:
         """All trained arrays: `<module>.lora_A` and so on, or the tensors of `full`; the names of optimizer state."""
         parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
-        return parts | self.full
+        return {**parts, **self.full}
 
-    def with_arrays(self, arrays: dict[str, np.ndarray]) -> Adapter:
+    def copied(self) -> Adapter:
+        """The same with arrays of its own, which stay as they are."""
+        return replace(self, full=dict(self.full))
+
+    def with_arrays(self, arrays: Mapping[str, np.ndarray]) -> Adapter:
         """The same adapter with other values in its matrices."""
         weights = {
             name: replace(
@@ -170,12 +175,13 @@ class Adapter:
 class OptimizerState:
     """AdamW's state, portable between backends.
 
-    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or tensor names after full fine-tuning.
+    Keys are `<module>.lora_A`, `.lora_B` and `.magnitude` in PEFT's layout, or tensor names after full fine-tuning. A
+    backend's arrays may change with the next step.
     """
 
     step: int
-    exp_avg: dict[str, np.ndarray] = field(repr=False)
-    exp_avg_sq: dict[str, np.ndarray] = field(repr=False)
+    exp_avg: Mapping[str, np.ndarray] = field(repr=False)
+    exp_avg_sq: Mapping[str, np.ndarray] = field(repr=False)
 
 
 class OutOfMemory(UserError):

@@ -28,7 +28,11 @@ class UserError(Exception):
         return type(self), (self.what, self.fix)
 
 
-class RankLost(UserError):
+class AtOdds(UserError):
+    """The processes that train together have come to different places: nothing can be agreed upon any more."""
+
+
+class RankLost(AtOdds):
     """Another process that trains with this one has ended; raised in place of the framework's own error."""
 
     def __init__(self, reason: str, who: str = "a process that trains with this one") -> None:

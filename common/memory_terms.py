@@ -25,6 +25,7 @@ class ModelDims:
     final_cap: bool  # logits
     normed: bool  # queries and keys
     windows: tuple[int | None, ...]  # of each layer; None: it sees all tokens before
+    splits: bool  # long rows are computed apart from short ones (longrope)
     stored: int  # bytes of a weight in the checkpoint
 
 
@@ -52,6 +53,15 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
+class ShardedBytes:
+    """Bytes that a rank holds of a sharded model."""
+
+    weights: int  # its part of all, and the complete ones that are computed with
+    gathering: int  # for a moment, before a micro-batch is computed
+    state: int  # gradients and moments of full fine-tuning
+
+
+@dataclass(frozen=True)
 class MeasuredTerms:
     """What cannot be counted. `overhead`: bytes of libraries' own buffers; `slack`: share that the allocator adds."""
 
@@ -71,6 +81,12 @@ class MemoryTerms(Protocol):
 
     def held_bytes(self, dims: ModelDims, recipe: Recipe, device: str) -> int:
         """The base as training holds it: less than `weight_bytes` where stored 16-bit weights are not widened."""
+
+    def unshardable(self, dims: ModelDims, recipe: Recipe) -> str:
+        """Why the ranks cannot hold a part of the model each; empty where they can."""
+
+    def sharded_bytes(self, dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
+        """What a rank holds of a sharded model."""
 
     def adapter_copies(self, device: str) -> int:
         """Float32 copies of the adapter's weights."""

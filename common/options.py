@@ -107,6 +107,7 @@ class Options(RecipeFields, PlanFields):
         value="N",
         choices=("all",),
     )
+    shard: bool | None = in_memory(None, "each device holds a part of the model (FSDP2); by itself where it must")
     workers: list[str] = in_memory(
         [],
         "other computers on which `worker` runs and helps; each computes a part of every step by its speed",
@@ -117,9 +118,7 @@ class Options(RecipeFields, PlanFields):
         "auto", "type of the frozen base's weights; the adapter and its optimizer are always float32"
     )
     memory_limit: str | None = in_memory(
-        None,
-        "memory that training may take, such as 16GB, for which a plan is chosen; most of what is free unless given",
-        value="SIZE",
+        None, "memory that training may take, such as 16GB; most of what is free unless given", value="SIZE"
     )
     micro_batch_tokens: int | None = in_memory(
         None, "tokens computed at once, as memory allows unless given; changes speed and memory, never the result", ge=1

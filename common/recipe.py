@@ -103,6 +103,7 @@ class Plan(PlanFields):
     device: Literal["cpu", "gpu", "cuda", "mps"]
     device_index: int = 0  # of several NVIDIA GPUs the one that torch counts by this number
     ranks: int = 1  # processes that train together, each on a device of its own
+    sharded: bool = False  # each rank holds a part of every weight, and not the complete model
     micro_batch_tokens: int
     gradient_checkpointing: bool = False
     loss_chunk: int = 128  # label positions whose logits are held at once

@@ -1,7 +1,7 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.backend.Backend`."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ class MlxBackend:
     def _to_numpy(self, tensors: Tensors) -> dict[str, np.ndarray]:
         return {name: to_numpy(name, array) for name, array in self.trained.cut(tensors).items()}
 
-    def _to_tensors(self, arrays: dict[str, np.ndarray]) -> Tensors:
+    def _to_tensors(self, arrays: Mapping[str, np.ndarray]) -> Tensors:
         return self.trained.joined({name: to_mlx(name, array) for name, array in arrays.items()})
 
     def get_optimizer(self) -> OptimizerState:

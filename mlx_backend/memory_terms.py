@@ -5,7 +5,7 @@ change there changes a term here; `python -m benchmarks.memory` compares the est
 """
 
 from common.data.layouts import smallest_layout
-from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, StepMemory
+from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, ShardedBytes, StepMemory
 from common.recipe import Plan, Recipe
 
 _MEASURED = {"cpu": MeasuredTerms(0, 0.0, True), "gpu": MeasuredTerms(100 * 10**6, 0.1, False)}
@@ -28,6 +28,14 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
     return weight_bytes(dims, recipe)
+
+
+def unshardable(dims: ModelDims, recipe: Recipe) -> str:
+    return "MLX holds the complete model on each device"
+
+
+def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
+    raise AssertionError(unshardable(dims, recipe))
 
 
 def adapter_copies(device: str) -> int:

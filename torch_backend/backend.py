@@ -4,6 +4,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from common.backend import (
     StepResult,
     weight_sum,
 )
-from common.errors import device_fault
+from common.lazy_arrays import LazyArrays
 from common.memory_terms import MicroBatchShape
 from common.models.families import forward_config
 from common.models.model_folder import ModelFolder
@@ -28,18 +29,20 @@ from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
 from torch_backend.attention import has_flash
 from torch_backend.cuda_graphs import Graphs, Layout, can_graph
+from torch_backend.device_errors import device_errors
 from torch_backend.device_settings import DeviceSettings, empty_cache
 from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
-from torch_backend.layers import install
-from torch_backend.lora import attach, set_arrays
+from torch_backend.lora import set_arrays
 from torch_backend.loss import PackedBatch, loss_of, loss_sum
 from torch_backend.matmul import pad_multiple
 from torch_backend.memory_terms import packs_attention
 from torch_backend.mlp import recomputing
 from torch_backend.model import DTYPES, import_libraries, load_model
-from torch_backend.optimizer import Optimizer, to_numpy
+from torch_backend.optimizer import MOMENTS, Optimizer, to_numpy
 from torch_backend.quantize import dequantized
+from torch_backend.shards import together
+from torch_backend.trained import Trained
 
 _T = TypeVar("_T")
 
@@ -63,8 +66,8 @@ class TorchBackend:
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
         config, self.names, dtype = base.config, base.full_names, DTYPES[recipe.precision]
         self.rope_split = forward_config(config).rope_split
-        with _device_errors():
-            self.model: Any = load_model(base, recipe, self.device, adapter)
+        with device_errors():
+            self.model: Any = load_model(base, recipe, self.device, plan.sharded)
         if self.device.type == "cpu":
             for layer in self.model.model.layers[::TRIM_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._trim)
@@ -86,11 +89,15 @@ class TorchBackend:
     def _begin(self, recipe: Recipe, plan: Plan, adapter: Adapter | None) -> None:
         """Have the loaded model train this, from the start."""
         self.recipe, self.start = recipe, adapter
-        with _device_errors():
-            self.outer, self.parameters = self._trainable(adapter)
-        self.graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        with device_errors():
+            self.outer, self.parameters, self.shards = Trained.of(
+                self.model, self.names, recipe, adapter, self.device.type if plan.sharded else ""
+            )
+            self.outer.to(self.device)
+        graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        self.graphed = graphed and not plan.sharded
         self.apply_plan(plan)
-        with _device_errors():
+        with device_errors():
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
@@ -100,23 +107,17 @@ class TorchBackend:
         del self.optimizer, self.graphs, self.parameters  # before there are others
         self._begin(recipe, plan, adapter)
 
-    def _trainable(self, adapter: Adapter | None) -> tuple[Any, dict[str, torch.nn.Parameter]]:
-        """`(the model, with PEFT's around it where there is an adapter; the trained parameters by canonical name)`."""
-        if adapter is None:
-            # transformers marks the pad token's row, and torch gives it no gradient. Where pad is the token that ends
-            # a turn, its embedding would never learn.
-            self.model.get_input_embeddings().padding_idx = None
-            return self.model, {self.names[name]: p for name, p in self.model.named_parameters()}
-        outer, parameters = attach(self.model, adapter)
-        outer.to(self.device)
-        install(self.model, adapter)
-        return outer, parameters
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Around what a device computes, and with a sharded model all ranks together."""
+        with together() if self.shards else nullcontext(), device_errors():
+            yield
 
     def _with_memory(self, compute: Callable[[], _T]) -> _T:
         """The result of `compute`, repeated without graphs where memory runs out: only they can use what they hold."""
         held = self.graphs is not None and bool(self.graphs.graphs)
         try:
-            with _device_errors():
+            with self._errors():
                 return compute()
         except OutOfMemory:
             if self.graphs is not None:
@@ -140,8 +141,11 @@ class TorchBackend:
             self.model.gradient_checkpointing_disable()
 
     def _trim(self, *_: Any) -> None:
-        """Only where memory is short: without checkpointing a step took 5 to 12 % longer for up to 17 % less memory."""
-        if self.model.training and self.plan.gradient_checkpointing:
+        """Only where memory is short: without checkpointing a step took 5 to 12 % longer for up to 17 % less memory.
+
+        What a sharded model gathers leaves gaps too.
+        """
+        if self.plan.sharded or (self.model.training and self.plan.gradient_checkpointing):
             malloc_trim()
 
     def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
@@ -172,10 +176,11 @@ class TorchBackend:
         return sum(map(self._padded_tokens, micro_batches))
 
     def sum_gradients(self) -> None:
-        sum_over_ranks([self.total, *self.optimizer.gradients()])
+        summed = self.shards is not None and self.start is None  # by FSDP2, in the backward pass
+        sum_over_ranks([self.total, *(() if summed else self.optimizer.gradients())])
 
     def accumulated_loss(self) -> float:
-        with _device_errors():
+        with device_errors():
             return float(self.total)
 
     def gradients(self) -> dict[str, np.ndarray]:
@@ -189,7 +194,8 @@ class TorchBackend:
             parameter.grad += torch.from_numpy(gradients[name]).to(self.device)
 
     def apply_gradients(self, learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
+        with together() if self.shards else nullcontext():
+            norm = self.optimizer.step(learning_rate, self.recipe.max_grad_norm)
         return self.total.clone(), norm
 
     def _padded_tokens(self, batch: Batch) -> int:
@@ -199,7 +205,13 @@ class TorchBackend:
         return batch.tokens if self.flash else rows * -(-width // self.pad_multiple) * self.pad_multiple
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.pad_multiple)
+        return self._computed(
+            lambda: loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.pad_multiple)
+        )
+
+    def _computed(self, compute: Callable[[], _T]) -> _T:
+        """The result of `compute`, which calls the model."""
+        return compute() if self.shards is None else self.shards.compute(compute)
 
     def _micro_step(self, packed: PackedBatch) -> None:
         self._accumulate(loss_of(self.model, packed, self.plan.loss_chunk))
@@ -217,18 +229,27 @@ class TorchBackend:
         return StepResult.of([batch], loss, 0.0, self._padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
-        with _device_errors():
-            arrays = {name: to_numpy(parameter) for name, parameter in self.parameters.items()}
+        arrays = self._arrays(self.parameters.__getitem__)
         if self.start is None:
             return Adapter(self.recipe.model, self.model.config.num_hidden_layers, 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
+
+    def _arrays(self, get: Callable[[str], torch.Tensor]) -> LazyArrays:
+        """What `get` gives for each trained parameter's name."""
+
+        def read(name: str) -> np.ndarray:
+            with self._errors():
+                return to_numpy(get(name))
+
+        return LazyArrays({name: tuple(parameter.shape) for name, parameter in self.parameters.items()}, read)
 
     def set_adapter(self, adapter: Adapter) -> None:
         set_arrays(self.parameters, adapter)
 
     def get_optimizer(self) -> OptimizerState:
-        with _device_errors():
-            return self.optimizer.get()
+        with device_errors():
+            step = self.optimizer.steps
+        return OptimizerState(step, *(self._arrays(partial(self.optimizer.moment, kind)) for kind in MOMENTS))
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.optimizer.set(state)
@@ -242,9 +263,13 @@ class TorchBackend:
         self.settings.adapt_threads()
         kept = torch.from_numpy(np.asarray(range(len(token_ids)) if positions is None else positions, np.int64))
         inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
-        with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
-            found = self.model(input_ids=inputs, use_cache=False, logits_to_keep=kept.to(self.device))
-            return found.logits[0].float().cpu().numpy()
+
+        def compute() -> np.ndarray:
+            with nullcontext() if adapter else self.outer.disable_adapter():
+                found = self.model(input_ids=inputs, use_cache=False, logits_to_keep=kept.to(self.device))
+                return found.logits[0].float().cpu().numpy()
+
+        return self._with_memory(lambda: self._computed(compute))
 
     def generate(
         self,
@@ -266,7 +291,7 @@ class TorchBackend:
             self.outer.eval()  # at every token: training may continue in between
             self.settings.adapt_threads()
             inputs = torch.tensor([ids], device=self.device)
-            with _device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
+            with device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
                 found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
                 return found.logits[0, -1].float().cpu().numpy()
 
@@ -279,24 +304,6 @@ class TorchBackend:
         return self.settings.threads()
 
     def close(self) -> None:
-        del self.model, self.outer, self.parameters, self.optimizer, self.graphs
+        del self.model, self.outer, self.parameters, self.optimizer, self.graphs, self.shards
         gc.collect()  # layers whose forward is replaced refer to themselves
         self.settings.restore()
-
-
-@contextmanager
-def _device_errors() -> Iterator[None]:
-    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError).
-
-    UserError for another fault of a GPU, which CUDA reports at whatever is asked next.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
-            empty_cache()
-            raise OutOfMemory(text.split("\n")[0]) from None
-        if isinstance(error, torch.AcceleratorError):
-            raise device_fault(error) from None
-        raise

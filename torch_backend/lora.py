@@ -6,6 +6,7 @@ import torch
 
 from common.backend import Adapter
 from common.models.families import text_name
+from torch_backend.shards import assign
 
 
 def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parameter]]:
@@ -39,7 +40,6 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
     return peft, parameters
 
 
-@torch.no_grad()
 def set_arrays(parameters: dict[str, torch.nn.Parameter], adapter: Adapter) -> None:
     for name, array in adapter.arrays().items():
-        parameters[name].copy_(torch.from_numpy(array))
+        assign(parameters[name], torch.from_numpy(array))

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
-from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, StepMemory
+from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, ShardedBytes, StepMemory
 from common.recipe import Plan, Recipe
 from torch_backend.host_memory import KEPT_BLOCKS, TRIM_EVERY
 
@@ -20,6 +20,7 @@ _MEASURED = {
 }
 _COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
 _PROCESSORS = 132  # of the H200
+_COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
 _GAPS = {"fp32": 0.25, "bf16": 0.55}  # share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36
 
 
@@ -59,6 +60,19 @@ def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
     if recipe.quantization == "int8":
         return dims.linear + dims.other * (2 if recipe.precision == "bf16" else 4)
     return (dims.linear + dims.other) * item
+
+
+def unshardable(dims: ModelDims, recipe: Recipe) -> str:
+    if recipe.quantization != "none":  # bitsandbytes' issue 1945
+        return f"bitsandbytes' {recipe.quantization} weights cannot be sharded exactly"
+    return "long rows of this model are computed apart from short ones" if dims.splits else ""
+
+
+def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
+    count, layers = dims.linear + dims.other, _COMPLETE_LAYERS * dims.linear / dims.layers
+    item = held_bytes(dims, recipe, plan.device) / count
+    weights = item * (count / plan.ranks + dims.other + layers)
+    return ShardedBytes(round(weights), round(item * dims.other), round(12 * count / plan.ranks + 4 * layers))
 
 
 def adapter_copies(device: str) -> int:

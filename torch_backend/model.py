@@ -2,12 +2,12 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
 
-from common.backend import Adapter
 from common.errors import UserError
 from common.models.model_folder import ModelFolder
 from common.recipe import Recipe
@@ -35,18 +35,25 @@ def import_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, adapter: Adapter | None) -> Any:
-    """The base in the recipe's precision and quantization, on the device."""
+def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, sharded: bool) -> Any:
+    """The base in the recipe's precision and quantization, on the device.
+
+    sharded: as it is stored, on the CPU: `Shards` does the rest.
+    """
     dtype, quantization = DTYPES[recipe.precision], quantization_config(recipe.quantization)
     settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
     model = load_base(base, dtype, **settings)
     if recipe.quantization == "nf4":
         quantize_nf4(model, dtype, device)
-    if not quantization:
-        lora = adapter is not None and not adapter.dora  # PEFT would round DoRA's magnitudes to the stored type
-        convert(model, dtype, keep_stored=lora and device.type == "cpu" and dtype == torch.float32)
+    if not (quantization or sharded):
+        convert(model, dtype, keeps_stored(recipe, device))
         model.to(device)
     return model
+
+
+def keeps_stored(recipe: Recipe, device: torch.device) -> bool:
+    """Whether 16-bit weights stay as they are stored. For DoRA PEFT would round the magnitudes to their type."""
+    return recipe.method == "lora" and recipe.precision == "fp32" and device.type == "cpu"
 
 
 def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
@@ -90,31 +97,47 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
 
 
 @torch.no_grad()
-def convert(model: Any, dtype: torch.dtype, keep_stored: bool) -> None:
+def convert(
+    model: Any,
+    dtype: torch.dtype,
+    keep_stored: bool,
+    adapter: Collection[torch.nn.Parameter] = (),
+    finish: Callable[[Any], None] = lambda layer: None,
+) -> None:
     """Convert every weight to `dtype`, block by block; pages of the file that were read are released.
 
     keep_stored: matrices that the file stores in 16 bits stay mapped from it, and products widen them (`matmul.py`).
+    adapter: parameters that stay as they are. finish: is called with each layer whose weights are converted.
     """
     held = set()
     if keep_stored:
         linear = [m for m in model.modules() if type(m) is torch.nn.Linear or m is model.get_input_embeddings()]
         held = {m.weight for m in linear if m.weight.dtype in (torch.bfloat16, torch.float16)}
-    for parameter in model.parameters():
-        stored = parameter.data
-        if parameter in held or stored.dtype == dtype or not stored.is_floating_point():
-            continue
-        wide = torch.empty_like(stored, dtype=dtype)
-        rows = max(1, _BLOCK // max(1, stored[0].numel()))
-        for start in range(0, len(stored), rows):
-            wide[start : start + rows] = stored[start : start + rows]
-            release_pages(stored[start : start + rows])
-        parameter.data = wide
+    left = {*model.parameters()} - held - {*adapter}
+    for part in [*model.model.layers, model]:
+        for parameter in left.intersection(part.parameters()):
+            _convert(parameter, dtype)
+            left.remove(parameter)
+        if part is not model:
+            finish(part)
     model.config.dtype = dtype
     embed = model.get_input_embeddings()
     if hasattr(embed, "embed_scale"):  # Gemma's, which was computed in the stored type: 25.25 in place of 25.298
         embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
     if embed.weight in held:
         embed.forward = partial(_embed, embed, dtype)
+
+
+def _convert(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:
+    stored = parameter.data
+    if stored.dtype == dtype or not stored.is_floating_point():
+        return
+    wide = torch.empty_like(stored, dtype=dtype)
+    rows = max(1, _BLOCK // max(1, stored[0].numel()))
+    for start in range(0, len(stored), rows):
+        wide[start : start + rows] = stored[start : start + rows]
+        release_pages(stored[start : start + rows])
+    parameter.data = wide
 
 
 def _embed(module: Any, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from common.backend import OptimizerState
 from common.recipe import Recipe
+from torch_backend.shards import assign, whole
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
@@ -57,25 +59,29 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         self.adamw.step()
-        return norm
+        return whole(norm)
 
-    def get(self) -> OptimizerState:
-        averages, squares = ({name: to_numpy(self._moment(name, kind)) for name in self.parts} for kind in _MOMENTS)
-        return OptimizerState(int(self.adamw.state[self.tensors[0]]["step"]), averages, squares)
+    @property
+    def steps(self) -> int:
+        """That were taken; waits for the device."""
+        return int(self.adamw.state[self.tensors[0]]["step"])
 
     @torch.no_grad()
     def set(self, state: OptimizerState) -> None:
         for tensor in self.tensors:
             self.adamw.state[tensor]["step"].fill_(state.step)
-        for kind, arrays in zip(_MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
+        for kind, arrays in zip(MOMENTS, (state.exp_avg, state.exp_avg_sq), strict=True):
             for name in self.parts:
-                self._moment(name, kind).copy_(torch.from_numpy(arrays[name]))
+                assign(self.moment(kind, name), torch.from_numpy(arrays[name]))
 
-    def _moment(self, name: str, kind: str) -> torch.Tensor:
+    def moment(self, kind: str, name: str) -> torch.Tensor:
         """A view of the parameter's part of one of AdamW's moments."""
         tensor, start = self.parts[name]
+        moment: torch.Tensor = self.adamw.state[tensor][kind]
+        if not self.joined:
+            return moment
         shape = self.parameters[name].shape
-        return self.adamw.state[tensor][kind].view(-1)[start : start + shape.numel()].view(shape)
+        return moment.view(-1)[start : start + shape.numel()].view(shape)
 
 
 def _join(parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Parameter, int]]:
@@ -93,5 +99,8 @@ def _join(parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Param
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A float32 copy on the CPU."""
-    return tensor.detach().to("cpu", torch.float32, copy=True).numpy()
+    """A float32 copy on the CPU. Of a sharded tensor rank 0 alone has it, and the others nothing."""
+    found = whole(tensor.detach())
+    if isinstance(tensor, DTensor) and tensor.device_mesh.get_rank():
+        return np.empty(0, np.float32)
+    return found.to("cpu", torch.float32, copy=True).numpy()

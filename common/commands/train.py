@@ -129,7 +129,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     state = found.state if found else State.before_training(job.plan)
     options = job.options
     chosen = options.micro_batch_tokens is None and options.gradient_checkpointing is None and not recipe.dropout
-    forecast = Forecast(None if found else job.memory, replans=chosen)
+    forecast = Forecast(None if found or job.plan.sharded else job.memory, replans=chosen)
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)
         if found:
@@ -169,7 +169,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     stale = {"verify": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
-    return backend, state.best or backend.get_adapter()
+    return backend, state.best or backend.get_adapter().copied()
 
 
 def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -265,7 +266,7 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
     return read_peft(folder / "adapter", layers)
 
 
-def _write(folder: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:
+def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], config: dict) -> None:
     with atomic_folder(folder) as temporary:
         save_tensors(tensors, temporary / name, {"format": "pt"})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

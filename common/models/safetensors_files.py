@@ -3,21 +3,20 @@
 Mapped pages would count as this process's memory, a complete shard of them.
 """
 
+import json
 import math
-import os
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from common.documents import parse_json
 from common.errors import UserError, first_line
+from common.lazy_arrays import LazyArrays, shapes_of
 
 # safetensors' names for the types that weights come in; the rest is copied as bytes.
 DTYPES: dict[str, np.dtype] = {
@@ -109,15 +108,27 @@ def load_tensors(path: Path, fix: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged: {first_line(error)}", fix) from None
 
 
-def save_tensors(tensors: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, readable by whom the umask allows. Raises OSError with the file's name."""
-    path.touch()
-    allowed = path.stat().st_mode
+def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, a tensor at a time: the library's own writer copies all of them first.
+
+    Raises OSError with the file's name.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes_of(tensors).items():
+        kind = np.dtype(np.float32) if isinstance(tensors, LazyArrays) else tensors[name].dtype
+        begin, end = end, end + math.prod(shape) * kind.itemsize
+        header[name] = {"dtype": _dtype_name(kind), "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
-    path.chmod(allowed)  # the library's own is 0600
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in tensors:
+                file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _dtype_name(kind: np.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == kind), f"{kind.kind.upper()}{8 * kind.itemsize}")

@@ -23,6 +23,7 @@ from common.backend import Adapter, OptimizerState, StepResult
 from common.documents import fault_of, read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
+from common.lazy_arrays import joined, shapes_of
 from common.models.adapter_files import read_trained, write_trained
 from common.models.safetensors_files import load_tensors, save_tensors
 from common.recipe import Parent, Plan
@@ -91,19 +92,15 @@ class Checkpoint(NamedTuple):
 
         start: the adapter that the recipe begins with; None for full fine-tuning.
         """
-        trained = _shapes(self.adapter.arrays())
-        known = {} if start is None else _shapes(start.arrays())
+        trained = shapes_of(self.adapter.arrays())
+        known = {} if start is None else shapes_of(start.arrays())
         fits = start is None or self.adapter.weights.keys() == start.weights.keys()
         fits = fits and known.items() <= trained.items()  # a magnitude may not be known before the model is loaded
-        if not fits or any(_shapes(m) != trained for m in (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)):
+        if not fits or any(shapes_of(m) != trained for m in (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)):
             raise UserError(
                 f"The checkpoint of step {self.state.step} holds other tensors than the recipe trains.",
                 "Remove its folder to continue from the checkpoint before it; or start a new run.",
             )
-
-
-def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: array.shape for name, array in arrays.items()}
 
 
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str, keep: int) -> Path:
@@ -113,8 +110,7 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, r
         write_trained(temporary, adapter)
         if state.best is not None:
             write_trained(temporary / "best", state.best)
-        moments = {f"exp_avg.{name}": array for name, array in optimizer.exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": array for name, array in optimizer.exp_avg_sq.items()}
+        moments = joined({"exp_avg": optimizer.exp_avg, "exp_avg_sq": optimizer.exp_avg_sq})
         save_tensors(moments, temporary / "optimizer.safetensors", {"step": str(optimizer.step)})
         plain = {n: value for n, value in asdict(State(**{**vars(state), "best": None})).items() if n != "best"}
         plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}

@@ -67,6 +67,7 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         final_cap=forward_config(config).logit_softcap is not None,
         normed=config["model_type"] in ("gemma3_text", "qwen3"),
         windows=forward_config(config).windows,
+        splits=forward_config(config).rope_split is not None,
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
     )
 
@@ -119,14 +120,22 @@ class TrainingMemory:
         """The peak over micro-batches of `shapes` in training, and of `validation`, which has no backward pass."""
         terms, dims, recipe = self.package.memory_terms, self.dims, self.recipe
         beside, moments = training_state_bytes(self.adapter, dims)
+        weights = terms.held_bytes(dims, recipe, plan.device)
+        sharded = terms.sharded_bytes(dims, recipe, plan) if plan.sharded else None
+        if sharded:
+            weights, moments = sharded.weights, moments if self.adapter else sharded.state
         parts: dict[str, int] = {
-            "weights": terms.held_bytes(dims, recipe, plan.device),
+            "weights": weights,
             "adapter": beside * terms.adapter_copies(plan.device),
             "gradients and moments": moments,
         }
+        if self.adapter is None and validation and plan.device == "cpu":
+            parts["best weights"] = 4 * (dims.linear + dims.other)  # of the validations so far
         steps = [self._step(plan, shape, dims) for shape in shapes]
         if validation:
             steps.append(self._validation(plan, validation))
+        if sharded:
+            steps.append({"gathering": sharded.gathering})
         largest: dict[str, int] = max(steps, key=lambda step: sum(step.values()))
         parts |= largest
         loading = terms.loading_bytes(dims, recipe)
@@ -135,6 +144,8 @@ class TrainingMemory:
         measured = terms.measured(plan.device, recipe.precision)
         parts["slack"] = measured.overhead + round(measured.slack * sum(parts.values()))
         counted = MemoryEstimate(parts, measured.known)
+        if plan.sharded:  # of which nothing was learned
+            return counted
         correction = self.learned.correction(plan.gradient_checkpointing, counted.fixed, counted.step)
         return MemoryEstimate(parts | {_LEARNED: correction}, measured.known) if correction else counted
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -115,6 +116,7 @@ def choose_plan(
     base: its memory budget counts where it has one. rows, validation: what is trained on, and validated on. Raises
     UserError where --memory-limit cannot be kept.
     """
+    _require_shardable(options, memory, base)
     budget, why = _budget(options, memory, base)
     deterministic = memory.package.is_deterministic(memory.dims, base.device, memory.recipe.precision)
     chunk = memory.package.memory_terms.loss_chunk(memory.dims.vocabulary, base.device)
@@ -131,7 +133,8 @@ def leaner_plan(memory: TrainingMemory, plan: Plan, work: Work) -> Plan | None:
     candidates = [
         candidate
         for candidate in _candidates(Options(), memory, plan, work)
-        if candidate.plan.micro_batch_tokens <= plan.micro_batch_tokens
+        if candidate.plan.sharded == plan.sharded
+        and candidate.plan.micro_batch_tokens <= plan.micro_batch_tokens
         and candidate.plan.gradient_checkpointing >= plan.gradient_checkpointing
     ]
     chosen = _choose(candidates, plan.memory_budget)
@@ -149,6 +152,7 @@ def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
     fitting = [candidate for candidate in candidates if candidate.peak <= budget]
     if not fitting:
         return min(candidates, key=lambda candidate: candidate.peak)
+    fitting = [candidate for candidate in fitting if not candidate.plan.sharded] or fitting
     fastest = min(candidate.cost for candidate in fitting)
     return min(
         (candidate for candidate in fitting if candidate.cost <= fastest * _WORTH),
@@ -159,15 +163,28 @@ def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
 def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work) -> list[_Candidate]:
     sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
     checkpointing = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
+    can_shard = base.ranks > 1 and not memory.package.memory_terms.unshardable(memory.dims, memory.recipe)
+    sharded = [bool(options.shard)] if not can_shard or options.shard is not None else [False, True]
     found = []
     for size in sizes:
         shapes, tokens, count = work.cut(size, base.device, base.ranks)
-        for recompute in checkpointing:
-            plan = base.model_copy(update={"micro_batch_tokens": size, "gradient_checkpointing": recompute})
+        for recompute, shard in product(checkpointing, sharded):
+            plan = base.model_copy(
+                update={"micro_batch_tokens": size, "gradient_checkpointing": recompute, "sharded": shard}
+            )
             cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if recompute else 1)
             prediction = memory.estimate(plan, shapes, work.longest_validation(size))
             found.append(_Candidate(plan, prediction, cost))
     return found
+
+
+def _require_shardable(options: Options, memory: TrainingMemory, base: Plan) -> None:
+    if not options.shard:
+        return
+    if base.ranks == 1:
+        raise UserError("--shard: there is one device.", "Leave it out, or give several with --devices.")
+    if why := memory.package.memory_terms.unshardable(memory.dims, memory.recipe):
+        raise UserError(f"--shard: {why}.", "Leave it out.")
 
 
 def _too_small(options: Options, least: int) -> UserError:
@@ -183,6 +200,7 @@ def described(plan: Plan) -> str:
     return (
         f"micro-batches of up to {plan.micro_batch_tokens} tokens, logits of {plan.loss_chunk} labels at once"
         + (", gradient checkpointing" if plan.gradient_checkpointing else "")
+        + (", each device holds a part of the model" if plan.sharded else "")
         + f"; a checkpoint every {plan.save_every} steps"
     )
 

@@ -5,12 +5,14 @@ and what each rank then does, stands in `RankedBackend` and `follow`, method by 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from common.backend import (
     Adapter,
@@ -24,10 +26,12 @@ from common.backend import (
     weight_sum,
 )
 from common.backend_package import RankPackage
-from common.errors import UserError
+from common.errors import AtOdds, UserError
+from common.lazy_arrays import LazyArrays, shapes_of
 from common.memory_terms import MicroBatchShape
 from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
+from common.sampling import Sampler, generate_tokens
 from common.training.messages import (
     Message,
     adapter_of,
@@ -37,6 +41,7 @@ from common.training.messages import (
     optimizer_arrays,
     optimizer_of,
 )
+from common.training.rank_shares import evened, share, with_rows
 from common.training.ranks import Agreed, Ranks
 
 _ELSEWHERE = "on another rank"
@@ -48,13 +53,13 @@ class RankedBackend:
     def __init__(self, local: RankBackend, ranks: Ranks) -> None:
         self.local, self.ranks = local, ranks
         self.peak = 0  # bytes, of the rank that has taken most
-        self.get_adapter, self.get_optimizer = local.get_adapter, local.get_optimizer
-        self.logits, self.generate, self.dequantized = local.logits, local.generate, local.dequantized
-        self.cpu_threads = local.cpu_threads
+        self.dequantized, self.cpu_threads = local.dequantized, local.cpu_threads
+        self.sharded = False
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         values, arrays = adapter_parts(adapter) if adapter else (None, {})
         settings = {"recipe": recipe.content(), "plan": plan.model_dump(), "adapter": values}
+        self.sharded = plan.sharded
         with self.ranks.together():
             self.ranks.tell("load", settings, arrays)
             return _load(self.local, self.ranks, recipe, plan, lambda: folder, adapter)
@@ -69,18 +74,68 @@ class RankedBackend:
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         weight = weight_sum(micro_batches)
-        values = {"step": step, "rate": learning_rate, "weight": weight, "ranks": [b.rank for b in micro_batches]}
+        told = evened(micro_batches, self.ranks.group.size) if self.sharded else micro_batches
+        values = {"step": step, "rate": learning_rate, "weight": weight, "ranks": [batch.rank for batch in told]}
         with self.ranks.together():
-            self.ranks.tell("step", values, batch_arrays(micro_batches))
-            loss, norm, padded, peak = _step(self.local, self.ranks, micro_batches, weight, learning_rate, step)
+            self.ranks.tell("step", values, batch_arrays(told))
+            loss, norm, padded, peak = _step(self.local, self.ranks, told, weight, learning_rate, step)
         self.peak = max(self.peak, peak)
         return StepResult.of(micro_batches, loss, norm, padded)
 
     def eval_step(self, batch: Batch) -> StepResult:
+        told = with_rows(batch, self.ranks.group.size) if self.sharded else batch
         with self.ranks.together():
-            self.ranks.tell("evaluate", {}, batch_arrays([batch]))
-            loss, padded = _evaluate(self.local, self.ranks, batch)
+            self.ranks.tell("evaluate", {}, batch_arrays([told]))
+            loss, padded = _evaluate(self.local, self.ranks, told)
         return StepResult.of([batch], loss, 0.0, padded)
+
+    def get_adapter(self) -> Adapter:
+        found = self.local.get_adapter()
+        return replace(found, full=self._gathered("full", found.full)) if found.full else found
+
+    def get_optimizer(self) -> OptimizerState:
+        found = self.local.get_optimizer()
+        moments = (self._gathered(part, getattr(found, part)) for part in ("exp_avg", "exp_avg_sq"))
+        return OptimizerState(found.step, *moments)
+
+    def _gathered(self, part: str, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The arrays, where each rank holds a part of every one: tensor by tensor."""
+        if not self.sharded:
+            return arrays
+
+        def read(name: str) -> np.ndarray:
+            with self.ranks.together():
+                self.ranks.tell("gather", {"part": part, "name": name})
+                return self.ranks.naming(lambda: arrays[name])
+
+        return LazyArrays(shapes_of(arrays), read)
+
+    def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
+        if not self.sharded:
+            return self.local.logits(token_ids, adapter, positions)
+        kept = np.arange(len(token_ids)) if positions is None else np.asarray(positions)
+        with self.ranks.together():
+            self.ranks.tell("logits", {"adapter": adapter}, {"ids": np.asarray(token_ids), "positions": kept})
+            return self.ranks.naming(lambda: self.local.logits(token_ids, adapter, kept))
+
+    def generate(
+        self,
+        token_ids: np.ndarray,
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        sampler: Sampler,
+        adapter: bool = True,
+    ) -> Iterator[int]:
+        if not self.sharded:
+            return self.local.generate(token_ids, max_new_tokens, stop_ids, sampler, adapter)
+        row: list[int] = []
+
+        def forward(ids: list[int], restart: bool) -> np.ndarray:  # without a cache, which would be sharded too
+            row.extend(ids)
+            found: np.ndarray = self.logits(np.array(row, np.int32), adapter, np.array([len(row) - 1]))[0]
+            return found
+
+        return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, None)
 
     def set_adapter(self, adapter: Adapter) -> None:
         self.ranks.tell("adapter", *adapter_parts(adapter))
@@ -139,6 +194,11 @@ def _do(message: Message, backend: RankBackend, ranks: Ranks, device: str) -> No
     elif kind == "expect":
         shapes = Counter({MicroBatchShape(*shape): count for *shape, count in values["shapes"]})
         backend.expect(lambda: shapes)
+    elif kind == "logits":
+        ranks.naming(lambda: backend.logits(arrays["ids"], values["adapter"], arrays["positions"]))
+    elif kind == "gather":
+        source = backend.get_adapter() if values["part"] == "full" else backend.get_optimizer()
+        ranks.naming(lambda: getattr(source, values["part"])[values["name"]])
     elif kind == "adapter":
         backend.set_adapter(adapter_of(values, arrays))
     elif kind == "optimizer":
@@ -170,24 +230,29 @@ def _step(
     Raises Agreed, with OutOfMemory or another fault, where one of them fails.
     """
     padded, fault = 0, None
+    mine = [batch for batch in micro_batches if batch.rank == ranks.group.rank]
     try:
-        padded = backend.accumulate([batch for batch in micro_batches if batch.rank == ranks.group.rank], weight, step)
+        padded = ranks.naming(lambda: backend.accumulate(mine, weight, step))
+    except AtOdds:
+        raise
     except UserError as error:
         fault = error
     found = ranks.gather(*_flags(fault), padded, backend.memory().peak)
     *failed, positions, _ = found.sum(axis=0)
     _agree(ranks, failed, fault)
     ranks.naming(backend.sum_gradients)
-    return *backend.apply_gradients(rate), int(positions), int(found[:, 3].max())
+    return *ranks.naming(lambda: backend.apply_gradients(rate)), int(positions), int(found[:, 3].max())
 
 
 def _evaluate(backend: RankBackend, ranks: Ranks, batch: Batch) -> tuple[float, int]:
     """`(loss, positions)` of a micro-batch whose rows the ranks share. Raises Agreed where one of them fails."""
     loss, padded, fault = 0.0, 0, None
     try:
-        if mine := _share(batch, ranks.group.rank, ranks.group.size):
-            result = backend.eval_step(mine)
+        if mine := share(batch, ranks.group.rank, ranks.group.size):
+            result = ranks.naming(partial(backend.eval_step, mine))
             loss, padded = float(result.loss_sum), result.padded_tokens
+    except AtOdds:
+        raise
     except UserError as error:
         fault = error
     *failed, loss, positions = ranks.gather(*_flags(fault), loss, padded).sum(axis=0)
@@ -207,16 +272,6 @@ def _agree(ranks: Ranks, failed: Sequence[float], fault: UserError | None) -> No
         ranks.agree(None if isinstance(fault, OutOfMemory) else fault)
     if short:
         raise Agreed(fault or OutOfMemory(_ELSEWHERE))
-
-
-def _share(batch: Batch, rank: int, size: int) -> Batch | None:
-    """The rows of one rank: every so many, so that all have rows of like lengths. None where there are fewer rows."""
-    lengths = batch.lengths[rank::size]
-    if not len(lengths):
-        return None
-    width = int(lengths.max())
-    cut = {name: getattr(batch, name)[rank::size, :width] for name in ("input_ids", "targets", "loss_weights")}
-    return replace(batch, lengths=lengths, **cut)
 
 
 class RankedPackage:

@@ -32,7 +32,7 @@ def resumed_options(options: Options, run: Run) -> Options:
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
     kept |= {name: getattr(recipe, name) for name in ("precision", "eval_rows", "eval_every", "patience", "min_delta")}
-    kept |= {"devices": None, "with": []}  # as many as this time
+    kept |= {"devices": None, "with": [], "shard": None}  # as many as this time
     if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
         del kept["device"]  # a GPU that was asked for, not the freest of that day
     if "memory_limit" in given:  # a new plan

@@ -64,7 +64,7 @@ class Validation:
         state = self.state
         state.evaluated = state.step
         if state.best_valid_loss is None or loss < state.best_valid_loss * (1 - self.recipe.min_delta):
-            state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter()
+            state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter().copied()
 
     def no_better(self) -> bool:
         """Whether the last validations, as many as --patience says, were no better than the best before them."""

@@ -125,8 +125,8 @@ FAULTS = [
     Fault(
         "second moments are saved from the first",
         "common/training/checkpoint.py",
-        "array for name, array in optimizer.exp_avg_sq.items()",
-        "array for name, array in optimizer.exp_avg.items()",
+        '"exp_avg_sq": optimizer.exp_avg_sq',
+        '"exp_avg_sq": optimizer.exp_avg',
         "unit/test_checkpoint.py",
     ),
     Fault(

@@ -76,6 +76,7 @@ ELSEWHERE = {
     "backend": "unit/test_hardware.py::test_a_backend_that_is_asked_for",
     "config": "unit/test_options.py::test_yaml_wins_over_defaults_and_flags_over_yaml",
     "devices": "e2e/test_ranks.py::test_ranks_give_the_curve_and_the_adapter_of_one_device",
+    "shard": "e2e/test_ranks.py::test_sharding_an_adapters_base_changes_no_bit",
     "with": "e2e/test_ranks.py::test_a_worker_of_the_other_backend_gives_the_same_curve",
     "device": "unit/test_hardware.py::test_a_gpu_that_is_not_here_says_what_to_install",
     "eval_rows": "unit/test_train.py::test_validation_scores_the_rows_that_eval_rows_leaves",

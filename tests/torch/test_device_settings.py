@@ -6,8 +6,8 @@ import torch
 
 from common.backend import OutOfMemory
 from common.system.cpu_load import OtherPrograms
-from torch_backend import backend as backend_module
 from torch_backend import device_settings
+from torch_backend.device_errors import device_errors
 from torch_backend.device_settings import DeviceSettings
 
 pytestmark = pytest.mark.cpu
@@ -72,7 +72,7 @@ def test_memory_on_mps_is_what_its_driver_counts(calls, monkeypatch):
 def test_out_of_memory_on_mps_gives_unused_blocks_back(calls, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     text = "MPS backend out of memory (MPS allocated: 9.00 GB, other allocations: 1.00 GB)"
-    with pytest.raises(OutOfMemory, match="MPS backend out of memory"), backend_module._device_errors():
+    with pytest.raises(OutOfMemory, match="MPS backend out of memory"), device_errors():
         raise RuntimeError(text)
     assert calls == [("empty_cache",)]
 

@@ -15,7 +15,7 @@ from tests import backends
 from tests.backends import METHODS
 from tests.tiny import FAMILIES, write_family, write_model, write_rows
 from torch_backend import backend as backend_module
-from torch_backend import layers, matmul
+from torch_backend import layers, matmul, trained
 from torch_backend.attention import RaggedRows, attend, cu_seqlens
 from torch_backend.linear import FrozenLinear, LoraLinear
 from torch_backend.mlp import Gated, GatedDown, recomputing
@@ -177,7 +177,7 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
     called = LoraLinear.forward
     monkeypatch.setattr(LoraLinear, "forward", lambda *a: calls.append(1) or called(*a))
     for install in (layers.install, lambda model, adapter: None):
-        monkeypatch.setattr(backend_module, "install", install)
+        monkeypatch.setattr(trained, "install", install)
         calls.clear()
         backend = backends.load("torch", model, recipe)
         losses.append(backends.run_steps(backend, recipe, rows, 6))

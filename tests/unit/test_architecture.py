@@ -121,7 +121,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
-    {"errors", "option_fields", "option_aliases", "strict_json", "files"},
+    {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
     {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
@@ -139,7 +139,7 @@ LAYERS = (
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 BACKENDS_MAY = {
     *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "backend_package", "rank_backend"),
-    *("data.batching", "data.layouts"),
+    *("lazy_arrays", "data.batching", "data.layouts"),
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }

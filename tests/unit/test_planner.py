@@ -219,3 +219,45 @@ def test_the_largest_that_fits_is_the_largest() -> None:
     assert fits(count, 300)
     assert not fits(count + 1, 300)
     assert length == 4096 or (fits(1, length) and not fits(1, length + 1))
+
+
+def on_ranks(count: int, of=None, **options):
+    memory = TrainingMemory(torch_backend, model_dims(CONFIG), of or recipe(), adapter())
+    plan = PLAN.model_copy(update={"ranks": count})
+    return choose_plan(Options.model_validate(options), memory, plan, rows(*(300,) * 40))
+
+
+def test_a_model_is_sharded_where_one_device_cannot_hold_it() -> None:
+    complete, sharded = on_ranks(8), on_ranks(8, shard=True)
+    assert (complete.plan.sharded, sharded.plan.sharded) == (False, True)
+    assert sharded.prediction.parts["weights"] < complete.prediction.parts["weights"]
+    least = on_ranks(8, gradient_checkpointing=True, micro_batch_tokens=1).prediction.peak
+    assert not on_ranks(8, memory_limit=str(least)).plan.sharded
+    small = on_ranks(8, memory_limit=str(least - 1))
+    assert small.plan.sharded
+    assert small.prediction.peak <= least - 1
+    assert not on_ranks(8, memory_limit=str(least), shard=False).plan.sharded
+    every = TrainingMemory(torch_backend, model_dims(CONFIG), recipe(method="full"), None)
+    parts = [every.estimate(PLAN.model_copy(update={"ranks": 8, "sharded": s}), [USUAL]).parts for s in (False, True)]
+    assert parts[1]["gradients and moments"] < parts[0]["gradients and moments"] / 2
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes", "why"),
+    [
+        (1, {}, "there is one device"),
+        (2, {"quantization": "nf4"}, "bitsandbytes' nf4 weights cannot be sharded exactly"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(ranks: int, changes: dict, why: str) -> None:
+    with pytest.raises(UserError, match=f"^--shard: {why}\\."):
+        on_ranks(ranks, recipe(**changes), shard=True)
+
+
+def test_what_cannot_be_sharded_is_not_chosen_by_itself() -> None:
+    quantized = recipe(quantization="nf4")
+    with pytest.raises(UserError, match="training needs about"):
+        on_ranks(8, quantized, memory_limit="1MB")
+    longrope = TrainingMemory(torch_backend, replace(model_dims(CONFIG), splits=True), recipe(), adapter())
+    with pytest.raises(UserError, match="long rows of this model are computed apart"):
+        choose_plan(Options(shard=True), longrope, PLAN.model_copy(update={"ranks": 2}), rows(30))

@@ -12,7 +12,8 @@ import pytest
 from common.backend import Adapter, Batch, LoraWeight, ModelInfo, OutOfMemory
 from common.backend_package import Group
 from common.data.batching import deal, micro_batches
-from common.errors import RankLost, UserError
+from common.errors import AtOdds, RankLost, UserError
+from common.lazy_arrays import shapes_of
 from common.recipe import Plan, Recipe
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
@@ -57,11 +58,18 @@ class ThreadGroup:
 
 
 class RankBigram(PartBigram):
-    """fault: raised while it loads."""
+    """fault: raised while it loads. odds: raised in a step."""
 
-    def __init__(self, group: Group, memory_limit: int | None = None, fault: UserError | None = None) -> None:
+    def __init__(
+        self,
+        group: Group,
+        memory_limit: int | None = None,
+        fault: UserError | None = None,
+        odds: AtOdds | None = None,
+    ) -> None:
         super().__init__(memory_limit)
-        self.group, self.fault, self.evaluated = group, fault, list[Batch]()
+        self.group, self.fault, self.odds, self.evaluated = group, fault, odds, list[Batch]()
+        self.given: list[int] = []  # micro-batches of each step
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         if self.fault:
@@ -71,7 +79,10 @@ class RankBigram(PartBigram):
 
     def accumulate(self, some: Sequence[Batch], weight: float, step: int) -> int:
         assert {batch.rank for batch in some} <= {self.group.rank}
-        return super().accumulate(some, weight, step)
+        self.given.append(len(some))
+        if self.odds:
+            raise self.odds
+        return super().accumulate([batch for batch in some if batch.loss_weights.any()], weight, step)
 
     def sum_gradients(self) -> None:
         self.loss = sum(self.group.gather(np.array(self.loss)))
@@ -163,6 +174,52 @@ def test_the_number_of_ranks_changes_no_more_than_rounding(others: int, tmp_path
         assert package.created.closed
     worked = [sum(len(batch.lengths) for call in p.created.calls for batch in call) for p in packages]
     assert min(worked) > 0
+
+
+def test_of_a_sharded_model_all_ranks_compute_as_many_micro_batches(tmp_path: Path) -> None:
+    expected, adapter, _ = trained(Bigram(), tmp_path / "alone", 1)
+
+    def work(package: RankedPackage, ranks: Ranks) -> Any:
+        return trained(package.create(), tmp_path / "together", 5, sharded=True, micro_batch_tokens=12)
+
+    (state, found, _), packages = with_others(work, [{}] * 4)
+    assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    assert state.best_valid_loss == pytest.approx(expected.best_valid_loss, rel=1e-6)
+    assert (state.tokens, state.label_tokens) == (expected.tokens, expected.label_tokens)
+    for name, array in adapter.arrays().items():
+        np.testing.assert_allclose(found.arrays()[name], array, atol=1e-6)
+    backends = [package.created for package in packages]
+    assert len({tuple(backend.given) for backend in backends}) == 1
+    assert len({len(backend.evaluated) for backend in backends}) == 1
+    assert min(backend.computed[0] for backend in backends) == 0  # one had nothing but an empty row
+
+
+def test_ranks_that_are_at_odds_end(tmp_path: Path) -> None:
+    def work(package: RankedPackage, ranks: Ranks) -> Any:
+        with pytest.raises(RankLost):
+            trained(package.create(), tmp_path / "run", 2, sharded=True)
+        return ranks.within
+
+    fault = AtOdds("Memory ran out.", "Continue with --resume RUN.")
+    within, packages = with_others(work, [{"odds": fault}])
+    assert packages[1].ended is fault
+    assert within  # so nothing more is told
+
+
+def test_of_a_sharded_model_arrays_are_gathered_one_by_one() -> None:
+    def work(package: RankedPackage, ranks: Ranks) -> Any:
+        backend = package.create()
+        backend.load(recipe(), plan(ranks=2, sharded=True), Path("here"), start())
+        asked, tell = [], ranks.tell
+        ranks.tell = lambda kind, values=None, arrays=None: (asked.append((kind, values)), tell(kind, values, arrays))
+        moments = backend.get_optimizer().exp_avg_sq
+        assert shapes_of(moments) == shapes_of(start().arrays())
+        assert asked == []
+        assert not moments[f"{LAYER}.lora_A"].any()
+        return list(asked)
+
+    asked, _ = with_others(work)
+    assert asked == [("gather", {"part": "exp_avg_sq", "name": f"{LAYER}.lora_A"})]
 
 
 def test_the_rows_of_a_validation_are_shared(tmp_path: Path) -> None:

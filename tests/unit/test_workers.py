@@ -120,7 +120,7 @@ def test_a_worker_that_fails_costs_one_step_and_comes_again(
 ) -> None:
     monkeypatch.setattr("common.training.shared_backend._RETRY", 0)
     expected, _ = trained(Bigram(), tmp_path / "alone")
-    one, said = worker(fails_at=3), list[str]()
+    one, said = worker(fails_at=1), list[str]()
     state, _ = trained(shared([one.address], said), tmp_path / "together")
     assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
     assert said[:2] == [f"{one.address} helps: mlx on cpu", f"{one.address} does not help: unknown"]

@@ -1,0 +1,47 @@
+"""Arrays that are read one by one, where all of them at once would be another copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Shape = tuple[int, ...]
+
+
+class LazyArrays(Mapping[str, "np.ndarray"]):
+    """float32 arrays by name, each read when it is asked for: it is what it is then."""
+
+    def __init__(self, shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray]) -> None:
+        self.shapes, self._read = dict(shapes), read
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Shape]:
+    """By name, without reading what is lazy."""
+    return arrays.shapes if isinstance(arrays, LazyArrays) else {name: array.shape for name, array in arrays.items()}
+
+
+def joined(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """The arrays of all parts, each by its part's name, a dot and its own; lazy where the first part's are."""
+    if not isinstance(next(iter(parts.values())), LazyArrays):
+        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+    shapes = {f"{part}.{name}": shape for part, arrays in parts.items() for name, shape in shapes_of(arrays).items()}
+
+    def read(name: str) -> np.ndarray:
+        part, _, own = name.partition(".")
+        return parts[part][own]
+
+    return LazyArrays(shapes, read)

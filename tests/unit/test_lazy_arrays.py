@@ -1,0 +1,61 @@
+"""Arrays that are read one by one, and written so."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from common.lazy_arrays import LazyArrays, joined, shapes_of
+from common.models.safetensors_files import save_tensors
+
+
+def lazy(names: str, asked: list[str]) -> LazyArrays:
+    def read(name: str) -> np.ndarray:
+        asked.append(name)
+        return np.full((2, 3), ord(name), np.float32)
+
+    return LazyArrays(dict.fromkeys(names, (2, 3)), read)
+
+
+def test_an_array_is_read_when_it_is_asked_for() -> None:
+    asked: list[str] = []
+    arrays = joined({"first": lazy("ab", asked), "second": lazy("ab", asked)})
+    assert shapes_of(arrays) == dict.fromkeys(["first.a", "first.b", "second.a", "second.b"], (2, 3))
+    assert asked == []
+    assert arrays["second.a"][0, 0] == ord("a")
+    assert asked == ["a"]
+    with pytest.raises(KeyError):
+        lazy("ab", asked)["c"]
+    assert joined({"only": {"a": np.ones(1)}}) == {"only.a": np.ones(1)}
+
+
+def test_lazy_arrays_are_written_one_after_another(tmp_path: Path) -> None:
+    asked: list[str] = []
+    save_tensors(lazy("ba", asked), tmp_path / "file.safetensors", {"step": "3"})
+    assert asked == ["b", "a"]
+    found = load_file(tmp_path / "file.safetensors")
+    assert {name: array.dtype for name, array in found.items()} == {"a": np.float32, "b": np.float32}
+    assert (found["b"] == ord("b")).all()
+    with safe_open(tmp_path / "file.safetensors", "np") as file:
+        assert file.metadata() == {"step": "3"}
+
+
+def test_every_type_and_shape_is_read_by_the_library_as_it_was_written(tmp_path: Path) -> None:
+    types = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16, np.uint32, np.int64, np.int8)
+    tensors = {f"{np.dtype(kind)} ü": np.arange(6).reshape(2, 3).astype(kind) for kind in types}
+    tensors |= {"cut": np.arange(12, dtype=np.float32).reshape(3, 4).T[1:], "empty": np.empty((0, 2), np.float32)}
+    tensors |= {"scalar": np.array(7, np.float32)}
+    save_tensors(tensors, tmp_path / "file.safetensors", {})
+    found = load_file(tmp_path / "file.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape)
+        np.testing.assert_array_equal(found[name], array)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"'{tmp_path}'$"):
+        save_tensors({}, tmp_path, {})

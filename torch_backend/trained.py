@@ -1,0 +1,39 @@
+"""What of a loaded model is trained: an adapter's parameters, or all of its own."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from common.backend import Adapter
+from common.recipe import Recipe
+from torch_backend.layers import install
+from torch_backend.lora import attach
+from torch_backend.model import DTYPES, keeps_stored
+from torch_backend.shards import Shards
+
+
+class Trained(NamedTuple):
+    outer: Any  # the model, with PEFT's around it where there is an adapter
+    parameters: dict[str, torch.nn.Parameter]  # by canonical name
+    shards: Shards | None
+
+    @staticmethod
+    def of(model: Any, names: dict[str, str], recipe: Recipe, adapter: Adapter | None, shard_on: str) -> "Trained":
+        """names: of the model's tensors -> canonical. shard_on: the kind of device to shard it on, or nothing."""
+        if adapter is None:
+            # transformers marks the pad token's row, and torch gives it no gradient. Where pad is the token that ends
+            # a turn, its embedding would never learn.
+            model.get_input_embeddings().padding_idx = None
+            shards = _sharded(model, recipe, shard_on, {})
+            return Trained(model, {names[name]: p for name, p in model.named_parameters()}, shards)
+        outer, parameters = attach(model, adapter)
+        install(model, adapter)
+        return Trained(outer, parameters, _sharded(model, recipe, shard_on, parameters))
+
+
+def _sharded(model: Any, recipe: Recipe, device: str, adapter: dict[str, torch.nn.Parameter]) -> Shards | None:
+    if not device:
+        return None
+    shards = Shards(model, device, adapter.values())
+    shards.shard(DTYPES[recipe.precision], keeps_stored(recipe, torch.device(device)))
+    return shards
