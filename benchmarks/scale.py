@@ -3,8 +3,8 @@
     python -m benchmarks.scale                    # measure 1 and 2 ranks of one thread each, then print the model
     python -m benchmarks.scale --computed         # the model alone
 
-The model of a step: the tokens of the rank that has most, by its speed; the gradients' all-reduce, and the rows that
-rank 0 tells. Lengths of rows are the built-in example's, times --length. Speeds and links are stated with each table.
+The model of a step: the tokens of the rank that has most, and what a micro-batch costs besides, by its speed; the
+gradients' all-reduce, and the rows that rank 0 tells. Lengths of rows are the built-in example's, times --length. Speeds and links are stated with each table.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peer_runs import ROOT
-from common.data.batching import deal, step_rows
+from common.data.batching import START_COST, deal, step_rows
 from common.options import EXAMPLE
 from common.run_record import Run
 
@@ -57,6 +57,7 @@ class Machine:
     """speed: tokens a second of one device in training. gradients: bytes of all that is trained, in float32."""
 
     name: str
+    device: str
     speed: float
     gradients: float
     link: Link
@@ -71,15 +72,15 @@ _ETHERNET = Link("1 Gb/s Ethernet", 0.11e9, 300e-6)
 MACHINES = {
     "GPUs": (
         (8, 64, 512),
-        [Machine("4B LoRA", 4_700, _LORA_4B, _NVLINK), Machine("4B full", 4_700, _FULL_4B, _NVLINK)],
+        [Machine("4B LoRA", "cuda", 4_700, _LORA_4B, _NVLINK), Machine("4B full", "cuda", 4_700, _FULL_4B, _NVLINK)],
     ),
     "Macs": (
         (2, 4, 8),
         [
-            Machine("1B LoRA", 600, _LORA_1B, _THUNDERBOLT),
-            Machine("1B LoRA", 600, _LORA_1B, _ETHERNET),
-            Machine("1B full", 600, _FULL_1B, _THUNDERBOLT),
-            Machine("1B full", 600, _FULL_1B, _ETHERNET),
+            Machine("1B LoRA", "gpu", 600, _LORA_1B, _THUNDERBOLT),
+            Machine("1B LoRA", "gpu", 600, _LORA_1B, _ETHERNET),
+            Machine("1B full", "gpu", 600, _FULL_1B, _THUNDERBOLT),
+            Machine("1B full", "gpu", 600, _FULL_1B, _ETHERNET),
         ],
     ),
 }
@@ -106,7 +107,7 @@ def seconds(machine: Machine, sizes: np.ndarray, batch: int, ranks: int) -> tupl
     most, tokens = loads(sizes, batch, ranks)
     link = machine.link
     exchanged = link.all_reduce(machine.gradients, ranks) + link.broadcast(tokens * _TOLD, ranks)
-    return most / machine.speed + exchanged, tokens
+    return (most + START_COST[machine.device]) / machine.speed + exchanged, tokens
 
 
 def computed(factor: float) -> None:
@@ -140,7 +141,10 @@ def measured(steps: int) -> None:
         two, _ = _train(Path(folder) / "2", 2, steps)
     sizes = lengths(1)
     most, every = loads(sizes, 8, 2)
-    expected = beside * most / every + link.all_reduce(_GRADIENTS, 2) + link.broadcast(tokens * _TOLD, 2)
+    start = START_COST["cpu"]
+    expected = (
+        beside * (most + start) / (every + start) + link.all_reduce(_GRADIENTS, 2) + link.broadcast(tokens * _TOLD, 2)
+    )
     print(f"all-reduce of {_GRADIENTS / 1e6:.1f} MB between two processes: {link.all_reduce(_GRADIENTS, 2):.3f} s")
     print(f"a step of 8 rows ({tokens:.0f} tokens): {one:.3f} s on one rank, {two:.3f} s on two")
     print(f"two trainings beside each other, one rank each: {beside:.3f} s")
