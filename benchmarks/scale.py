@@ -3,8 +3,9 @@
     python -m benchmarks.scale                    # measure 1 and 2 ranks of one thread each, then print the model
     python -m benchmarks.scale --computed         # the model alone
 
-The model of a step: the tokens of the rank that has most, and what a micro-batch costs besides, by its speed; the
-gradients' all-reduce, and the rows that rank 0 tells. Lengths of rows are the built-in example's, times --length. Speeds and links are stated with each table.
+The model of a step: what a micro-batch costs in any case, and the tokens of the rank that has most, by its speed; the
+gradients' all-reduce, and the rows that rank 0 tells. Lengths of rows are the built-in example's, times --length.
+Speeds and links are stated with each table.
 """
 
 import argparse
@@ -23,10 +24,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peer_runs import ROOT
-from common.data.batching import START_COST, deal, step_rows
+from common.data.batching import deal, step_rows
 from common.options import EXAMPLE
 from common.run_record import Run
 
+_MICRO_BATCH = 8192  # tokens
 _TOLD = 12  # bytes that rank 0 sends a token: its id, its target and its weight
 _MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _GRADIENTS = 4_884_480 * 4  # bytes, of SmolLM2's adapter of rank 16
@@ -54,10 +56,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """speed: tokens a second of one device in training. gradients: bytes of all that is trained, in float32."""
+    """speed: tokens a second of one device in training. gradients: bytes of all that is trained, in float32.
+
+    start: seconds that a micro-batch takes besides.
+    """
 
     name: str
-    device: str
+    start: float
     speed: float
     gradients: float
     link: Link
@@ -66,21 +71,25 @@ class Machine:
 # 4B: 4,492 to 4,879 tokens/s on an H200 (docs/benchmarks.md, "On an NVIDIA GPU"); an adapter of rank 16 on all layers.
 _LORA_4B, _FULL_4B = 33e6 * 4, 4.02e9 * 4
 _LORA_1B, _FULL_1B = 13e6 * 4, 1.0e9 * 4
+_LAUNCHES = 0.034  # seconds: a step of SmolLM2 on an H200, which does little else
 _NVLINK = Link("400 Gb/s InfiniBand a GPU", 40e9, 15e-6)
 _THUNDERBOLT = Link("Thunderbolt 5, ring", 6e9, 50e-6)
 _ETHERNET = Link("1 Gb/s Ethernet", 0.11e9, 300e-6)
 MACHINES = {
     "GPUs": (
         (8, 64, 512),
-        [Machine("4B LoRA", "cuda", 4_700, _LORA_4B, _NVLINK), Machine("4B full", "cuda", 4_700, _FULL_4B, _NVLINK)],
+        [
+            Machine("4B LoRA", _LAUNCHES, 4_700, _LORA_4B, _NVLINK),
+            Machine("4B full", _LAUNCHES, 4_700, _FULL_4B, _NVLINK),
+        ],
     ),
     "Macs": (
         (2, 4, 8),
         [
-            Machine("1B LoRA", "gpu", 600, _LORA_1B, _THUNDERBOLT),
-            Machine("1B LoRA", "gpu", 600, _LORA_1B, _ETHERNET),
-            Machine("1B full", "gpu", 600, _FULL_1B, _THUNDERBOLT),
-            Machine("1B full", "gpu", 600, _FULL_1B, _ETHERNET),
+            Machine("1B LoRA", _LAUNCHES, 600, _LORA_1B, _THUNDERBOLT),
+            Machine("1B LoRA", _LAUNCHES, 600, _LORA_1B, _ETHERNET),
+            Machine("1B full", _LAUNCHES, 600, _FULL_1B, _THUNDERBOLT),
+            Machine("1B full", _LAUNCHES, 600, _FULL_1B, _ETHERNET),
         ],
     ),
 }
@@ -107,7 +116,7 @@ def seconds(machine: Machine, sizes: np.ndarray, batch: int, ranks: int) -> tupl
     most, tokens = loads(sizes, batch, ranks)
     link = machine.link
     exchanged = link.all_reduce(machine.gradients, ranks) + link.broadcast(tokens * _TOLD, ranks)
-    return (most + START_COST[machine.device]) / machine.speed + exchanged, tokens
+    return machine.start * math.ceil(most / _MICRO_BATCH) + most / machine.speed + exchanged, tokens
 
 
 def computed(factor: float) -> None:
@@ -130,34 +139,41 @@ def computed(factor: float) -> None:
 def measured(steps: int) -> None:
     """One rank on one core, two ranks on two, and what the model says of these.
 
-    Two cores share caches and memory, as two machines do not. So two trainings that know nothing of each other are
-    measured too: the model goes by their speed.
+    Two cores share caches and memory, as two machines do not, and half of the rows take more than half of the time. So
+    two trainings that know nothing of each other are measured too, each on half as many rows: the model goes by them.
     """
     link = _loopback()
     with tempfile.TemporaryDirectory() as folder:
-        one, tokens = _train(Path(folder) / "1", 1, steps)
+        one, tokens = _train(Path(folder) / "1", 1, steps, rows=8)
         with ThreadPoolExecutor(2) as both:
-            beside = max(both.map(lambda name: _train(Path(folder) / name, 1, steps)[0], ("left", "right")))
-        two, _ = _train(Path(folder) / "2", 2, steps)
+            beside = max(both.map(lambda name: _train(Path(folder) / name, 1, steps, rows=4)[0], ("left", "right")))
+        two, _ = _train(Path(folder) / "2", 2, steps, rows=8)
     sizes = lengths(1)
     most, every = loads(sizes, 8, 2)
-    start = START_COST["cpu"]
-    expected = (
-        beside * (most + start) / (every + start) + link.all_reduce(_GRADIENTS, 2) + link.broadcast(tokens * _TOLD, 2)
-    )
+    told = link.all_reduce(_GRADIENTS, 2) + link.broadcast(tokens * _TOLD, 2)
+    expected = beside * most / (every / 2) + told
     print(f"all-reduce of {_GRADIENTS / 1e6:.1f} MB between two processes: {link.all_reduce(_GRADIENTS, 2):.3f} s")
     print(f"a step of 8 rows ({tokens:.0f} tokens): {one:.3f} s on one rank, {two:.3f} s on two")
-    print(f"two trainings beside each other, one rank each: {beside:.3f} s")
-    print(f"two ranks by the model: {expected:.3f} s; it is {expected / two - 1:+.0%} off")
-    print(
-        f"efficiency of two ranks: {one / two / 2:.0%} of a rank alone, {beside / two / 2:.0%} of two beside each other"
-    )
+    print(f"two trainings beside each other, each one rank with 4 rows: {beside:.3f} s")
+    print(f"two ranks by the model: {expected:.3f} s, {expected / two - 1:+.0%}; their efficiency: {one / two / 2:.0%}")
 
 
-def _train(folder: Path, ranks: int, steps: int) -> tuple[float, float]:
+def _train(folder: Path, ranks: int, steps: int, rows: int) -> tuple[float, float]:
     """`(median seconds, mean tokens)` of a step, with one thread a rank."""
-    words = ["--model", _MODEL, "--data", str(EXAMPLE / "train.jsonl"), "--valid-share", "0", "--batch-size", "8"]
-    words += ["--steps", str(steps), "--device", "cpu", "--precision", "fp32", "--export", "none", "--quiet"]
+    words = ["--model", _MODEL, "--data", str(EXAMPLE / "train.jsonl"), "--valid-share", "0"]
+    words += [
+        "--batch-size",
+        str(rows),
+        "--steps",
+        str(steps),
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--export",
+        "none",
+        "--quiet",
+    ]
     words += ["--backend", "torch", "--rank", "16", "--output", str(folder)]
     devices = ["--devices", str(ranks)] if ranks > 1 else []
     env = os.environ | {"OMP_NUM_THREADS": "1"}
