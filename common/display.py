@@ -19,7 +19,7 @@ from rich.text import Text
 
 from common import strict_json
 from common.backend import Memory, Progress
-from common.errors import UserError, masked
+from common.errors import AtOdds, UserError, masked
 
 Mode = Literal["rich", "plain", "json", "quiet"]
 Styled = str | tuple[str, str]  # a text, or a text and its style
@@ -141,6 +141,8 @@ class Display:
         """Around a part that nothing else needs: where it fails, there is only a warning, with `what` and why."""
         try:
             yield
+        except AtOdds:
+            raise
         except Exception as error:  # whatever it is: what was made before it is complete
             if isinstance(error, _BUGS) and os.environ.get("TWINTUNE_RAISE_BUGS"):  # the tests set it
                 raise

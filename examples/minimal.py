@@ -40,7 +40,7 @@ def fine_tune(options: Options, out: Path, display: Display) -> None:
     loop = TrainingLoop(backend, recipe, plan, rows.train.rows, rows.valid.rows, out, state, observer)
     with display.training(recipe.steps, done=0):
         loop.train()
-    adapter = state.best or backend.get_adapter()  # the best by validation loss, where there are validation rows
+    adapter = state.best or backend.get_adapter().copied()  # the best by validation loss, if any
     backend.close()
 
     write_both(out, adapter)

@@ -65,6 +65,8 @@ def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
 def unshardable(dims: ModelDims, recipe: Recipe) -> str:
     if recipe.quantization != "none":  # bitsandbytes' issue 1945
         return f"bitsandbytes' {recipe.quantization} weights cannot be sharded exactly"
+    if recipe.method == "dora" and dims.stored != (2 if recipe.precision == "bf16" else 4):
+        return "DoRA's lengths would be those of weights before they are converted"
     return "long rows of this model are computed apart from short ones" if dims.splits else ""
 
 

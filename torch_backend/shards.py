@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from common.backend import OutOfMemory
 from common.errors import AtOdds, RankLost, UserError, first_line
 from torch_backend.host_memory import release_pages
 from torch_backend.model import convert
@@ -59,11 +60,13 @@ def together() -> Iterator[None]:
     """Around what the ranks compute layer by layer: where one of them fails the others wait in vain. Raises AtOdds."""
     try:
         yield
-    except UserError as error:  # memory that ran out
+    except OutOfMemory as error:
         raise AtOdds(
-            f"{error.what}; a step of a sharded model cannot be repeated",
+            f"{error.what}; what ranks compute with a sharded model cannot be repeated",
             "Continue with --resume RUN and --gradient-checkpointing or a lower --micro-batch-tokens.",
         ) from None
+    except UserError as error:
+        raise AtOdds(error.what, error.fix) from None
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RankLost(first_line(error)) from None

@@ -15,7 +15,7 @@ from common.commands.watch import chat_format, watching
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
-from common.errors import PROGRAM, RankLost, UserError, os_fault
+from common.errors import PROGRAM, AtOdds, UserError, os_fault
 from common.evaluation.bootstrap import estimate, mean, perplexity
 from common.evaluation.losses import grouped_losses
 from common.export.gguf import SAMPLE_TOKENS
@@ -102,7 +102,7 @@ def _run_training(options: Options, context: Context) -> Path:
                 record_seconds(job.run, seconds)
             if isinstance(error, OSError):
                 raise unsaved(job.run.path, error) from None
-            if isinstance(error, RankLost) or not isinstance(error, (Interrupted, UserError)):
+            if isinstance(error, AtOdds) or not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
         try:

@@ -44,7 +44,7 @@ def runnable(plan: Plan, recipe: Recipe, backends: Backends) -> Plan:
     movable = recipe.quantization == "none" and backends(plan.backend).fault() is not None
     name = choose_backend("auto" if movable else plan.backend, backends).value
     device = backends(name).choose_device("auto").value
-    return plan.model_copy(update={"backend": name, "memory_budget": 0}).on(device)
+    return plan.model_copy(update={"backend": name, "memory_budget": 0, "sharded": False}).on(device)
 
 
 def loaded(

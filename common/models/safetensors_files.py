@@ -25,6 +25,8 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_WHOLE = {f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)}
+_WHOLE |= {"bool": "BOOL"}
 _COPY_BYTES = 1 << 24
 _HEADER_BYTES = 100_000_000  # safetensors' own limit
 
@@ -125,10 +127,14 @@ def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[s
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in tensors:
-                file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
+                array = np.ascontiguousarray(tensors[name])
+                if array.dtype.byteorder == ">":
+                    array = array.astype(array.dtype.newbyteorder("<"))
+                file.write(array.reshape(-1).view(np.uint8).data)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _dtype_name(kind: np.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == kind), f"{kind.kind.upper()}{8 * kind.itemsize}")
+    known = {str(kind): name for name, kind in DTYPES.items()} | _WHOLE
+    return known[kind.newbyteorder("=").name if kind.byteorder == ">" else kind.name]

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.backend import Backend, Batch, OutOfMemory, StepResult, weight_sum
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
-from common.errors import RankLost, UserError
+from common.errors import AtOdds, UserError
 from common.memory_terms import MicroBatchShape
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
@@ -147,7 +147,7 @@ class TrainingLoop:
         try:
             result, batches = self._step(step, rate, rows, batches)
         except UserError as error:  # the step before this one is complete
-            if self._pending is not None and not isinstance(error, RankLost):
+            if self._pending is not None and not isinstance(error, AtOdds):
                 with suppress(OutOfMemory):
                     self._finish(self._pending, started)
             raise

@@ -32,7 +32,9 @@ def resumed_options(options: Options, run: Run) -> Options:
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
     kept |= {name: getattr(recipe, name) for name in ("precision", "eval_rows", "eval_every", "patience", "min_delta")}
-    kept |= {"devices": None, "with": [], "shard": None}  # as many as this time
+    kept |= {"devices": None, "with": []}  # as many as this time
+    if options.devices in (None, "1"):
+        kept["shard"] = None
     if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
         del kept["device"]  # a GPU that was asked for, not the freest of that day
     if "memory_limit" in given:  # a new plan
@@ -44,7 +46,7 @@ def resumed_options(options: Options, run: Run) -> Options:
                 "which another backend cannot compute.",
                 "Continue with the backend it was started with.",
             )
-        kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None}
+        kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None, "shard": None}
     return options_over(run.record.options | kept, given)
 
 

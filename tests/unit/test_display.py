@@ -11,6 +11,7 @@ import pytest
 
 import cli
 from common.display import Display, shown
+from common.errors import AtOdds
 from common.models.adapter_files import write_peft
 from tests.tiny import chat, write_model
 from tests.unit.hub import finished_run
@@ -201,3 +202,8 @@ def test_a_terminal_that_is_gone_fails_nothing(name: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(sys, name, stream)
         Display("quiet" if name == "stderr" else "plain").warn("nobody reads this")
         stream.flush()  # what was buffered is gone too
+
+
+def test_ranks_that_are_at_odds_end_even_in_an_optional_part() -> None:
+    with pytest.raises(AtOdds), Display("quiet").optional("no sample"):
+        raise AtOdds("memory ran out", "Continue.")

@@ -10,6 +10,7 @@ import torch_backend
 from common.errors import UserError
 from common.memory_terms import MicroBatchShape
 from common.models.families import text_config
+from common.models.load import runnable
 from common.models.lora_init import initial_adapter
 from common.models.shapes import tensor_shapes
 from common.options import Options, read_size
@@ -261,3 +262,16 @@ def test_what_cannot_be_sharded_is_not_chosen_by_itself() -> None:
     longrope = TrainingMemory(torch_backend, replace(model_dims(CONFIG), splits=True), recipe(), adapter())
     with pytest.raises(UserError, match="long rows of this model are computed apart"):
         choose_plan(Options(shard=True), longrope, PLAN.model_copy(update={"ranks": 2}), rows(30))
+
+
+def test_dora_is_sharded_only_where_its_weights_stay_as_stored() -> None:
+    halved = model_dims(CONFIG | {"dtype": "bfloat16"})
+    refuses = torch_backend.memory_terms.unshardable
+    assert "DoRA" in refuses(halved, recipe(method="dora"))
+    assert refuses(halved, recipe(method="dora", precision="bf16")) == ""
+    assert refuses(model_dims(CONFIG), recipe(method="dora")) == ""
+
+
+def test_what_runs_a_finished_run_holds_the_complete_model() -> None:
+    plan = PLAN.model_copy(update={"ranks": 2, "sharded": True})
+    assert not runnable(plan, recipe(), lambda name: PACKAGES[name]).sharded
