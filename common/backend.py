@@ -148,10 +148,10 @@ class Adapter:
         """The most frequent pair among its weights: patterns may give some modules others."""
         return Counter((weight.rank, weight.alpha) for weight in self.weights.values()).most_common(1)[0][0]
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self) -> Mapping[str, np.ndarray]:
         """All trained arrays: `<module>.lora_A` and so on, or the tensors of `full`; the names of optimizer state."""
         parts = {f"{name}.{part}": a for name, w in self.weights.items() for part, a in w.parts().items()}
-        return {**parts, **self.full}
+        return parts or self.full
 
     def copied(self) -> Adapter:
         """The same with arrays of its own, which stay as they are."""
@@ -239,11 +239,15 @@ class Backend(Protocol):
 
     def get_adapter(self) -> Adapter: ...
 
-    def set_adapter(self, adapter: Adapter) -> None: ...
+    def set_adapter(self, adapter: Adapter) -> None:
+        """Copy its arrays, each read once, in the same order on all ranks: rank 0 may send them one by one."""
+        ...
 
     def get_optimizer(self) -> OptimizerState: ...
 
-    def set_optimizer(self, state: OptimizerState) -> None: ...
+    def set_optimizer(self, state: OptimizerState) -> None:
+        """Copy its arrays, those of `exp_avg` first; as `set_adapter` does."""
+        ...
 
     def dequantized(self) -> dict[str, Callable[[], np.ndarray]]:
         """By tensor name, a function that dequantizes the weight to float32, as this backend computes with it.

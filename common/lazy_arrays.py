@@ -20,7 +20,10 @@ class LazyArrays(Mapping[str, "np.ndarray"]):
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.shapes:
             raise KeyError(name)
-        return self._read(name)
+        array = self._read(name)
+        if (array.shape, array.dtype) != (self.shapes[name], "float32"):
+            raise ValueError(f"{name} is {array.dtype} {array.shape}, not float32 {self.shapes[name]}")
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -34,10 +37,8 @@ def shapes_of(arrays: Mapping[str, np.ndarray]) -> dict[str, Shape]:
     return arrays.shapes if isinstance(arrays, LazyArrays) else {name: array.shape for name, array in arrays.items()}
 
 
-def joined(parts: Mapping[str, Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """The arrays of all parts, each by its part's name, a dot and its own; lazy where the first part's are."""
-    if not isinstance(next(iter(parts.values())), LazyArrays):
-        return {f"{part}.{name}": array for part, arrays in parts.items() for name, array in arrays.items()}
+def joined(parts: Mapping[str, Mapping[str, np.ndarray]]) -> LazyArrays:
+    """The arrays of all parts, each by its part's name, a dot and its own."""
     shapes = {f"{part}.{name}": shape for part, arrays in parts.items() for name, shape in shapes_of(arrays).items()}
 
     def read(name: str) -> np.ndarray:

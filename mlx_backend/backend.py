@@ -1,7 +1,7 @@
 """The MLX backend: mlx-lm's model and LoRA layers behind `common.backend.Backend`."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from mlx_backend.model import DTYPES, head, hidden_states, load_base  # noqa: E4
 from mlx_backend.optimizer import Optimizer, State  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
 from mlx_backend.trained import Tensors, Trained  # noqa: E402
-from mlx_backend.weights import to_mlx, to_numpy  # noqa: E402
 
 
 class MlxBackend:
@@ -189,10 +188,10 @@ class MlxBackend:
         return float(self.accumulated[0])
 
     def gradients(self) -> dict[str, np.ndarray]:
-        return self._to_numpy([gradient / self.weight for gradient in self.accumulated[1:]])
+        return dict(self.trained.to_numpy([gradient / self.weight for gradient in self.accumulated[1:]]))
 
     def add_gradients(self, loss: float, gradients: dict[str, np.ndarray]) -> None:
-        added = [mx.array(loss), *(tensor * self.weight for tensor in self._to_tensors(gradients))]
+        added = [mx.array(loss), *(tensor * self.weight for tensor in self.trained.to_tensors(gradients))]
         self.accumulated = [*map(mx.add, self.accumulated, added)]
 
     def apply_gradients(self, learning_rate: float) -> tuple[mx.array, mx.array]:
@@ -229,8 +228,7 @@ class MlxBackend:
 
     def get_adapter(self) -> Adapter:
         self.confirmation.confirm()
-        with device_errors():
-            arrays = self._to_numpy(self.tensors)
+        arrays = self.trained.to_numpy(self.tensors)
         if self.start is None:
             return Adapter(self.recipe.model, len(self.model.layers), 0.0, {}, arrays)
         return self.start.with_arrays(arrays)
@@ -238,25 +236,19 @@ class MlxBackend:
     def set_adapter(self, adapter: Adapter) -> None:
         self.confirmation.confirm()
         with device_errors():
-            self.tensors = self._to_tensors(adapter.arrays())
+            self.tensors = self.trained.to_tensors(adapter.arrays())
             self.confirmation.settle(self.tensors)
-
-    def _to_numpy(self, tensors: Tensors) -> dict[str, np.ndarray]:
-        return {name: to_numpy(name, array) for name, array in self.trained.cut(tensors).items()}
-
-    def _to_tensors(self, arrays: Mapping[str, np.ndarray]) -> Tensors:
-        return self.trained.joined({name: to_mlx(name, array) for name, array in arrays.items()})
 
     def get_optimizer(self) -> OptimizerState:
         self.confirmation.confirm()
+        m, v = (self.trained.to_numpy(self.optimizer.moments(self.states, which)) for which in ("m", "v"))
         with device_errors():
-            m, v = (self._to_numpy(self.optimizer.moments(self.states, which)) for which in ("m", "v"))
             return OptimizerState(int(self.states[0]["step"].item()), m, v)
 
     def set_optimizer(self, state: OptimizerState) -> None:
         self.confirmation.confirm()
         with device_errors():
-            m, v = (self._to_tensors(moments) for moments in (state.exp_avg, state.exp_avg_sq))
+            m, v = (self.trained.to_tensors(moments) for moments in (state.exp_avg, state.exp_avg_sq))
             self.states = self.optimizer.states_of(state.step, m, v)
             self.confirmation.settle(self.states)
 

@@ -6,6 +6,11 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+
+from common.lazy_arrays import LazyArrays
+from mlx_backend.confirmation import device_errors
+from mlx_backend.weights import numpy_shape, to_mlx, to_numpy
 
 Tensors = list[mx.array]
 _NOTHING = mx.zeros(0)
@@ -38,6 +43,21 @@ class Trained:
         """The tensors of arrays by name."""
         parts = ([arrays[name] for name in names] for names in self.names)
         return [mx.concatenate([part.flatten() for part in some]) if self.join else some[0] for some in parts]
+
+    def to_tensors(self, arrays: Mapping[str, np.ndarray]) -> Tensors:
+        """The tensors of numpy's arrays by name."""
+        return self.joined({name: to_mlx(name, array) for name, array in arrays.items()})
+
+    def to_numpy(self, tensors: Sequence[mx.array]) -> LazyArrays:
+        """numpy's arrays by name, which raise OutOfMemory."""
+        with device_errors():
+            arrays = self.cut(tensors)
+
+        def read(name: str) -> np.ndarray:
+            with device_errors():
+                return to_numpy(name, arrays[name])
+
+        return LazyArrays({name: numpy_shape(name, array) for name, array in arrays.items()}, read)
 
     def cut(self, tensors: Sequence[mx.array]) -> dict[str, mx.array]:
         """The arrays by name; those of a joined tensor are views of it."""

@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import cast
 from common.backend_package import BackendPackage, RankPackage
 from common.context import Context
 from common.display import Display
-from common.errors import RankLost, UserError
+from common.errors import PROGRAM, RankLost, UserError
 from common.models.training_base import find_base
 from common.option_sources import absolute_paths, load_options
 from common.options import Options
@@ -37,7 +38,25 @@ def start(options: Options, context: Context) -> int:
             f"--devices {options.devices}: {here} {'GPU is' if here == 1 else 'GPUs are'} here.",
             "Give a smaller number, or all. Several machines: see docs/scale.md.",
         )
-    return package.launch(count, sys.argv)
+    began = time.time()
+    try:
+        return package.launch(count, sys.argv)
+    except RankLost:  # rank 0, which would have said so itself
+        written = [run for run in _runs(options) if run.record_file.exists()]
+        newest = max(written, key=_changed, default=None)
+        if newest and _changed(newest) >= began:
+            context.display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {newest}")
+        raise
+
+
+def _runs(options: Options) -> list[Run]:
+    """Where the run of these options may be."""
+    given = options.resume or options.output
+    return [Run(folder) for folder in ([Path(given)] if given else Path("runs").glob("*"))]
+
+
+def _changed(run: Run) -> float:
+    return run.record_file.stat().st_mtime
 
 
 def counted(options: Options, context: Context) -> Options:
@@ -65,9 +84,8 @@ def restarted(options: Options, launch: Launch) -> Options:
         before = run.record.options
         as_long = (before.get("steps"), before.get("epochs")) == (options.steps, options.epochs)
         return options_to_resume(options, run) if as_long else options
-    folders = [Path(options.output)] if options.output else [*Path("runs").glob("*")]
-    begun = [run for run in map(Run, folders) if _began(run, options, launch)]
-    newest = max(begun, key=lambda run: run.record_file.stat().st_mtime, default=None)
+    begun = [run for run in _runs(options) if _began(run, options, launch)]
+    newest = max(begun, key=_changed, default=None)
     return options_to_resume(options, newest) if newest else options
 
 
@@ -94,7 +112,7 @@ def first_rank(options: Options, context: Context, launch: Launch) -> Iterator[t
     try:
         yield (
             restarted(options, launch).model_copy(update=given),
-            replace(context, backends=lambda name: ranked if name == launch.by else backends(name)),
+            replace(context, backends=lambda name: ranked if name == launch.by else backends(name), local=backends),
         )
     except RankLost:
         lost = True
@@ -158,7 +176,7 @@ def workers(options: Options, context: Context) -> Iterator[Context]:
         return made[-1]
 
     try:
-        yield replace(context, backends=package)
+        yield replace(context, backends=package, local=context.backends)
     finally:
         for one in made:
             one.release()

@@ -11,17 +11,14 @@ from common.commands.fuse import export_run, record_seconds
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
 from common.commands.several import first_rank, other_rank, start, workers
-from common.commands.watch import chat_format, watching
+from common.commands.tuned import sample, score_test
+from common.commands.watch import watching
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import PROGRAM, AtOdds, UserError, os_fault
-from common.evaluation.bootstrap import estimate, mean, perplexity
-from common.evaluation.losses import grouped_losses
-from common.export.gguf import SAMPLE_TOKENS
 from common.export.job import ExportJob
 from common.export.upload import Upload, push
-from common.inference.backend_chat import backend_chat_model
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
@@ -31,7 +28,6 @@ from common.recipe import Recipe
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
-from common.sampling import Sampling
 from common.system.launch import launched
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
@@ -106,7 +102,7 @@ def _run_training(options: Options, context: Context) -> Path:
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
         try:
-            _score_test(job, backend, adapter, seconds, display)
+            score_test(job, backend, adapter, seconds, display)
             _export(job, backend, adapter, seconds, context)
         except BaseException as error:
             display.warn(f"training is complete and kept. To export it: {PROGRAM} fuse {job.run}")
@@ -187,30 +183,10 @@ def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
     )
 
 
-def _score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], display: Display) -> None:
-    """Show and keep the exported adapter's loss over the test rows. A failure here costs nobody a training."""
-    if not job.test:
-        return
-    with display.optional("the test rows are not scored"), timed(seconds, "test"):
-        backend.set_adapter(adapter)
-        with display.stage("score the test rows"):
-            losses = grouped_losses(backend, job.test, job.plan, job.recipe.seed)
-        loss = estimate(losses, mean, job.recipe.seed)
-        of_tokens = loss.through(perplexity)
-        job.run.update(
-            test_loss=loss.value,
-            test_loss_interval=loss.interval,
-            test_perplexity=of_tokens.value,
-            test_perplexity_interval=of_tokens.interval,
-            test_rows=len(job.test),
-        )
-        display.say(f"test loss {loss:.4f}, perplexity {of_tokens:.3f} over {len(job.test)} rows")
-
-
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:
     if job.options.export != "gguf" and job.prompts:  # no GGUF will be there to be asked
         with timed(seconds, "try"):
-            _sample(job, backend, adapter, context.display)
+            sample(job, backend, adapter, context.display)
     backend.close()
     export_run(
         ExportJob(
@@ -222,21 +198,9 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
             stages=job.stages,
             llama=job.llama,
             seconds=seconds,
-            context=context,
+            context=context.after_training(),
         )
     )
-
-
-def _sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> None:
-    """Show and keep the tuned model's answer to the sample prompt. A failure here costs nobody a training."""
-    prompt = job.prompts[0]
-    with display.optional("no sample"):
-        backend.set_adapter(adapter)
-        model = backend_chat_model(backend, chat_format(job, prompt.tokens + SAMPLE_TOKENS), "", True)
-        pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
-        answer = "".join(text for text, _ in pieces)
-        job.run.update_export(sample={"prompt": prompt.messages, "answer": answer})
-        display.sample(job.plan.backend, prompt.text, answer)
 
 
 def _show_header(job: Job, info: ModelInfo, display: Display) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.backend import Adapter, Batch, LoraWeight, OptimizerState
+from common.backend import Adapter, Batch, LoraWeight
 
 _HEADER = "message"  # the name of the array that holds kind and values, as JSON
 _BATCH = ("input_ids", "targets", "loss_weights", "lengths")
@@ -50,7 +50,7 @@ def adapter_of(values: Mapping[str, Any], arrays: Arrays) -> Adapter:
         )
         for name, (alpha, rslora) in rest.pop("weights").items()
     }
-    return Adapter(**rest, weights=weights, full={} if weights else dict(arrays))
+    return Adapter(**rest, weights=weights, full={} if weights else arrays)
 
 
 def batch_arrays(batches: Sequence[Batch]) -> dict[str, np.ndarray]:
@@ -63,15 +63,3 @@ def batches_of(arrays: Arrays, ranks: Sequence[int]) -> list[Batch]:
         Batch(**{name: arrays[f"{number}.{name}"] for name in _BATCH}, rank=rank)  # type: ignore[arg-type]
         for number, rank in enumerate(ranks)
     ]
-
-
-def optimizer_arrays(state: OptimizerState) -> dict[str, np.ndarray]:
-    parts = {"exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    return {f"{part} {name}": array for part, some in parts.items() for name, array in some.items()}
-
-
-def optimizer_of(step: int, arrays: Arrays) -> OptimizerState:
-    def part(wanted: str) -> dict[str, np.ndarray]:
-        return {n.partition(" ")[2]: array for n, array in arrays.items() if n.startswith(f"{wanted} ")}
-
-    return OptimizerState(step, part("exp_avg"), part("exp_avg_sq"))

@@ -38,8 +38,6 @@ from common.training.messages import (
     adapter_parts,
     batch_arrays,
     batches_of,
-    optimizer_arrays,
-    optimizer_of,
 )
 from common.training.rank_shares import evened, share, with_rows
 from common.training.ranks import Agreed, Ranks
@@ -138,12 +136,26 @@ class RankedBackend:
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, None)
 
     def set_adapter(self, adapter: Adapter) -> None:
-        self.ranks.tell("adapter", *adapter_parts(adapter))
-        self.local.set_adapter(adapter)
+        values, arrays = adapter_parts(adapter)
+        with self.ranks.together():
+            self.ranks.tell("adapter", {"adapter": values, "shapes": shapes_of(arrays)})
+            self.local.set_adapter(adapter_of(values, self._telling(arrays)))
 
     def set_optimizer(self, state: OptimizerState) -> None:
-        self.ranks.tell("optimizer", {"step": state.step}, optimizer_arrays(state))
-        self.local.set_optimizer(state)
+        with self.ranks.together():
+            self.ranks.tell("optimizer", {"step": state.step, "shapes": shapes_of(state.exp_avg)})
+            moments = (self._telling(arrays) for arrays in (state.exp_avg, state.exp_avg_sq))
+            self.local.set_optimizer(OptimizerState(state.step, *moments))
+
+    def _telling(self, arrays: Mapping[str, np.ndarray]) -> LazyArrays:
+        """The arrays, each told to the other ranks when it is read: no rank holds all of them for another."""
+
+        def read(name: str) -> np.ndarray:
+            array = arrays[name]
+            self.ranks.tell("array", arrays={name: array})
+            return array
+
+        return LazyArrays(shapes_of(arrays), read)
 
     def memory(self) -> Memory:
         found = self.local.memory()
@@ -200,11 +212,17 @@ def _do(message: Message, backend: RankBackend, ranks: Ranks, device: str) -> No
         source = backend.get_adapter() if values["part"] == "full" else backend.get_optimizer()
         ranks.naming(lambda: getattr(source, values["part"])[values["name"]])
     elif kind == "adapter":
-        backend.set_adapter(adapter_of(values, arrays))
+        backend.set_adapter(adapter_of(values["adapter"], _told(ranks, values["shapes"])))
     elif kind == "optimizer":
-        backend.set_optimizer(optimizer_of(values["step"], arrays))
+        moments = (_told(ranks, values["shapes"]) for _ in range(2))
+        backend.set_optimizer(OptimizerState(values["step"], *moments))
     elif kind == "plan":
         backend.apply_plan(Plan.model_validate(values["plan"]).on(device))
+
+
+def _told(ranks: Ranks, shapes: Mapping[str, list[int]]) -> LazyArrays:
+    """What rank 0 tells array by array, in the order in which all ranks read them."""
+    return LazyArrays({name: tuple(shape) for name, shape in shapes.items()}, lambda name: ranks.hear().arrays[name])
 
 
 def _load(

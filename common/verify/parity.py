@@ -1,6 +1,7 @@
 """`doctor --parity MODEL`: logits, training steps and adapter of both backends side by side, or against a record."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class Result:
 
     logits: np.ndarray  # [T, vocabulary] of the first row, before training
     losses: np.ndarray  # [steps]
-    adapter: dict[str, np.ndarray]  # every A and B after training
+    adapter: Mapping[str, np.ndarray]  # every A and B after training
 
 
 def parity(name: str, context: Context) -> bool:

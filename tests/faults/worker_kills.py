@@ -35,11 +35,14 @@ def worker(backend: str, port: int) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *words], env=ENV, stdout=subprocess.DEVNULL)
 
 
-def train(folder: Path, inputs: Path, backend: str, *more: str) -> subprocess.Popen:
-    words = ["train", "--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), "--backend", backend]
-    words += ["--device", "cpu", "--precision", "fp32", "--export", "none", "--rank", "4", "--batch-size", "24"]
-    words += ["--steps", str(STEPS), "--valid-share", "0", "--learning-rate", "1e-3", "--output", str(folder), *more]
-    return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *words], env=ENV, stdout=subprocess.PIPE, text=True)
+def train(folder: Path, inputs: Path, backend: str, *more: str, resume: bool = False) -> subprocess.Popen:
+    """A training into the folder, or the rest of it. What it prints is in stdout."""
+    words = ["--model", str(inputs / "model"), "--data", str(inputs / "rows.jsonl"), "--output", str(folder)]
+    words += ["--precision", "fp32", "--export", "none", "--rank", "4", "--batch-size", "24", "--steps", str(STEPS)]
+    words += ["--valid-share", "0", "--learning-rate", "1e-3"]
+    words = ["train", *(["--resume", str(folder)] if resume else words), "--backend", backend, "--device", "cpu", *more]
+    command = [sys.executable, str(ROOT / "cli.py"), *words]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def losses(run: Path) -> list[float]:

@@ -112,7 +112,7 @@ class Bigram:
         return self.optimizer
 
     def set_optimizer(self, state: OptimizerState) -> None:
-        self.optimizer = state
+        self.optimizer = OptimizerState(state.step, dict(state.exp_avg), dict(state.exp_avg_sq))
 
     def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
         self.expected = shapes()

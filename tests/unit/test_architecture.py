@@ -143,7 +143,7 @@ BACKENDS_MAY = {
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }
-SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "watch", "fuse"}  # fuse is a command too
+SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse"}  # fuse is a command too
 
 
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:

@@ -29,7 +29,13 @@ def test_an_array_is_read_when_it_is_asked_for() -> None:
     assert asked == ["a"]
     with pytest.raises(KeyError):
         lazy("ab", asked)["c"]
-    assert joined({"only": {"a": np.ones(1)}}) == {"only.a": np.ones(1)}
+    assert joined({"only": {"a": np.ones(1, np.float32)}}) == {"only.a": np.ones(1, np.float32)}
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((3, 2), np.float32), np.zeros((2, 3))])
+def test_an_array_of_another_shape_or_type_than_declared_is_not_given(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="not float32"):
+        LazyArrays({"a": (2, 3)}, lambda name: wrong)["a"]
 
 
 def test_lazy_arrays_are_written_one_after_another(tmp_path: Path) -> None:

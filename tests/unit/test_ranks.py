@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.backend import Adapter, Batch, LoraWeight, ModelInfo, OutOfMemory
+from common.backend import Adapter, Batch, LoraWeight, ModelInfo, OptimizerState, OutOfMemory
 from common.backend_package import Group
 from common.data.batching import deal, micro_batches
 from common.errors import AtOdds, RankLost, UserError
@@ -17,7 +17,7 @@ from common.lazy_arrays import shapes_of
 from common.recipe import Plan, Recipe
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
-from common.training.messages import adapter_of, adapter_parts, decoded, encoded, optimizer_arrays, optimizer_of
+from common.training.messages import adapter_of, adapter_parts, decoded, encoded
 from common.training.ranked_backend import RankedBackend, RankedPackage, follow
 from common.training.ranks import Ranks
 from tests.backends import Quiet
@@ -222,6 +222,32 @@ def test_of_a_sharded_model_arrays_are_gathered_one_by_one() -> None:
     assert asked == [("gather", {"part": "exp_avg_sq", "name": f"{LAYER}.lora_A"})]
 
 
+def test_what_ranks_are_given_is_told_array_by_array() -> None:
+    def work(package: RankedPackage, ranks: Ranks) -> Any:
+        backend = package.create()
+        backend.load(recipe(), plan(ranks=2), Path("here"), start())
+        told, tell = [], ranks.tell
+        ranks.tell = lambda kind, values=None, arrays=None: (
+            told.append([kind, *(arrays or ())]),
+            tell(kind, values, arrays),
+        )
+        moments = [{name: array + more for name, array in start().arrays().items()} for more in (1, 2)]
+        backend.set_adapter(start().with_arrays(moments[0]))
+        backend.set_optimizer(OptimizerState(7, *moments))
+        return list(told), moments
+
+    (told, moments), packages = with_others(work)
+    names = list(moments[0])
+    told_once = [["array", name] for name in names]
+    assert told == [["adapter"], *told_once, ["optimizer"], *told_once, *told_once]
+    for package in packages:
+        state = package.created.get_optimizer()
+        assert state.step == 7
+        for found, given in zip((state.exp_avg, state.exp_avg_sq), moments, strict=True):
+            assert all(np.array_equal(found[name], given[name]) for name in names)
+        assert np.array_equal(package.created.get_adapter().weights[LAYER].A, moments[0][f"{LAYER}.lora_A"])
+
+
 def test_the_rows_of_a_validation_are_shared(tmp_path: Path) -> None:
     def work(package: RankedPackage, ranks: Ranks) -> Any:
         return trained(package.create(), tmp_path / "run", 2, micro_batch_tokens=1000)
@@ -300,11 +326,6 @@ def test_a_message_keeps_what_it_holds() -> None:
     assert again.arrays().keys() == adapter.arrays().keys()
     full = Adapter("some/model", 2, 0.0, {}, {"w.weight": np.ones(3, "float32")})
     assert np.array_equal(adapter_of(*adapter_parts(full)).full["w.weight"], np.ones(3))
-    model = Bigram()
-    model.set_adapter(adapter)
-    state = optimizer_of(7, optimizer_arrays(model.optimizer))
-    assert state.step == 7
-    assert state.exp_avg.keys() == state.exp_avg_sq.keys() == adapter.arrays().keys()
 
 
 def test_memory_that_runs_out_in_a_validation_is_raised_on_rank_0() -> None:

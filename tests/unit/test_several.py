@@ -91,13 +91,37 @@ def test_more_devices_than_there_are_gpus_are_refused(monkeypatch: pytest.Monkey
     assert several.start(Options(devices="5"), Context(lambda name: Package("cpu", 1), Display("quiet"))) == 5
 
 
+@pytest.mark.parametrize("output", ["runs/mine", None])
+def test_a_lost_rank_0_has_its_run_named_by_the_launcher(
+    output: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("common.commands.several.choose_backend", lambda wanted, backends: Named())
+    for name, changed in (("before", 5), ("mine", None)):
+        record = Path("runs", name, "run.json")
+        record.parent.mkdir(parents=True)
+        record.write_text("{}")
+        if changed:
+            os.utime(record, (changed, changed))
+    package = Package("cpu", 1, RankLost("SIGKILL", "rank 0"))
+    one = Context(lambda name: package, Display("plain"))
+    monkeypatch.setattr("time.time", lambda: Path("runs/mine/run.json").stat().st_mtime)
+    with pytest.raises(RankLost):
+        several.start(Options(devices="2", output=output), one)
+    assert "To continue: python cli.py train --resume runs/mine\n" in capsys.readouterr().out
+    monkeypatch.setattr("time.time", lambda: Path("runs/mine/run.json").stat().st_mtime + 1)
+    with pytest.raises(RankLost):  # before it has written anything
+        several.start(Options(devices="2", output=output), one)
+    assert "To continue" not in capsys.readouterr().out
+
+
 class Named:
     value = "torch"
 
 
 class Package:
-    def __init__(self, device: str, count: int) -> None:
-        self.device, self.count = device, count
+    def __init__(self, device: str, count: int, fault: RankLost | None = None) -> None:
+        self.device, self.count, self.fault = device, count, fault
 
     def choose_device(self, wanted: str) -> "Named":
         found = Named()
@@ -108,6 +132,8 @@ class Package:
         return self.count
 
     def launch(self, count: int, command: list[str]) -> int:
+        if self.fault:
+            raise self.fault
         return count
 
 

@@ -16,6 +16,7 @@ import torch_backend
 from common import files
 from common.backend import Memory, StepResult
 from common.commands import train as module
+from common.commands import tuned
 from common.commands.fuse import fuse_run
 from common.commands.prepare import Job, prepare
 from common.commands.train import run_training
@@ -553,7 +554,7 @@ def test_the_exported_adapter_is_scored_on_the_test_rows(
 def test_test_rows_that_cannot_be_scored_cost_no_training(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(module, "grouped_losses", lambda *args: 1 / 0)
+    monkeypatch.setattr(tuned, "grouped_losses", lambda *args: 1 / 0)
     folder, _ = run(given | {"data": str(split_into(given, train=19, test=5))})
     assert Run(folder).record.status == "complete"
     assert "the test rows are not scored: ZeroDivisionError" in capsys.readouterr().err
