@@ -33,6 +33,7 @@ CASES = {
     "mlx lora": ("mlx", "lora", (2, 3)),
     "mlx full": ("mlx", "full", (2, 3)),
 }
+RATES = {"lora": "2e-4", "full": "2e-5"}  # usual ones
 OTHER = {"torch": "mlx", "mlx": "torch"}
 
 
@@ -63,16 +64,8 @@ def worker(backend: str) -> Iterator[None]:
 def train(folder: Path, backend: str, method: str, steps: int, *more: str) -> Run:
     words = ["--backend", backend, "--method", method, "--steps", str(steps), "--device", "cpu", "--precision", "fp32"]
     words += ["--data", str(EXAMPLE / "train.jsonl"), "--valid-share", "0", "--batch-size", "4", "--export", "none"]
-    words += [
-        "--recipe",
-        "fixed",
-        "--model",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "--quiet",
-        "--output",
-        str(folder),
-        *more,
-    ]
+    words += ["--model", "HuggingFaceTB/SmolLM2-135M-Instruct", "--recipe", "fixed", "--learning-rate", RATES[method]]
+    words += ["--quiet", "--output", str(folder), *more]
     subprocess.run([sys.executable, str(ROOT / "cli.py"), "train", *words], check=True, cwd=ROOT)
     return Run(folder)
 

@@ -91,6 +91,12 @@ class MemoryTerms(Protocol):
     def adapter_copies(self, device: str) -> int:
         """Float32 copies of the adapter's weights."""
 
+    def message_copies(self, device: str) -> tuple[int, int]:
+        """Float32 copies of the adapter that messages with each worker take: in a micro-batch, and more after it."""
+
+    def update_copies(self, recipe: Recipe, device: str) -> float:
+        """Float32 copies of what is trained that are made, and let go, while the optimizer updates it."""
+
     def loading_bytes(self, dims: ModelDims, recipe: Recipe) -> int:
         """The peak while the model is loaded; 0 where a step always takes more."""
 

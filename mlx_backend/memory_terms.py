@@ -43,6 +43,22 @@ def adapter_copies(device: str) -> int:
     return 4 if device == "gpu" else 1
 
 
+def message_copies(device: str) -> tuple[int, int]:
+    """They are not MLX's, and nowhere counted."""
+    return 0, 0
+
+
+def update_copies(recipe: Recipe, device: str) -> float:
+    """Weights and moments before a step are kept until it is written; of an adapter's, on a GPU `adapter_copies` knows.
+
+    Of every weight 2.3 were measured on a CPU with SmolLM2-135M, and 2.9 with Gemma-3-270M: gradients go as they are
+    used.
+    """
+    if recipe.method == "full":
+        return 2.6
+    return 0.0 if device == "gpu" else 3.0
+
+
 def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
     """The embeddings as stored, in two bytes, beside what they are converted to."""
     if recipe.precision == "bf16" and recipe.quantization == "none":

@@ -15,25 +15,42 @@ from mlx_backend.weights import numpy_shape, to_mlx, to_numpy
 Tensors = list[mx.array]
 _NOTHING = mx.zeros(0)
 _PARTS = 10
+_MOST = 2**20
 
 
 class Trained:
     """Where the trained arrays lie, in tensors and in the model.
 
-    A joined tensor holds the arrays of one group of the optimizer, flat, one behind the other.
+    A joined tensor holds arrays of one group of the optimizer, flat, one behind the other; of large groups there are
+    several, because AdamW computes a dozen tensors of the same size in between.
     """
 
     def __init__(self, model: Any, paths: Mapping[str, str], groups: Sequence[Sequence[str]], join: bool) -> None:
         """paths: the arrays' paths in the model, by canonical name. groups: the optimizer's, of these names."""
         modules = dict(model.named_modules())
         self.join = join
-        self.names = [list(group) for group in groups] if join else [[name] for group in groups for name in group]
-        self.group = [number for number, group in enumerate(groups) for _ in range(1 if join else len(group))]
         self._places: dict[str, tuple[Any, str]] = {}  # by name: the module, and its attribute
         for name, path in paths.items():
             module, _, attribute = path.rpartition(".")
             self._places[name] = modules[module], attribute
         self._shapes = {name: getattr(*place).shape for name, place in self._places.items()}
+        self.names, self.group = list[list[str]](), list[int]()  # of each tensor
+        for number, members in enumerate(groups):
+            parts = self._together(members) if join else [[name] for name in members]
+            self.names += parts
+            self.group += [number] * len(parts)
+
+    def _together(self, names: Sequence[str]) -> list[list[str]]:
+        """The names in parts, whose arrays have no more than _MOST values in all, or are one."""
+        parts: list[list[str]] = []
+        size = _MOST + 1
+        for name in names:
+            size += (own := math.prod(self._shapes[name]))
+            if size > _MOST:
+                parts.append([])
+                size = own
+            parts[-1].append(name)
+        return parts
 
     def read(self) -> Tensors:
         """The tensors of what the model holds."""

@@ -82,6 +82,16 @@ def adapter_copies(device: str) -> int:
     return 2 if device == "cpu" else 1
 
 
+def message_copies(device: str) -> tuple[int, int]:
+    """On a GPU's host they are nowhere counted."""
+    return (4, 3) if device == "cpu" else (0, 0)
+
+
+def update_copies(recipe: Recipe, device: str) -> float:
+    """AdamW updates in place."""
+    return 0.0
+
+
 def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
     return 0
 

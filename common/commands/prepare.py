@@ -110,7 +110,7 @@ def prepare(
     start = start_adapter(recipe, base)
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
-    memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start)
+    memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start, len(options.workers))
     if not resumed:  # a run that was planned before it was learned continues by its plan
         memory = memory.with_learned(plan)
     chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored)

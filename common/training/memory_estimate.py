@@ -21,7 +21,8 @@ from common.system.environment import chip, environment
 from common.system.hardware import nvidia_gpus
 from common.training.learned_memory import LearnedMemory, Observation, learned
 
-_OF_STEP = ("saved activations", "working memory", "loss chunk", "validation")  # what one micro-batch adds
+# What one micro-batch adds. An update is none of it: smaller micro-batches do not make it smaller.
+_OF_STEP = ("saved activations", "working memory", "loss chunk", "validation")
 _LEARNED = "learned"
 
 
@@ -88,6 +89,7 @@ class TrainingMemory:
     dims: ModelDims
     recipe: Recipe
     adapter: Adapter | None  # None: full fine-tuning
+    workers: int = 0  # that help this computer
     learned: LearnedMemory = field(default_factory=LearnedMemory)
 
     def with_learned(self, plan: Plan) -> "TrainingMemory":
@@ -136,6 +138,13 @@ class TrainingMemory:
             steps.append(self._validation(plan, validation))
         if sharded:
             steps.append({"gathering": sharded.gathering})
+        if copies := terms.update_copies(recipe, plan.device):
+            trained = beside if self.adapter else 4 * (dims.linear + dims.other)
+            steps.append({"update": round(copies * trained)})
+        if self.workers:
+            during, after = (self.workers * copies * beside for copies in terms.message_copies(plan.device))
+            parts["messages"] = during
+            steps.append({"replies": after})
         largest: dict[str, int] = max(steps, key=lambda step: sum(step.values()))
         parts |= largest
         loading = terms.loading_bytes(dims, recipe)

@@ -275,3 +275,26 @@ def test_dora_is_sharded_only_where_its_weights_stay_as_stored() -> None:
 def test_what_runs_a_finished_run_holds_the_complete_model() -> None:
     plan = PLAN.model_copy(update={"ranks": 2, "sharded": True})
     assert not runnable(plan, recipe(), lambda name: PACKAGES[name]).sharded
+
+
+def test_an_update_that_keeps_what_was_before_it_is_counted_where_it_takes_most() -> None:
+    small = MicroBatchShape(1, 2, 2, 1)
+    plan, of = PLAN.model_copy(update={"backend": "mlx"}), recipe(rank=64)
+    count = sum(array.size for weight in adapter(of).weights.values() for array in weight.parts().values())
+    assert predict(of, plan, [small]).parts["update"] == 3 * 4 * count
+    assert "update" not in predict(of, plan, [MicroBatchShape(64, 2000, 128_000, 64_000)]).parts
+    assert "update" not in predict(of, PLAN, [small]).parts  # torch's is in place
+    every = recipe(method="full")
+    weights = predict(every, plan, [small]).parts["gradients and moments"] // 3
+    assert predict(every, plan, [small]).parts["update"] == round(2.6 * weights)
+
+
+def test_messages_with_workers_are_counted_where_the_peak_has_them() -> None:
+    one, three = (replace(MEMORY, workers=workers).estimate(PLAN, [USUAL]).parts for workers in (1, 3))
+    alone = MEMORY.estimate(PLAN, [USUAL]).parts
+    copy = alone["adapter"] // 2
+    assert (one["messages"], three["messages"]) == (4 * copy, 12 * copy)
+    tiny = replace(MEMORY, workers=3).estimate(PLAN, [MicroBatchShape(1, 2, 2, 1)]).parts
+    assert tiny["replies"] == 9 * copy
+    cuda = replace(MEMORY, workers=1).estimate(PLAN.model_copy(update={"device": "cuda"}), [USUAL]).parts
+    assert cuda["messages"] == 0
