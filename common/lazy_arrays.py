@@ -46,3 +46,10 @@ def joined(parts: Mapping[str, Mapping[str, np.ndarray]]) -> LazyArrays:
         return parts[part][own]
 
     return LazyArrays(shapes, read)
+
+
+def part_of(arrays: LazyArrays, part: str) -> LazyArrays:
+    """The arrays of one part of those that `joined` gave."""
+    begin = f"{part}."
+    shapes = {name.removeprefix(begin): shape for name, shape in arrays.shapes.items() if name.startswith(begin)}
+    return LazyArrays(shapes, lambda name: arrays[begin + name])

@@ -31,7 +31,7 @@ from common.run_record import Run
 from common.system.launch import launched
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
-from common.training.checkpoint import Checkpoint, State
+from common.training.checkpoint import Checkpoint, State, outlasting
 from common.training.faults import unsaved
 from common.training.forecast import Forecast
 from common.training.learned_memory import keep
@@ -165,7 +165,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     stale = {"verify": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
-    return backend, state.best or backend.get_adapter().copied()
+    return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())
 
 
 def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:

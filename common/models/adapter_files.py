@@ -17,7 +17,7 @@ from common.files import atomic_folder
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
-from common.models.safetensors_files import load_tensors, save_tensors
+from common.models.safetensors_files import lazy_tensors, load_tensors, save_tensors
 
 _PEFT_PREFIX = "base_model.model."
 PEFT_FILE = "adapter_model.safetensors"
@@ -26,6 +26,7 @@ FULL_FILE = "model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MLX_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
+_REMEDY = "Take it from a checkpoint."
 _IN_LAYERS = re.compile(r"\.layers\.\d+\.")
 
 
@@ -259,9 +260,10 @@ def write_trained(folder: Path, adapter: Adapter) -> None:
 
 
 def read_trained(folder: Path, layers: int = 0) -> Adapter:
-    """The adapter that write_trained wrote."""
+    """The adapter that write_trained wrote; of every weight, tensor by tensor while its files stay as they are."""
     if (folder / "full").is_dir():
-        config, tensors = _read(folder / "full", FULL_FILE)
+        config = _config(folder / "full", FULL_FILE)
+        tensors = lazy_tensors(folder / "full" / FULL_FILE, _REMEDY)
         return Adapter(str(config.get("base_model", "")), layers, 0.0, {}, tensors)
     return read_peft(folder / "adapter", layers)
 
@@ -273,10 +275,13 @@ def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], config: d
 
 
 def _read(folder: Path, name: str) -> tuple[dict, dict[str, np.ndarray]]:
-    remedy = "Take it from a checkpoint."
+    config, tensors = _config(folder, name), load_tensors(folder / name, _REMEDY)
+    return config, {key: tensor.astype(np.float32, copy=False) for key, tensor in tensors.items()}
+
+
+def _config(folder: Path, name: str) -> dict:
+    """Of an adapter's folder. Raises UserError where that lacks it, or the file of this name."""
     for file in (CONFIG_FILE, name):
         if not (folder / file).is_file():
             raise UserError(f"{folder}: there is no complete adapter here: it has no {file}.", "Give a run folder.")
-    config = read_json(folder / CONFIG_FILE, remedy)
-    tensors = load_tensors(folder / name, remedy)
-    return config, {key: tensor.astype(np.float32, copy=False) for key, tensor in tensors.items()}
+    return read_json(folder / CONFIG_FILE, _REMEDY)

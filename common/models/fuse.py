@@ -52,7 +52,7 @@ def fuse(
     replaced: by name, functions that make tensors used in place of the base's own, such as dequantized weights. Raises
     UserError when an adapted module is not among the base's weights.
     """
-    replaced = {**replaced} | {name: partial(np.asarray, tensor) for name, tensor in adapter.full.items()}
+    replaced = {**replaced} | {name: partial(adapter.full.__getitem__, name) for name in adapter.full}
     missing = {f"{name}.weight" for name in adapter.weights} | set(replaced)
     embedding = next((name for name in adapter.full if name.endswith("embed_tokens.weight")), None)
     if embedding and "lm_head.weight" not in adapter.full:  # tied, though some checkpoints store it twice

@@ -110,6 +110,24 @@ def load_tensors(path: Path, fix: str) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is damaged: {first_line(error)}", fix) from None
 
 
+def lazy_tensors(path: Path, fix: str) -> LazyArrays:
+    """The same in float32, each read when it is asked for; the file must stay until then."""
+    try:
+        stored = stored_tensors(path, read_header(path))
+    except UserError:
+        raise UserError(f"{path} is damaged: it is cut off, or no safetensors file.", fix) from None
+    if other := [name for name, tensor in stored.items() if tensor.dtype not in DTYPES]:
+        raise UserError(f"{path} is damaged: {other[0]} holds no weights.", fix)
+
+    def read(name: str) -> np.ndarray:
+        tensor = stored[name]
+        count = math.prod(tensor.shape)
+        array = np.fromfile(path, DTYPES[tensor.dtype], count, offset=tensor.start)
+        return array.reshape(tensor.shape).astype(np.float32, copy=False)
+
+    return LazyArrays({name: tensor.shape for name, tensor in stored.items()}, read)
+
+
 def save_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     """Write a safetensors file, a tensor at a time: the library's own writer copies all of them first.
 

@@ -16,16 +16,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import ValidationError, create_model
 
 from common.backend import Adapter, OptimizerState, StepResult
 from common.documents import fault_of, read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
-from common.lazy_arrays import joined, shapes_of
+from common.lazy_arrays import joined, part_of, shapes_of
 from common.models.adapter_files import read_trained, write_trained
-from common.models.safetensors_files import load_tensors, save_tensors
+from common.models.safetensors_files import lazy_tensors, save_tensors
 from common.recipe import Parent, Plan
 
 _STEP = re.compile(r"step-\d{6,}")
@@ -81,7 +80,7 @@ _StateFile = create_model("_StateFile", **_STATE_FIELDS)
 
 
 class Checkpoint(NamedTuple):
-    """Where a run stood after a step: all that training needs to continue."""
+    """Where a run stood after a step: all that training needs to continue. Its arrays are read from its files."""
 
     state: State
     adapter: Adapter
@@ -201,16 +200,18 @@ def latest(
         raise UserError(f"{folder / _STATE} cannot be read by this version{fault_of(error)}.", remedy) from None
     of_this_step = plain.get("best_step") == plain["step"]
     best = folder if of_this_step else folder / "best"
-    moments = load_tensors(folder / "optimizer.safetensors", remedy)
-
-    def part(prefix: str) -> dict[str, np.ndarray]:
-        return {name.removeprefix(prefix): array for name, array in moments.items() if name.startswith(prefix)}
-
+    moments = lazy_tensors(folder / "optimizer.safetensors", remedy)
     layers, names = plain["layers"], {known.name for known in fields(State)} - {"best"}
-    optimizer = OptimizerState(plain["optimizer_step"], part("exp_avg."), part("exp_avg_sq."))
+    optimizer = OptimizerState(plain["optimizer_step"], *(part_of(moments, name) for name in ("exp_avg", "exp_avg_sq")))
     state = State(**{name: value for name, value in plain.items() if name in names})  # a newer version may have more
-    state.best = read_trained(best, layers) if best.is_dir() else None
+    state.best = read_trained(best, layers).copied() if best.is_dir() else None
     return Checkpoint(state, read_trained(folder, layers), optimizer)
+
+
+def outlasting(run: Path, step: int, adapter: Adapter) -> Adapter:
+    """What a backend has trained until `step`, for when it trains on or is closed: out of the checkpoint, or a copy."""
+    folder = _folder(run, step)
+    return read_trained(folder, adapter.layers) if adapter.full and _complete(folder) else adapter.copied()
 
 
 def _read_state(folder: Path, remedy: str) -> dict[str, Any]:

@@ -174,9 +174,16 @@ def _compare_quants(given: VerifyInput, at: Positions, links: dict[str, Divergen
 
 
 def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
-    """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there."""
+    """float32 where it fits into memory, else as trained; over the quantized base where the adapter was fused there.
+
+    On the CPU where no device of those that trained can hold the model.
+    """
     plan = given.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
-    fits = 4.4 * given.base.parameter_count < backends(plan.backend).free_memory(plan.device_name)[0]
+    free = backends(plan.backend).free_memory(plan.device_name)[0]
+    if given.run.plan.sharded and 2.2 * given.base.parameter_count > free:
+        plan = plan.on("cpu")
+        free = backends(plan.backend).free_memory("cpu")[0]
+    fits = 4.4 * given.base.parameter_count < free
     recipe = given.recipe.model_copy(
         update={
             "precision": "fp32" if fits else given.recipe.precision,

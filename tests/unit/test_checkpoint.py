@@ -16,6 +16,7 @@ from common import files
 from common.backend import Adapter, LoraWeight, OptimizerState
 from common.errors import UserError
 from common.export.fused_folder import checkpoints_disk, trained_bytes
+from common.lazy_arrays import LazyArrays
 from common.training import checkpoint
 from common.training.checkpoint import State, _folder, add_evaluation, discard, latest, latest_step, save
 from tests import ROOT
@@ -428,7 +429,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(tmp_path: Path) -> None:
         (found, replace(start, weights={LAYER: wide})),
         (found, replace(start, weights={"model.layers.0.mlp.up_proj": start.weights[LAYER]})),
         (found._replace(optimizer=replace(moments, exp_avg={})), start),
-        (found._replace(optimizer=replace(moments, exp_avg_sq=moments.exp_avg_sq | {"more": np.zeros(1)})), None),
+        (found._replace(optimizer=replace(moments, exp_avg_sq={**moments.exp_avg_sq, "more": np.zeros(1)})), None),
     ):
         with pytest.raises(UserError, match=r"step 1 holds other tensors than the recipe trains") as caught:
             other.require_fit(begun)
@@ -450,3 +451,21 @@ def test_a_marker_opens_no_file_outside(tmp_path: Path) -> None:
     folder = put(tmp_path, 40)
     (folder / "COMPLETE").write_text('{"/dev/zero": "00", "../../x": "00"}')
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_what_every_weight_became_is_read_from_its_checkpoint_and_else_copied(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def read(name: str) -> np.ndarray:
+        asked.append(name)
+        return np.full(3, len(asked), np.float32)
+
+    trained = Adapter("some/model", 2, 0.0, {}, LazyArrays({"w": (3,)}, read))
+    assert checkpoint.outlasting(tmp_path, 4, trained).full["w"][0] == 1  # copied: nothing was saved
+    moments = OptimizerState(4, *(LazyArrays({"w": (3,)}, read) for _ in range(2)))
+    checkpoint.save(tmp_path, State(4), trained, moments, "hash", 1)
+    before = len(asked)
+    kept = checkpoint.outlasting(tmp_path, 4, trained)
+    assert kept.full["w"].tolist() == [2, 2, 2]
+    assert (kept.layers, kept.base_model, len(asked)) == (2, "some/model", before)
+    assert checkpoint.outlasting(tmp_path, 5, trained).full["w"][0] == before + 1

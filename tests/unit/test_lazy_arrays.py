@@ -8,8 +8,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from common.lazy_arrays import LazyArrays, joined, shapes_of
-from common.models.safetensors_files import save_tensors
+from common.errors import UserError
+from common.lazy_arrays import LazyArrays, joined, part_of, shapes_of
+from common.models.safetensors_files import lazy_tensors, save_tensors
 
 
 def lazy(names: str, asked: list[str]) -> LazyArrays:
@@ -66,3 +67,26 @@ def test_every_type_and_shape_is_read_by_the_library_as_it_was_written(tmp_path:
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"'{tmp_path}'$"):
         save_tensors({}, tmp_path, {})
+
+
+def test_a_file_is_read_array_by_array(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_tensors({"m.a": np.full((2, 3), 1.5, ml_dtypes.bfloat16), "m.b": np.ones(4, np.float32)}, file, {})
+    arrays = lazy_tensors(file, "Repair it.")
+    assert shapes_of(arrays) == {"m.a": (2, 3), "m.b": (4,)}
+    part = part_of(arrays, "m")
+    assert shapes_of(part) == {"a": (2, 3), "b": (4,)}
+    np.testing.assert_array_equal(part["a"], np.full((2, 3), 1.5, np.float32))
+    part["b"][0] = 2  # torch wants arrays that can be written to
+    assert part["b"][0] == 1
+    assert not part_of(arrays, "n")
+
+
+def test_a_file_that_cannot_be_read_array_by_array_is_named_before(tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    file.write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match="is damaged: it is cut off"):
+        lazy_tensors(file, "Repair it.")
+    save_tensors({"a": np.ones(3, np.int8)}, file, {})
+    with pytest.raises(UserError, match="a holds no weights"):
+        lazy_tensors(file, "Repair it.")
