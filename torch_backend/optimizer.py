@@ -99,8 +99,8 @@ def _join(parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Param
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A float32 copy on the CPU. Of a sharded tensor rank 0 alone has it, and the others nothing."""
+    """A float32 copy on the CPU. Of a sharded tensor rank 0 alone has it, and the others a single zero."""
     found = whole(tensor.detach())
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_rank():
-        return np.empty(0, np.float32)
+        return np.broadcast_to(np.zeros((), np.float32), tuple(tensor.shape))
     return found.to("cpu", torch.float32, copy=True).numpy()
