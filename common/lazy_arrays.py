@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 class LazyArrays(Mapping[str, "np.ndarray"]):
-    """float32 arrays by name, each read when it is asked for: it is what it is then."""
+    """float32 arrays by name, each read when it is asked for; read again, it may have changed."""
 
     def __init__(self, shapes: Mapping[str, Shape], read: Callable[[str], np.ndarray]) -> None:
         self.shapes, self._read = dict(shapes), read

@@ -8,6 +8,8 @@ import numpy as np
 
 from common.errors import RankLost
 
+_MOST = 2**28  # bytes that are sent at once; MLX counts an array's in 31 bits
+
 
 class MlxGroup:
     """See `common.backend_package.Group`."""
@@ -21,7 +23,8 @@ class MlxGroup:
         size = int(self.gather(np.array([len(data or b"")]))[0][0])
         content = np.frombuffer(data, np.uint8) if data else np.zeros(size, np.uint8)
         with _lost():
-            return _written(mx.distributed.all_sum(mx.array(content), stream=mx.cpu)).tobytes()
+            parts = [content[start : start + _MOST] for start in range(0, size, _MOST)]
+            return b"".join(_written(mx.distributed.all_sum(mx.array(part), stream=mx.cpu)).tobytes() for part in parts)
 
     def gather(self, array: np.ndarray) -> list[np.ndarray]:
         sent = np.frombuffer(array.tobytes(), np.uint8)  # MLX's arrays have no float64

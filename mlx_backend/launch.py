@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common.errors import RankLost
-from common.system.hardware import physical_cores
+from common.system.launch import share_cores
 from common.system.signals import heeded
 
 _GRACE, _POLL = 30.0, 0.1  # seconds
@@ -28,8 +28,7 @@ def launch(count: int, command: list[str]) -> int:
 
     Raises RankLost where rank 0 was killed; of another it says so itself.
     """
-    threads = str(max(1, physical_cores() // count))
-    env = {"OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads} | os.environ
+    env = os.environ | share_cores(count)
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))

@@ -15,7 +15,7 @@ from mlx_backend.weights import numpy_shape, to_mlx, to_numpy
 Tensors = list[mx.array]
 _NOTHING = mx.zeros(0)
 _PARTS = 10
-_MOST = 2**20
+_MOST = 2**20  # values in a joined tensor
 
 
 class Trained:

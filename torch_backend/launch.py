@@ -6,7 +6,7 @@ import signal
 import sys
 
 from common.errors import RankLost
-from common.system.hardware import physical_cores
+from common.system.launch import share_cores
 from common.system.signals import heeded
 
 _GRACE = 300  # seconds in which a rank that is told to end may finish and save its step
@@ -20,7 +20,7 @@ def launch(count: int, command: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable()  # the ranks say what happened
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, physical_cores() // count)))
+    os.environ.update(share_cores(count))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -21,6 +21,7 @@ _MEASURED = {
 _COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
 _PROCESSORS = 132  # of the H200
 _COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
+_GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
 _GAPS = {"fp32": 0.25, "bf16": 0.55}  # share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36
 
 
@@ -73,7 +74,7 @@ def unshardable(dims: ModelDims, recipe: Recipe) -> str:
 def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
     count, layers = dims.linear + dims.other, _COMPLETE_LAYERS * dims.linear / dims.layers
     item = held_bytes(dims, recipe, plan.device) / count
-    weights = item * (count / plan.ranks + dims.other + layers)
+    weights = item * (count / plan.ranks + dims.other + layers) + _GATHERED
     return ShardedBytes(round(weights), round(item * dims.other), round(12 * count / plan.ranks + 4 * layers))
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from common.backend_package import BackendPackage, RankPackage
+from common.backend_package import BackendPackage, Backends, RankPackage
 from common.context import Context
 from common.display import Display
 from common.errors import PROGRAM, RankLost, UserError
@@ -20,7 +20,7 @@ from common.options import Options
 from common.recipe import Recipe
 from common.run_record import Run
 from common.system.hardware import choose_backend
-from common.system.launch import Launch
+from common.system.launch import Launch, free_cores
 from common.system.signals import STOPS
 from common.training.ranked_backend import RankedPackage, follow
 from common.training.ranks import Ranks
@@ -42,8 +42,7 @@ def start(options: Options, context: Context) -> int:
     try:
         return package.launch(count, sys.argv)
     except RankLost:  # rank 0, which would have said so itself
-        written = [run for run in _runs(options) if run.record_file.exists()]
-        newest = max(written, key=_changed, default=None)
+        newest = max((run for run in _runs(options) if _is_of(run, options)), key=_changed, default=None)
         if newest and _changed(newest) >= began:
             context.display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {newest}")
         raise
@@ -84,19 +83,19 @@ def restarted(options: Options, launch: Launch) -> Options:
         before = run.record.options
         as_long = (before.get("steps"), before.get("epochs")) == (options.steps, options.epochs)
         return options_to_resume(options, run) if as_long else options
-    begun = [run for run in _runs(options) if _began(run, options, launch)]
+    begun = [run for run in _runs(options) if _is_of(run, options) and run.record.launch == launch.name]
     newest = max(begun, key=_changed, default=None)
     return options_to_resume(options, newest) if newest else options
 
 
-def _began(run: Run, options: Options, launch: Launch) -> bool:
-    """Whether the launch began the run, with the same model and data: its name may have been used before."""
+def _is_of(run: Run, options: Options) -> bool:
+    """Whether the run has the model and the data of these options; a resume names it and gives neither."""
     given = absolute_paths(options.model_dump(by_alias=True, include={"model", "data"}))
     try:
-        record = run.record if run.record_file.exists() else None
+        known = run.record.options if run.record_file.exists() else None
     except UserError:
         return False
-    return record is not None and record.launch == launch.name and given.items() <= record.options.items()
+    return known is not None and (bool(options.resume) or given.items() <= known.items())
 
 
 @contextmanager
@@ -108,20 +107,28 @@ def first_rank(options: Options, context: Context, launch: Launch) -> Iterator[t
     given = {"backend": launch.by, "device": ranks.members[0].device, "devices": str(ranks.group.size)}
     if options.workers:
         raise UserError("--with: a launcher has started several ranks.", "Use one of them.")
-    lost = False
-    try:
-        yield (
-            restarted(options, launch).model_copy(update=given),
-            replace(context, backends=lambda name: ranked if name == launch.by else backends(name), local=backends),
-        )
-    except RankLost:
-        lost = True
-        raise
-    finally:
-        if not lost and not ranks.within:  # or nothing more can be told; the others see that this rank ends
+    ended = False
+
+    def end() -> Backends:
+        nonlocal ended
+        if not ended and not ranks.within:  # or nothing more can be told; the others see that this rank ends
             with suppress(RankLost):
                 ranks.tell("end")
             ranks.group.close()
+        ended = True
+        free_cores()
+        return backends
+
+    try:
+        yield (
+            restarted(options, launch).model_copy(update=given),
+            replace(context, backends=lambda name: ranked if name == launch.by else backends(name), end_training=end),
+        )
+    except RankLost:
+        ended = True
+        raise
+    finally:
+        end()
 
 
 def other_rank(args: argparse.Namespace, context: Context, launch: Launch) -> int:
@@ -176,7 +183,7 @@ def workers(options: Options, context: Context) -> Iterator[Context]:
         return made[-1]
 
     try:
-        yield replace(context, backends=package, local=context.backends)
+        yield replace(context, backends=package, end_training=lambda: context.backends)
     finally:
         for one in made:
             one.release()

@@ -90,7 +90,7 @@ def _run_training(options: Options, context: Context) -> Path:
         try:
             backend, adapter = _train(job, found, context, seconds)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
-            adapters.write_both(job.run.path, adapter)
+            adapter = adapters.write_both(job.run.path, adapter)
             job.run.update(status="complete")
         except BaseException as error:
             with display.optional("run.json is not up to date"):

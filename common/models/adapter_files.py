@@ -206,15 +206,16 @@ def read_any(folder: Path, layers: int = 0) -> Adapter:
     )
 
 
-def write_both(folder: Path, adapter: Adapter) -> None:
+def write_both(folder: Path, adapter: Adapter) -> Adapter:
     """Write `adapter/` and `adapter-mlx/` into `folder`, read both back and compare them with `adapter`.
 
-    Where every weight was trained there is no adapter: `full/` holds all tensors in float32. Raises UserError where
+    Where every weight was trained there is no adapter: `full/` holds all tensors in float32. Returns the adapter to
+    continue with: these tensors are read from there, so that nobody keeps a copy of the model. Raises UserError where
     what was read differs.
     """
     write_trained(folder, adapter)
     if adapter.full:
-        return
+        return read_trained(folder, adapter.layers)
     write_mlx(folder / "adapter-mlx", adapter)
     shapes = {name: (weight.B.shape[0], weight.A.shape[1]) for name, weight in adapter.weights.items()}
     for name, read in (("adapter", read_peft), ("adapter-mlx", read_mlx)):
@@ -226,6 +227,7 @@ def write_both(folder: Path, adapter: Adapter) -> None:
                 raise UserError(
                     f"{folder / name}: what was read back is not what was written ({module}).", "Check the disk."
                 )
+    return adapter
 
 
 def _same(one: LoraWeight, other: LoraWeight) -> bool:

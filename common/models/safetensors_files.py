@@ -114,8 +114,8 @@ def lazy_tensors(path: Path, fix: str) -> LazyArrays:
     """The same in float32, each read when it is asked for; the file must stay until then."""
     try:
         stored = stored_tensors(path, read_header(path))
-    except UserError:
-        raise UserError(f"{path} is damaged: it is cut off, or no safetensors file.", fix) from None
+    except (UserError, OSError):
+        raise UserError(f"{path} is damaged: it is missing, cut off, or no safetensors file.", fix) from None
     if other := [name for name, tensor in stored.items() if tensor.dtype not in DTYPES]:
         raise UserError(f"{path} is damaged: {other[0]} holds no weights.", fix)
 
@@ -123,6 +123,8 @@ def lazy_tensors(path: Path, fix: str) -> LazyArrays:
         tensor = stored[name]
         count = math.prod(tensor.shape)
         array = np.fromfile(path, DTYPES[tensor.dtype], count, offset=tensor.start)
+        if array.size != count:
+            raise UserError(f"{path} was cut off while it was read.", fix)
         return array.reshape(tensor.shape).astype(np.float32, copy=False)
 
     return LazyArrays({name: tensor.shape for name, tensor in stored.items()}, read)

@@ -4,6 +4,23 @@ import os
 import socket
 from dataclasses import dataclass
 
+from common.system.hardware import physical_cores
+
+_SHARED = "TWINTUNE_SHARED_CORES"  # names the variables that hold a rank to its share
+
+
+def share_cores(count: int) -> dict[str, str]:
+    """The environment that holds each of `count` ranks to its share of the cores, unless the user has set it."""
+    share = str(max(1, physical_cores() // count))
+    wanted = {name: share for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS") if name not in os.environ}
+    return wanted | {_SHARED: " ".join(wanted)}
+
+
+def free_cores() -> None:
+    """Programs that this rank starts, now that the others have ended, may take all cores."""
+    for name in os.environ.pop(_SHARED, "").split():
+        os.environ.pop(name, None)
+
 
 @dataclass(frozen=True)
 class Launch:

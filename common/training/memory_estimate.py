@@ -137,14 +137,14 @@ class TrainingMemory:
         if validation:
             steps.append(self._validation(plan, validation))
         if sharded:
-            steps.append({"gathering": sharded.gathering})
+            steps.append({"gathering of shards": sharded.gathering})
         if copies := terms.update_copies(recipe, plan.device):
             trained = beside if self.adapter else 4 * (dims.linear + dims.other)
-            steps.append({"update": round(copies * trained)})
+            steps.append({"optimizer update": round(copies * trained)})
         if self.workers:
             during, after = (self.workers * copies * beside for copies in terms.message_copies(plan.device))
-            parts["messages"] = during
-            steps.append({"replies": after})
+            parts["messages to workers"] = during
+            steps.append({"gradients of workers": after})
         largest: dict[str, int] = max(steps, key=lambda step: sum(step.values()))
         parts |= largest
         loading = terms.loading_bytes(dims, recipe)

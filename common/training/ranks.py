@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from common.backend_package import Group, RankPackage
-from common.errors import RankLost, UserError
+from common.errors import AtOdds, RankLost, UserError, first_line
 from common.training.messages import Arrays, Message, decoded, encoded
 
 _TEXT = 2048  # bytes of what a rank tells all others
@@ -56,13 +56,20 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around what all do together. An error that all raise ends it too; another leaves the ranks at odds."""
+        """Around what all do together. An error that all raise ends it too; another leaves the ranks at odds.
+
+        Raises AtOdds for the other, for nothing may be tried after it.
+        """
         self.within = True
         try:
             yield
         except Agreed as error:
             self.within = False
             raise error.fault from None
+        except (UserError, OSError) as error:
+            if isinstance(error, AtOdds):
+                raise
+            raise AtOdds(first_line(error), "Continue with --resume RUN.") from error
         self.within = False
 
     @staticmethod

@@ -180,7 +180,8 @@ def _exact(given: VerifyInput, backends: Backends) -> tuple[Recipe, Plan]:
     """
     plan = given.plan.model_copy(update={"gradient_checkpointing": False, "memory_budget": 0})
     free = backends(plan.backend).free_memory(plan.device_name)[0]
-    if given.run.plan.sharded and 2.2 * given.base.parameter_count > free:
+    least = 2.2 if given.recipe.precision == "bf16" else 4.4  # bytes of a weight, with some room
+    if given.run.plan.sharded and least * given.base.parameter_count > free:
         plan = plan.on("cpu")
         free = backends(plan.backend).free_memory("cpu")[0]
     fits = 4.4 * given.base.parameter_count < free

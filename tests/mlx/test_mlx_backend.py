@@ -78,6 +78,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_last_bit(model, rows,
     backends.check_resume_is_bit_identical("mlx", model, rows, tmp_path, dropout)
 
 
+@pytest.mark.parametrize("most", [1, 500])  # values: each array by itself, and a few together
+def test_an_adapter_in_several_tensors_is_trained_as_in_one(model, rows, tmp_path, monkeypatch, most):
+    recipe, found = backends.make_recipe(model), []
+    for values in (2**20, most):
+        monkeypatch.setattr("mlx_backend.trained._MOST", values)
+        backend = backends.load("mlx", model, recipe)
+        losses = backends.run_steps(backend, recipe, rows, 3)
+        found.append((len(backend.tensors), losses, backends.matrices(backend)))
+        backend.close()
+    (one, expected, matrices), (parts, losses, others) = found
+    assert (one, parts > 1) == (1, True)
+    assert losses == pytest.approx(expected, rel=1e-6)
+    assert backends.relative_difference(matrices, others) < 1e-5
+    backends.check_clipping("mlx", model, rows)
+    backends.check_optimizer_state_round_trip("mlx", model, rows)
+    backends.check_resume_is_bit_identical("mlx", model, rows, tmp_path, 0.1)
+
+
 @pytest.mark.parametrize("changes", [{}, {"method": "dora"}, {"quantization": "mlx-4bit-64"}], ids=str)
 def test_an_exchanged_adapter_trains_as_a_loaded_one(model, rows, changes):
     backends.check_an_exchanged_adapter_trains_as_a_loaded_one("mlx", model, rows, **changes)

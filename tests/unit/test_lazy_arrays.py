@@ -1,5 +1,6 @@
 """Arrays that are read one by one, and written so."""
 
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -84,9 +85,16 @@ def test_a_file_is_read_array_by_array(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_array_by_array_is_named_before(tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
-    file.write_bytes(b"no safetensors")
-    with pytest.raises(UserError, match="is damaged: it is cut off"):
-        lazy_tensors(file, "Repair it.")
+    for content in (None, b"no safetensors"):
+        if content:
+            file.write_bytes(content)
+        with pytest.raises(UserError, match="is damaged: it is missing, cut off, or no safetensors file"):
+            lazy_tensors(file, "Repair it.")
+    save_tensors({"a": np.ones(3, np.float32)}, file, {})
+    arrays = lazy_tensors(file, "Repair it.")
+    os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(UserError, match="was cut off while it was read"):
+        arrays["a"]
     save_tensors({"a": np.ones(3, np.int8)}, file, {})
     with pytest.raises(UserError, match="a holds no weights"):
         lazy_tensors(file, "Repair it.")

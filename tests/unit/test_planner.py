@@ -222,8 +222,11 @@ def test_the_largest_that_fits_is_the_largest() -> None:
     assert length == 4096 or (fits(1, length) and not fits(1, length + 1))
 
 
+DEEP = replace(model_dims(CONFIG), layers=80, linear=10 * model_dims(CONFIG).linear)
+
+
 def on_ranks(count: int, of=None, **options):
-    memory = TrainingMemory(torch_backend, model_dims(CONFIG), of or recipe(), adapter())
+    memory = TrainingMemory(torch_backend, DEEP, of or recipe(), adapter())
     plan = PLAN.model_copy(update={"ranks": count})
     return choose_plan(Options.model_validate(options), memory, plan, rows(*(300,) * 40))
 
@@ -238,7 +241,7 @@ def test_a_model_is_sharded_where_one_device_cannot_hold_it() -> None:
     assert small.plan.sharded
     assert small.prediction.peak <= least - 1
     assert not on_ranks(8, memory_limit=str(least), shard=False).plan.sharded
-    every = TrainingMemory(torch_backend, model_dims(CONFIG), recipe(method="full"), None)
+    every = TrainingMemory(torch_backend, DEEP, recipe(method="full"), None)
     parts = [every.estimate(PLAN.model_copy(update={"ranks": 8, "sharded": s}), [USUAL]).parts for s in (False, True)]
     assert parts[1]["gradients and moments"] < parts[0]["gradients and moments"] / 2
 
@@ -281,20 +284,20 @@ def test_an_update_that_keeps_what_was_before_it_is_counted_where_it_takes_most(
     small = MicroBatchShape(1, 2, 2, 1)
     plan, of = PLAN.model_copy(update={"backend": "mlx"}), recipe(rank=64)
     count = sum(array.size for weight in adapter(of).weights.values() for array in weight.parts().values())
-    assert predict(of, plan, [small]).parts["update"] == 3 * 4 * count
-    assert "update" not in predict(of, plan, [MicroBatchShape(64, 2000, 128_000, 64_000)]).parts
-    assert "update" not in predict(of, PLAN, [small]).parts  # torch's is in place
+    assert predict(of, plan, [small]).parts["optimizer update"] == 3 * 4 * count
+    assert "optimizer update" not in predict(of, plan, [MicroBatchShape(64, 2000, 128_000, 64_000)]).parts
+    assert "optimizer update" not in predict(of, PLAN, [small]).parts  # torch's is in place
     every = recipe(method="full")
     weights = predict(every, plan, [small]).parts["gradients and moments"] // 3
-    assert predict(every, plan, [small]).parts["update"] == round(2.6 * weights)
+    assert predict(every, plan, [small]).parts["optimizer update"] == round(2.6 * weights)
 
 
 def test_messages_with_workers_are_counted_where_the_peak_has_them() -> None:
     one, three = (replace(MEMORY, workers=workers).estimate(PLAN, [USUAL]).parts for workers in (1, 3))
     alone = MEMORY.estimate(PLAN, [USUAL]).parts
     copy = alone["adapter"] // 2
-    assert (one["messages"], three["messages"]) == (4 * copy, 12 * copy)
+    assert (one["messages to workers"], three["messages to workers"]) == (4 * copy, 12 * copy)
     tiny = replace(MEMORY, workers=3).estimate(PLAN, [MicroBatchShape(1, 2, 2, 1)]).parts
-    assert tiny["replies"] == 9 * copy
+    assert tiny["gradients of workers"] == 9 * copy
     cuda = replace(MEMORY, workers=1).estimate(PLAN.model_copy(update={"device": "cuda"}), [USUAL]).parts
-    assert cuda["messages"] == 0
+    assert cuda["messages to workers"] == 0

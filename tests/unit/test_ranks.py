@@ -13,7 +13,7 @@ from common.backend import Adapter, Batch, LoraWeight, ModelInfo, OptimizerState
 from common.backend_package import Group
 from common.data.batching import deal, micro_batches
 from common.errors import AtOdds, RankLost, UserError
-from common.lazy_arrays import shapes_of
+from common.lazy_arrays import LazyArrays, shapes_of
 from common.recipe import Plan, Recipe
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
@@ -246,6 +246,24 @@ def test_what_ranks_are_given_is_told_array_by_array() -> None:
         for found, given in zip((state.exp_avg, state.exp_avg_sq), moments, strict=True):
             assert all(np.array_equal(found[name], given[name]) for name in names)
         assert np.array_equal(package.created.get_adapter().weights[LAYER].A, moments[0][f"{LAYER}.lora_A"])
+
+
+def test_weights_that_cannot_be_read_to_their_end_leave_the_ranks_at_odds() -> None:
+    def work(package: RankedPackage, ranks: Ranks) -> Any:
+        backend = package.create()
+        backend.load(recipe(), plan(ranks=2), Path("here"), start())
+
+        def read(name: str) -> np.ndarray:
+            raise OSError("the disk is gone")
+
+        broken = OptimizerState(1, *(LazyArrays(shapes_of(start().arrays()), read) for _ in range(2)))
+        with pytest.raises(AtOdds, match="the disk is gone"):  # which nothing optional passes over
+            backend.set_optimizer(broken)
+        ranks.group.close()
+        return ranks.within
+
+    within, _ = with_others(work)
+    assert within
 
 
 def test_the_rows_of_a_validation_are_shared(tmp_path: Path) -> None:

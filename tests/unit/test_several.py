@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cli import _backend
@@ -14,7 +15,11 @@ from common.display import Display
 from common.errors import RankLost, UserError
 from common.options import Options
 from common.run_record import Run
-from common.system.launch import Launch, launched
+from common.system.launch import Launch, free_cores, launched, share_cores
+from common.training.messages import decoded
+from common.training.ranked_backend import RankedPackage
+from common.training.ranks import Member, Ranks
+from common.training.shared_backend import SharedPackage
 from tests.contexts import context
 from tests.tiny import write_rows
 from tests.unit.bigram import Bigram
@@ -91,28 +96,91 @@ def test_more_devices_than_there_are_gpus_are_refused(monkeypatch: pytest.Monkey
     assert several.start(Options(devices="5"), Context(lambda name: Package("cpu", 1), Display("quiet"))) == 5
 
 
-@pytest.mark.parametrize("output", ["runs/mine", None])
 def test_a_lost_rank_0_has_its_run_named_by_the_launcher(
-    output: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("common.commands.several.choose_backend", lambda wanted, backends: Named())
-    for name, changed in (("before", 5), ("mine", None)):
-        record = Path("runs", name, "run.json")
-        record.parent.mkdir(parents=True)
-        record.write_text("{}")
-        if changed:
-            os.utime(record, (changed, changed))
-    package = Package("cpu", 1, RankLost("SIGKILL", "rank 0"))
-    one = Context(lambda name: package, Display("plain"))
-    monkeypatch.setattr("time.time", lambda: Path("runs/mine/run.json").stat().st_mtime)
-    with pytest.raises(RankLost):
-        several.start(Options(devices="2", output=output), one)
-    assert "To continue: python cli.py train --resume runs/mine\n" in capsys.readouterr().out
-    monkeypatch.setattr("time.time", lambda: Path("runs/mine/run.json").stat().st_mtime + 1)
-    with pytest.raises(RankLost):  # before it has written anything
-        several.start(Options(devices="2", output=output), one)
-    assert "To continue" not in capsys.readouterr().out
+    for name in ("mine", "other"):
+        write_rows(tmp_path / f"{name}.jsonl", 12)
+        options = Options(
+            **{"model": str(tiny_llama), "data": f"{name}.jsonl", "backend": "torch", "device": "cpu", "steps": 2},
+            export="none",
+            output=f"runs/{name}",
+        )
+        run_training(options, context(create=Bigram))
+    changed = Run(Path("runs/mine")).record_file.stat().st_mtime
+    one = Context(lambda name: Package("cpu", 1, RankLost("SIGKILL", "rank 0")), Display("plain"))
+    mine = options.model_copy(update={"data": ["mine.jsonl"], "devices": "2", "output": None})
+    for given, began, named in (
+        (mine, changed, True),
+        (mine.model_copy(update={"output": "runs/mine"}), changed, True),
+        (Options(resume="runs/mine", devices="2"), changed, True),
+        (mine, changed + 1, False),  # before it has written anything
+        (mine.model_copy(update={"output": "runs/none"}), changed, False),
+    ):
+        monkeypatch.setattr("time.time", lambda began=began: began)
+        capsys.readouterr()
+        with pytest.raises(RankLost):
+            several.start(given, one)
+        assert ("To continue: python cli.py train --resume runs/mine\n" in capsys.readouterr().out) == named
+
+
+class Told:
+    """A group whose other ranks hear what rank 0 tells."""
+
+    def __init__(self) -> None:
+        self.size, self.rank, self.heard = 2, 0, list[str]()
+
+    def broadcast(self, data: bytes | None) -> bytes:
+        self.heard.append(decoded(data or b"").kind)
+        return b""
+
+    def gather(self, array: np.ndarray) -> list[np.ndarray]:
+        return [array, array]
+
+    def close(self) -> None:
+        self.heard.append("closed")
+
+
+@pytest.mark.parametrize("exports", [True, False])
+def test_what_follows_a_training_on_several_ranks_is_done_by_rank_0_alone(
+    exports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, one = Told(), context()
+    ranks = Ranks(group, [Member(rank, "here", 1, "cpu", 10, "memory") for rank in range(2)])
+    monkeypatch.setattr(several, "_join", lambda *given: (one.backends("torch"), ranks))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TWINTUNE_SHARED_CORES", "OMP_NUM_THREADS")
+    with several.first_rank(Options(), one, Launch("torch", 0, 0, "")) as (_, training):
+        assert isinstance(training.backends("torch"), RankedPackage)
+        if exports:
+            alone = training.after_training()
+            assert (alone.backends, alone.after_training()) == (one.backends, alone)
+            assert group.heard == ["end", "closed"]
+            assert "OMP_NUM_THREADS" not in os.environ
+    assert group.heard == ["end", "closed"]
+
+
+def test_after_a_training_with_workers_this_computer_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINTUNE_SECRET", "a secret that nobody guesses")
+    one = context()
+    with several.workers(Options.model_validate({"with": ["127.0.0.1:1"]}), one) as training:
+        assert isinstance(training.backends("torch"), SharedPackage)
+        assert training.after_training().backends is one.backends
+    assert one.after_training() is one
+
+
+@pytest.mark.parametrize(("given", "shared"), [({}, "2"), ({"OMP_NUM_THREADS": "5"}, "5")])
+def test_ranks_share_the_cores_unless_the_user_says_otherwise(
+    given: dict[str, str], shared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr("common.system.launch.physical_cores", lambda: 6)
+    os.environ |= share_cores(3)
+    assert (os.environ["OMP_NUM_THREADS"], os.environ["OPENBLAS_NUM_THREADS"]) == (shared, "2")
+    free_cores()
+    assert os.environ == given
 
 
 class Named:

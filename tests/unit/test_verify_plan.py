@@ -12,22 +12,23 @@ COUNT = 10**9
 
 
 @pytest.mark.parametrize(
-    ("sharded", "free", "expected"),
+    ("sharded", "precision", "free", "expected"),
     [
-        (True, {"cuda:1": 5e9, "cpu": 5e9}, ("fp32", "cuda:1")),
-        (True, {"cuda:1": 3e9, "cpu": 5e9}, ("bf16", "cuda:1")),
-        (True, {"cuda:1": 2e9, "cpu": 5e9}, ("fp32", "cpu")),
-        (True, {"cuda:1": 2e9, "cpu": 3e9}, ("bf16", "cpu")),
-        (False, {"cuda:1": 2e9, "cpu": 5e9}, ("bf16", "cuda:1")),  # it was trained there
+        (True, "bf16", {"cuda:1": 5e9, "cpu": 5e9}, ("fp32", "cuda:1")),
+        (True, "bf16", {"cuda:1": 3e9, "cpu": 5e9}, ("bf16", "cuda:1")),
+        (True, "bf16", {"cuda:1": 2e9, "cpu": 5e9}, ("fp32", "cpu")),
+        (True, "bf16", {"cuda:1": 2e9, "cpu": 3e9}, ("bf16", "cpu")),
+        (True, "fp32", {"cuda:1": 3e9, "cpu": 5e9}, ("fp32", "cpu")),
+        (False, "bf16", {"cuda:1": 2e9, "cpu": 5e9}, ("bf16", "cuda:1")),  # it was trained there
     ],
 )
 def test_a_model_that_was_sharded_is_verified_where_it_fits(
-    sharded: bool, free: dict[str, float], expected: tuple[str, str]
+    sharded: bool, precision: str, free: dict[str, float], expected: tuple[str, str]
 ) -> None:
     trained = plan(device="cuda", device_index=1, ranks=2, sharded=sharded)
     given: Any = SimpleNamespace(
         plan=trained.model_copy(update={"sharded": False}),
-        recipe=recipe().model_copy(update={"precision": "bf16"}),
+        recipe=recipe().model_copy(update={"precision": precision}),
         run=SimpleNamespace(plan=trained),
         base=SimpleNamespace(parameter_count=COUNT),
         adapter=SimpleNamespace(dora=False),
