@@ -167,6 +167,7 @@ def main() -> None:
         status = 0
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # it ends anyhow, and all is cleaned up
     if status:
         sys.exit(status)
 

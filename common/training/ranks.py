@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from common.errors import AtOdds, RankLost, UserError, first_line
 from common.training.messages import Arrays, Message, decoded, encoded
 
 _TEXT = 2048  # bytes of what a rank tells all others
+_LOOKS, _LOOK = 20, 0.1  # how often, in seconds, it is looked who has ended
 _MOST = 250  # characters of a part of it
 _T = TypeVar("_T")
 
@@ -112,9 +114,12 @@ class Ranks:
 
     def _ended(self) -> str:
         here = socket.gethostname()
-        ended = [str(member) for member in self.members if member.host == here and not _runs(member.pid)]
+        for _ in range(_LOOKS):  # the system closes a process's connections before it counts as ended
+            if ended := [str(member) for member in self.members if member.host == here and not _runs(member.pid)]:
+                return ", ".join(ended)
+            time.sleep(_LOOK)
         elsewhere = sorted({member.host for member in self.members} - {here})
-        return ", ".join(ended) or f"a rank on {' or '.join(elsewhere or [here])}"
+        return f"a rank on {' or '.join(elsewhere or [here])}"
 
 
 def _gather_values(group: Group, value: Any) -> list[Any]:
