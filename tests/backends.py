@@ -153,7 +153,7 @@ def trained(backend: Backend) -> tuple[OptimizerState, Adapter]:
 
 
 def matrices(backend: Backend) -> dict[str, np.ndarray]:
-    return backend.get_adapter().arrays()
+    return dict(backend.get_adapter().arrays())
 
 
 class Quiet:
