@@ -3,8 +3,8 @@
     python -m tests.faults.rank_kills --kills 20
 
 Each training runs on two or three ranks of one backend, and one of them is killed at a random step. It is resumed on
-one to three ranks. Prints a line a kill; exits with status 1 where a run took longer than a minute
-to end, did not say which rank was lost, or where a curve differs from that of one device.
+one to three ranks. Prints a line a kill; exits with status 1 where a run took longer than a minute to end, did not say
+which rank was lost, or where a curve differs from that of one device.
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 
 from common.training import checkpoint
 from tests.e2e.test_ranks import ranks
-from tests.faults.worker_kills import APART, STEPS, losses, train
-from tests.tiny import write_model, write_rows
+from tests.faults.worker_kills import APART, STEPS, losses, on_one_device, train
 
 BACKENDS = ("torch", "mlx")
 WITHIN = 60  # seconds, for a run whose rank was killed to end
@@ -60,12 +59,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name)
-        write_model(inputs / "model")
-        write_rows(inputs / "rows.jsonl", 300, longest=300)
-        references = {}
-        for backend in BACKENDS:
-            train(inputs / backend, inputs, backend).communicate()
-            references[backend] = losses(inputs / backend)
+        references = on_one_device(inputs)
         good = [one(number, inputs, references) for number in range(given.kills)]
     print(f"{sum(good)} of {len(good)} kills survived")
     sys.exit(not all(good))

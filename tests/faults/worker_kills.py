@@ -51,6 +51,15 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def on_one_device(inputs: Path) -> dict[str, list[float]]:
+    """Write the model and the rows; each backend's step losses without anybody's help."""
+    write_model(inputs / "model")
+    write_rows(inputs / "rows.jsonl", 300, longest=300)
+    for backend in OTHER:
+        train(inputs / backend, inputs, backend).communicate()
+    return {backend: losses(inputs / backend) for backend in OTHER}
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -99,12 +108,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name)
-        write_model(inputs / "model")
-        write_rows(inputs / "rows.jsonl", 300, longest=300)
-        references = {}
-        for backend in OTHER:
-            train(inputs / backend, inputs, backend).communicate()
-            references[backend] = losses(inputs / backend)
+        references = on_one_device(inputs)
         found = [
             one(number, inputs, inputs, references[backend], backend)
             for number in range(given.kills)
