@@ -12,6 +12,8 @@ from common.memory_terms import MemoryTerms, ModelDims
 from common.rank_backend import RankBackend
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
 
 
@@ -65,6 +67,12 @@ class BackendPackage(Protocol):
 
     def quantization_scheme(self, wanted: str) -> str:
         """The recipe's name for `--quantization wanted`. Raises UserError where it cannot be computed here."""
+
+    def plain_layers(self, folder: Path) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers that its library's model of `folder` has, by name from the layer's number on.
+
+        Nothing is loaded. Raises UserError where the library does not know the architecture.
+        """
 
     def is_deterministic(self, dims: ModelDims, device: str, precision: str) -> bool:
         """Whether the same training gives the same bits again."""

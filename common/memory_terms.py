@@ -27,6 +27,7 @@ class ModelDims:
     windows: tuple[int | None, ...]  # of each layer; None: it sees all tokens before
     splits: bool  # long rows are computed apart from short ones (longrope)
     stored: int  # bytes of a weight in the checkpoint
+    plain: bool = False  # computed by the library's own layers, which keep all logits of a row
 
 
 class MicroBatchShape(NamedTuple):

@@ -18,7 +18,14 @@ _ADDRESS = re.compile(r"([^\s:/]+|\[[0-9a-f:]+\]):\d{1,5}")
 
 
 def faults_of(options: Any) -> list[str]:
-    return [*_of_data(options), *_of_method(options), *_of_devices(options), *_of_export(options)]
+    return [*_of_tried(options), *_of_data(options), *_of_method(options), *_of_devices(options), *_of_export(options)]
+
+
+def _of_tried(options: Any) -> list[str]:
+    if not options.try_model:
+        return []
+    given = {"method full": options.method == "full", "devices": options.devices, "with": options.workers}
+    return [f"try-model cannot be combined with {name} yet" for name, present in given.items() if present]
 
 
 def _of_data(options: Any) -> list[str]:

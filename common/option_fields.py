@@ -7,6 +7,10 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
+QUANT_TYPES = (
+    *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
+)
 
 
 def option(

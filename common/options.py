@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from common.option_faults import faults_of
 from common.option_fields import (
+    QUANT_TYPES,
     PlanFields,
     RecipeFields,
     extra_of,
@@ -27,10 +28,6 @@ from common.recipe import TARGET_GROUPS
 QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the built-in example
 EXAMPLE = Path(str(resources.files("examples"))) / "data"  # its rows
 _SIZE = TypeAdapter(ByteSize)
-QUANT_TYPES = (
-    *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
-)
 
 
 class Options(RecipeFields, PlanFields):
@@ -41,6 +38,11 @@ class Options(RecipeFields, PlanFields):
     config: str | None = in_model(None, "YAML file with these options; flags win over it", value="FILE")
     model: str | None = in_model(
         None, "Hugging Face name, model folder or GGUF file of the base model", path=True, value="NAME"
+    )
+    try_model: bool = in_model(
+        False,
+        "check on this machine a model whose architecture is not supported, and train it by its libraries' own layers "
+        "where both compute the same",
     )
     rehash: bool = in_model(False, "read all weights for the model's hash, though no file of it has changed")
     adapter: str | None = in_model(

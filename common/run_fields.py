@@ -64,6 +64,15 @@ class BaseRecord(_Record):
     form: str = ""
 
 
+class TriedRecord(_Record):
+    """The verdict on a model of an unknown architecture: what was compared (common.models.admitted)."""
+
+    architecture: str = ""
+    targets: list[str] = []
+    checks: dict[str, str] = {}
+    versions: dict[str, str] = {}
+
+
 class DataRecord(_Record):
     """How much there was to train on."""
 
@@ -114,6 +123,7 @@ class RunRecord(_Record):
     sample_prompt: list[dict[str, Any]] = []
     sample_tokens: int | None = None
     data: DataRecord = DataRecord()
+    tried: TriedRecord | None = None  # --try-model
     base: BaseRecord | None = None
     export: ExportRecord = ExportRecord()
     verify: VerifyRecord | None = None

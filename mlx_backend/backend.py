@@ -24,22 +24,22 @@ from common.backend import (  # noqa: E402
     StepResult,
     weight_sum,
 )
-from common.data.batching import split_batch  # noqa: E402
-from common.data.layouts import choose_layouts, layout_for  # noqa: E402
+from common.data.layouts import choose_layouts  # noqa: E402
 from common.memory_terms import MicroBatchShape  # noqa: E402
+from common.models.families import is_known  # noqa: E402
 from common.models.mlx_quantized import is_quantized  # noqa: E402
 from common.models.model_folder import ModelFolder  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
 from common.sampling import Sampler, generate_tokens  # noqa: E402
 from common.system.memory import swap_used, total  # noqa: E402
-from mlx_backend.attention import RaggedRows  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
 from mlx_backend.device_settings import DeviceSettings  # noqa: E402
+from mlx_backend.forward import Forward, PackedForward, PlainForward  # noqa: E402
 from mlx_backend.group import sum_over_ranks  # noqa: E402
 from mlx_backend.lora import Dropout, attach, detached, paths, put  # noqa: E402
-from mlx_backend.loss import Inputs, inputs_of, loss_sum  # noqa: E402
-from mlx_backend.model import DTYPES, head, hidden_states, load_base  # noqa: E402
+from mlx_backend.loss import Inputs  # noqa: E402
+from mlx_backend.model import DTYPES, load_base, load_plain  # noqa: E402
 from mlx_backend.optimizer import Optimizer, State  # noqa: E402
 from mlx_backend.quantize import dequantized, quantize  # noqa: E402
 from mlx_backend.trained import Tensors, Trained  # noqa: E402
@@ -47,6 +47,8 @@ from mlx_backend.trained import Tensors, Trained  # noqa: E402
 
 class MlxBackend:
     """See `common.backend.Backend` for the contract of every method."""
+
+    forward: Forward
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         self.layouts: list[MicroBatchShape] = []
@@ -60,7 +62,9 @@ class MlxBackend:
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
-        self.model: Any = load_base(base, DTYPES[recipe.precision])
+        known = is_known(base.config)
+        self.model: Any = (load_base if known else load_plain)(base, DTYPES[recipe.precision])
+        self.forward = PackedForward(self.model) if known else PlainForward(self.model, plan.device)
         self.names = base.full_names
         with device_errors():
             if recipe.quantization != "none" and not is_quantized(base):
@@ -97,7 +101,7 @@ class MlxBackend:
     def _join(self, recipe: Recipe, adapter: Adapter | None) -> None:
         """Find the trained arrays and join them."""
         weights = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
-        names = paths(adapter) if adapter else {self.names[path]: path for path in weights}
+        names = paths(self.model, adapter) if adapter else {self.names[path]: path for path in weights}
         groups = recipe.optimizer_groups(names)
         self.trained = Trained(self.model, names, [members for members, _, _ in groups], join=adapter is not None)
         self.optimizer = Optimizer(recipe, [(ratio, decay) for _, ratio, decay in groups], self.trained.group)
@@ -133,12 +137,7 @@ class MlxBackend:
 
     def _loss(self, tensors: Tensors, inputs: Inputs) -> mx.array:
         self.trained.put(tensors)
-        return loss_sum(self.model, inputs, self.plan.loss_chunk)
-
-    def _inputs(self, batch: Batch) -> list[Inputs]:
-        """The parts of a micro-batch that are computed together; none of a part without a label."""
-        parts = split_batch(batch, self.model.forward_config.rope_split)
-        return [inputs_of(part, layout_for(part.shape, self.layouts)) for part in parts if part.label_tokens]
+        return self.forward.loss(inputs, self.plan.loss_chunk)
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         restore = partial(self._restore_step, self.tensors, self.states)
@@ -158,7 +157,7 @@ class MlxBackend:
         self.shown = []
         for number, batch in enumerate(micro_batches):
             key = mx.random.key(((self.recipe.seed << 32) ^ (batch.rank << 48)) + (step << 12) + number)
-            for inputs in self._inputs(batch):
+            for inputs in self.forward.inputs(batch, self.layouts):
                 computed.append(inputs.shape)
                 loss, part = self.gradient(self.tensors, inputs, key)
                 gradients = part if gradients is None else [*map(mx.add, gradients, part)]
@@ -222,7 +221,8 @@ class MlxBackend:
         self._end_step()
         self.shown = []
         with device_errors():
-            loss = sum((self.loss(self.tensors, inputs) for inputs in self._inputs(batch)), mx.array(0.0))
+            inputs = self.forward.inputs(batch, self.layouts)
+            loss = sum((self.loss(self.tensors, some) for some in inputs), mx.array(0.0))
             self.confirmation.settle(loss)  # here, where running out of memory is still caught
         return StepResult.of([batch], loss, 0.0, batch.input_ids.size)
 
@@ -257,10 +257,8 @@ class MlxBackend:
 
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self._ready()
-        inputs = mx.array(np.asarray(token_ids, np.int32))
         with device_errors(), detached(self.model, {} if adapter else self.layers):
-            hidden = hidden_states(self.model, inputs, RaggedRows(1, len(inputs), None))
-            return self._read(head(self.model, hidden if positions is None else hidden[mx.array(positions)]))
+            return self._read(self.forward.logits(token_ids, positions))
 
     def _read(self, array: mx.array) -> np.ndarray:
         self.confirmation.settle(array)
@@ -274,18 +272,12 @@ class MlxBackend:
         sampler: Sampler,
         adapter: bool = True,
     ) -> Iterator[int]:
-        from mlx_lm.models.cache import KVCache
-
-        caches: list[Any] = []
+        compute = self.forward.continuing()
 
         def forward(ids: list[int], restart: bool) -> np.ndarray:
-            nonlocal caches
-            if restart:
-                caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
             self._ready()  # at every token: training may continue in between
             with device_errors(), detached(self.model, {} if adapter else self.layers):
-                hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
-                return self._read(head(self.model, hidden[-1:])[0])
+                return self._read(compute(ids, restart))
 
         rope_split = self.model.forward_config.rope_split
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, rope_split)
@@ -297,6 +289,6 @@ class MlxBackend:
         """None: beside a busy program OpenBLAS's threads do not wait for each other for long."""
 
     def close(self) -> None:
-        del self.model, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown
+        del self.model, self.forward, self.layers, self.dropout, self.trained, self.tensors, self.states, self.shown
         del self.gradient, self.loss, self.update, self.accumulated
         self.settings.restore()

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from common.backend import Adapter
-from common.models.families import text_name
+from mlx_backend.model import module_path
 from mlx_backend.weights import PARTS, to_mlx
 
 
@@ -23,7 +23,7 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     layers = {}
     for name, weight in sorted(adapter.weights.items()):
         kind = LoRALinear if weight.magnitude is None and not adapter.dora else DoRALinear
-        linear = modules[text_name(name)]
+        linear = modules[module_path(model, name)]
         layers[name] = kind.from_base(linear, r=weight.rank, scale=weight.scale)
         for part, array in weight.parts().items():
             setattr(layers[name], PARTS[part], to_mlx(part, array))
@@ -57,15 +57,16 @@ class Dropout:
         return kept * x * (1 / (1 - self.share))
 
 
-def paths(adapter: Adapter) -> dict[str, str]:
+def paths(model: nn.Module, adapter: Adapter) -> dict[str, str]:
     """The canonical names of the trained arrays -> their paths in the model."""
     parts = [part for part in PARTS if part != "magnitude" or adapter.dora]
-    return {f"{name}.{part}": f"{text_name(name)}.{PARTS[part]}" for name in adapter.weights for part in parts}
+    modules = {name: module_path(model, name) for name in adapter.weights}
+    return {f"{name}.{part}": f"{path}.{PARTS[part]}" for name, path in modules.items() for part in parts}
 
 
 def put(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace modules of the model, given by their Hugging Face names."""
-    model.update_modules(tree_unflatten([(text_name(name), module) for name, module in modules.items()]))
+    model.update_modules(tree_unflatten([(module_path(model, name), module) for name, module in modules.items()]))
 
 
 @contextmanager

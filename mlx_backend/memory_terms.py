@@ -87,7 +87,8 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
         saved = dims.layers * layer
     windows = {w for w in dims.windows if w is not None and w < shape.width}
     masks = shape.width**2 * (len(windows) + dims.capped)  # booleans, shared by the layers
-    logits = min(2 * plan.loss_chunk, shape.labels) * dims.vocabulary * 4  # of a chunk and of the next, which is queued
+    # of a chunk and of the next, which is queued
+    logits = (shape.width if dims.plain else min(2 * plan.loss_chunk, shape.labels)) * dims.vocabulary * 4
     loss = logits * 3.2 * (2 if dims.final_cap else 1)
     if recipe.method == "full":  # the head's gradient, and a chunk's share of it
         loss += 2 * 4 * dims.vocabulary * dims.hidden

@@ -6,19 +6,21 @@ are used; everything around them is computed here from the normalized config.
 """
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from common.errors import UserError
-from common.models.families import ForwardConfig, forward_config, language_tensor, text_name
+from common.errors import UserError, first_line, masked
+from common.models.families import ForwardConfig, forward_config, language_tensor, normalize_config, text_name
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
 
+_TORCH = "Train it with --backend torch."
 DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
@@ -77,8 +79,71 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         if parameters is not None:
             layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
     install(model, config["model_type"].startswith("gemma"))
-    model.forward_config = found
+    model.forward_config, model.layers_at = found, "model.layers."
     return model
+
+
+def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
+    """A model of an architecture without layers of ours: mlx-lm's own, in `dtype`, lazily loaded.
+
+    Of a multimodal model mlx-lm itself takes the text part. Raises UserError where it does not know the architecture,
+    or checkpoint and model do not have the same weights.
+    """
+    from mlx_lm.utils import load_model
+
+    config = _mlx_config(base)
+    try:
+        model = load_model(base.path, lazy=True, model_config=config)[0]
+    except Exception as error:  # whatever a model's code makes of a config that it does not expect
+        what = " ".join(masked(str(error)).split())[:200]
+        raise UserError(f"mlx-lm cannot load this model: {what}", _TORCH) from None
+    kept = getattr(model, "cast_predicate", lambda name: True)
+    floats = [(n, p.astype(dtype)) for n, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
+    model.update(tree_unflatten([(name, parameter) for name, parameter in floats if kept(name)]))
+    model.forward_config = forward_config(base.config)
+    model.layers_at = _layers_at(model)
+    return model
+
+
+def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
+    """See `common.backend_package.BackendPackage`."""
+    from mlx_lm.utils import _get_classes
+
+    config = _mlx_config(base)
+    try:
+        model_class, arguments = _get_classes(config)
+    except (ValueError, SystemExit) as error:  # which a module raises that wants another library
+        raise UserError(f"mlx-lm does not know this model: {first_line(error)}", _TORCH) from None
+    try:  # either may make anything of a config that it does not expect
+        settings = arguments.from_dict(config)
+    except Exception as error:
+        raise UserError(f"mlx-lm cannot read this config: {first_line(error)}", _TORCH) from None
+    try:
+        model = model_class(settings)
+    except Exception as error:
+        raise UserError(f"mlx-lm cannot make this model: {first_line(error)}", _TORCH) from None
+    at = _layers_at(model)
+    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    return {name.removeprefix(at): module.weight.shape for name, module in linear.items() if name.startswith(at)}
+
+
+def _mlx_config(base: ModelFolder) -> dict[str, Any]:
+    """As mlx-lm reads it: of a language model that was saved alone, as a part of the model that it knows."""
+    config = normalize_config(base.written_config) | {"model_file": None}
+    kind = str(config.get("model_type"))
+    if kind.endswith("_text") and find_spec(f"mlx_lm.models.{kind}") is None:
+        return config | {"model_type": kind.removesuffix("_text"), "text_config": config}
+    return config
+
+
+def _layers_at(model: Any) -> str:
+    """What stands before a layer's number in the names of modules."""
+    return next(name for name, module in model.named_modules() if module is model.layers[0]).removesuffix("0")
+
+
+def module_path(model: Any, name: str) -> str:
+    """Where a loaded model has the module of this Hugging Face name, which lies in one of its layers."""
+    return str(model.layers_at + name.split("layers.", 1)[1])
 
 
 def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.array]:

@@ -446,7 +446,7 @@ def check_bf16_base_has_float32_adapter(name: str, folder: Path, rows: list[Enco
 
 def check_out_of_memory_is_raised(name: str, folder: Path, rows: list[Encoded], monkeypatch) -> None:
     """An injected out-of-memory in a step and in validation raises OutOfMemory, and leaves the step repeatable."""
-    module = importlib.import_module(f"{name}_backend.backend")
+    module = importlib.import_module(f"{name}_backend.forward")
     recipe = make_recipe(folder)
     clean = load(name, folder, recipe)
     expected = run_steps(clean, recipe, rows, 2)

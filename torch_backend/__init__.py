@@ -3,7 +3,10 @@
 `BackendPackage` says what each name here answers. torch is imported by `create`, or by what must look at a device.
 """
 
+from pathlib import Path
+
 from common.backend_package import Group
+from common.models.model_folder import ModelFolder
 from common.rank_backend import RankBackend
 from torch_backend import memory_terms
 from torch_backend.devices import (
@@ -28,6 +31,7 @@ __all__ = [
     "join",
     "launch",
     "memory_terms",
+    "plain_layers",
     "quantization_scheme",
     "rank_device",
 ]
@@ -37,6 +41,12 @@ def create() -> RankBackend:
     from torch_backend.backend import TorchBackend
 
     return TorchBackend()
+
+
+def plain_layers(folder: Path) -> dict[str, tuple[int, int]]:
+    from torch_backend.model import plain_layers
+
+    return plain_layers(ModelFolder(folder))
 
 
 def join(device: str) -> Group:

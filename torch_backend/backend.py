@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,22 +24,20 @@ from common.backend import (
 )
 from common.lazy_arrays import LazyArrays
 from common.memory_terms import MicroBatchShape
-from common.models.families import forward_config
+from common.models.families import forward_config, is_known
 from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
-from torch_backend.attention import has_flash
 from torch_backend.cuda_graphs import Graphs, Layout, can_graph
 from torch_backend.device_errors import device_errors
 from torch_backend.device_settings import DeviceSettings, empty_cache
+from torch_backend.forward import Forward, PackedForward, PlainForward
 from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
 from torch_backend.lora import set_arrays
-from torch_backend.loss import PackedBatch, loss_of, loss_sum
-from torch_backend.matmul import pad_multiple
-from torch_backend.memory_terms import packs_attention
+from torch_backend.loss import PackedBatch, loss_of
 from torch_backend.mlp import recomputing
-from torch_backend.model import DTYPES, import_libraries, load_model
+from torch_backend.model import import_libraries, load_model
 from torch_backend.optimizer import MOMENTS, Optimizer, to_numpy
 from torch_backend.quantize import dequantized
 from torch_backend.shards import together
@@ -51,6 +50,7 @@ class TorchBackend:
     """See `common.backend.Backend` for the contract of every method."""
 
     graphs: Graphs | None
+    forward: Forward
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         import_libraries()
@@ -64,19 +64,19 @@ class TorchBackend:
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
-        config, self.names, dtype = base.config, base.full_names, DTYPES[recipe.precision]
+        config, self.names, self.known = base.config, base.full_names, is_known(base.config)
         self.rope_split = forward_config(config).rope_split
         with device_errors():
             self.model: Any = load_model(base, recipe, self.device, plan.sharded)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.known:
             for layer in self.model.model.layers[::TRIM_EVERY]:
                 layer.mlp.register_forward_pre_hook(self._trim)
-        self.pad_multiple = pad_multiple(self.device, dtype)
         self.total, self.share = torch.zeros(2, device=self.device)
-        capped = config["model_type"] == "gemma2"
-        packs = packs_attention(config["head_dim"], capped, plan.device, recipe.precision)
-        self.flash = packs and has_flash(self.device)
-        if self.flash:
+        if self.known:
+            self.forward = PackedForward(self.model, config, plan, recipe.precision)
+        else:
+            self.forward = PlainForward(self.model, self.device)
+        if self.forward.flash:
             self.settings.make_deterministic()
         self._begin(recipe, plan, adapter)
         return ModelInfo(
@@ -91,10 +91,10 @@ class TorchBackend:
         self.recipe, self.start = recipe, adapter
         with device_errors():
             self.outer, self.parameters, self.shards = Trained.of(
-                self.model, self.names, recipe, adapter, self.device.type if plan.sharded else ""
+                self.model, self.names, recipe, adapter, self.device.type if plan.sharded else "", self.known
             )
             self.outer.to(self.device)
-        graphed = self.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
+        graphed = self.forward.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
         self.graphed = graphed and not plan.sharded
         self.apply_plan(plan)
         with device_errors():
@@ -131,11 +131,9 @@ class TorchBackend:
         self.plan = plan
         self.graphs = Graphs(self._micro_step, self.device) if self.graphed else None
         if plan.gradient_checkpointing:
-            settings = {
-                "use_reentrant": False,
-                "context_fn": lambda: (nullcontext(), recomputing()),
-                "preserve_rng_state": bool(self.recipe.dropout),
-            }
+            settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": bool(self.recipe.dropout)}
+            if self.known:
+                settings["context_fn"] = lambda: (nullcontext(), recomputing())
             self.model.gradient_checkpointing_enable(settings)
         elif self.model.is_gradient_checkpointing:
             self.model.gradient_checkpointing_disable()
@@ -165,7 +163,7 @@ class TorchBackend:
             self.total.zero_()
             self.share.fill_(1 / weight)
             self.optimizer.zero_grad()  # also those of a step that ran out of memory
-            for batch in micro_batches:
+            for batch in chain.from_iterable(map(self.forward.parts, micro_batches)):
                 self.settings.adapt_threads()
                 if self.graphs is not None:
                     self.graphs.run(batch)
@@ -199,15 +197,10 @@ class TorchBackend:
         return self.total.clone(), norm
 
     def _padded_tokens(self, batch: Batch) -> int:
-        if self.graphs is not None:
-            return Layout.of(batch).tokens
-        rows, width = batch.input_ids.shape
-        return batch.tokens if self.flash else rows * -(-width // self.pad_multiple) * self.pad_multiple
+        return self.forward.padded_tokens(batch) if self.graphs is None else Layout.of(batch).tokens
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return self._computed(
-            lambda: loss_sum(self.model, batch, self.device, self.plan.loss_chunk, self.flash, self.pad_multiple)
-        )
+        return self._computed(lambda: self.forward.loss(batch, self.plan.loss_chunk))
 
     def _computed(self, compute: Callable[[], _T]) -> _T:
         """The result of `compute`, which calls the model."""
@@ -261,13 +254,11 @@ class TorchBackend:
     def logits(self, token_ids: np.ndarray, adapter: bool = True, positions: np.ndarray | None = None) -> np.ndarray:
         self.outer.eval()
         self.settings.adapt_threads()
-        kept = torch.from_numpy(np.asarray(range(len(token_ids)) if positions is None else positions, np.int64))
-        inputs = torch.from_numpy(np.asarray(token_ids, np.int64))[None].to(self.device)
+        kept = np.arange(len(token_ids)) if positions is None else positions
 
         def compute() -> np.ndarray:
             with nullcontext() if adapter else self.outer.disable_adapter():
-                found = self.model(input_ids=inputs, use_cache=False, logits_to_keep=kept.to(self.device))
-                return found.logits[0].float().cpu().numpy()
+                return self.forward.logits(token_ids, kept).float().cpu().numpy()
 
         return self._with_memory(lambda: self._computed(compute))
 
@@ -279,21 +270,14 @@ class TorchBackend:
         sampler: Sampler,
         adapter: bool = True,
     ) -> Iterator[int]:
-        from transformers import DynamicCache
-
-        cache: Any = None
+        compute = self.forward.continuing()
 
         @torch.no_grad()
         def forward(ids: list[int], restart: bool) -> np.ndarray:
-            nonlocal cache
-            if restart:
-                cache = DynamicCache()  # keeps every key; `attend` cuts the windows
             self.outer.eval()  # at every token: training may continue in between
             self.settings.adapt_threads()
-            inputs = torch.tensor([ids], device=self.device)
             with device_errors(), nullcontext() if adapter else self.outer.disable_adapter():
-                found = self.model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
-                return found.logits[0, -1].float().cpu().numpy()
+                return compute(ids, restart).float().cpu().numpy()
 
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.rope_split)
 
@@ -304,6 +288,6 @@ class TorchBackend:
         return self.settings.threads()
 
     def close(self) -> None:
-        del self.model, self.outer, self.parameters, self.optimizer, self.graphs, self.shards
+        del self.model, self.forward, self.outer, self.parameters, self.optimizer, self.graphs, self.shards
         gc.collect()  # layers whose forward is replaced refer to themselves
         self.settings.restore()

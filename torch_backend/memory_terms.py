@@ -50,7 +50,7 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
     """On a CPU a frozen base stays as it is stored, and products widen it; DoRA wants it in the recipe's precision."""
     item = 2 if recipe.precision == "bf16" else 4
-    stored = device == "cpu" and recipe.method == "lora"
+    stored = device == "cpu" and recipe.method == "lora" and not dims.plain
     return _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
 
 
@@ -64,6 +64,8 @@ def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
 
 
 def unshardable(dims: ModelDims, recipe: Recipe) -> str:
+    if dims.plain:
+        return "its architecture has no layers of ours"
     if recipe.quantization != "none":  # bitsandbytes' issue 1945
         return f"bitsandbytes' {recipe.quantization} weights cannot be sharded exactly"
     if recipe.method == "dora" and dims.stored != (2 if recipe.precision == "bf16" else 4):
@@ -118,7 +120,7 @@ class _Kernels:
     @staticmethod
     def of(dims: ModelDims, recipe: Recipe, device: str, shape: MicroBatchShape) -> "_Kernels":
         packed = packs_attention(dims.head_dim, dims.capped, device, recipe.precision)
-        general = recipe.method != "lora" or bool(recipe.dropout) or recipe.quantization == "int8"
+        general = dims.plain or recipe.method != "lora" or bool(recipe.dropout) or recipe.quantization == "int8"
         tokens, labels = shape.tokens, shape.labels
         if packed and not general:  # as CUDA graphs round them
             tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
@@ -183,6 +185,8 @@ def _deterministic_sums(dims: ModelDims, tokens: int, rows: int) -> int:
 
 
 def _loss_bytes(dims: ModelDims, recipe: Recipe, chunk: int, labels: int) -> float:
+    if dims.plain:  # logits, their softmax and their gradient
+        return 3 * labels * dims.vocabulary * 4
     logits = min(chunk, labels) * dims.vocabulary * 4
     loss = logits * (1 if recipe.precision == "fp32" else 1.5) * (2 if dims.final_cap else 1)  # bf16 products beside it
     if recipe.method == "full":  # the head's gradient, and a chunk's share of it

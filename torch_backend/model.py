@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, first_line
+from common.models.families import is_known
 from common.models.model_folder import ModelFolder
 from common.recipe import Recipe
 from torch_backend.attention import register
@@ -42,11 +43,13 @@ def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, sharded:
     """
     dtype, quantization = DTYPES[recipe.precision], quantization_config(recipe.quantization)
     settings = {"device_map": {"": device}, "quantization_config": quantization} if quantization else {}
-    model = load_base(base, dtype, **settings)
+    known = is_known(base.config)
+    model = load_base(base, dtype, **settings if known else settings | {"attn_implementation": None})
     if recipe.quantization == "nf4":
         quantize_nf4(model, dtype, device)
     if not (quantization or sharded):
-        convert(model, dtype, keeps_stored(recipe, device))
+        if known:
+            convert(model, dtype, keeps_stored(recipe, device))
         model.to(device)
     return model
 
@@ -63,10 +66,10 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
     stay on the disk: text rows never reach them, and the fused folder copies them. Raises UserError where the
     checkpoint lacks a weight, which transformers would initialize at random.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    config = AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NOT_SETTINGS})
+    config = _config(base)
     # in the stored type the weights stay in the mapped file until they are used
     stored = getattr(torch, base.dtype)
     names = {"key_mapping": _TEXT_NAMES} if "text_config" in base.written_config else {}
@@ -77,13 +80,12 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
             base.path,
             config=config,
             dtype=dtype if settings else stored,
-            attn_implementation=register(),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
             **names,
-            **settings,
+            **{"attn_implementation": register()} | settings,
         )
     finally:
         logging.set_verbosity(level)
@@ -94,6 +96,42 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
             "Fetch the model again.",
         )
     return model
+
+
+def _config(base: ModelFolder) -> Any:
+    """transformers' config of the language model. Of an unknown architecture as it reads the file, but for dropout."""
+    from transformers import AutoConfig
+
+    if is_known(base.config):
+        return AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NOT_SETTINGS})
+    try:
+        config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
+    except Exception as error:  # whatever a config's code makes of a value that it does not expect
+        raise UserError(f"transformers cannot read this config: {first_line(error)}", "Update transformers.") from None
+    config = config.get_text_config()
+    config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)
+    for name in config.to_dict():
+        if name.endswith(("dropout", "_pdrop", "jitter_noise")):  # mlx-lm has none of these
+            setattr(config, name, 0.0)
+    return config
+
+
+def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
+    """See `common.backend_package.BackendPackage`."""
+    from transformers import AutoModelForCausalLM
+
+    config = _config(base)
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:  # whatever a model's code makes of a config that it does not expect
+            raise UserError(f"transformers cannot make this model: {first_line(error)}", "Try another model.") from None
+    linear = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    return {
+        name.split("layers.", 1)[1]: (module.out_features, module.in_features)
+        for name, module in linear.items()
+        if "layers." in name and not (base.config["model_type"] in _FUSED_KERNELS and name.endswith("out_proj"))
+    }
 
 
 @torch.no_grad()
@@ -145,6 +183,8 @@ def _embed(module: Any, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
     return found * module.embed_scale if hasattr(module, "embed_scale") else found
 
 
+# Whose kernels read the weight of `out_proj` themselves, so that an adapter on it would have no effect.
+_FUSED_KERNELS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _BLOCK = 2**23  # weights converted at a time
 
 

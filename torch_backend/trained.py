@@ -18,8 +18,13 @@ class Trained(NamedTuple):
     shards: Shards | None
 
     @staticmethod
-    def of(model: Any, names: dict[str, str], recipe: Recipe, adapter: Adapter | None, shard_on: str) -> "Trained":
-        """names: of the model's tensors -> canonical. shard_on: the kind of device to shard it on, or nothing."""
+    def of(
+        model: Any, names: dict[str, str], recipe: Recipe, adapter: Adapter | None, shard_on: str, known: bool
+    ) -> "Trained":
+        """names: of the model's tensors -> canonical. shard_on: the kind of device to shard it on, or nothing.
+
+        known: whether the model's layers are of an architecture that has layers of ours.
+        """
         if adapter is None:
             # transformers marks the pad token's row, and torch gives it no gradient. Where pad is the token that ends
             # a turn, its embedding would never learn.
@@ -27,7 +32,8 @@ class Trained(NamedTuple):
             shards = _sharded(model, recipe, shard_on, {})
             return Trained(model, {names[name]: p for name, p in model.named_parameters()}, shards)
         outer, parameters = attach(model, adapter)
-        install(model, adapter)
+        if known:
+            install(model, adapter)
         return Trained(outer, parameters, _sharded(model, recipe, shard_on, parameters))
 
 

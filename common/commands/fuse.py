@@ -34,7 +34,7 @@ from common.run_fields import BaseRecord, RunRecord
 from common.run_lock import held
 from common.run_record import Run
 from common.system.hardware import choose_backend
-from common.training.memory_estimate import TrainingMemory, model_dims
+from common.training.memory_estimate import TrainingMemory, dims_of
 from common.training.metrics import timed
 from common.verify.cases import cases_of
 from common.verify.judge import verdict
@@ -60,7 +60,7 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     adapter = adapter_of(run, base)
     if "convert" in EXPORT_STEPS[merged.export]:
         _check_inputs(run, base, merged, context.backends)
-    memory = TrainingMemory(context.backends(run.plan.backend), model_dims(base.config), run.recipe, adapter)
+    memory = TrainingMemory(context.backends(run.plan.backend), dims_of(base), run.recipe, adapter)
     stages = export_stages(merged, base, adapter, memory)
     check_disk(run.path, stages, build_bytes(needs_llama(merged.export), merged.llama_cpp))
     warn_of_memory(stages, display)

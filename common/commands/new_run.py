@@ -6,7 +6,7 @@ from dataclasses import replace
 from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name
 from common.files import atomic_write
 from common.option_sources import absolute_paths
-from common.run_fields import DataRecord
+from common.run_fields import DataRecord, TriedRecord
 from common.run_lock import held
 from common.run_record import Run
 from common.system.environment import write_environment
@@ -36,6 +36,7 @@ def claimed(job: Job, lock: ExitStack) -> Job:
 def begin(job: Job) -> None:
     """Write a new run's files, its record last, in its folder that is held."""
     run = job.run
+    verdict = job.base.verdict
     run.write_recipe(job.recipe)
     run.write_plan(job.plan)
     if job.served.template is not None:
@@ -58,6 +59,7 @@ def begin(job: Job) -> None:
             tokens=int(job.train.lengths.sum()),
             label_tokens=int(job.train.label_tokens.sum()),
         ),
+        tried=TriedRecord(**verdict.model_dump(exclude={"admitted", "why"})) if verdict else None,
         launch=launch.name if (launch := launched()) else "",
         options=absolute_paths(job.options.model_dump(by_alias=True, exclude={"resume", "config"})),
     )

@@ -41,10 +41,11 @@ from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
 from common.training.auto_recipe import auto_recipe
-from common.training.memory_estimate import TrainingMemory, model_dims
+from common.training.memory_estimate import TrainingMemory, dims_of
 from common.training.metrics import timed
 from common.training.planner import ChosenPlan, choose_plan
 from common.training.setup import ENOUGH, make_plan, make_recipe
+from common.verify.admission import try_model
 from common.verify.cases import Cases, make_cases
 
 _PROMPTS = 3  # by which a training is watched
@@ -102,7 +103,7 @@ def prepare(
     check_request(options, display)
     hardware = choose_hardware(options, context)
     run = resumed or Run(_output(options, hardware.backend.value))
-    base, rows, tokenizer = model_and_rows(options, hardware, display, seconds)
+    base, rows, tokenizer = model_and_rows(options, hardware, context, seconds)
     if not resumed:
         options = _chosen(options, base, rows, display)
     version = resumed.recipe.version if resumed else VERSION
@@ -110,7 +111,8 @@ def prepare(
     start = start_adapter(recipe, base)
     config = base.model.config | {"dtype": base.model.dtype}
     plan = make_plan(options, hardware.backend.value, hardware.device.value, rows)
-    memory = TrainingMemory(context.backends(plan.backend), model_dims(config), recipe, start, len(options.workers))
+    package = context.backends(plan.backend)
+    memory = TrainingMemory(package, dims_of(base.model), recipe, start, len(options.workers))
     if not resumed:  # a run that was planned before it was learned continues by its plan
         memory = memory.with_learned(plan)
     chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored)
@@ -145,11 +147,14 @@ def prepare(
 
 
 def model_and_rows(
-    options: Options, hardware: Hardware, display: Display, seconds: dict[str, float]
+    options: Options, hardware: Hardware, context: Context, seconds: dict[str, float]
 ) -> tuple[Base, TrainingRows, Any]:
     """`(the model, its rows encoded, its tokenizer)`, each reported. seconds: gets the time of tokenizing."""
+    display = context.display
     data = load(options, display)
     suspicious = warn_of_quality(options, data, display)
+    if options.try_model:
+        try_model(options.model or "", context)
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:

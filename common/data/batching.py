@@ -104,6 +104,20 @@ def rounded(size: int, least: int, steps: int) -> int:
     return -(-size // step) * step
 
 
+def single_rows(batch: Batch) -> list[Batch]:
+    """A micro-batch for each row, without padding."""
+    return [
+        Batch(
+            batch.input_ids[i : i + 1, :length],
+            batch.targets[i : i + 1, :length],
+            batch.loss_weights[i : i + 1, :length],
+            batch.lengths[i : i + 1],
+            batch.rank,
+        )
+        for i, length in enumerate(batch.lengths)
+    ]
+
+
 def split_batch(batch: Batch, limit: int | None) -> list[Batch]:
     """The rows of up to `limit` tokens, then the longer ones: RoPE of a row depends on its own length only."""
     longer = batch.lengths > (limit or batch.input_ids.shape[1])

@@ -103,6 +103,13 @@ def _about(record: RunRecord, form: str, recipe: Recipe, base: str) -> str:
             f"In training the base was quantized ({recipe.quantization}); the adapter is fused into "
             + ("those dequantized weights." if into == "dequantized" else "the original weights.")
         )
+    if record.tried:
+        compared = "; ".join(f"{what}: {found}" for what, found in record.tried.checks.items())
+        libraries = ", ".join(f"{name} {number}" for name, number in record.tried.versions.items())
+        lines.append(
+            f"{record.tried.architecture} was computed by the libraries' own layers ({libraries}), after a check on "
+            f"the machine that trained: {compared}."
+        )
     return " ".join(filter(None, lines))
 
 

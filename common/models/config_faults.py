@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, text_config
+from common.models.config_kinds import LAYER_TYPES
+from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, is_known, text_config
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_PLAIN_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # of an architecture that is tried
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -20,20 +22,27 @@ def config_faults(config: dict[str, Any]) -> list[str]:
 
     config: not yet normalized, without `config_kinds.kind_faults`.
     """
-    architecture = (config.get("architectures") or ["none named"])[0]
-    if architecture not in ARCHITECTURES:
-        return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
+    if not is_known(config):
+        text = config.get("text_config") or config
+        absent = [key for key in _PLAIN_SIZES if text.get(key) is None]
+        return [f"its config.json lacks {', '.join(absent)}"] if absent else []
+    architecture = config["architectures"][0]
     kind = ARCHITECTURES[architecture]
     given = config.get("text_config", {}) if "Conditional" in architecture else config
     sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
     if absent := [key for key, size in sizes.items() if size is None]:
         return [f"its config.json lacks {', '.join(absent)}"]
+    if given.get("sliding_window") == 0 or isinstance(given.get("sliding_window_pattern"), str):
+        return ["its sliding_window or sliding_window_pattern is not a whole number from 1"]
     text, faults = text_config(config), []
     if text.get("model_type") != kind:
         faults.append(f"its model_type {text.get('model_type')} is not {architecture}'s, {kind}")
     heads, keys = text["num_attention_heads"], text["num_key_value_heads"]
     if not text["head_dim"] or heads % keys:
         faults.append(f"its {heads} attention heads do not fit hidden_size or its {keys} key heads")
+    if strange := {*(text.get("layer_types") or [])} - {*LAYER_TYPES}:
+        faults.append(f"its layer_types name {min(strange)}, and can name {' and '.join(LAYER_TYPES)}")
+        return faults
     faults += _rope_faults(text, kind)
     padding = text.get("pad_token_id", _PADDING.get(kind))
     if isinstance(padding, int) and padding >= text["vocab_size"]:
@@ -46,6 +55,14 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
         faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2")
     return faults
+
+
+def unsupported(config: dict[str, Any]) -> list[str]:
+    """Says that the architecture has no layers of the backends' own, where it has none."""
+    if is_known(config):
+        return []
+    architecture = (config.get("architectures") or ["none named"])[0]
+    return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
 
 
 def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 _LARGEST = 2**31
 _MOST_LAYERS = 1_000  # what holds for each layer is listed in several places
-_LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYER_TYPES = ("full_attention", "sliding_attention")  # of the known architectures
 
 
 class _Kind(NamedTuple):
@@ -49,14 +49,16 @@ _KINDS: dict[str, _Kind] = {
     "architectures": _optional(_Kind(_are(_TEXT.fits), "a list of names")),
     "num_hidden_layers": _Kind(lambda value: _is_count(value) and value <= _MOST_LAYERS, f"1 to {_MOST_LAYERS}"),
     "max_window_layers": _Kind(lambda value: type(value) is int, "a whole number"),
-    "layer_types": _optional(_Kind(_are(lambda part: part in _LAYER_TYPES), f"a list of {' and '.join(_LAYER_TYPES)}")),
+    "layer_types": _optional(_Kind(_are(_TEXT.fits), "a list of names")),
     "no_rope_layers": _optional(_Kind(_are(lambda part: part in (0, 1)), "a list of 0 and 1")),
     "eos_token_id": _optional(_Kind(lambda value: _is_id(value) or _are(_is_id)(value), "one or more token numbers")),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), _optional(_ID)),
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), _COUNT),
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), _COUNT),
-    **dict.fromkeys(("head_dim", "num_key_value_heads", "sliding_window"), _optional(_COUNT)),
-    **dict.fromkeys(("sliding_window_pattern", "no_rope_layer_interval"), _COUNT),
+    **dict.fromkeys(("head_dim", "num_key_value_heads"), _optional(_COUNT)),
+    "sliding_window": _optional(_Kind(_is_id, "a whole number")),
+    "sliding_window_pattern": _Kind(lambda value: _is_count(value) or isinstance(value, str), "a number or letters"),
+    "no_rope_layer_interval": _COUNT,
     **dict.fromkeys(("rms_norm_eps", "query_pre_attn_scalar", "logits_scaling"), _POSITIVE),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), _POSITIVE),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), _NUMBER),
@@ -105,7 +107,7 @@ def _rope_faults(name: str, rope: Any) -> list[str]:
     if not isinstance(rope, dict):
         return [f"{name} is not an object"]
     faults = [f"{name}.{fault}" for fault in _wrong(rope, _ROPE_KINDS)]
-    return faults + [fault for kind in _LAYER_TYPES for fault in _rope_faults(f"{name}.{kind}", rope.get(kind))]
+    return faults + [fault for kind in LAYER_TYPES for fault in _rope_faults(f"{name}.{kind}", rope.get(kind))]
 
 
 def _wrong(content: dict[str, Any], kinds: dict[str, _Kind]) -> list[str]:

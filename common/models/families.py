@@ -5,6 +5,7 @@ A checkpoint's config leaves out what equals its library's default, and its keys
 understands the config (huggingface/transformers, models/*/configuration_*.py); a test compares them.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,11 @@ ARCHITECTURES = {
 SUPPORTED = tuple(ARCHITECTURES)
 
 
+def is_known(config: dict[str, Any]) -> bool:
+    """Whether the backends compute this architecture by layers of their own; else by their libraries' (--try-model)."""
+    return (config.get("architectures") or [""])[0] in ARCHITECTURES
+
+
 @dataclass(frozen=True)
 class ForwardConfig:
     """The settings of a forward pass outside of its layers."""
@@ -108,7 +114,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's normalized config: of a multimodal model, that of its text part."""
     config = normalize_config(config)
     if "text_config" in config:
-        return {**config["text_config"], "architectures": ["Gemma3ForCausalLM"]}
+        named = ["Gemma3ForCausalLM"] if is_known(config) else config.get("architectures")
+        return {**config["text_config"], "architectures": named}
     return config
 
 
@@ -133,12 +140,18 @@ def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
     config = dict(config)
     kind = ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
     if isinstance(config.get("text_config"), dict):
+        if kind not in DEFAULTS:
+            both = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
+            text = normalize_config(config["text_config"] | both)
+            return {**config, "vocab_size": text.get("vocab_size"), "text_config": text}
         tied = config.get("tie_word_embeddings", True)
         text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
         text = normalize_config(text)
         # mlx-lm reads the vocabulary's size here
-        return {**config, "tie_word_embeddings": tied, "vocab_size": text["vocab_size"], "text_config": text}
-    for key, value in DEFAULTS.get(kind or "", {}).items():
+        return {**config, "tie_word_embeddings": tied, "vocab_size": text.get("vocab_size"), "text_config": text}
+    if kind not in DEFAULTS:
+        return _normalize_rope(config, kind)  # the libraries read the rest as it is
+    for key, value in DEFAULTS[kind].items():
         config.setdefault(key, value)
     if config.get("num_key_value_heads") is None and "num_attention_heads" in config:
         config["num_key_value_heads"] = config["num_attention_heads"]
@@ -185,6 +198,8 @@ def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
             _name_rope(one, config, kind)
     config["rope_parameters"] = rope if local is None else {"full_attention": rope, "sliding_attention": local}
     config["rope_theta"] = rope["rope_theta"]
+    if kind not in DEFAULTS and "partial_rotary_factor" in rope:
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     # before transformers 4.43 the key was `type`, and some readers know nothing else
     config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling | {"type": rope["rope_type"]}
@@ -206,7 +221,9 @@ def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -
 
 
 def forward_config(config: dict[str, Any]) -> ForwardConfig:
-    """What a normalized text config says of the forward pass."""
+    """What a normalized text config says of the forward pass; of an unknown family nothing, and nobody asks."""
+    if not is_known(config):
+        return ForwardConfig(1.0, 1.0, None, (), (), None)
     kind, layers = config["model_type"], range(config["num_hidden_layers"])
     rope, window = config["rope_parameters"], config.get("sliding_window")
     kinds = config.get("layer_types") or []
@@ -230,6 +247,8 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
     )
 
 
+# A layer of a language model of any architecture: not those of the towers for images and sound.
+LANGUAGE_LAYER = re.compile(r"(?!.*(?:vision|visual|audio))(?:\w+\.)*layers\.(\d{1,9})\.(.+)")
 # A multimodal model's tensors besides its language model, by today's names without the leading "model.".
 VISION_PARTS = ("vision_tower.", "multi_modal_projector.")
 

@@ -22,7 +22,7 @@ def base_of(run: Run, display: Display) -> ModelFolder:
     """The model that a run was trained on. Raises UserError where it is missing, or has changed."""
     record = run.record
     model = record.options.get("model") or ""
-    base = resolve(model, display.say)
+    base = resolve(model, display.say, tried=True)
     if base.content_hash() != record.model_hash:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Restore that model.")
     return base

@@ -10,8 +10,9 @@ from common.documents import read_json
 from common.errors import UserError
 from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
 from common.models import mlx_quantized
-from common.models.config_faults import config_faults
-from common.models.families import hf_name, text_name
+from common.models.admitted import remembered
+from common.models.config_faults import config_faults, unsupported
+from common.models.families import hf_name, is_known, text_name
 from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
@@ -24,11 +25,13 @@ _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 Say = Callable[[str], None]
 
 
-def resolve(name: str, say: Say) -> ModelFolder:
+def resolve(name: str, say: Say, tried: bool = False) -> ModelFolder:
     """A checked model folder for a folder, a GGUF file or a hub name; fetched or converted once, then cached.
 
     Order for a hub name: the hub's cache, the hub, a pinned mirror. Of weights that MLX quantized it is the 16-bit view
     (`mlx_quantized.quantized_source` says where they are). Raises UserError saying what to do.
+
+    tried: of any architecture; else of one that is supported, or was admitted here (--try-model).
     """
     path = user_path(name, "--model")
     if path.is_dir():
@@ -48,21 +51,26 @@ def resolve(name: str, say: Say) -> ModelFolder:
         raise UserError(f"--model {name}: links in it lead out of the folder: {shown}.", LINK_REMEDY)
     if mlx_quantized.is_quantized(model):
         model = ModelFolder(mlx_quantized.view(model, name, say))
-    check_folder(model, name)
+    check_folder(model, name, tried)
     return model
 
 
-def check_folder(model: ModelFolder, name: str) -> None:
+def check_folder(model: ModelFolder, name: str, tried: bool = False) -> None:
     """Look at everything that training needs of the folder. Raises UserError listing all faults."""
-    faults = _file_faults(model)
+    faults, remedy = _file_faults(model), ""
     if not _fault_of(lambda: model.written_config):
-        faults = _config_faults(model.written_config) + faults
+        unknown = [] if tried else unsupported(model.written_config)
+        if unknown and not faults:
+            verdict = remembered(model)
+            unknown = unknown if verdict is None or not verdict.admitted else []
+            remedy = " Or have this one checked here with --try-model."
+        faults = (unknown or config_faults(model.written_config)) + _quantized(model.written_config) + faults
     if not faults:
-        faults += _weight_faults(model)
+        faults += _weight_faults(model) if is_known(model.written_config) else _type_faults(model)
     if faults:
         raise UserError(
             f"--model {name} cannot be trained:\n" + "\n".join(faults),
-            "Give a complete model folder of a supported architecture, as downloaded from the hub.",
+            f"Give a complete model folder of a supported architecture, as downloaded from the hub.{remedy}",
         )
 
 
@@ -97,22 +105,17 @@ def _fault_of(read: Callable[[], object]) -> list[str]:
     return []
 
 
-def _config_faults(config: dict[str, Any]) -> list[str]:
-    faults = config_faults(config)
-    if "quantization" in config or "quantization_config" in config:
-        settings = config.get("quantization_config")
-        kind = settings.get("quant_method") if isinstance(settings, dict) else None
-        faults.append(
-            f"its weights are quantized by {kind or 'another program'}; of such only MLX's own 4 and 8 bits are read"
-        )
-    return faults
+def _quantized(config: dict[str, Any]) -> list[str]:
+    if "quantization" not in config and "quantization_config" not in config:
+        return []
+    settings = config.get("quantization_config")
+    kind = settings.get("quant_method") if isinstance(settings, dict) else None
+    return [f"its weights are quantized by {kind or 'another program'}; of such only MLX's own 4 and 8 bits are read"]
 
 
 def _weight_faults(model: ModelFolder) -> list[str]:
     """Types that are not computed, and tensors that contradict the config."""
-    if strange := {tensor.dtype for tensor in model.tensors.values()} - DTYPES.keys():
-        return [f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}"]
-    if faults := _shape_faults(model):
+    if faults := _type_faults(model) or _shape_faults(model):
         return faults
     tensors = {hf_name(name): tensor for name, tensor in model.tensors.items()}
     tied = model.config["tie_word_embeddings"]
@@ -124,6 +127,11 @@ def _weight_faults(model: ModelFolder) -> list[str]:
     if tied and embedding is not None and _differ(head, embedding):
         return ["its config.json says tie_word_embeddings true, and its lm_head.weight is not its embeddings"]
     return []
+
+
+def _type_faults(model: ModelFolder) -> list[str]:
+    strange = {tensor.dtype for tensor in model.tensors.values()} - DTYPES.keys()
+    return [f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}"] if strange else []
 
 
 def _shape_faults(model: ModelFolder) -> list[str]:

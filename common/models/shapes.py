@@ -4,19 +4,23 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from common.models.families import hf_name, text_config
+from common.models.families import LANGUAGE_LAYER, hf_name, is_known, text_config
 from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
 
 # Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
+_FROZEN = {"experts", "gate", "router", "shared_expert_gate"}  # parts of a layer that is a mixture of experts
 
 
 def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
 
-    A target is the last part of a layer's name, or a group of such. Raises UserError when one matches nothing.
+    A target is the last part of a layer's name, or a group of such. Raises UserError when one matches nothing. Of an
+    unknown architecture all-linear means every matrix but experts and the routers that choose them.
     """
+    if not is_known(model.config):
+        return _plain_shapes(model, targets)
     groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
     wanted = {name for group in groups.values() for name in group}
     shapes: dict[str, tuple[int, int]] = {}
@@ -31,10 +35,32 @@ def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int
     return shapes
 
 
+def _plain_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, tensor in model.tensors.items():
+        module = hf_name(name.removesuffix(".weight"))
+        own = module.rsplit("layers.", 1)[-1].split(".")[1:]
+        if (
+            name.endswith(".weight")
+            and LANGUAGE_LAYER.match(module)
+            and len(tensor.shape) == 2
+            and not _FROZEN & {*own}
+        ):
+            out_features, in_features = tensor.shape
+            shapes[module] = (out_features, in_features)
+    if targets != ["all-linear"]:
+        names = {name for target in targets for name in TARGET_GROUPS.get(target, [target])}
+        shapes = {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in names}
+    if not shapes:
+        raise UserError(f"--targets {' '.join(targets)}: the model has no such layer.", "Use --targets all-linear.")
+    return shapes
+
+
 def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
     """The last names of the layers in `shapes`, in the order in which a layer holds them."""
     found = {module.rsplit(".", 1)[-1] for module in shapes}
-    return [name for name in TARGET_GROUPS["all-linear"] if name in found]
+    known = TARGET_GROUPS["all-linear"]
+    return [*(name for name in known if name in found), *sorted(found - {*known})]
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,8 @@ from common.backend import Adapter
 from common.display import Display
 from common.errors import UserError
 from common.models.adapter_files import read_any
+from common.models.admitted import Verdict, remembered
+from common.models.families import is_known
 from common.models.lora_init import choose_layers, initial_adapter, layer_count, validate
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
@@ -25,14 +27,18 @@ class Base:
     scheme: str  # of its quantization, such as mlx-4bit-64, or none
     shapes: dict[str, tuple[int, int]]  # (out, in) of each layer that is adapted
     given: Adapter | None  # --adapter
+    verdict: Verdict | None = None  # on a model of an unknown architecture (--try-model)
 
 
 def find_base(options: Options, backend: str, scheme: str, display: Display) -> Base:
     """The model that --model names. scheme: as --quantization asks. Raises UserError where it cannot be trained."""
     model = resolve(options.model or "", display.say)
     training_base, scheme = _quantized_base(options, model.path, backend, scheme, display)
-    shapes = linear_shapes(model, options.targets)
-    return Base(model, training_base, scheme, shapes, _given_adapter(options, model) if options.adapter else None)
+    shapes, verdict = linear_shapes(model, options.targets), None
+    if not is_known(model.config) and (verdict := remembered(model)):
+        shapes = {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in verdict.targets}
+    given = _given_adapter(options, model) if options.adapter else None
+    return Base(model, training_base, scheme, shapes, given, verdict)
 
 
 def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:

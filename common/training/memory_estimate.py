@@ -6,6 +6,7 @@ Each backend's `memory_terms.py` counts what its own code holds; here the terms 
 import inspect
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -14,8 +15,10 @@ from typing import Any
 from common.backend import Adapter
 from common.backend_package import BackendPackage
 from common.memory_terms import MicroBatchShape, ModelDims
-from common.models.families import forward_config
-from common.models.shapes import tensor_shapes
+from common.models.families import forward_config, is_known
+from common.models.lora_init import layer_number
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes, tensor_shapes
 from common.recipe import Plan, Recipe
 from common.system.environment import chip, environment
 from common.system.hardware import nvidia_gpus
@@ -70,6 +73,41 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         windows=forward_config(config).windows,
         splits=forward_config(config).rope_split is not None,
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
+    )
+
+
+def dims_of(model: ModelFolder) -> ModelDims:
+    """`model_dims` of a model. Of an unknown architecture by what its files hold, on the large side."""
+    config = model.config | {"dtype": model.dtype}
+    if is_known(config):
+        return model_dims(config)
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    layers, adapted = int(config["num_hidden_layers"]), linear_shapes(model, ["all-linear"])
+    outputs: Counter[int] = Counter()
+    for module, (out_features, _) in adapted.items():
+        outputs[layer_number(module)] += out_features
+    linear = sum(out_features * in_features for out_features, in_features in adapted.values())
+    heads = int(config.get("num_attention_heads") or 1)
+    hidden = int(config["hidden_size"])
+    return ModelDims(
+        hidden=hidden,
+        inner=max(outputs.values()),
+        queries=hidden,
+        keys=hidden,
+        heads=heads,
+        head_dim=hidden // heads,
+        layers=layers,
+        vocabulary=int(config["vocab_size"]),
+        linear=linear,
+        other=sum(map(math.prod, shapes.values())) - linear,
+        gemma=True,
+        capped=False,
+        final_cap=True,
+        normed=True,
+        windows=(),
+        splits=False,
+        stored=2 if config["dtype"] in ("bfloat16", "float16") else 4,
+        plain=True,
     )
 
 

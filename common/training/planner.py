@@ -161,7 +161,8 @@ def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
 
 
 def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work) -> list[_Candidate]:
-    sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES
+    one_row = memory.dims.plain  # is computed at a time, whatever the micro-batch
+    sizes = [options.micro_batch_tokens] if options.micro_batch_tokens else _SIZES[-1:] if one_row else _SIZES
     checkpointing = [False, True] if options.gradient_checkpointing is None else [options.gradient_checkpointing]
     can_shard = base.ranks > 1 and not memory.package.memory_terms.unshardable(memory.dims, memory.recipe)
     sharded = [bool(options.shard)] if not can_shard or options.shard is not None else [False, True]

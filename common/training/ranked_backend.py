@@ -297,7 +297,7 @@ class RankedPackage:
 
     def __init__(self, package: RankPackage, ranks: Ranks) -> None:
         self._package, self._ranks = package, ranks
-        self.memory_terms, self.fault = package.memory_terms, package.fault
+        self.memory_terms, self.fault, self.plain_layers = package.memory_terms, package.fault, package.plain_layers
         self.choose_device, self.choose_precision = package.choose_device, package.choose_precision
         self.quantization_scheme, self.is_deterministic = package.quantization_scheme, package.is_deterministic
 

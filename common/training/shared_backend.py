@@ -238,6 +238,7 @@ class SharedPackage:
         self.memory_terms, self.fault, self.free_memory = package.memory_terms, package.fault, package.free_memory
         self.choose_device, self.choose_precision = package.choose_device, package.choose_precision
         self.quantization_scheme, self.is_deterministic = package.quantization_scheme, package.is_deterministic
+        self.plain_layers = package.plain_layers
 
         self._created: list[SharedBackend] = []
 

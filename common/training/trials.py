@@ -14,7 +14,7 @@ from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
-from common.training.memory_estimate import TrainingMemory, model_dims
+from common.training.memory_estimate import TrainingMemory, dims_of
 from common.training.observer import Observer
 from common.training.planner import choose_plan
 from common.training.setup import make_plan, make_recipe
@@ -54,8 +54,7 @@ class Trials:
         """
         recipe, package = self.recipe(options), self.context.backends(self.backend)
         start = start_adapter(recipe, self.base)
-        config = self.base.model.config | {"dtype": self.base.model.dtype}
-        memory = TrainingMemory(package, model_dims(config), recipe, start)
+        memory = TrainingMemory(package, dims_of(self.base.model), recipe, start)
         train, valid = self.rows.train.rows, self.rows.scored
         base_plan = make_plan(options, self.backend, self.device, self.rows)
         base_plan = base_plan.model_copy(update={"memory_budget": self._budget})

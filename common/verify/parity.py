@@ -1,13 +1,15 @@
 """`doctor --parity MODEL`: logits, training steps and adapter of both backends side by side, or against a record."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from common.backend import Adapter
 from common.backend_package import Backends
 from common.context import Context
 from common.data.batching import micro_batches, step_rows
@@ -78,22 +80,41 @@ def parity(name: str, context: Context) -> bool:
     return all(value < bounds[what] for what, value in found.items())
 
 
-def run(name: str, backends: Backends, folder: Path, rows: list[Encoded], steps: int) -> Result:
+def run(
+    name: str,
+    backends: Backends,
+    folder: Path,
+    rows: list[Encoded],
+    steps: int,
+    targets: Sequence[str] = ("all-linear",),
+) -> Result:
     """The result of `steps` steps of four rows on one backend, in float32, from the seeded adapter."""
-    shapes = linear_shapes(ModelFolder(folder), ["all-linear"])
-    recipe = _recipe(folder, steps, target_names(shapes))
+    losses = []
+    with loaded(name, backends, folder, targets, steps) as (backend, recipe, _):
+        logits = backend.logits(rows[0].ids)
+        for step in range(1, steps + 1):
+            chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
+            result = backend.train_step(micro_batches(chosen, 1024), recipe.learning_rate, step)
+            losses.append(float(result.loss_sum) / result.weight_sum)
+        trained = dict(backend.get_adapter().arrays())
+    return Result(logits, np.array(losses), trained)
+
+
+@contextmanager
+def loaded(
+    name: str, backends: Backends, folder: Path, targets: Sequence[str], steps: int = TINY_STEPS
+) -> Iterator[tuple[Any, Recipe, Adapter]]:
+    """`(a backend, its recipe of `steps` steps, the seeded adapter)`, in float32. Raises UserError."""
+    shapes = linear_shapes(ModelFolder(folder), [*targets])
+    recipe = _recipe(folder, max(steps, 1), target_names(shapes))
     plan: dict[str, Any] = {"backend": name, "device": backends(name).choose_device("auto").value}
     backend = backends(name).create()
     start = initial_adapter(shapes, layer_count(shapes), recipe)
-    backend.load(recipe, Plan(**plan, micro_batch_tokens=1024, save_every=steps), folder, start)
-    logits, losses = backend.logits(rows[0].ids), []
-    for step in range(1, steps + 1):
-        chosen = [rows[i] for i in step_rows(len(rows), recipe.batch_size, recipe.seed, step)]
-        result = backend.train_step(micro_batches(chosen, 1024), recipe.learning_rate, step)
-        losses.append(float(result.loss_sum) / result.weight_sum)
-    trained = backend.get_adapter().arrays()
-    backend.close()
-    return Result(logits, np.array(losses), trained)
+    backend.load(recipe, Plan(**plan, micro_batch_tokens=1024, save_every=max(steps, 1)), folder, start)
+    try:
+        yield backend, recipe, start
+    finally:
+        backend.close()
 
 
 def tiny_rows() -> list[Encoded]:

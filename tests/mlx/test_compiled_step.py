@@ -90,7 +90,7 @@ def test_the_operations_of_a_gradient_do_not_grow(model, rows):
     """Of two layers and their 14 adapted matrices, forwards and backwards: 893 with MLX 0.32.4."""
     backend = backends.load("mlx", model, backends.make_recipe(model))
     backend.model.train()
-    (inputs,) = backend._inputs(make_batch(rows[:4]))
+    (inputs,) = backend.forward.inputs(make_batch(rows[:4]), backend.layouts)
     loss, gradients = backend.gradient(backend.tensors, inputs, mx.random.key(0))
     assert (len(backend.model.layers), len(backend.layers), len(gradients)) == (2, 14, 1)
     assert nodes(loss, *gradients) < 940

@@ -145,7 +145,7 @@ def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(tiny_llama, tm
     rows = backends.encode_rows(tiny_llama, write_rows(tmp_path / "rows.jsonl"))
     backends.run_steps(backend, recipe, rows, 3)  # B is zero at the start, and A without influence
     backend.model.train()
-    (inputs,), key = backend._inputs(make_batch(rows[:4])), mx.random.key(7)
+    (inputs,), key = backend.forward.inputs(make_batch(rows[:4]), backend.layouts), mx.random.key(7)
     there = backend.tensors
 
     def loss(shift):

@@ -95,6 +95,7 @@ ELSEWHERE = {
     "push_public": "unit/test_train.py::test_the_result_is_uploaded_at_the_end",
     "quant": "e2e/test_example.py::test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops",
     "quiet": "e2e/test_commands.py::test_quiet_mode_is_quiet",
+    "try_model": "parity/test_admission.py::test_it_trains_and_is_exported_and_generates",
     "recipe": "unit/test_train.py::test_recipe_auto_chooses_what_was_not_given_and_resume_keeps_it",
     "rehash": "unit/test_hash_memory.py::test_unchanged_weights_are_read_once",
     "sample_prompt": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",

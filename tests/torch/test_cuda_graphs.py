@@ -10,7 +10,7 @@ from common.data.batching import make_batch, micro_batches, step_rows
 from tests import backends
 from tests.tiny import write_family, write_rows
 from torch_backend import attention, cuda_graphs
-from torch_backend import backend as backend_module
+from torch_backend import forward as forward_module
 from torch_backend.cuda_graphs import Layout
 from torch_backend.loss import loss_of, loss_sum
 
@@ -125,7 +125,7 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
     backend.graphs = cuda_graphs.Graphs(lambda packed: None, backend.device)
     if held:
         backend.graphs.graphs[Layout(1, 1, 1, 1)] = (torch.zeros(1), None)
-    real, calls = backend_module.loss_sum, []
+    real, calls = forward_module.loss_sum, []
 
     def fails_once(*arguments):
         calls.append(1)
@@ -133,7 +133,7 @@ def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkey
             raise RuntimeError("out of memory")
         return real(*arguments)
 
-    monkeypatch.setattr(backend_module, "loss_sum", fails_once)
+    monkeypatch.setattr(forward_module, "loss_sum", fails_once)
     if held:
         assert float(backend.eval_step(batch).loss_sum) == expected
     else:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import torch_backend.backend as backend_module
+import torch_backend.forward as forward_module
 from common.backend import OptimizerState
 from common.data.batching import make_batch
 from common.errors import UserError
@@ -150,7 +151,7 @@ def test_a_gpus_late_fault_is_said_at_whatever_is_asked_next(model, rows, monkey
     monkeypatch.setattr(backend_module, "to_numpy", fault)
     monkeypatch.setattr(backend.optimizer, "moment", fault)
     monkeypatch.setattr(backend.model, "forward", fault)
-    monkeypatch.setattr(backend_module, "loss_sum", fault)
+    monkeypatch.setattr(forward_module, "loss_sum", fault)
     given = {
         "logits": (rows[0].ids,),
         "generate": (rows[0].ids, 1, [], lambda logits, ids: 0),

@@ -24,7 +24,7 @@ RECORD = (
 )
 NEWER = (  # of options and plan
     *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
-    *("patience", "min_delta", "recipe", "weights", "devices", "ranks", "shard", "sharded"),
+    *("patience", "min_delta", "recipe", "weights", "devices", "ranks", "shard", "sharded", "try_model"),
 )
 
 

@@ -94,7 +94,8 @@ class RankBigram(PartBigram):
 
 
 class Package:
-    memory_terms = fault = choose_device = choose_precision = quantization_scheme = is_deterministic = None
+    memory_terms = fault = choose_device = choose_precision = None
+    quantization_scheme = is_deterministic = plain_layers = None
 
     def __init__(self, table: Table, rank: int, free: int = 1000, **backend: Any) -> None:
         self.group, self.free, self.backend = ThreadGroup(table, rank), free, backend

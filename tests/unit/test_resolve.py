@@ -36,9 +36,12 @@ def fault(folder: Path, name: str = "my/model") -> str:
 # --- the config
 
 
+LLAMA = {"architectures": ["LlamaForCausalLM"]}
+
+
 def test_transformers_5s_rope_is_written_where_older_readers_look() -> None:
     rope = {"rope_type": "default", "rope_theta": 5000.0}
-    config = normalize_config({"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
+    config = normalize_config({**LLAMA, "hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
     assert (config["rope_theta"], config["rope_scaling"], config["head_dim"]) == (5000.0, None, 16)
     assert config["rope_parameters"] == rope
 
@@ -60,7 +63,7 @@ def test_gemma_3s_two_ropes() -> None:
 
 
 def test_a_head_dim_that_is_given_stays() -> None:
-    given = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}
+    given = {**LLAMA, "hidden_size": 64, "num_attention_heads": 4, "head_dim": 32}
     assert normalize_config(given)["head_dim"] == 32
     assert normalize_config({**given, "head_dim": None})["head_dim"] == 16
 

@@ -29,7 +29,7 @@ SHARED = "a secret that nobody guesses"
 
 class Package:
     memory_terms = SimpleNamespace(loss_chunk=lambda vocabulary, device: 64)
-    fault = choose_device = choose_precision = quantization_scheme = is_deterministic = None
+    fault = choose_device = choose_precision = quantization_scheme = is_deterministic = plain_layers = None
 
     def __init__(self, **settings: Any) -> None:
         self.settings, self.created = settings, list[PartBigram]()

@@ -1,0 +1,91 @@
+"""A model's first layers as a model of their own: what is checked of a large model fits a small machine."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.model_files import COPIED, copy_file
+from common.models.families import LANGUAGE_LAYER
+from common.models.model_folder import ModelFolder
+from common.models.safetensors_files import StoredTensor
+
+_OTHERS = re.compile(r"(?:model\.)?(mtp|vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\.")
+
+
+def layer_kinds(model: ModelFolder) -> list[str]:
+    """Of each layer what it is: its tensors and their shapes, and what the config's lists say of it."""
+    count = int(model.config["num_hidden_layers"])
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for name, tensor in sorted(model.tensors.items()):
+        if (found := LANGUAGE_LAYER.fullmatch(name)) and int(found[1]) < count:
+            parts[int(found[1])].append(f"{found[2]} {tensor.shape}")
+    for key, value in sorted(model.config.items()):
+        if isinstance(value, list | str) and _of_each_layer(key, value, count):
+            for number, entry in enumerate(value):
+                parts[number].append(f"{key} {entry}")
+    return [json.dumps(part) for part in parts]
+
+
+def enough_layers(model: ModelFolder) -> int:
+    """So many of the first layers hold one of each kind; at least two. All, where the last take from others."""
+    kinds = layer_kinds(model)
+    if model.config.get("num_kv_shared_layers"):
+        return len(kinds)
+    return max(2, 1 + max(kinds.index(kind) for kind in {*kinds}))
+
+
+def write_first_layers(model: ModelFolder, count: int, out: Path) -> ModelFolder:
+    """The model with its first `count` layers, embeddings and head, in the folder `out`. Raises UserError."""
+    out.mkdir(parents=True, exist_ok=True)
+    total = int(model.config["num_hidden_layers"])
+    kept = {name: tensor for name, tensor in model.tensors.items() if _is_kept(name, count)}
+    if not kept:
+        raise UserError(f"{model.path} has no weights with names that are known.", "Fetch the model again.")
+    _write(kept, out / "model.safetensors")
+    config = _cut(model.written_config, total, count)
+    (out / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for name in COPIED:
+        if (model.path / name).is_file():
+            copy_file(model.path / name, out / name)
+    return ModelFolder(out)
+
+
+def _is_kept(name: str, count: int) -> bool:
+    """Not a layer beyond, none of what predicts several tokens at once, and of no tower for images or sound."""
+    found = LANGUAGE_LAYER.fullmatch(name)
+    return not _OTHERS.match(name) and (found is None or int(found[1]) < count)
+
+
+def _of_each_layer(key: str, value: list[Any] | str, total: int) -> bool:
+    """Whether a config's value has an entry for each layer, or a letter."""
+    return len(value) == total and (isinstance(value, list) or key.endswith("pattern"))
+
+
+def _cut(config: dict[str, Any], total: int, count: int) -> dict[str, Any]:
+    cut = {
+        key: value[:count] if isinstance(value, list | str) and _of_each_layer(key, value, total) else value
+        for key, value in config.items()
+    }
+    if isinstance(config.get("text_config"), dict):
+        cut["text_config"] = _cut(config["text_config"], total, count)
+    if "num_hidden_layers" in cut:
+        cut["num_hidden_layers"] = count
+    return cut
+
+
+def _write(tensors: dict[str, StoredTensor], path: Path) -> None:
+    """As they are stored, byte for byte."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.size
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for chunk in tensor.chunks():
+                file.write(chunk)

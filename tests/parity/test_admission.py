@@ -1,0 +1,137 @@
+"""--try-model: what both libraries compute alike is admitted; what one computes otherwise is refused, by layer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.architectures import write_model
+from common.commands.arguments import read_flags
+from common.commands.train import run_training
+from common.errors import UserError
+from common.models import admitted
+from common.models.first_layers import enough_layers, write_first_layers
+from common.models.model_folder import ModelFolder
+from common.models.resolve import resolve
+from common.option_sources import load_options
+from common.run_record import Run
+from common.verify import admission, parity
+from tests.contexts import context
+from tests.tiny import write_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admitted, "cache_folder", lambda: tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OLMo 2 with a tokenizer: norms after attention and MLP, as no supported family has them."""
+    folder = tmp_path_factory.mktemp("olmo2")
+    write_model("olmo2", folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "mamba", "lfm2", "granitemoe"])
+def test_what_both_libraries_compute_alike_is_admitted(kind: str, tmp_path: Path) -> None:
+    verdict = admission.admit(write_model(kind, tmp_path / kind), context())
+    assert verdict.why == ""
+    assert verdict.admitted
+    assert verdict.targets
+    assert ("dt_proj" in verdict.checks.get("left out", "")) == (kind == "mamba")  # transformers reads its weight
+    assert {*verdict.checks} - {"left out"} == {
+        *("layers", "logits", "step losses", "adapters"),
+        *(f"{what}, {name}" for what in ("gradient", "fused") for name in ("torch", "mlx")),
+    }
+
+
+def rope_of_another_base(model: Any) -> None:
+    for layer in model.layers:
+        layer.self_attn.rope.base = 500_000.0
+
+
+def no_norm(model: Any) -> None:
+    import mlx.nn as nn
+
+    model.layers[1].post_attention_layernorm = nn.Identity()
+
+
+def swapped_gate(model: Any) -> None:
+    mlp = model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+
+
+@pytest.mark.parametrize(
+    ("plant", "where"),
+    [(rope_of_another_base, "layer 0"), (no_norm, "layer 1"), (swapped_gate, "layer 1")],
+)
+def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
+    plant: Callable[[Any], None], where: str, olmo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx_backend.backend as backend
+
+    load = backend.load_plain
+
+    def faulty(*given: Any) -> Any:
+        model = load(*given)
+        if len(model.layers) > 1 or plant is rope_of_another_base:
+            plant(model)
+        return model
+
+    monkeypatch.setattr(backend, "load_plain", faulty)
+    verdict = admission.admit(ModelFolder(olmo), context())
+    assert not verdict.admitted
+    assert verdict.why.startswith("transformers and mlx-lm compute other logits")
+    assert f"they part in {where}" in verdict.why
+
+
+def test_a_verdict_is_kept_until_a_library_changes(olmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = admission.admit(ModelFolder(olmo), context())
+    monkeypatch.setattr(parity, "run", lambda *given: pytest.fail("computed again"))
+    assert admission.admit(ModelFolder(olmo), context()) == first
+    monkeypatch.setattr(admitted, "versions", lambda: {"transformers": "99"})
+    assert admitted.remembered(ModelFolder(olmo)) is None
+
+
+def test_a_model_that_was_not_tried_says_how_it_is_and_a_refused_one_stays_out(olmo: Path) -> None:
+    with pytest.raises(UserError, match="Olmo2ForCausalLM is not supported") as error:
+        resolve(str(olmo), print)
+    assert "--try-model" in error.value.fix
+    admitted.remember(ModelFolder(olmo), admitted.Verdict(architecture="", admitted=False, why="it differs"))
+    with pytest.raises(UserError, match="not supported"):
+        resolve(str(olmo), print)
+    with pytest.raises(UserError, match=r"is refused: it differs\."):
+        admission.try_model(str(olmo), context())
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_it_trains_and_is_exported_and_generates(
+    backend: str, olmo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"Say {i}", "completion": f"It is {i}{'!' * i}"} for i in range(8)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", str(olmo), "--data", "rows.jsonl", "--backend", backend, "--device", "cpu", "--steps", "3"]
+    flags += ["--precision", "fp32", "--export", "fused", "--output", "run", "--try-model", "--valid-share", "0.25"]
+    run = run_training(load_options(read_flags(flags))[0], context())
+    assert Run(run).record.status == "complete"
+    assert Run(run).recipe.targets == admitted.remembered(ModelFolder(olmo)).targets  # type: ignore[union-attr]
+    fused = ModelFolder(run / "fused")
+    assert {*fused.tensors} == {*ModelFolder(olmo).tensors}
+
+
+def test_the_first_layers_hold_one_of_each_kind(tmp_path: Path) -> None:
+    model = write_model("lfm2", tmp_path / "lfm2")  # conv, attention, conv, attention
+    assert enough_layers(model) == 2
+    small = write_first_layers(model, 2, tmp_path / "small")
+    assert small.config["layer_types"] == ["conv", "full_attention"]
+    kept = [name for name in model.tensors if ".layers." not in name or ".layers.0." in name or ".layers.1." in name]
+    assert [*small.tensors] == kept
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for one, other in zip(model.tensors[name].chunks(), small.tensors[name].chunks(), strict=True):
+        assert np.frombuffer(one, np.float32).tolist() == np.frombuffer(other, np.float32).tolist()
