@@ -13,8 +13,10 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_MROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 3, 3]}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-FAMILIES = (*TINY, "gemma3")  # the last is multimodal
+MULTIMODAL = {"gemma3": "gemma3_text", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}  # and the family of the text part
+FAMILIES = (*TINY, *MULTIMODAL)
 
 
 def write_tokenizer(folder: Path) -> int:
@@ -83,8 +85,8 @@ def write_convertible(folder: Path, vocabulary: Path) -> None:
 
 def write_family(folder: Path, family: str, older: bool = False) -> Path:
     """A float32 model of `family` with a tokenizer, as transformers saves it today or as older releases did."""
-    if family == "gemma3":
-        _write_multimodal(folder)
+    if family in MULTIMODAL:
+        _write_multimodal(folder, family)
     else:
         write_tiny(folder, family)
     assert write_tokenizer(folder) == 259
@@ -93,14 +95,15 @@ def write_family(folder: Path, family: str, older: bool = False) -> Path:
     return folder
 
 
-def _write_multimodal(folder: Path) -> None:
-    """The tiny Gemma 3 as the text part of a Gemma3ForConditionalGeneration with a vision tower, by transformers."""
+def _write_multimodal(folder: Path, family: str) -> None:
+    """The tiny model of the family as the text part of one with a vision tower, by transformers."""
     import torch
     from safetensors.torch import load_file
-    from transformers import AutoConfig, Gemma3ForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
-    text = tiny_config("gemma3_text")
-    write_tiny(folder, "gemma3_text")
+    changes = {} if family == "gemma3" else {"rope_parameters": _MROPE, "use_sliding_window": False}
+    text = tiny_config(MULTIMODAL[family], changes)
+    write_tiny(folder, MULTIMODAL[family], changes)
     vision = {
         "model_type": "siglip_vision_model",
         "hidden_size": 32,
@@ -110,16 +113,23 @@ def _write_multimodal(folder: Path) -> None:
         "image_size": 28,
         "patch_size": 14,
     }
-    config = AutoConfig.for_model(
-        "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=258
-    )
+    more = {"mm_tokens_per_image": 4, "image_token_index": 258}
+    if family != "gemma3":
+        text = {name: value for name, value in text.items() if name not in ("model_type", "architectures")}
+        vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
+        more = {"tie_word_embeddings": text.get("tie_word_embeddings", False)}
+    config = AutoConfig.for_model(family, text_config=text, vision_config=vision, **more)
     torch.manual_seed(0)
-    model = Gemma3ForConditionalGeneration(config).to(torch.float32)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
     tensors = load_file(folder / "model.safetensors")
-    model.model.language_model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items()})
+    body = {name.removeprefix("model."): t for name, t in tensors.items() if name != "lm_head.weight"}
+    model.model.language_model.load_state_dict(body)
+    if "lm_head.weight" in tensors:
+        model.lm_head.weight.data = tensors["lm_head.weight"]
     model.save_pretrained(folder)
-    (folder / "processor_config.json").write_text('{"processor_class": "Gemma3Processor"}')
-    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+    kind = {"gemma3": "Gemma3", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
+    (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{kind}Processor"}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))
 
 
 def _age(folder: Path, family: str) -> None:
@@ -127,7 +137,7 @@ def _age(folder: Path, family: str) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     text = config.get("text_config", config)
-    kind = text["model_type"]
+    kind = MULTIMODAL.get(family, text["model_type"])
     rope = text.pop("rope_parameters")
     if "full_attention" in rope:
         text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -140,6 +150,8 @@ def _age(folder: Path, family: str) -> None:
     scaling = rope.pop("rope_type")
     key = "type" if scaling in ("longrope", "yarn") else "rope_type"  # renamed in 4.43
     text["rope_scaling"] = None if scaling == "default" else {key: scaling, **rope}
+    if "mrope_section" in rope:
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     config["torch_dtype"] = config.pop("dtype")
     text.pop("dtype", None)
     if kind == "gemma3_text":
@@ -151,8 +163,14 @@ def _age(folder: Path, family: str) -> None:
             del text[key]
     if text.get("head_dim") == text["hidden_size"] // text["num_attention_heads"] and kind in ("llama", "mistral"):
         del text["head_dim"]
+    if family == "qwen2_5_vl":  # until 4.52 the text part's settings stood beside the vision tower's
+        config = {**config.pop("text_config"), **config}
     path.write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
+    if family == "qwen2_5_vl":
+        renamed = {"model.language_model.": "model.", "model.visual.": "visual."}
+        for new, old in renamed.items():
+            tensors = {old + n.removeprefix(new) if n.startswith(new) else n: t for n, t in tensors.items()}
     if family == "gemma3":  # transformers 4.52 saved its modules' own names; before and after, the first release's
         tensors = {f"model.{n.replace('language_model.model.', 'language_model.')}": t for n, t in tensors.items()}
     if family == "llama":  # until 4.32 its frequencies were saved with it

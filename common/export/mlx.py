@@ -10,7 +10,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models.families import forward_config, hf_name, language_tensor, mlx_name, text_name
+from common.models.families import TEXT_PARTS, forward_config, hf_name, is_known, language_tensor, mlx_name, text_name
 from common.models.model_folder import ModelFolder, is_model_folder
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
@@ -83,7 +83,9 @@ def quantize(fused: Path, out: Path) -> None:
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
         model_class, arguments = _get_classes(config)
-        nested = "text_config" in config
+        if not is_known(config):  # it was loaded by mlx-lm alone in training too
+            return model_class, arguments
+        nested = config["architectures"][0] in TEXT_PARTS
 
         def named(weights: dict[str, Any]) -> dict[str, Any]:
             kept = {n: w for n, w in weights.items() if language_tensor(text_name(n), config["tie_word_embeddings"])}

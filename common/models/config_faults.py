@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, is_known, text_config
+from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, TEXT_PARTS, is_known, text_config
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 _PLAIN_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # of an architecture that is tried
@@ -28,7 +28,8 @@ def config_faults(config: dict[str, Any]) -> list[str]:
         return [f"its config.json lacks {', '.join(absent)}"] if absent else []
     architecture = config["architectures"][0]
     kind = ARCHITECTURES[architecture]
-    given = config.get("text_config", {}) if "Conditional" in architecture else config
+    # until transformers 4.52 Qwen's multimodal configs held the text part's settings themselves
+    given = config.get("text_config") or config if architecture in TEXT_PARTS else config
     sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
     if absent := [key for key, size in sizes.items() if size is None]:
         return [f"its config.json lacks {', '.join(absent)}"]

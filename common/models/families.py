@@ -87,10 +87,20 @@ ARCHITECTURES = {
     "MistralForCausalLM": "mistral",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2VLForConditionalGeneration": "qwen2",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3VLForConditionalGeneration": "qwen3",
     "SmolLM3ForCausalLM": "smollm3",
 }
 SUPPORTED = tuple(ARCHITECTURES)
+# What the text part of a multimodal architecture is, by itself.
+TEXT_PARTS = {
+    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
+    "Qwen2VLForConditionalGeneration": "Qwen2ForCausalLM",
+    "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
+    "Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM",
+}
 
 
 def is_known(config: dict[str, Any]) -> bool:
@@ -113,10 +123,13 @@ class ForwardConfig:
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's normalized config: of a multimodal model, that of its text part."""
     config = normalize_config(config)
-    if "text_config" in config:
-        named = ["Gemma3ForCausalLM"] if is_known(config) else config.get("architectures")
-        return {**config["text_config"], "architectures": named}
-    return config
+    text, architecture = config.get("text_config", config), (config.get("architectures") or [""])[0]
+    if architecture not in TEXT_PARTS:
+        return {**text, "architectures": config.get("architectures")} if text is not config else config
+    part = TEXT_PARTS[architecture]
+    # a row without images has one position a token, where those of an image have three (mrope_section)
+    ropes = {key: value for key, value in text["rope_parameters"].items() if not key.startswith("mrope")}
+    return {**text, "architectures": [part], "model_type": ARCHITECTURES[part], "rope_parameters": ropes}
 
 
 def context_length(config: dict[str, Any]) -> int:
@@ -124,21 +137,21 @@ def context_length(config: dict[str, Any]) -> int:
 
     config: normalized.
     """
-    ropes = config["rope_parameters"]
+    ropes = config.get("rope_parameters") or {}
     rope, longest = ropes.get("full_attention", ropes), config.get("max_position_embeddings")
     given = (longest, rope.get("original_max_position_embeddings", longest), rope.get("factor", 1))
     longest, original, factor = (value if isinstance(value, int | float) else 0 for value in given)
     return int(max(longest, original * factor))
 
 
-def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
+def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
     """The config with every setting explicit, under the keys of both newer and older readers.
 
     transformers 5 nests RoPE under `rope_parameters`; readers that know only `rope_theta` and `rope_scaling` would
-    silently take their default base. An unknown family gets no defaults.
+    silently take their default base. An unknown family gets no defaults. kind: of a text part, its family.
     """
     config = dict(config)
-    kind = ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
+    kind = kind or ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
     if isinstance(config.get("text_config"), dict):
         if kind not in DEFAULTS:
             both = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
@@ -146,7 +159,7 @@ def normalize_config(config: dict[str, Any]) -> dict[str, Any]:
             return {**config, "vocab_size": text.get("vocab_size"), "text_config": text}
         tied = config.get("tie_word_embeddings", True)
         text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
-        text = normalize_config(text)
+        text = normalize_config(text, kind)
         # mlx-lm reads the vocabulary's size here
         return {**config, "tie_word_embeddings": tied, "vocab_size": text.get("vocab_size"), "text_config": text}
     if kind not in DEFAULTS:
@@ -202,13 +215,16 @@ def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
         config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     # before transformers 4.43 the key was `type`, and some readers know nothing else
-    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling | {"type": rope["rope_type"]}
+    plain = rope["rope_type"] == "default" and "mrope_section" not in rope
+    config["rope_scaling"] = None if plain else scaling | {"type": rope["rope_type"]}
     return config
 
 
 def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -> None:
     older = rope.pop("type", "default")
     rope.setdefault("rope_type", older)
+    if rope["rope_type"] == "mrope":
+        rope["rope_type"] = "default"
     if kind == "phi3" and rope["rope_type"] in ("su", "yarn"):
         rope["rope_type"] = "longrope"  # its first names
     if (share := config.get("partial_rotary_factor", 1.0 if kind == "phi3" else None)) is not None:
@@ -250,7 +266,7 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
 # A layer of a language model of any architecture: not those of the towers for images and sound.
 LANGUAGE_LAYER = re.compile(r"(?!.*(?:vision|visual|audio))(?:\w+\.)*layers\.(\d{1,9})\.(.+)")
 # A multimodal model's tensors besides its language model, by today's names without the leading "model.".
-VISION_PARTS = ("vision_tower.", "multi_modal_projector.")
+VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.")
 
 
 def hf_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.models.families import ARCHITECTURES
+from common.models.families import ARCHITECTURES, TEXT_PARTS
 from common.models.shapes import tensor_shapes
 
 _SHAPE = {
@@ -103,7 +103,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config of a tiny model of `family`, a model type, as transformers 5 writes it."""
-    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == family and "Conditional" not in name)
+    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == family and name not in TEXT_PARTS)
     return {
         "architectures": [architecture],
         "model_type": family,

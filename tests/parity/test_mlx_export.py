@@ -56,7 +56,8 @@ def rounded(fused, model, out):
             seen = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
             stored[names[text_name(f"{path}.weight")]] = np.array(seen.astype(mx.float32))
             count += 1
-    stored.pop("lm_head.weight" if "lm_head" not in model else "", None)  # tied, and saved all the same
+    language_model = getattr(model, "language_model", model)
+    stored.pop("lm_head.weight" if "lm_head" not in language_model else "", None)  # tied, and saved all the same
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
     return count
 
