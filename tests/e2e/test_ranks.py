@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from common.models.adapter_files import read_trained
 from common.run_record import Run
@@ -49,15 +50,19 @@ def arrays(run: Path) -> dict[str, np.ndarray]:
 def test_ranks_give_the_curve_and_the_adapter_of_one_device(
     backend: str, method: str, given: list[str], tmp_path: Path
 ) -> None:
-    words = ["train", *given, "--backend", backend, "--method", method, "--steps", "12", "--eval-every", "4"]
+    more = ["--backend", backend, "--method", method, "--steps", "12", "--eval-every", "4"]
+    words = ["train", *(word.replace("none", "fused") for word in given), *more]
     twintune(*words, "--output", tmp_path / "one")
-    twintune(*words, "--devices", 3, "--output", tmp_path / "three")
+    twintune(*words, "--devices", 3, "--output", tmp_path / "three")  # and rank 0 alone exports
     one, three = (Run(tmp_path / name) for name in ("one", "three"))
     assert (one.plan.ranks, three.plan.ranks) == (1, 3)
     assert one.recipe.hash() == three.recipe.hash()
     np.testing.assert_allclose(losses(three.path), losses(one.path), rtol=1e-5)
     for name, array in arrays(one.path).items():
         np.testing.assert_allclose(arrays(three.path)[name], array, atol=2e-5)
+    alone, together = (load_file(run.fused / "model.safetensors") for run in (one, three))
+    for name, tensor in alone.items():
+        np.testing.assert_allclose(together[name], tensor, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
