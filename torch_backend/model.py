@@ -123,7 +123,7 @@ def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
     config = _config(base)
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
         except Exception as error:  # whatever a model's code makes of a config that it does not expect
             raise UserError(f"transformers cannot make this model: {first_line(error)}", "Try another model.") from None
     linear = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}

@@ -73,7 +73,7 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
         if path.suffix == ".gguf":
             raise UserError(f"{path}: the tensor names of a GGUF LoRA are read with its base model.", "Add --model.")
         return read_any(path), None
-    base = resolve(model, context.display.say)
+    base = resolve(model, context.display.say, tried=True)
     shapes = linear_shapes(base, ["all-linear"])
     if path.suffix == ".gguf":
         adapter = replace(

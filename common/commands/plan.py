@@ -17,6 +17,8 @@ from common.options import Options
 from common.training.learned_memory import forget, summary
 from common.training.planner import Work, described, largest, prediction
 
+_LONGEST = 2**17  # tokens of a row, of a model that has no position embeddings
+
 
 def estimate_run(options: Options, probe: bool, context: Context) -> None:
     """Print the estimated memory and its parts, the plan, what would fit at most and, after a probe, the time."""
@@ -32,7 +34,9 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
         display.say(f"{job.memory.learned}; plan --forget removes it")
     display.say(f"plan: {plan.backend} on {plan.device_name}, {recipe.precision}, {described(plan)}")
     longest = int(job.train.lengths.max()) - 1
-    batch, length = largest(job.memory, plan, longest, job.config["max_position_embeddings"], chosen.budget)
+    batch, length = largest(
+        job.memory, plan, longest, job.config.get("max_position_embeddings") or _LONGEST, chosen.budget
+    )
     display.say(
         f"at most, with gradient checkpointing: {batch} rows of the longest length ({longest} tokens) in one "
         f"micro-batch, or one row of {length} tokens. --batch-size may be larger: a step is split into micro-batches"

@@ -5,6 +5,7 @@ A verdict holds for one model and for the versions of the libraries whose layers
 
 import hashlib
 import json
+import platform
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,9 @@ from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 from common.system.cache import cache_folder
 
-_LIBRARIES = ("torch", "transformers", "peft", "mlx", "mlx-lm")
+_CHECK = 2  # the version of the check; raised where it comes to compare something else
+_LIBRARIES: tuple[str, ...] = ("torch", "transformers", "peft", "mlx", "mlx-lm")
+_LIBRARIES += ("kernels", "mamba-ssm", "causal-conv1d", "flash-linear-attention")  # with which layers compute otherwise
 
 
 class Verdict(BaseModel):
@@ -48,6 +51,11 @@ def remember(model: ModelFolder, verdict: Verdict) -> None:
             temporary.write_text(verdict.model_dump_json(indent=2), encoding="utf-8")
 
 
+def folder() -> Path:
+    """Where verdicts are kept."""
+    return cache_folder() / "admitted"
+
+
 def versions() -> dict[str, str]:
     """Of the libraries that compute such a model, as far as they are installed."""
     found = {}
@@ -59,5 +67,5 @@ def versions() -> dict[str, str]:
 
 def _file(model: ModelFolder) -> Path:
     tensors = sorted((name, tensor.dtype, tensor.shape) for name, tensor in model.tensors.items())
-    text = json.dumps([model.written_config, tensors, versions()], sort_keys=True)
-    return cache_folder() / "admitted" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+    text = json.dumps([_CHECK, platform.machine(), model.written_config, tensors, versions()], sort_keys=True)
+    return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

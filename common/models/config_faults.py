@@ -36,6 +36,9 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     if given.get("sliding_window") == 0 or isinstance(given.get("sliding_window_pattern"), str):
         return ["its sliding_window or sliding_window_pattern is not a whole number from 1"]
     text, faults = text_config(config), []
+    own = (kind, f"{config.get('model_type')}_text", config.get("model_type"))
+    if given is not config and given.get("model_type", kind) not in own:
+        return [f"the model_type of its text part, {given['model_type']}, is not {architecture}'s"]
     if text.get("model_type") != kind:
         faults.append(f"its model_type {text.get('model_type')} is not {architecture}'s, {kind}")
     heads, keys = text["num_attention_heads"], text["num_key_value_heads"]

@@ -157,7 +157,8 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
             both = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
             text = normalize_config(config["text_config"] | both)
             return {**config, "vocab_size": text.get("vocab_size"), "text_config": text}
-        tied = config.get("tie_word_embeddings", True)
+        given = config["text_config"].get("tie_word_embeddings", kind == "gemma3_text")
+        tied = config.get("tie_word_embeddings", given)
         text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
         text = normalize_config(text, kind)
         # mlx-lm reads the vocabulary's size here
@@ -265,6 +266,10 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
 
 # A layer of a language model of any architecture: not those of the towers for images and sound.
 LANGUAGE_LAYER = re.compile(r"(?!.*(?:vision|visual|audio))(?:\w+\.)*layers\.(\d{1,9})\.(.+)")
+# Of a model besides its language model: towers for images and sound, and layers that predict several tokens at once.
+OTHER_PARTS = re.compile(
+    r"(?:model\.)?(mtp|vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
+)
 # A multimodal model's tensors besides its language model, by today's names without the leading "model.".
 VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.")
 

@@ -1,17 +1,26 @@
 """A model's first layers as a model of their own: what is checked of a large model fits a small machine."""
 
 import json
-import re
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from common.errors import UserError
 from common.model_files import COPIED, copy_file
-from common.models.families import LANGUAGE_LAYER
+from common.models.families import LANGUAGE_LAYER, OTHER_PARTS
 from common.models.model_folder import ModelFolder
-from common.models.safetensors_files import StoredTensor
+from common.models.safetensors_files import DTYPES, StoredTensor
 
-_OTHERS = re.compile(r"(?:model\.)?(mtp|vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\.")
+_PERIODS = (  # keys for every how many layers one is of another kind
+    *("sliding_window_pattern", "no_rope_layer_interval", "full_attention_interval"),
+    *("global_attn_every_n_layers", "attn_layer_period", "expert_layer_period"),
+)
+_SHORTER = {  # in tokens
+    **dict.fromkeys(("sliding_window", "attention_window_size", "attention_chunk_size"), 24),
+    **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 16),
+}
 
 
 def layer_kinds(model: ModelFolder) -> list[str]:
@@ -30,14 +39,16 @@ def layer_kinds(model: ModelFolder) -> list[str]:
 
 def enough_layers(model: ModelFolder) -> int:
     """So many of the first layers hold one of each kind; at least two. All, where the last take from others."""
-    kinds = layer_kinds(model)
-    if model.config.get("num_kv_shared_layers"):
+    kinds, config = layer_kinds(model), model.config
+    if config.get("num_kv_shared_layers"):
         return len(kinds)
-    return max(2, 1 + max(kinds.index(kind) for kind in {*kinds}))
+    periods = [config.get(key) or 0 for key in _PERIODS]
+    periods = [len(period) if isinstance(period, str) else int(period) for period in periods]
+    return min(len(kinds), max(2, *periods, 1 + max(kinds.index(kind) for kind in {*kinds})))
 
 
 def write_first_layers(model: ModelFolder, count: int, out: Path) -> ModelFolder:
-    """The model with its first `count` layers, embeddings and head, in the folder `out`. Raises UserError."""
+    """The model with its first `count` layers, embeddings and head, in float32 in `out`. Raises UserError."""
     out.mkdir(parents=True, exist_ok=True)
     total = int(model.config["num_hidden_layers"])
     kept = {name: tensor for name, tensor in model.tensors.items() if _is_kept(name, count)}
@@ -55,7 +66,7 @@ def write_first_layers(model: ModelFolder, count: int, out: Path) -> ModelFolder
 def _is_kept(name: str, count: int) -> bool:
     """Not a layer beyond, none of what predicts several tokens at once, and of no tower for images or sound."""
     found = LANGUAGE_LAYER.fullmatch(name)
-    return not _OTHERS.match(name) and (found is None or int(found[1]) < count)
+    return not OTHER_PARTS.match(name) and (found is None or int(found[1]) < count)
 
 
 def _of_each_layer(key: str, value: list[Any] | str, total: int) -> bool:
@@ -72,20 +83,31 @@ def _cut(config: dict[str, Any], total: int, count: int) -> dict[str, Any]:
         cut["text_config"] = _cut(config["text_config"], total, count)
     if "num_hidden_layers" in cut:
         cut["num_hidden_layers"] = count
-    return cut
+    return _reached({key: "float32" if key in ("dtype", "torch_dtype") else value for key, value in cut.items()})
+
+
+def _reached(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with windows, chunks and original contexts so short that rows of a check are longer."""
+    longer = [key for key, value in _SHORTER.items() if isinstance(config.get(key), int) and config[key] > value]
+    shorter: dict[str, Any] = {key: _SHORTER[key] for key in longer}
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = config.get(name)
+        if isinstance(rope, dict) and isinstance(rope.get("original_max_position_embeddings"), int):
+            shorter[name] = rope | {"original_max_position_embeddings": 32}
+    return config | shorter
 
 
 def _write(tensors: dict[str, StoredTensor], path: Path) -> None:
-    """As they are stored, byte for byte."""
+    """In float32: in 16 bits a fused adapter would be rounded away."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.size
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin, end = end, end + 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for chunk in tensor.chunks():
-                file.write(chunk)
+                file.write(np.frombuffer(chunk, DTYPES[tensor.dtype]).astype(np.float32).tobytes())

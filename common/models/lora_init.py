@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, int]]  # (out, in) by module name
 
 def layer_number(module: str) -> int:
     """Of `model.layers.17.mlp.up_proj`: 17."""
-    return int(module.split(".layers.", 1)[1].split(".", 1)[0])
+    return int(module.split("layers.", 1)[1].split(".", 1)[0])
 
 
 def layer_count(shapes: Shapes) -> int:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from common.models.families import LANGUAGE_LAYER, hf_name, is_known, text_config
+from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config
 from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
 
@@ -39,13 +39,10 @@ def _plain_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in model.tensors.items():
         module = hf_name(name.removesuffix(".weight"))
-        own = module.rsplit("layers.", 1)[-1].split(".")[1:]
-        if (
-            name.endswith(".weight")
-            and LANGUAGE_LAYER.match(module)
-            and len(tensor.shape) == 2
-            and not _FROZEN & {*own}
-        ):
+        layer = LANGUAGE_LAYER.fullmatch(module)
+        if layer is None or OTHER_PARTS.match(module) or int(layer[1]) >= model.config["num_hidden_layers"]:
+            continue
+        if name.endswith(".weight") and len(tensor.shape) == 2 and not _FROZEN & {*layer[2].split(".")}:
             out_features, in_features = tensor.shape
             shapes[module] = (out_features, in_features)
     if targets != ["all-linear"]:

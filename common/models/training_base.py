@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.models.adapter_files import read_any
 from common.models.admitted import Verdict, remembered
 from common.models.families import is_known
-from common.models.lora_init import choose_layers, initial_adapter, layer_count, validate
+from common.models.lora_init import Shapes, choose_layers, initial_adapter, layer_count, validate
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
@@ -34,11 +34,31 @@ def find_base(options: Options, backend: str, scheme: str, display: Display) -> 
     """The model that --model names. scheme: as --quantization asks. Raises UserError where it cannot be trained."""
     model = resolve(options.model or "", display.say)
     training_base, scheme = _quantized_base(options, model.path, backend, scheme, display)
-    shapes, verdict = linear_shapes(model, options.targets), None
-    if not is_known(model.config) and (verdict := remembered(model)):
-        shapes = {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in verdict.targets}
-    given = _given_adapter(options, model) if options.adapter else None
+    verdict = None if is_known(model.config) else remembered(model)
+    if not is_known(model.config):
+        _check_plain(options, scheme)
+    shapes = _adaptable(linear_shapes(model, options.targets), verdict)
+    if verdict and not shapes:
+        raise UserError(
+            f"--targets {' '.join(options.targets)}: none is among the layers with which the model was admitted.",
+            f"Those are {', '.join(verdict.targets)}.",
+        )
+    given = _given_adapter(options, model, verdict) if options.adapter else None
     return Base(model, training_base, scheme, shapes, given, verdict)
+
+
+def _check_plain(options: Options, scheme: str) -> None:
+    """UserError for what is not possible with an architecture that has no layers of the backends' own."""
+    given = {"--quantization": scheme != "none", "--method full": options.method == "full"}
+    if wrong := [name for name, present in given.items() if present]:
+        raise UserError(f"{wrong[0]} is not possible yet with a model that was tried (--try-model).", "Leave it out.")
+
+
+def _adaptable(shapes: Shapes, verdict: Verdict | None) -> Shapes:
+    """Those of the layers that the verdict admits."""
+    if verdict is None:
+        return shapes
+    return {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in verdict.targets}
 
 
 def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
@@ -58,11 +78,11 @@ def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, d
     return quantized, known
 
 
-def _given_adapter(options: Options, model: ModelFolder) -> Adapter:
+def _given_adapter(options: Options, model: ModelFolder, verdict: Verdict | None) -> Adapter:
     """--adapter. Raises UserError where it does not fit the base model."""
     every = linear_shapes(model, ["all-linear"])
     adapter = read_any(user_path(options.adapter or "", "--adapter"), layer_count(every))
-    validate(adapter, every, Path(options.adapter or ""))
+    validate(adapter, _adaptable(every, verdict), Path(options.adapter or ""))
     return adapter
 
 

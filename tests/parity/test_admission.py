@@ -7,15 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from benchmarks.architectures import write_model
 from common.commands.arguments import read_flags
 from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
 from common.models import admitted
 from common.models.first_layers import enough_layers, write_first_layers
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
+from common.models.shapes import linear_shapes
+from common.models.training_base import find_base
 from common.option_sources import load_options
 from common.run_record import Run
 from common.verify import admission, parity
@@ -123,6 +127,29 @@ def test_it_trains_and_is_exported_and_generates(
     assert Run(run).recipe.targets == admitted.remembered(ModelFolder(olmo)).targets  # type: ignore[union-attr]
     fused = ModelFolder(run / "fused")
     assert {*fused.tensors} == {*ModelFolder(olmo).tensors}
+
+
+def test_layers_that_predict_several_tokens_at_once_are_not_adapted(tmp_path: Path) -> None:
+    model = write_model("olmo2", tmp_path / "olmo2")
+    before, file = linear_shapes(model, ["all-linear"]), model.path / "model.safetensors"
+    tensors = load_file(file)
+    query = tensors["model.layers.0.self_attn.q_proj.weight"]
+    for name in ("mtp.layers.0.self_attn.q_proj.weight", "model.layers.4.self_attn.q_proj.weight"):
+        tensors[name] = query.copy()
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert linear_shapes(ModelFolder(model.path), ["all-linear"]) == before
+
+
+def test_what_is_not_possible_yet_is_said(olmo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = admitted.Verdict(architecture="Olmo2ForCausalLM", admitted=True, targets=["q_proj"])
+    admitted.remember(ModelFolder(olmo), verdict)
+    for flags, said in {
+        "--quantization 4bit": "--quantization is not",
+        "--targets mlp": "--targets mlp: none is",
+    }.items():
+        options = load_options(read_flags(["--model", str(olmo), *flags.split()]))[0]
+        with pytest.raises(UserError, match=said):
+            find_base(options, "torch", "nf4" if "4bit" in flags else "none", Display("quiet"))
 
 
 def test_the_first_layers_hold_one_of_each_kind(tmp_path: Path) -> None:

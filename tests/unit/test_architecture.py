@@ -200,7 +200,7 @@ def test_a_function_fits_a_screen_and_a_file_one_sitting(path: Path) -> None:
 
 # Where any error is caught: the front door calls it a bug; a part that nothing else needs may fail; a model that is
 # tried is refused.
-CATCH_ALL = {"cli.py": "main", "common/display.py": "optional", "common/verify/admission.py": "_result"}
+CATCH_ALL = {"cli.py": "main", "common/display.py": "optional", "common/verify/admission.py": "_computed"}
 
 
 def broad_handlers(path: Path) -> Iterator[tuple[str, ast.Try]]:

@@ -145,6 +145,17 @@ def test_what_the_backends_would_compute_otherwise_is_refused(family: str, chang
     assert said in found[0]
 
 
+@pytest.mark.parametrize(("text", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
+def test_a_qwen_vl_that_says_nothing_of_its_head_has_one(text: dict[str, Any], tied: bool) -> None:
+    """transformers 5 leaves out what is its default, and Gemma 3's is another."""
+    part = {key: value for key, value in tiny_config("qwen2").items() if key != "tie_word_embeddings"} | text
+    config = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    found = text_config(config | {"text_config": part | {"model_type": "qwen2_5_vl_text"}})
+    assert (found["model_type"], found["tie_word_embeddings"]) == ("qwen2", tied)
+    faults = config_faults(config | {"text_config": part | {"model_type": "llama"}})
+    assert faults == ["the model_type of its text part, llama, is not Qwen2_5_VLForConditionalGeneration's"]
+
+
 def test_a_config_without_sizes_says_which() -> None:
     assert config_faults({"architectures": ["LlamaForCausalLM"], "hidden_size": 64}) == [
         "its config.json lacks intermediate_size, num_attention_heads, num_hidden_layers, vocab_size"
