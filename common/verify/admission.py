@@ -194,11 +194,7 @@ class _Trial:
         for path in small.path.iterdir():
             if path.suffix != ".safetensors":
                 (out / path.name).write_bytes(path.read_bytes())
-        with parity.loaded(name, self.backends, out, self.targets) as (
-            backend,
-            _,
-            _,
-        ):  # its adapter changes nothing yet
+        with parity.loaded(name, self.backends, out, self.targets) as (backend, _, _):  # the adapter changes nothing
             fused = float(np.abs(backend.logits(rows[0].ids) - wanted).max() / np.abs(wanted - untuned).max())
         if not fused < _FUSED:
             raise Refused(f"{name}: the fused model differs from the adapter by {fused:.1%} of what that changes")
@@ -237,7 +233,7 @@ def _rows(vocabulary: int) -> list[Encoded]:
 
 
 def _derivative_error(backend: Any, adapter: Adapter, rows: list[Encoded]) -> float:
-    """How far the gradient along a direction is from what the loss does there, relative; with the best of three steps.
+    """How far the gradient along a direction is from what the loss does there, relative; with the best of five steps.
 
     The direction is the gradient itself with each value stretched at random, so that the loss changes above rounding.
     """
