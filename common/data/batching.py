@@ -108,13 +108,13 @@ def single_rows(batch: Batch) -> list[Batch]:
     """A micro-batch for each row, without padding."""
     return [
         Batch(
-            batch.input_ids[i : i + 1, :length],
-            batch.targets[i : i + 1, :length],
-            batch.loss_weights[i : i + 1, :length],
+            batch.input_ids[i : i + 1, :n],
+            batch.targets[i : i + 1, :n],
+            batch.loss_weights[i : i + 1, :n],
             batch.lengths[i : i + 1],
             batch.rank,
         )
-        for i, length in enumerate(batch.lengths)
+        for i, n in enumerate(batch.lengths.tolist())
     ]
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from common.lazy_arrays import LazyArrays
 from common.model_files import COPIED, copy_file
 from common.models.families import LANGUAGE_LAYER, OTHER_PARTS
 from common.models.model_folder import ModelFolder
-from common.models.safetensors_files import DTYPES, StoredTensor
+from common.models.safetensors_files import DTYPES, StoredTensor, save_tensors
 
 _PERIODS = (  # keys for every how many layers one is of another kind
     *("sliding_window_pattern", "no_rope_layer_interval", "full_attention_interval"),
@@ -99,15 +100,11 @@ def _reached(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write(tensors: dict[str, StoredTensor], path: Path) -> None:
     """In float32: in 16 bits a fused adapter would be rounded away."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + 4 * math.prod(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            for chunk in tensor.chunks():
-                file.write(np.frombuffer(chunk, DTYPES[tensor.dtype]).astype(np.float32).tobytes())
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        stored = np.fromfile(tensor.file, DTYPES[tensor.dtype], math.prod(tensor.shape), offset=tensor.start)
+        return stored.reshape(tensor.shape).astype(np.float32)
+
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    save_tensors(LazyArrays(shapes, read), path, {"format": "pt"})

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from common.backend import Batch
-from common.data.batching import cut
+from common.data.batching import cut, single_rows
 
 
 def deal_by_speed(batches: Sequence[Batch], speeds: Sequence[float], device: str = "cpu") -> list[list[Batch]]:
@@ -22,20 +22,6 @@ def deal_by_speed(batches: Sequence[Batch], speeds: Sequence[float], device: str
         loads[chosen] += row.tokens
         shares[chosen].append(row)
     return [regrouped(share[::-1], largest, rank, device) for rank, share in enumerate(shares)]
-
-
-def single_rows(batch: Batch) -> list[Batch]:
-    """A micro-batch for each row, without padding."""
-    return [
-        Batch(
-            batch.input_ids[i : i + 1, :n],
-            batch.targets[i : i + 1, :n],
-            batch.loss_weights[i : i + 1, :n],
-            batch.lengths[i : i + 1],
-            batch.rank,
-        )
-        for i, n in enumerate(batch.lengths.tolist())
-    ]
 
 
 def regrouped(rows: Sequence[Batch], micro_batch_tokens: int, rank: int = 0, device: str = "cpu") -> list[Batch]:

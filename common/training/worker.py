@@ -7,11 +7,12 @@ from pathlib import Path
 
 from common.backend import Adapter, Batch, OutOfMemory
 from common.backend_package import RankPackage
+from common.data.batching import single_rows
 from common.errors import UserError, first_line
 from common.models.model_folder import ModelFolder
 from common.rank_backend import RankBackend
 from common.recipe import Plan, Recipe
-from common.training.dealing import regrouped, single_rows
+from common.training.dealing import regrouped
 from common.training.messages import Message, adapter_of, batches_of, decoded, encoded
 
 _SHARE = 0.85  # of the free memory, that a worker may take

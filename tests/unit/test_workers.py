@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from common.backend import Batch, OutOfMemory
-from common.data.batching import micro_batches
+from common.data.batching import micro_batches, single_rows
 from common.errors import UserError
 from common.options import Options
 from common.training.checkpoint import State
-from common.training.dealing import deal_by_speed, regrouped, single_rows
+from common.training.dealing import deal_by_speed, regrouped
 from common.training.loop import TrainingLoop
 from common.training.messages import adapter_parts, batch_arrays, decoded, encoded
 from common.training.shared_backend import SharedPackage
