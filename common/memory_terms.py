@@ -5,6 +5,43 @@ from typing import NamedTuple, Protocol
 
 from common.recipe import Plan, Recipe
 
+_AT_ONCE = 2**20  # values of an array
+
+
+@dataclass(frozen=True)
+class DeltaDims:
+    """The sizes of a model's gated delta nets, which stand in place of attention."""
+
+    layers: int
+    keys: int  # width of all key heads, that of the queries too
+    values: int  # width of all value heads
+    heads: int  # of values
+    head_dim: int  # of keys and queries
+    value_dim: int
+
+    def kept(self, padding: float) -> float:
+        """Values that a net keeps of each token. padding: padded positions of a token."""
+        mixed = 2 * self.keys + self.values
+        # before and after SiLU, queries and keys of length 1; the output, its norm, the gate and their product
+        return (2 * mixed + 2 * self.keys) * padding + 4 * self.values
+
+    def computed(self, positions: int) -> int:
+        """Values of all queries, or all values, that are computed at once: of a group of heads.
+
+        positions: padded ones of a micro-batch.
+        """
+        head = positions * max(self.head_dim, self.value_dim)
+        repeats = self.values * self.head_dim // (self.value_dim * self.keys)
+        return head * repeats * key_heads_at_once(head * repeats, self.heads // repeats)
+
+
+def key_heads_at_once(size: int, count: int) -> int:
+    """Of a gated delta net with `count` key heads, how many are computed at once. size: values of one and all its rows.
+
+    Some twenty arrays as large as this are needed for a moment. A GPU is busy with fewer.
+    """
+    return max(1, min(count, _AT_ONCE // size))
+
 
 @dataclass(frozen=True)
 class ModelDims:
@@ -27,6 +64,7 @@ class ModelDims:
     windows: tuple[int | None, ...]  # of each layer; None: it sees all tokens before
     splits: bool  # long rows are computed apart from short ones (longrope)
     stored: int  # bytes of a weight in the checkpoint
+    delta: DeltaDims | None = None
     plain: bool = False  # computed by the library's own layers, which keep all logits of a row
 
 

@@ -11,11 +11,15 @@ from common.option_fields import PlanFields, RecipeFields
 
 # A group means those of its names that the model has: Phi-3 keeps q, k and v in one matrix, gate and up in another.
 TARGET_GROUPS = {
-    "attention": ["q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"],
+    "attention": [
+        *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
+        *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),  # of linear attention
+    ],
     "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
-_NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude")  # how the names of such parameters end
+# How the names of such parameters end.
+_NOT_DECAYED = ("norm.weight", ".bias", "embed_tokens.weight", ".magnitude", ".A_log", ".dt_bias")
 
 
 VERSION = 4  # of recipes; raised where the same fields come to give another result

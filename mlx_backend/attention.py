@@ -36,8 +36,12 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
     padding.
     """
     queries, keys, values = _projected(self, x)
-    queries = queries.reshape(len(x), self.n_heads, -1)
-    keys, values = (part.reshape(len(x), self.n_kv_heads, -1) for part in (keys, values))
+    heads, key_heads = _head_counts(self)
+    queries = queries.reshape(len(x), heads, -1)
+    keys, values = (part.reshape(len(x), key_heads, -1) for part in (keys, values))
+    gate = None
+    if queries.shape[-1] > keys.shape[-1]:  # Qwen3.5: the other half says how much of each output passes
+        queries, gate = mx.split(queries, 2, axis=-1)
     if "q_norm" in self:
         queries, keys = self.q_norm(queries), self.k_norm(keys)
     queries, keys, values = rows.pad(queries), rows.pad(keys), rows.pad(values)
@@ -49,11 +53,19 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
         result = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale, mask=mask)
     else:  # Gemma 2: MLX has no kernel that caps the scores
         shape = queries.shape
-        queries = queries.reshape(shape[0], self.n_kv_heads, -1, *shape[2:])
+        queries = queries.reshape(shape[0], key_heads, -1, *shape[2:])
         scores = mx.tanh((queries @ keys[:, :, None].swapaxes(-1, -2)) * (self.scale / cap)) * cap
         scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
         result = (mx.softmax(scores, precise=True, axis=-1) @ values[:, :, None]).reshape(shape)
-    return self.o_proj(rows.unpad(result))
+    result = rows.unpad(result)
+    return self.o_proj(result if gate is None else result * mx.sigmoid(gate.reshape(result.shape)))
+
+
+def _head_counts(self: Any) -> tuple[int, int]:
+    """Of queries, and of keys and values."""
+    if "q_norm" in self and not hasattr(self, "n_heads"):
+        return self.num_attention_heads, self.num_key_value_heads
+    return self.n_heads, self.n_kv_heads
 
 
 def _projected(self: Any, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -11,6 +11,7 @@ from common.data.batching import rounded, single_rows, split_batch
 from common.data.layouts import layout_for
 from common.memory_terms import MicroBatchShape
 from mlx_backend.attention import RaggedRows
+from mlx_backend.linear_attention import LinearCache
 from mlx_backend.loss import Inputs, inputs_of, log_sum_exp, loss_sum
 from mlx_backend.model import head, hidden_states
 
@@ -65,7 +66,8 @@ class PackedForward:
         def forward(ids: list[int], restart: bool) -> mx.array:
             nonlocal caches
             if restart:
-                caches = [KVCache() for _ in self.model.layers]  # they keep every key; a mask cuts the windows
+                # KVCache keeps every key; a mask cuts the windows
+                caches = [KVCache() if "self_attn" in layer else LinearCache() for layer in self.model.layers]
             hidden = hidden_states(self.model, mx.array(ids), RaggedRows(1, len(ids), None), caches)
             return head(self.model, hidden[-1:])[0]
 

@@ -2,19 +2,35 @@
 
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+
 from mlx_backend.attention import attend
+from mlx_backend.linear_attention import mix
 from mlx_backend.mlp import feed_forward
 
 
-def install(model: Any, gelu: bool) -> None:
-    """Replace the calls of every layer's attention and MLP. gelu: the MLP's activation is GELU, else SiLU.
+def install(model: Any, kind: str) -> None:
+    """Replace the calls of every layer's attention and MLP. kind: the model's type.
 
     Each part gets a class of its own, so that no other model of the process is touched.
     """
     for layer in model.layers:
-        _replace_call(layer.self_attn, attend)
+        if "self_attn" in layer:
+            _replace_call(layer.self_attn, attend)
+        else:
+            _replace_call(layer.linear_attn, mix)
         _replace_call(layer.mlp, feed_forward)
-        layer.mlp.gelu = gelu
+        layer.mlp.gelu = kind.startswith("gemma")
+    if kind == "qwen3_5_text":
+        for module in model.modules():
+            if type(module) is nn.RMSNorm:
+                _replace_call(module, _centered_norm)
+
+
+def _centered_norm(self: Any, x: mx.array) -> mx.array:
+    """RMS norm by a weight that is stored less one."""
+    return mx.fast.rms_norm(x, 1 + self.weight, self.eps)
 
 
 def _replace_call(module: Any, call: Any) -> None:

@@ -78,6 +78,10 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     layer = _kept_values(dims, padding) * item + 28 * recipe.rank
     scores = dims.heads * shape.width * padding * 4  # a row of attention scores for each token, written out
     layer, attention = (layer + 3 * scores, 3 * scores) if dims.capped else (layer + scores, 4 * scores)
+    if dims.delta is not None:  # few layers have scores
+        layer -= scores * dims.delta.layers / dims.layers
+        net = 40 * dims.delta.computed(shape.positions) / shape.tokens + dims.delta.kept(padding)
+        attention = max(attention, 4 * net)
     # float32 whatever the weights are in; MLX queues operations ahead and holds their inputs
     working = max(dims.inner * 14 * 4, attention)
     saved: float
@@ -98,7 +102,11 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
 def _kept_values(dims: ModelDims, padding: float) -> float:
     """Values that a layer keeps of each token for its backward pass."""
     kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
-    kept += (dims.queries + dims.keys) * dims.normed
-    kept += (dims.queries + 2 * dims.keys) * padding  # attention's inputs
-    kept += dims.queries  # its output
-    return kept + dims.inner * 3
+    attention: float = (dims.queries + dims.keys) * dims.normed
+    attention += (dims.queries + 2 * dims.keys) * padding  # its inputs
+    attention += dims.queries  # its output
+    if dims.delta is not None:
+        attention += 3 * dims.queries  # the gate, its sigmoid and the product
+        share = dims.delta.layers / dims.layers
+        attention = share * dims.delta.kept(padding) + (1 - share) * attention
+    return kept + attention + dims.inner * 3

@@ -6,7 +6,6 @@ are used; everything around them is computed here from the normalized config.
 """
 
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +13,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from common.errors import UserError, first_line, masked
-from common.models.families import ForwardConfig, forward_config, language_tensor, normalize_config, text_name
+from common.models.families import (
+    ForwardConfig,
+    forward_config,
+    language_tensor,
+    mlx_type,
+    normalize_config,
+    text_name,
+)
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.layers import install
@@ -51,14 +57,23 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     from mlx_lm.utils import _get_classes, load_model
 
     config = base.config
-    found = forward_config(config)
+    found, kind = forward_config(config), config["model_type"]
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, arguments = _get_classes(config)
+        if kind == "qwen3_5_text":
+            from mlx_lm.models.qwen3_5 import TextModel as model_class
+            from mlx_lm.models.qwen3_5 import TextModelArgs as arguments
+        else:
+            model_class, arguments = _get_classes(config)
 
         def make(args: Any) -> Any:
             model = model_class(args)
             sanitize = getattr(model, "sanitize", dict)
+            if kind == "qwen3_5_text":  # our layers take the weights as they are stored
+                sanitize = dict
+                for layer in model.layers:
+                    if layer.is_linear:
+                        layer.linear_attn.conv1d.weight = layer.linear_attn.conv1d.weight.swapaxes(1, 2)
             model.sanitize = lambda weights: sanitize(_language_model(weights, tied=config["tie_word_embeddings"]))
             return model
 
@@ -78,7 +93,7 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:
             layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
-    install(model, config["model_type"].startswith("gemma"))
+    install(model, kind)
     model.forward_config, model.layers_at = found, "model.layers."
     return model
 
@@ -131,9 +146,7 @@ def _mlx_config(base: ModelFolder) -> dict[str, Any]:
     """As mlx-lm reads it: of a language model that was saved alone, as a part of the model that it knows."""
     config = normalize_config(base.written_config) | {"model_file": None}
     kind = str(config.get("model_type"))
-    if kind.endswith("_text") and find_spec(f"mlx_lm.models.{kind}") is None:
-        return config | {"model_type": kind.removesuffix("_text"), "text_config": config}
-    return config
+    return config if mlx_type(kind) == kind else config | {"model_type": mlx_type(kind), "text_config": config}
 
 
 def _layers_at(model: Any) -> str:
@@ -162,7 +175,7 @@ def hidden_states(model: Any, input_ids: mx.array, rows: RaggedRows, caches: lis
     h = model.model.embed_tokens(input_ids)
     if config.embedding_scale != 1.0:
         h = h * config.embedding_scale  # a Python number: it takes h's type, as in transformers
-    capped = hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
+    capped = "self_attn" in model.layers[0] and hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
     cached = caches[0].offset if caches else 0
     masks = {window: _mask(rows.width, window, capped, cached) for window in set(config.windows)}
     for number, (layer, window) in enumerate(zip(model.layers, config.windows, strict=True)):

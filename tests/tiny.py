@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.models.families import DEFAULTS
+from common.models.family_defaults import DEFAULTS
 from common.verify.tiny_models import TINY, tiny_config, write_tiny
 
 CHATML = (
@@ -15,7 +15,8 @@ CHATML = (
 )
 _MROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 3, 3]}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MULTIMODAL = {"gemma3": "gemma3_text", "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3"}  # and the family of the text part
+# Multimodal models, and the family of their text part.
+MULTIMODAL = {"gemma3": "gemma3_text", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3"}
 FAMILIES = (*TINY, *MULTIMODAL)
 
 
@@ -99,9 +100,13 @@ def _write_multimodal(folder: Path, family: str) -> None:
     """The tiny model of the family as the text part of one with a vision tower, by transformers."""
     import torch
     from safetensors.torch import load_file
+    from safetensors.torch import save_file as save_torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     changes = {} if family == "gemma3" else {"rope_parameters": _MROPE, "use_sliding_window": False}
+    if family == "qwen3_5":
+        half = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+        changes = {"rope_parameters": _MROPE | half}
     text = tiny_config(MULTIMODAL[family], changes)
     write_tiny(folder, MULTIMODAL[family], changes)
     vision = {
@@ -127,7 +132,12 @@ def _write_multimodal(folder: Path, family: str) -> None:
     if "lm_head.weight" in tensors:
         model.lm_head.weight.data = tensors["lm_head.weight"]
     model.save_pretrained(folder)
-    kind = {"gemma3": "Gemma3", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL"}[family]
+    if family == "qwen3_5":  # the hub's have a layer that predicts a token more, and no part in training
+        tensors = load_file(folder / "model.safetensors")
+        tensors["mtp.layers.0.self_attn.q_proj.weight"] = torch.ones(128, 64)
+        save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    kinds = {"gemma3": "Gemma3", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_5": "Qwen3VL", "qwen3_vl": "Qwen3VL"}
+    kind = kinds[family]
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{kind}Processor"}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))
 
@@ -151,7 +161,7 @@ def _age(folder: Path, family: str) -> None:
     key = "type" if scaling in ("longrope", "yarn") else "rope_type"  # renamed in 4.43
     text["rope_scaling"] = None if scaling == "default" else {key: scaling, **rope}
     if "mrope_section" in rope:
-        text["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        text["rope_scaling"] = {"type": "mrope"} | {key: rope[key] for key in rope if key.startswith("mrope")}
     config["torch_dtype"] = config.pop("dtype")
     text.pop("dtype", None)
     if kind == "gemma3_text":

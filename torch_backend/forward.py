@@ -52,8 +52,9 @@ class PackedForward:
     def __init__(self, model: Any, config: dict[str, Any], plan: Plan, precision: str) -> None:
         self.model, self.device = model, torch.device(plan.device_name)
         self.pad_multiple = pad_multiple(self.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        packs = packs_attention(config["head_dim"], config["model_type"] == "gemma2", plan.device, precision)
-        self.flash = packs and has_flash(self.device)
+        self.mixes = "linear_attention" in config.get("layer_types", ())
+        padded = config["model_type"] == "gemma2" or self.mixes
+        self.flash = packs_attention(config["head_dim"], padded, plan.device, precision) and has_flash(self.device)
 
     def parts(self, batch: Batch) -> list[Batch]:
         return [batch]
@@ -76,7 +77,8 @@ class PackedForward:
         def forward(ids: list[int], restart: bool) -> torch.Tensor:
             nonlocal cache
             if restart:
-                cache = DynamicCache()  # keeps every key; `attend` cuts the windows
+                # without a config it keeps every key; `attend` cuts the windows
+                cache = DynamicCache(config=self.model.config if self.mixes else None)
             found = self.model(
                 input_ids=torch.tensor([ids], device=self.device), cache=cache, use_cache=True, logits_to_keep=1
             )

@@ -20,16 +20,20 @@ def install(model: Any, adapter: Adapter) -> None:
     """
     decoders = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    nets = [module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet")]
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     layers = model.config.num_hidden_layers
-    if not (len(decoders) == len(attentions) == layers and len(norms) > 2 * layers):
+    if not (len(decoders) == len(attentions) + len(nets) == layers and len(norms) > 2 * layers):
         raise AssertionError(
             f"{type(model).__name__} has {layers} layers, of which {len(decoders)} decoder layers, {len(attentions)} "
-            f"attentions and {len(norms)} norms were recognized: this transformers is not known here"
+            f"attentions, {len(nets)} gated delta nets and {len(norms)} norms were recognized: this transformers is "
+            "not known here"
         )
     for norm in norms:
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        norm.forward = partial(_norm, norm, eps, type(norm).__name__.startswith("Gemma"))
+        norm.forward = partial(_norm, norm, eps, type(norm).__name__.startswith(("Gemma", "Qwen3_5")))
+    for net in nets:
+        net.norm.forward = partial(_gated_norm, net.norm)
     for decoder in decoders:
         last = not hasattr(decoder, "post_feedforward_layernorm")
         decoder.mlp.forward = partial(_mlp, decoder.mlp, type(decoder).__name__.startswith("Gemma"), last)
@@ -54,6 +58,10 @@ def _install_linear(model: Any, adapter: Adapter) -> None:
 
 def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
     return RMSNorm.apply(x, module.weight, eps, gemma)
+
+
+def _gated_norm(module: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return Gated.apply(gate, RMSNorm.apply(x, module.weight, module.variance_epsilon, False), False)
 
 
 def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:

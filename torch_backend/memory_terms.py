@@ -66,6 +66,8 @@ def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
 def unshardable(dims: ModelDims, recipe: Recipe) -> str:
     if dims.plain:
         return "its architecture has no layers of ours"
+    if dims.delta is not None:
+        return "its gated delta nets were not tried so"
     if recipe.quantization != "none":  # bitsandbytes' issue 1945
         return f"bitsandbytes' {recipe.quantization} weights cannot be sharded exactly"
     if recipe.method == "dora" and dims.stored != (2 if recipe.precision == "bf16" else 4):
@@ -139,8 +141,8 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     kernels = _Kernels.of(dims, recipe, plan.device, shape)
     kept, small = _kept_values(dims, kernels)
     layer = kept * kernels.item + 28 * recipe.rank
-    attention = 0.0  # scores are written out only where they are capped
-    if dims.capped:
+    attention = 18 * dims.delta.computed(shape.positions) * 4 / kernels.tokens if dims.delta else 0.0
+    if dims.capped:  # else scores are not written out
         attention = 3 * dims.heads * shape.width * kernels.padding * 4
         layer += attention
     working = max(dims.inner * 4 * 4, attention)  # float32 whatever the weights are in
@@ -160,15 +162,20 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
     """Values that a layer keeps of each token for its backward pass; and those of them that lie in small blocks."""
     padding = kernels.padding
     kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
-    kept += (dims.queries + dims.keys) * dims.normed
+    attention: float = (dims.queries + dims.keys) * dims.normed
     keys = dims.queries if kernels.repeated else dims.keys
-    kept += (dims.queries + 2 * keys) * padding  # attention's inputs
-    kept += dims.queries * (padding + (padding > 1))  # its output, with and without the padding
+    attention += (dims.queries + 2 * keys) * padding  # its inputs
+    attention += dims.queries * (padding + (padding > 1))  # its output, with and without the padding
+    nets, widest = 0.0, 0
+    if (delta := dims.delta) is not None:
+        share, widest = delta.layers / dims.layers, max(delta.keys, delta.values)
+        # the gate, its sigmoid and the product
+        nets, attention = share * delta.kept(padding), (1 - share) * (attention + 3 * dims.queries)
+    kept += attention
     inner = dims.inner * (3 if kernels.general else 2)
-    block = 2 * KEPT_BLOCKS
-    small = kept * (dims.hidden * kernels.tokens * kernels.item < block)
-    small += inner * (dims.inner * kernels.tokens * kernels.item < block)
-    kept += inner
+    block = 2 * KEPT_BLOCKS / (kernels.tokens * kernels.item)
+    small = kept * (dims.hidden < block) + nets * (widest < block) + inner * (dims.inner < block)
+    kept += nets + inner
     return (kept * 1.5 if kernels.general else kept), small
 
 

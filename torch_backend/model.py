@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from common.errors import UserError, first_line
-from common.models.families import is_known
+from common.models.families import is_known, text_name
 from common.models.model_folder import ModelFolder
 from common.recipe import Recipe
 from torch_backend.attention import register
 from torch_backend.host_memory import release_pages
+from torch_backend.linear_attention import install_linear_attention
 from torch_backend.quantize import quantization_config, quantize_nf4
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -95,7 +96,21 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
             f"{base.path} lacks {len(missing)} weights of its model, or has them in another shape: {missing[0]} ...",
             "Fetch the model again.",
         )
+    if not settings:
+        _keep_wider(model, base)
+    if is_known(base.config):
+        install_linear_attention(model)
     return model
+
+
+@torch.no_grad()
+def _keep_wider(model: Any, base: ModelFolder) -> None:
+    """Read again what the file stores in float32 though most of it is in 16 bits, which transformers has rounded."""
+    named = dict(model.named_parameters()) if base.dtype != "float32" else {}
+    for name, tensor in base.tensors.items():
+        if tensor.dtype == "F32" and (parameter := named.get(text_name(name))) is not None:
+            read = bytearray(b"".join(tensor.chunks()))
+            parameter.data = torch.frombuffer(read, dtype=torch.float32).reshape(tensor.shape)
 
 
 def _config(base: ModelFolder) -> Any:

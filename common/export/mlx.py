@@ -10,7 +10,16 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models.families import TEXT_PARTS, forward_config, hf_name, is_known, language_tensor, mlx_name, text_name
+from common.models.families import (
+    TEXT_PARTS,
+    forward_config,
+    hf_name,
+    is_known,
+    language_tensor,
+    mlx_name,
+    mlx_type,
+    text_name,
+)
 from common.models.model_folder import ModelFolder, is_model_folder
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
@@ -102,7 +111,8 @@ def quantize(fused: Path, out: Path) -> None:
 
         return make, arguments
 
-    model, config = load_model(fused, lazy=True, get_model_classes=classes)
+    kind = {"model_type": mlx_type(ModelFolder(fused).model_type)}
+    model, config = load_model(fused, lazy=True, model_config=kind, get_model_classes=classes)
     model, config = quantize_model(model, config, group_size=64, bits=4)
     save_model(out, model, donate_model=True)
     save_config(config, out / "config.json")

@@ -3,7 +3,8 @@
 from typing import Any
 
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import ARCHITECTURES, DEFAULTS, SUPPORTED, TEXT_PARTS, is_known, text_config
+from common.models.families import ARCHITECTURES, SUPPORTED, TEXT_PARTS, is_known, text_config
+from common.models.family_defaults import DEFAULTS
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 _PLAIN_SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")  # of an architecture that is tried
@@ -14,6 +15,7 @@ _ROPE_NEEDS = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _PADDING = {"phi3": 32000}  # transformers' pad_token_id where the config has none
+_DELTA_TYPES = ("full_attention", "linear_attention")
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -44,9 +46,12 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     heads, keys = text["num_attention_heads"], text["num_key_value_heads"]
     if not text["head_dim"] or heads % keys:
         faults.append(f"its {heads} attention heads do not fit hidden_size or its {keys} key heads")
-    if strange := {*(text.get("layer_types") or [])} - {*LAYER_TYPES}:
-        faults.append(f"its layer_types name {min(strange)}, and can name {' and '.join(LAYER_TYPES)}")
+    known = _DELTA_TYPES if kind == "qwen3_5_text" else LAYER_TYPES
+    if strange := {*(text.get("layer_types") or [])} - {*known}:
+        faults.append(f"its layer_types name {min(strange)}, and can name {' and '.join(known)}")
         return faults
+    if kind == "qwen3_5_text":
+        faults += _delta_faults(text)
     faults += _rope_faults(text, kind)
     padding = text.get("pad_token_id", _PADDING.get(kind))
     if isinstance(padding, int) and padding >= text["vocab_size"]:
@@ -80,8 +85,22 @@ def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
             needed = int(text["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
             counts = {key: len(rope[key]) for key in ("short_factor", "long_factor")}
             faults += [f"its {key} has {n} numbers and needs {needed}" for key, n in counts.items() if n != needed]
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind != "phi3":
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind not in ("phi3", "qwen3_5_text"):
             faults.append("its partial_rotary_factor is not computed by both backends")
+    return faults
+
+
+def _delta_faults(text: dict[str, Any]) -> list[str]:
+    """Of a model with gated delta nets."""
+    faults, heads, keys = [], text["linear_num_value_heads"], text["linear_num_key_heads"]
+    if heads % keys:
+        faults.append(f"its {heads} heads of values in linear attention do not fit its {keys} heads of keys")
+    every = text.get("full_attention_interval")
+    regular = every and [kind == "full_attention" for kind in text["layer_types"]] == [
+        (layer + 1) % every == 0 for layer in range(text["num_hidden_layers"])
+    ]
+    if not regular:
+        faults.append("its layer_types do not repeat one order that ends in full_attention, as mlx-lm wants it")
     return faults
 
 

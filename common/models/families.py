@@ -7,76 +7,11 @@ understands the config (huggingface/transformers, models/*/configuration_*.py); 
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-_COMMON: dict[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
-_BIASES = {"attention_bias": False, "mlp_bias": False}
-_QWEN = {
-    "max_position_embeddings": 32768,
-    "num_key_value_heads": 32,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_GEMMA = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "vocab_size": 256000,
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "max_position_embeddings": 8192,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "final_logit_softcapping": 30.0,
-    "attn_logit_softcapping": 50.0,
-}
-# By model type: transformers 5's defaults, as far as the forward pass reads them.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA
-    | {
-        "vocab_size": 262208,
-        "max_position_embeddings": 131072,
-        "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
-    },
-    "granite": _COMMON
-    | _BIASES
-    | {
-        "max_position_embeddings": 2048,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
-    },
-    "llama": _COMMON | _BIASES | {"max_position_embeddings": 2048},
-    "mistral": _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    "phi3": _COMMON
-    | {
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 4096,
-        "original_max_position_embeddings": 4096,
-        "sliding_window": None,
-    },
-    "qwen2": _COMMON | _QWEN,
-    "qwen3": _COMMON | _QWEN | {"head_dim": 128, "attention_bias": False},
-    "smollm3": _COMMON
-    | _BIASES
-    | {
-        "tie_word_embeddings": True,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 32768,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "no_rope_layer_interval": 4,
-    },
-}
+from common.models.family_defaults import DEFAULTS
+
 # Architecture -> the model type of its text part. tests/parity compares the backends on each.
 ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
@@ -90,15 +25,21 @@ ARCHITECTURES = {
     "Qwen2VLForConditionalGeneration": "qwen2",
     "Qwen2_5_VLForConditionalGeneration": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3_5ForCausalLM": "qwen3_5_text",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5_text",
     "Qwen3VLForConditionalGeneration": "qwen3",
     "SmolLM3ForCausalLM": "smollm3",
 }
 SUPPORTED = tuple(ARCHITECTURES)
+_LISTED = ("gemma2", "gemma3_text", "qwen2", "qwen3", "qwen3_5_text", "smollm3")  # their layers differ in kind
+_PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
+_ROTARY = {"phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
 # What the text part of a multimodal architecture is, by itself.
 TEXT_PARTS = {
     "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
     "Qwen2VLForConditionalGeneration": "Qwen2ForCausalLM",
     "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
+    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
     "Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM",
 }
 
@@ -177,12 +118,17 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
     if kind == "smollm3" and config.get("no_rope_layers") is None:
         every = config["no_rope_layer_interval"]
         config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(config["num_hidden_layers"])]
-    if kind in ("gemma2", "gemma3_text", "qwen2", "qwen3", "smollm3") and config.get("layer_types") is None:
-        slides = [_slides(config, kind, i) for i in range(config["num_hidden_layers"])]
-        config["layer_types"] = ["sliding_attention" if slide else "full_attention" for slide in slides]
-    if kind == "gemma3_text" and "full_attention" in config["layer_types"]:  # mlx-lm reads nothing else
-        config["sliding_window_pattern"] = config["layer_types"].index("full_attention") + 1
+    if kind in _LISTED and config.get("layer_types") is None:
+        config["layer_types"] = [_layer_type(config, kind, i) for i in range(config["num_hidden_layers"])]
+    if kind in _PERIODS and "full_attention" in config["layer_types"]:  # mlx-lm reads nothing else
+        config[_PERIODS[kind]] = config["layer_types"].index("full_attention") + 1
     return _normalize_rope(config, kind)
+
+
+def _layer_type(config: dict[str, Any], kind: str, layer: int) -> str:
+    if kind == "qwen3_5_text":
+        return "linear_attention" if (layer + 1) % config.get("full_attention_interval", 4) else "full_attention"
+    return "sliding_attention" if _slides(config, kind, layer) else "full_attention"
 
 
 def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
@@ -228,7 +174,7 @@ def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -
         rope["rope_type"] = "default"
     if kind == "phi3" and rope["rope_type"] in ("su", "yarn"):
         rope["rope_type"] = "longrope"  # its first names
-    if (share := config.get("partial_rotary_factor", 1.0 if kind == "phi3" else None)) is not None:
+    if (share := config.get("partial_rotary_factor", _ROTARY.get(str(kind)))) is not None:
         rope.setdefault("partial_rotary_factor", share)
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         if "original_max_position_embeddings" in config:
@@ -252,7 +198,8 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
     if kind == "gemma3_text":
         ropes = [rope[kinds[i]] for i in layers]
     else:
-        ropes = [rope if config.get("no_rope_layers", [1] * len(layers))[i] else None for i in layers]
+        rotated = [kind != "linear_attention" for kind in kinds] if kind == "qwen3_5_text" else [1] * len(layers)
+        ropes = [rope if config.get("no_rope_layers", rotated)[i] else None for i in layers]
     gemma = kind.startswith("gemma")
     return ForwardConfig(
         embedding_scale=config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1.0),
@@ -301,3 +248,9 @@ def language_tensor(name: str, tied: bool) -> bool:
 def mlx_name(name: str) -> str:
     """The name within mlx-lm's model, which keeps the older nesting of multimodal models."""
     return name.replace("model.language_model.", "language_model.model.", 1)
+
+
+def mlx_type(kind: str) -> str:
+    """The model type by which mlx-lm knows a language model that was saved alone."""
+    alone = kind.endswith("_text") and find_spec(f"mlx_lm.models.{kind}") is None
+    return kind.removesuffix("_text") if alone else kind

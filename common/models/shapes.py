@@ -10,6 +10,7 @@ from common.recipe import TARGET_GROUPS
 
 # Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
+NORMED = ("gemma3_text", "qwen3", "qwen3_5_text")  # families whose queries and keys are normed
 _FROZEN = {"experts", "gate", "router", "shared_expert_gate"}  # parts of a layer that is a mixture of experts
 
 
@@ -67,12 +68,14 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     queries = text["num_attention_heads"] * text["head_dim"]
     keys = text["num_key_value_heads"] * text["head_dim"]
     gemma = kind.startswith("gemma")
+    gated = kind == "qwen3_5_text"  # attention's output, by half of what q_proj gives
     linear: dict[str, tuple[int, int]] = {"self_attn.o_proj": (hidden, queries), "mlp.down_proj": (hidden, inner)}
     if kind == "phi3":
         linear |= {"self_attn.qkv_proj": (queries + 2 * keys, hidden), "mlp.gate_up_proj": (2 * inner, hidden)}
     else:
         linear |= {
-            f"self_attn.{name}_proj": (size, hidden) for name, size in zip("qkv", (queries, keys, keys), strict=True)
+            f"self_attn.{name}_proj": (size, hidden)
+            for name, size in zip("qkv", (queries * (1 + gated), keys, keys), strict=True)
         }
         linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     biased = ["mlp"] if text.get("mlp_bias") else []
@@ -82,14 +85,37 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (text["vocab_size"], hidden)}
     for layer in range(text["num_hidden_layers"]):
         at = f"model.layers.{layer}"
+        delta = gated and text["layer_types"][layer] == "linear_attention"
+        if delta:
+            shapes |= {f"{at}.linear_attn.{name}": shape for name, shape in _delta_shapes(text).items()}
         for name, shape in linear.items():
+            if delta and name.startswith("self_attn"):
+                continue
             shapes[f"{at}.{name}.weight"] = shape
             if name.split(".")[0] in biased or (kind == "qwen2" and name[-6] in "qkv"):
                 shapes[f"{at}.{name}.bias"] = shape[:1]
         shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
-        if kind in ("qwen3", "gemma3_text"):
+        if kind in NORMED and not delta:
             shapes |= {f"{at}.self_attn.{name}_norm.weight": (text["head_dim"],) for name in "qk"}
     shapes["model.norm.weight"] = (hidden,)
     if not text["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (text["vocab_size"], hidden)
     return shapes
+
+
+def _delta_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of a gated delta net's tensors."""
+    hidden, heads = text["hidden_size"], text["linear_num_value_heads"]
+    values = heads * text["linear_value_head_dim"]
+    mixed = values + 2 * text["linear_num_key_heads"] * text["linear_key_head_dim"]
+    return {
+        "A_log": (heads,),
+        "conv1d.weight": (mixed, 1, text["linear_conv_kernel_dim"]),
+        "dt_bias": (heads,),
+        "in_proj_a.weight": (heads, hidden),
+        "in_proj_b.weight": (heads, hidden),
+        "in_proj_qkv.weight": (mixed, hidden),
+        "in_proj_z.weight": (values, hidden),
+        "norm.weight": (text["linear_value_head_dim"],),
+        "out_proj.weight": (hidden, values),
+    }

@@ -14,11 +14,11 @@ from typing import Any
 
 from common.backend import Adapter
 from common.backend_package import BackendPackage
-from common.memory_terms import MicroBatchShape, ModelDims
+from common.memory_terms import DeltaDims, MicroBatchShape, ModelDims
 from common.models.families import forward_config, is_known
 from common.models.lora_init import layer_number
 from common.models.model_folder import ModelFolder
-from common.models.shapes import linear_shapes, tensor_shapes
+from common.models.shapes import NORMED, linear_shapes, tensor_shapes
 from common.recipe import Plan, Recipe
 from common.system.environment import chip, environment
 from common.system.hardware import nvidia_gpus
@@ -54,7 +54,7 @@ class MemoryEstimate:
 def model_dims(config: dict[str, Any]) -> ModelDims:
     """Of a normalized text config; its `dtype` is the type that the checkpoint stores."""
     shapes = tensor_shapes(config)
-    linear = sum(math.prod(s) for name, s in shapes.items() if name.endswith("_proj.weight"))
+    linear = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and ".layers." in name)
     return ModelDims(
         hidden=config["hidden_size"],
         inner=config["intermediate_size"],
@@ -69,11 +69,22 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         gemma=config["model_type"].startswith("gemma"),
         capped=config["model_type"] == "gemma2",
         final_cap=forward_config(config).logit_softcap is not None,
-        normed=config["model_type"] in ("gemma3_text", "qwen3"),
+        normed=config["model_type"] in NORMED,
         windows=forward_config(config).windows,
         splits=forward_config(config).rope_split is not None,
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
+        delta=_delta_dims(config),
     )
+
+
+def _delta_dims(config: dict[str, Any]) -> DeltaDims | None:
+    layers = (config.get("layer_types") or []).count("linear_attention")
+    if not layers:
+        return None
+    heads, head_dim, value_dim = (
+        config[f"linear_{name}"] for name in ("num_value_heads", "key_head_dim", "value_head_dim")
+    )
+    return DeltaDims(layers, config["linear_num_key_heads"] * head_dim, heads * value_dim, heads, head_dim, value_dim)
 
 
 def dims_of(model: ModelFolder) -> ModelDims:

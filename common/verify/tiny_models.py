@@ -93,6 +93,18 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
     },
+    "qwen3_5_text": {
+        "num_hidden_layers": 4,
+        "full_attention_interval": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 16,
+        "linear_conv_kernel_dim": 3,
+        "linear_key_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5},
+    },
     "smollm3": {
         "num_hidden_layers": 4,
         "no_rope_layer_interval": 2,
@@ -117,13 +129,13 @@ def write_tiny(folder: Path, family: str, changes: dict[str, Any] | None = None,
     """A float32 model without a tokenizer, under 1 MB: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(family, changes)
-    random, gemma = np.random.default_rng([seed, 7]), family.startswith("gemma")
+    random, centered = np.random.default_rng([seed, 7]), family.startswith(("gemma", "qwen3_5"))
     tensors = {}
     for name, shape in sorted(tensor_shapes(config).items()):
         # larger than a usual start, so that differences show
         drawn = random.normal(0, 0.15 if len(shape) == 2 else 0.3, shape)
-        if name.endswith("norm.weight") and not gemma:
-            drawn += 1  # Gemma's norms add the one themselves
+        if name.endswith("norm.weight") and not (centered and ".linear_attn." not in name):
+            drawn += 1  # the others add the one themselves
         tensors[name] = drawn.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
