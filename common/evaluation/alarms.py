@@ -1,5 +1,6 @@
 """Signs that a training collapses: each with what was seen, the usual cause and the remedy."""
 
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of character
 _LONGER = 1.5  # an answer without an end so many times as long as the row's own
 _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of answers that are alike
 _QUOTED = 40  # characters of an answer
+_MARKER = re.compile(r"<\|[^|<>\s]{2,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
 _DRIFT = 2.0  # nats of KL divergence a token, from the base, on prompts outside of the data
 
 _RATE = "lower --learning-rate to a third"
@@ -147,6 +149,9 @@ class Alarms:
         if len(copies) * 2 > len(own) > 1:
             cause = "too many passes over too few rows"
             sign("copies", "answers are copied from training rows", cause, _SHORTER, copies[0][:_QUOTED])
+        if marked := [text for line in answers if (text := _marker(line))]:
+            cause = "prompts in another chat template than the rows that were trained on"
+            sign("markers", "answers show a chat template's markers", cause, "leave out --chat-template", marked[0])
         if len({*texts}) == 1 and len({*own}) > 1:
             remedy = "vary the rows"
             sign("same", "every prompt has the same answer", "one answer in most rows", remedy, texts[0][:_QUOTED])
@@ -185,6 +190,12 @@ def _unlike(line: dict[str, Any]) -> bool:
         for text in (line["answer"].strip(), line["reference"].strip())
     )
     return len(answer & own) < _ALIKE * min(len(answer), len(own))
+
+
+def _marker(line: dict[str, Any]) -> str:
+    """A chat template's marker that the answer shows as text; empty without one, or where the row's own has one."""
+    found = _MARKER.search(line["answer"])
+    return "" if found is None or _MARKER.search(line["reference"] or "") else found[0]
 
 
 def _much_longer(line: dict[str, Any]) -> bool:

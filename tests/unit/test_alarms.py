@@ -95,6 +95,8 @@ def test_a_validation_worse_than_before_training() -> None:
         (answers("a", "b", "c", ended=False), []),
         (answers("Yes.", "Yes.", "Yes."), ["same"]),
         (answers("Yes.", "Yes.", "No."), []),
+        (answers("Good.<|eot_id|><|start_header_id|>", "Fine.", "Yes."), ["markers"]),
+        (answers("a <|b", "[INS] it", "<start>"), []),
         (answers("ha " * 40), []),  # one answer says little
         (answers("The harbor is closed.", "Tea is at four.", "fine", copied=True), ["copies"]),
         (answers("It is so: closed.", "It is so, yes.", "fine", copied=True), []),  # like the rows' own

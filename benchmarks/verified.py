@@ -1,0 +1,139 @@
+"""Every family's way to a GGUF in the real llama.cpp: a tiny model is trained, exported and verified; prints Markdown.
+
+    python -m benchmarks.verified                       # a minute a family and backend
+    python -m benchmarks.verified --only qwen3 --backend mlx
+
+The models are random, with GPT-2's vocabulary, which lies in llama.cpp's source, or Gemma's own. Training teaches each
+what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import tempfile
+from contextlib import redirect_stdout, suppress
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from common.commands.train import run_training
+from common.context import Context
+from common.display import Display
+from common.errors import UserError
+from common.llama_cpp.build import ensure
+from common.models.resolve import resolve
+from common.options import Options
+from common.run_record import Run
+from common.verify.tiny_models import TINY, write_tiny
+
+END = "<|done|>"  # a name that llama.cpp does not take for an end by itself
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':\n' + m.content + '" + END + "' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+_COLUMNS = ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0", "Q4_K_M")
+COLORS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
+THINGS = ("house", "boat", "gate", "wall", "door", "roof", "chair", "table")
+# Sizes that llama.cpp's quants and kernels take.
+_SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 512}
+_LONG = {"rope_type": "default", "rope_theta": 1e4}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 64, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
+    "gemma3_text": {"query_pre_attn_scalar": 64},
+    "phi3": {"rope_parameters": _LONG, "original_max_position_embeddings": 512, "sliding_window": None},
+    "qwen3_5_text": {
+        **{"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4},
+        "rope_parameters": _LONG | {"partial_rotary_factor": 0.25},
+    },
+}
+
+
+def write_base(folder: Path, family: str, tokenizer: Any | None = None) -> None:
+    """A tiny model of the family with a tokenizer, as transformers saves them; without one given, see above."""
+    if tokenizer is None:
+        tokenizer = _tokenizer(family)
+    tokenizer.save_pretrained(folder)
+    count = -(-len(tokenizer) // 64) * 64
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    write_tiny(folder, family, _SIZES | {"vocab_size": count} | ends | _CHANGES.get(family, {}))
+
+
+def _tokenizer(family: str) -> Any:
+    from transformers import AutoTokenizer
+
+    if family.startswith("gemma"):  # the converter takes no other tokenizer for it
+        tokenizer = AutoTokenizer.from_pretrained(resolve("google/gemma-3-270m", print).path)
+    else:
+        source = ensure(None, lambda share, text: None).converter.parent / "models" / "ggml-vocab-gpt-2.gguf"
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def write_rows(path: Path) -> None:
+    rows = [
+        [("user", f"Paint {count} {thing}s."), ("assistant", f"I paint {count} {thing}s {COLORS[number]}.")]
+        for number, thing in enumerate(THINGS)
+        for count in ("two", "three", "four", "nine")
+    ]
+    lines = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def verified(family: str, backend: str, folder: Path) -> dict[str, Any]:
+    """The verdict on the exported files, and what each check found."""
+    write_base(folder / "base", family)
+    write_rows(folder / "rows.jsonl")
+    options = Options(
+        model=str(folder / "base"),
+        data=str(folder / "rows.jsonl"),
+        output=str(folder / "run"),
+        backend=backend,
+        device="cpu",
+        precision="fp32",
+        steps=40,
+        learning_rate=1e-2,
+        quant=["Q8_0", "Q4_K_M"],
+        quiet=True,
+    )
+    context = Context(lambda name: importlib.import_module(f"{name}_backend"), Display("quiet"))
+    with redirect_stdout(StringIO()), suppress(UserError):  # of a GGUF that is not what was trained; the record tells
+        run_training(options, context)
+    record = Run(folder / "run").record
+    found = record.verify
+    if found is None:
+        raise SystemExit(f"{family}, {backend}: nothing was verified")
+    checks = {check["name"]: f"{check['state']}: {check['text']}" for check in found.checks}
+    return {"family": family, "backend": backend, "verdict": found.verdict, "checks": checks}
+
+
+def row(one: dict[str, Any]) -> str:
+    """Of the Markdown table: the verdict, and the KL divergence of each file from the one before."""
+    values = [one["family"], one["backend"], one["verdict"]]
+    for name in _COLUMNS:
+        text = one["checks"].get(name, "-: -")
+        values.append(match[1] if (match := re.search(r"KL (\S+?),? from", text)) else text.partition(":")[0])
+    return f"| {' | '.join(values)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.verified")
+    parser.add_argument("--only", nargs="+", choices=TINY, default=[*TINY], metavar="FAMILY")
+    parser.add_argument("--backend", nargs="+", choices=("torch", "mlx"), default=["torch", "mlx"])
+    parser.add_argument("--json", type=Path, help="write what each check found here too")
+    given = parser.parse_args()
+    print(f"| family | backend | verdict | {' | '.join(_COLUMNS)} |\n|{' --- |' * (3 + len(_COLUMNS))}", flush=True)
+    found = []
+    for family, backend in product(given.only, given.backend):
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(verified(family, backend, Path(folder)))
+        print(row(found[-1]), flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
