@@ -135,6 +135,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {"attn_logit_softcapping": None}, "attention that is not capped"),
     ("gemma2", {"tie_word_embeddings": False}, "embeddings that are not tied"),
     ("gemma3_text", {"attn_logit_softcapping": 30.0}, "its capped attention"),
+    ("qwen3_5_text", {"linear_num_value_heads": 3}, "its 3 heads of values in linear attention do not fit its 2"),
+    (
+        "qwen3_5_text",
+        {"layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention"]},
+        "its layer_types do not repeat one order",
+    ),
+    ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "its layer_types do not repeat one order"),
+    ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "can name full_attention and linear_attention"),
+    ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
 
 
@@ -201,6 +210,7 @@ def test_windows_and_positions_of_each_layer() -> None:
     assert of("gemma2") == ((24, None, 24, None), every)
     assert of("gemma3_text", sliding_window_pattern=3) == ((24, 24, None, 24), every)
     assert of("smollm3", no_rope_layer_interval=2) == ((None,) * 4, [True, False, True, False])
+    assert of("qwen3_5_text", full_attention_interval=4) == ((None,) * 4, [False, False, False, True])
 
 
 def test_what_is_done_round_the_layers() -> None:
