@@ -3,8 +3,8 @@
     python -m benchmarks.verified                       # a minute a family and backend
     python -m benchmarks.verified --only qwen3 --backend mlx
 
-The models are random, with GPT-2's vocabulary, which lies in llama.cpp's source, or Gemma's own. Training teaches each
-what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
+The models are random, with a vocabulary of GPT-2 or Qwen2, which lie in llama.cpp's source, or Gemma's own. Training
+teaches each what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import importlib
 import json
 import re
 import tempfile
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -66,7 +66,8 @@ def _tokenizer(family: str) -> Any:
     if family.startswith("gemma"):  # the converter takes no other tokenizer for it
         tokenizer = AutoTokenizer.from_pretrained(resolve("google/gemma-3-270m", print).path)
     else:
-        source = ensure(None, lambda share, text: None).converter.parent / "models" / "ggml-vocab-gpt-2.gguf"
+        kind = "qwen2" if family in ("qwen2", "qwen3") else "gpt-2"  # transformers splits words by the family
+        source = ensure(None, lambda share, text: None).converter.parent / "models" / f"ggml-vocab-{kind}.gguf"
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.add_special_tokens({"additional_special_tokens": [END]})
     tokenizer.chat_template = TEMPLATE
@@ -100,12 +101,15 @@ def verified(family: str, backend: str, folder: Path) -> dict[str, Any]:
         quiet=True,
     )
     context = Context(lambda name: importlib.import_module(f"{name}_backend"), Display("quiet"))
-    with redirect_stdout(StringIO()), suppress(UserError):  # of a GGUF that is not what was trained; the record tells
-        run_training(options, context)
-    record = Run(folder / "run").record
-    found = record.verify
+    failed = ""
+    with redirect_stdout(StringIO()):
+        try:
+            run_training(options, context)
+        except UserError as error:  # of a GGUF that is not what was trained; the record tells
+            failed = error.what
+    found = Run(folder / "run").record.verify
     if found is None:
-        raise SystemExit(f"{family}, {backend}: nothing was verified")
+        raise SystemExit(f"{family}, {backend}: nothing was verified: {failed}")
     checks = {check["name"]: f"{check['state']}: {check['text']}" for check in found.checks}
     return {"family": family, "backend": backend, "verdict": found.verdict, "checks": checks}
 

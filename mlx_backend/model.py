@@ -21,6 +21,7 @@ from common.models.families import (
     normalize_config,
     text_name,
 )
+from common.models.mlx_quantized import is_mlx_layout, usual_layout
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.layers import install
@@ -70,7 +71,7 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
             model = model_class(args)
             sanitize = getattr(model, "sanitize", dict)
             if kind == "qwen3_5_text":  # our layers take the weights as they are stored
-                sanitize = dict
+                sanitize = usual_layout if is_mlx_layout(base) else dict
                 for layer in model.layers:
                     if layer.is_linear:
                         layer.linear_attn.conv1d.weight = layer.linear_attn.conv1d.weight.swapaxes(1, 2)

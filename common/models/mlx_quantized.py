@@ -23,6 +23,8 @@ _BITS = (4, 8)
 
 
 _REMEDY = "Fetch the model's files again."
+_CONVOLUTION = "linear_attn.conv1d.weight"
+_NORMS = ("layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight", "model.norm.weight")
 _SOURCE = "quantized_source.json"  # in a view: the folder with the quantized weights
 
 
@@ -33,6 +35,18 @@ def is_quantized(model: ModelFolder) -> bool:
     except UserError:
         return False
     return isinstance(settings, dict) and "bits" in settings and "group_size" in settings
+
+
+def is_mlx_layout(model: ModelFolder) -> bool:
+    """Whether a Qwen3.5 is as mlx-lm saves it: convolutions with their axes turned, and norms that are one larger."""
+    shapes = (tensor.shape for name, tensor in model.tensors.items() if name.endswith(_CONVOLUTION))
+    return any(len(shape) == 3 and shape[2] == 1 < shape[1] for shape in shapes)
+
+
+def usual_layout(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Such tensors, of numpy or MLX, as transformers stores them."""
+    turned = {name: tensor.swapaxes(1, 2) for name, tensor in tensors.items() if name.endswith(_CONVOLUTION)}
+    return tensors | turned | {name: tensor - 1 for name, tensor in tensors.items() if name.endswith(_NORMS)}
 
 
 def _views() -> Path:
@@ -100,10 +114,12 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
     config = {k: v for k, v in model.written_config.items() if k not in ("quantization", "quantization_config")}
     say(f"{model.path.name}: making the 16-bit view of its {scheme(model.written_config)} weights, once ...")
     require_disk([(out, "the 16-bit view", model.weight_bytes * 16 // settings["bits"])], "Free some space.")
+    turned = is_mlx_layout(model)
     with atomic_folder(out) as temporary:
         index: dict[str, str] = {}
         for shard in model.shards:
             tensors = _shard(load_tensors(shard, _REMEDY), settings, shard)
+            tensors = usual_layout(tensors) if turned else tensors
             save_tensors(tensors, temporary / shard.name, {"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
         if len(set(index.values())) > 1:

@@ -65,6 +65,8 @@ def check_folder(model: ModelFolder, name: str, tried: bool = False) -> None:
             unknown = unknown if verdict is None or not verdict.admitted else []
             remedy = " Or have this one checked here with --try-model."
         faults = (unknown or config_faults(model.written_config)) + _quantized(model.written_config) + faults
+    if not faults and mlx_quantized.is_mlx_layout(model):
+        faults.append("its weights are laid out as mlx-lm saves them; give the model that they were made from")
     if not faults:
         faults += _weight_faults(model) if is_known(model.written_config) else _type_faults(model)
     if faults:

@@ -11,19 +11,20 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 
 from common.errors import UserError
-from common.models.families import normalize_config
+from common.models.families import mlx_type, normalize_config
 from common.models.fuse import fuse
 from common.models.mlx_quantized import quantized_source, scheme, unpack, write_16bit
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from tests import backends
-from tests.tiny import write_rows
+from tests.tiny import write_family, write_rows
 
 
 def write_quantized(base, out, bits, group=64, **own):
     """What mlx_lm.convert -q writes, embeddings included; `own`: other bits for modules with that last name."""
     mx.set_default_device(mx.cpu)
     config = normalize_config(json.loads((base / "config.json").read_text()))
+    config["model_type"] = mlx_type(config["model_type"])
     model = load_model(base, model_config=config)[0]
     settings = {"group_size": group, "bits": bits}
 
@@ -84,13 +85,16 @@ def test_other_schemes_are_refused_by_name(settings):
         scheme({"quantization": settings})
 
 
-def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_a_ready_made_repo_is_trained_over_as_it_is(family, tiny_llama, tmp_path, monkeypatch):
     """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_quantized(tiny_llama, tmp_path / "4bit", 4)
+    base = tiny_llama if family == "llama" else write_family(tmp_path / "base", family)
+    group = 64 if family == "llama" else 32
+    write_quantized(base, tmp_path / "4bit", 4, group)
     view = resolve(str(tmp_path / "4bit"), print).path
-    assert quantized_source(view) == (tmp_path / "4bit", "mlx-4bit-64")
-    recipe = backends.make_recipe(view, quantization="mlx-4bit-64")
+    assert quantized_source(view) == (tmp_path / "4bit", f"mlx-4bit-{group}")
+    recipe = backends.make_recipe(view, quantization=f"mlx-4bit-{group}")
     rows = backends.encode_rows(view, write_rows(tmp_path / "rows.jsonl"))
     backend = backends.create("mlx")
     backend.load(recipe, backends.make_plan("mlx"), quantized_source(view)[0], backends.start_adapter(view, recipe))
@@ -105,7 +109,8 @@ def test_a_ready_made_repo_is_trained_over_as_it_is(tiny_llama, tmp_path, monkey
     fused = backends.load("torch", tmp_path / "fused", backends.make_recipe(view))
     error = np.abs(fused.logits(rows[0].ids) - tuned).max()
     fused.close()
-    assert error < 0.02 * np.abs(tuned).max()  # the view's weights are rounded to bf16
+    # the view's weights are rounded to bf16; a tiny gated delta net makes more of that, and 0.0001 of float32 ones
+    assert error < (0.02 if family == "llama" else 0.15) * np.abs(tuned).max()
 
 
 def test_other_quantized_repos_are_refused_by_name(tiny_llama, tmp_path):
@@ -114,3 +119,12 @@ def test_other_quantized_repos_are_refused_by_name(tiny_llama, tmp_path):
     path.write_text(path.read_text().replace('"bits": 4', '"bits": 3'))
     with pytest.raises(UserError, match="quantized by MLX to 3 bits"):
         resolve(str(tmp_path / "3bit"), print)
+
+
+def test_a_qwen3_5_that_mlx_lm_saved_unquantized_is_refused_by_name(tmp_path):
+    write_family(tmp_path / "base", "qwen3_5")
+    write_quantized(tmp_path / "base", tmp_path / "mlx", 4, 32)
+    stored = load_file(tmp_path / "mlx" / "model.safetensors")
+    mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), {n: mx.array(t) for n, t in stored.items()})
+    with pytest.raises(UserError, match="laid out as mlx-lm saves them"):
+        resolve(str(tmp_path / "base"), print)
