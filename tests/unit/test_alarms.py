@@ -74,9 +74,9 @@ def test_a_validation_that_rises_while_training_falls() -> None:
     steps(alarms, [2.0] * 10)
     assert validations(alarms, 3.0, 2.0) == []
     steps(alarms, [1.0] * 20)
-    found = [a for loss in (2.4, 2.5) for a in alarms.validation({"step": 30, "valid_loss": loss})]
+    found = [a for loss in (2.7, 2.8) for a in alarms.validation({"step": 30, "valid_loss": loss})]
     assert [a.name for a in found] == ["overfitting"]
-    assert found[0].seen == "the validation loss rose from 2.000 to 2.500 at step 30, while the training loss fell"
+    assert found[0].seen == "the validation loss rose from 2.000 to 2.800 at step 30, while the training loss fell"
 
 
 def test_a_validation_worse_than_before_training() -> None:
@@ -113,9 +113,9 @@ def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:
 def test_drift_from_the_base() -> None:
     alarms = Alarms(0)
     assert alarms.drift(5, 1.0) == []
-    (alarm,) = alarms.drift(10, 3.0)
-    assert alarm.seen == "on prompts outside of the data the model is 3.0 nats a token from its base at step 10"
-    assert alarms.drift(15, 4.0) == []
+    (alarm,) = alarms.drift(10, 4.0)
+    assert alarm.seen == "on prompts outside of the data the model is 4.0 nats a token from its base at step 10"
+    assert alarms.drift(15, 5.0) == []
 
 
 def test_a_line_without_its_figures_is_passed_over() -> None:
