@@ -43,6 +43,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 64, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"query_pre_attn_scalar": 64},
     "phi3": {"rope_parameters": _LONG, "original_max_position_embeddings": 512, "sliding_window": None},
+    "smollm3": {"no_rope_layer_interval": 4},  # llama.cpp knows no other
     "qwen3_5_text": {
         **{"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4},
         "rope_parameters": _LONG | {"partial_rotary_factor": 0.25},

@@ -67,6 +67,11 @@ class ModelDims:
     delta: DeltaDims | None = None
     plain: bool = False  # computed by the library's own layers, which keep all logits of a row
 
+    @property
+    def padded(self) -> bool:
+        """Whether attention pads rows on every device: where scores are capped, and beside gated delta nets."""
+        return self.capped or self.delta is not None
+
 
 class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch, on which memory and time depend."""

@@ -30,7 +30,8 @@ def install(model: Any, kind: str) -> None:
 
 def _centered_norm(self: Any, x: mx.array) -> mx.array:
     """RMS norm by a weight that is stored less one."""
-    return mx.fast.rms_norm(x, 1 + self.weight, self.eps)
+    weight = 1 + self.weight.astype(mx.float32)  # rounded once, as in transformers
+    return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
 def _replace_call(module: Any, call: Any) -> None:

@@ -156,4 +156,4 @@ def quantization_scheme(wanted: str) -> str:
 
 def is_deterministic(dims: ModelDims, device: str, precision: str) -> bool:
     """On a GPU only FlashAttention has a deterministic backward pass."""
-    return device == "cpu" or packs_attention(dims.head_dim, dims.capped, device, precision)
+    return device == "cpu" or packs_attention(dims.head_dim, dims.padded, device, precision)

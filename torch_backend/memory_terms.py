@@ -25,12 +25,13 @@ _GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
 _GAPS = {"fp32": 0.25, "bf16": 0.55}  # share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36
 
 
-def packs_attention(head_dim: int, capped: bool, device: str, precision: str) -> bool:
+def packs_attention(head_dim: int, padded: bool, device: str, precision: str) -> bool:
     """Whether attention reads packed rows (varlen), without padding, and with a deterministic backward pass.
 
-    torch's FlashAttention does: in bf16 on an NVIDIA GPU from Ampere on, for these head sizes; it caps no scores.
+    torch's FlashAttention does: in bf16 on an NVIDIA GPU from Ampere on, for these head sizes. padded: the model is one
+    of those that pad all the same (`ModelDims.padded`).
     """
-    return device == "cuda" and precision == "bf16" and not capped and head_dim % 8 == 0 and head_dim <= 256
+    return device == "cuda" and precision == "bf16" and not padded and head_dim % 8 == 0 and head_dim <= 256
 
 
 def loss_chunk(vocabulary: int, device: str) -> int:
@@ -121,7 +122,7 @@ class _Kernels:
 
     @staticmethod
     def of(dims: ModelDims, recipe: Recipe, device: str, shape: MicroBatchShape) -> "_Kernels":
-        packed = packs_attention(dims.head_dim, dims.capped, device, recipe.precision)
+        packed = packs_attention(dims.head_dim, dims.padded, device, recipe.precision)
         general = dims.plain or recipe.method != "lora" or bool(recipe.dropout) or recipe.quantization == "int8"
         tokens, labels = shape.tokens, shape.labels
         if packed and not general:  # as CUDA graphs round them

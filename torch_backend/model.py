@@ -96,7 +96,7 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
             f"{base.path} lacks {len(missing)} weights of its model, or has them in another shape: {missing[0]} ...",
             "Fetch the model again.",
         )
-    if not settings:
+    if dtype == torch.float32 and not settings:
         _keep_wider(model, base)
     if is_known(base.config):
         install_linear_attention(model)

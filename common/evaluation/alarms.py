@@ -22,6 +22,7 @@ _MARKER = re.compile(r"<\|[^|<>\s]{2,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<
 _DRIFT = 3.5  # nats of KL divergence a token, from the base, on prompts outside of the data
 
 _RATE = "lower --learning-rate to a third"
+_TEMPLATE = "leave out --chat-template, or look at check-data --explain 1"
 _SHORTER = "fewer --epochs, or more rows; the adapter with the lowest validation loss is kept"
 
 
@@ -151,7 +152,7 @@ class Alarms:
             sign("copies", "answers are copied from training rows", cause, _SHORTER, copies[0][:_QUOTED])
         if marked := [text for line in answers if (text := _marker(line))]:
             cause = "prompts in another chat template than the rows that were trained on"
-            sign("markers", "answers show a chat template's markers", cause, "leave out --chat-template", marked[0])
+            sign("markers", "answers show a chat template's markers", cause, _TEMPLATE, marked[0])
         if len({*texts}) == 1 and len({*own}) > 1:
             remedy = "vary the rows"
             sign("same", "every prompt has the same answer", "one answer in most rows", remedy, texts[0][:_QUOTED])

@@ -13,7 +13,7 @@ from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
-from common.llama_cpp.lora import check_lora, lora_script
+from common.llama_cpp.lora import check_lora, check_lora_base, lora_script
 from common.llama_cpp.mmproj import vision_fault
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
@@ -56,6 +56,7 @@ def tools_for(
         check_model(base, display)
     if "lora" in through:
         check_lora(method)
+        check_lora_base(base)
     if "convert" in through:
         with display.stage("check the tokenizer"):
             check_convertible(base.path, tokenizer, texts)

@@ -100,7 +100,8 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
             else:
                 sentencepiece.write(clean)
         command = [sys.executable, str(llama.converter), str(clean), f"--model-name={name}", "--outtype", "bf16"]
-        command += [*(["--mmproj"] if mmproj else _without_mtp(ModelFolder(folder))), "--outfile", OUT]
+        command += [*(["--mmproj"] if mmproj else ["--no-mtp"] if lacks_mtp(ModelFolder(folder)) else [])]
+        command += ["--outfile", OUT]
         remedy = (
             f"The model in {folder} is complete. A newer llama.cpp may know its architecture: --llama-cpp DIR, then "
             "export again."
@@ -108,10 +109,10 @@ def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progr
         write_file(ToolRun("converting to GGUF", command, remedy, offline_environment()), out, progress)
 
 
-def _without_mtp(model: ModelFolder) -> list[str]:
-    """The converter's option where a Qwen3.5 lacks the layers that predict more tokens, which transformers drops."""
-    lacking = not any(name.removeprefix("model.").startswith("mtp.") for name in model.tensors)
-    return ["--no-mtp"] if model.model_type.startswith("qwen3_5") and lacking else []
+def lacks_mtp(model: ModelFolder) -> bool:
+    """Whether it is a Qwen3.5 without the layers that predict more tokens, which transformers drops."""
+    has_some = any(name.removeprefix("model.").startswith("mtp.") for name in model.tensors)
+    return model.model_type.startswith("qwen3_5") and not has_some
 
 
 def quantize(

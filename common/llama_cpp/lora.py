@@ -14,11 +14,13 @@ import numpy as np
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError, first_line
 from common.files import atomic_write, scratch_folder
+from common.llama_cpp.convert import lacks_mtp
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models.adapter_files import times, write_peft
 from common.models.gguf_import import gguf_value, open_gguf
 from common.models.lora_init import Shapes
+from common.models.model_folder import ModelFolder
 from common.system.process import offline_environment, run_logged
 
 _SCRIPT = "convert_lora_to_gguf.py"
@@ -31,6 +33,16 @@ def check_lora(method: str) -> None:
         kind = "DoRA's row lengths" if method == "dora" else "the weights of full fine-tuning"
         raise UserError(
             f"A GGUF LoRA cannot hold {kind}.", "Fuse them into the model (--export gguf), or train with --method lora."
+        )
+
+
+def check_lora_base(base: ModelFolder) -> None:
+    """UserError where llama.cpp's converter cannot read the base of an adapter."""
+    if lacks_mtp(base):
+        raise UserError(
+            f"llama.cpp converts no adapter of {base.path}: it wants the layers that predict more tokens (mtp), which "
+            "this Qwen3.5 lacks.",
+            "Use the GGUF of the fused model (--export gguf), or adapt the complete model as the hub has it.",
         )
 
 
@@ -61,15 +73,17 @@ def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) ->
 def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> Adapter:
     """The adapter in a LoRA GGUF, under the base model's Hugging Face names and with its order of rows.
 
-    The converter's names and row orders are read from a numbered adapter that it converts: each B holds row numbers,
-    each A the module's number. `shapes` are all linear modules of the base. Raises UserError where they do not fit.
+    The converter's names and orders are read from a numbered adapter that it converts: each B holds row numbers, each A
+    the module's number and column numbers. `shapes` are all linear modules of the base. Raises UserError where they do
+    not fit.
     """
     modules = sorted(shapes)
     numbered = {}
     for number, name in enumerate(modules):
         out_features, in_features = shapes[name]
-        A = np.full((1, in_features), number, np.float32)
-        numbered[name] = LoraWeight(A, np.arange(out_features, dtype=np.float32)[:, None], 1.0)
+        A = np.stack([np.full(in_features, number), np.arange(in_features)]).astype(np.float32)
+        rows = np.arange(out_features)
+        numbered[name] = LoraWeight(A, np.stack([rows, 0 * rows], axis=1).astype(np.float32), 1.0)
     with scratch_folder() as folder:
         _convert(Adapter("", 0, 0.0, numbered), base, folder / "numbered.gguf", llama)
         known, _ = _tensors(folder / "numbered.gguf")
@@ -86,20 +100,23 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
             )
         if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
             raise UserError(f"{path}: {stem} has matrices of {A.shape} and {B.shape}, which is no LoRA.", _REMEDY)
-        order = known[f"{stem}.lora_b"][:, 0].astype(int)
-        if len(order) != len(B):
+        rows, columns = known[f"{stem}.lora_b"][:, 0].astype(int), known[key][1].astype(int)
+        if (len(rows), len(columns)) != (len(B), A.shape[1]):
             raise UserError(
-                f"{path}: {stem} has {len(B)} rows, the model in {base} has {len(order)}.", "Give its own base model."
+                f"{path}: {stem} has {len(B)} rows and {A.shape[1]} columns, the model in {base} has {len(rows)} and "
+                f"{len(columns)}.",
+                "Give its own base model.",
             )
-        ordered = np.empty_like(B)
-        ordered[order] = B
-        weights[modules[int(known[key][0, 0])]] = LoraWeight(A, ordered, alpha or float(B.shape[1]))
+        own_A, own_B = np.empty_like(A), np.empty_like(B)
+        own_A[:, columns], own_B[rows] = A, B
+        weights[modules[int(known[key][0, 0])]] = LoraWeight(own_A, own_B, alpha or float(B.shape[1]))
     if not weights:
         raise UserError(f"{path} holds no LoRA matrices.", _REMEDY)
     return Adapter("", 0, 0.0, weights)
 
 
 def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
+    check_lora_base(ModelFolder(base))
     script = lora_script(llama)
     out.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder() as temporary, atomic_write(out) as partial:

@@ -95,10 +95,11 @@ def _delta_faults(text: dict[str, Any]) -> list[str]:
     faults, heads, keys = [], text["linear_num_value_heads"], text["linear_num_key_heads"]
     if heads % keys:
         faults.append(f"its {heads} heads of values in linear attention do not fit its {keys} heads of keys")
-    every = text.get("full_attention_interval")
-    regular = every and [kind == "full_attention" for kind in text["layer_types"]] == [
-        (layer + 1) % every == 0 for layer in range(text["num_hidden_layers"])
-    ]
+    if text.get("attn_output_gate") is False:
+        faults.append("its attention has no gate (attn_output_gate), which both libraries compute all the same")
+    full = [kind == "full_attention" for kind in text["layer_types"]]
+    every = full.index(True) + 1 if any(full) else 0
+    regular = every and full == [(layer + 1) % every == 0 for layer in range(len(full))]
     if not regular:
         faults.append("its layer_types do not repeat one order that ends in full_attention, as mlx-lm wants it")
     return faults

@@ -13,6 +13,7 @@ from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 from common.model_files import copy_file, known_files
+from common.models.families import language_tensor, text_name
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import load_tensors, save_tensors
 from common.system.cache import artifact_lock, cache_folder
@@ -119,7 +120,10 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
         index: dict[str, str] = {}
         for shard in model.shards:
             tensors = _shard(load_tensors(shard, _REMEDY), settings, shard)
-            tensors = usual_layout(tensors) if turned else tensors
+            if turned:  # nobody knows how its vision tower is laid out
+                tensors = {
+                    name: t for name, t in usual_layout(tensors).items() if language_tensor(text_name(name), False)
+                }
             save_tensors(tensors, temporary / shard.name, {"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
         if len(set(index.values())) > 1:

@@ -43,10 +43,12 @@ def write_adapter(base, folder, size=0.3, **changes):
     return adapter
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [*((family, kind) for family in ("llama", "qwen3") for kind in CHANGES), ("qwen3_5", "lora")],
+)
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
-    base = tiny_llama if family == "llama" else write_family(tmp_path / "base", family)
+    base, changes = tiny_llama if family == "llama" else write_family(tmp_path / "base", family), CHANGES[changes]
     wanted = write_adapter(base, tmp_path / "peft", **changes)
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), context())
     convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(base), context())
@@ -89,3 +91,10 @@ def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama
     base, with_lora, fused = answers
     assert with_lora != base
     assert with_lora[:20] == fused[:20], answers  # bf16 roundings may part the answers later
+
+
+def test_a_qwen3_5_without_the_layers_that_predict_more_is_refused_by_name(tmp_path, llama):
+    base = write_family(tmp_path / "base", "qwen3_5_text")
+    write_adapter(base, tmp_path / "peft")
+    with pytest.raises(UserError, match=r"llama\.cpp converts no adapter of .* it wants the layers that predict more"):
+        convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), context())

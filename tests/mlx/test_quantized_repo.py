@@ -11,7 +11,7 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 
 from common.errors import UserError
-from common.models.families import mlx_type, normalize_config
+from common.models.families import mlx_type, normalize_config, text_name
 from common.models.fuse import fuse
 from common.models.mlx_quantized import quantized_source, scheme, unpack, write_16bit
 from common.models.model_folder import ModelFolder
@@ -128,3 +128,16 @@ def test_a_qwen3_5_that_mlx_lm_saved_unquantized_is_refused_by_name(tmp_path):
     mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), {n: mx.array(t) for n, t in stored.items()})
     with pytest.raises(UserError, match="laid out as mlx-lm saves them"):
         resolve(str(tmp_path / "base"), print)
+
+
+def test_what_mlx_lm_turned_and_raised_is_turned_back(tmp_path):
+    base = write_family(tmp_path / "base", "qwen3_5")
+    write_quantized(base, tmp_path / "4bit", 4, 32)
+    write_16bit(ModelFolder(tmp_path / "4bit"), tmp_path / "16bit", print)
+    found, original = (load_file(path / "model.safetensors") for path in (tmp_path / "16bit", base))
+    found, original = ({text_name(n): t for n, t in some.items() if "visual" not in n} for some in (found, original))
+    assert found.keys() == original.keys() - {"mtp.layers.0.self_attn.q_proj.weight"}  # mlx-lm drops them
+    unquantized = [name for name in found if "norm" in name or "conv1d" in name or found[name].ndim == 1]
+    assert len(unquantized) == 21
+    for name in unquantized:
+        np.testing.assert_allclose(found[name], original[name], atol=1e-6, err_msg=name)

@@ -142,6 +142,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "its layer_types do not repeat one order",
     ),
     ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "its layer_types do not repeat one order"),
+    ("qwen3_5_text", {"layer_types": None, "full_attention_interval": 5}, "its layer_types do not repeat one order"),
+    ("qwen3_5_text", {"attn_output_gate": False}, "its attention has no gate"),
     ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "can name full_attention and linear_attention"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mlx_backend
 import torch_backend
 from common.errors import UserError
-from common.memory_terms import MicroBatchShape
+from common.memory_terms import MicroBatchShape, key_heads_at_once
 from common.models.families import text_config
 from common.models.load import runnable
 from common.models.lora_init import initial_adapter
@@ -125,6 +126,30 @@ def test_the_prediction_grows_with_what_costs_memory() -> None:
     )  # it writes scores out
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_gated_delta_net_takes_more_than_attention_and_grows_with_the_tokens(backend: str) -> None:
+    sizes = {"head_dim": 16, "layer_types": None, "linear_key_head_dim": 16}
+    nets, plain = (
+        text_config(tiny_config("qwen3_5_text", sizes | {"full_attention_interval": every})) for every in (4, 1)
+    )
+    shape, longer = MicroBatchShape(8, 64, 512, 300), MicroBatchShape(16, 64, 1024, 300)
+
+    def step(config: dict[str, Any], shape: MicroBatchShape) -> float:
+        parts = predict(plan=PLAN.model_copy(update={"backend": backend}), shapes=[shape], config=config).parts
+        return parts["saved activations"] + parts["working memory"]
+
+    assert step(plain, shape) < step(nets, shape) < 3 * step(plain, shape)
+    assert step(nets, shape) < step(nets, longer) < 2.05 * step(nets, shape)
+    memory_terms = torch_backend.memory_terms
+    assert "gated delta nets" in memory_terms.unshardable(model_dims(nets), recipe())
+
+
+def test_no_more_heads_are_computed_at_once_than_fit() -> None:
+    assert key_heads_at_once(2**10, 16) == 16
+    assert key_heads_at_once(2**18, 16) == 4
+    assert key_heads_at_once(2**30, 16) == 1
+
+
 def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
     shapes = [MicroBatchShape(1, 10, 10, 5)]
     assert predict(shapes=shapes).measured
@@ -138,6 +163,8 @@ def test_which_training_gives_the_same_bits_again() -> None:
     assert not torch_backend.is_deterministic(plain, "cuda", "fp32")
     assert not torch_backend.is_deterministic(plain, "mps", "bf16")
     assert not torch_backend.is_deterministic(capped, "cuda", "bf16")
+    nets = model_dims(text_config(tiny_config("qwen3_5_text")))
+    assert not torch_backend.is_deterministic(nets, "cuda", "bf16")
     for head_dim in (12, 264):
         assert not torch_backend.is_deterministic(replace(plain, head_dim=head_dim), "cuda", "bf16")
     assert mlx_backend.is_deterministic(plain, "cpu", "fp32")
