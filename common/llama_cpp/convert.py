@@ -71,19 +71,31 @@ class QuantReport:
 
 
 def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequence[str] = ()) -> None:
-    """UserError where the converter needs a `tokenizer.model`, and the folder has none and none can be made from it.
+    """UserError where the converter would make another model, or another tokenizer.
 
-    Called before training: the remedy may take a download. The file that would be made is checked on `texts` too.
+    That is so where it needs a `tokenizer.model`, and the folder has none and none can be made from it. Called before
+    training: the remedy may take a download. The file that would be made is checked on `texts` too.
     tokenizer: the folder's, where it is loaded already.
     """
+    model = ModelFolder(folder)
+    if model.model_type == "smollm3" and model.config["no_rope_layers"] != _smollm3_layers(model):
+        raise UserError(
+            f"{folder}: llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others.",
+            "Use --export fused.",
+        )
     if (folder / sentencepiece.NAME).is_file():
         return
-    kind = ModelFolder(folder).model_type
+    kind = model.model_type
     if sentencepiece.rebuild_checked(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
             sentencepiece.REMEDY,
         )
+
+
+def _smollm3_layers(model: ModelFolder) -> list[int]:
+    """no_rope_layers as llama.cpp 0.3.36 has them (src/models/smollm3.cpp), whatever the config says."""
+    return [int((layer + 1) % 4 != 0) for layer in range(model.config["num_hidden_layers"])]
 
 
 def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:
