@@ -86,7 +86,8 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     working = max(dims.inner * 14 * 4, attention)
     saved: float
     if plan.gradient_checkpointing:
-        saved, working = dims.layers * dims.hidden * item, layer + working
+        # of a gated delta net what is kept and its gradients are held together
+        saved, working = dims.layers * dims.hidden * item, (1 if dims.delta is None else 2) * layer + working
     else:
         saved = dims.layers * layer
     windows = {w for w in dims.windows if w is not None and w < shape.width}
