@@ -65,11 +65,11 @@ def _tokenizer(family: str) -> Any:
     from transformers import AutoTokenizer
 
     if family.startswith("gemma"):  # the converter takes no other tokenizer for it
-        tokenizer = AutoTokenizer.from_pretrained(resolve("google/gemma-3-270m", print).path)
+        tokenizer = AutoTokenizer.from_pretrained(resolve("google/gemma-3-270m", print).path, trust_remote_code=False)
     else:
         kind = "qwen2" if family in ("qwen2", "qwen3") else "gpt-2"  # transformers splits words by the family
         source = ensure(None, lambda share, text: None).converter.parent / "models" / f"ggml-vocab-{kind}.gguf"
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [END]})
     tokenizer.chat_template = TEMPLATE
     return tokenizer

@@ -182,8 +182,8 @@ FAULTS = [
     Fault(
         "rows of a LoRA GGUF stay in llama.cpp's order",
         "common/llama_cpp/lora.py",
-        "ordered[order] = B",
-        "ordered[:] = B",
+        "own_A[:, columns], own_B[rows] = A, B",
+        "own_A[:, columns], own_B[:] = A, B",
         "gguf/test_gguf_lora.py",
     ),
     Fault(
