@@ -15,7 +15,6 @@ class DeltaDims:
     layers: int
     keys: int  # width of all key heads, that of the queries too
     values: int  # width of all value heads
-    heads: int  # of values
     head_dim: int  # of keys and queries
     value_dim: int
 
@@ -30,9 +29,9 @@ class DeltaDims:
 
         positions: padded ones of a micro-batch.
         """
-        head = positions * max(self.head_dim, self.value_dim)
-        repeats = self.values * self.head_dim // (self.value_dim * self.keys)
-        return head * repeats * key_heads_at_once(head * repeats, self.heads // repeats)
+        key_heads = self.keys // self.head_dim
+        size = positions * max(self.head_dim, self.value_dim) * (self.values // self.value_dim // key_heads)
+        return size * key_heads_at_once(size, key_heads)
 
 
 def key_heads_at_once(size: int, count: int) -> int:

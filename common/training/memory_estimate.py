@@ -81,10 +81,9 @@ def _delta_dims(config: dict[str, Any]) -> DeltaDims | None:
     layers = (config.get("layer_types") or []).count("linear_attention")
     if not layers:
         return None
-    heads, head_dim, value_dim = (
-        config[f"linear_{name}"] for name in ("num_value_heads", "key_head_dim", "value_head_dim")
-    )
-    return DeltaDims(layers, config["linear_num_key_heads"] * head_dim, heads * value_dim, heads, head_dim, value_dim)
+    head_dim, value_dim = config["linear_key_head_dim"], config["linear_value_head_dim"]
+    keys, values = config["linear_num_key_heads"] * head_dim, config["linear_num_value_heads"] * value_dim
+    return DeltaDims(layers, keys, values, head_dim, value_dim)
 
 
 def dims_of(model: ModelFolder) -> ModelDims:
