@@ -42,6 +42,12 @@ _LONG = {"rope_type": "default", "rope_theta": 1e4}
 _CHANGES: dict[str, dict[str, Any]] = {
     "gemma2": {"query_pre_attn_scalar": 64, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"query_pre_attn_scalar": 64},
+    "ministral3": {
+        "sliding_window": None,
+        "rope_parameters": TINY["ministral3"]["rope_parameters"]
+        | {"mscale_all_dim": 1.0, "factor": 16.0, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1},
+    },
+    "olmo2": {"attention_bias": False},  # llama.cpp has none
     "phi3": {"rope_parameters": _LONG, "original_max_position_embeddings": 512, "sliding_window": None},
     "smollm3": {"no_rope_layer_interval": 4},  # llama.cpp knows no other
     "qwen3_5_text": {

@@ -36,17 +36,22 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
     padding.
     """
     queries, keys, values = _projected(self, x)
+    normed = "q_norm" in self
+    if normed and self.q_norm.weight.size == queries.shape[-1]:  # OLMo: all heads as one
+        queries, keys, normed = self.q_norm(queries), self.k_norm(keys), False
     heads, key_heads = _head_counts(self)
     queries = queries.reshape(len(x), heads, -1)
     keys, values = (part.reshape(len(x), key_heads, -1) for part in (keys, values))
     gate = None
     if queries.shape[-1] > keys.shape[-1]:  # Qwen3.5: the other half says how much of each output passes
         queries, gate = mx.split(queries, 2, axis=-1)
-    if "q_norm" in self:
+    if normed:
         queries, keys = self.q_norm(queries), self.k_norm(keys)
     queries, keys, values = rows.pad(queries), rows.pad(keys), rows.pad(values)
     cached = 0 if rows.cache is None else rows.cache.offset
     queries, keys = self.rope(queries, cached), self.rope(keys, cached)
+    if hasattr(self, "query_scaling"):  # Ministral 3
+        queries = _scaled(queries, cached, *self.query_scaling)
     if rows.cache is not None:
         keys, values = rows.cache.update_and_fetch(keys, values)
     if (cap := getattr(self, "attn_logit_softcapping", None)) is None:
@@ -61,9 +66,17 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
     return self.o_proj(result if gate is None else result * mx.sigmoid(gate.reshape(result.shape)))
 
 
+def _scaled(queries: mx.array, cached: int, beta: float, length: int) -> mx.array:
+    """Queries [B, heads, T, d] of positions from `cached` on, larger the more often `length` fits into a position."""
+    if cached + queries.shape[2] <= length:
+        return queries
+    turns = mx.floor((mx.arange(queries.shape[2]) + cached) / length)
+    return queries * (1 + beta * mx.log(1 + turns)).astype(queries.dtype)[:, None]
+
+
 def _head_counts(self: Any) -> tuple[int, int]:
     """Of queries, and of keys and values."""
-    if "q_norm" in self and not hasattr(self, "n_heads"):
+    if not hasattr(self, "n_heads"):
         return self.num_attention_heads, self.num_key_value_heads
     return self.n_heads, self.n_kv_heads
 

@@ -64,8 +64,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         if kind == "qwen3_5_text":
             from mlx_lm.models.qwen3_5 import TextModel as model_class
             from mlx_lm.models.qwen3_5 import TextModelArgs as arguments
-        else:
-            model_class, arguments = _get_classes(config)
+        else:  # a Ministral 3's layers are Llama's
+            model_class, arguments = _get_classes(config | ({"model_type": "llama"} if kind == "ministral3" else {}))
 
         def make(args: Any) -> Any:
             model = model_class(args)
@@ -94,6 +94,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:
             layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
+        if found.query_scaling is not None:
+            layer.self_attn.query_scaling = found.query_scaling
     install(model, kind)
     model.forward_config, model.layers_at = found, "model.layers."
     return model

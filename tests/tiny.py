@@ -16,7 +16,13 @@ CHATML = (
 _MROPE = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 3, 3]}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Multimodal models, and the family of their text part.
-MULTIMODAL = {"gemma3": "gemma3_text", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3"}
+MULTIMODAL = {
+    "gemma3": "gemma3_text",
+    "mistral3": "ministral3",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_vl": "qwen3",
+}
 FAMILIES = (*TINY, *MULTIMODAL)
 
 
@@ -103,26 +109,28 @@ def _write_multimodal(folder: Path, family: str) -> None:
     from safetensors.torch import save_file as save_torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    changes = {} if family == "gemma3" else {"rope_parameters": _MROPE, "use_sliding_window": False}
+    changes = {"rope_parameters": _MROPE, "use_sliding_window": False} if family.startswith("qwen") else {}
     if family == "qwen3_5":
         half = {"mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
         changes = {"rope_parameters": _MROPE | half}
     text = tiny_config(MULTIMODAL[family], changes)
     write_tiny(folder, MULTIMODAL[family], changes)
-    vision = {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    more = {"mm_tokens_per_image": 4, "image_token_index": 258}
-    if family != "gemma3":
+    tied = {"tie_word_embeddings": text.get("tie_word_embeddings", False)}
+    if family.startswith("qwen"):
         text = {name: value for name, value in text.items() if name not in ("model_type", "architectures")}
         vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
-        more = {"tie_word_embeddings": text.get("tie_word_embeddings", False)}
+        more = tied
+    else:
+        vision = {
+            "model_type": "siglip_vision_model" if family == "gemma3" else "pixtral",
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 3,  # llama.cpp names the projector's matrices by a layer's number
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        }
+        more = {"image_token_index": 258} | ({"mm_tokens_per_image": 4} if family == "gemma3" else tied)
     config = AutoConfig.for_model(family, text_config=text, vision_config=vision, **more)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -136,7 +144,13 @@ def _write_multimodal(folder: Path, family: str) -> None:
         tensors = load_file(folder / "model.safetensors")
         tensors["mtp.layers.0.self_attn.q_proj.weight"] = torch.ones(128, 64)
         save_torch(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    kinds = {"gemma3": "Gemma3", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_5": "Qwen3VL", "qwen3_vl": "Qwen3VL"}
+    kinds = {
+        "mistral3": "Pixtral",
+        "gemma3": "Gemma3",
+        "qwen2_5_vl": "Qwen2_5_VL",
+        "qwen3_5": "Qwen3VL",
+        "qwen3_vl": "Qwen3VL",
+    }
     kind = kinds[family]
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": f"{kind}Processor"}))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": f"{kind}ImageProcessor"}))

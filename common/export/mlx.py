@@ -1,5 +1,6 @@
 """The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantizer, in a process of its own."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
 from common.models.families import (
-    TEXT_PARTS,
+    MULTIMODAL,
     forward_config,
     hf_name,
     is_known,
@@ -37,19 +38,34 @@ def check_installed() -> None:
 def check_model(base: ModelFolder, display: Display) -> None:
     """UserError where mlx-lm 0.32 would compute another model; a warning where it does beyond some length."""
     kind, found = base.config["model_type"], forward_config(base.config)
+    bases = {rope["rope_theta"] for rope in filter(None, found.ropes)}
     for rope in filter(None, found.ropes):
         # mlx-lm uses longrope's long factors for every Phi-3 row, and has no scaling for Gemma 2
-        if kind in ("phi3", "gemma2") and (rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1):
+        wrong = kind in ("phi3", "gemma2") and (
+            rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1
+        )
+        wrong |= _scaled_otherwise(rope) or (kind == "olmo3" and len(bases) > 1)
+        if wrong:
             raise UserError(
                 f"--export mlx: mlx-lm does not compute RoPE {rope['rope_type']!r} for {kind} as training did.",
                 "Use --export gguf or fused.",
             )
     windows = {window for window in found.windows if window is not None}
-    if windows and kind != "gemma3_text":
+    if windows and kind not in ("gemma3_text", "olmo3"):
         display.warn(
             f"mlx-lm has no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, its "
             "results differ from training"
         )
+
+
+def _scaled_otherwise(rope: dict[str, Any]) -> bool:
+    """Whether mlx-lm, which reads no attention_factor, would scale by another than the config states."""
+    stated = rope.get("attention_factor") if rope["rope_type"] == "yarn" else None
+    if stated is None:
+        return False
+    over, under = rope.get("mscale") or 1, rope.get("mscale_all_dim") or 0
+    grown = 0.1 * math.log(max(1, rope.get("factor") or 1))
+    return not math.isclose(stated, (over * grown + 1) / (under * grown + 1), rel_tol=1e-6)
 
 
 def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
@@ -94,7 +110,7 @@ def quantize(fused: Path, out: Path) -> None:
         model_class, arguments = _get_classes(config)
         if not is_known(config):  # it was loaded by mlx-lm alone in training too
             return model_class, arguments
-        nested = config["architectures"][0] in TEXT_PARTS
+        nested = config["architectures"][0] in MULTIMODAL
 
         def named(weights: dict[str, Any]) -> dict[str, Any]:
             kept = {n: w for n, w in weights.items() if language_tensor(text_name(n), config["tie_word_embeddings"])}

@@ -83,6 +83,8 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
             f"{folder}: llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others.",
             "Use --export fused.",
         )
+    if model.model_type.startswith("olmo") and model.config.get("attention_bias"):
+        raise UserError(f"{folder}: llama.cpp has no biases in an OLMo's attention.", "Use --export fused.")
     if (folder / sentencepiece.NAME).is_file():
         return
     kind = model.model_type

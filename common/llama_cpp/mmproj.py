@@ -9,6 +9,7 @@ from common.documents import read_json
 from common.files import scratch_folder
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp
+from common.model_files import TOKENIZER_FILES
 from common.models.families import VISION_PARTS, hf_name
 from common.models.model_folder import CONFIG_FILE, ModelFolder
 from common.models.safetensors_files import Header, copy_bytes
@@ -33,31 +34,39 @@ def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: 
     The converter knows the hub's tensor names only. It fails on those that transformers 4.52 saves, and silently skips
     those that transformers 5 saves. So it gets these tensors in a folder of their own, under the hub's names.
     """
+    model = ModelFolder(folder)
+    pixtral = (model.written_config.get("vision_config") or {}).get("model_type") == "pixtral"
     with scratch_folder(out.parent) as alone:
-        for file in (CONFIG_FILE, *_SETTINGS):
+        for file in (CONFIG_FILE, *_SETTINGS, *(TOKENIZER_FILES if pixtral else ())):
             if (folder / file).is_file():
                 (alone / file).write_bytes((folder / file).read_bytes())
-        model = ModelFolder(folder)
         for shard in model.shards:
-            _copy_vision(shard, model.header(shard), alone / shard.name)
+            _copy_vision(shard, model.header(shard), alone / shard.name, pixtral)
         convert(alone, out, name, llama, progress, mmproj=True)
 
 
-def _hub_name(name: str) -> str:
-    """The hub's name of a tensor of the vision tower; "" for any other."""
+def _hub_name(name: str, pixtral: bool) -> str:
+    """The hub's name of a tensor of the vision tower; "" for any other.
+
+    Of Pixtral's also the embeddings: the one of [IMG_BREAK] becomes a part of the tower's file. The converter of
+    llama.cpp 0.3.36 drops them where they have the hub's name.
+    """
     name = hf_name(name).removeprefix("model.")
+    if pixtral and name == "language_model.embed_tokens.weight":
+        return "model.embed_tokens.weight"
     if not name.startswith(VISION_PARTS):
         return ""
-    return name.replace("vision_tower.", "vision_tower.vision_model.") if ".vision_model." not in name else name
+    older = pixtral or ".vision_model." in name
+    return name if older else name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
-def _copy_vision(shard: Path, given: Header, out: Path) -> None:
-    """Copy the shard's tensors of the vision tower, their bytes unchanged; no file where it has none."""
+def _copy_vision(shard: Path, given: Header, out: Path, pixtral: bool) -> None:
+    """Copy the shard's tensors that `_hub_name` names, their bytes unchanged; no file where it has none."""
     entries, start = given
     header: dict[str, Any] = {}
     chosen, end = [], 0
     for name, entry in entries.items():
-        if hub := _hub_name(name):
+        if hub := _hub_name(name, pixtral):
             first, last = entry["data_offsets"]
             header[hub] = entry | {"data_offsets": [end, end + last - first]}
             chosen.append((start + first, last - first))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import ARCHITECTURES, SUPPORTED, TEXT_PARTS, is_known, text_config
+from common.models.families import MULTIMODAL, SUPPORTED, family, is_known, text_config
 from common.models.family_defaults import DEFAULTS
 
 _SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -24,14 +24,14 @@ def config_faults(config: dict[str, Any]) -> list[str]:
 
     config: not yet normalized, without `config_kinds.kind_faults`.
     """
-    if not is_known(config):
+    kind = family(config)
+    if kind is None:
         text = config.get("text_config") or config
         absent = [key for key in _PLAIN_SIZES if text.get(key) is None]
         return [f"its config.json lacks {', '.join(absent)}"] if absent else []
     architecture = config["architectures"][0]
-    kind = ARCHITECTURES[architecture]
     # until transformers 4.52 Qwen's multimodal configs held the text part's settings themselves
-    given = config.get("text_config") or config if architecture in TEXT_PARTS else config
+    given = config.get("text_config") or config if architecture in MULTIMODAL else config
     sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
     if absent := [key for key, size in sizes.items() if size is None]:
         return [f"its config.json lacks {', '.join(absent)}"]
@@ -76,6 +76,8 @@ def unsupported(config: dict[str, Any]) -> list[str]:
 
 def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
     ropes, faults = text["rope_parameters"], []
+    if kind == "ministral3" and (ropes["rope_type"] != "yarn" or ropes.get("llama_4_scaling_beta") is None):
+        return ["its RoPE scaling is not 'yarn' with a llama_4_scaling_beta, which a Ministral 3 has"]
     for rope in ropes.values() if "full_attention" in ropes else [ropes]:
         if rope["rope_type"] not in _ROPES or (rope["rope_type"] == "longrope") > (kind == "phi3"):
             faults.append(f"its RoPE scaling {rope['rope_type']!r} is not computed alike by both backends")

@@ -19,7 +19,11 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": "gemma3_text",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
+    "Ministral3ForCausalLM": "ministral3",
+    "Mistral3ForConditionalGeneration": "ministral3",  # or a Mistral: its text part says which
     "MistralForCausalLM": "mistral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2VLForConditionalGeneration": "qwen2",
@@ -31,22 +35,30 @@ ARCHITECTURES = {
     "SmolLM3ForCausalLM": "smollm3",
 }
 SUPPORTED = tuple(ARCHITECTURES)
-_LISTED = ("gemma2", "gemma3_text", "qwen2", "qwen3", "qwen3_5_text", "smollm3")  # their layers differ in kind
+# Their layers differ in kind.
+_LISTED = ("gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
+_ROPES = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
 _PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
 _ROTARY = {"phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
-# What the text part of a multimodal architecture is, by itself.
-TEXT_PARTS = {
-    "Gemma3ForConditionalGeneration": "Gemma3ForCausalLM",
-    "Qwen2VLForConditionalGeneration": "Qwen2ForCausalLM",
-    "Qwen2_5_VLForConditionalGeneration": "Qwen2ForCausalLM",
-    "Qwen3_5ForConditionalGeneration": "Qwen3_5ForCausalLM",
-    "Qwen3VLForConditionalGeneration": "Qwen3ForCausalLM",
-}
+MULTIMODAL = frozenset(name for name in ARCHITECTURES if name.endswith("ForConditionalGeneration"))
 
 
 def is_known(config: dict[str, Any]) -> bool:
     """Whether the backends compute this architecture by layers of their own; else by their libraries' (--try-model)."""
     return (config.get("architectures") or [""])[0] in ARCHITECTURES
+
+
+def family(config: dict[str, Any]) -> str | None:
+    """The model type of the language model, which may be a part of the model; None of an unknown architecture."""
+    architecture, text = (config.get("architectures") or [""])[0], config.get("text_config")
+    if architecture == "Mistral3ForConditionalGeneration" and isinstance(text, dict):
+        return "mistral" if text.get("model_type", "mistral") == "mistral" else "ministral3"
+    return ARCHITECTURES.get(architecture)
+
+
+def architecture_alone(kind: str) -> str:
+    """The architecture of a language model of this type that is not a part of another model."""
+    return next(name for name, other in ARCHITECTURES.items() if other == kind and name not in MULTIMODAL)
 
 
 @dataclass(frozen=True)
@@ -59,18 +71,19 @@ class ForwardConfig:
     windows: tuple[int | None, ...]  # each layer's sliding window in tokens; None: it attends to all before it
     ropes: tuple[dict[str, Any] | None, ...]  # each layer's RoPE parameters; None: it has no RoPE
     rope_split: int | None  # longrope: rows longer than this many tokens have other frequencies
+    # queries are scaled by 1 + beta * ln(1 + floor(position / length)): (beta, length)
+    query_scaling: tuple[float, int] | None = None
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The language model's normalized config: of a multimodal model, that of its text part."""
-    config = normalize_config(config)
+    config, kind = normalize_config(config), family(config)
     text, architecture = config.get("text_config", config), (config.get("architectures") or [""])[0]
-    if architecture not in TEXT_PARTS:
+    if kind is None or architecture not in MULTIMODAL:
         return {**text, "architectures": config.get("architectures")} if text is not config else config
-    part = TEXT_PARTS[architecture]
     # a row without images has one position a token, where those of an image have three (mrope_section)
     ropes = {key: value for key, value in text["rope_parameters"].items() if not key.startswith("mrope")}
-    return {**text, "architectures": [part], "model_type": ARCHITECTURES[part], "rope_parameters": ropes}
+    return {**text, "architectures": [architecture_alone(kind)], "model_type": kind, "rope_parameters": ropes}
 
 
 def context_length(config: dict[str, Any]) -> int:
@@ -93,7 +106,7 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
     silently take their default base. An unknown family gets no defaults. kind: of a text part, its family.
     """
     config = dict(config)
-    kind = kind or ARCHITECTURES.get((config.get("architectures") or [""])[0], config.get("model_type"))
+    kind = kind or family(config) or config.get("model_type")
     if isinstance(config.get("text_config"), dict):
         if kind not in DEFAULTS:
             both = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
@@ -136,6 +149,8 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
     if kind.startswith("gemma"):
         every = 2 if kind == "gemma2" else config.get("sliding_window_pattern", 6)
         return (layer + 1) % every != 0
+    if kind == "olmo3":
+        return (layer + 1) % 4 != 0
     windowed = config["use_sliding_window"] and config["sliding_window"] is not None
     if kind == "smollm3":
         return bool(windowed and not config["no_rope_layers"][layer])
@@ -144,11 +159,13 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
 
 def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if kind == "gemma3_text" or "full_attention" in given:  # one set for each kind of layer
-        rope = {"rope_theta": config.get("rope_theta", 1e6), **(given.get("full_attention") or {}), **scaling}
+    if kind in _ROPES or "full_attention" in given:  # one set for each kind of layer
+        base = config.get("rope_theta", 5e5 if kind == "olmo3" else 1e6)
+        rope = {"rope_theta": base, **(given.get("full_attention") or {}), **scaling}
         local = given.get("sliding_attention") or {}
-        local = {"rope_theta": config.get("rope_local_base_freq", 1e4), **local}
-        config["rope_local_base_freq"] = local["rope_theta"]
+        local = {"rope_theta": config.get("rope_local_base_freq", base if kind == "olmo3" else 1e4), **local}
+        if kind != "olmo3":
+            config["rope_local_base_freq"] = local["rope_theta"]
     elif kind in DEFAULTS or given or "rope_theta" in config:
         default = 2e6 if kind == "smollm3" else 1e4
         rope, local = {"rope_theta": config.get("rope_theta", default), **(scaling or given)}, None
@@ -192,16 +209,17 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
     rope, window = config["rope_parameters"], config.get("sliding_window")
     kinds = config.get("layer_types") or []
     windows: list[int | None] = [None for _ in layers]
-    if kind in ("mistral", "phi3"):  # they do not read layer_types
+    if kind in ("ministral3", "mistral", "phi3"):  # they do not read layer_types
         windows = [window for _ in layers]
-    elif kind not in ("llama", "granite") and config.get("use_sliding_window", True):
+    elif kind not in ("llama", "granite", "olmo2") and config.get("use_sliding_window", True):
         windows = [window if kinds[i] == "sliding_attention" else None for i in layers]
-    if kind == "gemma3_text":
+    if kind in _ROPES:
         ropes = [rope[kinds[i]] for i in layers]
     else:
         rotated = [kind != "linear_attention" for kind in kinds] if kind == "qwen3_5_text" else [1] * len(layers)
         ropes = [rope if config.get("no_rope_layers", rotated)[i] else None for i in layers]
     gemma = kind.startswith("gemma")
+    scaling = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))
     return ForwardConfig(
         embedding_scale=config["hidden_size"] ** 0.5 if gemma else config.get("embedding_multiplier", 1.0),
         logit_divisor=config.get("logits_scaling", 1.0),
@@ -209,6 +227,7 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
         windows=tuple(windows),
         ropes=tuple(ropes),
         rope_split=rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None,
+        query_scaling=scaling if kind == "ministral3" else None,
     )
 
 

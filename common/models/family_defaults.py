@@ -29,6 +29,7 @@ _GEMMA = {
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }
+_OLMO = _COMMON | {"rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": 2048}
 # By model type.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": _GEMMA,
@@ -49,7 +50,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_multiplier": 1.0,
     },
     "llama": _COMMON | _BIASES | {"max_position_embeddings": 2048},
+    "ministral3": _COMMON
+    | {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "sliding_window": None,
+    },
     "mistral": _COMMON | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "olmo2": _OLMO,
+    "olmo3": _OLMO | {"sliding_window": 4096},
     "phi3": _COMMON
     | {
         "rms_norm_eps": 1e-5,

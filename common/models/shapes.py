@@ -10,7 +10,7 @@ from common.recipe import TARGET_GROUPS
 
 # Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
-NORMED = ("gemma3_text", "qwen3", "qwen3_5_text")  # families whose queries and keys are normed
+NORMED = ("gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_5_text")  # families whose queries and keys are normed
 _FROZEN = {"experts", "gate", "router", "shared_expert_gate"}  # parts of a layer that is a mixture of experts
 
 
@@ -80,8 +80,9 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     biased = ["mlp"] if text.get("mlp_bias") else []
     biased += ["self_attn"] if text.get("attention_bias") else []
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if gemma else []
+    norms = ["post_attention_layernorm"] if kind.startswith("olmo") else ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm"] if gemma else []
+    norms += ["post_feedforward_layernorm"] if gemma or kind.startswith("olmo") else []
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (text["vocab_size"], hidden)}
     for layer in range(text["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -96,7 +97,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 shapes[f"{at}.{name}.bias"] = shape[:1]
         shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
         if kind in NORMED and not delta:
-            shapes |= {f"{at}.self_attn.{name}_norm.weight": (text["head_dim"],) for name in "qk"}
+            normed = (queries, keys) if kind.startswith("olmo") else (text["head_dim"],) * 2
+            shapes |= {f"{at}.self_attn.{n}_norm.weight": (size,) for n, size in zip("qk", normed, strict=True)}
     shapes["model.norm.weight"] = (hidden,)
     if not text["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (text["vocab_size"], hidden)

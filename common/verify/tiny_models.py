@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from common.models.families import ARCHITECTURES, TEXT_PARTS
+from common.models.families import architecture_alone
 from common.models.shapes import tensor_shapes
 
 _SHAPE = {
@@ -81,6 +81,39 @@ TINY: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "ministral3": {
+        "head_dim": 24,
+        "sliding_window": 40,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 5000.0,
+            "factor": 4.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.7,
+            "llama_4_scaling_beta": 0.4,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "olmo2": {
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0},
+    },
+    "olmo3": {
+        "num_hidden_layers": 4,
+        "sliding_window": 24,
+        "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "attention_factor": 1.2,
+                "original_max_position_embeddings": 32,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
     "phi3": {"sliding_window": 56, "original_max_position_embeddings": 48, "rope_parameters": _LONGROPE},
     "qwen2": {
         "use_sliding_window": True,
@@ -115,9 +148,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """The config of a tiny model of `family`, a model type, as transformers 5 writes it."""
-    architecture = next(name for name, kind in ARCHITECTURES.items() if kind == family and name not in TEXT_PARTS)
     return {
-        "architectures": [architecture],
+        "architectures": [architecture_alone(family)],
         "model_type": family,
         **_SHAPE,
         **deepcopy(TINY[family]),

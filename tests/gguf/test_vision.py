@@ -71,5 +71,26 @@ def test_a_multimodal_model_becomes_two_files(tmp_path, layout):
     assert known["clip.vision.projection_dim"] == text["output_norm.weight"].size
 
 
+def test_pixtrals_tower_has_an_embedding_of_the_language_model(tmp_path):
+    folder = write_family(tmp_path / "model", "mistral3")
+    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    token = tokenizer["added_tokens"][2]
+    token["content"] = "[IMG_BREAK]"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", ensure(None, silent), silent)
+
+    tower, stored = tensors(tmp_path / "gguf" / "mmproj-BF16.gguf"), load_file(folder / "model.safetensors")
+    kept = [name for name in stored if name.startswith(("vision_tower.", "multi_modal_projector."))]
+    assert len(tower) == len(kept) + 1
+    embeddings = stored["language_model.model.embed_tokens.weight"]
+    np.testing.assert_allclose(tower["v.token_embd.img_break"], embeddings[token["id"]], rtol=2**-8)
+    found = stored["vision_tower.transformer.layers.0.attention.v_proj.weight"]
+    np.testing.assert_allclose(tower["v.blk.0.attn_v.weight"], found, rtol=2**-8)
+
+
 def test_a_model_of_text_has_no_vision(tmp_path):
     assert not ModelFolder(write_model(tmp_path / "model")).has_vision

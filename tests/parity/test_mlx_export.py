@@ -16,14 +16,15 @@ from common.export.mlx import check_installed, check_model, write_mlx_model
 from common.models.families import normalize_config, text_name
 from common.models.model_folder import ModelFolder
 from common.system import hardware
-from common.verify.tiny_models import write_tiny
+from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
 from tests.progress import silent
 from tests.tiny import FAMILIES, write_family, write_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
-KINDS = [(family, layout) for family in FAMILIES if family != "phi3" for layout in ("today", "older")]
-KINDS.append(("phi3", "plain"))  # with longrope it is refused
+REFUSED = ("olmo3", "phi3")  # with an attention_factor of its own, or longrope
+KINDS = [(family, layout) for family in FAMILIES if family not in REFUSED for layout in ("today", "older")]
+KINDS += [(family, "plain") for family in REFUSED]
 
 
 @pytest.fixture(autouse=True)
@@ -36,8 +37,12 @@ def _on_the_cpu():
 
 def write_base(folder, family, layout):
     if layout == "plain":
-        rope = {"rope_type": "default", "rope_theta": 5000.0}
-        write_tiny(folder, family, {"rope_parameters": rope, "original_max_position_embeddings": 4096})
+        changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}
+        if family == "olmo3":
+            kinds = TINY["olmo3"]["rope_parameters"]
+            full = {key: value for key, value in kinds["full_attention"].items() if key != "attention_factor"}
+            changes = {"rope_parameters": {**kinds, "full_attention": full}}
+        write_tiny(folder, family, changes | {"original_max_position_embeddings": 4096})
         write_tokenizer(folder)
     else:
         write_family(folder, family, older=layout == "older")
@@ -156,6 +161,8 @@ def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
 def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, capsys):
     with pytest.raises(UserError, match="does not compute RoPE 'longrope' for phi3"):
         check_model(ModelFolder(write_base(tmp_path / "phi3", "phi3", "today")), Display("plain"))
+    with pytest.raises(UserError, match="does not compute RoPE 'yarn' for olmo3"):
+        check_model(ModelFolder(write_base(tmp_path / "olmo3", "olmo3", "today")), Display("plain"))
     assert capsys.readouterr().out == ""
     check_model(ModelFolder(write_base(tmp_path / "mistral", "mistral", "today")), Display("plain"))
     assert "has no sliding window for mistral: beyond 24 tokens" in capsys.readouterr().out.replace("\n", " ")

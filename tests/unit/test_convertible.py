@@ -22,6 +22,17 @@ def test_a_smollm3_with_rope_in_other_layers_is_refused(tmp_path: Path) -> None:
                 check_convertible(folder)
 
 
+def test_an_olmo_with_biases_is_refused(tmp_path: Path) -> None:
+    for biased in (False, True):
+        folder = write_tiny(tmp_path / str(biased), "olmo2", {"attention_bias": biased})
+        write_tokenizer(folder)
+        if not biased:
+            check_convertible(folder)
+        else:
+            with pytest.raises(UserError, match="has no biases in an OLMo's attention"):
+                check_convertible(folder)
+
+
 def test_which_qwen3_5_lacks_the_layers_that_predict_more(tmp_path: Path) -> None:
     folders = {family: write_family(tmp_path / family, family) for family in ("qwen3", "qwen3_5", "qwen3_5_text")}
     assert [family for family, folder in folders.items() if lacks_mtp(ModelFolder(folder))] == ["qwen3_5_text"]

@@ -43,6 +43,8 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     given = deepcopy(given)
     theirs = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"}).to_dict()
     ignored = {"architectures", "rope_theta", "rope_scaling", "rope_local_base_freq", "_sliding_window_pattern"}
+    if kind == "ministral3" and sparse:
+        ignored.add("rope_parameters")  # one that has none is refused
     if ours.get("use_sliding_window") is False:
         ignored.add("sliding_window")  # transformers forgets it there
     assert {key: ours[key] for key in ours.keys() & theirs.keys() - ignored} == {
@@ -145,6 +147,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3_5_text", {"layer_types": None, "full_attention_interval": 5}, "its layer_types do not repeat one order"),
     ("qwen3_5_text", {"attn_output_gate": False}, "its attention has no gate"),
     ("qwen3_5_text", {"layer_types": ["sliding_attention"] * 4}, "can name full_attention and linear_attention"),
+    ("ministral3", {"rope_parameters": None, "rope_theta": 1e6}, "its RoPE scaling is not 'yarn' with"),
+    (
+        "ministral3",
+        {"rope_parameters": TINY["ministral3"]["rope_parameters"] | {"llama_4_scaling_beta": None}},
+        "a llama_4_scaling_beta, which a Ministral 3 has",
+    ),
+    ("olmo3", {"layer_types": ["linear_attention"] * 4}, "can name full_attention and sliding_attention"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
 
@@ -165,6 +174,16 @@ def test_a_qwen_vl_that_says_nothing_of_its_head_has_one(text: dict[str, Any], t
     assert (found["model_type"], found["tie_word_embeddings"]) == ("qwen2", tied)
     faults = config_faults(config | {"text_config": part | {"model_type": "llama"}})
     assert faults == ["the model_type of its text part, llama, is not Qwen2_5_VLForConditionalGeneration's"]
+
+
+@pytest.mark.parametrize(("kind", "found"), [("mistral", "mistral"), (None, "mistral"), ("ministral3", "ministral3")])
+def test_the_text_part_of_a_mistral_3_is_a_mistral_or_a_ministral(kind: str | None, found: str) -> None:
+    text = {key: value for key, value in tiny_config(found).items() if key not in ("architectures", "model_type")}
+    text |= {} if kind is None else {"model_type": kind}
+    config = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text}
+    assert config_faults(config) == []
+    read = text_config(config)
+    assert (read["model_type"], read["architectures"]) == (found, [f"{found.title()}ForCausalLM"])
 
 
 def test_a_config_without_sizes_says_which() -> None:
@@ -206,6 +225,8 @@ def test_windows_and_positions_of_each_layer() -> None:
     every = [True] * 4
     assert of("llama") == ((None,) * 4, every)
     assert of("mistral") == ((24,) * 4, every)
+    assert of("ministral3") == ((40,) * 4, every)
+    assert of("olmo3") == ((24, 24, 24, None), every)
     assert of("phi3", sliding_window=None) == ((None,) * 4, every)
     assert of("qwen2", max_window_layers=3) == ((None, None, None, 24), every)
     assert of("qwen2", use_sliding_window=False) == ((None,) * 4, every)
@@ -220,6 +241,8 @@ def test_what_is_done_round_the_layers() -> None:
     assert (granite.embedding_scale, granite.logit_divisor, granite.logit_softcap) == (3.0, 1.7, None)
     assert (gemma.embedding_scale, gemma.logit_divisor, gemma.logit_softcap) == (8.0, 1.0, 5.0)
     assert forward_config(text_config(tiny_config("phi3"))).rope_split == 48
+    assert forward_config(text_config(tiny_config("ministral3"))).query_scaling == (0.4, 16)
+    assert gemma.query_scaling is None
 
 
 def test_phi_3s_first_names_for_longrope() -> None:

@@ -202,6 +202,58 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         3_075_098_624,
         65536,
     ),
+    "allenai/OLMo-2-0425-1B-Instruct": (
+        {
+            "architectures": ["Olmo2ForCausalLM"],
+            "model_type": "olmo2",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 500000,
+            "tie_word_embeddings": False,
+            "vocab_size": 100352,
+        },
+        1_484_916_736,
+        4096,
+    ),
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (  # Mistral states 3.4 billion, and 0.4 for the vision tower
+        {
+            "architectures": ["Mistral3ForConditionalGeneration"],
+            "model_type": "mistral3",
+            "text_config": {
+                "model_type": "ministral3",
+                "head_dim": 128,
+                "hidden_size": 3072,
+                "intermediate_size": 9216,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "max_position_embeddings": 262144,
+                "rms_norm_eps": 1e-05,
+                "rope_parameters": {
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "factor": 16.0,
+                    "llama_4_scaling_beta": 0.1,
+                    "mscale": 1.0,
+                    "mscale_all_dim": 1.0,
+                    "original_max_position_embeddings": 16384,
+                    "rope_theta": 1000000.0,
+                    "rope_type": "yarn",
+                    "type": "yarn",
+                },
+                "sliding_window": None,
+                "tie_word_embeddings": True,
+                "vocab_size": 131072,
+            },
+        },
+        3_429_006_336,
+        262144,
+    ),
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
     "SakanaAI/TinySwallow-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
     "elyza/Llama-3-ELYZA-JP-8B": (_LLAMA_8B, 8_030_261_248, 8192),
@@ -231,4 +283,4 @@ def test_a_model_of_the_hub_is_supported_and_has_its_weights(name: str) -> None:
     text = text_config(config)
     assert sum(math.prod(shape) for shape in tensor_shapes(text).values()) == weights
     assert context_length(text) == context
-    assert len(forward_config(text).windows) == config["num_hidden_layers"]
+    assert len(forward_config(text).windows) == text["num_hidden_layers"]
