@@ -40,6 +40,7 @@ THINGS = ("house", "boat", "gate", "wall", "door", "roof", "chair", "table")
 _SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 512}
 _LONG = {"rope_type": "default", "rope_theta": 1e4}
 _CHANGES: dict[str, dict[str, Any]] = {
+    "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 4},
     "gemma2": {"query_pre_attn_scalar": 64, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"query_pre_attn_scalar": 64},
     "ministral3": {

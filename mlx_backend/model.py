@@ -50,6 +50,10 @@ class _Rope(nn.Module):
         return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
+def _unrotated(x: mx.array, offset: int = 0) -> mx.array:
+    return x
+
+
 def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `forward_config`.
 
@@ -82,6 +86,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
 
     # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
     plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
+    if kind == "exaone4":
+        plain["sliding_window_pattern"] = None
     plain["model_file"] = None  # code of the folder's own, which mlx-lm would refuse
     try:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
@@ -91,14 +97,21 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
             f"{base.path}: weights and config.json do not match: {first}", "Fetch the model again."
         ) from None
     model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
-    for layer, parameters in zip(model.layers, found.ropes, strict=True):
-        if parameters is not None:
-            layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
-        if found.query_scaling is not None:
-            layer.self_attn.query_scaling = found.query_scaling
+    _set_positions(model, config, found)
     install(model, kind)
     model.forward_config, model.layers_at = found, "model.layers."
     return model
+
+
+def _set_positions(model: Any, config: dict[str, Any], found: ForwardConfig) -> None:
+    """Give each attention the positions of `found` in place of what mlx-lm reads from the config."""
+    for layer, parameters in zip(model.layers, found.ropes, strict=True):
+        if parameters is not None:
+            layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
+        elif "self_attn" in layer:
+            layer.self_attn.rope = _unrotated
+        if found.query_scaling is not None:
+            layer.self_attn.query_scaling = found.query_scaling
 
 
 def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:

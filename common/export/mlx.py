@@ -51,7 +51,7 @@ def check_model(base: ModelFolder, display: Display) -> None:
                 "Use --export gguf or fused.",
             )
     windows = {window for window in found.windows if window is not None}
-    if windows and kind not in ("gemma3_text", "olmo3"):
+    if windows and kind not in ("exaone4", "gemma3_text", "olmo3"):
         display.warn(
             f"mlx-lm has no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, its "
             "results differ from training"

@@ -83,6 +83,10 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
             f"{folder}: llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others.",
             "Use --export fused.",
         )
+    if model.model_type == "exaone4" and model.config["sliding_window"] and model.config["num_hidden_layers"] != 64:
+        raise UserError(
+            f"{folder}: of EXAONE 4 llama.cpp knows windows only in the model of 64 layers.", "Use --export fused."
+        )
     if model.model_type.startswith("olmo") and model.config.get("attention_bias"):
         raise UserError(f"{folder}: llama.cpp has no biases in an OLMo's attention.", "Use --export fused.")
     if (folder / sentencepiece.NAME).is_file():

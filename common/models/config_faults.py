@@ -35,7 +35,8 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     sizes = {key: given.get(key, DEFAULTS[kind].get(key)) for key in _SIZES}
     if absent := [key for key, size in sizes.items() if size is None]:
         return [f"its config.json lacks {', '.join(absent)}"]
-    if given.get("sliding_window") == 0 or isinstance(given.get("sliding_window_pattern"), str):
+    letters = kind == "exaone4" and {*str(given.get("sliding_window_pattern") or "G")} <= {"L", "G"}
+    if given.get("sliding_window") == 0 or (isinstance(given.get("sliding_window_pattern"), str) and not letters):
         return ["its sliding_window or sliding_window_pattern is not a whole number from 1"]
     text, faults = text_config(config), []
     own = (kind, f"{config.get('model_type')}_text", config.get("model_type"))

@@ -14,6 +14,7 @@ from common.models.family_defaults import DEFAULTS
 
 # Architecture -> the model type of its text part. tests/parity compares the backends on each.
 ARCHITECTURES = {
+    "Exaone4ForCausalLM": "exaone4",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3_text",
@@ -36,7 +37,7 @@ ARCHITECTURES = {
 }
 SUPPORTED = tuple(ARCHITECTURES)
 # Their layers differ in kind.
-_LISTED = ("gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
+_LISTED = ("exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
 _ROPES = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
 _PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
 _ROTARY = {"phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
@@ -134,6 +135,9 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
         config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(config["num_hidden_layers"])]
     if kind in _LISTED and config.get("layer_types") is None:
         config["layer_types"] = [_layer_type(config, kind, i) for i in range(config["num_hidden_layers"])]
+    if kind == "exaone4":  # mlx-lm reads no layer_types
+        letters = "".join("L" if one == "sliding_attention" else "G" for one in config["layer_types"])
+        config["sliding_window_pattern"] = letters if config["sliding_window"] is not None else None
     if kind in _PERIODS and "full_attention" in config["layer_types"]:  # mlx-lm reads nothing else
         config[_PERIODS[kind]] = config["layer_types"].index("full_attention") + 1
     return _normalize_rope(config, kind)
@@ -151,6 +155,10 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
         return (layer + 1) % every != 0
     if kind == "olmo3":
         return (layer + 1) % 4 != 0
+    if kind == "exaone4":  # "LLLG", or how many layers there are from one that does not to the next
+        pattern = config["sliding_window_pattern"] or 4 if config["sliding_window"] is not None else 1
+        local = pattern[layer % len(pattern)] == "L" if isinstance(pattern, str) else (layer + 1) % pattern != 0
+        return bool(local)
     windowed = config["use_sliding_window"] and config["sliding_window"] is not None
     if kind == "smollm3":
         return bool(windowed and not config["no_rope_layers"][layer])
@@ -216,7 +224,11 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
     if kind in _ROPES:
         ropes = [rope[kinds[i]] for i in layers]
     else:
-        rotated = [kind != "linear_attention" for kind in kinds] if kind == "qwen3_5_text" else [1] * len(layers)
+        rotated = [1] * len(layers)
+        if kind == "qwen3_5_text":
+            rotated = [one != "linear_attention" for one in kinds]
+        elif kind == "exaone4" and window is not None:
+            rotated = [one == "sliding_attention" for one in kinds]
         ropes = [rope if config.get("no_rope_layers", rotated)[i] else None for i in layers]
     gemma = kind.startswith("gemma")
     scaling = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))

@@ -32,6 +32,14 @@ _GEMMA = {
 _OLMO = _COMMON | {"rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": 2048}
 # By model type.
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "exaone4": _COMMON
+    | {
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 2048,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA
     | {

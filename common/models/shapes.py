@@ -10,7 +10,15 @@ from common.recipe import TARGET_GROUPS
 
 # Only the language model's layers: a vision tower has layers with a q_proj too.
 _LAYER = re.compile(r"model\.(language_model\.)?layers\.\d+\.")
-NORMED = ("gemma3_text", "olmo2", "olmo3", "qwen3", "qwen3_5_text")  # families whose queries and keys are normed
+_POST_NORMED = ("exaone4", "olmo2", "olmo3")  # norms stand behind attention and MLP only
+NORMED = (
+    "exaone4",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "qwen3",
+    "qwen3_5_text",
+)  # families whose queries and keys are normed
 _FROZEN = {"experts", "gate", "router", "shared_expert_gate"}  # parts of a layer that is a mixture of experts
 
 
@@ -80,9 +88,9 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
     biased = ["mlp"] if text.get("mlp_bias") else []
     biased += ["self_attn"] if text.get("attention_bias") else []
-    norms = ["post_attention_layernorm"] if kind.startswith("olmo") else ["input_layernorm", "post_attention_layernorm"]
+    norms = [*([] if kind in _POST_NORMED else ["input_layernorm"]), "post_attention_layernorm"]
     norms += ["pre_feedforward_layernorm"] if gemma else []
-    norms += ["post_feedforward_layernorm"] if gemma or kind.startswith("olmo") else []
+    norms += ["post_feedforward_layernorm"] if gemma or kind in _POST_NORMED else []
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (text["vocab_size"], hidden)}
     for layer in range(text["num_hidden_layers"]):
         at = f"model.layers.{layer}"

@@ -42,6 +42,13 @@ _LONGROPE = {
 # What distinguishes each family. Every constant differs from its default, so that a lost one shows in the logits.
 # Rows in tests are longer than the windows and the original contexts here.
 TINY: dict[str, dict[str, Any]] = {
+    "exaone4": {
+        "num_hidden_layers": 4,
+        "sliding_window": 24,
+        "sliding_window_pattern": "LLGL",
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": _LLAMA3,
+    },
     "gemma2": {
         "head_dim": 16,
         "query_pre_attn_scalar": 20,

@@ -22,6 +22,17 @@ def test_a_smollm3_with_rope_in_other_layers_is_refused(tmp_path: Path) -> None:
                 check_convertible(folder)
 
 
+def test_an_exaone_4_with_windows_is_refused_unless_it_has_64_layers(tmp_path: Path) -> None:
+    for window in (None, 24):
+        folder = write_tiny(tmp_path / str(window), "exaone4", {"sliding_window": window})
+        write_tokenizer(folder)
+        if window is None:
+            check_convertible(folder)
+        else:
+            with pytest.raises(UserError, match="knows windows only in the model of 64 layers"):
+                check_convertible(folder)
+
+
 def test_an_olmo_with_biases_is_refused(tmp_path: Path) -> None:
     for biased in (False, True):
         folder = write_tiny(tmp_path / str(biased), "olmo2", {"attention_bias": biased})

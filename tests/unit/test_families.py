@@ -42,7 +42,14 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     ours = normalize_config(given)
     given = deepcopy(given)
     theirs = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"}).to_dict()
-    ignored = {"architectures", "rope_theta", "rope_scaling", "rope_local_base_freq", "_sliding_window_pattern"}
+    ignored = {
+        "architectures",
+        "sliding_window_pattern",
+        "rope_theta",
+        "rope_scaling",
+        "rope_local_base_freq",
+        "_sliding_window_pattern",
+    }
     if kind == "ministral3" and sparse:
         ignored.add("rope_parameters")  # one that has none is refused
     if ours.get("use_sliding_window") is False:
@@ -153,6 +160,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": TINY["ministral3"]["rope_parameters"] | {"llama_4_scaling_beta": None}},
         "a llama_4_scaling_beta, which a Ministral 3 has",
     ),
+    ("exaone4", {"sliding_window_pattern": "LLXG"}, "its sliding_window or sliding_window_pattern is not a whole"),
     ("olmo3", {"layer_types": ["linear_attention"] * 4}, "can name full_attention and sliding_attention"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
@@ -225,6 +233,9 @@ def test_windows_and_positions_of_each_layer() -> None:
     every = [True] * 4
     assert of("llama") == ((None,) * 4, every)
     assert of("mistral") == ((24,) * 4, every)
+    assert of("exaone4") == ((24, 24, None, 24), [True, True, False, True])
+    assert of("exaone4", sliding_window_pattern=2) == ((24, None, 24, None), [True, False, True, False])
+    assert of("exaone4", sliding_window=None, sliding_window_pattern=None) == ((None,) * 4, every)
     assert of("ministral3") == ((40,) * 4, every)
     assert of("olmo3") == ((24, 24, 24, None), every)
     assert of("phi3", sliding_window=None) == ((None,) * 4, every)
