@@ -43,9 +43,11 @@ def rows(folders, tmp_path_factory):
     return backends.encode_rows(folders("llama"), path)
 
 
-@pytest.mark.parametrize(("layout", "plan"), [("today", "plain"), ("older", "plain"), ("today", "checkpointing")])
+@pytest.mark.parametrize(
+    ("layout", "plan", "steps"), [("today", "plain", 50), ("older", "plain", 3), ("today", "checkpointing", 8)]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_backends_agree(family, layout, plan, folders, rows):
+def test_both_backends_agree(family, layout, plan, steps, folders, rows):
     folder = folders(family, layout)
     check_folder(ModelFolder(folder), family)
     recipe = backends.make_recipe(folder, learning_rate=2e-3)
@@ -53,7 +55,7 @@ def test_both_backends_agree(family, layout, plan, folders, rows):
     for name in ("torch", "mlx"):
         backend = backends.load(name, folder, recipe, **PLANS[plan])
         logits = [backend.logits(row.ids) for row in (rows[0], rows[-1])]
-        losses = np.array(backends.run_steps(backend, recipe, rows, 50, micro_batch_tokens=1000))
+        losses = np.array(backends.run_steps(backend, recipe, rows, steps, micro_batch_tokens=1000))
         results.append((logits, losses, backends.matrices(backend)))
         backend.close()
     torch, mlx = results
@@ -64,7 +66,7 @@ def test_both_backends_agree(family, layout, plan, folders, rows):
     assert far < 1e-4
     assert apart < 1e-4
     assert adapters < 1e-3
-    assert torch[1][-1] < torch[1][0] / 1.5
+    assert steps < 50 or torch[1][-1] < torch[1][0] / 1.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,11 +19,12 @@ from common.system import hardware
 from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
 from tests.progress import silent
-from tests.tiny import FAMILIES, write_family, write_tokenizer
+from tests.tiny import FAMILIES, MULTIMODAL, write_family, write_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 REFUSED = ("olmo3", "phi3")  # with an attention_factor of its own, or longrope
-KINDS = [(family, layout) for family in FAMILIES if family not in REFUSED for layout in ("today", "older")]
+KINDS = [(family, "today") for family in FAMILIES if family not in REFUSED]
+KINDS += [(family, "older") for family in ("llama", *MULTIMODAL)]  # a fused config is one of today
 KINDS += [(family, "plain") for family in REFUSED]
 
 
