@@ -123,6 +123,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 LAYERS = (
     {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
     {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
+    {"presets", "goals"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
