@@ -114,11 +114,15 @@ def settings_of(goal: str, language: Language, four_bits: bool) -> list[Setting]
 
 def as_yaml(head: Sequence[str], model: Setting, data: Setting | None, settings: Sequence[Setting]) -> str:
     """The text of a file for --config: lines of comment, then each setting below its reason."""
-    blocks = ["\n".join(f"# {line}" for line in head) + "\n" + _written(model)]
-    blocks += [_written(setting) for setting in ([data] if data else []) + [*settings]]
-    return "\n".join(blocks)
+    top = "".join(_comment(line) for line in head) + ("\n" if model.why else "")
+    return "\n".join([top + _written(model), *map(_written, [data] if data else []), *map(_written, settings)])
 
 
 def _written(setting: Setting) -> str:
     line = yaml.safe_dump({setting.name: setting.value}, allow_unicode=True, width=1_000)
-    return f"# {setting.why}\n{line}" if setting.why else line
+    return _comment(setting.why) + line if setting.why else line
+
+
+def _comment(text: str) -> str:
+    """In one line, whatever is in the name of a stranger's file."""
+    return f"# {' '.join(text.splitlines())}\n"

@@ -130,7 +130,7 @@ LAYERS = (
     {"rank_backend"},
     {"backend_package"},
     {"display", "system"},
-    {"context"},
+    {"context", "questions"},
     {"data", "models"},
     {"training", "llama_cpp"},
     {"inference", "verify", "export"},
@@ -144,7 +144,7 @@ BACKENDS_MAY = {
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }
-SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse"}  # fuse is a command too
+SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse", "plan"}  # two are commands
 
 
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:
