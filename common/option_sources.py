@@ -14,6 +14,7 @@ from common.option_faults import SHAPE, TAKEN_FROM_ADAPTER
 from common.option_translation import translate
 from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
 from common.paths import path_fault, user_path
+from common.presets import preset_file
 
 
 @dataclass
@@ -65,7 +66,7 @@ def load_options(
         config = str(QUICKSTART)
     merged = _Merged()
     if isinstance(config, str):
-        file = user_path(config, "--config")
+        file = _config_file(config)
         written = read_config_file(file)
         _anchor(written, file)
         if written.pop("llama_cpp", None) is not None:  # the file may be a stranger's
@@ -99,12 +100,19 @@ def options_over(
     return merged.checked(command, allowed)
 
 
+def _config_file(config: str) -> Path:
+    """The file at this path, else the preset of this name. Raises UserError where neither is there."""
+    path = user_path(config, "--config")
+    is_name = config == path.name and path.suffix != ".yaml"
+    return preset_file(config) if is_name and not path.is_file() else path
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """The YAML file's options. Raises UserError naming the file and, where YAML knows it, the line."""
     try:
         content = documents.read_yaml(path, "Write one `name: value` a line, as in configs/quickstart.yaml.")
     except FileNotFoundError:
-        raise UserError(f"--config {path}: no such file.", f"Look in {QUICKSTART.parent} for presets.") from None
+        raise UserError(f"--config {path}: no such file.", "`python cli.py init --list` lists the presets.") from None
     names = [str(key).replace("-", "_") for key in content]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: {twice[0]} is given twice, with - and with _.", "Give it once.")

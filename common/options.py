@@ -2,8 +2,6 @@
 
 import difflib
 import re
-from importlib import resources
-from pathlib import Path
 from typing import Literal
 
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
@@ -23,10 +21,11 @@ from common.option_fields import (
     in_training,
 )
 from common.paths import path_fault
+from common.presets import PRESETS
 from common.recipe import TARGET_GROUPS
 
-QUICKSTART = Path(str(resources.files("configs"))) / "quickstart.yaml"  # the built-in example
-EXAMPLE = Path(str(resources.files("examples"))) / "data"  # its rows
+QUICKSTART = PRESETS / "quickstart.yaml"  # the built-in example
+EXAMPLE = PRESETS.parent / "examples" / "data"  # its rows
 _SIZE = TypeAdapter(ByteSize)
 
 
@@ -35,7 +34,7 @@ class Options(RecipeFields, PlanFields):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    config: str | None = in_model(None, "YAML file with these options; flags win over it", value="FILE")
+    config: str | None = in_model(None, "YAML file, or a preset by name (see init); flags win over it", value="FILE")
     model: str | None = in_model(
         None, "Hugging Face name, model folder or GGUF file of the base model", path=True, value="NAME"
     )

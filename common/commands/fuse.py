@@ -70,7 +70,7 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
             base=base,
             adapter=adapter,
             options=merged,
-            served=ServingConfig(record.stop_ids, run.read_template()),
+            served=ServingConfig(record.stop_ids, run.read_template(), run.recipe.thinking),
             stages=stages,
             llama=tools_for(merged, adapter.method, base, display),
             seconds={},

@@ -138,7 +138,7 @@ def prepare(
         start=start,
         stages=stages,
         llama=llama,
-        served=ServingConfig(rows.stops, rows.template),
+        served=ServingConfig(rows.stops, rows.template, recipe.thinking),
         prompts=row_prompts(rows, _PROMPTS),
         encoder=rows.encoder,
         cases=make_cases(rows.data, rows.valid, rows.train, rows.encoder),

@@ -14,6 +14,7 @@ import numpy as np
 from common.backend import Adapter, Progress
 from common.documents import read_json
 from common.errors import UserError
+from common.export.model_sampling import Thinking, export_sampling
 from common.files import atomic_folder
 from common.model_files import COPIED, copy_file, license_files, read_config, without_code
 from common.models import sentencepiece
@@ -27,11 +28,12 @@ class ServingConfig:
     """How the exported model must be served to match training.
 
     stops: the ids that end the trained turns, most frequent first; they are added to the generation config's
-    `eos_token_id`. template: the chat template, where training had one.
+    `eos_token_id`. template: the chat template, where training had one. thinking: the mode that was trained.
     """
 
     stops: list[int]
     template: str | None = None
+    thinking: Thinking = "off"
 
 
 def write_fused(
@@ -58,6 +60,9 @@ def write_fused(
         known = generation.get("eos_token_id", config.get("eos_token_id"))
         ends = list(dict.fromkeys([*([known] if isinstance(known, int) else known or []), *served.stops]))
         generation["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        sampling = export_sampling(generation, base.config["model_type"], served.thinking)
+        if any(generation.get(name) != value for name, value in sampling.items()):
+            generation |= {"do_sample": True, **sampling}
         _write_json(temporary / "generation_config.json", generation)
         _write_served(temporary, served)
         if served.template is not None:

@@ -10,20 +10,20 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message, Refused
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.message_forms import fold_system, split_thinking
 from common.data.turn_edges import common_prefix
 from common.export.go_template import TurnTexts
+from common.export.model_sampling import Thinking, settings_in
 from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 
 RenderPrompt = Callable[[list[Message]], str]
-Thinking = Literal["off", "keep"]
 _CONTEXT = 8192  # the most that Ollama may take memory for by itself; less where the model has less
 _TEMPERATURE = 0.7
+_NAMES = {"repetition_penalty": "repeat_penalty"}  # by which Ollama knows a setting of generation_config.json
 _CASES = (
     ("system", "Answer briefly."),
     ("user", "What is 2 + 2?"),
@@ -85,7 +85,8 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     lines += [f"# {note}" for note in lost]
     longest = (config.get("text_config") or config).get("max_position_embeddings") or _CONTEXT
     lines.append(f"PARAMETER num_ctx {min(longest, _CONTEXT)}")
-    lines.append(f"PARAMETER temperature {model.generation_config.get('temperature') or _TEMPERATURE:g}")
+    sampling = {"temperature": _TEMPERATURE} | settings_in(model.generation_config)
+    lines += [f"PARAMETER {_NAMES.get(name, name)} {value:g}" for name, value in sampling.items()]
     return Modelfile("\n".join(lines) + "\n", missing, (*notes, *lost))
 
 

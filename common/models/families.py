@@ -94,7 +94,8 @@ def context_length(config: dict[str, Any]) -> int:
     """
     ropes = config.get("rope_parameters") or {}
     rope, longest = ropes.get("full_attention", ropes), config.get("max_position_embeddings")
-    factor = 1 if config.get("model_type") == "gemma3_text" else rope.get("factor", 1)  # it counts the scaled ones
+    counted = config.get("model_type") == "gemma3_text" or rope.get("rope_type") == "llama3"  # the scaled ones, already
+    factor = 1 if counted else rope.get("factor", 1)
     given = (longest, rope.get("original_max_position_embeddings", longest), factor)
     longest, original, factor = (value if isinstance(value, int | float) else 0 for value in given)
     return int(max(longest, original * factor))

@@ -111,7 +111,7 @@ def from_gguf(path: Path, say: Say) -> Path:
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: converting the GGUF to a model folder, once (up to 90 s) ...")
     with atomic_folder(folder) as temporary:
-        _dequantize(path, temporary, _gguf_pre_tokenizer(path))
+        _dequantize(path, temporary, gguf_pre_tokenizer(path))
     say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
@@ -163,7 +163,17 @@ def gguf_value(reader: Any, key: str, path: Path, fix: str) -> Any:
         raise UserError(f"{path}: its {key} cannot be read: {first_line(error)}", fix) from None
 
 
-def _gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as a GGUF does, whatever its name; Ollama's have no ending."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
+    """The pre-tokenizer to set, if any. Raises UserError for a GGUF whose tokenizer cannot be rebuilt exactly."""
     reader = open_gguf(path, _REMEDY)
     if gguf_value(reader, "tokenizer.ggml.model", path, _REMEDY) != "gpt2":
         return None  # a sentencepiece vocabulary needs no pre-tokenizer

@@ -13,7 +13,7 @@ from common.models import mlx_quantized
 from common.models.admitted import remembered
 from common.models.config_faults import config_faults, unsupported
 from common.models.families import hf_name, is_known, text_name
-from common.models.gguf_import import MIRRORS, Mirror, from_gguf, mirror_gguf
+from common.models.gguf_import import MIRRORS, Mirror, from_gguf, is_gguf, mirror_gguf
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
 from common.models.shapes import tensor_shapes
@@ -36,7 +36,7 @@ def resolve(name: str, say: Say, tried: bool = False) -> ModelFolder:
     path = user_path(name, "--model")
     if path.is_dir():
         model = ModelFolder(path)
-    elif path.suffix == ".gguf":
+    elif path.suffix == ".gguf" or is_gguf(path):
         if not path.exists():
             raise UserError(f"--model {name}: no such file.", "Check the path.")
         model = ModelFolder(from_gguf(path, say))
@@ -74,6 +74,11 @@ def check_folder(model: ModelFolder, name: str, tried: bool = False) -> None:
             f"--model {name} cannot be trained:\n" + "\n".join(faults),
             f"Give a complete model folder of a supported architecture, as downloaded from the hub.{remedy}",
         )
+
+
+def is_complete(model: ModelFolder) -> bool:
+    """Whether config, weights and tokenizer are there, by names and headers."""
+    return not _file_faults(model)
 
 
 def _file_faults(model: ModelFolder) -> list[str]:

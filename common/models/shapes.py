@@ -44,6 +44,17 @@ def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int
     return shapes
 
 
+def adaptable_shapes(config: dict[str, Any], targets: list[str]) -> dict[str, tuple[int, int]]:
+    """`linear_shapes` of a model of a supported family, by its config alone."""
+    wanted = {name for target in targets for name in TARGET_GROUPS.get(target, [target])}
+    found = {name.removesuffix(".weight"): shape for name, shape in tensor_shapes(config).items() if len(shape) == 2}
+    return {
+        module: (shape[0], shape[1])
+        for module, shape in found.items()
+        if _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted
+    }
+
+
 def _plain_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in model.tensors.items():

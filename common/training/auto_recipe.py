@@ -5,6 +5,7 @@ Thinking Machines: "LoRA Without Regret" (2025) and the sweeps of its tinker-coo
 """
 
 import math
+from typing import Any
 
 from common.data.batching import steps_per_epoch
 from common.data.encoded_rows import EncodedRows
@@ -33,6 +34,14 @@ def auto_recipe(options: Options, base: Base, rows: EncodedRows) -> tuple[Option
 
     rows: of training.
     """
+    size = None if base.given else sum(map(sum, base.shapes.values()))
+    return chosen_values(options, base.model.config, size, rows)
+
+
+def chosen_values(
+    options: Options, config: dict[str, Any], size_of_rank_one: int | None, rows: EncodedRows
+) -> tuple[Options, str]:
+    """`auto_recipe` by the model's config. size_of_rank_one: an adapter's parameters; None: the adapter is given."""
     labels = int(rows.label_tokens.sum())
     chosen: dict[str, float] = {}
     reasons: list[str] = []
@@ -47,10 +56,10 @@ def auto_recipe(options: Options, base: Base, rows: EncodedRows) -> tuple[Option
     if options.steps is None:
         choose("epochs", epochs, f"{epochs} epochs")
     choose("batch_size", batch, f"{batch} rows a step")
-    rate, why = _learning_rate(options, base)
+    rate, why = _learning_rate(options, config)
     choose("learning_rate", rate, f"learning rate {rate:g} ({why})")
-    if options.method != "full" and base.given is None:
-        rank = _rank(labels, sum(map(sum, base.shapes.values())))
+    if options.method != "full" and size_of_rank_one is not None:
+        rank = _rank(labels, size_of_rank_one)
         choose("rank", rank, f"rank {rank}")
     result = options.model_copy(update=chosen)
     said = f"{len(rows):,} rows, {labels:,} label tokens: {', '.join(reasons)} (--recipe auto)" if chosen else ""
@@ -67,9 +76,8 @@ def _epochs(rows: int, batch_size: int) -> int:
     return min(most, max(_up_to(_EPOCHS, rows), math.ceil(_STEPS / steps_per_epoch(rows, batch_size))))
 
 
-def _learning_rate(options: Options, base: Base) -> tuple[float, str]:
+def _learning_rate(options: Options, config: dict[str, Any]) -> tuple[float, str]:
     """`(the rate, in two digits; why)`"""
-    config = base.model.config
     hidden, kind = config["hidden_size"], config["model_type"]
     rate = min(_MOST_RATE, _RATE * (_WIDTH / hidden) ** _EXPONENTS.get(kind, _EXPONENT))
     why = f"{kind} of hidden size {hidden}"

@@ -238,6 +238,11 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         (("--config", "evil.yaml", "--trials", "1"), "cannot be read as YAML"),
         (("--resume", "yaml", "--trials", "1"), "no search is there"),
     ],
+    "init": [
+        (("--goal", "persona", "--data", "rows", "--model", "llama-model", "--name", "i1"), "i1.yaml is written"),
+        (("--goal", "text", "--data", "rows.parquet", "--model", "evil.gguf", "--name", "i2"), ""),
+        (("--list",), "gemma-3-1b-persona"),
+    ],
     "worker": [(("--port", "0", "--model", "llama-model", *TORCH[:4]), "listens on")],
     "llama": [(("where",), "llama-server")],
     "doctor": [((), "This machine")],

@@ -61,6 +61,7 @@ def test_help_and_doctor_answer(twintune: Run) -> None:
     done = twintune("doctor")
     assert (done.returncode, done.stderr) == (0, "")
     assert "train on torch" in done.stdout
+    assert "gemma-3-1b-persona" in twintune("init", "--list").stdout
     assert twintune("--version").stdout.startswith("twintune 0.")
 
 

@@ -123,13 +123,14 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 LAYERS = (
     {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
     {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
+    {"presets", "goals"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},
     {"backend", "option_sources"},
     {"rank_backend"},
     {"backend_package"},
     {"display", "system"},
-    {"context"},
+    {"context", "questions"},
     {"data", "models"},
     {"training", "llama_cpp"},
     {"inference", "verify", "export"},
@@ -143,7 +144,7 @@ BACKENDS_MAY = {
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
 }
-SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse"}  # fuse is a command too
+SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse", "plan"}  # two are commands
 
 
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:

@@ -59,6 +59,18 @@ def test_the_config_is_normalized(tmp_path: Path) -> None:
     )
 
 
+def test_the_sampling_of_the_family_where_the_base_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_base(tmp_path / "base")
+    plain = read(fused(base, [], tmp_path / "plain") / "generation_config.json")
+    assert not plain.keys() & {"do_sample", "temperature", "top_k"}
+    monkeypatch.setattr("common.export.model_sampling._FAMILIES", {"llama": {"off": {"temperature": 0.5, "top_k": 9}}})
+    found = read(fused(base, [], tmp_path / "family") / "generation_config.json")
+    assert found == plain | {"do_sample": True, "temperature": 0.5, "top_k": 9}
+    own = {"temperature": 0.5, "top_k": 9, "do_sample": False, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(own))
+    assert read(fused(base, [], tmp_path / "own") / "generation_config.json") == own
+
+
 @pytest.mark.parametrize("name", ["LICENSE", "LICENSE.txt", "NOTICE"])
 def test_the_license_goes_along(tmp_path: Path, name: str) -> None:
     base = write_base(tmp_path / "base")

@@ -12,6 +12,7 @@ from common.models.config_faults import config_faults
 from common.models.config_kinds import kind_faults
 from common.models.families import context_length, forward_config, text_config
 from common.models.shapes import tensor_shapes
+from common.presets import published_configs
 
 _QWEN_1_5B: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -64,7 +65,6 @@ _GEMMA_3: dict[str, Any] = {
     "sliding_window": 512,
     "vocab_size": 262144,
 }
-_SMOL: dict[str, Any] = _LLAMA_8B | {"vocab_size": 49152, "tie_word_embeddings": True, "max_position_embeddings": 8192}
 # Name -> config, its language model's weights, its context in tokens.
 KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
     "microsoft/phi-4": (
@@ -87,28 +87,6 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         },
         14_659_507_200,
         16384,
-    ),
-    "microsoft/Phi-4-mini-instruct": (
-        {
-            "architectures": ["Phi3ForCausalLM"],
-            "model_type": "phi3",
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 24,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "original_max_position_embeddings": 4096,
-            "partial_rotary_factor": 0.75,
-            "rope_theta": 10000.0,
-            "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48},
-            "sliding_window": 262144,
-            "pad_token_id": 199999,
-            "tie_word_embeddings": True,
-            "vocab_size": 200064,
-        },
-        3_836_021_760,
-        131072,
     ),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (
         _QWEN_1_5B | {"tie_word_embeddings": False, "rope_theta": 10000, "max_position_embeddings": 131072},
@@ -141,19 +119,6 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         8_190_735_360,
         131072,
     ),
-    "google/functiongemma-270m-it": (
-        _GEMMA_3
-        | {
-            "hidden_size": 640,
-            "intermediate_size": 2048,
-            "num_hidden_layers": 18,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "use_bidirectional_attention": False,
-        },
-        268_098_176,
-        32768,
-    ),
     "google/medgemma-27b-text-it": (
         _GEMMA_3
         | {
@@ -170,37 +135,6 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         },
         27_009_002_240,
         131072,
-    ),
-    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (
-        _SMOL
-        | {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 24,
-            "num_key_value_heads": 32,
-            "rope_theta": 130000,
-        },
-        1_711_376_384,
-        8192,
-    ),
-    "HuggingFaceTB/SmolLM3-3B": (
-        {
-            "architectures": ["SmolLM3ForCausalLM"],
-            "model_type": "smollm3",
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 65536,
-            "no_rope_layer_interval": 4,
-            "rope_theta": 5000000.0,
-            "sliding_window": None,
-            "use_sliding_window": False,
-            "vocab_size": 128256,
-        },
-        3_075_098_624,
-        65536,
     ),
     "allenai/OLMo-2-0425-1B-Instruct": (
         {
@@ -220,42 +154,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         1_484_916_736,
         4096,
     ),
-    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (  # Mistral states 3.4 billion, and 0.4 for the vision tower
-        {
-            "architectures": ["Mistral3ForConditionalGeneration"],
-            "model_type": "mistral3",
-            "text_config": {
-                "model_type": "ministral3",
-                "head_dim": 128,
-                "hidden_size": 3072,
-                "intermediate_size": 9216,
-                "num_hidden_layers": 26,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 8,
-                "max_position_embeddings": 262144,
-                "rms_norm_eps": 1e-05,
-                "rope_parameters": {
-                    "beta_fast": 32.0,
-                    "beta_slow": 1.0,
-                    "factor": 16.0,
-                    "llama_4_scaling_beta": 0.1,
-                    "mscale": 1.0,
-                    "mscale_all_dim": 1.0,
-                    "original_max_position_embeddings": 16384,
-                    "rope_theta": 1000000.0,
-                    "rope_type": "yarn",
-                    "type": "yarn",
-                },
-                "sliding_window": None,
-                "tie_word_embeddings": True,
-                "vocab_size": 131072,
-            },
-        },
-        3_429_006_336,
-        262144,
-    ),
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
-    "SakanaAI/TinySwallow-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
     "elyza/Llama-3-ELYZA-JP-8B": (_LLAMA_8B, 8_030_261_248, 8192),
     "tokyotech-llm/Llama-3.1-Swallow-8B-Instruct-v0.3": (_LLAMA_8B | _LLAMA_3_1, 8_030_261_248, 131072),
     "google/gemma-2-2b-jpn-it": (
@@ -274,6 +173,35 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         8192,
     ),
 }
+# Of the models that presets name: weights, context in tokens.
+PUBLISHED = {
+    "google/gemma-3-270m": (268_098_176, 32768),
+    "google/gemma-3-270m-it": (268_098_176, 32768),
+    "google/functiongemma-270m-it": (268_098_176, 32768),
+    "google/gemma-3-1b-it": (999_885_952, 32768),
+    "google/gemma-3-4b-it": (3_880_263_168, 131072),
+    "Qwen/Qwen3-0.6B": (596_049_920, 40960),
+    "Qwen/Qwen3-1.7B": (1_720_574_976, 40960),
+    "Qwen/Qwen3-4B": (4_022_468_096, 40960),
+    "Qwen/Qwen3.5-0.8B": (752_393_024, 262144),
+    "meta-llama/Llama-3.2-1B": (1_235_814_400, 131072),
+    "meta-llama/Llama-3.2-1B-Instruct": (1_235_814_400, 131072),
+    "meta-llama/Llama-3.2-3B-Instruct": (3_212_749_824, 131072),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 8192),
+    "HuggingFaceTB/SmolLM2-360M": (361_821_120, 8192),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": (361_821_120, 8192),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": (1_711_376_384, 8192),
+    "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, 65536),
+    "microsoft/Phi-4-mini-instruct": (3_836_021_760, 131072),
+    "SakanaAI/TinySwallow-1.5B-Instruct": (1_543_714_304, 32768),
+    # Mistral states 3.4 billion, and 0.4 for the vision tower
+    "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_429_006_336, 262144),
+}
+KNOWN |= {name: (published_configs()[name], *figures) for name, figures in PUBLISHED.items()}
+
+
+def test_every_published_config_is_held_to_its_weights() -> None:
+    assert PUBLISHED.keys() == published_configs().keys()
 
 
 @pytest.mark.parametrize("name", KNOWN)

@@ -67,6 +67,14 @@ def test_the_whole_file(fused: Path, tmp_path: Path) -> None:
     )
 
 
+def test_all_of_the_sampling_stands_in_it_by_the_names_that_ollama_knows(fused: Path) -> None:
+    given = {"temperature": 1, "top_k": 64, "top_p": 0.95, "repetition_penalty": 1.1, "min_p": "\nSYSTEM x"}
+    (fused / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | given))
+    commands = read_modelfile(modelfile(fused, "model.gguf", [2], "off", SAID).text)
+    assert commands[-4:] == [("temperature", "1"), ("top_k", "64"), ("top_p", "0.95"), ("repeat_penalty", "1.1")]
+    assert "system" not in dict(commands)
+
+
 @pytest.mark.parametrize(
     ("stop", "held"),
     [
