@@ -115,7 +115,8 @@ def verified(family: str, backend: str, folder: Path) -> dict[str, Any]:
             run_training(options, context)
         except UserError as error:  # of a GGUF that is not what was trained; the record tells
             failed = error.what
-    found = Run(folder / "run").record.verify
+    run = Run(folder / "run")
+    found = run.record.verify if run.record_file.exists() else None
     if found is None:
         raise SystemExit(f"{family}, {backend}: nothing was verified: {failed}")
     checks = {check["name"]: f"{check['state']}: {check['text']}" for check in found.checks}

@@ -57,7 +57,9 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("vocab_size", "max_position_embeddings"), _COUNT),
     **dict.fromkeys(("head_dim", "num_key_value_heads"), _optional(_COUNT)),
     "sliding_window": _optional(_Kind(_is_id, "a whole number")),
-    "sliding_window_pattern": _Kind(lambda value: _is_count(value) or isinstance(value, str), "a number or letters"),
+    "sliding_window_pattern": _optional(
+        _Kind(lambda value: _is_count(value) or isinstance(value, str), "a number or letters")
+    ),
     **dict.fromkeys(("no_rope_layer_interval", "full_attention_interval"), _COUNT),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "linear_conv_kernel_dim"), _COUNT),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), _COUNT),

@@ -152,7 +152,7 @@ def _layer_type(config: dict[str, Any], kind: str, layer: int) -> str:
 
 def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
     if kind.startswith("gemma"):
-        every = 2 if kind == "gemma2" else config.get("sliding_window_pattern", 6)
+        every = 2 if kind == "gemma2" else config.get("sliding_window_pattern") or 6
         return (layer + 1) % every != 0
     if kind == "olmo3":
         return (layer + 1) % 4 != 0

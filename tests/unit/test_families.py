@@ -9,6 +9,7 @@ import pytest
 from common.backend import Batch
 from common.data.batching import split_batch
 from common.models.config_faults import config_faults, unsupported
+from common.models.config_kinds import kind_faults
 from common.models.families import (
     ARCHITECTURES,
     DEFAULTS,
@@ -99,7 +100,11 @@ def test_frequencies_are_those_of_transformers(parameters: dict[str, Any]) -> No
 
 def faults(family: str, **changes: Any) -> list[str]:
     config = tiny_config(family, changes)
-    return unsupported(config) or config_faults(config)
+    return unsupported(config) or kind_faults(config) or config_faults(config)
+
+
+def test_an_exaone_4_without_windows_is_supported() -> None:
+    assert faults("exaone4", sliding_window=None, sliding_window_pattern=None) == []
 
 
 @pytest.mark.parametrize("family", TINY)
