@@ -47,7 +47,10 @@ def _finished(folder: Path) -> Path:
     return run.path
 
 
-_RECORDS = ("run.json", "recipe.yaml", "plan.yaml", "metrics.jsonl", "environment.json", "verify-cases.json")
+_RECORDS = (
+    *("run.json", "recipe.yaml", "plan.yaml", "metrics.jsonl", "environment.json", "verify-cases.json"),
+    "report.json",
+)
 
 
 def records(folder: Path) -> Reader:
