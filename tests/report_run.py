@@ -90,6 +90,7 @@ def record(steps: int, hostile: str) -> dict[str, Any]:
             "steps": steps,
             "rank": 4,
             "rslora": True,
+            "sample_prompt": ["a prompt of the user"],
         },
         "backend": "torch",
         "device": "cpu",

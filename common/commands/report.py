@@ -17,10 +17,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE", help="file to write; report.html of the run unless given"
     )
     parser.add_argument(
-        "--no-text", "--no_text", action="store_true", help="show no row, no sample and no answer, only figures"
+        *("--no-text", "--no_text"),
+        nargs="?",  # the front door gives train's switches their value
+        const="true",
+        default="false",
+        choices=("true", "false"),
+        help="show no row, no sample and no answer, only figures",
     )
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
-    path = write_report(Run(args.run), args.lang, args.output, texts_shown=not args.no_text)
+    path = write_report(Run(args.run), args.lang, args.output, texts_shown=args.no_text == "false")
     context.display.show(f"The report is in {path}", kind="report", path=str(path))

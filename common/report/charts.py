@@ -231,7 +231,8 @@ def _rule(level: Level, axes: Axes) -> dict[str, Any]:
 def _decades(values: list[float]) -> list[float]:
     """The powers of ten around the figures, for a logarithmic axis."""
     above = [value for value in values if value > 0]
-    return [10.0**power for power in range(math.floor(math.log10(min(above))), math.ceil(math.log10(max(above))) + 1)]
+    low, high = math.floor(math.log10(min(above))), math.ceil(math.log10(max(above)))
+    return [10.0**power for power in range(max(low, -300), high + 1)]
 
 
 def _is_wide(values: list[float]) -> bool:

@@ -1,6 +1,5 @@
 """What a run folder keeps, read for its page: whatever is missing, damaged or of another version is left out."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from common.recipe import Plan, Recipe
 from common.run_fields import ReportFacts, RunRecord
 from common.run_record import Run
 
+_MOST = 1e300
 _T = TypeVar("_T")
 Line = dict[str, Any]
 Point = tuple[float, float]  # step and figure
@@ -65,8 +65,9 @@ def points_of(lines: list[Line], figure: Callable[[Line], Any]) -> list[Point]:
 
 
 def number(value: Any) -> float | None:
-    """`value` where it is a finite number."""
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+    """`value` where it is a number that can be computed with."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _MOST
+    return value if known else None
 
 
 def _lines(path: Path) -> list[Line]:

@@ -210,10 +210,10 @@ def checks(kept: Kept) -> list[tuple[str, str, str]]:
 
 def command(kept: Kept) -> str:
     """The command that trains the same again: every option whose value is not its default."""
-    words = []
+    words, left_out = [], _NOT_REPEATED if kept.texts else {*_NOT_REPEATED, "sample_prompt"}
     for name, field in by_flag().items():
         value = kept.record.options.get(name)
-        if name in _NOT_REPEATED or value is None or value == field.get_default(call_default_factory=True):
+        if name in left_out or value is None or value == field.get_default(call_default_factory=True):
             continue
         if isinstance(value, dict):
             value = [f"{key}={part}" for key, part in value.items()]

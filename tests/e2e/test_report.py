@@ -122,6 +122,8 @@ def test_a_real_run_and_a_comparison_are_drawn(tmp_path: Path) -> None:
     out = twintune("report", tmp_path / "mlx", "--lang", "ja", "--no-text", "--output", tmp_path / "ja.html")
     assert f"The report is in {tmp_path / 'ja.html'}" in out
     assert drawn(tmp_path / "ja.html").points("loss") == [12, 4]
+    assert "<mark>" in (tmp_path / "mlx" / "report.html").read_text(encoding="utf-8")
+    assert "<mark>" not in (tmp_path / "ja.html").read_text(encoding="utf-8")
     twintune("compare", tmp_path / "torch", tmp_path / "mlx", "--html", tmp_path / "c.html")
     page = drawn(tmp_path / "c.html")
     assert [page.points(chart) for chart in ("loss", "valid", "speed", "rate")] == [

@@ -33,7 +33,7 @@ from tests.unit.bigram import Bigram
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}"
 TEXTS = (
     *("the prompt's words", "the row's answer", "an answer at", "what is read", "what is learned"),
-    *("a row's own words", "quoted words", "an answer of the GGUF"),
+    *("a row's own words", "a prompt of the user", "quoted words", "an answer of the GGUF"),
 )
 
 
@@ -88,7 +88,7 @@ def test_the_page_says_what_came_of_the_run(tmp_path: Path, lang: Any) -> None:
     page = written(write_run(tmp_path / "run"), lang=lang)
     assert page.all("html") == [{"lang": lang}]
     figures = ("4.5", "0.11", "97.6%", "200", "0.95 GB", "1.00 GB", "0.11 GB", "0.15 GB", "6.17", "0.00400", "98.0%")
-    for said in (*figures, *TEXTS[:6], "--rank 4", "--rslora", "'my rows.jsonl'", "3.11.7", "no GPU", "f00d", "cafe"):
+    for said in (*figures, *TEXTS[:7], "--rank 4", "--rslora", "'my rows.jsonl'", "3.11.7", "no GPU", "f00d", "cafe"):
         assert said in page.words, said
     assert page.words.count("Q4_K_M") > 2
     assert texts(lang)["verdict.sound.text"] in page.words
@@ -175,7 +175,14 @@ def test_of_a_run_that_kept_next_to_nothing_the_rest_is_shown(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "plan.yaml", "metrics.jsonl", "samples.jsonl", "environment.json"])
-@pytest.mark.parametrize("content", [None, b"\xff\x00{", b'{"step": "1", "loss": []}\n{"step": 1, "loss": NaN}\n[]\n'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"\xff\x00{",
+        b'{"step": "1", "loss": []}\n{"step": 1, "loss": NaN, "memory": 1e999, "tokens": 9, "seconds": 1e-999}\n[]\n',
+    ],
+)
 def test_a_file_that_is_missing_or_damaged_costs_its_own_part(tmp_path: Path, name: str, content: bytes | None) -> None:
     run = write_run(tmp_path / "run")
     (run / name).unlink()
