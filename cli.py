@@ -30,6 +30,7 @@ COMMANDS = {
     "chat": "chat with the model of a run",
     "generate": "answer every prompt of a file, as rows in the training format",
     "serve": "serve the GGUF of a run as an OpenAI-compatible endpoint",
+    "report": "write the page about a run again: curves, answers, data, recipe, export",
     "compare": "put runs side by side: recipe, speed, memory, losses",
     "worker": "help a training on another computer (train --with)",
     "push": "upload a finished run to the hub",

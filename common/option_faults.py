@@ -77,3 +77,12 @@ def _of_export(options: Any) -> list[str]:
     if options.fuse_into and options.quantization == "none":
         faults.append("fuse_into is for a quantized base; there is none (quantization none)")
     return faults
+
+
+def valid_layers(text: str) -> bool:
+    """Whether `--layers` can be read: `last:N`, or numbers and ranges with commas."""
+    if re.fullmatch(r"last:[1-9]\d{,8}", text):
+        return True
+    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", text):
+        return False
+    return all(int(a) <= int(b or a) for a, _, b in (part.partition("-") for part in text.split(",")))

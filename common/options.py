@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
-from common.option_faults import faults_of
+from common.option_faults import faults_of, valid_layers
 from common.option_fields import (
     QUANT_TYPES,
     PlanFields,
@@ -155,7 +155,13 @@ class Options(RecipeFields, PlanFields):
         value="RUN",
     )
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
-    no_text: bool = in_output(False, "keep no answers of the model in samples.jsonl, only figures")
+    no_text: bool = in_output(
+        False, "keep no answer of the model and no row in samples.jsonl, report.json and report.html, only figures"
+    )
+    lang: Literal["en", "ja"] = in_output("en", "language of report.html")
+    live: bool = in_output(
+        False, "while training, show the report in a browser on this machine; its address is printed"
+    )
     quiet: bool = in_output(False, "print only warnings, errors and the result")
     json_output: bool = in_output(False, "print one JSON object per event", alias="json")
 
@@ -292,15 +298,6 @@ def read_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{text!r} is not a size such as 16GB or 900MB")
     return size
-
-
-def valid_layers(text: str) -> bool:
-    """Whether `--layers` can be read: `last:N`, or numbers and ranges with commas."""
-    if re.fullmatch(r"last:[1-9]\d{,8}", text):
-        return True
-    if not re.fullmatch(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", text):
-        return False
-    return all(int(a) <= int(b or a) for a, _, b in (part.partition("-") for part in text.split(",")))
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -82,6 +82,44 @@ class DataRecord(_Record):
     label_tokens: int = 0
 
 
+class RowRecord(_Record):
+    """A training row as it is trained. parts: `(whether its tokens are labels, text)`."""
+
+    source: str
+    tokens: int
+    label_tokens: int
+    parts: list[tuple[bool, str]]
+
+
+class PartRecord(_Record):
+    """The rows of one part of the data: how many, and how long in tokens."""
+
+    rows: int
+    tokens: int
+    label_tokens: int
+    left_out: int  # longer than --max-length, without a label, or not readable
+    median: int
+    longest: int
+
+
+class DataFacts(_Record):
+    """What the training data is like. edges: of the bars of `counts`, in tokens a training row."""
+
+    parts: dict[str, PartRecord] = {}
+    edges: list[int] = []
+    counts: list[int] = []
+    scripts: dict[str, int] = {}  # of the answers that were looked at
+    warnings: list[str] = []
+    rows: list[RowRecord] = []  # none with --no-text
+
+
+class ReportFacts(_Record):
+    """What report.json keeps for the page about the run: nothing else does. reasons: by what was chosen."""
+
+    data: DataFacts = DataFacts()
+    reasons: dict[str, str] = {}
+
+
 class AlarmRecord(_Record):
     """A sign of collapse that training showed."""
 

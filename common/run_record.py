@@ -18,7 +18,7 @@ from common.documents import fault_of, read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
 from common.recipe import OPTIONAL, VERSION, Plan, Recipe, lacking
-from common.run_fields import RunRecord
+from common.run_fields import ReportFacts, RunRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -66,6 +66,22 @@ class Run:
     @property
     def verify_cases(self) -> Path:
         return self.path / "verify-cases.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def report_facts(self) -> Path:
+        return self.path / "report.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -152,6 +168,19 @@ class Run:
 
     def write_recipe(self, recipe: Recipe) -> None:
         _write_yaml(self.path / "recipe.yaml", recipe.content(), f"recipe {recipe.hash()}")
+
+    def read_report_facts(self) -> ReportFacts:
+        """report.json; empty where an older version made the run. Raises UserError where it cannot be read."""
+        fix = f"Remove {self.report_facts}: no result depends on it."
+        try:
+            return ReportFacts.model_validate(read_json(self.report_facts, fix))
+        except FileNotFoundError:
+            return ReportFacts()
+        except ValidationError as error:
+            raise UserError(f"{self.report_facts} cannot be read{fault_of(error)}.", fix) from None
+
+    def write_report_facts(self, facts: ReportFacts) -> None:
+        _write(self.report_facts, strict_json.dumps(facts.model_dump()) + "\n")
 
     def write_plan(self, plan: Plan) -> None:
         _write_yaml(self.path / "plan.yaml", plan.model_dump(), "what changes only speed and memory")

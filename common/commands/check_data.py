@@ -17,6 +17,7 @@ from common.data.encoded_rows import EncodedRows
 from common.data.findings import beyond_context, control_tokens, distinct_count, quality_warnings
 from common.data.mixed_rows import distinct
 from common.data.sources import named
+from common.data.summary import labeled_parts
 from common.data.text_sample import TextSample, text_sample
 from common.data.training_rows import TrainingRows, encode_data, load, note_counts, warn_of_plain_text
 from common.data.truncation import FilteredRows
@@ -141,13 +142,8 @@ def _more(count: int) -> str:
 
 def colored(row: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     """The rendered row in parts, its labeled tokens on green (in brackets where there is no color)."""
-    parts: list[tuple[str, str]] = []
-    edges = np.flatnonzero(np.diff(row.mask.astype(np.int8))) + 1
-    for part in np.split(np.arange(len(row.ids)), edges):
-        label = bool(row.mask[part[0]])
-        piece = tokenizer.decode(row.ids[part].tolist())
-        parts.append((f"[{piece}]", "black on green") if label else (piece, "dim"))
-    return parts
+    parts = labeled_parts(row, tokenizer)
+    return [(f"[{piece}]", "black on green") if label else (piece, "dim") for label, piece in parts]
 
 
 def explain_row(examples: Sequence[Example], number: int, encoder: Encoder, display: Display) -> None:

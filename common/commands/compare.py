@@ -8,13 +8,28 @@ from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.recipe import Recipe
+from common.report.comparison import Comparison, write_comparison
+from common.report.texts import LANGS, Lang
 from common.run_fields import RunRecord
 from common.run_record import Run
 
 
-def compare(runs: list[Path], display: Display) -> None:
-    """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's."""
+def compare(runs: list[Path], display: Display, html: Path | None = None, lang: Lang = "en") -> None:
+    """Print a table of the runs: recipe agreement first, then figures, each with its ratio to the first run's.
+
+    html: a page with the same, and the runs' curves.
+    """
     records, recipes = [Run(run).require_complete() for run in runs], [Run(run).recipe for run in runs]
+    said = Comparison(["", *[run.name for run in runs]], _rows(runs, records, recipes), _notes(runs, records, recipes))
+    display.table("Compared with the first run", said.columns, said.rows)
+    for note in said.notes:
+        display.say(note)
+    if html is not None:
+        write_comparison(runs, said, html, lang)
+        display.show(f"The comparison is in {html}", kind="report", path=str(html))
+
+
+def _rows(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> list[list[str]]:
     rows = [["recipe", *[record.recipe_hash[:12] for record in records]]]
     rows.append(["agrees", "-", *["yes" if r.hash() == recipes[0].hash() else "NO" for r in recipes[1:]]])
     for name in ("backend", "device"):
@@ -38,27 +53,33 @@ def compare(runs: list[Path], display: Display) -> None:
     shares = [stage_shares(record) for record in records]
     for stage in dict.fromkeys(name for share in shares for name in share):
         rows.append([f"time: {stage}", *[f"{share[stage]:.1%}" if stage in share else "-" for share in shares]])
-    display.table("Compared with the first run", ["", *[run.name for run in runs]], rows)
+    return rows
+
+
+def _notes(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> list[str]:
+    """What can be compared, and what cannot."""
+    notes = []
     for run, recipe in zip(runs[1:], recipes[1:], strict=True):
-        display.say(_agreement(runs[0], recipes[0], run, recipe))
+        notes.append(_agreement(runs[0], recipes[0], run, recipe))
     for run, recipe in zip(runs, recipes, strict=True):
         if recipe.parent is not None and recipe.parent.step:
-            display.say(f"{run.name} continues {recipe.parent}: its curve until then is of that recipe.")
+            notes.append(f"{run.name} continues {recipe.parent}: its curve until then is of that recipe.")
     for run, record in zip(runs, records, strict=True):
         if len(record.plans) > 1:
             moves = ", ".join(map(_moved, record.plans))
-            display.say(
+            notes.append(
                 f"{run.name} changed its plan during training ({moves}): its speed and memory are of both plans."
             )
     for run, record in zip(runs, records, strict=True):
         if record.shares:
-            display.say(f"{run.name} was computed by {'; '.join(_shares(record.shares))}.")
+            notes.append(f"{run.name} was computed by {'; '.join(_shares(record.shares))}.")
     kinds = {record.memory_kind for record in records}
     if len(kinds) > 1:
-        display.say(
+        notes.append(
             f"peak memory was measured in different ways ({', '.join(sorted(map(str, kinds)))}): "
             "compare peak RSS instead, which is the same in every run."
         )
+    return notes
 
 
 def _shares(shares: list[dict[str, Any]]) -> list[str]:
@@ -112,9 +133,11 @@ def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="two or more run folders")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with the runs' curves over each other")
+    parser.add_argument("--lang", choices=LANGS, default="en", help="language of the page of --html (default: en)")
 
 
 def run(args: argparse.Namespace, context: Context) -> None:
     if len(args.runs) < 2:
         raise UserError("compare needs two or more runs.", "python cli.py compare RUN RUN")
-    compare(args.runs, context.display)
+    compare(args.runs, context.display, args.html, args.lang)

@@ -30,6 +30,7 @@ from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.option_sources import options_over
 from common.options import Options
+from common.report.page import write_own_report
 from common.run_fields import BaseRecord, RunRecord
 from common.run_lock import held
 from common.run_record import Run
@@ -45,7 +46,10 @@ def fuse_run(run: Path, options: dict[str, Any], context: Context) -> None:
     """`fuse RUN`: the fused folder and the GGUFs again, from the run's adapter. options: those that were given."""
     Run(run).require_complete()
     with held(run):
-        merged = _fuse_held(Run(run), options, context)
+        try:
+            merged = _fuse_held(Run(run), options, context)
+        finally:
+            write_own_report(Run(run), context.display)
     if merged.push:
         push(run, merged.push, Upload(private=not merged.push_public), context.display)
 

@@ -44,6 +44,7 @@ def begin(job: Job) -> None:
             temporary.write_text(job.served.template, encoding="utf-8")
     write_environment(run.path)
     write_cases(run.verify_cases, job.cases)
+    run.write_report_facts(job.facts)
     run.update(
         status="training",
         recipe_hash=job.recipe.hash(),

@@ -12,6 +12,7 @@ from common.data.encode import Encoder, load_tokenizer
 from common.data.encoded_rows import EncodedRows
 from common.data.findings import QualityWarning, distinct_count
 from common.data.sample_prompts import SamplePrompt, row_prompts
+from common.data.summary import data_facts
 from common.data.training_rows import (
     TrainingRows,
     encode_data,
@@ -37,6 +38,7 @@ from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options
 from common.paths import source_name, sources_name
 from common.recipe import VERSION, Parent, Plan, Recipe
+from common.run_fields import ReportFacts
 from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
@@ -84,6 +86,7 @@ class Job:
     encoder: Encoder
     cases: Cases
     left_out: str  # a line for the end, where many rows are not trained on
+    facts: ReportFacts
 
     @property
     def plan(self) -> Plan:
@@ -103,9 +106,10 @@ def prepare(
     check_request(options, display)
     hardware = choose_hardware(options, context)
     run = resumed or Run(_output(options, hardware.backend.value))
-    base, rows, tokenizer = model_and_rows(options, hardware, context, seconds)
+    base, rows, tokenizer, suspicious = model_and_rows(options, hardware, context, seconds)
+    recipe_why = ""
     if not resumed:
-        options = _chosen(options, base, rows, display)
+        options, recipe_why = _chosen(options, base, rows, display)
     version = resumed.recipe.version if resumed else VERSION
     recipe = _recipe(options, base, rows, hardware.precision.value, parent, version, display)
     start = start_adapter(recipe, base)
@@ -143,13 +147,19 @@ def prepare(
         encoder=rows.encoder,
         cases=make_cases(rows.data, rows.valid, rows.train, rows.encoder),
         left_out=left_out(rows),
+        facts=ReportFacts(
+            data=data_facts(options, rows, suspicious, tokenizer), reasons=_reasons(hardware, chosen, recipe_why)
+        ),
     )
 
 
 def model_and_rows(
     options: Options, hardware: Hardware, context: Context, seconds: dict[str, float]
-) -> tuple[Base, TrainingRows, Any]:
-    """`(the model, its rows encoded, its tokenizer)`, each reported. seconds: gets the time of tokenizing."""
+) -> tuple[Base, TrainingRows, Any, list[QualityWarning]]:
+    """`(the model, its rows encoded, its tokenizer, what is suspicious)`, each reported.
+
+    seconds: gets the time of tokenizing.
+    """
     display = context.display
     data = load(options, display)
     suspicious = warn_of_quality(options, data, display)
@@ -160,7 +170,7 @@ def model_and_rows(
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
     _report(options, rows, suspicious, base, display)
-    return base, rows, tokenizer
+    return base, rows, tokenizer, suspicious
 
 
 def _report(
@@ -174,14 +184,14 @@ def _report(
     warn_of_context(kept, context_length(base.model.config), display)
 
 
-def _chosen(options: Options, base: Base, rows: TrainingRows, display: Display) -> Options:
-    """The options with what --recipe auto chooses."""
+def _chosen(options: Options, base: Base, rows: TrainingRows, display: Display) -> tuple[Options, str]:
+    """`(the options with what --recipe auto chooses, why)`."""
     if options.recipe == "fixed":
-        return options
+        return options, ""
     options, why = auto_recipe(options, base, rows.train.rows)
     if why:
         display.say(why)
-    return options
+    return options, why
 
 
 def _recipe(
@@ -237,6 +247,12 @@ def choose_hardware(options: Options, context: Context) -> Hardware:
     return Hardware(backend, device, precision, scheme)
 
 
+def _reasons(hardware: Hardware, chosen: ChosenPlan, recipe: str) -> dict[str, str]:
+    names = ("backend", "device", "precision")
+    whys = {name: getattr(hardware, name).why for name in names} | {"memory budget": chosen.why, "recipe": recipe}
+    return {name: why for name, why in whys.items() if why}
+
+
 def _warn_of_peak(chosen: ChosenPlan, display: Display) -> None:
     if chosen.prediction.peak > chosen.budget:
         display.warn(
@@ -256,7 +272,10 @@ def _output(options: Options, backend: str) -> Path:
 
 
 # What a new run writes before its record.
-FIRST_FILES = ("recipe.yaml", "plan.yaml", "chat_template.jinja", "environment.json", "verify-cases.json")
+FIRST_FILES = (
+    *("recipe.yaml", "plan.yaml", "chat_template.jinja", "environment.json", "verify-cases.json"),
+    *("report.json", "report.html"),
+)
 
 
 def _unused(run: Path) -> bool:

@@ -25,6 +25,7 @@ from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Recipe
+from common.report.live import reported
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
@@ -87,6 +88,7 @@ def _run_training(options: Options, context: Context) -> Path:
         else:
             job, found = claimed(job, lock), None
             begin(job)
+        lock.enter_context(reported(job.run, options.lang, options.live, display))
         try:
             backend, adapter = _train(job, found, context, seconds)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)

@@ -74,7 +74,7 @@ def tune(options: Options, given: Collection[str], limits: Limits, resumed: Path
     display = context.display
     check_request(options.model_copy(update={"export": "none", "push": None}), display)
     hardware = choose_hardware(options, context)
-    base, rows, _ = model_and_rows(options, hardware, context, {})
+    base, rows, *_ = model_and_rows(options, hardware, context, {})
     _check_validation(options, rows)
     space = search_space(options, given, base, rows.train.rows)
     if not space.automatic:

@@ -6,6 +6,7 @@ from pathlib import Path
 from common.commands.arguments import add_llama
 from common.context import Context
 from common.export.model_card import write_card
+from common.report.page import write_own_report
 from common.run_lock import held
 from common.run_record import Run
 from common.verify.judge import verdict
@@ -22,4 +23,5 @@ def run(args: argparse.Namespace, context: Context) -> int:
     found = verdict(verify_run(args.run, context))
     with context.display.optional("no model card"), held(args.run):
         write_card(Run(args.run))
+        write_own_report(Run(args.run), context.display)
     return 1 if found == "broken" else 0

@@ -64,8 +64,8 @@ def card(run: Run, parts: list[str]) -> str:
         f"# {base.rpartition('/')[2] or 'A local model'}, fine-tuned",
         _about(record, record.base.form, recipe, base),
         "## Data\n\n" + _data(record, recipe, data),
-        "## Recipe\n\n" + _table({name: _shown(value) for name, value in _recipe_rows(record, recipe).items()}),
-        "## Figures\n\n" + _table(_figures(run, record)),
+        "## Recipe\n\n" + _table({name: shown_value(value) for name, value in recipe_rows(record, recipe).items()}),
+        "## Figures\n\n" + _table(figures(run, record)),
         "## Verification\n\n" + _verification(record.verify),
         "## Files\n\n" + _files(record, parts),
         "## How to run it\n\n" + _usage(record, parts, base),
@@ -142,14 +142,15 @@ _COUNTS = {
 }
 
 
-def _recipe_rows(record: RunRecord, recipe: Recipe) -> dict[str, Any]:
+def recipe_rows(record: RunRecord, recipe: Recipe) -> dict[str, Any]:
+    """What changes the result, by the names of options; hashes of the model and the data left out."""
     fields = recipe.model_dump(exclude=_LEFT_OUT | (set(_SHAPE) if recipe.method == "full" else set()))
     return {"recipe hash": f"`{record.recipe_hash}`"} | {
         name: value for name, value in fields.items() if value not in (None, {})
     }
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
     return (
         ", ".join(map(str, value))
         if isinstance(value, list)
@@ -159,7 +160,9 @@ def _shown(value: Any) -> str:
     )
 
 
-def _figures(run: Run, record: RunRecord) -> dict[str, str]:
+def figures(run: Run, record: RunRecord) -> dict[str, str]:
+    """What training came to, as far as it is known."""
+
     def number(key: str, show: str) -> str:
         value = getattr(record, key)
         return show.format(value) if value is not None else ""
@@ -199,11 +202,18 @@ def _verification(found: VerifyRecord | None) -> str:
         kind = "validation" if found.held_out else "training"
         lines.append(f"Next-token distributions compared on {found.rows} {kind} rows:")
     rows = ["| | against | mean KL | p99 KL | top-1 agreement |", "| --- | --- | --- | --- | --- |"]
-    for name, link in found.divergence.items():
-        figures = zip((link.mean_kl, link.p99_kl, link.same_top), (".5f", ".4f", ".1%"), strict=True)
-        cells = ["not finite" if value is None else format(value, form) for value, form in figures]
-        rows.append(f"| {' | '.join([*COMPARED.get(name, (name, 'BF16 GGUF')), *cells])} |")
+    rows += [f"| {' | '.join(cells)} |" for cells in divergence_rows(found)]
     return " ".join(lines) + ("\n\n" + "\n".join(rows) if found.divergence else "")
+
+
+def divergence_rows(found: VerifyRecord) -> list[list[str]]:
+    """What was compared, with what, mean and p99 KL, and top-1 agreement, a row for each comparison."""
+    rows = []
+    for name, link in found.divergence.items():
+        values = zip((link.mean_kl, link.p99_kl, link.same_top), (".5f", ".4f", ".1%"), strict=True)
+        cells = ["not finite" if value is None else format(value, form) for value, form in values]
+        rows.append([*COMPARED.get(name, (name, "BF16 GGUF")), *cells])
+    return rows
 
 
 def _files(record: RunRecord, parts: list[str]) -> str:

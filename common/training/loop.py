@@ -216,8 +216,7 @@ class TrainingLoop:
         seconds = ended - step.started
         self.state.count(step.number, step.result, loss, seconds, timed=self._warm)
         self.seconds["train"] += seconds
-        self._warm = True
-        memory = self.backend.memory()
+        self._warm, memory = True, self.backend.memory()
         line = {
             "step": step.number,
             "loss": loss,
@@ -227,6 +226,7 @@ class TrainingLoop:
             "grad_norm": norm,
             "seconds": seconds,
             "memory": memory.used,
+            "swap": memory.swap,
         }
         self._busy_cpu.note(line, step.threads)
         self._metrics.write(line)

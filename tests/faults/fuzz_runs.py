@@ -17,6 +17,7 @@ from common.export.model_card import card, parts_of
 from common.export.upload import Upload, push
 from common.inference.chat_models import choose
 from common.options import Options
+from common.report.page import write_report
 from common.run_fields import GgufRecord
 from common.run_record import Run
 from common.training import checkpoint
@@ -47,7 +48,10 @@ def _finished(folder: Path) -> Path:
     return run.path
 
 
-_RECORDS = ("run.json", "recipe.yaml", "plan.yaml", "metrics.jsonl", "environment.json", "verify-cases.json")
+_RECORDS = (
+    *("run.json", "recipe.yaml", "plan.yaml", "metrics.jsonl", "environment.json", "verify-cases.json"),
+    "report.json",
+)
 
 
 def records(folder: Path) -> Reader:
@@ -84,6 +88,7 @@ def _every_command(run: Path, other: Path) -> None:
         lambda: compare([other, run], Display("quiet")),
         lambda: push(run, "owner/name", Upload(dry_run=True, anyway=True), Display("quiet")),
         lambda: card(folder, parts_of(folder)),
+        lambda: write_report(folder),
         lambda: resumed_options(Options.model_validate({"resume": str(run)}), folder),
         lambda: _verify(run),
         lambda: choose_positions(cases_of(folder, other.parent / "tiny").rows, 259),

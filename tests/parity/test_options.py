@@ -84,6 +84,8 @@ ELSEWHERE = {
     "fuse_into": "parity/test_options.py::test_what_the_adapter_is_fused_into",
     "imatrix": "gguf/test_verify.py::test_an_importance_matrix_guides_a_quant_beside_the_plain_one",
     "json": "e2e/test_commands.py::test_json_mode_prints_one_event_a_line",
+    "lang": "unit/test_report.py::test_train_writes_the_page_in_the_language_that_was_asked_for",
+    "live": "unit/test_live.py::test_a_training_is_shown_while_it_runs",
     "llama_cpp": "unit/test_llama_cpp.py::test_a_folder_in_each_layout",
     "min_delta": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
     "no_text": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",

@@ -145,6 +145,7 @@ def test_the_loss_is_the_sum_over_label_tokens_by_their_count(tmp_path: Path) ->
             "tokens": sum(batch.tokens for batch in batches),
             "learning_rate": 0.025,
             "memory": 1,
+            "swap": 0,
         }
     ]
 
@@ -714,7 +715,7 @@ def test_replan_cuts_finer_then_checkpoints_then_says_that_nothing_is_left(tmp_p
     assert state.gradient_checkpointing
     assert "micro-batches now have at most" in watch.warnings[0]
     assert watch.warnings[-1].endswith("micro-batches cannot be smaller; close other programs")
-    left_out = ("seconds", "valid_loss", "memory")
+    left_out = ("seconds", "valid_loss", "memory", "swap")
     assert metrics(tmp_path / "plain", *left_out) == metrics(tmp_path / "b", *left_out)
 
 

@@ -345,7 +345,7 @@ def test_the_run_folder_holds_what_it_should(given: dict[str, Any]) -> None:
     assert {path.name for path in folder.iterdir()} == {
         *(".lock", "adapter", "adapter-mlx", "checkpoints", "environment.json"),
         *("chat_template.jinja", "metrics.jsonl", "plan.yaml", "recipe.yaml", "run.json", "samples.jsonl"),
-        "verify-cases.json",
+        *("verify-cases.json", "report.json", "report.html"),
     }
     known = json.loads((folder / "run.json").read_text())
     assert (known["status"], known["steps"], known["backend"]) == ("complete", 6, "torch")

@@ -1,0 +1,147 @@
+"""The page of a run while it trains: a small server for this machine alone, in a thread beside the training.
+
+What it shows is read from the run's files when a browser asks, and written again only as often as that takes under a
+hundredth of the time. Its address holds a secret, and a request that names another host is refused, so that no page of
+another site reads it.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from common import strict_json
+from common.display import Display
+from common.errors import UserError
+from common.report.kept import read_kept
+from common.report.page import page, run_page, specs, write_own_report
+from common.report.texts import Lang
+from common.run_record import Run
+
+_HOST = "127.0.0.1"
+_SHARE = 0.01  # of the time that the page may take
+_SECONDS = 10  # that a browser may take to send its request
+
+
+@contextmanager
+def reported(run: Run, lang: Lang, live: bool, display: Display) -> Iterator[None]:
+    """Around what is done to the run: its page is written at the end, however that came, and until then shown live."""
+    try:
+        with live_page(run, lang, display) if live else nullcontext():
+            yield
+    finally:
+        write_own_report(run, display, lang)
+
+
+@contextmanager
+def live_page(run: Run, lang: Lang, display: Display) -> Iterator[None]:
+    """Serves the run's page and says where, until the block ends. Where no port is free there is only a warning."""
+    server = None
+    with display.optional("the training is not shown live"):
+        pages = Pages(run, lang)
+        pages.page()  # Vega is loaded before the training starts, not beside it
+        server = _Server(pages)
+        threading.Thread(target=server.serve_forever, name="live page", daemon=True).start()
+        display.say(f"Live in the browser: {server.address}")
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+class Pages:
+    """The page and what is new on it, as they were made last."""
+
+    def __init__(self, run: Run, lang: Lang) -> None:
+        self._run, self._lang = run, lang
+        self._lock = threading.Lock()
+        self._state: Any = None
+        self._page = self._news = b""
+        self._next = 0.0  # when they may be made again
+
+    def page(self) -> bytes:
+        return self._made()[0]
+
+    def news(self) -> bytes:
+        """Title, body and charts as JSON."""
+        return self._made()[1]
+
+    def _made(self) -> tuple[bytes, bytes]:
+        with self._lock:
+            began = time.monotonic()
+            state = [_changed(path) for path in (self._run.record_file, self._run.metrics, self._run.samples)]
+            if not self._page or (state != self._state and began >= self._next):
+                with suppress(UserError):  # a file that is damaged for now: what was read before stays
+                    title, body, charts = run_page(read_kept(self._run), self._lang)
+                    self._page = page(title, body, charts, self._lang, live=True).encode(errors="backslashreplace")
+                    news = {"title": title, "body": body, "charts": specs(charts)}
+                    self._news = strict_json.dumps(news).encode(errors="backslashreplace")
+                    self._state = state
+                now = time.monotonic()
+                self._next = now + (now - began) / _SHARE if self._next else now  # the first loads Vega
+            return self._page, self._news
+
+
+def _changed(path: Any) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False  # the training waits for no browser
+
+    def __init__(self, pages: Pages) -> None:
+        super().__init__((_HOST, 0), _Handler)
+        self.pages, self.path = pages, f"/{secrets.token_urlsafe(24)}/"
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        return f"{_HOST}:{self.server_port}", f"localhost:{self.server_port}"
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.hosts[0]}{self.path}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that has gone is no fault."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    timeout = _SECONDS
+
+    def do_GET(self) -> None:
+        pages = {self.server.path: ("text/html", self.server.pages.page)}
+        pages[f"{self.server.path}now"] = ("application/json", self.server.pages.news)
+        asked = self.path.encode(errors="replace")
+        known = next((found for path, found in pages.items() if secrets.compare_digest(path.encode(), asked)), None)
+        if self.headers.get("Host") not in self.server.hosts or known is None:
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        kind, made = known
+        content = made()
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in (
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Content-Security-Policy", "frame-ancestors 'none'"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Requests are not shown: the terminal shows the training."""

@@ -1,0 +1,246 @@
+"""What the page of one run says beside its charts: the headline, the key figures and the tables."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+from common.display import gigabytes, shown
+from common.errors import PROGRAM
+from common.export.model_card import divergence_rows, figures, recipe_rows, shown_value
+from common.options import by_flag
+from common.report.kept import Kept, number
+from common.report.run_charts import Texts, base_loss
+
+# Of the run's options: where it went and how it was watched, which does not enter the result.
+_NOT_REPEATED = {"config", "output", "resume", "quiet", "json", "push", "push_public", "llama_cpp", "live", "lang"}
+
+
+@dataclass(frozen=True)
+class Card:
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The answers to one prompt. answers: `(step, text, whether it ended)`, without the base model's."""
+
+    prompt: str
+    reference: str
+    base: str | None
+    answers: list[tuple[int, str, bool]]
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: list[str]
+    rows: list[list[str]]
+    figures: int = 0  # so many columns at the end are aligned as numbers
+
+
+def headline(kept: Kept, t: Texts) -> str:
+    losses, base = kept.points("loss"), base_loss(kept)
+    best = _best(kept)
+    if base and best is not None:
+        key = "headline.lower" if best[1] < base else "headline.higher"
+        share = f"{(base - best[1]) / base:.1%}"
+        return t[key].format(start=f"{base:.4g}", best=f"{best[1]:.4g}", share=share)
+    if losses:
+        return t["headline.train"].format(first=f"{losses[0][1]:.4g}", last=f"{losses[-1][1]:.4g}")
+    return t["headline.none"]
+
+
+def verdict_key(kept: Kept) -> str:
+    found = kept.record.verify.verdict if kept.record.verify else ""
+    return found if found in ("sound", "sound with remarks", "broken") else "none"
+
+
+def progress(kept: Kept, t: Texts) -> str:
+    """How far a training is that has not ended; empty of a complete run."""
+    losses = kept.points("loss")
+    if kept.record.status == "complete" or kept.recipe is None or not losses:
+        return ""
+    return t["progress"].format(step=f"{losses[-1][0]:,}", steps=f"{kept.recipe.steps:,}")
+
+
+def cards(kept: Kept, t: Texts) -> list[Card]:
+    """The key figures, as far as they are known."""
+    record, found = kept.record, []
+    if (best := _best(kept)) is not None:
+        base = base_loss(kept)
+        note = t["card.valid.note"].format(start=f"{base:.4g}", step=best[0]) if base else ""
+        found.append(Card(t["card.valid"], f"{best[1]:.4g}", note))
+    if record.test_loss is not None:
+        note = t["card.test.note"].format(perplexity=f"{record.test_perplexity or 0:.4g}", rows=record.test_rows or 0)
+        found.append(Card(t["card.test"], f"{record.test_loss:.4g}", note if record.test_perplexity else ""))
+    if record.tokens_per_second:
+        labels = f"{record.label_tokens_per_second or 0:,.0f}"
+        found.append(
+            Card(t["card.speed"], f"{record.tokens_per_second:,.0f}", t["card.speed.note"].format(labels=labels))
+        )
+    if record.peak_memory_bytes:
+        estimate = record.predicted_peak_bytes
+        note = t["card.memory.note"].format(estimated=gigabytes(estimate)) if estimate else ""
+        found.append(Card(t["card.memory"], gigabytes(record.peak_memory_bytes), note))
+    if record.train_seconds:
+        note = t["card.time.note"].format(steps=f"{record.steps or 0:,}")
+        found.append(Card(t["card.time"], duration(record.train_seconds), note))
+    if record.export.gguf:
+        least = min(record.export.gguf, key=lambda gguf: gguf.bytes)
+        note = t["card.export.note"].format(name=least.name, bits=f"{least.bits_per_weight:.2f}")
+        found.append(Card(t["card.export"], gigabytes(least.bytes), note))
+    return found
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `6:51` or `2:06:51`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def all_figures(kept: Kept, t: Texts) -> Table:
+    """Those of the model card, and what this machine's memory came to."""
+    record = kept.record
+    rows = figures(kept.run, record) if kept.plan else {}
+    for name, size in (("peak RSS", record.peak_rss_bytes), ("swap growth", record.swap_growth_bytes)):
+        if size is not None:
+            rows[name] = gigabytes(size)
+    return Table([t["name"], t["value"]], [[t.get(f"figure.{name}", name), text] for name, text in rows.items()], 1)
+
+
+def alarms(kept: Kept, t: Texts) -> list[str]:
+    """What was raised and undone during training; without what an answer said."""
+    returned = [
+        t["rollback"].format(from_step=back.from_step, to_step=back.to_step, rate=f"{back.learning_rate:g}")
+        for back in kept.record.rollbacks
+    ]
+    seen = [alarm for back in kept.record.rollbacks for alarm in back.alarms] + kept.record.alarms
+    return [f"{alarm.seen}: {alarm.cause}. {alarm.remedy}" for alarm in seen] + returned
+
+
+def samples(kept: Kept) -> list[Sample]:
+    """By prompt; none where texts are not shown."""
+    asked: dict[int, list[dict[str, Any]]] = {}
+    for line in kept.samples if kept.texts else []:
+        if isinstance(line.get("answer"), str) and isinstance(line.get("number"), int):
+            asked.setdefault(line["number"], []).append(line)
+    return [
+        Sample(
+            prompt=shown(str(lines[0].get("prompt") or "")),
+            reference=shown(str(lines[0].get("reference") or "")),
+            base=next((shown(line["answer"]) for line in lines if line["step"] == 0), None),
+            answers=[
+                (line["step"], shown(line["answer"]), line.get("ended") is True) for line in lines if line["step"]
+            ],
+        )
+        for _, lines in sorted(asked.items())
+    ]
+
+
+def data_table(kept: Kept, t: Texts) -> Table:
+    names = ("rows", "tokens", "labels", "median", "longest", "left_out")
+    columns = [t["data.part"], *(t[f"data.{name}"] for name in names)]
+    rows = [
+        [
+            t.get(f"data.{name}", name),
+            *(f"{value:,}" for value in (part.rows, part.tokens, part.label_tokens)),
+            *(f"{value:,}" for value in (part.median, part.longest, part.left_out)),
+        ]
+        for name, part in kept.facts.data.parts.items()
+    ]
+    if not rows and kept.record.data.train_rows:  # an older version's run
+        known = kept.record.data
+        counts = {"rows": known.train_rows, "tokens": known.tokens, "labels": known.label_tokens}
+        columns = [t["data.part"], *(t[f"data.{name}"] for name in counts)]
+        rows = [[t["data.train"], *(f"{count:,}" for count in counts.values())]]
+    return Table(columns, rows, len(columns) - 1)
+
+
+def recipe_table(kept: Kept, t: Texts) -> Table:
+    rows = recipe_rows(kept.record, kept.recipe) if kept.recipe else {}
+    texts = {name: shown_value(value).strip("`") for name, value in rows.items()}
+    return Table([t["name"], t["value"]], [[name, text] for name, text in texts.items() if text])
+
+
+def plan_table(kept: Kept, t: Texts) -> Table:
+    content = kept.plan.model_dump() if kept.plan else {}
+    rows = [
+        [name, gigabytes(value) if name == "memory_budget" else shown_value(value)]
+        for name, value in content.items()
+        if value is not None
+    ]
+    return Table([t["name"], t["value"]], rows)
+
+
+def reasons(kept: Kept, t: Texts) -> Table:
+    given = kept.facts.reasons
+    return Table([t["name"], t["why"]], [[t.get(f"reason.{name}", name), why] for name, why in given.items()])
+
+
+def export_table(kept: Kept, t: Texts) -> Table:
+    columns = [t["export.file"], t["export.size"], t["export.bits"], t["export.larger"]]
+    rows = [
+        [
+            gguf.file,
+            gigabytes(gguf.bytes),
+            f"{gguf.bits_per_weight:.2f}",
+            f"{gguf.fallbacks} / {sum(gguf.tensors.values())}",
+        ]
+        for gguf in kept.record.export.gguf
+    ]
+    return Table(columns, rows, 3)
+
+
+def divergence_table(kept: Kept, t: Texts) -> Table:
+    found = kept.record.verify
+    columns = [t[f"kl.{name}"] for name in ("what", "against", "mean", "p99", "top")]
+    return Table(columns, divergence_rows(found) if found else [], 3)
+
+
+def checks(kept: Kept) -> list[tuple[str, str, str]]:
+    """`(state, name, text)`; the text may quote rows."""
+    found = kept.record.verify.checks if kept.record.verify else []
+    return [
+        (str(check.get("state")), str(check.get("name")), str(check.get("text") or "") if kept.texts else "")
+        for check in found
+    ]
+
+
+def command(kept: Kept) -> str:
+    """The command that trains the same again: every option whose value is not its default."""
+    words, left_out = [], _NOT_REPEATED if kept.texts else {*_NOT_REPEATED, "sample_prompt"}
+    for name, field in by_flag().items():
+        value = kept.record.options.get(name)
+        if name in left_out or value is None or value == field.get_default(call_default_factory=True):
+            continue
+        if isinstance(value, dict):
+            value = [f"{key}={part}" for key, part in value.items()]
+        given = [] if value is True else value if isinstance(value, list) else [value]
+        flag = f"--{name.replace('_', '-')}"
+        words.append(" ".join([flag, *(shlex.quote("false" if one is False else str(one)) for one in given)]))
+    return " \\\n    ".join([f"{PROGRAM} train", *words])
+
+
+def environment(kept: Kept, t: Texts) -> Table:
+    content = kept.environment
+    packages = content.get("packages")
+    rows = {name: value for name, value in content.items() if isinstance(value, str | int)}
+    if memory := number(rows.pop("memory_bytes", None)):
+        rows["memory"] = gigabytes(memory)
+    rows |= {name: value for name, value in packages.items() if value} if isinstance(packages, dict) else {}
+    return Table([t["name"], t["value"]], [[str(name), str(value)] for name, value in rows.items()])
+
+
+def hashes(kept: Kept, t: Texts) -> Table:
+    recipe = kept.recipe
+    known = {"recipe": kept.record.recipe_hash, "model": kept.record.model_hash}
+    known |= {"data": recipe.data_hash, "rows": recipe.rows_hash} if recipe else {}
+    return Table([t["name"], t["value"]], [[t[f"hash.{name}"], str(value)] for name, value in known.items() if value])
+
+
+def _best(kept: Kept) -> tuple[float, float] | None:
+    """The step and loss of the best validation after the first step."""
+    trained = [point for point in kept.points("valid_loss") if point[0]]
+    return min(trained, key=lambda point: point[1]) if trained else None
