@@ -2,6 +2,7 @@
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
+SLOW := tests/e2e tests/faults tests/parity tests/gguf tests/templates
 
 .PHONY: example test test-long check docs setup
 
@@ -10,10 +11,11 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## then the tests with real models and the real llama.cpp
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/e2e tests/faults tests/parity tests/gguf tests/templates
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder $(SLOW)
 
 test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -n 2 $(SLOW)
 
 check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .

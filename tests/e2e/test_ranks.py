@@ -45,8 +45,15 @@ def arrays(run: Path) -> dict[str, np.ndarray]:
     return read_trained(run, 2).arrays()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [
+        ("torch", "full"),
+        ("mlx", "lora"),
+        pytest.param("torch", "lora", marks=pytest.mark.long),
+        pytest.param("mlx", "full", marks=pytest.mark.long),
+    ],
+)
 def test_ranks_give_the_curve_and_the_adapter_of_one_device(
     backend: str, method: str, given: list[str], tmp_path: Path
 ) -> None:
@@ -65,7 +72,7 @@ def test_ranks_give_the_curve_and_the_adapter_of_one_device(
         np.testing.assert_allclose(together[name], tensor, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.long)])
 def test_a_rank_that_is_killed_ends_the_run_by_name_and_it_continues(
     backend: str, given: list[str], tmp_path: Path
 ) -> None:
@@ -117,7 +124,7 @@ def test_torchrun_starts_again_and_the_run_continues(given: list[str], tmp_path:
     assert losses(run).size == 60 + 1 + Run(run).record.steps // Run(run).recipe.eval_every
 
 
-@pytest.mark.parametrize(("precision", "count"), [("fp32", 3), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "count"), [pytest.param("fp32", 3, marks=pytest.mark.long), ("bf16", 2)])
 def test_sharding_an_adapters_base_changes_no_bit(precision: str, count: int, given: list[str], tmp_path: Path) -> None:
     words = ["train", *given, "--backend", "torch", "--steps", "8", "--eval-every", "4"]
     words[words.index("fp32")] = precision

@@ -17,8 +17,8 @@ def command(*words: str) -> str:
 
 
 def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
-    out = command("tests.faults.kills", "--kills", "4", "--export", "fused")
-    assert re.search(r"^([4-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
+    out = command("tests.faults.kills", "--kills", "2", "--export", "fused")
+    assert re.search(r"^([2-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
 
 
 def test_two_commands_at_once_leave_a_run_intact() -> None:
