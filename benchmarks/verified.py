@@ -38,6 +38,7 @@ COLORS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
 THINGS = ("house", "boat", "gate", "wall", "door", "roof", "chair", "table")
 # Sizes that llama.cpp's quants and kernels take.
 _SIZES = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 512}
+_YARN = {"rope_type": "yarn", "beta_fast": 32.0, "beta_slow": 1.0}
 _LONG = {"rope_type": "default", "rope_theta": 1e4}
 _CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 4},
@@ -46,9 +47,16 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": TINY["ministral3"]["rope_parameters"]
-        | {"mscale_all_dim": 1.0, "factor": 16.0, "original_max_position_embeddings": 32, "llama_4_scaling_beta": 0.1},
+        | {"mscale_all_dim": 1.0, "factor": 32.0, "original_max_position_embeddings": 16, "llama_4_scaling_beta": 0.1},
     },
     "olmo2": {"attention_bias": False},  # llama.cpp has none
+    "olmo3": {
+        "sliding_window": 16,  # rows have 22 tokens
+        "rope_parameters": {
+            "full_attention": _YARN | {"rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 16},
+            "sliding_attention": _LONG,
+        },
+    },
     "phi3": {"rope_parameters": _LONG, "original_max_position_embeddings": 512, "sliding_window": None},
     "smollm3": {"no_rope_layer_interval": 4},  # llama.cpp knows no other
     "qwen3_5_text": {

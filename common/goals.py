@@ -125,4 +125,5 @@ def _written(setting: Setting) -> str:
 
 def _comment(text: str) -> str:
     """In one line, whatever is in the name of a stranger's file."""
-    return f"# {' '.join(text.splitlines())}\n"
+    line = " ".join(text.splitlines())
+    return f"# {''.join(one if one.isprintable() else one.encode('unicode_escape').decode() for one in line)}\n"

@@ -28,6 +28,7 @@ from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
 
 _TORCH = "Train it with --backend torch."
+_KINDS = ("full_attention", "sliding_attention")
 DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
@@ -86,8 +87,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
 
     # windows and RoPE are ours: mlx-lm need not understand, or refuse, what the config says of them
     plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
-    if kind == "exaone4":
-        plain["sliding_window_pattern"] = None
+    if kind in ("exaone4", "olmo3"):  # of the latter mlx-lm looks for both kinds, however few layers there are
+        plain |= {"sliding_window_pattern": None, "layer_types": [*_KINDS] * config["num_hidden_layers"]}
     plain["model_file"] = None  # code of the folder's own, which mlx-lm would refuse
     try:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]

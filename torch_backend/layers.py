@@ -9,7 +9,7 @@ import torch
 from common.backend import Adapter
 from torch_backend.linear import FrozenLinear, LoraLinear, frozen_weight
 from torch_backend.mlp import Gated, GatedDown
-from torch_backend.norm import RMSNorm
+from torch_backend.norm import Norm, RMSNorm
 from torch_backend.rope import calling_rope
 
 
@@ -31,7 +31,7 @@ def install(model: Any, adapter: Adapter) -> None:
         )
     for norm in norms:
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        norm.forward = partial(_norm, norm, eps, type(norm).__name__.startswith(("Gemma", "Qwen3_5")))
+        norm.forward = partial(_norm, norm, eps, _norm_kind(type(norm).__name__))
     for net in nets:
         net.norm.forward = partial(_gated_norm, net.norm)
     for decoder in decoders:
@@ -56,12 +56,19 @@ def _install_linear(model: Any, adapter: Adapter) -> None:
         raise AssertionError(f"{replaced} of {len(adapter.weights)} LoRA layers were recognized: PEFT is another one")
 
 
-def _norm(module: Any, eps: float, gemma: bool, x: torch.Tensor) -> torch.Tensor:
-    return RMSNorm.apply(x, module.weight, eps, gemma)
+def _norm_kind(name: str) -> Norm:
+    """Of the class of this name in transformers."""
+    if name.startswith(("Gemma", "Qwen3_5")):
+        return "centered"
+    return "late" if name.startswith("Olmo") else "plain"
+
+
+def _norm(module: Any, eps: float, kind: Norm, x: torch.Tensor) -> torch.Tensor:
+    return RMSNorm.apply(x, module.weight, eps, kind)
 
 
 def _gated_norm(module: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return Gated.apply(gate, RMSNorm.apply(x, module.weight, module.variance_epsilon, False), False)
+    return Gated.apply(gate, RMSNorm.apply(x, module.weight, module.variance_epsilon, "plain"), False)
 
 
 def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:

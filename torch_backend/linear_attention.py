@@ -63,7 +63,7 @@ def _heads(x: torch.Tensor, width: int) -> torch.Tensor:
 
 def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Each vector divided by the square root of its mean square, times `scale`."""
-    return RMSNorm.apply(x, x.new_full((x.shape[-1],), scale), _EPSILON / x.shape[-1], False)
+    return RMSNorm.apply(x, x.new_full((x.shape[-1],), scale), _EPSILON / x.shape[-1], "plain")
 
 
 def _convolved(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from common.commands.arguments import add_options
 from common.commands.plan import estimate_run
 from common.commands.prepare import Hardware, choose_hardware
 from common.context import Context
-from common.data.glance import Glance, glance
+from common.data.glance import MOST_ROWS, Glance, glance
 from common.data.training_rows import load
 from common.display import gigabytes
 from common.errors import PROGRAM, UserError
@@ -166,7 +166,8 @@ def _file(args: argparse.Namespace, default: str, context: Context) -> Path:
 
 def _text(file: Path, asked: _Asked, chosen: Proposal) -> str:
     model, hardware = chosen.model, asked.hardware
-    rows = f"{len(asked.rows.sizes):,} rows of up to about {max(tokens for tokens, _ in asked.rows.sizes):,} tokens"
+    count, longest = len(asked.rows.sizes), max(tokens for tokens, _ in asked.rows.sizes)
+    rows = f"{'the first ' * (count == MOST_ROWS)}{count:,} rows of up to about {longest:,} tokens"
     where = f"{hardware.backend.value} on {hardware.device.value}, {hardware.precision.value}"
     head = [
         f"{model.name} {GOALS[asked.goal].about}",

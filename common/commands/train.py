@@ -1,6 +1,7 @@
 """The main job in its order: check everything, train, fuse, export, verify."""
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
 from common.recipe import Recipe
-from common.report.live import reported
+from common.report.kept import keep_shown
+from common.report.live import live_page, reported
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
@@ -56,15 +58,16 @@ from common.verify.cases import write_cases
 
 def run_training(options: Options, context: Context) -> Path:
     """`train`: check, train, export. Returns the run folder. Raises UserError, or Interrupted after a saved stop."""
-    while True:
-        try:
-            return _run_training(options, context)
-        except RolledBack as back:
-            options = options_to_resume(options, back.run)
+    with live_page(context.display) as show:
+        while True:
+            try:
+                return _run_training(options, context, show)
+            except RolledBack as back:
+                options = options_to_resume(options, back.run)
 
 
-def _run_training(options: Options, context: Context) -> Path:
-    """The same, from the start or a checkpoint on. Raises RolledBack too."""
+def _run_training(options: Options, context: Context, show: Callable[[Run, Options], None]) -> Path:
+    """The same, from the start or a checkpoint on. show: serves the run's page, with --live. Raises RolledBack too."""
     seconds: dict[str, float] = {}
     display = context.display
     with ExitStack() as lock:
@@ -83,12 +86,14 @@ def _run_training(options: Options, context: Context) -> Path:
             if given.steps or given.epochs:
                 display.say(change_length(resumed, job.recipe, options))
             found = resume_run(resumed, job.recipe, job.plan, display.warn)
+            keep_shown(resumed, options.lang, options.no_text)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
         else:
             job, found = claimed(job, lock), None
             begin(job)
-        lock.enter_context(reported(job.run, options.lang, options.live, display))
+        lock.enter_context(reported(job.run, options.lang, display))
+        show(job.run, options)
         try:
             backend, adapter = _train(job, found, context, seconds)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)

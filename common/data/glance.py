@@ -9,7 +9,7 @@ from typing import Any
 
 from common.data.dataset import Example, first_texts
 
-_ROWS = 20_000  # of more the first are looked at
+MOST_ROWS = 20_000  # of more the first are looked at
 # UTF-8 bytes of a token: a character of Japanese, three of English. Tokenizers of today need fewer tokens.
 _BYTES = 3
 _TURN = 6  # tokens that a chat template adds to a turn
@@ -25,7 +25,7 @@ class Glance:
 
 
 def glance(rows: Iterable[Example]) -> Glance:
-    looked_at = [*islice(rows, _ROWS)]
+    looked_at = [*islice(rows, MOST_ROWS)]
     text = "".join(first_texts(looked_at, _SAMPLE))
     japanese = bool(_KANA.search(text)) and 5 * len(_JAPANESE.findall(text)) > len(text)
     return Glance([_size(row) for row in looked_at], japanese)

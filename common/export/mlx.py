@@ -11,6 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
+from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
     forward_config,
@@ -20,6 +21,8 @@ from common.models.families import (
     mlx_name,
     mlx_type,
     text_name,
+    yarn_ratio,
+    yarn_scale,
 )
 from common.models.model_folder import ModelFolder, is_model_folder
 from common.system.hardware import mlx_fault
@@ -50,6 +53,10 @@ def check_model(base: ModelFolder, display: Display) -> None:
                 f"--export mlx: mlx-lm does not compute RoPE {rope['rope_type']!r} for {kind} as training did.",
                 "Use --export gguf or fused.",
             )
+    if kind in ("exaone4", "olmo3") and any(found.windows) and len({*base.config["layer_types"]}) < len(LAYER_TYPES):
+        raise UserError(
+            f"--export mlx: mlx-lm computes no {kind} whose layers are all of one kind.", "Use --export gguf or fused."
+        )
     windows = {window for window in found.windows if window is not None}
     if windows and kind not in ("exaone4", "gemma3_text", "olmo3"):
         display.warn(
@@ -59,13 +66,11 @@ def check_model(base: ModelFolder, display: Display) -> None:
 
 
 def _scaled_otherwise(rope: dict[str, Any]) -> bool:
-    """Whether mlx-lm, which reads no attention_factor, would scale by another than the config states."""
-    stated = rope.get("attention_factor") if rope["rope_type"] == "yarn" else None
-    if stated is None:
-        return False
-    over, under = rope.get("mscale") or 1, rope.get("mscale_all_dim") or 0
-    grown = 0.1 * math.log(max(1, rope.get("factor") or 1))
-    return not math.isclose(stated, (over * grown + 1) / (under * grown + 1), rel_tol=1e-6)
+    """Whether mlx-lm, which reads no attention_factor and each mscale alone, scales YaRN by another factor."""
+    scale = yarn_scale(rope)
+    return scale is not None and not math.isclose(
+        scale, yarn_ratio(rope, rope.get("mscale") or 1, rope.get("mscale_all_dim") or 0), rel_tol=1e-6
+    )
 
 
 def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:

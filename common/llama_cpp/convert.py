@@ -23,6 +23,8 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import sentencepiece
+from common.models.config_kinds import LAYER_TYPES
+from common.models.families import is_known, yarn_ratio, yarn_scale
 from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
@@ -51,6 +53,8 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
 
 
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
+_NO_OPTIONS = ("exaone4", "olmo2", "olmo3")
+_LAYERS_OF_EXAONE_32B = 64
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
 
@@ -78,17 +82,8 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
     tokenizer: the folder's, where it is loaded already.
     """
     model = ModelFolder(folder)
-    if model.model_type == "smollm3" and model.config["no_rope_layers"] != _smollm3_layers(model):
-        raise UserError(
-            f"{folder}: llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others.",
-            "Use --export fused.",
-        )
-    if model.model_type == "exaone4" and model.config["sliding_window"] and model.config["num_hidden_layers"] != 64:
-        raise UserError(
-            f"{folder}: of EXAONE 4 llama.cpp knows windows only in the model of 64 layers.", "Use --export fused."
-        )
-    if model.model_type.startswith("olmo") and model.config.get("attention_bias"):
-        raise UserError(f"{folder}: llama.cpp has no biases in an OLMo's attention.", "Use --export fused.")
+    if fault := _other_model(model):
+        raise UserError(f"{folder}: {fault}.", "Use --export fused.")
     if (folder / sentencepiece.NAME).is_file():
         return
     kind = model.model_type
@@ -99,9 +94,37 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
         )
 
 
-def _smollm3_layers(model: ModelFolder) -> list[int]:
-    """no_rope_layers as llama.cpp 0.3.36 has them (src/models/smollm3.cpp), whatever the config says."""
-    return [int((layer + 1) % 4 != 0) for layer in range(model.config["num_hidden_layers"])]
+def _other_model(model: ModelFolder) -> str:
+    """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
+    if not is_known(model.config):
+        return ""
+    config = model.config
+    kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]
+    ropes = [rope[name] for name in LAYER_TYPES] if "full_attention" in rope else [rope]
+    under = rope.get("mscale_all_dim") if kind == "ministral3" else 0
+    scales = [(yarn_scale(one), one) for one in ropes]
+    if kind == "smollm3" and config["no_rope_layers"] != [int((layer + 1) % 4 != 0) for layer in range(layers)]:
+        return "llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others"
+    if kind == "exaone4" and (config["sliding_window"] is not None) != (layers == _LAYERS_OF_EXAONE_32B):
+        return "llama.cpp knows windows in an EXAONE 4 of 64 layers, and in no other"
+    if kind == "ministral3" and config["sliding_window"] is not None:
+        return "llama.cpp knows no windows in a Ministral 3"
+    if under is None:
+        return "llama.cpp's converter needs mscale_all_dim in a Ministral 3's RoPE"
+    if any(scale and not math.isclose(scale, yarn_ratio(one, 1, under), rel_tol=1e-6) for scale, one in scales):
+        return "llama.cpp does not read how far this YaRN scales"
+    return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
+
+
+def _other_attention(config: dict[str, Any], kind: str) -> str:
+    """The same of an attention of which llama.cpp knows one form."""
+    if config.get("attention_bias"):
+        return f"llama.cpp has no biases in the attention of {kind}"
+    if kind.startswith("olmo") and config["tie_word_embeddings"]:
+        return f"llama.cpp does not tie the embeddings of {kind}"
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        return f"llama.cpp wants the heads of {kind} to be together as wide as the model"
+    return ""
 
 
 def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:

@@ -5,6 +5,7 @@ A checkpoint's config leaves out what equals its library's default, and its keys
 understands the config (huggingface/transformers, models/*/configuration_*.py); a test compares them.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -208,6 +209,22 @@ def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -
             rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
         elif "max_position_embeddings" in config:
             rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+
+
+def yarn_scale(rope: dict[str, Any]) -> float | None:
+    """What YaRN scales queries and keys by; None of another RoPE, or where no factor is stated."""
+    if rope.get("rope_type") != "yarn" or not rope.get("factor"):
+        return None
+    if (stated := rope.get("attention_factor")) is not None:
+        return float(stated)
+    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
+    return yarn_ratio(rope, over, under) if over and under else yarn_ratio(rope, 1, 0)
+
+
+def yarn_ratio(rope: dict[str, Any], over: float, under: float) -> float:
+    """The scale of a reader that takes these for `mscale` and `mscale_all_dim`."""
+    grown = 0.1 * math.log(max(1.0, rope["factor"]))
+    return (over * grown + 1) / (under * grown + 1)
 
 
 def forward_config(config: dict[str, Any]) -> ForwardConfig:

@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.models.families import is_known
 from common.models.gguf_import import gguf_pre_tokenizer, is_gguf
 from common.models.model_folder import ModelFolder, is_model_folder
-from common.models.resolve import check_folder, is_complete
+from common.models.resolve import check_folder, header_faults, is_complete
 from common.models.shapes import tensor_shapes
 from common.paths import user_path
 from common.presets import published_configs
@@ -126,8 +126,8 @@ def _folder(folder: Path, model: str, name: str, where: str) -> Iterator[LocalMo
         return
     found = ModelFolder(folder)
     try:
-        if is_complete(found) and is_known(found.config):
-            yield LocalModel(model, name, where, found.weight_bytes, found.config)
+        if is_complete(found) and is_known(found.config) and not header_faults(found):
+            yield LocalModel(model, name, where, found.weight_bytes, found.config | {"dtype": found.dtype})
     except (UserError, OSError):
         return
 

@@ -136,6 +136,11 @@ def _weight_faults(model: ModelFolder) -> list[str]:
     return []
 
 
+def header_faults(model: ModelFolder) -> list[str]:
+    """What of the weights cannot be trained, as far as config.json and the files' headers tell."""
+    return [] if mlx_quantized.is_quantized(model) else _quantized(model.written_config) + _type_faults(model)
+
+
 def _type_faults(model: ModelFolder) -> list[str]:
     strange = {tensor.dtype for tensor in model.tensors.values()} - DTYPES.keys()
     return [f"its weights are {', '.join(sorted(strange))}; they can be {', '.join(DTYPES)}"] if strange else []

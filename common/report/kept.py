@@ -60,6 +60,15 @@ def read_kept(run: Run, texts: bool = True) -> Kept:
     )
 
 
+def keep_shown(run: Run, lang: str, no_text: bool) -> None:
+    """Put on record how the run is shown from now on: without text, rows that were kept for its page are removed."""
+    run.update(options=run.record.options | {"lang": lang, "no_text": no_text})
+    if no_text:
+        facts = run.read_report_facts()
+        data = facts.data.model_copy(update={"rows": []})
+        run.write_report_facts(facts.model_copy(update={"data": data}))
+
+
 def points_of(lines: list[Line], figure: Callable[[Line], Any]) -> list[Point]:
     return [(line["step"], value) for line in lines if (value := number(figure(line))) is not None]
 

@@ -8,8 +8,8 @@ another site reads it.
 import secrets
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from common import strict_json
 from common.display import Display
 from common.errors import UserError
+from common.options import Options
 from common.report.kept import read_kept
 from common.report.page import page, run_page, specs, write_own_report
 from common.report.texts import Lang
@@ -28,31 +29,49 @@ _SECONDS = 10  # that a browser may take to send its request
 
 
 @contextmanager
-def reported(run: Run, lang: Lang, live: bool, display: Display) -> Iterator[None]:
-    """Around what is done to the run: its page is written at the end, however that came, and until then shown live."""
+def reported(run: Run, lang: Lang, display: Display) -> Iterator[None]:
+    """Around what is done to the run: its page is written at the end, however that came."""
     try:
-        with live_page(run, lang, display) if live else nullcontext():
-            yield
-    finally:
-        write_own_report(run, display, lang)
+        yield
+    except BaseException:
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C ends the page, and hides nothing of the first
+            write_own_report(run, display, lang)
+        raise
+    write_own_report(run, display, lang)
 
 
 @contextmanager
-def live_page(run: Run, lang: Lang, display: Display) -> Iterator[None]:
-    """Serves the run's page and says where, until the block ends. Where no port is free there is only a warning."""
-    server = None
-    with display.optional("the training is not shown live"):
-        pages = Pages(run, lang)
-        pages.page()  # Vega is loaded before the training starts, not beside it
-        server = _Server(pages)
-        threading.Thread(target=server.serve_forever, name="live page", daemon=True).start()
-        display.say(f"Live in the browser: {server.address}")
+def live_page(display: Display) -> Iterator[Callable[[Run, Options], None]]:
+    """A function that serves a run's page where --live asks for it, and says where; of several calls the first does.
+
+    The page is served until the block ends. Where there is no port or no thread for it, there is only a warning.
+    """
+    servers: list[_Server] = []
+
+    def show(run: Run, options: Options) -> None:
+        with display.optional("the training is not shown live"):
+            if options.live and not servers:
+                pages = Pages(run, options.lang)
+                pages.page()  # Vega is loaded before the training starts, not beside it
+                servers.append(_started(pages))
+                display.show(f"Live in the browser: {servers[0].address}", kind="live", address=servers[0].address)
+
     try:
-        yield
+        yield show
     finally:
-        if server is not None:
+        for server in servers:
             server.shutdown()
             server.server_close()
+
+
+def _started(pages: "Pages") -> "_Server":
+    server = _Server(pages)
+    try:
+        threading.Thread(target=server.serve_forever, name="live page", daemon=True).start()
+    except RuntimeError:  # as many as there may be
+        server.server_close()
+        raise
+    return server
 
 
 class Pages:

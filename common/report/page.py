@@ -48,10 +48,16 @@ def write_page(path: Path, html: str) -> None:
 
 
 def run_page(kept: Kept, lang: Lang) -> tuple[str, str, dict[str, Chart]]:
-    """`(title, body, charts)` of one run."""
+    """`(title, body, charts)` of one run. Raises UserError where a figure of it is beyond all numbers."""
     t = texts(lang)
-    charts = run_charts(kept, t)
-    body = render("run.html", kept=kept, t=t, sections=sections, charts=charts)
+    try:
+        charts = run_charts(kept, t)
+        body = render("run.html", kept=kept, t=t, sections=sections, charts=charts)
+    except OverflowError:
+        raise UserError(
+            f"{kept.run.path} holds a number that is too large to compute with.",
+            "Its page cannot be made; the files of the run are as they were.",
+        ) from None
     return f"{kept.name} - {t['report']}", body, charts
 
 

@@ -39,9 +39,10 @@ def estimated_plan(
 ) -> ChosenPlan:
     """The plan that `train` would choose, and its memory, by what --recipe auto chooses.
 
-    config: of a supported language model, stored in bf16. sizes: `(tokens, label tokens)` of each row.
+    config: of a supported language model, stored in its `dtype`, or in bf16 where it names none.
+    sizes: `(tokens, label tokens)` of each row.
     """
-    text = text_config(config) | {"dtype": "bfloat16"}
+    text = {"dtype": "bfloat16"} | text_config(config)
     held_out = round(options.valid_share * len(sizes))
     train, valid = _rows(sizes[held_out:]), _rows(sizes[:held_out])
     shapes = adaptable_shapes(text, options.targets)

@@ -15,6 +15,7 @@ from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
 from common.models import admitted
+from common.models.families import is_known
 from common.models.first_layers import enough_layers, write_first_layers
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
@@ -33,15 +34,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def olmo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An OLMo 2 with a tokenizer: norms after attention and MLP, as no supported family has them."""
-    folder = tmp_path_factory.mktemp("olmo2")
-    write_model("olmo2", folder)
+def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Seed-OSS, which is of no supported family, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("seed_oss")
+    assert not is_known(write_model("seed_oss", folder).written_config)
     write_tokenizer(folder)
     return folder
 
 
-@pytest.mark.parametrize("kind", ["olmo2", "mamba", "lfm2", "granitemoe"])
+@pytest.mark.parametrize("kind", ["seed_oss", "mamba", "lfm2", "granitemoe"])
 def test_what_both_libraries_compute_alike_is_admitted(kind: str, tmp_path: Path) -> None:
     verdict = admission.admit(write_model(kind, tmp_path / kind), context())
     assert verdict.why == ""
@@ -75,7 +76,7 @@ def swapped_gate(model: Any) -> None:
     [(rope_of_another_base, "layer 0"), (no_norm, "layer 1"), (swapped_gate, "layer 1")],
 )
 def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
-    plant: Callable[[Any], None], where: str, olmo: Path, monkeypatch: pytest.MonkeyPatch
+    plant: Callable[[Any], None], where: str, seed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlx_backend.backend as backend
 
@@ -88,49 +89,49 @@ def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
         return model
 
     monkeypatch.setattr(backend, "load_plain", faulty)
-    verdict = admission.admit(ModelFolder(olmo), context())
+    verdict = admission.admit(ModelFolder(seed), context())
     assert not verdict.admitted
     assert verdict.why.startswith("transformers and mlx-lm compute other logits")
     assert f"they part in {where}" in verdict.why
 
 
-def test_a_verdict_is_kept_until_a_library_changes(olmo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = admission.admit(ModelFolder(olmo), context())
+def test_a_verdict_is_kept_until_a_library_changes(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = admission.admit(ModelFolder(seed), context())
     monkeypatch.setattr(parity, "run", lambda *given: pytest.fail("computed again"))
-    assert admission.admit(ModelFolder(olmo), context()) == first
+    assert admission.admit(ModelFolder(seed), context()) == first
     monkeypatch.setattr(admitted, "versions", lambda: {"transformers": "99"})
-    assert admitted.remembered(ModelFolder(olmo)) is None
+    assert admitted.remembered(ModelFolder(seed)) is None
 
 
-def test_a_model_that_was_not_tried_says_how_it_is_and_a_refused_one_stays_out(olmo: Path) -> None:
-    with pytest.raises(UserError, match="Olmo2ForCausalLM is not supported") as error:
-        resolve(str(olmo), print)
+def test_a_model_that_was_not_tried_says_how_it_is_and_a_refused_one_stays_out(seed: Path) -> None:
+    with pytest.raises(UserError, match="SeedOssForCausalLM is not supported") as error:
+        resolve(str(seed), print)
     assert "--try-model" in error.value.fix
-    admitted.remember(ModelFolder(olmo), admitted.Verdict(architecture="", admitted=False, why="it differs"))
+    admitted.remember(ModelFolder(seed), admitted.Verdict(architecture="", admitted=False, why="it differs"))
     with pytest.raises(UserError, match="not supported"):
-        resolve(str(olmo), print)
+        resolve(str(seed), print)
     with pytest.raises(UserError, match=r"is refused: it differs\."):
-        admission.try_model(str(olmo), context())
+        admission.try_model(str(seed), context())
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_it_trains_and_is_exported_and_generates(
-    backend: str, olmo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: str, seed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"Say {i}", "completion": f"It is {i}{'!' * i}"} for i in range(8)]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--model", str(olmo), "--data", "rows.jsonl", "--backend", backend, "--device", "cpu", "--steps", "3"]
+    flags = ["--model", str(seed), "--data", "rows.jsonl", "--backend", backend, "--device", "cpu", "--steps", "3"]
     flags += ["--precision", "fp32", "--export", "fused", "--output", "run", "--try-model", "--valid-share", "0.25"]
     run = run_training(load_options(read_flags(flags))[0], context())
     assert Run(run).record.status == "complete"
-    assert Run(run).recipe.targets == admitted.remembered(ModelFolder(olmo)).targets  # type: ignore[union-attr]
+    assert Run(run).recipe.targets == admitted.remembered(ModelFolder(seed)).targets  # type: ignore[union-attr]
     fused = ModelFolder(run / "fused")
-    assert {*fused.tensors} == {*ModelFolder(olmo).tensors}
+    assert {*fused.tensors} == {*ModelFolder(seed).tensors}
 
 
 def test_layers_that_predict_several_tokens_at_once_are_not_adapted(tmp_path: Path) -> None:
-    model = write_model("olmo2", tmp_path / "olmo2")
+    model = write_model("seed_oss", tmp_path / "seed_oss")
     before, file = linear_shapes(model, ["all-linear"]), model.path / "model.safetensors"
     tensors = load_file(file)
     query = tensors["model.layers.0.self_attn.q_proj.weight"]
@@ -140,14 +141,14 @@ def test_layers_that_predict_several_tokens_at_once_are_not_adapted(tmp_path: Pa
     assert linear_shapes(ModelFolder(model.path), ["all-linear"]) == before
 
 
-def test_what_is_not_possible_yet_is_said(olmo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = admitted.Verdict(architecture="Olmo2ForCausalLM", admitted=True, targets=["q_proj"])
-    admitted.remember(ModelFolder(olmo), verdict)
+def test_what_is_not_possible_yet_is_said(seed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict = admitted.Verdict(architecture="SeedOssForCausalLM", admitted=True, targets=["q_proj"])
+    admitted.remember(ModelFolder(seed), verdict)
     for flags, said in {
         "--quantization 4bit": "--quantization is not",
         "--targets mlp": "--targets mlp: none is",
     }.items():
-        options = load_options(read_flags(["--model", str(olmo), *flags.split()]))[0]
+        options = load_options(read_flags(["--model", str(seed), *flags.split()]))[0]
         with pytest.raises(UserError, match=said):
             find_base(options, "torch", "nf4" if "4bit" in flags else "none", Display("quiet"))
 

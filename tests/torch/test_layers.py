@@ -1,5 +1,6 @@
 """The hand-written backward passes, each against what it replaces."""
 
+import importlib
 import shutil
 from inspect import unwrap
 from pathlib import Path
@@ -50,14 +51,25 @@ def compared(ours, theirs, *inputs, dtype=torch.float32):
 
 
 @BOTH
-@pytest.mark.parametrize("gemma", [False, True])
-def test_rms_norm(dtype, gemma):
+@pytest.mark.parametrize("kind", ["plain", "centered", "late"])
+def test_rms_norm(dtype, kind):
     weight = torch.randn(16).to(dtype)
 
     def plain(x):
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + gemma)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + (kind == "centered"))
 
-    compared(lambda x: RMSNorm.apply(x, weight, 1e-6, gemma), plain, (torch.randn(2, 5, 16) * 3, None), dtype=dtype)
+    compared(lambda x: RMSNorm.apply(x, weight, 1e-6, kind), plain, (torch.randn(2, 5, 16) * 3, None), dtype=dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5", "olmo2", "olmo3"])
+def test_a_norm_in_bf16_rounds_as_the_one_of_transformers(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    name = next(name for name in vars(module) if name.endswith("RMSNorm") and "Gated" not in name)
+    theirs = getattr(module, name)(64).to(torch.bfloat16)
+    theirs.weight.data = torch.randn(64).to(torch.bfloat16)
+    x = (torch.randn(3, 64) * 3).to(torch.bfloat16)
+    ours = RMSNorm.apply(x, theirs.weight, 1e-6, layers._norm_kind(name))
+    assert (ours != theirs(x)).float().mean() < 0.02  # float32 sums in another order
 
 
 @BOTH

@@ -1,47 +1,60 @@
 """What llama.cpp's converter would turn into another model is refused before training."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.errors import UserError
 from common.llama_cpp.convert import check_convertible, lacks_mtp
 from common.models.model_folder import ModelFolder
-from common.verify.tiny_models import write_tiny
+from common.verify.tiny_models import TINY, write_tiny
 from tests.tiny import write_family, write_tokenizer
 
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_MINISTRAL = {
+    "sliding_window": None,
+    "rope_parameters": {**TINY["ministral3"]["rope_parameters"], "mscale_all_dim": 1.0},
+}
+_WITHOUT = {key: value for key, value in _MINISTRAL["rope_parameters"].items() if key != "mscale_all_dim"}
+# Family, what makes it one that llama.cpp computes alike, what makes it another, and the words of the error.
+OTHERS = [
+    ("smollm3", {"no_rope_layer_interval": 4}, {"no_rope_layer_interval": 2}, "RoPE out of every fourth layer"),
+    ("exaone4", {"sliding_window": None}, {"sliding_window": 24}, "windows in an EXAONE 4 of 64 layers"),
+    ("exaone4", {"sliding_window": None}, {"sliding_window": None, "num_hidden_layers": 64}, "EXAONE 4 of 64 layers"),
+    ("exaone4", {"sliding_window": None}, {"sliding_window": None, "head_dim": 24}, "together as wide as the model"),
+    ("ministral3", _MINISTRAL, _MINISTRAL | {"sliding_window": 24}, "no windows in a Ministral 3"),
+    ("ministral3", _MINISTRAL, {"sliding_window": None, "rope_parameters": _WITHOUT}, "needs mscale_all_dim"),
+    (
+        "ministral3",
+        _MINISTRAL,
+        {"sliding_window": None, "rope_parameters": _MINISTRAL["rope_parameters"] | {"mscale": 0.5}},
+        "how far this YaRN scales",
+    ),
+    (
+        "mistral",
+        {"rope_parameters": _YARN},
+        {"rope_parameters": _YARN | {"attention_factor": 1.3}},
+        "how far this YaRN",
+    ),
+    ("olmo2", {"attention_bias": False}, {"attention_bias": True}, "no biases in the attention of olmo2"),
+    ("olmo2", {"attention_bias": False}, {"attention_bias": False, "tie_word_embeddings": True}, "does not tie the"),
+]
 
-def test_a_smollm3_with_rope_in_other_layers_is_refused(tmp_path: Path) -> None:
-    for every in (4, 2):
-        folder = write_tiny(tmp_path / str(every), "smollm3", {"no_rope_layer_interval": every})
+
+@pytest.mark.parametrize(("family", "alike", "other", "words"), OTHERS)
+def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
+    family: str, alike: dict[str, Any], other: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folders = [tmp_path / "alike", tmp_path / "other"]
+    for folder, changes in zip(folders, (alike, other), strict=True):
+        layers = changes.get("num_hidden_layers")
+        kinds = {"layer_types": ["full_attention"] * layers} if layers else {}
+        write_tiny(folder, family, changes | kinds)
         write_tokenizer(folder)
-        if every == 4:
-            check_convertible(folder)
-        else:
-            with pytest.raises(UserError, match="leaves RoPE out of every fourth layer"):
-                check_convertible(folder)
-
-
-def test_an_exaone_4_with_windows_is_refused_unless_it_has_64_layers(tmp_path: Path) -> None:
-    for window in (None, 24):
-        folder = write_tiny(tmp_path / str(window), "exaone4", {"sliding_window": window})
-        write_tokenizer(folder)
-        if window is None:
-            check_convertible(folder)
-        else:
-            with pytest.raises(UserError, match="knows windows only in the model of 64 layers"):
-                check_convertible(folder)
-
-
-def test_an_olmo_with_biases_is_refused(tmp_path: Path) -> None:
-    for biased in (False, True):
-        folder = write_tiny(tmp_path / str(biased), "olmo2", {"attention_bias": biased})
-        write_tokenizer(folder)
-        if not biased:
-            check_convertible(folder)
-        else:
-            with pytest.raises(UserError, match="has no biases in an OLMo's attention"):
-                check_convertible(folder)
+    check_convertible(folders[0])
+    with pytest.raises(UserError, match=words):
+        check_convertible(folders[1])
 
 
 def test_which_qwen3_5_lacks_the_layers_that_predict_more(tmp_path: Path) -> None:

@@ -166,6 +166,12 @@ def test_a_name_of_several_lines_stays_in_its_comment() -> None:
     assert yaml.safe_load(text) == {"model": "x\ny: z"}
 
 
+def test_control_characters_do_not_reach_the_file() -> None:
+    text = as_yaml(["a\x1b]0;hi\x07b"], Setting("model", "x\x1b]0;hi\x07", ""), None, [])
+    assert "\x1b" not in text
+    assert yaml.safe_load(text) == {"model": "x\x1b]0;hi\x07"}
+
+
 # --- proposals
 
 

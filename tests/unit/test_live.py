@@ -67,7 +67,10 @@ def test_a_training_is_shown_while_it_runs(
 
 @pytest.fixture
 def served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    with live_page(Run(write_run(tmp_path / "run")), "en", Display("plain")):
+    run = Run(write_run(tmp_path / "run"))
+    with live_page(Display("plain")) as show:
+        for _ in range(2):  # as after a rollback: the page stays where it is
+            show(run, Options(live=True))
         yield address(capsys.readouterr().out)
 
 
@@ -125,15 +128,17 @@ def test_the_page_is_made_again_when_the_run_has_changed_and_not_too_often(
     assert made == [0.0, 2.0, 200.0]  # never more than a hundredth of the time; at once after the first
 
 
-def test_a_port_that_cannot_be_had_costs_no_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("part", "error"), [("_Server", OSError), ("threading.Thread.start", RuntimeError)])
+def test_a_port_or_thread_that_cannot_be_had_costs_no_training(
+    part: str, error: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*given: Any) -> Any:
-        raise OSError(98, "Address already in use")
+        raise error("there is none")
 
-    monkeypatch.setattr(module, "_Server", refused)
+    monkeypatch.setattr(f"common.report.live.{part}", refused)
     ran = []
-    with live_page(Run(write_run(tmp_path / "run")), "en", Display("plain")):
+    with live_page(Display("plain")) as show:
+        show(Run(write_run(tmp_path / "run")), Options(live=True))
         ran.append(True)
     assert ran
-    assert "warning: the training is not shown live: OSError" in capsys.readouterr().out
+    assert f"warning: the training is not shown live: {error.__name__}" in capsys.readouterr().out

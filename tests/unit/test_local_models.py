@@ -67,13 +67,15 @@ def test_a_revision_of_the_hubs_cache_is_no_path(home: Path, revision: str) -> N
     assert found(home) == []
 
 
-@pytest.mark.parametrize("damage", ["weights", "tokenizer", "config", "architecture"])
+@pytest.mark.parametrize("damage", ["weights", "tokenizer", "config", "architecture", "fp8"])
 def test_a_folder_that_cannot_be_trained_is_left_out(home: Path, damage: str) -> None:
     folder = write_model(home / "here" / "tiny")
     assert found(home) == [("./tiny", "tiny", "this folder")]
-    if damage == "architecture":
+    if damage in ("architecture", "fp8"):
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["Strange"]}))
+        config |= {"architectures": ["Strange"]} if damage == "architecture" else {}
+        config |= {"quantization_config": {"quant_method": "fp8"}} if damage == "fp8" else {}
+        (folder / "config.json").write_text(json.dumps(config))
     elif damage == "config":
         (folder / "config.json").write_text("{")
     else:

@@ -97,13 +97,12 @@ def test_what_is_estimated_of_a_config_is_what_is_estimated_of_the_model(tmp_pat
     options = Options(rank=4, batch_size=4, learning_rate=1e-3, steps=5, valid_share=0.1, memory_limit="9GB")
     recipe = make_recipe(folder.path, rank=4, batch_size=4, steps=5)
     memory = TrainingMemory(CPU.package, dims_of(folder), recipe, initial_adapter(shapes, layer_count(shapes), recipe))
-    memory = replace(memory, dims=replace(memory.dims, stored=2))  # a preset's model is stored in 16 bits
     lengths = [20 + 7 * number for number in range(20)]
     rows = [row([0] * length, length // 2) for length in lengths]
     plan = Plan(backend="torch", device="cpu", micro_batch_tokens=1, save_every=1)
     real = choose_plan(options, memory, plan, rows[2:], rows[:2])
     sizes = [(length, length // 2) for length in lengths]
-    sketched = estimated_plan(options, folder.written_config, sizes, replace(CPU, memory=0))
+    sketched = estimated_plan(options, folder.config | {"dtype": folder.dtype}, sizes, replace(CPU, memory=0))
     assert sketched.prediction == real.prediction
     assert sketched.plan.micro_batch_tokens == real.plan.micro_batch_tokens
 

@@ -191,6 +191,15 @@ def test_a_file_that_is_missing_or_damaged_costs_its_own_part(tmp_path: Path, na
     assert "some/base" in written(run).words
 
 
+def test_a_number_beyond_all_numbers_is_an_error(tmp_path: Path) -> None:
+    run = Run(write_run(tmp_path / "run"))
+    facts = json.loads(run.report_facts.read_text())
+    facts["data"]["scripts"] = {"Latin": 10**400}
+    run.report_facts.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="holds a number that is too large"):
+        write_report(run)
+
+
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no run"):
         write_report(Run(tmp_path))
@@ -254,6 +263,19 @@ def test_with_no_text_train_keeps_no_row(given: dict[str, Any]) -> None:
     run = train(given | {"no_text": True})
     assert Run(run).read_report_facts().data.rows == []
     assert "<mark>" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_no_text_on_resume_takes_the_rows_back(given: dict[str, Any]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(given | {"save_every": 2}, Fails())
+    page = Path(given["output"]) / "report.html"
+    assert "<mark>" in page.read_text(encoding="utf-8")
+    train({"resume": given["output"], "no_text": True, "lang": "ja"})
+    text = page.read_text(encoding="utf-8")
+    assert "<mark>" not in text
+    assert 'class="sample"' not in text
+    assert '<html lang="ja"' in text
+    assert Run(page.parent).read_report_facts().data.rows == []
 
 
 class Fails(Bigram):
