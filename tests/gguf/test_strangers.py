@@ -199,7 +199,12 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     ],
     "generate": [((RUN, *ANSWERS, "a.jsonl"), NAMED), (("evil.gguf", *ANSWERS, "b.jsonl"), "")],
     "serve": [((RUN, "--port", "0"), NAMED), (("evil.gguf", "--port", "0"), "")],
-    "compare": [((RUN, RUN), "the same recipe"), ((RUN, "yaml"), "cannot be read as YAML")],
+    "compare": [
+        ((RUN, RUN), "the same recipe"),
+        ((RUN, "yaml"), "cannot be read as YAML"),
+        ((RUN, RUN, "--html", "both.html"), "both.html"),
+    ],
+    "report": [((RUN, "--output", "page.html"), "The report is in page.html"), (("yaml", "--output", "p.html"), "")],
     "push": [
         ((RUN, "me/x", "--dry-run", "--anyway"), "dry run"),
         (("yaml", "me/x", "--dry-run", "--anyway"), ""),
