@@ -62,7 +62,9 @@ def read_kept(run: Run, texts: bool = True) -> Kept:
 
 def keep_shown(run: Run, lang: str, no_text: bool) -> None:
     """Put on record how the run is shown from now on: without text, rows that were kept for its page are removed."""
-    run.update(options=run.record.options | {"lang": lang, "no_text": no_text})
+    record = run.record
+    named = {"llama_cpp": record.named_llama_cpp} if record.named_llama_cpp else {}
+    run.update(options=record.options | named | {"lang": lang, "no_text": no_text})
     if no_text:
         facts = run.read_report_facts()
         data = facts.data.model_copy(update={"rows": []})
