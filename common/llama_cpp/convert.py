@@ -96,7 +96,7 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
 
 def _other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
-    if not is_known(model.config):
+    if not is_known(model.written_config):
         return ""
     config = model.config
     kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]

@@ -302,7 +302,7 @@ def test_damaged_answers_of_a_run_cost_no_resume(given: dict[str, Any]) -> None:
 def test_what_was_given_with_the_command_still_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Options] = []
 
-    def once(options: Options, _: Any) -> Path:
+    def once(options: Options, *_: Any) -> Path:
         seen.append(options)
         if len(seen) == 1:
             raise rollback.RolledBack(Run(tmp_path), 3)
