@@ -52,9 +52,9 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
     return target
 
 
+_NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
+_LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
-_NO_OPTIONS = ("exaone4", "olmo2", "olmo3")
-_LAYERS_OF_EXAONE_32B = 64
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
 
