@@ -18,6 +18,7 @@ import psutil
 
 import cli
 from common.llama_cpp.install import LlamaCpp
+from tests import ROOT
 from tests.tiny import chat, write_convertible
 
 SECONDS = 900  # for any one command, on a machine that is busy with others
@@ -79,7 +80,7 @@ def _become(words: list[str], log: Path, stdin: str) -> None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for number, descriptor in enumerate((reading, output, output)):
             os.dup2(descriptor, number)
-        sys.argv = ["cli.py", *words]
+        sys.argv = [str(ROOT / "cli.py"), *words]
         try:
             cli.main()
             status = 0

@@ -10,7 +10,7 @@ from tests import ROOT
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a library is preloaded by Linux's own means")
 def test_a_refused_write_loses_nothing() -> None:
-    words = ["--share", "0.01", "--backends", "torch", "--exports", "--seed", "1"]
+    words = ["--share", "0.005", "--backends", "torch", "--exports", "--seed", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults.writes", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -44,7 +44,13 @@ def rows(folders, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("layout", "plan", "steps"), [("today", "plain", 50), ("older", "plain", 3), ("today", "checkpointing", 8)]
+    ("layout", "plan", "steps"),
+    [
+        ("today", "plain", 20),
+        ("older", "plain", 3),
+        ("today", "checkpointing", 4),
+        pytest.param("today", "plain", 50, marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_backends_agree(family, layout, plan, steps, folders, rows):
@@ -62,11 +68,11 @@ def test_both_backends_agree(family, layout, plan, steps, folders, rows):
     far = max(np.abs(a - b).max() for a, b in zip(torch[0], mlx[0], strict=True))
     apart = (np.abs(mlx[1] - torch[1]) / torch[1]).max()
     adapters = backends.relative_difference(torch[2], mlx[2])
-    print(f"{family} {layout} {plan}: logits {far:.1e}, step losses {apart:.1e}, adapters {adapters:.1e}")
+    print(f"{family} {layout} {plan}: logits {far:.1e}, step losses {apart:.1e}, adapters {adapters:.1e}, loss {torch[1][0]:.2f} to {torch[1][-1]:.2f}")
     assert far < 1e-4
     assert apart < 1e-4
     assert adapters < 1e-3
-    assert steps < 50 or torch[1][-1] < torch[1][0] / 1.5
+    assert steps < 20 or torch[1][-1] < torch[1][0] / 1.2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
