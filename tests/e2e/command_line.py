@@ -1,7 +1,7 @@
 """Commands as a user types them, each in a process of its own.
 
 Most are forked from one process in which every package is loaded already: half of a short command's time is imports.
-A command that is given an environment of its own, as its libraries read one while they are imported, begins from nothing.
+A command with an environment of its own begins from nothing: its libraries read it while they are imported.
 """
 
 import atexit
@@ -12,7 +12,6 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from tests import ROOT
 
