@@ -43,6 +43,10 @@ SAME = {
     "loraplus_lr_ratio": "lora_plus",
     "chat_template_path": "chat_template",
     "hub_model_id": "push",
+    "wandb_project": "track_project",
+    "swanlab_project": "track_project",
+    "mlflow_experiment_name": "track_project",
+    "project_name": "track_project",
 }
 
 # Known elsewhere, meaning something else here. The value is what to do instead.
@@ -59,14 +63,14 @@ EXPLAINED = {
 }
 
 _RECORDED = "every step is shown and written to metrics.jsonl in the run folder"
-_RUN_FOLDER = "logs stand in the run folder, which output names"
+_RUN_FOLDER = "the run folder, which output names, holds the logs and names the run"
 _ATTENTION = "the fastest exact attention of the device is used"
 _LOADING = "all rows lie in memory, encoded"
 # What changes nothing that Twintune would do otherwise, and why.
 NEEDLESS = {
     **dict.fromkeys(("steps_per_report", "logging_steps", "logging_strategy", "logging_first_step"), _RECORDED),
-    **dict.fromkeys(("report_to", "wandb_project", "wandb_entity", "wandb_name"), f"no tracker is used; {_RECORDED}"),
-    **dict.fromkeys(("logging_dir", "run_name"), _RUN_FOLDER),
+    **dict.fromkeys(("logging_dir", "run_name", "wandb_name"), _RUN_FOLDER),
+    "wandb_entity": "the variable WANDB_ENTITY names it",
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "xformers_attention"), _ATTENTION),
     **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns"), _LOADING),
     "val_batches": "validation scores up to eval_rows rows",
@@ -117,6 +121,16 @@ SWITCHES = {
 }
 # Axolotl's `adapter` names a method; ours a folder.
 AXOLOTL_ADAPTERS: dict[str, dict[str, str]] = {"lora": {}, "qlora": {"quantization": "4bit"}}
+
+# What asks for a tracker besides `report_to`, and which.
+TRACKED = {
+    "use_wandb": "wandb",
+    "wandb_project": "wandb",
+    "use_mlflow": "mlflow",
+    "use_tensorboard": "tensorboard",
+    "use_swanlab": "swanlab",
+    "use_trackio": "trackio",
+}
 
 # Options of other programs that mean something only together.
 FAMILIES = (
