@@ -68,7 +68,8 @@ def _num_layers(work: Work, key: str, value: Any) -> None:
 def _axolotl_adapter(work: Work, key: str, value: Any) -> None:
     meant = AXOLOTL_ADAPTERS[value]
     work.options |= {name: meaning for name, meaning in meant.items() if "load_in_4bit" not in work.rest}
-    work.notes.append(f"adapter: Axolotl's name of a method -> {meant or 'method lora, as here'}")
+    became = ", ".join(f"{name} {value}" for name, value in meant.items()) or "method lora, as here"
+    work.notes.append(f"adapter: Axolotl's name of a method -> {became}")
 
 
 def _switch(work: Work, key: str, value: Any) -> None:
