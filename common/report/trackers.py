@@ -105,7 +105,10 @@ def _indented(text: str) -> str:
 
 
 class Wandb:
-    """A run of Weights & Biases: no console, no code, no git state, no command line goes there."""
+    """A run of Weights & Biases: no console, no code, no git state, no command line goes there.
+
+    Its files lie where it puts them: links out of a run folder would make that folder a stranger's.
+    """
 
     def __init__(self, begin: Begin) -> None:
         import wandb
@@ -119,7 +122,6 @@ class Wandb:
             id=begin.id or secrets.token_hex(8),
             resume="allow",
             config=begin.config,
-            dir=os.environ.get("WANDB_DIR") or begin.folder,
             settings=settings,
         )
         self._run.define_metric("step", hidden=True)
@@ -210,7 +212,7 @@ class Trackio:
 
 
 class Swanlab:
-    """A run of SwanLab: no terminal, no code, no git state, no host goes there."""
+    """A run of SwanLab: no terminal, no code, no git state, no host goes there. Its files lie where it puts them."""
 
     def __init__(self, begin: Begin) -> None:
         import swanlab
@@ -224,7 +226,6 @@ class Swanlab:
             id=begin.id or secrets.token_hex(11)[:21],  # it takes no other length
             resume="allow",
             config=begin.config,
-            log_dir=os.environ.get("SWANLAB_LOG_DIR") or str(Path(begin.folder) / "swanlab"),
             settings=swanlab.Settings(interactive=False, probe=nothing, terminal=terminal),
         )
         self.id = self._run.id

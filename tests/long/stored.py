@@ -60,7 +60,7 @@ def wandb(run: Path, tracker_id: str) -> Stored:
     from wandb.proto.wandb_internal_pb2 import Record
 
     found: Stored = {"figures": {}, "texts": [], "files": [], "config": {}, "ids": set()}
-    for file in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+    for file in sorted(run.parent.glob("wandb/offline-run-*/*.wandb")):
         for content in log_records(file):
             record = Record()
             record.ParseFromString(content)
@@ -75,7 +75,7 @@ def wandb(run: Path, tracker_id: str) -> Stored:
             found["files"] += [entry.path for entry in record.request.log_artifact.artifact.manifest.contents]
             found["files"] += [entry.path for entry in record.artifact.manifest.contents]
     assert found.pop("ids") == {tracker_id}
-    tables = [path.read_text() for path in run.glob("wandb/**/*.table.json")]
+    tables = [path.read_text() for path in run.parent.glob("wandb/**/*.table.json")]
     return found | {"texts": [str(cell) for table in tables for row in json.loads(table)["data"] for cell in row]}
 
 
@@ -124,22 +124,22 @@ def swanlab(run: Path, tracker_id: str) -> Stored:
     from swanlab.proto.swanlab.record.v1.record_pb2 import Record
     from swanlab.sdk.internal.core_python.store import DataStoreReader
 
-    figures: dict[str, list] = {}
-    (folder,) = run.glob(f"swanlab/run-*-{tracker_id}")
-    reader = DataStoreReader()
-    reader.open(folder / f"run-{tracker_id}.swanlab")
-    for content in reader:
-        record = Record()
-        record.ParseFromString(content)
-        if record.WhichOneof("record_type") == "scalar":
-            figures.setdefault(record.scalar.key, []).append([record.scalar.step, record.scalar.value.number])
-    config = yaml.safe_load((folder / "files" / "config.yaml").read_text())
-    return {
-        "figures": figures,
-        "texts": [path.read_text() for path in sorted(folder.glob("media/text/*"))],
-        "files": [str(path.relative_to(folder / "kept")) for path in folder.glob("kept/**/*") if path.is_file()],
-        "config": {name: item["value"] for name, item in config.items()},
-    }
+    found: Stored = {"figures": {}, "texts": [], "files": [], "config": {}}
+    folders = sorted(run.parent.glob(f"swanlog/run-*-{tracker_id}"))  # offline each process has one
+    for folder in folders:
+        reader = DataStoreReader()
+        reader.open(folder / f"run-{tracker_id}.swanlab")
+        for content in reader:
+            record = Record()
+            record.ParseFromString(content)
+            if record.WhichOneof("record_type") == "scalar":
+                point = [record.scalar.step, record.scalar.value.number]
+                found["figures"].setdefault(record.scalar.key, []).append(point)
+        config = yaml.safe_load((folder / "files" / "config.yaml").read_text())
+        found["config"] = {name: item["value"] for name, item in config.items()}
+        found["texts"] += [path.read_text() for path in sorted(folder.glob("media/text/*"))]
+        found["files"] += [str(path.relative_to(folder)) for path in folder.glob("kept/**/*") if path.is_file()]
+    return found
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Place:
 
     def texts_anywhere(self) -> list[Path]:
         """Files of the tracker that quote a row."""
-        places = ("run/tensorboard", "run/wandb", "run/swanlab", "trackio", "mlruns", "mlflow.db")
+        places = ("run/tensorboard", "wandb", "swanlog", "trackio", "mlruns", "mlflow.db")
         files = [f for name in places for f in [self.folder / name, *(self.folder / name).rglob("*")] if f.is_file()]
         assert files
         return [file for file in files if any(text.encode() in file.read_bytes() for text in (*TEXT, "rows.jsonl"))]
