@@ -114,16 +114,17 @@ def settings_of(goal: str, language: Language, four_bits: bool) -> list[Setting]
 
 def as_yaml(head: Sequence[str], model: Setting, data: Setting | None, settings: Sequence[Setting]) -> str:
     """The text of a file for --config: lines of comment, then each setting below its reason."""
-    top = "".join(_comment(line) for line in head) + ("\n" if model.why else "")
-    return "\n".join([top + _written(model), *map(_written, [data] if data else []), *map(_written, settings)])
+    top = "".join(comment(line) for line in head) + ("\n" if model.why else "")
+    return "\n".join([top + written(model), *map(written, [data] if data else []), *map(written, settings)])
 
 
-def _written(setting: Setting) -> str:
+def written(setting: Setting) -> str:
+    """The setting as a line of YAML below its reason."""
     line = yaml.safe_dump({setting.name: setting.value}, allow_unicode=True, width=1_000)
-    return _comment(setting.why) + line if setting.why else line
+    return comment(setting.why) + line if setting.why else line
 
 
-def _comment(text: str) -> str:
-    """In one line, whatever is in the name of a stranger's file."""
+def comment(text: str) -> str:
+    """A line of comment, whatever is in the name of a stranger's file."""
     line = " ".join(text.splitlines())
     return f"# {''.join(one if one.isprintable() else one.encode('unicode_escape').decode() for one in line)}\n"

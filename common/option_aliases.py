@@ -7,6 +7,8 @@ SAME = {
     "sequence_len": "max_length",
     "cutoff_len": "max_length",
     "lora_r": "rank",
+    "lora_target": "targets",
+    "val_size": "valid_share",
     "lora_rank": "rank",
     "r": "rank",
     "lora_alpha": "alpha",
@@ -38,11 +40,16 @@ SAME = {
     "resume_from_checkpoint": "resume",
     "grad_checkpoint": "gradient_checkpointing",
     "fine_tune_type": "method",
+    "finetuning_type": "method",
     "use_rslora": "rslora",
     "peft_use_rslora": "rslora",
     "loraplus_lr_ratio": "lora_plus",
     "chat_template_path": "chat_template",
     "hub_model_id": "push",
+    "wandb_project": "track_project",
+    "swanlab_project": "track_project",
+    "mlflow_experiment_name": "track_project",
+    "project_name": "track_project",
 }
 
 # Known elsewhere, meaning something else here. The value is what to do instead.
@@ -54,19 +61,20 @@ EXPLAINED = {
     "fp16": "float16 overflows in Gemma-3 and is very slow on CPUs; use precision: bf16 or fp32",
     "datasets": "Axolotl's list; use data with files or folders",
     "auto_find_batch_size": "a step that runs out of memory is split into smaller micro-batches by itself",
+    **dict.fromkeys(("eos_token", "pad_token"), "the model's own tokenizer and template say how a turn ends"),
     "push_to_hub": "use push with owner/name",
     "trust_remote_code": "code that comes with a model is never run; the model must be of a supported family",
 }
 
 _RECORDED = "every step is shown and written to metrics.jsonl in the run folder"
-_RUN_FOLDER = "logs stand in the run folder, which output names"
+_RUN_FOLDER = "the run folder, which output names, holds the logs and names the run"
 _ATTENTION = "the fastest exact attention of the device is used"
 _LOADING = "all rows lie in memory, encoded"
 # What changes nothing that Twintune would do otherwise, and why.
 NEEDLESS = {
     **dict.fromkeys(("steps_per_report", "logging_steps", "logging_strategy", "logging_first_step"), _RECORDED),
-    **dict.fromkeys(("report_to", "wandb_project", "wandb_entity", "wandb_name"), f"no tracker is used; {_RECORDED}"),
-    **dict.fromkeys(("logging_dir", "run_name"), _RUN_FOLDER),
+    **dict.fromkeys(("logging_dir", "run_name", "wandb_name"), _RUN_FOLDER),
+    "wandb_entity": "the variable WANDB_ENTITY names it",
     **dict.fromkeys(("flash_attention", "flash_attn", "attn_implementation", "xformers_attention"), _ATTENTION),
     **dict.fromkeys(("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns"), _LOADING),
     "val_batches": "validation scores up to eval_rows rows",
@@ -82,6 +90,26 @@ NEEDLESS = {
     "liger_kernel": "the loss never holds all logits, which is what saves memory there",
     "gradient_checkpointing_kwargs": "checkpointing is exact in every setting",
     "overwrite_output_dir": "a run folder is never overwritten",
+    **dict.fromkeys(
+        (
+            "preprocessing_num_workers",
+            "overwrite_cache",
+            "dataset_prepared_path",
+            "dataset_num_proc",
+            "low_cpu_mem_usage",
+        ),
+        "rows are encoded once and kept in the cache",
+    ),
+    **dict.fromkeys(("plot_loss", "include_num_input_tokens_seen"), "report.html has the curves"),
+    **dict.fromkeys(("wandb_watch", "wandb_log_model", "wandb_run_id"), "--track-artifacts sends the adapter"),
+    **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model"), "the model's config names them"),
+    **dict.fromkeys(("ddp_timeout", "save_safetensors", "save_only_model", "strict"), "nothing here depends on it"),
+    **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), "validation and checkpoints have intervals that fit"),
+    **dict.fromkeys(("eval_sample_packing", "neat_packing", "eval_packing"), "rows are not packed"),
+    "loftq_config": "the adapter starts as LoRA's authors say",
+    "lora_fan_in_fan_out": "the families here have no such layers",
+    "fan_in_fan_out": "the families here have no such layers",
+    "clear_cache_threshold": "the cache's limit is chosen by the plan",
     "do_train": "training is what the command does",
     "do_eval": "validation runs wherever there are validation rows",
 }
@@ -117,6 +145,16 @@ SWITCHES = {
 }
 # Axolotl's `adapter` names a method; ours a folder.
 AXOLOTL_ADAPTERS: dict[str, dict[str, str]] = {"lora": {}, "qlora": {"quantization": "4bit"}}
+
+# What asks for a tracker besides `report_to`, and which.
+TRACKED = {
+    "use_wandb": "wandb",
+    "wandb_project": "wandb",
+    "use_mlflow": "mlflow",
+    "use_tensorboard": "tensorboard",
+    "use_swanlab": "swanlab",
+    "use_trackio": "trackio",
+}
 
 # Options of other programs that mean something only together.
 FAMILIES = (

@@ -18,7 +18,8 @@ _ADDRESS = re.compile(r"([^\s:/]+|\[[0-9a-f:]+\]):\d{1,5}")
 
 
 def faults_of(options: Any) -> list[str]:
-    return [*_of_tried(options), *_of_data(options), *_of_method(options), *_of_devices(options), *_of_export(options)]
+    parts = (_of_tried, _of_data, _of_method, _of_devices, _of_export, _of_track)
+    return [fault for part in parts for fault in part(options)]
 
 
 def _of_tried(options: Any) -> list[str]:
@@ -76,6 +77,24 @@ def _of_export(options: Any) -> list[str]:
         faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
     if options.fuse_into and options.quantization == "none":
         faults.append("fuse_into is for a quantized base; there is none (quantization none)")
+    return faults
+
+
+def _of_track(options: Any) -> list[str]:
+    faults = []
+    if not options.track and not options.resume:  # a resumed run may have them
+        idle = [name for name in ("track_project", "track_text", "track_artifacts") if getattr(options, name)]
+        faults += [f"{name} is for trackers, and none is given (track)" for name in idle]
+    if options.track_text and options.no_text:
+        faults.append("track_text and no_text cannot be combined")
+    if "report" in options.track_artifacts and not (options.track_text or options.no_text):
+        faults.append("track_artifacts report: the report quotes rows and answers; give track_text as well, or no_text")
+    if "adapter" in options.track_artifacts and options.method == "full":
+        faults.append("track_artifacts adapter: method full makes no adapter")
+    if options.track_artifacts and options.track == ["tensorboard"]:
+        faults.append("track_artifacts: tensorboard keeps no files")
+    if twice := [name for name in dict.fromkeys(options.track) if options.track.count(name) > 1]:
+        faults.append(f"track: {twice[0]} is given twice")
     return faults
 
 

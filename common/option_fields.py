@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
 HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export", "Output")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 QUANT_TYPES = (
     *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
@@ -134,3 +135,27 @@ class PlanFields(BaseModel):
         10.0, "minutes after which a checkpoint is written between two due ones; 0: never", ge=0
     )
     keep_checkpoints: int = in_output(2, "newest checkpoints to keep; each holds the best adapter too", ge=1)
+
+
+class TrackFields(BaseModel):
+    """What is sent to trackers of experiments."""
+
+    track: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]] = in_output(
+        [],
+        "trackers of experiments that get the figures and the recipe while training; each is an extra to install, such "
+        "as twintune[wandb]",
+        value="NAME [NAME ...]",
+        choices=TRACKERS,
+    )
+    track_project: str | None = in_output(
+        None, "project at the trackers, unless a tracker's own variable names it (default: twintune)", value="NAME"
+    )
+    track_text: bool = in_output(
+        False, "also send the trackers prompts and the model's answers at each validation; otherwise no text of any row"
+    )
+    track_artifacts: list[Literal["adapter", "report"]] = in_output(
+        [],
+        "also send the trackers, at the end, the adapter, or report.html, which quotes rows and answers",
+        value="NAME [NAME ...]",
+        choices=("adapter", "report"),
+    )

@@ -12,6 +12,7 @@ from common.option_fields import (
     QUANT_TYPES,
     PlanFields,
     RecipeFields,
+    TrackFields,
     extra_of,
     in_data,
     in_export,
@@ -29,7 +30,7 @@ EXAMPLE = PRESETS.parent / "examples" / "data"  # its rows
 _SIZE = TypeAdapter(ByteSize)
 
 
-class Options(RecipeFields, PlanFields):
+class Options(RecipeFields, PlanFields, TrackFields):
     """Everything `train` takes, from flags and YAML alike."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -174,7 +175,7 @@ class Options(RecipeFields, PlanFields):
     def _one_or_several(cls, value: object) -> object:
         return [] if value is None else [value] if isinstance(value, str) else value
 
-    @field_validator("targets", "quant", "weights", mode="before")
+    @field_validator("targets", "quant", "weights", "track", "track_artifacts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value

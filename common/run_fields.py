@@ -1,5 +1,6 @@
 """What run.json holds."""
 
+import re
 from pathlib import PurePath
 from typing import Annotated, Any
 
@@ -21,8 +22,17 @@ def _inside(name: str) -> str:
     return name
 
 
+def _simple(name: str) -> str:
+    if not re.fullmatch(r"[\w.@+=-]{1,200}", name):
+        raise ValueError("not the id of a tracker's run")
+    return name
+
+
 # A stranger may have written the record.
 InRun = Annotated[str, AfterValidator(_inside)]  # a path relative to the run folder, and in it
+
+
+TrackerId = Annotated[str, AfterValidator(_simple)]
 
 
 class GgufRecord(_Record):
@@ -168,6 +178,7 @@ class RunRecord(_Record):
     alarms: list[AlarmRecord] = []  # since the last rollback
     rollbacks: list[RollbackRecord] = []
     pushed: dict[str, Any] | None = None
+    trackers: dict[str, TrackerId] = {}  # the run's id at each, by which a resumed run continues there
     stage_seconds: dict[str, float] = {}
 
     backend: str | None = None

@@ -38,6 +38,7 @@ from common.models.training_base import Base, find_base, start_adapter
 from common.options import Options
 from common.paths import source_name, sources_name
 from common.recipe import VERSION, Parent, Plan, Recipe
+from common.report.tracking import check_trackers
 from common.run_fields import ReportFacts
 from common.run_lock import LOCK
 from common.run_record import Run
@@ -221,6 +222,7 @@ def check_request(options: Options, display: Display) -> None:
         raise UserError("No model is given.", "Add --model NAME (a hub name, a folder or a GGUF file).")
     if not options.data:
         raise UserError("No data is given.", "Add --data FILE.jsonl (or a folder with train.jsonl).")
+    check_trackers(options.track)
     if "lora" in EXPORT_STEPS[options.export]:
         check_lora(options.method)
     if "mlx" in EXPORT_STEPS[options.export]:

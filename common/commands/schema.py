@@ -5,7 +5,7 @@ import json
 
 from common.commands.arguments import default_text, metavar_of
 from common.context import Context
-from common.option_aliases import NEEDLESS, SAME
+from common.option_aliases import NEEDLESS, SAME, TRACKED
 from common.option_fields import HEADINGS, extra_of
 from common.options import Options, by_flag
 
@@ -52,7 +52,12 @@ def markdown() -> str:
                 lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Names of other programs", ""]
     lines += ["Keys of mlx-lm, TRL and Axolotl are translated, and each translation is printed.", ""]
-    lines += ["| their key | here |", "| --- | --- |", *(f"| `{theirs}` | `{ours}` |" for theirs, ours in SAME.items())]
+    names = {**SAME, "report_to": "track", **{key: "track" for key in TRACKED if key not in SAME}}
+    lines += [
+        "| their key | here |",
+        "| --- | --- |",
+        *(f"| `{theirs}` | `{ours}` |" for theirs, ours in names.items()),
+    ]
     lines += ["", "Accepted without effect, with the reason printed:", ""]
     lines += [f"- `{key}`: {reason}" for key, reason in NEEDLESS.items()]
     return "\n".join(lines)

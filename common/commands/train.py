@@ -28,6 +28,7 @@ from common.options import Options
 from common.recipe import Recipe
 from common.report.kept import keep_shown
 from common.report.live import live_page, reported
+from common.report.tracking import Tracking, tracked
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
@@ -86,16 +87,17 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             if given.steps or given.epochs:
                 display.say(change_length(resumed, job.recipe, options))
             found = resume_run(resumed, job.recipe, job.plan, display.warn)
-            keep_shown(resumed, options.lang, options.no_text)
+            keep_shown(resumed, options)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
         else:
             job, found = claimed(job, lock), None
             begin(job)
+        tracking = lock.enter_context(tracked(job.run, options, found.state.step if found else 0, display))
         lock.enter_context(reported(job.run, options.lang, display))
         show(job.run, options)
         try:
-            backend, adapter = _train(job, found, context, seconds)
+            backend, adapter = _train(job, found, tracking, context, seconds)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
             adapter = adapters.write_both(job.run.path, adapter)
             job.run.update(status="complete")
@@ -123,7 +125,9 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
     return job.run.path
 
 
-def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[str, float]) -> tuple[Backend, Adapter]:
+def _train(
+    job: Job, found: Checkpoint | None, tracking: Tracking, context: Context, seconds: dict[str, float]
+) -> tuple[Backend, Adapter]:
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
     recipe, display, swap = job.recipe, context.display, swap_used()
     reset_peak_rss()
@@ -142,7 +146,7 @@ def _train(job: Job, found: Checkpoint | None, context: Context, seconds: dict[s
     _show_header(job, info, display)
     with stop_signals(display.stopping) as received, display.training(recipe.steps, state.step):
         try:
-            with watching(job, backend, state, display, received) as observer, observer.rolling_back(state):
+            with watching(job, backend, state, display, received, tracking) as observer, observer.rolling_back(state):
                 TrainingLoop(
                     backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds, forecast
                 ).train()

@@ -20,6 +20,7 @@ from common.evaluation.alarms import Alarm, Alarms
 from common.evaluation.drift import Quiz
 from common.evaluation.samples import LONGEST, Samples
 from common.inference.backend_chat import ChatFormat, backend_chat_model
+from common.report.tracking import Tracking
 from common.run_fields import AlarmRecord
 from common.training.checkpoint import State
 from common.training.faults import NotFinite, Unwritten
@@ -38,15 +39,18 @@ class Watcher:
     display: Display
     stops: Sequence[int]
     alarms: Alarms
+    tracking: Tracking
     ask: list[Callable[[int], None]] = field(default_factory=list)  # what is asked at a validation, until it fails
     collapse: list[Alarm] = field(default_factory=list)  # what was raised, where --on-collapse is more than a warning
 
     def step(self, line: dict, memory: Memory) -> None:
         self.display.step(line, memory)
+        self.tracking.step(line, memory)
         self.raise_all(self.alarms.step(line))
 
     def evaluation(self, line: dict) -> None:
         self.display.evaluation(line)
+        self.tracking.evaluation(line)
         self.raise_all(self.alarms.validation(line))
         for ask in [*self.ask]:
             self.ask.remove(ask)
@@ -113,9 +117,11 @@ class Watcher:
 
 
 @contextmanager
-def watching(job: Job, backend: Backend, state: State, display: Display, stops: Sequence[int]) -> Iterator[Watcher]:
+def watching(
+    job: Job, backend: Backend, state: State, display: Display, stops: Sequence[int], tracking: Tracking
+) -> Iterator[Watcher]:
     """The observer of the loop that continues from `state`."""
-    watcher = Watcher(job, display, stops, _alarms_until(job, state))
+    watcher = Watcher(job, display, stops, _alarms_until(job, state), tracking)
     given = given_prompts(job.options.sample_prompt, job.prompts)
     prompts = [*given, *job.prompts[: max(0, len(job.prompts) - len(given))]]
     with ExitStack() as stack:
@@ -140,6 +146,7 @@ def watching(job: Job, backend: Backend, state: State, display: Display, stops: 
 
 def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher) -> None:
     answers = samples.ask(step, watcher.display, watcher.stop_requested)
+    watcher.tracking.answers(answers)
     watcher.raise_all(watcher.alarms.answers(step, answers))
     if answers and quiz:
         began = time.monotonic()

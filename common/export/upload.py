@@ -124,6 +124,11 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
     return [File("README.md", card(run, parts).encode()), *found]
 
 
+def adapter_files(run: Run) -> list[File]:
+    """The run's adapter as it may be published, each file under its own name."""
+    return [File(name, _public(run.adapter / name)) for name in _ADAPTER]
+
+
 def _public(path: Path) -> Path | bytes:
     """The file, or its contents where a config names its base by a path of this machine: with the bare name instead."""
     if path.suffix != ".json" or "config" not in path.name:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 from common.documents import read_json, read_json_lines
 from common.errors import UserError
+from common.option_fields import TrackFields
+from common.options import Options
 from common.recipe import Plan, Recipe
 from common.run_fields import ReportFacts, RunRecord
 from common.run_record import Run
@@ -60,12 +62,15 @@ def read_kept(run: Run, texts: bool = True) -> Kept:
     )
 
 
-def keep_shown(run: Run, lang: str, no_text: bool) -> None:
-    """Put on record how the run is shown from now on: without text, rows that were kept for its page are removed."""
+_SHOWN = {"lang", "no_text", *TrackFields.model_fields}
+
+
+def keep_shown(run: Run, options: Options) -> None:
+    """Put on record how the run is shown and tracked from now on; without text, rows kept for its page are removed."""
     record = run.record
     named = {"llama_cpp": record.named_llama_cpp} if record.named_llama_cpp else {}
-    run.update(options=record.options | named | {"lang": lang, "no_text": no_text})
-    if no_text:
+    run.update(options=record.options | named | options.model_dump(include=_SHOWN))
+    if options.no_text:
         facts = run.read_report_facts()
         data = facts.data.model_copy(update={"rows": []})
         run.write_report_facts(facts.model_copy(update={"data": data}))

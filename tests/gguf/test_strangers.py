@@ -204,6 +204,10 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         ((RUN, "yaml"), "cannot be read as YAML"),
         ((RUN, RUN, "--html", "both.html"), "both.html"),
     ],
+    "migrate": [
+        (("evil.yaml", "--from", "axolotl"), "cannot be read as YAML"),
+        ((f"{MODEL}/evil.py", "--from", "unsloth"), ""),
+    ],
     "report": [((RUN, "--output", "page.html"), "The report is in page.html"), (("yaml", "--output", "p.html"), "")],
     "push": [
         ((RUN, "me/x", "--dry-run", "--anyway"), "dry run"),

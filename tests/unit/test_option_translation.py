@@ -39,12 +39,30 @@ from common.options import Options
         ({"bf16": False}, {"precision": "fp32"}, "bf16 -> precision fp32"),
         ({"bf16": "auto"}, {"precision": "auto"}, "bf16 -> precision auto"),
         ({"lora_target_linear": True}, {"targets": "all-linear"}, "lora_target_linear -> targets all-linear"),
+        ({"report_to": "wandb"}, {"track": ["wandb"]}, "report_to -> track wandb"),
+        ({"report_to": ["mlflow", "wandb"]}, {"track": ["mlflow", "wandb"]}, "report_to -> track mlflow wandb"),
+        ({"report_to": "none"}, {}, "report_to: no tracker, as it is here"),
+        ({"wandb_project": None}, {}, "wandb_project: not needed, there is no tracker"),
+        ({"use_swanlab": True}, {"track": ["swanlab"]}, "use_swanlab -> track swanlab"),
         ({"mask_prompt": True}, {}, "mask_prompt: that is what Twintune does"),
         ({"optim": "adamw_torch"}, {}, "optim: that is what Twintune does"),
     ],
 )
 def test_one_name_for_another(given: dict[str, Any], options: dict[str, Any], note: str) -> None:
     assert translate(given) == (options, [note], [])
+
+
+def test_axolotls_project_names_its_tracker() -> None:
+    options, notes, faults = translate({"wandb_project": "mine", "wandb_entity": None})
+    assert (options, faults) == ({"track": ["wandb"], "track_project": "mine"}, [])
+    assert notes[:2] == ["wandb_project -> track wandb", "wandb_project -> track_project mine"]
+    assert translate({"wandb_project": "mine", "report_to": "none"})[0] == {}
+
+
+@pytest.mark.parametrize("name", ["all", "comet_ml", True])
+def test_a_tracker_that_is_not_offered(name: Any) -> None:
+    offered = "tensorboard, wandb, mlflow, trackio, swanlab and none"
+    assert translate({"report_to": name})[2] == [f"report_to: {str(name)!r} is not offered, only {offered}"]
 
 
 def test_every_translation_leads_to_an_option() -> None:

@@ -1,0 +1,247 @@
+"""What each program's configuration means: its defaults, and the keys that are more than another name."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.goals import Setting
+from common.other_configs import RESPONSES_ONLY, dataset_files
+
+NAMES = {
+    "mlx_lm": "mlx_lm.lora",
+    "axolotl": "Axolotl",
+    "llama-factory": "LLaMA-Factory",
+    "trl": "TRL",
+    "unsloth": "Unsloth",
+}
+_TRAINER = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "linear",
+    "num_train_epochs": 3,
+    "max_grad_norm": 1.0,
+    "seed": 42,
+}
+_BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0}
+# What a program takes for a key that its file leaves out, where that is not Twintune's own default.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mlx_lm": {
+        **{"iters": 1000, "batch_size": 4, "learning_rate": 1e-5, "num_layers": 16, "max_seq_length": 2048, "seed": 0},
+        **{"lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}, "steps_per_eval": 200, "val_batches": 25},
+    },
+    "axolotl": {"lr_scheduler": "cosine", "val_set_size": 0.0, "warmup_ratio": 0.03, "max_grad_norm": 1.0, "seed": 42},
+    "llama-factory": {
+        **_TRAINER,
+        **_BATCH,
+        **{"cutoff_len": 2048, "lora_rank": 8, "lora_target": "all", "val_size": 0.0, "warmup_steps": 0},
+    },
+    "trl": {
+        **_TRAINER,
+        **_BATCH,
+        **{"learning_rate": 2e-5, "max_length": 1024, "warmup_steps": 0, "lora_r": 16, "lora_alpha": 32},
+        "lora_dropout": 0.05,
+    },
+    "unsloth": {
+        **_TRAINER,
+        **_BATCH,
+        **{"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "max_seq_length": 2048, "load_in_4bit": True},
+        "warmup_steps": 0,
+    },
+}
+
+
+@dataclass
+class Migration:
+    """One under way. values: keys still to be translated; settings: what they became; left: what became of the rest."""
+
+    values: dict[str, Any]
+    given: frozenset[str]  # keys of the file
+    settings: list[Setting] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    beware: list[str] = field(default_factory=list)
+
+    def drop(self, key: str, why: str) -> None:
+        if key in self.values:
+            self.left.append(f"{key} {short(self.values.pop(key))}: {why}")
+
+    def put(self, name: str, value: Any, why: str) -> None:
+        self.settings.append(Setting(name, value, why))
+
+
+def short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _mlx_lm(work: Migration, path: Path) -> None:
+    values = work.values
+    if values.get("lora_layers") is not None and "num_layers" not in values:
+        values["num_layers"] = values.pop("lora_layers")
+    if not values.pop("mask_prompt", False):
+        work.put("train_on", "all", "mask_prompt is off: mlx_lm trains on prompts too. assistant is usually better")
+    if str(values.get("optimizer", "adam")) == "adam":
+        values.pop("optimizer", None)
+        work.put("weight_decay", 0.0, "optimizer adam: AdamW without weight decay; mlx_lm's corrects no bias at first")
+    values.pop("optimizer_config", None)
+    batches, batch = values.pop("val_batches"), values["batch_size"]
+    if isinstance(batches, int) and isinstance(batch, int):
+        rows = 0 if batches < 0 else batches * batch
+        work.put("eval_rows", rows, f"val_batches {batches} x batch_size {batch} rows")
+    _mlx_schedule(work)
+    work.put("max_grad_norm", 0.0, "mlx_lm clips no gradients")
+    if "adapter_path" in values:
+        adapters = values.pop("adapter_path")
+        work.put("output", adapters, f"adapter_path {short(adapters)}: here the complete run folder, which must be new")
+    for key in ("test", "test_batches"):
+        work.drop(key, "a test file in the data folder is scored at the end")
+    values.pop("config", None)
+
+
+def _mlx_schedule(work: Migration) -> None:
+    """mlx_lm's `lr_schedule: {name, warmup, arguments}`, counted in its micro-batches."""
+    given = work.values.pop("lr_schedule", None)
+    if not isinstance(given, dict):
+        work.put("schedule", "constant", "mlx_lm's rate is constant without lr_schedule")
+        work.put("warmup", 0, "and has no warm-up")
+        return
+    names = {"cosine_decay": "cosine", "linear_schedule": "linear"}
+    if given.get("name") not in names:
+        work.left.append(f"lr_schedule {short(given)}: not offered; schedule is cosine, linear or constant")
+        return
+    work.put("schedule", names[given["name"]], f"lr_schedule {given['name']}; here it always ends near 0")
+    arguments = given.get("arguments")
+    if isinstance(arguments, list) and arguments:
+        work.values["learning_rate"] = arguments[0]
+    accumulate = work.values.get("grad_accumulation_steps") or 1
+    warmup, steps = given.get("warmup") or 0, 1
+    if isinstance(warmup, int) and isinstance(accumulate, int):
+        steps = math.ceil(warmup / accumulate)
+    work.put("warmup", steps, f"lr_schedule's warmup {short(warmup)}, in optimizer steps")
+
+
+def _axolotl(work: Migration, path: Path) -> None:
+    values = work.values
+    sources = values.pop("datasets", None)
+    sources = sources if isinstance(sources, list) else []
+    paths = [str(one["path"]) for one in sources if isinstance(one, dict) and one.get("path")]
+    if paths:
+        kinds = ", ".join(short(one.get("type")) for one in sources if isinstance(one, dict))
+        work.put(
+            "data", paths, f"datasets' paths; their types ({kinds}) are recognized by the columns: check-data shows it"
+        )
+    for one in sources:
+        rest = sorted({*one} - {"path", "type", "ds_type", "data_files"}) if isinstance(one, dict) else []
+        if rest:
+            work.left.append(f"datasets {short(one.get('path'))}: {', '.join(rest)}; name columns by field")
+    if not values.get("adapter"):
+        values.pop("adapter", None)
+        work.put("method", "full", "no adapter: Axolotl trains every weight")
+    if values.get("sample_packing"):
+        work.beware.append("sample_packing: a row there is several packed ones, so batch_size counts fewer rows here")
+    if values.get("chat_template") not in (None, "chatml", "gemma", "llama3"):
+        work.drop("chat_template", "the model's own template is used; check-data --explain 1 shows it")
+    if not values.get("train_on_inputs", False):
+        values.pop("train_on_inputs", None)
+
+
+def _llama_factory(work: Migration, path: Path) -> None:
+    values = work.values
+    if values.get("stage", "sft") != "sft":
+        raise UserError(
+            f"{path}: stage {values['stage']!r} is another training.", "Twintune trains on answers: stage sft."
+        )
+    values.pop("stage", None)
+    files = dataset_files(values, path.parent)
+    if files:
+        work.put("data", files, f"dataset {short(values['dataset'])}, by dataset_info.json")
+        values.pop("dataset")
+        values.pop("dataset_dir", None)
+    work.drop("dataset", "a name in dataset_info.json, which is not beside the file; give the rows under data")
+    work.drop("dataset_dir", "give files or folders under data")
+    work.drop("template", "the model's own template is used; check-data --explain 1 shows it")
+    if values.get("lora_target") == "all":
+        values.pop("lora_target")
+        work.put("targets", ["all-linear"], "lora_target all")
+    if "lora_alpha" not in values and isinstance(values["lora_rank"], int):
+        values["lora_alpha"] = 2 * values["lora_rank"]
+        work.beware.append("lora_alpha is not in the file: LLaMA-Factory takes twice the rank")
+    bits = values.pop("quantization_bit", None)
+    if bits is not None:
+        work.put("quantization", f"{bits}bit", f"quantization_bit {bits}")
+    if values.pop("train_on_prompt", False):
+        work.put("train_on", "all", "train_on_prompt")
+    if values.pop("mask_history", False):
+        work.put("train_on", "last", "mask_history: only the last turn")
+    if values.pop("pure_bf16", False):
+        values["bf16"] = True
+
+
+def _trl(work: Migration, path: Path) -> None:
+    values = work.values
+    if not values.pop("use_peft", False):
+        work.put("method", "full", "without use_peft TRL trains every weight; lora needs far less memory")
+        for key in [key for key in values if key.startswith("lora_")]:
+            if key in work.given:
+                work.drop(key, "use_peft is not on")
+            else:
+                del values[key]
+    elif "lora_target_modules" not in values:
+        work.beware.append(
+            "lora_target_modules is not in the file: PEFT chooses by model, often q_proj and v_proj alone"
+        )
+    _no_validation(work)
+    if "dtype" in values:
+        values["torch_dtype"] = values.pop("dtype")
+    if not values.get("assistant_only_loss") and not values.get("completion_only_loss"):
+        values.pop("assistant_only_loss", None)
+        work.beware.append(
+            "TRL trains on every turn of a conversation; here on the assistant's. As there: train_on: all"
+        )
+
+
+def _no_validation(work: Migration) -> None:
+    asked = work.values.get("eval_strategy", work.values.get("evaluation_strategy", "no"))
+    if str(asked).lower() in ("no", "false"):
+        why = "nothing is validated there. 0.1 would keep a tenth of the rows, and the best adapter would be exported"
+        work.put("valid_share", 0.0, why)
+
+
+def _unsloth(work: Migration, path: Path) -> None:
+    values = work.values
+    model = values.pop("model_name", None)
+    if model is not None:
+        base = str(model).removesuffix("-bnb-4bit").removesuffix("-unsloth")
+        work.put(
+            "model",
+            base,
+            f"model_name {short(model)}" + ("; quantized here from the 16-bit model" if base != model else ""),
+        )
+    state = values.pop("random_state", None)
+    if state is not None and "seed" not in values:
+        work.put("seed", state, f"random_state {short(state)}")
+    if "use_gradient_checkpointing" in values:
+        asked = values.pop("use_gradient_checkpointing")
+        work.put("gradient_checkpointing", bool(asked), f"use_gradient_checkpointing {short(asked)}")
+    if "max_length" in values and "max_seq_length" in values:
+        work.drop("max_seq_length", "max_length of the trainer is what cuts rows")
+    _no_validation(work)
+    if "dtype" in values:
+        values["torch_dtype"] = values.pop("dtype") or "auto"
+    if values.pop("full_finetuning", False):
+        work.put("method", "full", "full_finetuning")
+    if not values.pop(RESPONSES_ONLY, False):
+        work.put("train_on", "all", "the script does not call train_on_responses_only. assistant is usually better")
+    if "learning_rate" not in work.given:
+        work.beware.append("learning_rate is that of TrainingArguments; a script with SFTConfig takes 2e-05")
+    work.beware.append("the rows are made by code in the script: write them to a file, and name it under data")
+
+
+READERS: dict[str, Callable[[Migration, Path], None]] = {
+    "mlx_lm": _mlx_lm,
+    "axolotl": _axolotl,
+    "llama-factory": _llama_factory,
+    "trl": _trl,
+    "unsloth": _unsloth,
+}

@@ -1,0 +1,352 @@
+"""Configurations of other programs, as their users write them: each becomes a file that train loads."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+from common.errors import UserError
+from common.migration import migrated
+from common.option_sources import load_options
+from common.options import Options
+from common.other_configs import TOOLS, read_config, recognized
+
+FILES = {
+    "mlx_lm": """
+model: mlx-community/Llama-3.2-1B-Instruct
+train: true
+data: data/persona
+fine_tune_type: lora
+optimizer: adamw
+num_layers: 8
+batch_size: 4
+grad_accumulation_steps: 4
+iters: 800
+val_batches: 10
+learning_rate: 1e-5
+steps_per_report: 10
+steps_per_eval: 200
+adapter_path: adapters
+save_every: 400
+max_seq_length: 1536
+grad_checkpoint: true
+mask_prompt: true
+lora_parameters: {keys: [self_attn.q_proj, self_attn.v_proj], rank: 16, scale: 2.0, dropout: 0.05}
+lr_schedule: {name: cosine_decay, warmup: 100, warmup_init: 1e-7, arguments: [3e-5, 1000, 1e-7]}
+""",
+    "axolotl": """
+base_model: meta-llama/Llama-3.2-1B
+model_type: AutoModelForCausalLM
+load_in_4bit: true
+datasets:
+  - {path: data/alpaca.jsonl, type: alpaca}
+  - {path: some/chats, type: chat_template, field_messages: talks}
+val_set_size: 0.05
+output_dir: ./outputs/qlora
+adapter: qlora
+lora_model_dir:
+sequence_len: 2048
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+wandb_project: my-llama
+wandb_entity:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+warmup_steps: 10
+evals_per_epoch: 4
+chat_template: tokenizer_default
+special_tokens: {pad_token: <|end_of_text|>}
+""",
+    "llama-factory": """
+model_name_or_path: Qwen/Qwen2.5-0.5B-Instruct
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,rows
+template: qwen
+cutoff_len: 2048
+max_samples: 1000
+preprocessing_num_workers: 16
+output_dir: saves/qwen
+plot_loss: true
+report_to: swanlab
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+some_new_key: 7
+""",
+    "trl": """
+model_name_or_path: Qwen/Qwen2-0.5B
+dataset_name: trl-lib/Capybara
+learning_rate: 2.0e-4
+num_train_epochs: 1
+max_steps: 300
+per_device_train_batch_size: 2
+gradient_accumulation_steps: 8
+eos_token: <|im_end|>
+eval_strategy: steps
+eval_steps: 100
+use_peft: true
+lora_r: 32
+lora_alpha: 16
+output_dir: SFT
+packing: true
+max_length: 2048
+report_to: [trackio]
+dtype: bfloat16
+optim: adafactor
+hub_token: hf_precious
+""",
+    "unsloth": """
+from unsloth import FastLanguageModel
+!pip install unsloth
+import os; os.system("touch executed")
+max_seq_length = 2048
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name = "unsloth/Llama-3.2-1B-Instruct-unsloth-bnb-4bit", max_seq_length = max_seq_length,
+    dtype = None, load_in_4bit = True, token = "hf_precious",
+)
+model = FastLanguageModel.get_peft_model(
+    model, r = 16, target_modules = ["q_proj", "v_proj"], lora_alpha = 32, lora_dropout = 0, bias = "none",
+    use_gradient_checkpointing = "unsloth", random_state = 3407, use_rslora = True, loftq_config = None,
+)
+trainer = SFTTrainer(model = model, train_dataset = rows(), dataset_text_field = "text", args = SFTConfig(
+    per_device_train_batch_size = 2, gradient_accumulation_steps = 4, warmup_steps = 5, max_steps = 60,
+    learning_rate = 2e-4, fp16 = not supported(), optim = "adamw_8bit", weight_decay = 0.01,
+    lr_scheduler_type = "linear", output_dir = "outputs", report_to = "none",
+))
+trainer = train_on_responses_only(trainer, instruction_part = "<|user|>", response_part = "<|assistant|>")
+""",
+}
+WANTED: dict[str, dict[str, Any]] = {
+    "mlx_lm": {
+        **{"model": "mlx-community/Llama-3.2-1B-Instruct", "data": ["data/persona"], "method": "lora", "rank": 16},
+        **{"alpha": 32.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "layers": "last:8", "batch_size": 16},
+        **{"steps": 200, "eval_every": 50, "save_every": 100, "warmup": 25, "schedule": "cosine", "eval_rows": 40},
+        **{"learning_rate": 3e-5, "max_length": 1536, "max_grad_norm": 0.0, "train_on": "assistant", "patience": 0},
+        **{"gradient_checkpointing": True, "overflow": "truncate", "output": "adapters", "recipe": "fixed"},
+    },
+    "axolotl": {
+        **{"model": "meta-llama/Llama-3.2-1B", "data": ["data/alpaca.jsonl", "some/chats"], "quantization": "4bit"},
+        **{"valid_share": 0.05, "max_length": 2048, "rank": 32, "alpha": 16.0, "targets": ["all-linear"], "epochs": 4},
+        **{"batch_size": 8, "learning_rate": 2e-4, "warmup": 10, "schedule": "cosine", "precision": "auto", "seed": 42},
+        **{"track": ["wandb"], "track_project": "my-llama", "overflow": "drop", "chat_template": None},
+    },
+    "llama-factory": {
+        **{"model": "Qwen/Qwen2.5-0.5B-Instruct", "data": [], "rank": 8, "alpha": 16.0, "targets": ["all-linear"]},
+        **{
+            "batch_size": 8,
+            "epochs": 3.0,
+            "warmup": 0.1,
+            "precision": "bf16",
+            "valid_share": 0.0,
+            "track": ["swanlab"],
+        },
+    },
+    "trl": {
+        **{"model": "Qwen/Qwen2-0.5B", "data": ["trl-lib/Capybara"], "steps": 300, "epochs": None, "batch_size": 16},
+        **{"rank": 32, "alpha": 16.0, "dropout": 0.05, "schedule": "linear", "warmup": 0.0, "eval_every": 100},
+        **{"precision": "bf16", "track": ["trackio"], "method": "lora", "max_length": 2048},
+    },
+    "unsloth": {
+        **{"model": "unsloth/Llama-3.2-1B-Instruct", "quantization": "4bit", "rank": 16, "alpha": 32.0, "steps": 60},
+        **{"rslora": True, "targets": ["q_proj", "v_proj"], "seed": 3407, "batch_size": 8, "weight_decay": 0.01},
+        **{"train_on": "assistant", "warmup": 5, "max_length": 2048, "gradient_checkpointing": True, "track": []},
+    },
+}
+SAID = {
+    "mlx_lm": [
+        "# mlx_lm's iters 800 micro-batches -> steps 200",
+        "# lora_parameters.scale 2 with rank 16 -> alpha 32",
+        "# - steps_per_report: not needed",
+    ],
+    "axolotl": [
+        "# micro_batch_size 2 x gradient_accumulation_steps 4 -> batch_size 8 rows a step",
+        "# - sample_packing: a row there is several packed ones",
+        "# - datasets some/chats: field_messages; name columns by field",
+        "# - special_tokens {'pad_token'",
+        "# - chat_template tokenizer_default: the model's own template is used",
+    ],
+    "llama-factory": [
+        "# - some_new_key 7: not known here; look whether it matters",
+        "# - template qwen: ",
+        "# - dataset identity,rows: a name in dataset_info.json",
+        "# - lora_alpha is not in the file: LLaMA-Factory takes twice the rank",
+    ],
+    "trl": [
+        "# - num_train_epochs 1: max_steps counts, as it does there",
+        "# - optim: 'adafactor' is not offered",
+        "# - hub_token: keys stay in the environment",
+        "# - lora_target_modules is not in the file: PEFT chooses by model",
+    ],
+    "unsloth": [
+        "; quantized here from the 16-bit model",
+        "# - fp16 (line 16): not supported() is no literal",
+        "# - the rows are made by code in the script",
+    ],
+}
+
+
+def written(folder: Path, tool: str, text: str | None = None) -> Path:
+    path = folder / ("train.ipynb" if tool == "unsloth" else "train.yaml")
+    text = FILES[tool] if text is None else text
+    if tool == "unsloth":
+        cells = [{"cell_type": "markdown", "source": ["# A title"]}, {"cell_type": "code", "source": [text]}]
+        text = json.dumps({"cells": cells, "nbformat": 4})
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def migrate(path: Path) -> tuple[str, Options]:
+    """The text, and the options that train makes of it."""
+    values, unread = read_config(path)
+    text = migrated(path, values, recognized(path, values), unread)
+    made = path.with_name("made.yaml")
+    made.write_text(text, encoding="utf-8")
+    options, notes = load_options({"config": str(made)})
+    assert notes == []  # all of it in Twintune's own words
+    return text, options
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_configuration_becomes_one_that_train_loads(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, tool)
+    assert recognized(path, read_config(path)[0]) == tool
+    text, options = migrate(path)
+    made = options.model_dump()
+    assert {name: made[name] for name in WANTED[tool]} == WANTED[tool]
+    assert [line for line in SAID[tool] if line not in text] == []
+    assert "precious" not in text
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_key_is_named_in_the_result(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, tool)
+    values, _ = read_config(path)
+    text, _ = migrate(path)
+    silent = {"train_on_responses_only", "mask_prompt", "dtype", "stage", "use_peft"}  # what the result assumes
+    missing = [key for key, value in values.items() if value is not None and key not in text]
+    assert set(missing) <= silent
+
+
+def test_a_script_and_its_notebook_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "train.py"
+    script.write_text(FILES["unsloth"].replace("!pip install unsloth", "pass"))
+    assert migrate(script)[1] == migrate(written(tmp_path, "unsloth"))[1]
+
+
+def test_llama_factorys_names_of_data_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.json").write_text("[]")
+    info = {"rows": {"file_name": "rows.json"}, "identity": {"hf_hub_url": "some/identity"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    assert migrate(written(tmp_path, "llama-factory"))[1].data == ["some/identity", "data/rows.json"]
+
+
+def test_trl_without_peft_trains_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, options = migrate(written(tmp_path, "trl", FILES["trl"].replace("use_peft: true", "bf16: true")))
+    assert (options.method, options.precision) == ("full", "auto")
+    assert "# - lora_r 32: use_peft is not on" in text
+
+
+def test_what_mlx_lm_does_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, options = migrate(written(tmp_path, "mlx_lm", "model: a/b\nfine_tune_type: lora\nadapter_path: x\n"))
+    assert (options.steps, options.batch_size, options.learning_rate, options.alpha) == (1000, 4, 1e-5, 160.0)
+    assert (options.schedule, options.warmup, options.train_on, options.layers) == ("constant", 0, "all", "last:16")
+    assert "# - iters is not in the file: mlx_lm.lora takes 1000, and so does this file" in text
+
+
+def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, options = migrate(written(tmp_path, "axolotl", FILES["axolotl"].replace("lora_r: 32", "lora_r: many")))
+    assert options.rank == 16
+    assert "# - rank many: not taken: Input should be a valid integer" in text
+
+
+# --- what cannot be read
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("a.yaml", "model: [\n", "a.yaml cannot be read as YAML: "),
+        ("a.yaml", "iters: 3\niters: 4\n", "line 2: iters is given twice"),
+        ("a.json", "{", "a.json is not JSON"),
+        ("a.json", "[1]", "a.json is not a JSON object"),
+        ("a.py", "model = (\n1", "a.py line 1 is not Python: '(' was never closed"),
+        ("a.py", "x = 1", "a.py calls none of"),
+        ("a.ipynb", "{}", "a.ipynb calls none of"),
+        ("missing.yaml", None, "missing.yaml: no such file"),
+        ("a.yaml", "hello: 1\n", "none of its keys is one of theirs"),
+    ],
+)
+def test_what_cannot_be_read(name: str, text: str | None, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        recognized(path, read_config(path)[0])
+    assert fault in caught.value.what
+
+
+def test_another_training_than_sft_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "llama-factory", "stage: dpo\nfinetuning_type: lora\n")
+    with pytest.raises(UserError, match="stage 'dpo' is another training"):
+        migrated(path, read_config(path)[0], "llama-factory", [])
+
+
+def test_hostile_values_stay_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, "axolotl", FILES["axolotl"] + '"x\\npush": "a\\nexport: none"\n'))
+    assert "\nexport:" not in text
+    assert "\npush" not in text
+
+
+# --- the command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["twintune", "migrate", *argv])
+    cli.main()
+
+
+def test_the_command_shows_and_writes_and_overwrites_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = written(tmp_path, "trl")
+    run(monkeypatch, path.name)
+    shown = capsys.readouterr().out
+    run(monkeypatch, path.name, "--from", "trl", "--output", "new.yaml")
+    assert (tmp_path / "new.yaml").read_text() == shown
+    assert "new.yaml is written" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(monkeypatch, path.name, "--output", "new.yaml")
+    assert "--output new.yaml is there already" in capsys.readouterr().err
