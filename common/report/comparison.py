@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from common.report.charts import Axes, Chart, Curve
 from common.report.kept import Kept, Point, read_kept
 from common.report.page import page, render, write_page
 from common.report.run_charts import Texts, bars, curve_chart, speeds
-from common.report.texts import Lang, texts
+from common.report.texts import Lang, sentence, texts
 from common.run_record import Run
 
 
@@ -27,6 +28,9 @@ def write_comparison(runs: Sequence[Path], said: Comparison, path: Path, lang: L
     t, kept = texts(lang), [read_kept(Run(run), texts=False) for run in runs]
     names = _names(kept)
     charts = {chart.key: chart for chart in _charts(dict(zip(names, kept, strict=True)), t) if chart is not None}
+    in_lang = partial(sentence, lang=lang)
+    rows = [list(map(in_lang, row)) for row in said.rows]
+    said = Comparison(said.columns, rows, [in_lang(note) for note in said.notes])
     body = render("comparison.html", t=t, names=names, runs=kept, said=said, charts=charts)
     write_page(path, page(f"{', '.join(names)} - {t['comparison']}", body, charts, lang))
 

@@ -1,6 +1,6 @@
 """The page of a run while it trains: a small server for this machine alone, in a thread beside the training.
 
-What it shows is read from the run's files when a browser asks, and written again only as often as that takes under a
+What it shows is read from the run's files while a browser follows, and made again only as often as that takes under a
 hundredth of the time. Its address holds a secret, and a request that names another host is refused, so that no page of
 another site reads it.
 """
@@ -26,6 +26,8 @@ from common.run_record import Run
 _HOST = "127.0.0.1"
 _SHARE = 0.01  # of the time that the page may take
 _SECONDS = 10  # that a browser may take to send its request
+_EVERY = 1.0  # seconds between looks at the run's files, for each browser that follows
+_LAST = 2.0  # seconds that the end of the training waits for browsers to take the last state
 
 
 @contextmanager
@@ -60,8 +62,7 @@ def live_page(display: Display) -> Iterator[Callable[[Run, Options], None]]:
         yield show
     finally:
         for server in servers:
-            server.shutdown()
-            server.server_close()
+            server.end()
 
 
 def _started(pages: "Pages") -> "_Server":
@@ -87,15 +88,15 @@ class Pages:
     def page(self) -> bytes:
         return self._made()[0]
 
-    def news(self) -> bytes:
-        """Title, body and charts as JSON."""
-        return self._made()[1]
+    def news(self, last: bool = False) -> bytes:
+        """Title, body and charts as JSON. last: of a training that has ended, however lately they were made."""
+        return self._made(last)[1]
 
-    def _made(self) -> tuple[bytes, bytes]:
+    def _made(self, last: bool = False) -> tuple[bytes, bytes]:
         with self._lock:
             began = time.monotonic()
             state = [_changed(path) for path in (self._run.record_file, self._run.metrics, self._run.samples)]
-            if not self._page or (state != self._state and began >= self._next):
+            if not self._page or (state != self._state and (last or began >= self._next)):
                 with suppress(UserError):  # a file that is damaged for now: what was read before stays
                     title, body, charts = run_page(read_kept(self._run), self._lang)
                     self._page = page(title, body, charts, self._lang, live=True).encode(errors="backslashreplace")
@@ -122,6 +123,8 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, pages: Pages) -> None:
         super().__init__((_HOST, 0), _Handler)
         self.pages, self.path = pages, f"/{secrets.token_urlsafe(24)}/"
+        self.ended = threading.Event()
+        self.followers: set[threading.Thread] = set()
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -130,6 +133,15 @@ class _Server(ThreadingHTTPServer):
     @property
     def address(self) -> str:
         return f"http://{self.hosts[0]}{self.path}"
+
+    def end(self) -> None:
+        """Browsers that follow get the last state first, so that none asks a server that is gone."""
+        self.ended.set()
+        until = time.monotonic() + _LAST
+        self.shutdown()
+        for follower in list(self.followers):
+            follower.join(max(0.0, until - time.monotonic()))
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that has gone is no fault."""
@@ -140,19 +152,40 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = _SECONDS
 
     def do_GET(self) -> None:
-        pages = {self.server.path: ("text/html", self.server.pages.page)}
-        pages[f"{self.server.path}now"] = ("application/json", self.server.pages.news)
+        answers = {self.server.path: self._answer_page, f"{self.server.path}now": self._answer_news}
         asked = self.path.encode(errors="replace")
-        known = next((found for path, found in pages.items() if secrets.compare_digest(path.encode(), asked)), None)
+        known = next((found for path, found in answers.items() if secrets.compare_digest(path.encode(), asked)), None)
         if self.headers.get("Host") not in self.server.hosts or known is None:
             self.send_error(HTTPStatus.NOT_FOUND)
             return
-        kind, made = known
-        content = made()
+        known()
+
+    def _answer_page(self) -> None:
+        content = self.server.pages.page()
+        self._send_headers("text/html", ("Content-Length", str(len(content))))
+        self.wfile.write(content)
+
+    def _answer_news(self) -> None:
+        """What is new, as server-sent events, until the training ends or the browser is gone."""
+        self.server.followers.add(threading.current_thread())
+        try:
+            self._send_headers("text/event-stream")
+            sent, ended = b"", False
+            while not ended:
+                ended = self.server.ended.wait(_EVERY)
+                news = self.server.pages.news(last=ended)
+                # A comment, where nothing is new, finds out whether the browser is still there.
+                self.wfile.write(b"data: " + news + b"\n\n" if news != sent else b":\n")
+                sent = news
+            self.wfile.write(b"event: end\ndata:\n\n")
+        finally:
+            self.server.followers.discard(threading.current_thread())
+
+    def _send_headers(self, kind: str, *more: tuple[str, str]) -> None:
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(content)))
         for name, value in (
+            *more,
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
             ("Content-Security-Policy", "frame-ancestors 'none'"),
@@ -160,7 +193,6 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Requests are not shown: the terminal shows the training."""

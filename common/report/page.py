@@ -8,7 +8,7 @@ import base64
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from common.report import sections
 from common.report.charts import Chart
 from common.report.kept import Kept, read_kept
 from common.report.run_charts import run_charts
-from common.report.texts import Lang, template, texts
+from common.report.texts import Lang, sentence, template, texts
 from common.run_record import Run
 from common.system.cache import cache_folder
 
@@ -52,7 +52,7 @@ def run_page(kept: Kept, lang: Lang) -> tuple[str, str, dict[str, Chart]]:
     t = texts(lang)
     try:
         charts = run_charts(kept, t)
-        body = render("run.html", kept=kept, t=t, sections=sections, charts=charts)
+        body = render("run.html", kept=kept, t=t, said=partial(sentence, lang=lang), sections=sections, charts=charts)
     except OverflowError:
         raise UserError(
             f"{kept.run.path} holds a number that is too large to compute with.",

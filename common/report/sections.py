@@ -1,6 +1,7 @@
 """What the page of one run says beside its charts: the headline, the key figures and the tables."""
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from common.report.run_charts import Texts, base_loss
 
 # Of the run's options: where it went and how it was watched, which does not enter the result.
 _NOT_REPEATED = {"config", "output", "resume", "quiet", "json", "push", "push_public", "llama_cpp", "live", "lang"}
+Said = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,15 @@ def all_figures(kept: Kept, t: Texts) -> Table:
     return Table([t["name"], t["value"]], [[t.get(f"figure.{name}", name), text] for name, text in rows.items()], 1)
 
 
-def alarms(kept: Kept, t: Texts) -> list[str]:
-    """What was raised and undone during training; without what an answer said."""
+def alarms(kept: Kept, t: Texts, said: Said) -> list[str]:
+    """What was raised and undone during training; without what an answer said. said: a sentence in the language."""
     returned = [
         t["rollback"].format(from_step=back.from_step, to_step=back.to_step, rate=f"{back.learning_rate:g}")
         for back in kept.record.rollbacks
     ]
     seen = [alarm for back in kept.record.rollbacks for alarm in back.alarms] + kept.record.alarms
-    return [f"{alarm.seen}: {alarm.cause}. {alarm.remedy}" for alarm in seen] + returned
+    parts = [{"seen": said(alarm.seen), "cause": said(alarm.cause), "remedy": said(alarm.remedy)} for alarm in seen]
+    return [t["alarm"].format(**part) for part in parts] + returned
 
 
 def samples(kept: Kept) -> list[Sample]:
@@ -174,9 +177,9 @@ def plan_table(kept: Kept, t: Texts) -> Table:
     return Table([t["name"], t["value"]], rows)
 
 
-def reasons(kept: Kept, t: Texts) -> Table:
+def reasons(kept: Kept, t: Texts, said: Said) -> Table:
     given = kept.facts.reasons
-    return Table([t["name"], t["why"]], [[t.get(f"reason.{name}", name), why] for name, why in given.items()])
+    return Table([t["name"], t["why"]], [[t.get(f"reason.{name}", name), said(why)] for name, why in given.items()])
 
 
 def export_table(kept: Kept, t: Texts) -> Table:
@@ -193,17 +196,24 @@ def export_table(kept: Kept, t: Texts) -> Table:
     return Table(columns, rows, 3)
 
 
-def divergence_table(kept: Kept, t: Texts) -> Table:
+def divergence_table(kept: Kept, t: Texts, said: Said) -> Table:
     found = kept.record.verify
     columns = [t[f"kl.{name}"] for name in ("what", "against", "mean", "p99", "top")]
-    return Table(columns, divergence_rows(found) if found else [], 3)
+    rows = (
+        [[said(what), said(against), *figures] for what, against, *figures in divergence_rows(found)] if found else []
+    )
+    return Table(columns, rows, 3)
 
 
-def checks(kept: Kept) -> list[tuple[str, str, str]]:
+def checks(kept: Kept, said: Said) -> list[tuple[str, str, str]]:
     """`(state, name, text)`; the text may quote rows."""
     found = kept.record.verify.checks if kept.record.verify else []
     return [
-        (str(check.get("state")), str(check.get("name")), str(check.get("text") or "") if kept.texts else "")
+        (
+            str(check.get("state")),
+            said(str(check.get("name"))),
+            said(str(check.get("text") or "")) if kept.texts else "",
+        )
         for check in found
     ]
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from common.report.page import write_report
 from common.run_record import Run
+from tests.browser import program
 from tests.e2e.command_line import twintune
 from tests.report_run import VALIDATED, write_run
 from tests.tiny import write_model, write_rows
@@ -60,10 +60,8 @@ class Drawn(HTMLParser):
 
 def chromium(*words: str) -> tuple[str, str]:
     """What Chromium prints, and what the page's console was told."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    assert program, "Chromium is missing: apt-get install -y --no-install-recommends chromium fonts-noto-cjk"
     settings = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000", "--enable-logging=stderr")
-    done = subprocess.run([program, *settings, *words], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([program(), *settings, *words], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 

@@ -24,11 +24,13 @@ _ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)(/\S{20,}/)")
 
 
 def asked(port: int, path: str, **headers: str) -> tuple[int, bytes]:
+    """Status and content; of a stream of events the first."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
-        return answer.status, answer.read()
+        streamed = "event-stream" in str(answer.getheader("Content-Type"))
+        return answer.status, answer.readline() if streamed else answer.read()
     finally:
         connection.close()
 
@@ -56,7 +58,7 @@ def test_a_training_is_shown_while_it_runs(
     given |= {"output": str(tmp_path / "run"), "backend": "torch", "device": "cpu", "precision": "fp32", "rank": 2}
     run_training(Options.model_validate(given | {"export": "none"}), context("plain", create=Asks))
     assert [seen[name][0] for name in ("page", "now")] == [200, 200]
-    news = json.loads(seen["now"][1])
+    news = json.loads(seen["now"][1].removeprefix(b"data: "))
     assert news.keys() == {"title", "body", "charts"}
     assert ">training<" in news["body"]
     assert b"connect-src &#39;self&#39;" in seen["page"][1]
@@ -72,6 +74,22 @@ def served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         for _ in range(2):  # as after a rollback: the page stays where it is
             show(run, Options(live=True))
         yield address(capsys.readouterr().out)
+
+
+def test_who_follows_gets_the_last_state_and_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However lately the page was made; then the address is gone."""
+    run = Run(write_run(tmp_path / "run", status="training"))
+    with live_page(Display("plain")) as show:
+        show(run, Options(live=True))
+        port, path = address(capsys.readouterr().out)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("GET", f"{path}now")
+        answer = connection.getresponse()
+        assert b">training<" in answer.readline()
+        run.update(status="complete")
+    last = [line for line in answer.read().splitlines() if line and line != b":"]
+    assert b">complete<" in last[-3]
+    assert last[-2:] == [b"event: end", b"data:"]
 
 
 def test_another_path_or_host_gets_nothing(served: tuple[int, str]) -> None:

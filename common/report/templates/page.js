@@ -1,13 +1,14 @@
 "use strict";
-// Draws the charts; of a live page also asks for what is new, every few seconds, until the training ends.
+// Draws the charts; a live page also takes what is new, until the training ends.
 const OPTIONS = {renderer: "svg", actions: false, ast: true, defaultStyle: false};
-const SECONDS = 3;
+let drawn = []; // each holds on to the window until it is finalized
 
 function draw(charts) {
-  for (const [key, spec] of Object.entries(charts)) {
+  drawn.forEach((one) => one.then((found) => found?.finalize()));
+  drawn = Object.entries(charts).map(([key, spec]) => {
     const place = document.getElementById("chart-" + key);
-    if (place) vegaEmbed(place, spec, OPTIONS).catch((error) => console.error(error));
-  }
+    return place ? vegaEmbed(place, spec, OPTIONS).catch((error) => console.error(error)) : Promise.resolve();
+  });
 }
 
 function show(found) {
@@ -20,21 +21,15 @@ function show(found) {
   document.title = found.title;
 }
 
-async function follow(ended) {
-  let known = "";
-  for (;;) {
-    await new Promise((resolve) => setTimeout(resolve, 1000 * SECONDS));
-    try {
-      const answer = await fetch("now", {cache: "no-store"});
-      if (!answer.ok) break;
-      const text = await answer.text();
-      if (text !== known) show(JSON.parse(text));
-      known = text;
-    } catch {
-      break;
-    }
-  }
-  document.getElementById("live").textContent = ended;
+function follow(ended) {
+  const news = new EventSource("now");
+  const end = () => {
+    news.close();
+    document.getElementById("live").textContent = ended;
+  };
+  news.onmessage = (found) => show(JSON.parse(found.data));
+  news.onerror = end;
+  news.addEventListener("end", end);
 }
 
 draw(JSON.parse(document.getElementById("charts").textContent));
