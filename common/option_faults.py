@@ -6,9 +6,8 @@ Options are validated by these functions, so this file cannot import Options.
 import re
 from typing import Any
 
-from common.option_fields import RecipeFields, extra_of
+from common.option_fields import NEED_IMATRIX, UNGUIDED, RecipeFields, extra_of
 
-UNGUIDED = ("BF16", "F16", "Q8_0")  # GGUF types that take no importance matrix
 TAKEN_FROM_ADAPTER = sorted(("rank", "alpha", "rslora", "targets", "layers", "method", "rank_pattern", "alpha_pattern"))
 _ADAPTER = [name for name, field in RecipeFields.model_fields.items() if extra_of(field)["heading"] == "Adapter"]
 SHAPE = ["adapter", *(name for name in _ADAPTER if name != "method")]  # of the adapter
@@ -71,10 +70,10 @@ def _of_devices(options: Any) -> list[str]:
 
 def _of_export(options: Any) -> list[str]:
     faults = []
-    if options.imatrix and options.export != "gguf":
-        faults.append(f"imatrix is for a GGUF, and export is {options.export}")
-    if options.imatrix and all(quant in UNGUIDED for quant in options.quant):
-        faults.append(f"imatrix has no effect on {', '.join(options.quant)}")
+    given = {name: getattr(options, name) for name in ("imatrix", "imatrix_file")}
+    if options.export != "gguf":
+        faults += [f"{name} is for a GGUF, and export is {options.export}" for name, value in given.items() if value]
+    faults += _of_imatrix(options)
     if options.fuse_into and options.quantization == "none":
         faults.append("fuse_into is for a quantized base; there is none (quantization none)")
     return faults
@@ -95,6 +94,21 @@ def _of_track(options: Any) -> list[str]:
         faults.append("track_artifacts: tensorboard keeps no files")
     if twice := [name for name in dict.fromkeys(options.track) if options.track.count(name) > 1]:
         faults.append(f"track: {twice[0]} is given twice")
+    return faults
+
+
+def _of_imatrix(options: Any) -> list[str]:
+    name, faults = "imatrix" if options.imatrix else "imatrix_file", []
+    if options.imatrix and options.imatrix_file:
+        faults.append("imatrix and imatrix_file are both given: leave one out")
+    if options.imatrix or options.imatrix_file:
+        if all(quant in UNGUIDED for quant in options.quant):
+            faults.append(f"{name} has no effect on {', '.join(options.quant)}")
+    elif options.export == "gguf" and (needy := [quant for quant in options.quant if quant in NEED_IMATRIX]):
+        faults.append(
+            f"quant: {', '.join(needy)} cannot be made without an importance matrix: add --imatrix, which makes it "
+            "from the training rows, or --imatrix-file FILE"
+        )
     return faults
 
 

@@ -10,8 +10,12 @@ HEADINGS = ("Model", "Data", "Training", "Adapter", "Memory and device", "Export
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
 QUANT_TYPES = (
     *("Q4_K_M", "Q4_K_S", "Q5_K_M", "Q5_K_S", "Q6_K", "Q8_0", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"),
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16", "F32", "Q2_K_S", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS"),
+    *("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
 )
+UNGUIDED = ("BF16", "F16", "F32", "Q8_0")  # types that take no importance matrix
+# Types that llama-quantize makes with an importance matrix only: tensor_requires_imatrix in its src/llama-quant.cpp.
+NEED_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
 
 
 def option(
@@ -159,3 +163,33 @@ class TrackFields(BaseModel):
         value="NAME [NAME ...]",
         choices=("adapter", "report"),
     )
+
+
+class ExportFields(BaseModel):
+    """What is made of the adapter."""
+
+    export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = in_export(
+        "gguf",
+        "what to make: the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
+    )
+    quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make", value="TYPE [TYPE ...]", choices=QUANT_TYPES)
+    imatrix: bool = in_export(
+        False, "quantize with an importance matrix of the training rows, which the run keeps and uses again"
+    )
+    imatrix_file: str | None = in_export(
+        None, "quantize with this importance matrix, a file of llama-imatrix", path=True, value="FILE"
+    )
+    split_size: str | None = in_export(
+        None, "split each GGUF into files of at most this size, such as 2GB; llama.cpp reads them as one", value="SIZE"
+    )
+    fuse_into: Literal["base", "dequantized"] | None = in_export(
+        None, "with a quantized base: fuse into the 16-bit base (default), or into the dequantized weights of training"
+    )
+    no_verify: bool = in_export(False, "skip the check that the GGUF is what was trained (see the verify command)")
+    llama_cpp: str | None = in_export(
+        None, "folder of the llama.cpp build to use; unless given, one is found or built once", path=True, value="DIR"
+    )
+    push: str | None = in_export(
+        None, "hub repository (owner/name) to upload the result to at the end", value="OWNER/NAME"
+    )
+    push_public: bool = in_export(False, "make the repository of --push public; a new one is private otherwise")

@@ -219,7 +219,7 @@ def _idle_in_training(flags: Collection[str], options: Options) -> list[str]:
 def _idle_in_export(flags: Collection[str], options: Options) -> list[str]:
     exported, faults = options.export, []
     if exported != "gguf":
-        idle = [_flag(name) for name in ("quant", "no_verify") if name in flags]
+        idle = [_flag(name) for name in ("quant", "split_size", "no_verify") if name in flags]
         faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
     if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")

@@ -10,12 +10,12 @@ from pydantic.fields import FieldInfo
 from common.option_faults import faults_of, valid_layers
 from common.option_fields import (
     QUANT_TYPES,
+    ExportFields,
     PlanFields,
     RecipeFields,
     TrackFields,
     extra_of,
     in_data,
-    in_export,
     in_memory,
     in_model,
     in_output,
@@ -30,7 +30,7 @@ EXAMPLE = PRESETS.parent / "examples" / "data"  # its rows
 _SIZE = TypeAdapter(ByteSize)
 
 
-class Options(RecipeFields, PlanFields, TrackFields):
+class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
     """Everything `train` takes, from flags and YAML alike."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -131,24 +131,6 @@ class Options(RecipeFields, PlanFields, TrackFields):
         "Unless given, only where memory is short",
     )
 
-    export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = in_export(
-        "gguf",
-        "what to make: the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
-    )
-    quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make", value="TYPE [TYPE ...]", choices=QUANT_TYPES)
-    imatrix: bool = in_export(False, "quantize with an importance matrix of the training rows")
-    fuse_into: Literal["base", "dequantized"] | None = in_export(
-        None, "with a quantized base: fuse into the 16-bit base (default), or into the dequantized weights of training"
-    )
-    no_verify: bool = in_export(False, "skip the check that the GGUF is what was trained (see the verify command)")
-    llama_cpp: str | None = in_export(
-        None, "folder of the llama.cpp build to use; unless given, one is found or built once", path=True, value="DIR"
-    )
-    push: str | None = in_export(
-        None, "hub repository (owner/name) to upload the result to at the end", value="OWNER/NAME"
-    )
-    push_public: bool = in_export(False, "make the repository of --push public; a new one is private otherwise")
-
     output: str | None = in_output(None, "run folder to make; runs/<model>-<data>-<backend> unless given", value="DIR")
     resume: str | None = in_output(
         None,
@@ -220,7 +202,7 @@ class Options(RecipeFields, PlanFields, TrackFields):
             raise ValueError("must be a number from 1, or all")
         return text
 
-    @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "output", "resume")
+    @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "imatrix_file", "output", "resume")
     @classmethod
     def _possible_path(cls, value: str | list[str] | None) -> str | list[str] | None:
         for path in [value] if isinstance(value, str) else value or []:
@@ -228,7 +210,7 @@ class Options(RecipeFields, PlanFields, TrackFields):
                 raise ValueError(f"is not a path: {fault}")
         return value
 
-    @field_validator("memory_limit")
+    @field_validator("memory_limit", "split_size")
     @classmethod
     def _readable_size(cls, value: str | None) -> str | None:
         if value is not None:

@@ -38,7 +38,8 @@ TrackerId = Annotated[str, AfterValidator(_simple)]
 class GgufRecord(_Record):
     """A GGUF file of the run."""
 
-    file: InRun
+    file: InRun  # of several, the first
+    parts: list[InRun] = []  # all files of one that is split
     name: str = ""  # what --quant calls it, such as Q4_K_M or Q4_K_M-imatrix
     quant: str = ""
     bytes: int = 0
@@ -53,6 +54,10 @@ class GgufRecord(_Record):
             return content | {"name": content["quant"]}
         return content
 
+    @property
+    def files(self) -> list[str]:
+        return self.parts or [self.file]
+
 
 class ExportRecord(_Record):
     """What was made from the adapter."""
@@ -60,6 +65,7 @@ class ExportRecord(_Record):
     fused: InRun | None = None
     fuse_into: str | None = None
     gguf: list[GgufRecord] = []
+    imatrix: InRun | None = None  # of the fused weights and the training rows
     mmproj: InRun | None = None
     lora_gguf: InRun | None = None
     mlx: dict[str, Any] | None = None

@@ -18,7 +18,7 @@ from common.documents import fault_of, read_json, read_yaml
 from common.errors import UserError
 from common.files import atomic_write
 from common.recipe import OPTIONAL, VERSION, Plan, Recipe, lacking
-from common.run_fields import ReportFacts, RunRecord
+from common.run_fields import GgufRecord, ReportFacts, RunRecord
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -58,6 +58,10 @@ class Run:
         finally:
             if str(path.relative_to(self.path)) not in [gguf.file for gguf in self.record.export.gguf]:
                 path.unlink(missing_ok=True)
+
+    def has_gguf(self, gguf: GgufRecord) -> bool:
+        """Whether each of its files is there."""
+        return all((self.path / file).is_file() for file in gguf.files)
 
     @property
     def mlx(self) -> Path:

@@ -13,21 +13,23 @@ from common.backend_package import Backends
 from common.commands.arguments import add_options
 from common.context import Context
 from common.data.sources import data_of
-from common.display import Display, gigabytes
+from common.display import gigabytes
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, StageMeter, check_disk, needs_llama, warn_of_memory
 from common.export.fused_folder import ServingConfig, write_fused
-from common.export.gguf import try_gguf, write_ggufs, write_lora
+from common.export.gguf import kept_matrix, try_gguf, write_ggufs, write_lora
 from common.export.job import ExportJob
 from common.export.mlx import write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import export_stages, tools_for
+from common.export.summary import record_seconds, show_summary
 from common.export.upload import Upload, check_push, push
 from common.llama_cpp.build import build_bytes
 from common.models.license import Terms, copy_terms, find_terms
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
+from common.option_fields import NEED_IMATRIX
 from common.option_sources import options_over
 from common.options import Options
 from common.report.page import write_own_report
@@ -93,18 +95,33 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
         )
     if given.get("export") == "none":
         raise UserError("--export none: fuse would make nothing.", "Leave --export out, or name what to make.")
-    asks_for_gguf = {"quant", "imatrix", "no_verify"} & given.keys() or record.options.get("export") == "none"
+    asks_for_gguf = {
+        "quant",
+        "imatrix",
+        "imatrix_file",
+        "split_size",
+        "no_verify",
+    } & given.keys() or record.options.get("export") == "none"
     if asks_for_gguf and "export" not in given:
         given = given | {"export": "gguf"}
     # What is verified, weighed and uploaded is asked for each time, not taken from how the run was started.
-    fresh = {"imatrix": False, "no_verify": False, "push": None, "push_public": False}
+    fresh: dict[str, Any] = {
+        "imatrix": False,
+        "imatrix_file": None,
+        "no_verify": False,
+        "push": None,
+        "push_public": False,
+    }
+    if "quant" not in given and "imatrix_file" not in given:  # the run's types, and what some of them cannot be without
+        needy = {*record.options["quant"]} & {*NEED_IMATRIX}
+        fresh["imatrix"] = bool(needy and record.options.get("imatrix"))
     merged = options_over(record.options | fresh, given, "fuse", _OPTIONS)
     return merged
 
 
 def _check_inputs(run: Run, base: ModelFolder, options: Options, backends: Backends) -> None:
     """Raises UserError where the data or the backend that the end of a GGUF export needs are missing."""
-    if options.imatrix:
+    if options.imatrix and not kept_matrix(run, options.fuse_into):
         data_of(run, options)
     if not options.no_verify:
         cases_of(run, base.path)
@@ -147,7 +164,7 @@ def export_run(job: ExportJob) -> None:
     meter.show(display)
     display.event("done", run=str(run.path), stage_seconds=job.seconds)
     if display.mode in ("rich", "plain"):
-        _show_summary(run.record, job.seconds, display)
+        show_summary(run.record, job.seconds, display)
         display.say(f"The run is in {run}")
     if fault is not None:
         raise fault
@@ -170,10 +187,12 @@ def _write_fused(job: ExportJob, meter: StageMeter) -> None:
     ):
         write_fused(job.base, job.adapter, out, job.served, progress, replaced)
     record = run.record
-    ggufs = record.export.gguf if record.export.fuse_into == into else []  # else they hold the other weights
+    same = record.export.fuse_into == into  # else the files are of the other weights
+    ggufs, matrix = (record.export.gguf, record.export.imatrix) if same else ([], None)
     broken = ggufs and record.verify and record.verify.verdict == "broken"  # they still are; write_ggufs replaces them
     kept = {} if broken else {"verify": None}
-    export = record.export.model_copy(update={"fused": out.name, "fuse_into": into, "gguf": ggufs})
+    made = {"fused": out.name, "fuse_into": into, "gguf": ggufs, "imatrix": matrix}
+    export = record.export.model_copy(update=made)
     run.update(export=export, **kept)
 
 
@@ -211,27 +230,6 @@ def _verified(job: ExportJob, meter: StageMeter, bf16_gguf: Path) -> bool:
     return verdict(checks) != "broken"
 
 
-def _show_summary(record: RunRecord, seconds: dict[str, float], display: Display) -> None:
-    """What it took, beside the estimate."""
-    total = sum(seconds.values()) or 1.0
-    figures = {"time": ", ".join(f"{name} {value:.1f} s ({value / total:.0%})" for name, value in seconds.items())}
-    if "train" in seconds:
-        if record.tokens_per_second:  # of one step there is none
-            figures["speed"] = (
-                f"{record.tokens_per_second:.0f} tokens/s, {record.label_tokens_per_second:.0f} of them labels"
-            )
-        estimated, peak = record.predicted_peak_bytes or 0, record.peak_memory_bytes or 0
-        figures["memory"] = (
-            f"peak {gigabytes(peak)}, estimated {gigabytes(estimated)} "
-            f"({estimated / max(1, peak) - 1:+.0%}); "
-            f"the process in all {gigabytes(record.peak_rss_bytes or 0)}"
-        )
-        figures["padding"] = (
-            f"none in the layers' products, {record.padding_fraction or 0:.1%} of attention's positions"
-        )
-    display.panel("Done", figures)
-
-
 @contextmanager
 def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
     """Weights in place of the 16-bit base's: none, or with --fuse-into dequantized those that were trained over."""
@@ -267,15 +265,10 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
             backend.close()
 
 
-def record_seconds(run: Run, seconds: dict[str, float]) -> None:
-    """Into run.json: the training of a run's processes adds up, of any other stage the last time counts."""
-    earlier = run.record.stage_seconds
-    for stage in {"train", "evaluate", "save"} & seconds.keys():
-        seconds[stage] += earlier.get(stage, 0.0)
-    run.update(stage_seconds=earlier | seconds)
-
-
-_OPTIONS = ("llama_cpp", "export", "quant", "imatrix", "fuse_into", "no_verify", "push", "push_public")
+_OPTIONS = (
+    *("llama_cpp", "export", "quant", "imatrix", "imatrix_file", "split_size", "fuse_into", "no_verify"),
+    *("push", "push_public"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.backend import Adapter, Backend, ModelInfo
 from common.commands.arguments import add_options, read_options
-from common.commands.fuse import export_run, record_seconds
+from common.commands.fuse import export_run
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
 from common.commands.several import first_rank, other_rank, start, workers
@@ -19,6 +19,7 @@ from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
 from common.errors import PROGRAM, AtOdds, UserError, os_fault
 from common.export.job import ExportJob
+from common.export.summary import record_seconds
 from common.export.upload import Upload, push
 from common.models import adapter_files as adapters
 from common.models.load import loaded, say_llama

@@ -89,7 +89,7 @@ def targets_of(run: Run, kinds: Sequence[Kind] | None, quants: Sequence[str] | N
     Raises UserError where something that is named is missing.
     """
     record = run.require_complete()
-    names = [gguf.name for gguf in record.export.gguf if (run.path / gguf.file).is_file()]
+    names = [gguf.name for gguf in record.export.gguf if run.has_gguf(gguf)]
     there = {
         "base": True,
         "adapter": record.options.get("method") != "full",

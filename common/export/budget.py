@@ -1,7 +1,7 @@
 """The stages of each export, and the memory and disk that each takes: estimated, then measured."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,14 +50,14 @@ def estimate_stages(
     base: ModelFolder,
     adapter_bytes: int,
     held: int = 0,
-    imatrix: bool = False,
-    verify: bool = False,
+    also: Collection[str] = (),
 ) -> list[Stage]:
     """The estimate of every stage of `export` from `base`.
 
     adapter_bytes: of what was trained, in float32. held: bytes of a quantized base that is loaded again to be fused
-    into. The figures were measured: blocks of 16 MB fuse; llama.cpp's converter holds the largest
-    tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will write, and the largest tensor.
+    into. also: optional stages: imatrix, split, verify. The figures were measured: blocks of 16 MB fuse; llama.cpp's
+    converter holds the largest tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will
+    write, and the largest tensor.
     """
     tensors = [tensor for tensor in base.tensors.values() if tensor.dtype in DTYPES]
     sizes = [math.prod(tensor.shape) for tensor in tensors]
@@ -66,15 +66,17 @@ def estimate_stages(
     weights = base.weight_bytes
     tokenizer = sum(file.stat().st_size for file in base.path.glob("tokenizer*"))
     kept = [quant for quant in quants if quant != "BF16"]  # the conversion writes that one
-    each = 6.0 if "F16" in kept else 5.1
+    each = 8.0 if "F32" in kept else 6.0 if "F16" in kept else 5.1
+    written = [bf16_bytes * 2 if q == "F32" else bf16_bytes if q == "F16" else bf16_bytes * 5 // 8 for q in kept]
     known = {
         "fuse": Stage("fuse", 120 * _MB + held + (4 * largest if held else 0), weights + tokenizer),
         "convert": Stage("convert", 400 * _MB + 8 * largest, bf16_bytes),
         "quantize": Stage(
             "quantize",
-            110 * _MB + round(each * largest) if kept else 0,
-            sum(bf16_bytes if quant == "F16" else bf16_bytes * 5 // 8 for quant in kept),
+            (400 * _MB if "F32" in kept else 110 * _MB) + round(each * largest) if kept else 0,
+            sum(written),
         ),
+        "split": Stage("split", 30 * _MB + largest * 4, sum(written) + (bf16_bytes if "BF16" in quants else 0)),
         "imatrix": Stage("imatrix", 500 * _MB + 2 * largest, 0),
         "verify": Stage("verify", 1100 * _MB + 2 * bf16_bytes, 0),  # in float32, beside the reference's distributions
         "lora": Stage("lora", 350 * _MB + 3 * adapter_bytes, adapter_bytes + _MB, adapter_bytes + _MB),
@@ -83,8 +85,8 @@ def estimate_stages(
     through = list(EXPORT_STEPS[export])
     if "quantize" in through:
         at = through.index("quantize")
-        through[at:at] = ["imatrix"] * imatrix
-        through += ["verify"] * verify
+        through[at:at] = ["imatrix"] if "imatrix" in also else []
+        through += [name for name in ("split", "verify") if name in also]
     return [known[name] for name in through]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from common.display import gigabytes
 from common.errors import UserError
+from common.export.modelfile import merge_command
 from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name, terms_of
@@ -36,7 +37,7 @@ def base_form(folder: Path, model: str) -> str:
 def parts_of(run: Run) -> list[str]:
     """Which of PARTS the run holds completely."""
     export = run.record.export
-    files = [report.file for report in export.gguf] + [file for file in (export.lora_gguf,) if file]
+    files = [file for report in export.gguf for file in report.files] + [file for file in (export.lora_gguf,) if file]
     on_record = {"fused": bool(export.fused), "gguf": bool(files), "adapter": True}
     complete = all((run.path / file).is_file() for file in files)
     return [part for part in PARTS if on_record[part] and (complete if part == "gguf" else (run.path / part).is_dir())]
@@ -227,8 +228,9 @@ def _files(record: RunRecord, parts: list[str]) -> str:
     if "gguf" in parts:
         for report in record.export.gguf:
             larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""
+            others = f" and {len(report.parts) - 1} more, which it reads as one" if report.parts else ""
             lines.append(
-                f"- `{report.file}`: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
+                f"- `{report.file}`{others}: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
                 f"{report.bits_per_weight:.2f} bits per weight{larger}"
             )
         if record.export.gguf:
@@ -260,9 +262,11 @@ def _usage(record: RunRecord, parts: list[str], base: str) -> str:
 
 def _usage_of_gguf(export: ExportRecord) -> list[str]:
     if export.gguf:
+        first = export.gguf[0]
+        merge = f"    {merge_command(first.file, f'gguf/model-{first.name}.gguf')}\n" if first.parts else ""
         return [
-            f"llama.cpp:\n\n    llama-server -m {export.gguf[0].file} --jinja",
-            "Ollama:\n\n    ollama create my-model -f gguf/Modelfile\n    ollama run my-model",
+            f"llama.cpp:\n\n    llama-server -m {first.file} --jinja",
+            f"Ollama:\n\n{merge}    ollama create my-model -f gguf/Modelfile\n    ollama run my-model",
         ]
     return [
         f"llama.cpp, the adapter over a GGUF of its base:\n\n    llama-server -m base.gguf --lora {export.lora_gguf}"

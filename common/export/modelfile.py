@@ -7,8 +7,8 @@ Source: Ollama's docs/modelfile.md, parser/parser.go and template/template.go.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from common.data.chat_template import PLACEHOLDER, ChatTemplate, Message, Refused
@@ -23,6 +23,7 @@ from common.models.model_folder import ModelFolder
 RenderPrompt = Callable[[list[Message]], str]
 _CONTEXT = 8192  # the most that Ollama may take memory for by itself; less where the model has less
 _TEMPERATURE = 0.7
+SPLIT_NOTE = "Ollama reads no split GGUF. First make one file of it:"
 _NAMES = {"repetition_penalty": "repeat_penalty"}  # by which Ollama knows a setting of generation_config.json
 _CASES = (
     ("system", "Answer briefly."),
@@ -50,12 +51,26 @@ class Modelfile:
     notes: tuple[str, ...]  # where Ollama's prompts differ all the same
 
 
-def write_modelfile(fused: Path, gguf: Path, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:
-    """Write `Modelfile` beside `gguf` for the fused model. `stops`: ids that end a turn; `sample`: a prompt to try."""
+def write_modelfile(
+    fused: Path, gguf: Path, stops: list[int], thinking: Thinking, sample: list[Message], parts: Sequence[str] = ()
+) -> Modelfile:
+    """Write `Modelfile` beside `gguf` for the fused model. `stops`: ids that end a turn; `sample`: a prompt to try.
+
+    parts: the files' names, where `gguf` is split: Ollama reads only one file, which its user makes of them.
+    """
     result = modelfile(fused, gguf.name, stops, thinking, sample)
+    if parts:
+        head, rest = result.text.split("\n", 1)
+        made = f"# {SPLIT_NOTE} {merge_command(parts[0], gguf.name)}"
+        result = replace(result, text=f"{head}\n{made}\n{rest}", notes=(made.removeprefix("# "), *result.notes))
     with atomic_write(gguf.with_name("Modelfile")) as temporary:
         temporary.write_text(result.text, encoding="utf-8", newline="\n")
     return result
+
+
+def merge_command(first: str, whole: str) -> str:
+    """What makes one file of a split GGUF. first: its first file."""
+    return f"llama-gguf-split --merge {first} {whole}"
 
 
 def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:

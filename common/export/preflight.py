@@ -11,21 +11,23 @@ from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model
 from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
-from common.llama_cpp.imatrix import imatrix_tool
+from common.llama_cpp.imatrix import check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, check_lora_base, lora_script
 from common.llama_cpp.mmproj import vision_fault
+from common.llama_cpp.split import check_split, split_tool
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
-from common.options import Options
+from common.options import Options, read_size
+from common.paths import user_path
 from common.training.memory_estimate import TrainingMemory
 
 
 def export_stages(options: Options, base: ModelFolder, adapter: Adapter | None, memory: TrainingMemory) -> list[Stage]:
     """The estimate of every stage of the export that the options ask for. adapter: None with method full."""
     trained, held = trained_bytes(adapter, base), _loaded_again(options, memory, base)
-    verify = not options.no_verify
-    return estimate_stages(options.export, options.quant, base, trained, held, options.imatrix, verify)
+    asked = {"imatrix": options.imatrix, "split": options.split_size, "verify": not options.no_verify}
+    return estimate_stages(options.export, options.quant, base, trained, held, [name for name in asked if asked[name]])
 
 
 def _loaded_again(options: Options, memory: TrainingMemory, base: ModelFolder) -> int:
@@ -50,21 +52,10 @@ def tools_for(
     Every other need of the export is checked too, now and not after hours of training. Raises UserError. tokenizer,
     texts: as check_convertible takes them.
     """
-    through = EXPORT_STEPS[options.export]
-    if "mlx" in through:
-        check_installed()
-        check_model(base, display)
-    if "lora" in through:
-        check_lora(method)
-        check_lora_base(base)
-    if "convert" in through:
+    _check_form(options, method, base, display)
+    if "convert" in EXPORT_STEPS[options.export]:
         with display.stage("check the tokenizer"):
             check_convertible(base.path, tokenizer, texts)
-        if base.has_vision and (fault := vision_fault(base.path)):
-            display.warn(
-                f"{base.path} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that "
-                "file from the base model into the folder"
-            )
     if not needs_llama(options.export):
         return None
     llama = find(options.llama_cpp)
@@ -76,12 +67,45 @@ def tools_for(
             )
         with display.stage("build llama.cpp, once") as progress:
             llama = ensure(options.llama_cpp, progress)
-    if "lora" in through:
-        lora_script(llama)
-    if "convert" in through and options.imatrix:
-        imatrix_tool(llama)
-    if "convert" in through and not options.no_verify and llama.logits is None:
-        with display.stage("build llama.cpp, once, to verify with") as progress:
-            own(progress)
+    _check_tools(options, llama, display)
     display.say(f"llama.cpp: {llama.where}")
     return llama
+
+
+def _check_form(options: Options, method: str, base: ModelFolder, display: Display) -> None:
+    """What needs no llama.cpp to be known."""
+    through = EXPORT_STEPS[options.export]
+    if "mlx" in through:
+        check_installed()
+        check_model(base, display)
+    if "lora" in through:
+        check_lora(method)
+        check_lora_base(base)
+    if "convert" not in through:
+        return
+    if base.has_vision and (fault := vision_fault(base.path)):
+        display.warn(
+            f"{base.path} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that "
+            "file from the base model into the folder"
+        )
+    if options.imatrix_file:
+        check_imatrix_file(user_path(options.imatrix_file, "--imatrix-file"), base)
+    if options.split_size:
+        check_split(read_size(options.split_size), options.quant, base)
+
+
+def _check_tools(options: Options, llama: LlamaCpp, display: Display) -> None:
+    """The programs beside the converter, built where they are missing."""
+    through = EXPORT_STEPS[options.export]
+    if "lora" in through:
+        lora_script(llama)
+    if "convert" not in through:
+        return
+    if options.imatrix:
+        imatrix_tool(llama)
+    if options.split_size:
+        with display.stage("find or build llama-gguf-split") as progress:
+            split_tool(llama, progress)
+    if not options.no_verify and llama.logits is None:
+        with display.stage("build llama.cpp, once, to verify with") as progress:
+            own(progress)

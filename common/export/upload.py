@@ -109,7 +109,7 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
     for part in parts:
         if part == "gguf":
             export = run.record.export
-            files = [*(report.file for report in export.gguf), export.mmproj, export.lora_gguf]
+            files = [*(file for report in export.gguf for file in report.files), export.mmproj, export.lora_gguf]
             names = [*(Path(file).name for file in files if file), "Modelfile"]
         else:
             names = list(_FUSED if part == "fused" else _ADAPTER)

@@ -83,7 +83,7 @@ def choose(path: Path, kind: Kind | None, quant: str | None) -> Target:
 
 
 def _gguf_of(run: Run, record: RunRecord, quant: str | None) -> Target:
-    present = [gguf for gguf in record.export.gguf if (run.path / gguf.file).is_file()]
+    present = [gguf for gguf in record.export.gguf if run.has_gguf(gguf)]
     if not present:
         raise UserError(
             f"{run} has no GGUF.",

@@ -105,6 +105,26 @@ def build(progress: Progress) -> LlamaCpp:
     return ready
 
 
+def add_tool(built: LlamaCpp, name: str, progress: Progress) -> Path:
+    """The path of one more of llama.cpp's programs, compiled in our own build where it is not there yet.
+
+    Most users need none of these. Raises UserError as `build` does.
+    """
+    root, tool = cache_root(), built.quantize.with_name(name + built.quantize.suffix)
+    with artifact_lock(root, lambda text: progress(0.0, text), every=1) as lock:
+        if tool.is_file():
+            return tool
+        progress(0.0, f"compiling {name}")
+        command = [which("cmake") or "cmake", "--build", str(root / "build"), "--config", "Release"]
+        log = root / f"{name}.log"
+        log.unlink(missing_ok=True)
+        code, tail = run_logged([*command, "--target", name], log, lambda line: None, keep=(lock,))
+        if code != 0 or not tool.is_file():
+            raise UserError(f"{name} could not be built. Its log, {log}, ends with:\n{tail}", "Fix what it names.")
+        log.unlink()
+        return tool
+
+
 def _fetch(root: Path, lock: int, progress: Progress) -> None:
     progress(0.0, "downloading llama.cpp's source (77 MB)")
     with scratch_folder(root) as work:

@@ -4,21 +4,20 @@ Both write under a temporary name and rename at the end: a file under its final 
 """
 
 import math
-import os
 import re
 import shutil
-import struct
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 from common.backend import Progress
 from common.display import Display
 from common.errors import UserError
 from common.files import atomic_write
+from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
@@ -26,6 +25,7 @@ from common.models import sentencepiece
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import is_known, yarn_ratio, yarn_scale
 from common.models.model_folder import ModelFolder
+from common.option_fields import NEED_IMATRIX
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
 from common.system.hardware import thread_limit
@@ -33,7 +33,14 @@ from common.system.process import capture, offline_environment
 
 
 def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display: Display) -> Path:
-    """The untuned model as a GGUF of type `quant`, made once for each model and cached."""
+    """The untuned model as a GGUF of type `quant`, made once for each model and cached.
+
+    There is no importance matrix of it: a type that needs one is replaced by a K-quant of about its size.
+    """
+    if quant in NEED_IMATRIX:
+        plain = "Q3_K_S" if quant.startswith("IQ3") else "Q2_K"
+        display.say(f"the untuned model is shown as {plain}: it has no importance matrix, which {quant} needs")
+        quant = plain
     folder = cache_folder() / "base-gguf" / model_hash[:16]
     target = folder / f"{quant}.gguf"
     if target.exists():
@@ -44,8 +51,11 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
             bf16_gguf, size = folder / "BF16.gguf", 2 * ModelFolder(base).parameter_count
             require_disk([(folder, "the untuned model's GGUFs", 2 * size)], "Free some space.")
             try:
-                convert(base, bf16_gguf, "base", llama, progress)
-                quantize(bf16_gguf, target, quant, llama, progress)
+                if quant == "F32":
+                    convert(base, target, "base", llama, progress, outtype="f32")
+                else:
+                    convert(base, bf16_gguf, "base", llama, progress)
+                    quantize(bf16_gguf, target, quant, llama, progress)
             finally:
                 if quant != "BF16":
                     bf16_gguf.unlink(missing_ok=True)
@@ -62,7 +72,7 @@ _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "g
 class QuantReport:
     """What a GGUF holds. bits_per_weight: of the tensors alone; tensors: {GGUF type: how many}.
 
-    fallbacks: tensors in another type than the K-quant that was asked for. A K-quant packs 256 values of a row
+    fallbacks: tensors in another type than the K-quant or IQ type that was asked for. These pack 256 values of a row
     together; llama.cpp gives rows that are no multiple of that a larger, simpler type. (llama-quantize's own count can
     be one less: it leaves out an embedding that serves as output too.)
     """
@@ -127,22 +137,29 @@ def _other_attention(config: dict[str, Any], kind: str) -> str:
     return ""
 
 
-def convert(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: Progress, mmproj: bool = False) -> None:
+def convert(
+    folder: Path,
+    out: Path,
+    name: str,
+    llama: LlamaCpp,
+    progress: Progress,
+    outtype: Literal["bf16", "f32", "mmproj"] = "bf16",
+) -> None:
     """Write the Hugging Face folder's weights and tokenizer as a bf16 GGUF; `name` goes into its metadata.
 
-    With `mmproj` it is the folder's vision tower, without a tokenizer. Raises UserError where the converter fails (with
-    its last lines; its log stays beside `out`). Raises as check_convertible does before it starts: the converter would
-    silently use another model's tokenizer.
+    outtype: f32 for weights as exact as the folder's; mmproj for its vision tower in bf16, without a tokenizer. Raises
+    UserError where the converter fails (with its last lines; its log stays beside `out`). Raises as check_convertible
+    does before it starts: the converter would silently use another model's tokenizer.
     """
     with scrubbed(folder, weights=True) as clean:
-        if not mmproj and not (clean / sentencepiece.NAME).is_file():
+        if outtype != "mmproj" and not (clean / sentencepiece.NAME).is_file():
             if sentencepiece.read_state(clean) is None:
                 check_convertible(folder)
             else:
                 sentencepiece.write(clean)
-        command = [sys.executable, str(llama.converter), str(clean), f"--model-name={name}", "--outtype", "bf16"]
-        command += [*(["--mmproj"] if mmproj else ["--no-mtp"] if lacks_mtp(ModelFolder(folder)) else [])]
-        command += ["--outfile", OUT]
+        command = [sys.executable, str(llama.converter), str(clean), f"--model-name={name}", "--outfile", OUT]
+        command += ["--outtype", "bf16", "--mmproj"] if outtype == "mmproj" else ["--outtype", outtype]
+        command += ["--no-mtp"] if outtype != "mmproj" and lacks_mtp(ModelFolder(folder)) else []
         remedy = (
             f"The model in {folder} is complete. A newer llama.cpp may know its architecture: --llama-cpp DIR, then "
             "export again."
@@ -181,11 +198,17 @@ def estimated_bpw(source: Path, quant: str, llama: LlamaCpp) -> float | None:
     return float(match[1]) if code == 0 and match else None
 
 
+def _packs_256(quant: str) -> bool:
+    """Whether the type packs 256 values of a row together."""
+    return "_K" in quant or (quant.startswith("IQ") and quant != "IQ4_NL")
+
+
 def advice(source: Path, reports: Sequence[QuantReport], llama: LlamaCpp) -> str | None:
     """A hint where fallbacks make a type about as large as a better one, which it names; else None."""
     for found in reports:
         steps = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
-        for better in steps[steps.index(found.quant) + 1 :] if found.fallbacks and found.quant in steps else ():
+        exacter = steps[steps.index(found.quant) + 1 :] if found.quant in steps else steps
+        for better in exacter if found.fallbacks and (found.quant in steps or found.quant.startswith("IQ")) else ():
             bits = estimated_bpw(source, better, llama)
             if bits is not None and bits <= 1.12 * found.bits_per_weight:
                 return (
@@ -203,79 +226,13 @@ def report(gguf: Path, quant: str) -> QuantReport:
     types: Counter[str] = Counter()
     stored, weights, fallbacks = 0, 0, 0
     known = {kind.value: kind for kind in GGML_QUANT_SIZES}
-    for shape, code in read_tensors(gguf):
-        if (kind := known.get(code)) is None:
-            raise _damaged(gguf)
+    for tensor in read_tensors(gguf):
+        if (kind := known.get(tensor.code)) is None:
+            raise damaged(gguf)
         types[kind.name] += 1
         values_per_block, bytes_per_block = GGML_QUANT_SIZES[kind]
-        weights += math.prod(shape)
-        stored += math.prod(shape) // values_per_block * bytes_per_block
-        # shape[0] is a row's length; norms and biases stay F32 by design
-        fallbacks += "_K" in quant and kind.name != "F32" and shape[0] % 256 != 0
+        weights += math.prod(tensor.shape)
+        stored += math.prod(tensor.shape) // values_per_block * bytes_per_block
+        # norms and biases stay F32 by design
+        fallbacks += _packs_256(quant) and kind.name != "F32" and tensor.shape[0] % 256 != 0
     return QuantReport(quant, gguf.stat().st_size, 8 * stored / max(weights, 1), dict(types), fallbacks)
-
-
-# Bytes of a metadata value by its type code; 8 is a string, 9 an array.
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_ARRAYS = 4  # within one another; llama.cpp reads one
-
-
-def _damaged(gguf: Path) -> UserError:
-    return UserError(f"{gguf} is not a complete GGUF file.", "Delete it and export again.")
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """A GGUF's fields, read in their order. Raises UserError where the file ends before."""
-
-    gguf: Path
-    file: BinaryIO
-    size: int
-
-    def number(self, form: str) -> int:
-        read = self.file.read(struct.calcsize(form))
-        if len(read) < struct.calcsize(form):
-            raise _damaged(self.gguf)
-        return int(struct.unpack("<" + form, read)[0])
-
-    def skip(self, kind: int, count: int, within: int = 0) -> None:
-        """Pass over `count` metadata values of a type."""
-        if kind == 8:
-            for _ in range(count):
-                self._jump(self.number("Q"))
-        elif kind == 9 and within < _ARRAYS:
-            for _ in range(count):
-                self.skip(self.number("I"), self.number("Q"), within + 1)
-        elif kind in _SIZES:
-            self._jump(_SIZES[kind] * count)
-        else:
-            raise _damaged(self.gguf)
-
-    def _jump(self, count: int) -> None:
-        if count > self.size - self.file.tell():
-            raise _damaged(self.gguf)
-        self.file.seek(count, os.SEEK_CUR)
-
-
-def read_tensors(gguf: Path) -> list[tuple[tuple[int, ...], int]]:
-    """Shape (row length first) and type code of each tensor, in the file's order.
-
-    Why not gguf-py's reader: it makes an object of each piece of the vocabulary, and takes 25 s for 262,144 of them.
-    Here they are skipped. Source: ggml/docs/gguf.md, versions 2 and 3.
-    """
-    with gguf.open("rb") as file:
-        fields = _Fields(gguf, file, gguf.stat().st_size)
-        if file.read(4) != b"GGUF" or fields.number("I") not in (2, 3):
-            raise _damaged(gguf)
-        tensors, pairs = fields.number("Q"), fields.number("Q")
-        for _ in range(pairs):
-            fields.skip(8, 1)
-            fields.skip(fields.number("I"), 1)
-        found = []
-        for _ in range(tensors):
-            fields.skip(8, 1)
-            if not (shape := tuple(fields.number("Q") for _ in range(fields.number("I")))):
-                raise _damaged(gguf)
-            found.append((shape, fields.number("I")))
-            fields.number("Q")  # the offset of its data
-        return found

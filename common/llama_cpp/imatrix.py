@@ -1,5 +1,6 @@
 """An importance matrix from the training rows: which weights a quantization should keep most exact."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,15 @@ from common.data.encode import Encoder
 from common.data.turn_edges import BadRow
 from common.errors import UserError
 from common.files import scratch_folder
+from common.llama_cpp.gguf_file import read_tensors
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import tokenize
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from common.system.hardware import thread_limit
 
+_SUMS = ".in_sum2"  # how the names of the tensors end that hold the importance
 CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that enough
 _CONTEXT = 512
 
@@ -50,6 +55,34 @@ def imatrix_tool(llama: LlamaCpp) -> Path:
             "Build that too (cmake --build build --target llama-imatrix), or leave --llama-cpp out.",
         )
     return llama.imatrix
+
+
+def check_imatrix_file(given: Path, base: ModelFolder) -> None:
+    """UserError where the file is no importance matrix, or one of another model.
+
+    Called before training. llama-quantize itself would leave out silently what a matrix lacks.
+    """
+    try:
+        tensors = [tensor for tensor in read_tensors(given) if tensor.name.endswith(_SUMS)]
+    except OSError as error:
+        raise UserError(f"--imatrix-file {given} cannot be read: {error.strerror}.", "Check the path.") from None
+    except UserError:
+        tensors = []
+    if not tensors:
+        raise UserError(
+            f"--imatrix-file {given} is not an importance matrix.",
+            "Give a GGUF file that llama-imatrix wrote; it makes one of an older .dat file: llama-imatrix --in-file "
+            "OLD.dat -o NEW.gguf",
+        )
+    layers = {match[1] for tensor in tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
+    widths = {shape[1] for shape in linear_shapes(base, ["all-linear"]).values()}
+    found, expected = len(layers), base.config["num_hidden_layers"]
+    if found != expected or not widths <= {tensor.shape[0] for tensor in tensors}:
+        raise UserError(
+            f"--imatrix-file {given} is of another model: it has {found} layers, and this one {expected}"
+            f"{', of other widths' if found == expected else ''}.",
+            "Give one of this model, or --imatrix, which makes it from the training rows.",
+        )
 
 
 def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: LlamaCpp, progress: Progress) -> None:

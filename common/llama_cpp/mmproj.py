@@ -42,7 +42,7 @@ def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: 
                 (alone / file).write_bytes((folder / file).read_bytes())
         for shard in model.shards:
             _copy_vision(shard, model.header(shard), alone / shard.name, pixtral)
-        convert(alone, out, name, llama, progress, mmproj=True)
+        convert(alone, out, name, llama, progress, "mmproj")
 
 
 def _hub_name(name: str, pixtral: bool) -> str:

@@ -56,7 +56,10 @@ def judge_quants(names: list[str], links: dict[str, Divergence]) -> Iterator[Che
 
 def better_quant(quant: str) -> str:
     """The next type that keeps clearly more."""
-    return "BF16" if quant in ("BF16", "F16") else next(q for q in _LADDER if q == "BF16" or q[1] > quant[1])
+    if quant in ("BF16", "F16", "F32"):
+        return "BF16"
+    bits = quant.removeprefix("I")[1]
+    return next(q for q in _LADDER if q == "BF16" or q[1] > bits)
 
 
 def _finite(link: Divergence) -> bool:

@@ -65,7 +65,7 @@ def verify_held(
     with display.stage("find or build llama.cpp") as progress:
         ours = own(progress)
     with ExitStack() as stack:
-        bf16_gguf = bf16_gguf or next((path for name, path in ggufs if name == "BF16"), None)
+        bf16_gguf = next((path for name, path in ggufs if name == "BF16"), None) or bf16_gguf
         if bf16_gguf is None:
             bf16_gguf = stack.enter_context(run.bf16_gguf())
             require_disk([(run.gguf, "the bf16 GGUF", 2 * base.parameter_count)], "Free some space.")
@@ -90,9 +90,10 @@ def verify_held(
 
 
 def _ggufs_of(run: Run) -> list[tuple[str, Path]]:
-    """`(name, file)` of each. Raises UserError where one, or the fused folder, is missing."""
+    """`(name, file)` of each, the first file of one that is split. Raises UserError where a file is missing."""
     ggufs = [(gguf.name, run.path / gguf.file) for gguf in run.record.export.gguf]
-    missing = [path for path in (run.fused, *(path for _, path in ggufs)) if not path.exists()]
+    files = [run.path / file for gguf in run.record.export.gguf for file in gguf.files]
+    missing = [path for path in (run.fused, *files) if not path.exists()]
     if missing or not ggufs:
         what = missing[0] if missing else "a GGUF"
         raise UserError(f"{run} lacks {what}: nothing can be compared.", f"python cli.py fuse {run} --export gguf")

@@ -33,7 +33,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from common.errors import UserError
 from common.llama_cpp.build import ensure
-from common.llama_cpp.convert import read_tensors
+from common.llama_cpp.gguf_file import read_tensors
 from common.models.adapter_files import read_mlx, read_peft, read_trained
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header

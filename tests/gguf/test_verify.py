@@ -235,16 +235,27 @@ def test_data_that_changed_matters_only_to_a_run_that_keeps_no_cases(run: Path) 
     assert not file.exists(), "verify writes nothing but its findings"
 
 
-def test_an_importance_matrix_guides_a_quant_beside_the_plain_one(run: Path) -> None:
+def test_each_type_with_a_matrix_split_and_verified(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The real llama-quantize and llama-gguf-split: what they make is what is verified, and answers."""
     plain = run / "gguf" / "model-Q4_K_M.gguf"
     before = plain.read_bytes()
-    options = {"quant": ["Q4_K_M", "Q8_0"], "imatrix": True, "no_verify": True, "push_public": False}
+    options = {"quant": ["Q4_K_M", "F32", "IQ4_XS"], "imatrix": True, "split_size": "57MB"}
     fuse_run(run, options, context())
     guided = run / "gguf" / "model-Q4_K_M-imatrix.gguf"
     reports = Run(run).record.export.gguf
-    assert [report.name for report in reports] == ["Q4_K_M-imatrix", "Q8_0", "Q4_K_M"]
+    names = ["Q4_K_M-imatrix", "F32", "IQ4_XS-imatrix"]
+    assert [report.name for report in reports] == [*names, "Q4_K_M", "Q8_0"]
     assert before == plain.read_bytes() != guided.read_bytes()
-    assert reports[0].tensors == reports[2].tensors
-    assert not (run / "gguf" / "imatrix.gguf").exists(), "an intermediate file"
+    assert reports[0].tensors == reports[3].tensors
+    assert "IQ4_XS" in reports[2].tensors
+    assert len(reports[1].parts) > 1
     assert str(run).encode() not in guided.read_bytes()
     assert not (run / "gguf" / "model-BF16.gguf").exists()
+    assert not (run / "gguf" / "model-F32.gguf").exists()
+    found = Run(run).record.verify
+    assert found is not None
+    assert {*names} <= found.divergence.keys()
+    assert (found.divergence["F32"].mean_kl or 1) < 1e-3
+    fuse_run(run, {"quant": ["IQ2_M"], "imatrix": True, "no_verify": True}, context())
+    assert "IQ2_S" in Run(run).record.export.gguf[0].tensors
+    assert "importance matrix is used again" in capfd.readouterr().out

@@ -25,7 +25,7 @@ RECORD = (
 NEWER = (  # of options and plan
     *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
     *("patience", "min_delta", "recipe", "weights", "devices", "ranks", "shard", "sharded", "try_model"),
-    *("lang", "live", "track", "track_project", "track_text", "track_artifacts"),
+    *("lang", "live", "imatrix_file", "split_size", "track", "track_project", "track_text", "track_artifacts"),
 )
 
 

@@ -62,7 +62,7 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    monkeypatch.setattr(convert, "convert", lambda base, out, *rest: out.write_bytes(b"bf16"))
+    monkeypatch.setattr(convert, "convert", lambda base, out, *rest, **more: out.write_bytes(b"bf16"))
 
     def quantize(source: Path, out: Path, quant: str, *rest: object) -> None:
         made.append(quant)
@@ -76,6 +76,9 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
         found = convert.base_gguf(tmp_path, "f00d", quant, llama, Display("quiet"))
         assert found.read_text() == quant
     assert made == ["Q4_K_M", "Q8_0"]
+    for quant, plain in (("IQ2_M", "Q2_K"), ("Q2_K_S", "Q2_K"), ("IQ3_XXS", "Q3_K_S")):  # no importance matrix
+        assert convert.base_gguf(tmp_path, "f00d", quant, llama, Display("quiet")).name == f"{plain}.gguf"
+    assert convert.base_gguf(tmp_path, "f00d", "F32", llama, Display("quiet")).read_text() == "bf16"  # is not quantized
     assert not found.with_name("BF16.gguf").exists()
     with artifact_lock(found.parent, never):  # what is there is served while another type is made
         assert convert.base_gguf(tmp_path, "f00d", "Q8_0", llama, Display("quiet")) == found

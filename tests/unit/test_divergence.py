@@ -117,6 +117,12 @@ def test_what_a_quant_may_take_of_the_tune(tune: float, quant: float, state: str
 
 
 def test_the_next_better_type() -> None:
+    assert [better_quant(quant) for quant in ("IQ4_XS", "IQ2_M", "IQ1_S", "F32")] == [
+        "Q5_K_M",
+        "Q3_K_M",
+        "Q2_K",
+        "BF16",
+    ]
     assert [better_quant(quant) for quant in ("Q2_K", "Q4_0", "Q4_K_M", "Q5_K_S", "Q8_0", "F16")] == [
         "Q3_K_M",
         "Q5_K_M",

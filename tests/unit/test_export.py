@@ -14,6 +14,8 @@ from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
 from common.export import gguf, modelfile
+from common.export.upload import files_of
+from common.inference.chat_models import choose
 from common.llama_cpp.convert import QuantReport
 from common.llama_cpp.install import LlamaCpp
 from common.models.model_folder import ModelFolder
@@ -54,6 +56,19 @@ def write(source: Path, out: Path, *rest: Any) -> None:
     out.write_bytes(b"GGUF")
 
 
+SMALL = 10**8
+
+
+def split(gguf: Path, size: int, tool: Path, scratch: Path) -> list[Path]:
+    """Two files, unless it is small enough."""
+    if size > SMALL:
+        return []
+    parts = [scratch / f"{gguf.stem}-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        part.write_bytes(b"GG")
+    return parts
+
+
 def quantize(source: Path, out: Path, quant: str, llama: Any, progress: Any, imatrix: Path | None) -> QuantReport:
     assert source.is_file()
     assert imatrix is None or imatrix.is_file()
@@ -74,8 +89,10 @@ def export(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setattr(module, "build_bytes", lambda *args: 0)
     monkeypatch.setattr(module, "verify_held", lambda *args: [])
     monkeypatch.setattr(gguf, "read_report", lambda path, quant: QuantReport(quant, 4, 16.0, {"BF16": 1}, 0))
-    for name, stand_in in {"convert": write, "quantize": quantize, "write_mmproj": write, "Server": Answering}.items():
+    stand_ins = {"convert": write, "quantize": quantize, "write_mmproj": write, "Server": Answering, "split": split}
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(gguf, name, stand_in)
+    monkeypatch.setattr(gguf, "split_tool", lambda *args: tmp_path)
     monkeypatch.setattr(gguf, "make_imatrix", lambda source, calibration, out, *rest: write(source, out))
 
     def go(form: str = "gguf", **options: Any) -> Run:
@@ -91,7 +108,7 @@ def names(run: Run) -> list[str]:
 
 def test_what_an_export_leaves(export: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
     run = export(imatrix=True, quant=["Q4_K_M", "BF16"])
-    assert names(run) == ["model-BF16.gguf", "model-Q4_K_M-imatrix.gguf"]
+    assert names(run) == ["imatrix.gguf", "model-BF16.gguf", "model-Q4_K_M-imatrix.gguf"]
     assert run.record.export.sample == {"prompt": run.record.sample_prompt, "answer": "an answer"}
     assert (run.gguf / "Modelfile").is_file()
     assert (run.fused / "README.md").is_file()
@@ -122,7 +139,7 @@ def test_an_optional_part_that_fails_is_a_warning(
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("warning:") == 1
     assert f"warning: {words}" in said
-    made = ["mmproj-BF16.gguf"] * (part != "write_mmproj")
+    made = ["imatrix.gguf"] * (part != "make_imatrix") + ["mmproj-BF16.gguf"] * (part != "write_mmproj")
     assert names(run) == [*made, f"model-Q4_K_M{'-imatrix' * (part != 'make_imatrix')}.gguf"]
     assert [report.name for report in run.record.export.gguf] == [names(run)[-1][6:-5]]
     assert (run.gguf / "Modelfile").is_file() == (part != "write_modelfile")
@@ -160,17 +177,17 @@ def test_a_failed_export_leaves_no_intermediate_gguf(
     monkeypatch.setattr(gguf, "quantize", fail)
     with pytest.raises(UserError, match="no luck today"):
         export(imatrix=True)
-    assert names(Run(tmp_path / "run")) == []
+    assert names(Run(tmp_path / "run")) == ["imatrix.gguf"]
 
 
 def test_what_a_killed_export_left_goes_with_the_next(export: Callable[..., Run], tmp_path: Path) -> None:
     left = tmp_path / "run" / "gguf"
     left.mkdir()
-    for name in ("model-BF16.gguf", "imatrix.gguf"):
+    for name in ("model-BF16.gguf", "model-Q4_K_M-00002-of-00003.gguf"):
         (left / name).write_bytes(b"old")
     (tmp_path / "run" / "fused" / ".twintune-ffffffff-7-1-model").mkdir(parents=True)
     run = export()
-    assert names(run) == ["model-Q4_K_M.gguf"]  # its importance matrix is not taken either
+    assert names(run) == ["model-Q4_K_M.gguf"]
     assert list(run.path.rglob(".twintune-*")) == []
 
 
@@ -213,3 +230,88 @@ def test_every_command_that_holds_a_run_removes_what_was_left_there(
     with pytest.raises(UserError):
         command(run, *([context()] if command is verify_run else [{"export": "none"}, context()]))
     assert not left.exists()
+
+
+# --- the importance matrix
+
+
+def test_the_importance_matrix_is_kept_and_used_again(
+    export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = export(imatrix=True, quant=["IQ2_M"])
+    monkeypatch.setattr(gguf, "make_imatrix", fail)
+    monkeypatch.setattr(module, "data_of", lambda *given: pytest.fail("the data are asked for"))
+    export(imatrix=True, quant=["IQ3_XXS"])
+    assert "the run's importance matrix is used again" in " ".join(capsys.readouterr().out.split())
+    assert names(run) == ["imatrix.gguf", "model-IQ2_M-imatrix.gguf", "model-IQ3_XXS-imatrix.gguf"]
+    (run.path / str(run.record.export.imatrix)).unlink()
+    monkeypatch.setattr(module, "data_of", lambda *given: None)
+    with pytest.raises(UserError, match="no luck today"):  # is made again
+        export(imatrix=True, quant=["IQ3_XXS"])
+
+
+def test_a_matrix_of_other_weights_is_not_used(export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = export(imatrix=True)
+    run.update_export(fuse_into="dequantized")
+    monkeypatch.setattr(gguf, "make_imatrix", fail)
+    with pytest.raises(UserError, match="no luck today"):
+        export(imatrix=True, quant=["IQ2_M"])
+    assert run.record.export.imatrix is None
+
+
+def test_a_matrix_that_was_given_is_used_and_not_kept(
+    export: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "theirs.gguf"
+    given.write_bytes(b"GGUF")
+    used: list[Path | None] = []
+
+    def quantized(source: Path, out: Path, quant: str, llama: Any, progress: Any, matrix: Path | None) -> QuantReport:
+        used.append(matrix)
+        return quantize(source, out, quant, llama, progress, matrix)
+
+    monkeypatch.setattr(gguf, "quantize", quantized)
+    run = export(imatrix_file=str(given), quant=["IQ2_M", "Q8_0"])
+    assert used == [given, None]
+    assert names(run) == ["model-IQ2_M-imatrix.gguf", "model-Q8_0.gguf"]
+
+
+@pytest.mark.parametrize("quant", ["IQ2_M", "IQ3_XS", "Q2_K_S"])
+def test_a_type_that_needs_a_matrix_is_refused_without_one(quant: str, export: Callable[..., Run]) -> None:
+    with pytest.raises(UserError, match=f"{quant} cannot be made without an importance matrix: add --imatrix"):
+        export(quant=["Q4_K_M", quant])
+    assert names(export(quant=["IQ4_XS", "IQ4_NL", "IQ3_M", "IQ3_S"], no_verify=True)) == [
+        f"model-{name}.gguf" for name in ("IQ3_M", "IQ3_S", "IQ4_NL", "IQ4_XS")
+    ]
+
+
+# --- split files
+
+
+def test_a_split_gguf_replaces_the_whole_one_and_is_replaced_by_it(export: Callable[..., Run]) -> None:
+    parts = [f"model-Q4_K_M-0000{number}-of-00002.gguf" for number in (1, 2)]
+    run = export()
+    assert names(run) == ["model-Q4_K_M.gguf"]
+    assert names(export(split_size="1MB")) == parts
+    (report,) = run.record.export.gguf
+    assert (report.file, report.name, report.bytes) == (f"gguf/{parts[0]}", "Q4_K_M", 4)
+    assert report.files == [f"gguf/{part}" for part in parts]
+    made = (run.gguf / "Modelfile").read_text()
+    assert f"# Ollama reads no split GGUF. First make one file of it: llama-gguf-split --merge {parts[0]} " in made
+    assert "FROM ./model-Q4_K_M.gguf" in made
+    card = (run.fused / "README.md").read_text()
+    assert f"`gguf/{parts[0]}` and 1 more, which it reads as one: for llama.cpp" in card
+    assert f"llama-server -m gguf/{parts[0]} --jinja" in card
+    assert f"    llama-gguf-split --merge gguf/{parts[0]} gguf/model-Q4_K_M.gguf\n    ollama create" in card
+    assert {"gguf/" + part for part in parts} <= {file.target for file in files_of(run, [])}
+    assert choose(run.path, None, None).path == run.gguf / parts[0]
+    (run.gguf / parts[1]).unlink()
+    with pytest.raises(UserError, match="has no GGUF"):
+        choose(run.path, None, None)
+    assert names(export(split_size="9GB")) == ["model-Q4_K_M.gguf"]
+
+
+def test_a_split_bf16_gguf_leaves_no_whole_one(export: Callable[..., Run]) -> None:
+    run = export(quant=["BF16", "Q8_0"], split_size="1MB")
+    assert names(run) == [f"model-{name}-0000{part}-of-00002.gguf" for name in ("BF16", "Q8_0") for part in (1, 2)]
+    assert [report.name for report in run.record.export.gguf] == ["BF16", "Q8_0"]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -17,9 +18,13 @@ from common.errors import UserError
 from common.llama_cpp import build as build_module
 from common.llama_cpp import install
 from common.llama_cpp.build import extract, missing_build_tools
-from common.llama_cpp.convert import read_tensors
+from common.llama_cpp.gguf_file import read_tensors
+from common.llama_cpp.imatrix import check_imatrix_file
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
+from common.llama_cpp.split import check_split, split
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from common.system.process import fraction, run_logged, running
 from tests.full_disk import full_disk
 from tests.llama_server import llama_server
@@ -354,6 +359,58 @@ def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
 
 
 # --- quants
+
+
+def header(path: Path, tensors: dict[str, tuple[int, ...]]) -> Path:
+    """A GGUF's header with float32 tensors of these shapes."""
+    names = b"".join(
+        struct.pack("<Q", len(name))
+        + name.encode()
+        + struct.pack("<I", len(shape))
+        + struct.pack(f"<{len(shape)}Q", *shape)
+        + struct.pack("<IQ", 0, 0)
+        for name, shape in tensors.items()
+    )
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 0) + names)
+    return path
+
+
+def test_an_importance_matrix_of_another_model_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    base = ModelFolder(tiny_llama)
+    layers, widths = base.config["num_hidden_layers"], {s[1] for s in linear_shapes(base, ["all-linear"]).values()}
+    sums = {f"blk.{layer}.{width}.weight.in_sum2": (width, 1) for layer in range(layers) for width in sorted(widths)}
+    given = tmp_path / "imatrix.gguf"
+    check_imatrix_file(header(given, sums), base)
+    others = [dict(list(sums.items())[: len(widths)]), {name: (7, 1) for name in sums}]
+    for other in others:
+        with pytest.raises(UserError, match="is of another model"):
+            check_imatrix_file(header(given, other), base)
+    for content in (b"GGUF", b"legacy"):
+        given.write_bytes(content)
+        with pytest.raises(UserError, match="is not an importance matrix"):
+            check_imatrix_file(given, base)
+    with pytest.raises(UserError, match="is not an importance matrix"):  # a model
+        check_imatrix_file(header(given, {"blk.0.attn_q.weight": (8, 8)}), base)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        check_imatrix_file(tmp_path / "none.gguf", base)
+
+
+def test_a_split_size_that_cannot_hold_the_largest_tensor(tiny_llama: Path) -> None:
+    base = ModelFolder(tiny_llama)
+    check_split(2_000_000, ["Q4_K_M", "F32"], base)
+    with pytest.raises(UserError, match=r"largest tensor of this model takes about 1 MB.*0 MB is less") as caught:
+        check_split(1_000, ["Q4_K_M"], base)
+    assert caught.value.fix == "Give 2MB or more."
+
+
+def test_a_split_that_fails_leaves_the_whole_file_and_its_log(tmp_path: Path) -> None:
+    whole = header(tmp_path / "model.gguf", {"a": (10**6, 8), "b": (10**6, 4)})
+    os.truncate(whole, 10**6 * 48)
+    assert split(whole, 10**8, tmp_path / "none", tmp_path) == []
+    tool = script(tmp_path / "tool", "import sys; print(sys.argv[2]); sys.exit('no luck')")
+    with pytest.raises(UserError, match=r"splitting model\.gguf failed.*\n32M\nno luck"):  # of the largest tensor
+        split(whole, 3 * 10**7, tool, tmp_path / "scratch")
+    assert whole.exists()
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
