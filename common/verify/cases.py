@@ -122,7 +122,7 @@ def cases_of(run: Run, base: Path) -> Cases:
 
     Raises UserError where the data would be needed and have changed, or are missing.
     """
-    kept = _read_cases(run.verify_cases)
+    kept = read_cases(run.verify_cases)
     return encoded_again(run, base) if kept is None else kept
 
 
@@ -201,7 +201,7 @@ def write_cases(path: Path, cases: Cases) -> None:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _read_cases(path: Path) -> Cases | None:
+def read_cases(path: Path) -> Cases | None:
     """None where the run keeps none, or they cannot be read."""
     try:
         kept = _KeptCases.model_validate(read_json(path, ""), strict=True)
