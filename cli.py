@@ -27,6 +27,7 @@ COMMANDS = {
     "check-data": "count rows and tokens, list suspicious rows, show which tokens are trained",
     "fuse": "fuse the adapter of a finished run and export it again",
     "verify": "check that what llama.cpp runs is what was trained",
+    "attest": "write a file about a run that a stranger can check, or check one",
     "eval": "judge a run or a model on rows that it was not trained on: losses and scored answers",
     "chat": "chat with the model of a run",
     "generate": "answer every prompt of a file, as rows in the training format",

@@ -2,6 +2,7 @@
 
     python -m benchmarks.verified                       # a minute a family and backend
     python -m benchmarks.verified --only qwen3 --backend mlx
+    python -m benchmarks.verified --record              # into benchmarks/results/verified.json, for docs/board.md
 
 The models are random, with a vocabulary of GPT-2 or Qwen2, which lie in llama.cpp's source, or Gemma's own. Training
 teaches each what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
@@ -18,11 +19,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import now
 from common.commands.train import run_training
 from common.context import Context
 from common.display import Display
 from common.errors import UserError
 from common.llama_cpp.build import ensure
+from common.llama_cpp.install import VERSION
 from common.models.resolve import resolve
 from common.options import Options
 from common.run_record import Run
@@ -33,6 +36,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role + ':\n' + m.content + '" + END + "' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
+RESULTS = Path(__file__).parent / "results" / "verified.json"
 _COLUMNS = ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0", "Q4_K_M")
 COLORS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
 THINGS = ("house", "boat", "gate", "wall", "door", "roof", "chair", "table")
@@ -131,19 +135,29 @@ def verified(family: str, backend: str, folder: Path) -> dict[str, Any]:
     return {"family": family, "backend": backend, "verdict": found.verdict, "checks": checks}
 
 
-def row(one: dict[str, Any]) -> str:
-    """Of the Markdown table: the verdict, and the KL divergence of each file from the one before."""
-    values = [one["family"], one["backend"], one["verdict"]]
-    for name in _COLUMNS:
-        text = one["checks"].get(name, "-: -")
-        values.append(match[1] if (match := re.search(r"KL (\S+?),? from", text)) else text.partition(":")[0])
-    return f"| {' | '.join(values)} |"
+def shown(one: dict[str, Any]) -> dict[str, str]:
+    """What each check found in a word: the KL divergence of a file from the one before, or its state."""
+    found = {name: one["checks"].get(name, "-: -") for name in _COLUMNS}
+    kls = {name: re.search(r"KL (\S+?),? from", text) for name, text in found.items()}
+    return {name: kl[1] if (kl := kls[name]) else text.partition(":")[0] for name, text in found.items()}
+
+
+def record(found: list[dict[str, Any]], path: Path = RESULTS) -> None:
+    """Put what was found into the file, in place of what it has of the same family and backend."""
+    known = {(one["family"], one["backend"]): one for one in json.loads(path.read_text(encoding="utf-8"))}
+    when = now() | {"llama.cpp": VERSION}
+    for one in found:
+        kept = {name: one[name] for name in ("family", "backend", "verdict")}
+        known[one["family"], one["backend"]] = kept | {"checks": shown(one)} | when
+    lines = [json.dumps(known[key]) for key in sorted(known)]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verified")
     parser.add_argument("--only", nargs="+", choices=TINY, default=[*TINY], metavar="FAMILY")
     parser.add_argument("--backend", nargs="+", choices=("torch", "mlx"), default=["torch", "mlx"])
+    parser.add_argument("--record", action="store_true", help=f"put it into {RESULTS.name}, which docs/board.md shows")
     parser.add_argument("--json", type=Path, help="write what each check found here too")
     given = parser.parse_args()
     print(f"| family | backend | verdict | {' | '.join(_COLUMNS)} |\n|{' --- |' * (3 + len(_COLUMNS))}", flush=True)
@@ -151,7 +165,10 @@ def main() -> None:
     for family, backend in product(given.only, given.backend):
         with tempfile.TemporaryDirectory() as folder:
             found.append(verified(family, backend, Path(folder)))
-        print(row(found[-1]), flush=True)
+        values = [family, backend, found[-1]["verdict"], *shown(found[-1]).values()]
+        print(f"| {' | '.join(values)} |", flush=True)
+    if given.record:
+        record(found)
     if given.json:
         given.json.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -159,6 +159,14 @@ class RollbackRecord(_Record):
     alarms: list[AlarmRecord] = []
 
 
+class AttestRecord(_Record):
+    """What `attest` wrote. sha256: of the content of attest.json. with_text: whether rows stand in it as text."""
+
+    sha256: str
+    date: str = ""
+    with_text: bool = False
+
+
 class RunRecord(_Record):
     """run.json. A figure is None where the run has none, or an older version did not keep it."""
 
@@ -185,6 +193,7 @@ class RunRecord(_Record):
     rollbacks: list[RollbackRecord] = []
     pushed: dict[str, Any] | None = None
     trackers: dict[str, TrackerId] = {}  # the run's id at each, by which a resumed run continues there
+    attest: AttestRecord | None = None  # of the files that the run holds now
     stage_seconds: dict[str, float] = {}
 
     backend: str | None = None

@@ -84,6 +84,10 @@ class Run:
         return self.path / "report.html"
 
     @property
+    def attest(self) -> Path:
+        return self.path / "attest.json"
+
+    @property
     def report_facts(self) -> Path:
         return self.path / "report.json"
 

@@ -136,6 +136,8 @@ def export_run(job: ExportJob) -> None:
     """
     run, display, steps = job.run, job.display, EXPORT_STEPS[job.options.export]
     meter, fault = StageMeter(job.stages, job.seconds), None
+    if run.record.attest:
+        run.update(attest=None)  # it is of files that are made again now
     terms = _record_base(job)
     if "fuse" in steps:
         _write_fused(job, meter)

@@ -14,7 +14,7 @@ from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name, terms_of
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
-from common.run_fields import ExportRecord, RunRecord
+from common.run_fields import AttestRecord, ExportRecord, RunRecord
 from common.run_record import Run
 from common.verify_record import COMPARED, VerifyRecord
 
@@ -68,6 +68,7 @@ def card(run: Run, parts: list[str]) -> str:
         "## Recipe\n\n" + _table({name: shown_value(value) for name, value in recipe_rows(record, recipe).items()}),
         "## Figures\n\n" + _table(figures(run, record)),
         "## Verification\n\n" + _verification(record.verify),
+        *(["## Attest\n\n" + _attest(record, record.attest)] if record.attest else []),
         "## Files\n\n" + _files(record, parts),
         "## How to run it\n\n" + _usage(record, parts, base),
         "## License\n\n" + _license(terms, base),
@@ -205,6 +206,21 @@ def _verification(found: VerifyRecord | None) -> str:
     rows = ["| | against | mean KL | p99 KL | top-1 agreement |", "| --- | --- | --- | --- | --- |"]
     rows += [f"| {' | '.join(cells)} |" for cells in divergence_rows(found)]
     return " ".join(lines) + ("\n\n" + "\n".join(rows) if found.divergence else "")
+
+
+def _attest(record: RunRecord, made: AttestRecord) -> str:
+    """Its hash, and its short form."""
+    found = record.verify
+    facts = [f"recipe `{record.recipe_hash}`", f"verdict {found.verdict if found else 'none: not verified'}"]
+    for gguf in record.export.gguf:
+        link = found.divergence.get(gguf.name) if found else None
+        if link and link.mean_kl is not None and link.same_top is not None:
+            facts.append(f"{gguf.name}: mean KL {link.mean_kl:.5f}, top-1 agreement {link.same_top:.1%}")
+    return (
+        f"`attest.json` (SHA-256 of its content: `{made.sha256}`) states what can be checked of this model: "
+        f"{'; '.join(facts)}. Whoever has the run folder computes it again:\n\n"
+        "    twintune attest RUN --check attest.json"
+    )
 
 
 def divergence_rows(found: VerifyRecord) -> list[list[str]]:

@@ -121,6 +121,9 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
         found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
     if "fused" not in parts:  # the license must be at the root in any case
         found += [File(name, run.path / parts[0] / name) for name in license_files(run.path / parts[0])]
+    if (made := run.record.attest) and not made.with_text:  # rows as text stay here
+        attest = (run.attest, run.attest.with_suffix(".html"))
+        found += [File(path.name, path) for path in attest if path.is_file()]
     return [File("README.md", card(run, parts).encode()), *found]
 
 

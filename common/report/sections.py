@@ -58,6 +58,11 @@ def verdict_key(kept: Kept) -> str:
     return found if found in ("sound", "sound with remarks", "broken") else "none"
 
 
+def verdict_badge(verdict: str) -> str:
+    """The style of a verdict's badge."""
+    return {"sound": "good", "broken": "bad"}.get(verdict, "warn")
+
+
 def progress(kept: Kept, t: Texts) -> str:
     """How far a training is that has not ended; empty of a complete run."""
     losses = kept.points("loss")

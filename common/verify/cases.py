@@ -122,8 +122,12 @@ def cases_of(run: Run, base: Path) -> Cases:
 
     Raises UserError where the data would be needed and have changed, or are missing.
     """
-    if (kept := _read_cases(run.verify_cases)) is not None:
-        return kept
+    kept = read_cases(run.verify_cases)
+    return encoded_again(run, base) if kept is None else kept
+
+
+def encoded_again(run: Run, base: Path) -> Cases:
+    """The cases of the run's data, whatever it keeps. Raises UserError where the data have changed, or are missing."""
     options, recipe = options_over(run.record.options, {}), run.recipe
     data, encoder = data_of(run, options), encoder_of(base, options, recipe)
     return _cases(data, _encoded(data.valid, encoder, recipe), _encoded(data.train, encoder, recipe), encoder)
@@ -197,7 +201,7 @@ def write_cases(path: Path, cases: Cases) -> None:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def _read_cases(path: Path) -> Cases | None:
+def read_cases(path: Path) -> Cases | None:
     """None where the run keeps none, or they cannot be read."""
     try:
         kept = _KeptCases.model_validate(read_json(path, ""), strict=True)

@@ -27,6 +27,7 @@ from common.recipe import Plan, Recipe
 from common.verify.tiny_models import TINY, write_tiny
 
 RECORD = Path(__file__).with_name("parity_reference.json")
+MEASURED = Path(__file__).with_name("parity_measured.json")  # by family; `python -m benchmarks.parity` writes it
 TINY_STEPS, REAL_STEPS = 20, 10
 # What float32 allows: logits as they are, losses and adapters relative to their size.
 BOUNDS = {"logits": 1e-4, "step losses": 1e-4, "adapters": 1e-3}
@@ -98,6 +99,25 @@ def run(
             losses.append(float(result.loss_sum) / result.weight_sum)
         trained = dict(backend.get_adapter().arrays())
     return Result(logits, np.array(losses), trained)
+
+
+def tiny_parity(family: str, backends: Backends) -> dict[str, float]:
+    """The largest difference of each kind between torch and MLX, on the tiny model of the family.
+
+    Raises UserError where a backend is not installed.
+    """
+    for name in ("torch", "mlx"):
+        if fault := backends(name).fault():
+            raise UserError(f"{name} is not installed here: {fault}", "python cli.py doctor says how to install it.")
+    with scratch_folder() as scratch:
+        folder, rows = write_tiny(scratch, family), tiny_rows()
+        return _compare(*(run(name, backends, folder, rows, TINY_STEPS) for name in ("torch", "mlx")))
+
+
+def measured(family: str) -> dict[str, Any]:
+    """`differences`, `date`, `commit` and `versions` of the family's last record; empty where there is none."""
+    found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8")).get(family, {})
+    return found
 
 
 @contextmanager

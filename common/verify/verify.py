@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,7 @@ from common.display import Display
 from common.errors import UserError
 from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert
-from common.llama_cpp.install import find
+from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.logits import GgufLogits
 from common.models.fuse import differing
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
@@ -53,40 +53,61 @@ def verify_held(
     adapter: what was trained. bf16_gguf: made again where there is none. Raises UserError
     where something that is needed is missing: fused folder, GGUF, the data of an older version's run, a backend.
     """
-    display, record, recipe, ggufs = context.display, run.record, run.recipe, _ggufs_of(run)
-    plan = runnable(run.plan, recipe, context.backends)
-    cases, tokenizer = cases_of(run, base.path), load_tokenizer(run.fused)
-    if not cases.rows:
-        raise UserError(f"{record.options.get('data')}: no row is left for verification.", "Use --no-verify.")
-    control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
-    if control:
-        cases = replace(cases, texts=[*cases.texts, f"a{control}b"])
-    llama = find(context.llama_cpp)
-    with display.stage("find or build llama.cpp") as progress:
-        ours = own(progress)
+    display, ggufs = context.display, _ggufs_of(run)
     with ExitStack() as stack:
         bf16_gguf = next((path for name, path in ggufs if name == "BF16"), None) or bf16_gguf
         if bf16_gguf is None:
+            llama = find(context.llama_cpp) or _own(display)
             bf16_gguf = stack.enter_context(run.bf16_gguf())
             require_disk([(run.gguf, "the bf16 GGUF", 2 * base.parameter_count)], "Free some space.")
             with display.stage("the bf16 GGUF again, to compare with") as progress:
-                convert(run.fused, bf16_gguf, "verify", llama or ours, progress)
-        given = VerifyInput(
-            run=run,
-            base=base,
-            adapter=adapter,
-            recipe=recipe,
-            plan=plan,
-            stops=record.stop_ids,
-            over_quantized=record.export.fuse_into == "dequantized",
-            bf16_gguf=bf16_gguf,
-            ggufs=ggufs,
-            llama=llama or ours,
-            tool=cast(Path, ours.logits),
-            cases=cases,
-            tokenizer=tokenizer,
-        )
-        return _verify(given, context)
+                convert(run.fused, bf16_gguf, "verify", llama, progress)
+        found = verify_files(run, base, adapter, context, bf16_gguf)
+    display.say(f"Verdict: {found.record.verdict}.")
+    run.update(verify=found.record)
+    return found.checks
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found, as it is and as run.json keeps it."""
+
+    checks: list[Check]
+    record: VerifyRecord
+
+
+def verify_files(run: Run, base: ModelFolder, adapter: Adapter, context: Context, bf16_gguf: Path) -> Found:
+    """Every check of the run's files, printed. Nothing is written into the run. Raises UserError as verify_held."""
+    recipe, ggufs = run.recipe, _ggufs_of(run)
+    plan = runnable(run.plan, recipe, context.backends)
+    cases, tokenizer = cases_of(run, base.path), load_tokenizer(run.fused)
+    if not cases.rows:
+        raise UserError(f"{run.record.options.get('data')}: no row is left for verification.", "Use --no-verify.")
+    control = "".join(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)[:2000]
+    if control:
+        cases = replace(cases, texts=[*cases.texts, f"a{control}b"])
+    ours = _own(context.display)
+    given = VerifyInput(
+        run=run,
+        base=base,
+        adapter=adapter,
+        recipe=recipe,
+        plan=plan,
+        stops=run.record.stop_ids,
+        over_quantized=run.record.export.fuse_into == "dequantized",
+        bf16_gguf=bf16_gguf,
+        ggufs=ggufs,
+        llama=find(context.llama_cpp) or ours,
+        tool=cast(Path, ours.logits),
+        cases=cases,
+        tokenizer=tokenizer,
+    )
+    return _verify(given, context)
+
+
+def _own(display: Display) -> LlamaCpp:
+    with display.stage("find or build llama.cpp") as progress:
+        return own(progress)
 
 
 def _ggufs_of(run: Run) -> list[tuple[str, Path]]:
@@ -100,8 +121,8 @@ def _ggufs_of(run: Run) -> list[tuple[str, Path]]:
     return ggufs
 
 
-def _verify(given: VerifyInput, context: Context) -> list[Check]:
-    """Every check, cheapest first, printed and kept in run.json under `verify`; a failure of all is one too."""
+def _verify(given: VerifyInput, context: Context) -> Found:
+    """Every check, cheapest first, printed; a failure of all is one too."""
     checks: list[Check] = []
     display = context.display
     with display.stage("verify: tokens, prompts, stops") as progress:
@@ -123,16 +144,14 @@ def _verify(given: VerifyInput, context: Context) -> list[Check]:
     if "base" in links:
         checks += [*judge_fused(links), *judge_quants([name for name, _ in given.ggufs], links)]
     _show(given, checks, links, display)
-    given.run.update(
-        verify=VerifyRecord(
-            verdict=verdict(checks),
-            checks=[asdict(check) for check in checks],
-            divergence={name: DivergenceRecord(**asdict(link)) for name, link in links.items()},
-            rows=len(at.ids),
-            held_out=given.cases.held_out,
-        )
+    record = VerifyRecord(
+        verdict=verdict(checks),
+        checks=[asdict(check) for check in checks],
+        divergence={name: DivergenceRecord(**asdict(link)) for name, link in links.items()},
+        rows=len(at.ids),
+        held_out=given.cases.held_out,
     )
-    return checks
+    return Found(checks, record)
 
 
 def _compare_trained(
@@ -252,4 +271,3 @@ def _show(given: VerifyInput, checks: list[Check], links: dict[str, Divergence],
         )
     mark = {"ok": ("ok", "green"), "note": ("note", "yellow"), "broken": ("BROKEN", "bold red")}
     display.table("Checks", ["", "", "found"], [[check.name, mark[check.state], check.text] for check in checks])
-    display.say(f"Verdict: {verdict(checks)}.")

@@ -157,6 +157,10 @@ def things(place: Path, theirs: Path) -> Path:
     command += ["--general-name", SHELL, str(gguf), str(place / "evil.gguf")]
     subprocess.run(command, check=True, capture_output=True)
     (place / "prompts.txt").write_text("Paint 3 boats.\n")
+    (place / "attest-evil.json").write_text(json.dumps({"sections": {SHELL: template}}))
+    figures = {"hash": SHELL, "model hash": [[template]], "../../bashrc": "\x1b[2J"}
+    odd = {"made": {"page": 1}, "sections": {"recipe": {"figures": figures}, "../../bashrc": {"figures": {"a": 1}}}}
+    (place / "attest-odd.json").write_text(json.dumps(odd | {"format": 1, "sha256": "0", "with_text": True}))
     return place
 
 
@@ -190,6 +194,13 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         (("--config", "evil.yaml"), "cannot be read as YAML"),
     ],
     "verify": [((RUN,), NAMED), (("yaml",), ""), (("linked",), LINKS)],
+    "attest": [
+        ((RUN,), NAMED),
+        ((RUN, "--check", "attest-evil.json"), "is no attest"),
+        ((RUN, "--check", "attest-odd.json"), "3 differs"),
+        (("yaml",), ""),
+        (("linked",), LINKS),
+    ],
     "chat": [
         ((RUN, "--max-tokens", "4"), NAMED),
         ((RUN, "--with", "fused", "--max-tokens", "4"), "Ctrl-D ends"),

@@ -137,6 +137,7 @@ LAYERS = (
     {"training", "llama_cpp"},
     {"inference", "verify", "export"},
     {"evaluation", "report"},
+    {"attest"},
     {"commands"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
