@@ -21,10 +21,9 @@ from common.models.families import (
     mlx_name,
     mlx_type,
     text_name,
-    yarn_ratio,
-    yarn_scale,
 )
 from common.models.model_folder import ModelFolder, is_model_folder
+from common.models.rope_config import yarn_ratio, yarn_scale
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 

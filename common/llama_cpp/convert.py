@@ -24,8 +24,9 @@ from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import sentencepiece
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import is_known, yarn_ratio, yarn_scale
+from common.models.families import is_known
 from common.models.model_folder import ModelFolder
+from common.models.rope_config import yarn_ratio, yarn_scale
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
 from common.system.hardware import thread_limit
