@@ -257,5 +257,7 @@ def mlx_name(name: str) -> str:
 
 def mlx_type(kind: str) -> str:
     """The model type by which mlx-lm knows a language model that was saved alone."""
+    if kind == "gemma4_unified_text":
+        return "gemma4_text"
     alone = kind.endswith("_text") and find_spec(f"mlx_lm.models.{kind}") is None
     return kind.removesuffix("_text") if alone else kind

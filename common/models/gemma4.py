@@ -31,6 +31,7 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     for layer in (config.pop("per_layer_config", None) or {}).values():
         config |= {_GLOBAL[key]: value for key, value in layer.items() if key in _GLOBAL}
     config.setdefault("global_head_dim", 512)
+    config["hidden_size_per_layer_input"] = config.get("hidden_size_per_layer_input") or 0
     if not config["attention_k_eq_v"]:  # then nobody but llama.cpp reads it
         config["num_global_key_value_heads"] = None
     config.setdefault("num_global_key_value_heads", None)
