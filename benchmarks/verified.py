@@ -48,6 +48,16 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 4},
     "gemma2": {"query_pre_attn_scalar": 64, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
     "gemma3_text": {"query_pre_attn_scalar": 64},
+    "gemma4_text": {
+        **{"head_dim": 64, "hidden_size_per_layer_input": 64, "final_logit_softcapping": 30.0},
+        "per_layer_config": {str(layer): {"head_dim": 128} for layer in (2, 4)},
+        "sliding_window": 16,
+    },
+    "gemma4_unified_text": {  # as the 31B; llama.cpp takes the text part of a 12B with its towers only
+        **{"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size_per_layer_input": 0},
+        "per_layer_config": {"2": {"head_dim": 128, "num_key_value_heads": 1}},
+        **{"final_logit_softcapping": 30.0, "sliding_window": 16},
+    },
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": TINY["ministral3"]["rope_parameters"]
@@ -75,9 +85,10 @@ def write_base(folder: Path, family: str, tokenizer: Any | None = None) -> None:
     if tokenizer is None:
         tokenizer = _tokenizer(family)
     tokenizer.save_pretrained(folder)
-    count = -(-len(tokenizer) // 64) * 64
+    count = len(tokenizer) if family.startswith("gemma4") else -(-len(tokenizer) // 64) * 64
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
-    write_tiny(folder, family, _SIZES | {"vocab_size": count} | ends | _CHANGES.get(family, {}))
+    sizes = _SIZES | {"vocab_size": count, "vocab_size_per_layer_input": count}
+    write_tiny(folder, family, sizes | ends | _CHANGES.get(family, {}))
 
 
 def _tokenizer(family: str) -> Any:

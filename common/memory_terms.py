@@ -43,15 +43,28 @@ def key_heads_at_once(size: int, count: int) -> int:
 
 
 @dataclass(frozen=True)
+class LayerInputs:
+    """Embeddings of each layer, beside those of the model."""
+
+    table: int  # weights, of which those of a batch's tokens are looked up
+    width: int  # of a token in one layer
+
+    def kept(self, hidden: int) -> int:
+        """Values that a layer keeps of each token more: around its own norm, and of the gate."""
+        return 2 * hidden + 4 * self.width
+
+
+@dataclass(frozen=True)
 class ModelDims:
-    """The sizes of a model that memory depends on."""
+    """The sizes of a model that memory depends on. Where its layers differ in width: the mean."""
 
     hidden: int
     inner: int  # of the MLP
+    widest: int  # the widest MLP
     queries: int  # width of all heads
     keys: int  # width of all key heads
     heads: int
-    head_dim: int
+    head_dim: int  # the widest
     layers: int
     vocabulary: int
     linear: int  # weights in layers that are quantized and adapted
@@ -64,7 +77,14 @@ class ModelDims:
     splits: bool  # long rows are computed apart from short ones (longrope)
     stored: int  # bytes of a weight in the checkpoint
     delta: DeltaDims | None = None
+    layer_inputs: LayerInputs | None = None
+    shardable: bool = True
     plain: bool = False  # computed by the library's own layers, which keep all logits of a row
+
+    @property
+    def table(self) -> int:
+        """Weights, a part of `other`, that stay in the stored type unless they are trained."""
+        return self.layer_inputs.table if self.layer_inputs else 0
 
     @property
     def padded(self) -> bool:

@@ -63,7 +63,8 @@ class MlxBackend:
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
         known = is_known(base.config)
-        self.model: Any = (load_base if known else load_plain)(base, DTYPES[recipe.precision])
+        dtype = DTYPES[recipe.precision]
+        self.model: Any = load_base(base, dtype, recipe.method == "full") if known else load_plain(base, dtype)
         self.forward = PackedForward(self.model) if known else PlainForward(self.model, plan.device)
         self.names = base.full_names
         with device_errors():

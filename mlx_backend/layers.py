@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_backend import gemma4
 from mlx_backend.attention import attend
 from mlx_backend.linear_attention import mix
 from mlx_backend.mlp import feed_forward
@@ -16,7 +17,10 @@ def install(model: Any, kind: str) -> None:
     Each part gets a class of its own, so that no other model of the process is touched.
     """
     for layer in model.layers:
-        if "self_attn" in layer:
+        if kind.startswith("gemma4"):
+            _replace_call(layer.self_attn, gemma4.attend)
+            layer.freeze(keys="layer_scalar", recurse=False)  # a buffer in transformers
+        elif "self_attn" in layer:
             _replace_call(layer.self_attn, attend)
         else:
             _replace_call(layer.linear_attn, mix)

@@ -19,11 +19,13 @@ def loss_chunk(vocabulary: int, device: str) -> int:
 
 def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
     item = 2 if recipe.precision == "bf16" else 4
+    other = dims.other - dims.table  # that is in the stored type
+    table = dims.table * (item if recipe.method == "full" else min(item, dims.stored))
     if not recipe.quantization.startswith("mlx-"):
-        return (dims.linear + dims.other) * item
+        return (dims.linear + other) * item + table
     _, bits, group = recipe.quantization.split("-")
     quantized = int(bits.removesuffix("bit")) / 8 + 2 * item / int(group)  # a scale and a bias for each group
-    return round((dims.linear + dims.other) * quantized)  # embeddings are counted as quantized too
+    return table + round((dims.linear + other) * quantized)  # other embeddings are counted as quantized too
 
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
@@ -83,13 +85,15 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
         net = 40 * dims.delta.computed(shape.positions) / shape.tokens + dims.delta.kept(padding)
         attention = max(attention, 4 * net)
     # float32 whatever the weights are in; MLX queues operations ahead and holds their inputs
-    working = max(dims.inner * 14 * 4, attention)
+    working = max(dims.widest * 14 * 4, attention)
     saved: float
     if plan.gradient_checkpointing:
         # of a gated delta net what is kept and its gradients are held together
         saved, working = dims.layers * dims.hidden * item, (1 if dims.delta is None else 2) * layer + working
     else:
         saved = dims.layers * layer
+    if dims.layer_inputs:
+        saved += dims.layers * dims.layer_inputs.width * item * 3
     windows = {w for w in dims.windows if w is not None and w < shape.width}
     masks = shape.width**2 * (len(windows) + dims.capped)  # booleans, shared by the layers
     # of a chunk and of the next, which is queued
@@ -103,6 +107,7 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
 def _kept_values(dims: ModelDims, padding: float) -> float:
     """Values that a layer keeps of each token for its backward pass."""
     kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
+    kept += dims.layer_inputs.kept(dims.hidden) if dims.layer_inputs else 0
     attention: float = (dims.queries + dims.keys) * dims.normed
     attention += (dims.queries + 2 * dims.keys) * padding  # its inputs
     attention += dims.queries  # its output

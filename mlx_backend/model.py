@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError, first_line, masked
 from common.models.families import (
@@ -24,11 +25,14 @@ from common.models.families import (
 from common.models.mlx_quantized import is_mlx_layout, usual_layout
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
+from mlx_backend.gemma4 import run_layers
 from mlx_backend.layers import install
 from mlx_backend.rope import Rope, rope
 
 _TORCH = "Train it with --backend torch."
 _KINDS = ("full_attention", "sliding_attention")
+# Models whose layers are those of another in mlx-lm.
+_SAME_LAYERS = {"gemma4_unified_text": "gemma4_text", "ministral3": "llama"}
 DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
@@ -40,7 +44,7 @@ class _Rope(nn.Module):
         self._split, self._factor = found.split, found.factor
         self._width = 2 * len(found.inverse)
         self._short, self._long = (
-            mx.array((1 / inverse).astype("float32")) for inverse in (found.inverse, found.inverse_long)
+            mx.array(_inverted(inverse).astype("float32")) for inverse in (found.inverse, found.inverse_long)
         )
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
@@ -51,13 +55,21 @@ class _Rope(nn.Module):
         return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
 
+def _inverted(frequencies: np.ndarray) -> np.ndarray:
+    """Infinite where a frequency is 0, which rotates nothing."""
+    with np.errstate(divide="ignore"):
+        found: np.ndarray = 1 / frequencies
+    return found
+
+
 def _unrotated(x: mx.array, offset: int = 0) -> mx.array:
     return x
 
 
-def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
+def load_base(base: ModelFolder, dtype: mx.Dtype, full: bool = False) -> Any:
     """The language model alone, in `dtype`, lazily loaded, with its ForwardConfig as `forward_config`.
 
+    A table of embeddings of each layer stays in 16 bits as it is stored, unless it is trained (full).
     Raises UserError where checkpoint and model do not have the same weights.
     """
     from mlx_lm.utils import _get_classes, load_model
@@ -69,8 +81,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         if kind == "qwen3_5_text":
             from mlx_lm.models.qwen3_5 import TextModel as model_class
             from mlx_lm.models.qwen3_5 import TextModelArgs as arguments
-        else:  # a Ministral 3's layers are Llama's
-            model_class, arguments = _get_classes(config | ({"model_type": "llama"} if kind == "ministral3" else {}))
+        else:
+            model_class, arguments = _get_classes(config | {"model_type": _SAME_LAYERS.get(kind, kind)})
 
         def make(args: Any) -> Any:
             model = model_class(args)
@@ -89,6 +101,8 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
     plain = {**config, "rope_scaling": None, "rope_parameters": None, "layer_types": None}
     if kind in ("exaone4", "olmo3"):  # of the latter mlx-lm looks for both kinds, however few layers there are
         plain |= {"sliding_window_pattern": None, "layer_types": [*_KINDS] * config["num_hidden_layers"]}
+    if kind.startswith("gemma4"):
+        plain |= {name: config.get(name) for name in ("layer_types", "hidden_size_per_layer_input")}
     plain["model_file"] = None  # code of the folder's own, which mlx-lm would refuse
     try:
         model = load_model(base.path, lazy=True, model_config=plain, get_model_classes=classes)[0]
@@ -97,7 +111,9 @@ def load_base(base: ModelFolder, dtype: mx.Dtype) -> Any:
         raise UserError(
             f"{base.path}: weights and config.json do not match: {first}", "Fetch the model again."
         ) from None
-    model.update(tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters()))
+    floats = [(n, p) for n, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
+    table = "model.embed_tokens_per_layer.weight"
+    model.update(tree_unflatten([(n, p.astype(dtype)) for n, p in floats if n != table or full or p.itemsize != 2]))
     _set_positions(model, config, found)
     install(model, kind)
     model.forward_config, model.layers_at = found, "model.layers."
@@ -108,7 +124,8 @@ def _set_positions(model: Any, config: dict[str, Any], found: ForwardConfig) -> 
     """Give each attention the positions of `found` in place of what mlx-lm reads from the config."""
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:
-            layer.self_attn.rope = _Rope(rope(parameters, config["head_dim"], config["max_position_embeddings"]))
+            width = layer.self_attn.head_dim if "global_head_dim" in config else config["head_dim"]
+            layer.self_attn.rope = _Rope(rope(parameters, width, config["max_position_embeddings"]))
         elif "self_attn" in layer:
             layer.self_attn.rope = _unrotated
         if found.query_scaling is not None:
@@ -194,9 +211,13 @@ def hidden_states(model: Any, input_ids: mx.array, rows: RaggedRows, caches: lis
         h = h * config.embedding_scale  # a Python number: it takes h's type, as in transformers
     capped = "self_attn" in model.layers[0] and hasattr(model.layers[0].self_attn, "attn_logit_softcapping")
     cached = caches[0].offset if caches else 0
-    masks = {window: _mask(rows.width, window, capped, cached) for window in set(config.windows)}
-    for number, (layer, window) in enumerate(zip(model.layers, config.windows, strict=True)):
-        h = layer(h, masks[window], replace(rows, cache=caches[number]) if caches else rows)
+    by_window = {window: _mask(rows.width, window, capped, cached) for window in set(config.windows)}
+    masks = [by_window[window] for window in config.windows]
+    each = [replace(rows, cache=cache) for cache in caches] if caches else [rows] * len(masks)
+    if hasattr(model.model, "previous_kvs"):
+        return model.model.norm(run_layers(model, input_ids, h, masks, each))
+    for layer, mask, own in zip(model.layers, masks, each, strict=True):
+        h = layer(h, mask, own)
     return model.model.norm(h)
 
 

@@ -31,7 +31,11 @@ def rope(parameters: dict[str, Any], head_dim: int, max_positions: int) -> Rope:
         short, long = (np.array(parameters[f"{name}_factor"]) for name in ("short", "long"))
         return Rope(plain / short, plain / long, factor, original)
     inverse, factor = plain, 1.0
-    if kind == "linear":
+    if kind == "proportional":  # Gemma 4's: the first pairs of the complete head, and 0 for the others
+        turned = int(width // 2)
+        inverse = np.zeros(head_dim // 2)
+        inverse[:turned] = 1.0 / base ** (np.arange(0, 2 * turned, 2) / head_dim)
+    elif kind == "linear":
         inverse = plain / parameters["factor"]
     elif kind == "llama3":
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]

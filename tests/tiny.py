@@ -18,6 +18,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Multimodal models, and the family of their text part.
 MULTIMODAL = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
     "mistral3": "ministral3",
     "qwen2_5_vl": "qwen2",
     "qwen3_5": "qwen3_5_text",
@@ -120,6 +121,11 @@ def _write_multimodal(folder: Path, family: str) -> None:
         text = {name: value for name, value in text.items() if name not in ("model_type", "architectures")}
         vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48, "out_hidden_size": 64}
         more = tied
+    elif family == "gemma4":
+        tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        vision = tower | {"head_dim": 16, "intermediate_size": 48, "patch_size": 8, "position_embedding_size": 16}
+        audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 48}
+        more = {"audio_config": audio, "image_token_id": 258, "audio_token_id": 257, "video_token_id": 256}
     else:
         vision = {
             "model_type": "siglip_vision_model" if family == "gemma3" else "pixtral",
@@ -147,6 +153,7 @@ def _write_multimodal(folder: Path, family: str) -> None:
     kinds = {
         "mistral3": "Pixtral",
         "gemma3": "Gemma3",
+        "gemma4": "Gemma4",
         "qwen2_5_vl": "Qwen2_5_VL",
         "qwen3_5": "Qwen3VL",
         "qwen3_vl": "Qwen3VL",
@@ -163,6 +170,11 @@ def _age(folder: Path, family: str) -> None:
     text = config.get("text_config", config)
     kind = MULTIMODAL.get(family, text["model_type"])
     rope = text.pop("rope_parameters")
+    if kind.startswith("gemma4"):
+        text["rope_parameters"] = rope
+        _as_on_the_hub(folder, text)
+        path.write_text(json.dumps(config))
+        return
     if "full_attention" in rope:
         text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
@@ -202,6 +214,24 @@ def _age(folder: Path, family: str) -> None:
             tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
     if family == "qwen3":  # tied, and saved all the same
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _as_on_the_hub(folder: Path, text: dict) -> None:
+    """Rewrite a Gemma 4: its config names heads by kind of layer, and layers that share keys have weights for some."""
+    layers = list(text.pop("per_layer_config").values())
+    text["global_head_dim"] = layers[0]["head_dim"]
+    text["num_global_key_value_heads"] = layers[0].get("num_key_value_heads")
+    tensors = load_file(folder / "model.safetensors")
+    start = "model.language_model." if any("language_model" in name for name in tensors) else "model."
+    count, shared = text["num_hidden_layers"], text.get("num_kv_shared_layers", 0)
+    random = np.random.default_rng(5)
+    for layer in range(count - shared, count):
+        width = text["head_dim"] if text["layer_types"][layer] == "sliding_attention" else text["global_head_dim"]
+        shape = (text["num_key_value_heads"] * width, text["hidden_size"])
+        at = f"{start}layers.{layer}.self_attn"
+        tensors |= {f"{at}.{name}_proj.weight": random.normal(0, 1, shape).astype(np.float32) for name in "kv"}
+        tensors[f"{at}.k_norm.weight"] = random.normal(0, 1, width).astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -54,7 +54,8 @@ class PackedForward:
         self.pad_multiple = pad_multiple(self.device, torch.bfloat16 if precision == "bf16" else torch.float32)
         self.mixes = "linear_attention" in (config.get("layer_types") or ())
         padded = config["model_type"] == "gemma2" or self.mixes
-        self.flash = packs_attention(config["head_dim"], padded, plan.device, precision) and has_flash(self.device)
+        widest = max(config["head_dim"], config.get("global_head_dim") or 0)
+        self.flash = packs_attention(widest, padded, plan.device, precision) and has_flash(self.device)
 
     def parts(self, batch: Batch) -> list[Batch]:
         return [batch]

@@ -58,13 +58,15 @@ def _install_linear(model: Any, adapter: Adapter) -> None:
 
 def _norm_kind(name: str) -> Norm:
     """Of the class of this name in transformers."""
-    if name.startswith(("Gemma", "Qwen3_5")):
-        return "centered"
-    return "late" if name.startswith("Olmo") else "plain"
+    if name.startswith(("Gemma4", "Olmo")):
+        return "late"
+    return "centered" if name.startswith(("Gemma", "Qwen3_5")) else "plain"
 
 
 def _norm(module: Any, eps: float, kind: Norm, x: torch.Tensor) -> torch.Tensor:
-    return RMSNorm.apply(x, module.weight, eps, kind)
+    # Gemma 4's values are normed by no weight
+    weight = module.weight if hasattr(module, "weight") else torch.ones(x.shape[-1], device=x.device)
+    return RMSNorm.apply(x, weight, eps, kind)
 
 
 def _gated_norm(module: Any, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

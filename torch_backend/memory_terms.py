@@ -45,23 +45,33 @@ def loss_chunk(vocabulary: int, device: str) -> int:
 
 
 def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
-    return _weight_bytes(dims, recipe, 2 if recipe.precision == "bf16" else 4)
+    return _weight_bytes(dims, recipe, 2 if recipe.precision == "bf16" else 4) + _table_bytes(dims, recipe)
 
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
     """On a CPU a frozen base stays as it is stored, and products widen it; DoRA wants it in the recipe's precision."""
     item = 2 if recipe.precision == "bf16" else 4
     stored = device == "cpu" and recipe.method == "lora" and not dims.plain
-    return _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
+    held = _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
+    # what is looked up of a mapped table the system may take back
+    mapped = device == "cpu" and dims.stored == 2 and recipe.method != "full" and recipe.quantization != "int8"
+    return held if mapped else held + _table_bytes(dims, recipe)
+
+
+def _table_bytes(dims: ModelDims, recipe: Recipe) -> int:
+    """Of embeddings of each layer, which are widened where they are trained, or read by transformers for int8."""
+    item = 2 if recipe.precision == "bf16" else 4
+    return dims.table * (item if recipe.method == "full" or recipe.quantization == "int8" else min(item, dims.stored))
 
 
 def _weight_bytes(dims: ModelDims, recipe: Recipe, item: int) -> int:
-    """item: bytes of a weight that is not quantized."""
+    """Of all but embeddings of each layer. item: bytes of a weight that is not quantized."""
+    other = dims.other - dims.table
     if recipe.quantization == "nf4":
-        return round(dims.linear * (0.5 + 4 / 64) + dims.other * item)  # a float32 scale for every 64 weights
+        return round(dims.linear * (0.5 + 4 / 64) + other * item)  # a float32 scale for every 64 weights
     if recipe.quantization == "int8":
-        return dims.linear + dims.other * (2 if recipe.precision == "bf16" else 4)
-    return (dims.linear + dims.other) * item
+        return dims.linear + other * (2 if recipe.precision == "bf16" else 4)
+    return (dims.linear + other) * item
 
 
 def unshardable(dims: ModelDims, recipe: Recipe) -> str:
@@ -69,6 +79,8 @@ def unshardable(dims: ModelDims, recipe: Recipe) -> str:
         return "its architecture has no layers of ours"
     if dims.delta is not None:
         return "its gated delta nets were not tried so"
+    if not dims.shardable:
+        return "a Gemma 4 was not tried so"
     if recipe.quantization != "none":  # bitsandbytes' issue 1945
         return f"bitsandbytes' {recipe.quantization} weights cannot be sharded exactly"
     if recipe.method == "dora" and dims.stored != (2 if recipe.precision == "bf16" else 4):
@@ -146,11 +158,13 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     if dims.capped:  # else scores are not written out
         attention = 3 * dims.heads * shape.width * kernels.padding * 4
         layer += attention
-    working = max(dims.inner * 4 * 4, attention)  # float32 whatever the weights are in
+    working = max(dims.widest * 4 * 4, attention)  # float32 whatever the weights are in
     gaps, saved = dims.layers, dims.layers * layer
     if plan.gradient_checkpointing:
         saved, working = dims.layers * dims.hidden * kernels.item, layer + working
         gaps = min(TRIM_EVERY + 1, gaps)
+    if dims.layer_inputs:  # with checkpointing their projection has a backward pass too
+        saved += dims.layers * dims.layer_inputs.width * kernels.item * (4 if plan.gradient_checkpointing else 1)
     if plan.device == "cpu":
         saved += _GAPS[recipe.precision] * gaps * small * kernels.item
     saved, working = saved * kernels.tokens + _mask_bytes(dims, kernels, shape.width), working * kernels.tokens
@@ -163,6 +177,7 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
     """Values that a layer keeps of each token for its backward pass; and those of them that lie in small blocks."""
     padding = kernels.padding
     kept: float = dims.hidden * (6 if dims.gemma else 4)  # before and after norms
+    kept += dims.layer_inputs.kept(dims.hidden) if dims.layer_inputs else 0
     attention: float = (dims.queries + dims.keys) * dims.normed
     keys = dims.queries if kernels.repeated else dims.keys
     attention += (dims.queries + 2 * keys) * padding  # its inputs

@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from torch_backend.host_memory import release_pages
 from torch_backend.linear_attention import install_linear_attention
 from torch_backend.quantize import quantization_config, quantize_nf4
 
+Stored = Literal["matrices", "tables", "none"]  # tables: embeddings of each layer, which no product reads
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # From a multimodal checkpoint's names, in the older layout and in today's, to those of the language model alone.
 _TEXT_NAMES = {
@@ -50,14 +51,16 @@ def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, sharded:
         quantize_nf4(model, dtype, device)
     if not (quantization or sharded):
         if known:
-            convert(model, dtype, keeps_stored(recipe, device))
+            convert(model, dtype, kept_stored(recipe, device))
         model.to(device)
     return model
 
 
-def keeps_stored(recipe: Recipe, device: torch.device) -> bool:
-    """Whether 16-bit weights stay as they are stored. For DoRA PEFT would round the magnitudes to their type."""
-    return recipe.method == "lora" and recipe.precision == "fp32" and device.type == "cpu"
+def kept_stored(recipe: Recipe, device: torch.device) -> Stored:
+    """Which 16-bit weights stay as they are stored. For DoRA PEFT would round the magnitudes to the matrices' type."""
+    if recipe.method == "full":
+        return "none"
+    return "matrices" if (recipe.method, recipe.precision, device.type) == ("lora", "fp32", "cpu") else "tables"
 
 
 def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
@@ -106,7 +109,7 @@ def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:
 @torch.no_grad()
 def _keep_wider(model: Any, base: ModelFolder) -> None:
     """Read again what the file stores in float32 though most of it is in 16 bits, which transformers has rounded."""
-    named = dict(model.named_parameters()) if base.dtype != "float32" else {}
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())} if base.dtype != "float32" else {}
     for name, tensor in base.tensors.items():
         if tensor.dtype == "F32" and (parameter := named.get(text_name(name))) is not None:
             read = bytearray(b"".join(tensor.chunks()))
@@ -153,19 +156,20 @@ def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
 def convert(
     model: Any,
     dtype: torch.dtype,
-    keep_stored: bool,
+    kept: Stored,
     adapter: Collection[torch.nn.Parameter] = (),
     finish: Callable[[Any], None] = lambda layer: None,
 ) -> None:
     """Convert every weight to `dtype`, block by block; pages of the file that were read are released.
 
-    keep_stored: matrices that the file stores in 16 bits stay mapped from it, and products widen them (`matmul.py`).
+    kept: what the file stores in 16 bits and stays mapped from it; products of matrices widen them (`matmul.py`).
     adapter: parameters that stay as they are. finish: is called with each layer whose weights are converted.
     """
-    held = set()
-    if keep_stored:
-        linear = [m for m in model.modules() if type(m) is torch.nn.Linear or m is model.get_input_embeddings()]
-        held = {m.weight for m in linear if m.weight.dtype in (torch.bfloat16, torch.float16)}
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    stored = [m for m in embeddings if m is not model.get_input_embeddings()] if kept != "none" else []
+    if kept == "matrices":
+        stored = [*embeddings, *(m for m in model.modules() if type(m) is torch.nn.Linear)]
+    held = {m.weight for m in stored if m.weight.dtype in (torch.bfloat16, torch.float16)}
     left = {*model.parameters()} - held - {*adapter}
     for part in [*model.model.layers, model]:
         for parameter in left.intersection(part.parameters()):
@@ -174,11 +178,11 @@ def convert(
         if part is not model:
             finish(part)
     model.config.dtype = dtype
-    embed = model.get_input_embeddings()
-    if hasattr(embed, "embed_scale"):  # Gemma's, which was computed in the stored type: 25.25 in place of 25.298
-        embed.embed_scale = torch.tensor(model.config.hidden_size**0.5, dtype=dtype)
-    if embed.weight in held:
-        embed.forward = partial(_embed, embed, dtype)
+    for embed in embeddings:
+        if hasattr(embed, "embed_scale"):  # Gemma's, which was computed in the stored type: 25.25 in place of 25.298
+            embed.embed_scale = torch.tensor(embed.scalar_embed_scale, dtype=dtype)
+        if embed.weight in held:
+            embed.forward = partial(_embed, embed, dtype)
 
 
 def _convert(parameter: torch.nn.Parameter, dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import torch
 
 _aten = torch.ops.aten
-# Rounded before the weight; the weight is stored less one (Gemma, Qwen3.5), or as it is (OLMo), and rounded after it.
+# Rounded before the weight; or after it, which is stored less one (Gemma 2 and 3, Qwen3.5) or as it is (OLMo, Gemma 4).
 Norm = Literal["plain", "centered", "late"]
 
 

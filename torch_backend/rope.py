@@ -1,7 +1,7 @@
 """Rotary position embedding with a hand-written backward pass, and how an attention of transformers calls it."""
 
 from functools import cache
-from inspect import unwrap
+from inspect import signature, unwrap
 from types import FunctionType
 from typing import Any
 
@@ -37,6 +37,13 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int) -
     return result
 
 
+def _apply_to_one(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1) -> torch.Tensor:
+    """In place of Gemma 4's function of that name, whose x may be [1, tokens, heads, d] (unsqueeze_dim 2)."""
+    if unsqueeze_dim == 2:
+        return Rope.apply(x.transpose(1, 2), cos, sin).transpose(1, 2)
+    return Rope.apply(x, cos, sin)
+
+
 def _apply_rotary_pos_emb(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +60,8 @@ def calling_rope(forward: Any) -> FunctionType:
     plain = unwrap(forward)
     if _NAME not in plain.__code__.co_names or _NAME not in plain.__globals__:
         raise AssertionError(f"{plain.__qualname__} does not call {_NAME}: this transformers is not known here")
-    scope = plain.__globals__ | {_NAME: _apply_rotary_pos_emb}
+    takes_one = next(iter(signature(plain.__globals__[_NAME]).parameters)) == "x"
+    scope = plain.__globals__ | {_NAME: _apply_to_one if takes_one else _apply_rotary_pos_emb}
     made = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
     made.__kwdefaults__ = plain.__kwdefaults__
     return made

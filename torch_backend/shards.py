@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from common.backend import OutOfMemory
 from common.errors import AtOdds, RankLost, UserError, first_line
 from torch_backend.host_memory import release_pages
-from torch_backend.model import convert
+from torch_backend.model import Stored, convert
 
 _T = TypeVar("_T")
 
@@ -31,9 +31,9 @@ class Shards(torch.nn.Module):
         self.model = model
         self._mesh, self._adapter = init_device_mesh(device, (dist.get_world_size(),)), set(adapter)
 
-    def shard(self, dtype: torch.dtype, keep_stored: bool) -> None:
+    def shard(self, dtype: torch.dtype, kept: Stored) -> None:
         """Convert and shard layer by layer, so that no rank ever holds the complete model; as for `convert`."""
-        convert(self.model, dtype, keep_stored, self._adapter, self._shard)
+        convert(self.model, dtype, kept, self._adapter, self._shard)
         self._shard(self)
 
     def _shard(self, module: torch.nn.Module) -> None:

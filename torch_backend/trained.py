@@ -8,7 +8,7 @@ from common.backend import Adapter
 from common.recipe import Recipe
 from torch_backend.layers import install
 from torch_backend.lora import attach
-from torch_backend.model import DTYPES, keeps_stored
+from torch_backend.model import DTYPES, kept_stored
 from torch_backend.shards import Shards
 
 
@@ -28,7 +28,9 @@ class Trained(NamedTuple):
         if adapter is None:
             # transformers marks the pad token's row, and torch gives it no gradient. Where pad is the token that ends
             # a turn, its embedding would never learn.
-            model.get_input_embeddings().padding_idx = None
+            for module in model.modules():
+                if isinstance(module, torch.nn.Embedding):
+                    module.padding_idx = None
             shards = _sharded(model, recipe, shard_on, {})
             return Trained(model, {names[name]: p for name, p in model.named_parameters()}, shards)
         outer, parameters = attach(model, adapter)
@@ -41,5 +43,5 @@ def _sharded(model: Any, recipe: Recipe, device: str, adapter: dict[str, torch.n
     if not device:
         return None
     shards = Shards(model, device, adapter.values())
-    shards.shard(DTYPES[recipe.precision], keeps_stored(recipe, torch.device(device)))
+    shards.shard(DTYPES[recipe.precision], kept_stored(recipe, torch.device(device)))
     return shards

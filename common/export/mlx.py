@@ -11,6 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
+from common.models import gemma4
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
@@ -21,10 +22,9 @@ from common.models.families import (
     mlx_name,
     mlx_type,
     text_name,
-    yarn_ratio,
-    yarn_scale,
 )
 from common.models.model_folder import ModelFolder, is_model_folder
+from common.models.rope_config import yarn_ratio, yarn_scale
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
@@ -58,7 +58,7 @@ def check_model(base: ModelFolder, display: Display) -> None:
             f"--export mlx: mlx-lm computes no {kind} whose layers are all of one kind.", "Use --export gguf or fused."
         )
     windows = {window for window in found.windows if window is not None}
-    if windows and kind not in ("exaone4", "gemma3_text", "olmo3"):
+    if windows and kind not in ("exaone4", "gemma3_text", *gemma4.KINDS, "olmo3"):
         display.warn(
             f"mlx-lm has no sliding window for {kind}: beyond {min(windows)} tokens, prompt and answer together, its "
             "results differ from training"

@@ -21,10 +21,11 @@ from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
-from common.models import sentencepiece
+from common.models import gemma4, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import is_known, yarn_ratio, yarn_scale
+from common.models.families import is_known
 from common.models.model_folder import ModelFolder
+from common.models.rope_config import yarn_ratio, yarn_scale
 from common.option_fields import NEED_IMATRIX
 from common.system.cache import artifact_lock, cache_folder
 from common.system.disk import require_disk
@@ -123,7 +124,20 @@ def _other_model(model: ModelFolder) -> str:
         return "llama.cpp's converter needs mscale_all_dim in a Ministral 3's RoPE"
     if any(scale and not math.isclose(scale, yarn_ratio(one, 1, under), rel_tol=1e-6) for scale, one in scales):
         return "llama.cpp does not read how far this YaRN scales"
+    if kind in gemma4.KINDS:
+        return _other_gemma4(model)
     return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
+
+
+def _other_gemma4(model: ModelFolder) -> str:
+    """The same of a Gemma 4."""
+    config = model.config
+    kinds, first = config["layer_types"], config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    if first < len(kinds) and kinds[first - 2 : first] != ["sliding_attention", "full_attention"]:
+        return "llama.cpp shares the keys of a sliding layer and of the full one behind it, and this model of others"
+    if model.written_config["architectures"][0] == "Gemma4UnifiedForCausalLM":
+        return "llama.cpp's converter knows the text part of a Gemma4Unified as a part of it only"
+    return ""
 
 
 def _other_attention(config: dict[str, Any], kind: str) -> str:

@@ -35,38 +35,43 @@ def write_mmproj(folder: Path, out: Path, name: str, llama: LlamaCpp, progress: 
     those that transformers 5 saves. So it gets these tensors in a folder of their own, under the hub's names.
     """
     model = ModelFolder(folder)
-    pixtral = (model.written_config.get("vision_config") or {}).get("model_type") == "pixtral"
+    kind = "gemma4" if model.model_type.startswith("gemma4") else ""
+    if (model.written_config.get("vision_config") or {}).get("model_type") == "pixtral":
+        kind = "pixtral"
     with scratch_folder(out.parent) as alone:
-        for file in (CONFIG_FILE, *_SETTINGS, *(TOKENIZER_FILES if pixtral else ())):
+        for file in (CONFIG_FILE, *_SETTINGS, *(TOKENIZER_FILES if kind == "pixtral" else ())):
             if (folder / file).is_file():
                 (alone / file).write_bytes((folder / file).read_bytes())
         for shard in model.shards:
-            _copy_vision(shard, model.header(shard), alone / shard.name, pixtral)
+            _copy_vision(shard, model.header(shard), alone / shard.name, kind)
         convert(alone, out, name, llama, progress, "mmproj")
 
 
-def _hub_name(name: str, pixtral: bool) -> str:
-    """The hub's name of a tensor of the vision tower; "" for any other.
+def _hub_name(name: str, kind: str) -> str:
+    """The hub's name of a tensor of the vision tower; "" for any other. kind: gemma4, pixtral or "" for others.
 
-    Of Pixtral's also the embeddings: the one of [IMG_BREAK] becomes a part of the tower's file. The converter of
-    llama.cpp 0.3.36 drops them where they have the hub's name.
+    Gemma 4 has a tower for sound too, which goes into the same file. Of Pixtral's also the embeddings: the one of
+    [IMG_BREAK] becomes a part of the tower's file. The converter of llama.cpp 0.3.36 drops them where they have the
+    hub's name.
     """
     name = hf_name(name).removeprefix("model.")
-    if pixtral and name == "language_model.embed_tokens.weight":
+    if kind == "pixtral" and name == "language_model.embed_tokens.weight":
         return "model.embed_tokens.weight"
     if not name.startswith(VISION_PARTS):
         return ""
-    older = pixtral or ".vision_model." in name
+    if kind == "gemma4":
+        return f"model.{name}"
+    older = kind == "pixtral" or ".vision_model." in name
     return name if older else name.replace("vision_tower.", "vision_tower.vision_model.")
 
 
-def _copy_vision(shard: Path, given: Header, out: Path, pixtral: bool) -> None:
+def _copy_vision(shard: Path, given: Header, out: Path, kind: str) -> None:
     """Copy the shard's tensors that `_hub_name` names, their bytes unchanged; no file where it has none."""
     entries, start = given
     header: dict[str, Any] = {}
     chosen, end = [], 0
     for name, entry in entries.items():
-        if hub := _hub_name(name, pixtral):
+        if hub := _hub_name(name, kind):
             first, last = entry["data_offsets"]
             header[hub] = entry | {"data_offsets": [end, end + last - first]}
             chosen.append((start + first, last - first))

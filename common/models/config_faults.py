@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from common.models import gemma4
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import MULTIMODAL, SUPPORTED, family, is_known, text_config
 from common.models.family_defaults import DEFAULTS
@@ -53,7 +54,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
         return faults
     if kind == "qwen3_5_text":
         faults += _delta_faults(text)
-    faults += _rope_faults(text, kind)
+    faults += gemma4.faults(text, given) if kind in gemma4.KINDS else _rope_faults(text, kind)
     padding = text.get("pad_token_id", _PADDING.get(kind))
     if isinstance(padding, int) and padding >= text["vocab_size"]:
         faults.append(f"its pad_token_id {padding} is beyond its vocabulary of {text['vocab_size']}")
@@ -72,6 +73,8 @@ def unsupported(config: dict[str, Any]) -> list[str]:
     if is_known(config):
         return []
     architecture = (config.get("architectures") or ["none named"])[0]
+    if architecture in SUPPORTED:
+        return [f"the mixtures of experts in this {architecture} are not supported; its dense models are"]
     return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
 
 
@@ -114,7 +117,8 @@ def _attention_faults(text: dict[str, Any], kind: str) -> list[str]:
         faults.append("its attention has biases, which the MLX backend does not compute for this family")
     if kind in ("qwen2", "phi3", "granite") and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
         faults.append(f"its head_dim {text['head_dim']} is not hidden_size / num_attention_heads")
-    if text.get("use_bidirectional_attention"):
+    ahead = text.get("use_bidirectional_attention")
+    if ahead and not (kind in gemma4.KINDS and ahead == "vision"):  # which text rows do not have
         faults.append("its attention looks ahead (use_bidirectional_attention)")
     if kind == "gemma3_text" and text["attn_logit_softcapping"]:
         faults.append("its capped attention (attn_logit_softcapping) is not computed by both backends")

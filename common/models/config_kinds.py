@@ -34,6 +34,12 @@ def _are(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
+def _are_layers(value: Any) -> bool:
+    """Whether it has numbers by name for some layers."""
+    layers = value.values() if isinstance(value, dict) else [None]
+    return all(isinstance(layer, dict) and all(map(_is_count, layer.values())) for layer in layers)
+
+
 def _optional(kind: _Kind) -> _Kind:
     return _Kind(lambda value: value is None or kind.fits(value), kind.text)
 
@@ -44,6 +50,7 @@ _POSITIVE = _Kind(_is_positive, "a number above 0")
 _SWITCH = _Kind(lambda value: isinstance(value, bool), "true or false")
 _TEXT = _Kind(lambda value: isinstance(value, str), "a text")
 _ID = _Kind(_is_id, "a token's number")
+_SIZE = _Kind(_is_id, "a whole number from 0")
 
 _KINDS: dict[str, _Kind] = {
     "architectures": _optional(_Kind(_are(_TEXT.fits), "a list of names")),
@@ -68,7 +75,17 @@ _KINDS: dict[str, _Kind] = {
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "attention_multiplier"), _NUMBER),
     **dict.fromkeys(("final_logit_softcapping", "attn_logit_softcapping"), _optional(_POSITIVE)),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias"), _optional(_SWITCH)),
-    **dict.fromkeys(("use_sliding_window", "use_bidirectional_attention"), _optional(_SWITCH)),
+    "use_sliding_window": _optional(_SWITCH),
+    "use_bidirectional_attention": _optional(
+        _Kind(lambda value: isinstance(value, bool) or value in ("all", "vision"), "true, false, all or vision")
+    ),
+    # Gemma 4's
+    **dict.fromkeys(("attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp"), _optional(_SWITCH)),
+    **dict.fromkeys(("global_head_dim", "vocab_size_per_layer_input"), _COUNT),
+    "num_global_key_value_heads": _optional(_COUNT),
+    "hidden_size_per_layer_input": _optional(_SIZE),
+    "num_kv_shared_layers": _SIZE,
+    "per_layer_config": _optional(_Kind(_are_layers, "an object of settings for each layer")),
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), _TEXT),
     "original_max_position_embeddings": _optional(_COUNT),
 }

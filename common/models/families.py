@@ -5,13 +5,14 @@ A checkpoint's config leaves out what equals its library's default, and its keys
 understands the config (huggingface/transformers, models/*/configuration_*.py); a test compares them.
 """
 
-import math
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from common.models import gemma4
 from common.models.family_defaults import DEFAULTS
+from common.models.rope_config import ROPES_BY_KIND, normalize_rope
 
 # Architecture -> the model type of its text part. tests/parity compares the backends on each.
 ARCHITECTURES = {
@@ -19,6 +20,10 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
     "Gemma3ForConditionalGeneration": "gemma3_text",
+    "Gemma4ForCausalLM": "gemma4_text",
+    "Gemma4ForConditionalGeneration": "gemma4_text",
+    "Gemma4UnifiedForCausalLM": "gemma4_unified_text",
+    "Gemma4UnifiedForConditionalGeneration": "gemma4_unified_text",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
@@ -39,15 +44,13 @@ ARCHITECTURES = {
 SUPPORTED = tuple(ARCHITECTURES)
 # Their layers differ in kind.
 _LISTED = ("exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
-_ROPES = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
 _PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
-_ROTARY = {"phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
 MULTIMODAL = frozenset(name for name in ARCHITECTURES if name.endswith("ForConditionalGeneration"))
 
 
 def is_known(config: dict[str, Any]) -> bool:
     """Whether the backends compute this architecture by layers of their own; else by their libraries' (--try-model)."""
-    return (config.get("architectures") or [""])[0] in ARCHITECTURES
+    return family(config) is not None
 
 
 def family(config: dict[str, Any]) -> str | None:
@@ -55,6 +58,8 @@ def family(config: dict[str, Any]) -> str | None:
     architecture, text = (config.get("architectures") or [""])[0], config.get("text_config")
     if architecture == "Mistral3ForConditionalGeneration" and isinstance(text, dict):
         return "mistral" if text.get("model_type", "mistral") == "mistral" else "ministral3"
+    if architecture.startswith("Gemma4") and gemma4.has_experts(text if isinstance(text, dict) else config):
+        return None
     return ARCHITECTURES.get(architecture)
 
 
@@ -115,14 +120,14 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
             both = {key: config[key] for key in ("tie_word_embeddings",) if key in config}
             text = normalize_config(config["text_config"] | both)
             return {**config, "vocab_size": text.get("vocab_size"), "text_config": text}
-        given = config["text_config"].get("tie_word_embeddings", kind == "gemma3_text")
+        given = config["text_config"].get("tie_word_embeddings", str(kind).startswith("gemma"))
         tied = config.get("tie_word_embeddings", given)
         text = {"model_type": kind, **config["text_config"], "tie_word_embeddings": tied}
         text = normalize_config(text, kind)
         # mlx-lm reads the vocabulary's size here
         return {**config, "tie_word_embeddings": tied, "vocab_size": text.get("vocab_size"), "text_config": text}
     if kind not in DEFAULTS:
-        return _normalize_rope(config, kind)  # the libraries read the rest as it is
+        return normalize_rope(config, kind)  # the libraries read the rest as it is
     for key, value in DEFAULTS[kind].items():
         config.setdefault(key, value)
     if config.get("num_key_value_heads") is None and "num_attention_heads" in config:
@@ -132,6 +137,14 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
     ends = config.get("eos_token_id")
     if isinstance(ends, list) and len(ends) == 1:
         config["eos_token_id"] = ends[0]
+    if kind in gemma4.KINDS:
+        return gemma4.normalize(config)
+    _list_layers(config, kind)
+    return normalize_rope(config, kind)
+
+
+def _list_layers(config: dict[str, Any], kind: str) -> None:
+    """Write what each layer is, under every key that a reader looks for."""
     if kind == "smollm3" and config.get("no_rope_layers") is None:
         every = config["no_rope_layer_interval"]
         config["no_rope_layers"] = [int((i + 1) % every != 0) for i in range(config["num_hidden_layers"])]
@@ -142,7 +155,6 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
         config["sliding_window_pattern"] = letters if config["sliding_window"] is not None else None
     if kind in _PERIODS and "full_attention" in config["layer_types"]:  # mlx-lm reads nothing else
         config[_PERIODS[kind]] = config["layer_types"].index("full_attention") + 1
-    return _normalize_rope(config, kind)
 
 
 def _layer_type(config: dict[str, Any], kind: str, layer: int) -> str:
@@ -167,66 +179,6 @@ def _slides(config: dict[str, Any], kind: str, layer: int) -> bool:
     return bool(windowed and layer >= config["max_window_layers"])
 
 
-def _normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
-    given, scaling = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
-    if kind in _ROPES or "full_attention" in given:  # one set for each kind of layer
-        base = config.get("rope_theta", 5e5 if kind == "olmo3" else 1e6)
-        rope = {"rope_theta": base, **(given.get("full_attention") or {}), **scaling}
-        local = given.get("sliding_attention") or {}
-        local = {"rope_theta": config.get("rope_local_base_freq", base if kind == "olmo3" else 1e4), **local}
-        if kind != "olmo3":
-            config["rope_local_base_freq"] = local["rope_theta"]
-    elif kind in DEFAULTS or given or "rope_theta" in config:
-        default = 2e6 if kind == "smollm3" else 1e4
-        rope, local = {"rope_theta": config.get("rope_theta", default), **(scaling or given)}, None
-    else:
-        return config
-    for one in (rope, local):
-        if one is not None:
-            _name_rope(one, config, kind)
-    config["rope_parameters"] = rope if local is None else {"full_attention": rope, "sliding_attention": local}
-    config["rope_theta"] = rope["rope_theta"]
-    if kind not in DEFAULTS and "partial_rotary_factor" in rope:
-        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    # before transformers 4.43 the key was `type`, and some readers know nothing else
-    plain = rope["rope_type"] == "default" and "mrope_section" not in rope
-    config["rope_scaling"] = None if plain else scaling | {"type": rope["rope_type"]}
-    return config
-
-
-def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -> None:
-    older = rope.pop("type", "default")
-    rope.setdefault("rope_type", older)
-    if rope["rope_type"] == "mrope":
-        rope["rope_type"] = "default"
-    if kind == "phi3" and rope["rope_type"] in ("su", "yarn"):
-        rope["rope_type"] = "longrope"  # its first names
-    if (share := config.get("partial_rotary_factor", _ROTARY.get(str(kind)))) is not None:
-        rope.setdefault("partial_rotary_factor", share)
-    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        if "original_max_position_embeddings" in config:
-            rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-        elif "max_position_embeddings" in config:
-            rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-
-
-def yarn_scale(rope: dict[str, Any]) -> float | None:
-    """What YaRN scales queries and keys by; None of another RoPE, or where no factor is stated."""
-    if rope.get("rope_type") != "yarn" or not rope.get("factor"):
-        return None
-    if (stated := rope.get("attention_factor")) is not None:
-        return float(stated)
-    over, under = rope.get("mscale"), rope.get("mscale_all_dim")
-    return yarn_ratio(rope, over, under) if over and under else yarn_ratio(rope, 1, 0)
-
-
-def yarn_ratio(rope: dict[str, Any], over: float, under: float) -> float:
-    """The scale of a reader that takes these for `mscale` and `mscale_all_dim`."""
-    grown = 0.1 * math.log(max(1.0, rope["factor"]))
-    return (over * grown + 1) / (under * grown + 1)
-
-
 def forward_config(config: dict[str, Any]) -> ForwardConfig:
     """What a normalized text config says of the forward pass; of an unknown family nothing, and nobody asks."""
     if not is_known(config):
@@ -239,7 +191,7 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
         windows = [window for _ in layers]
     elif kind not in ("llama", "granite", "olmo2") and config.get("use_sliding_window", True):
         windows = [window if kinds[i] == "sliding_attention" else None for i in layers]
-    if kind in _ROPES:
+    if kind in (*ROPES_BY_KIND, *gemma4.KINDS):
         ropes = [rope[kinds[i]] for i in layers]
     else:
         rotated = [1] * len(layers)
@@ -268,7 +220,10 @@ OTHER_PARTS = re.compile(
     r"(?:model\.)?(mtp|vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
 # A multimodal model's tensors besides its language model, by today's names without the leading "model.".
-VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "visual.")
+VISION_PARTS = (
+    *("vision_tower.", "multi_modal_projector.", "visual."),
+    *("embed_vision.", "vision_embedder.", "audio_tower.", "embed_audio."),  # Gemma 4's
+)
 
 
 def hf_name(name: str) -> str:
@@ -302,5 +257,7 @@ def mlx_name(name: str) -> str:
 
 def mlx_type(kind: str) -> str:
     """The model type by which mlx-lm knows a language model that was saved alone."""
+    if kind == "gemma4_unified_text":
+        return "gemma4_text"
     alone = kind.endswith("_text") and find_spec(f"mlx_lm.models.{kind}") is None
     return kind.removesuffix("_text") if alone else kind

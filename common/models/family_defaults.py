@@ -29,6 +29,26 @@ _GEMMA = {
     "final_logit_softcapping": 30.0,
     "attn_logit_softcapping": 50.0,
 }
+_GEMMA_4 = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attention_bias": False,
+    "attention_k_eq_v": False,
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_kv_shared_layers": 0,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "max_position_embeddings": 131072,
+    "final_logit_softcapping": None,
+    "use_bidirectional_attention": None,
+    "use_double_wide_mlp": False,
+}
 _OLMO = _COMMON | {"rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": 2048}
 # By model type.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -48,6 +68,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
     },
+    "gemma4_text": _GEMMA_4
+    | {"enable_moe_block": False, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
+    "gemma4_unified_text": _GEMMA_4
+    | {"max_position_embeddings": 262144, "sliding_window": 1024, "use_bidirectional_attention": "vision"},
     "granite": _COMMON
     | _BIASES
     | {

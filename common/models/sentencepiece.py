@@ -17,10 +17,12 @@ from typing import Any
 from common.documents import read_json
 from common.errors import UserError, first_line
 from common.model_files import open_tokenizer, tokenize
+from common.models.model_folder import ModelFolder, is_model_folder
 
 NAME = "tokenizer.model"
 REMEDY = f"Copy {NAME} from the base model into that folder, or stop at --export fused."
 _SPACE = "▁"  # U+2581, how sentencepiece writes a space
+_READ_AS_JSON = "gemma4"  # models whose vocabulary llama.cpp reads from tokenizer.json
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 # Texts on which a wrongly rebuilt tokenizer gives other ids.
@@ -74,7 +76,8 @@ def rebuild_checked(folder: Path, tokenizer: Any | None = None, texts: Sequence[
 
     tokenizer: the folder's, where it is loaded already. Raises UserError where it cannot be rebuilt.
     """
-    if (state := read_state(folder)) is None:
+    kind = ModelFolder(folder).model_type if is_model_folder(folder) else ""
+    if (state := read_state(folder)) is None or kind.startswith(_READ_AS_JSON):
         return None
     tokenizer = open_tokenizer(folder) if tokenizer is None else tokenizer
     state |= _effective(tokenizer)

@@ -4,7 +4,8 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config
+from common.models import gemma4
+from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config, text_name
 from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
 
@@ -14,6 +15,7 @@ _POST_NORMED = ("exaone4", "olmo2", "olmo3")  # norms stand behind attention and
 NORMED = (
     "exaone4",
     "gemma3_text",
+    *gemma4.KINDS,
     "olmo2",
     "olmo3",
     "qwen3",
@@ -33,8 +35,11 @@ def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int
     groups = {target: TARGET_GROUPS.get(target, [target]) for target in targets}
     wanted = {name for group in groups.values() for name in group}
     shapes: dict[str, tuple[int, int]] = {}
+    computed = tensor_shapes(model.config)  # a Gemma 4 on the hub has keys and values that no layer reads
     for name, tensor in model.tensors.items():
         module = hf_name(name.removesuffix(".weight"))
+        if text_name(name) not in computed:
+            continue
         if name.endswith(".weight") and _LAYER.match(module) and module.rsplit(".", 1)[-1] in wanted:
             out_features, in_features = tensor.shape
             shapes[module] = (out_features, in_features)
@@ -83,6 +88,8 @@ def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's tensors, from its config, as transformers saves them."""
     text = text_config(config)
+    if text["model_type"] in gemma4.KINDS:
+        return gemma4.shapes(text)
     kind, hidden, inner = text["model_type"], text["hidden_size"], text["intermediate_size"]
     queries = text["num_attention_heads"] * text["head_dim"]
     keys = text["num_key_value_heads"] * text["head_dim"]

@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from statistics import mean
 from typing import Any
 
 from common.backend import Adapter
 from common.backend_package import BackendPackage
-from common.memory_terms import DeltaDims, MicroBatchShape, ModelDims
+from common.memory_terms import DeltaDims, LayerInputs, MicroBatchShape, ModelDims
+from common.models import gemma4
 from common.models.families import forward_config, is_known
 from common.models.lora_init import layer_number
 from common.models.model_folder import ModelFolder
@@ -55,13 +57,19 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
     """Of a normalized text config; its `dtype` is the type that the checkpoint stores."""
     shapes = tensor_shapes(config)
     linear = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and ".layers." in name)
+    own = (config["head_dim"], config["num_key_value_heads"])
+    heads, inner = [own], [config["intermediate_size"]]
+    if config["model_type"] in gemma4.KINDS:
+        layers = range(config["num_hidden_layers"])
+        heads, inner = [gemma4.heads(config, i) for i in layers], [gemma4.inner(config, i) for i in layers]
     return ModelDims(
         hidden=config["hidden_size"],
-        inner=config["intermediate_size"],
-        queries=config["num_attention_heads"] * config["head_dim"],
-        keys=config["num_key_value_heads"] * config["head_dim"],
+        inner=round(mean(inner)),
+        widest=max(inner),
+        queries=round(config["num_attention_heads"] * mean(width for width, _ in heads)),
+        keys=round(mean(width * count for width, count in heads)),
         heads=config["num_attention_heads"],
-        head_dim=config["head_dim"],
+        head_dim=max(width for width, _ in heads),
         layers=config["num_hidden_layers"],
         vocabulary=config["vocab_size"],
         linear=linear,
@@ -74,7 +82,15 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         splits=forward_config(config).rope_split is not None,
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
         delta=_delta_dims(config),
+        layer_inputs=_layer_inputs(config),
+        shardable=config["model_type"] not in gemma4.KINDS,
     )
+
+
+def _layer_inputs(config: dict[str, Any]) -> LayerInputs | None:
+    if not (width := config.get("hidden_size_per_layer_input")):
+        return None
+    return LayerInputs(config["vocab_size_per_layer_input"] * config["num_hidden_layers"] * width, width)
 
 
 def _delta_dims(config: dict[str, Any]) -> DeltaDims | None:
@@ -102,6 +118,7 @@ def dims_of(model: ModelFolder) -> ModelDims:
     return ModelDims(
         hidden=hidden,
         inner=max(outputs.values()),
+        widest=max(outputs.values()),
         queries=hidden,
         keys=hidden,
         heads=heads,

@@ -39,6 +39,10 @@ _LONGROPE = {
     "long_factor": [1.0, 1.5, 3.0, 6.0],
     "original_max_position_embeddings": 48,
 }
+_PROPORTIONAL = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 50000.0, "partial_rotary_factor": 0.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
+}
 # What distinguishes each family. Every constant differs from its default, so that a lost one shows in the logits.
 # Rows in tests are longer than the windows and the original contexts here.
 TINY: dict[str, dict[str, Any]] = {
@@ -67,6 +71,30 @@ TINY: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "linear", "rope_theta": 50000.0, "factor": 8.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 700.0},
         },
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 5,
+        "layer_types": ["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "head_dim": 16,
+        "per_layer_config": {str(layer): {"head_dim": 24} for layer in (2, 4)},
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 259,
+        "sliding_window": 24,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": _PROPORTIONAL,
+    },
+    "gemma4_unified_text": {
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "attention_k_eq_v": True,
+        "head_dim": 16,
+        "per_layer_config": {"2": {"head_dim": 24, "num_key_value_heads": 1}},
+        "sliding_window": 24,
+        "final_logit_softcapping": 6.0,
+        "use_bidirectional_attention": None,
+        "rope_parameters": _PROPORTIONAL,
     },
     "granite": {
         "tie_word_embeddings": True,
@@ -168,13 +196,15 @@ def write_tiny(folder: Path, family: str, changes: dict[str, Any] | None = None,
     """A float32 model without a tokenizer, under 1 MB: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     config = tiny_config(family, changes)
-    random, centered = np.random.default_rng([seed, 7]), family.startswith(("gemma", "qwen3_5"))
+    random, centered = np.random.default_rng([seed, 7]), family.startswith(("gemma2", "gemma3", "qwen3_5"))
     tensors = {}
     for name, shape in sorted(tensor_shapes(config).items()):
         # larger than a usual start, so that differences show
         drawn = random.normal(0, 0.15 if len(shape) == 2 else 0.3, shape)
-        if name.endswith("norm.weight") and not (centered and ".linear_attn." not in name):
+        if name.endswith(("norm.weight", "layer_scalar")) and not (centered and ".linear_attn." not in name):
             drawn += 1  # the others add the one themselves
+        if family.startswith("gemma4"):  # nothing scales its scores, and large ones magnify what is rounded
+            drawn /= 4 if name.endswith("q_norm.weight") else 2 if ".post_" in name else 1
         tensors[name] = drawn.astype(np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n", encoding="utf-8")

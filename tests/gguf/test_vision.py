@@ -92,5 +92,18 @@ def test_pixtrals_tower_has_an_embedding_of_the_language_model(tmp_path):
     np.testing.assert_allclose(tower["v.blk.0.attn_v.weight"], found, rtol=2**-8)
 
 
+def test_gemma_4s_towers_for_images_and_sound_are_in_one_file(tmp_path):
+    folder = write_family(tmp_path / "model", "gemma4")
+    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", ensure(None, silent), silent)
+    tower, stored = tensors(tmp_path / "gguf" / "mmproj-BF16.gguf"), load_file(folder / "model.safetensors")
+    kept = [name for name in stored if not name.startswith("model.language_model.")]
+    assert len(tower) == len(kept)
+    found = stored["model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight"]
+    np.testing.assert_allclose(tower["v.blk.0.attn_q.weight"], found, rtol=2**-8)
+    found = stored["model.embed_audio.embedding_projection.weight"]
+    np.testing.assert_allclose(tower["mm.a.input_projection.weight"], found, rtol=2**-8)
+
+
 def test_a_model_of_text_has_no_vision(tmp_path):
     assert not ModelFolder(write_model(tmp_path / "model")).has_vision

@@ -37,6 +37,18 @@ OTHERS = [
         {"rope_parameters": _YARN | {"attention_factor": 1.3}},
         "how far this YaRN",
     ),
+    (
+        "gemma4_text",
+        {},
+        {"layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"], "per_layer_config": None},
+        "llama.cpp shares the keys of a sliding layer",
+    ),
+    (
+        "gemma4_unified_text",
+        {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size_per_layer_input": 0},
+        {},
+        "a part of it only",
+    ),
     ("olmo2", {"attention_bias": False}, {"attention_bias": True}, "no biases in the attention of olmo2"),
     ("olmo2", {"attention_bias": False}, {"attention_bias": False, "tie_word_embeddings": True}, "does not tie the"),
 ]

@@ -112,6 +112,7 @@ def test_a_tiny_model_of_each_family_is_supported(family: str) -> None:
     assert faults(family) == []
 
 
+_LONG = {"rope_type": "default", "rope_theta": 1e4}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"architectures": ["GPT2LMHeadModel"]}, f"not supported; supported: {', '.join(SUPPORTED)}"),
     ("llama", {"model_type": "cohere"}, "its model_type cohere is not LlamaForCausalLM's, llama"),
@@ -149,6 +150,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma2", {"attn_logit_softcapping": None}, "attention that is not capped"),
     ("gemma2", {"tie_word_embeddings": False}, "embeddings that are not tied"),
     ("gemma3_text", {"attn_logit_softcapping": 30.0}, "its capped attention"),
+    ("gemma4_text", {"enable_moe_block": True}, "the mixtures of experts in this Gemma4ForCausalLM are not supported"),
+    ("gemma4_text", {"num_kv_shared_layers": 4}, "no layer whose keys and values the others could share"),
+    ("gemma4_text", {"layer_types": ["full_attention", *["sliding_attention"] * 4]}, "its last layer is not one of"),
+    ("gemma4_text", {"vocab_size_per_layer_input": 200}, "its embeddings of each layer have 200 rows"),
+    ("gemma4_text", {"hidden_size_per_layer_input": 0}, "its layers share keys and values without embeddings"),
+    ("gemma4_text", {"use_bidirectional_attention": "all"}, "its attention looks ahead"),
+    ("gemma4_text", {"attention_bias": True}, "its attention has biases"),
+    ("gemma4_text", {"per_layer_config": {"2": {"head_dim": 24}}}, "its per_layer_config is not the same"),
+    ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "its rope_parameters lack sliding"),
+    (
+        "gemma4_text",
+        {"per_layer_config": {layer: {"num_key_value_heads": 1} for layer in ("2", "4")}},
+        "key heads of their own without attention_k_eq_v",
+    ),
+    (
+        "gemma4_unified_text",
+        {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _LONG)},
+        "its RoPE is not 'proportional' in full attention",
+    ),
     ("qwen3_5_text", {"linear_num_value_heads": 3}, "its 3 heads of values in linear attention do not fit its 2"),
     (
         "qwen3_5_text",
@@ -176,6 +196,32 @@ def test_what_the_backends_would_compute_otherwise_is_refused(family: str, chang
     found = faults(family, **changes)
     assert len(found) == 1
     assert said in found[0]
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_unified_text"])
+def test_a_gemma_4_names_its_wider_heads_in_two_ways(kind: str) -> None:
+    ours = tiny_config(kind)
+    layers = list(ours["per_layer_config"].values())
+    hub = {key: value for key, value in ours.items() if key != "per_layer_config"} | {
+        "global_head_dim": layers[0]["head_dim"],
+        "num_global_key_value_heads": layers[0].get("num_key_value_heads", 3),  # not read without attention_k_eq_v
+        "use_bidirectional_attention": "vision",
+    }
+    assert kind_faults(hub) == config_faults(hub) == []
+    assert text_config(hub) == text_config(ours) | {"use_bidirectional_attention": "vision"}
+
+
+def test_frequencies_of_gemma_4_are_those_of_transformers() -> None:
+    from transformers import AutoConfig
+    from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
+
+    config = tiny_config("gemma4_text")
+    theirs = Gemma4TextRotaryEmbedding(
+        AutoConfig.for_model(**{k: v for k, v in config.items() if k != "architectures"})
+    )
+    for name, width in (("full_attention", 24), ("sliding_attention", 16)):
+        found = rope(config["rope_parameters"][name], width, 256)
+        np.testing.assert_allclose(found.inverse, getattr(theirs, f"{name}_inv_freq").numpy(), rtol=3e-7)
 
 
 @pytest.mark.parametrize(("text", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
