@@ -6,6 +6,7 @@ from typing import Any
 from common.attest.check import TOLERANCES, flat
 from common.attest.document import SECTIONS, Attest
 from common.attest.subject import digest
+from common.errors import UserError
 from common.report.charts import Chart, Curve
 from common.report.kept import Point, number
 from common.report.page import page, render
@@ -27,8 +28,14 @@ def page_digest() -> str:
 
 
 def attest_page(stated: Attest) -> str:
-    """The complete HTML. Every text is escaped: a stranger may have written the file."""
-    charts = {chart.key: chart for chart in _charts(stated)}
+    """The complete HTML. Every text is escaped: a stranger may have written the file.
+
+    Raises UserError where a loss is beyond what a chart can show.
+    """
+    try:
+        charts = {chart.key: chart for chart in _charts(stated)}
+    except OverflowError:
+        raise UserError("The attest states a loss that is too large to compute with.", "Give another file.") from None
     sections = [(name, _about(name), _table(stated, name)) for name in stated.sections]
     verdict = str(_figure(stated, "verification", "verdict") or "none")
     body = render(

@@ -315,3 +315,16 @@ def test_terms_on_record_may_be_of_another_version_and_are_texts(tmp_path: Path)
     edit_record(run, base={"terms": {"license": 2.0}})
     with pytest.raises(UserError, match=r"run\.json is not the record of a run: base\.terms\.license"):
         card(run, ALL)
+
+
+def test_an_attest_is_named_with_its_short_form(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert "## Attest" not in card(run, ALL)
+    link = {"mean_kl": 0.0198, "p99_kl": 0.1, "same_top": 0.98}
+    found = {"verdict": "sound", "divergence": {"Q4_K_M": link}}
+    export = {"fused": "fused", "gguf": [{"file": "gguf/model-Q4_K_M.gguf", "name": "Q4_K_M"}]}
+    edit_record(run, attest={"sha256": "ab12", "date": "2026-11-29"}, verify=found, export=export)
+    text = card(run, ALL)
+    assert "(SHA-256 of its content: `ab12`)" in text
+    assert "verdict sound; Q4_K_M: mean KL 0.01980, top-1 agreement 98.0%." in text
+    assert "twintune attest RUN --check attest.json" in text

@@ -17,6 +17,7 @@ from common.run_lock import held
 from common.run_record import Run
 from tests import ROOT
 from tests.unit.hub import TOKEN, Hub, finished_run, serve
+from tests.unit.old_run import edit_record
 
 FUSED = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "LICENSE", "USE_POLICY.md"}
 ADAPTER = {"adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/LICENSE"}
@@ -288,3 +289,12 @@ def test_a_link_to_itself_is_no_crash(run: Path, push: Push) -> None:
     (run / "fused" / "LICENSE.txt").symlink_to("LICENSE.txt")
     assert "Traceback" not in (done := push("me/model", "--dry-run")).stderr
     assert "this is a bug" not in done.stderr
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_an_attest_goes_along_unless_it_holds_text(run: Path, with_text: bool) -> None:
+    for name in ("attest.json", "attest.html"):
+        (run / name).write_text("{}")
+    edit_record(run, attest={"sha256": "ab12", "with_text": with_text})
+    targets = {file.target for file in files_of(Run(run), [])}
+    assert ({"attest.json", "attest.html"} <= targets) is not with_text
