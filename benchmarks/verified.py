@@ -4,8 +4,8 @@
     python -m benchmarks.verified --only qwen3 --backend mlx
     python -m benchmarks.verified --record              # into benchmarks/results/verified.json, for docs/board.md
 
-The models are random, with a vocabulary of GPT-2 or Qwen2, which lie in llama.cpp's source, or Gemma's own. Training
-teaches each what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
+The models are random, with a vocabulary of GPT-2, Qwen2 or Gemma 4, which lie in llama.cpp's source, or Gemma 3's own.
+Training teaches each what it is asked later, so that its answers are sure. See docs/verify.md for what is compared.
 """
 
 import argparse
@@ -38,6 +38,7 @@ TEMPLATE = (
 )
 RESULTS = Path(__file__).parent / "results" / "verified.json"
 _COLUMNS = ("token ids", "prompt", "stop", "answers", "fused", "bf16 GGUF", "Q8_0", "Q4_K_M")
+_CONTROL_KINDS = (3, 4)  # control and user-defined tokens of a GGUF
 COLORS = ("red", "green", "blue", "black", "white", "brown", "grey", "pink")
 THINGS = ("house", "boat", "gate", "wall", "door", "roof", "chair", "table")
 # Sizes that llama.cpp's quants and kernels take.
@@ -94,14 +95,30 @@ def write_base(folder: Path, family: str, tokenizer: Any | None = None) -> None:
 def _tokenizer(family: str) -> Any:
     from transformers import AutoTokenizer
 
-    if family.startswith("gemma"):  # the converter takes no other tokenizer for it
+    source = ensure(None, lambda share, text: None).converter.parent / "models"
+    if family.startswith("gemma4"):
+        tokenizer = _gemma4_tokenizer(source / "ggml-vocab-gemma-4.gguf")
+    elif family.startswith("gemma"):  # the converter takes no other tokenizer for it
         tokenizer = AutoTokenizer.from_pretrained(resolve("google/gemma-3-270m", print).path, trust_remote_code=False)
     else:
         kind = "qwen2" if family in ("qwen2", "qwen3") else "gpt-2"  # transformers splits words by the family
-        source = ensure(None, lambda share, text: None).converter.parent / "models" / f"ggml-vocab-{kind}.gguf"
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=f"ggml-vocab-{kind}.gguf", trust_remote_code=False)
     tokenizer.add_special_tokens({"additional_special_tokens": [END]})
     tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _gemma4_tokenizer(source: Path) -> Any:
+    """transformers reads none out of a GGUF of this kind."""
+    from gguf import GGUFReader
+    from transformers import GemmaTokenizer
+
+    fields = GGUFReader(source).fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    tokenizer = GemmaTokenizer({token: number for number, token in enumerate(tokens)}, pairs)
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL_KINDS]
+    tokenizer.add_special_tokens({"additional_special_tokens": control})
     return tokenizer
 
 

@@ -134,6 +134,22 @@ def test_a_bf16_base_rounds_alike(family, folders, rows):
     assert mlx < BF16_ROUNDING * torch
 
 
+@pytest.mark.parametrize(("method", "bits"), [("lora", 16), ("dora", 16), ("full", 32)])
+def test_a_frozen_table_of_embeddings_of_each_layer_stays_as_it_is_stored(method, bits, folders, rows, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, found = tmp_path / "half", {}
+    AutoModelForCausalLM.from_pretrained(folders("gemma4_text"), dtype=torch.bfloat16).save_pretrained(folder)
+    for name in ("torch", "mlx"):
+        backend = backends.load(name, folder, backends.make_recipe(folder, method=method))
+        table = backend.model.model.embed_tokens_per_layer.weight
+        assert 8 * table.itemsize == bits
+        found[name] = backend.logits(rows[-1].ids)
+        backend.close()
+    np.testing.assert_allclose(found["mlx"], found["torch"], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["torch", "mlx"])
 def test_a_longrope_rows_loss_is_its_own_whatever_rows_lie_beside_it(name, folders, rows):
     from common.data.batching import make_batch
