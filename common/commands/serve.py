@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.inference.chat_models import Target, choose, llama_of
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.server import Server, ServerOptions, free_port, new_key
+from common.models.gguf_import import is_gguf
 from common.system.process import capture
 
 # Nobody reads others' prompts, and no web page but this machine's own is given an answer.
@@ -32,23 +33,50 @@ class Address:
     shown_key: str = ""  # as the user may be shown it
 
 
-def serve(target: Target, address: Address, length: int, slots: int, context: Context) -> None:
-    """Serve until Ctrl-C. length: tokens of a prompt and its answer; slots: requests answered at once.
+@dataclass(frozen=True)
+class Wanted:
+    """How to serve. length: tokens of a prompt and its answer. slots: requests answered at once.
 
-    Raises UserError where the target is not a GGUF, the port is taken, or the server dies.
+    mmproj: the vision tower, the run's own where the path is empty. lora: GGUFs of adapters. alias: the model's name in
+    the API. gpu_layers: as llama-server takes it. log: the server's log.
+    """
+
+    length: int = 4096
+    slots: int = 1
+    mmproj: Path | None = None
+    lora: tuple[Path, ...] = ()
+    alias: str = ""
+    gpu_layers: str = ""
+    log: Path | None = None
+
+
+def serve(target: Target, address: Address, wanted: Wanted, context: Context) -> None:
+    """Serve until Ctrl-C.
+
+    Raises UserError where the target is not a GGUF, a file is missing, the port is taken, or the server dies.
     """
     display, host, port, key = context.display, address.host, address.port, address.key
     if target.kind != "gguf":
         raise UserError(
             f"{target.run} is not a GGUF, and llama.cpp serves nothing else.", "Give the run folder or a GGUF file."
         )
-    if length < 1 or slots < 1:
-        raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
+    mmproj = _checked(target, wanted)
     free_port(host, port)
     llama = llama_of(target, context)
     if not is_loopback(host) and key is None:
         display.warn(f"--host {host} --no-auth: whoever reaches this machine over the network can use the model")
-    options = ServerOptions(length, slots, host=host, port=port, flags=_flags(llama, display), key=key)
+    options = ServerOptions(
+        context=wanted.length,
+        slots=wanted.slots,
+        lora=wanted.lora,
+        mmproj=mmproj,
+        host=host,
+        port=port,
+        flags=[*_flags(llama, display), *_named(wanted)],
+        key=key,
+        page=True,
+        log=wanted.log,
+    )
     with Server(llama, target.path, options) as up:
         url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
@@ -57,10 +85,44 @@ def serve(target: Target, address: Address, length: int, slots: int, context: Co
             head += f' -H "Authorization: Bearer {address.shown_key}"'
         display.say(f"{target.path.name} at {url}/v1 (OpenAI-compatible); Ctrl-C stops it. Try:")
         display.say(f"curl {url}/v1/chat/completions {head} -d {shlex.quote(body)}")
+        if up.has_page():
+            display.say(f"a page to chat on: {url}{' (its settings ask for the API key)' if key else ''}")
+        else:
+            display.say(
+                "no chat page: this build of llama.cpp has none (another may: --llama-cpp DIR); in the terminal: "
+                "python cli.py chat"
+            )
         try:
             up.wait()
         except KeyboardInterrupt:
             display.say("stopped")
+
+
+def _checked(target: Target, wanted: Wanted) -> Path | None:
+    """The vision tower to serve. Raises UserError for what would fail later."""
+    if wanted.length < 1 or wanted.slots < 1:
+        raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
+    if wanted.gpu_layers and not re.fullmatch(r"auto|all|\d{1,4}", wanted.gpu_layers, re.ASCII):
+        raise UserError(f"--gpu-layers {wanted.gpu_layers!r} is not a number, auto or all.", "Give one of these.")
+    mmproj = wanted.mmproj
+    if mmproj == Path():
+        made = target.record.export.mmproj if target.record else None
+        if made is None or target.run is None:
+            raise UserError(
+                f"--mmproj: {target.run or target.path} has no vision tower.", "Name its file: --mmproj FILE"
+            )
+        mmproj = target.run.path / made
+    for name, file in [("--mmproj", mmproj), *(("--lora", path) for path in wanted.lora)]:
+        if file is not None and not is_gguf(file):
+            raise UserError(f"{name} {file} is not a GGUF file.", "Check the path.")
+    if split := [path for path in wanted.lora if "," in str(path)]:
+        raise UserError(f"--lora {split[0]}: llama-server takes no path with a comma.", "Rename the file.")
+    return mmproj
+
+
+def _named(wanted: Wanted) -> list[str]:
+    flags = [("--alias", wanted.alias), ("--gpu-layers", wanted.gpu_layers)]
+    return [word for name, value in flags if value for word in (name, value)]
 
 
 def key_of(host: str, api_key: str | None, no_auth: bool) -> tuple[str | None, str]:
@@ -115,6 +177,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slots", type=int, default=1, metavar="N", help="requests answered at once (default: 1)")
     parser.add_argument(
+        "--mmproj",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="FILE",
+        help="vision tower to serve too, for images: the run's own, or this file",
+    )
+    parser.add_argument(
+        "--lora", type=Path, nargs="+", default=[], metavar="FILE", help="GGUFs of adapters to add to the model"
+    )
+    parser.add_argument("--alias", default="", metavar="NAME", help="name of the model in the API")
+    parser.add_argument(
+        "--gpu-layers",
+        "--gpu_layers",
+        default="",
+        metavar="N",
+        help="most layers to hold in the GPU's memory: a number, auto or all (default: as llama-server decides)",
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="keep what the server prints, its last 5 to 10 MB in FILE and FILE.1"
+    )
+    parser.add_argument(
         "--api-key",
         "--api_key",
         metavar="KEY",
@@ -127,4 +211,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> None:
     target = choose(args.run, None, args.quant)
     address = Address(args.host, args.port, *key_of(args.host, args.api_key, args.no_auth))
-    serve(target, address, args.context, args.slots, context)
+    wanted = Wanted(args.context, args.slots, args.mmproj, tuple(args.lora), args.alias, args.gpu_layers, args.log)
+    serve(target, address, wanted, context)

@@ -20,6 +20,7 @@ from common.backend import Progress
 from common.data.chat_template import Message
 from common.errors import Refusal, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
+from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
 from common.system.process import running
@@ -39,22 +40,26 @@ class ServerOptions:
     """How `llama-server` is started.
 
     context: tokens a slot may hold, prompt and answer together. slots: requests answered at once. threads: CPU threads,
-    llama.cpp's own choice where None. lora: a LoRA GGUF to add to the model. template: a chat template file in place of
-    the GGUF's. port: 0 takes a free one. flags: further flags of llama-server; RAW leaves reasoning in the answer.
-    key: what every request must bring, several separated by commas; None: nothing. timeout: seconds until the server
-    must be up, and until it must send the next part of an answer.
+    llama.cpp's own choice where None. lora: LoRA GGUFs to add to the model. mmproj: its vision tower. template: a chat
+    template file in place of the GGUF's. port: 0 takes a free one. flags: further flags of llama-server; RAW leaves
+    reasoning in the answer. key: what every request must bring, several separated by commas; None: nothing. timeout:
+    seconds until the server must be up, and until it must send the next part of an answer. page: serve llama.cpp's chat
+    page too, where the build has one. log: a file for what the server prints, bounded as in server_log.
     """
 
     context: int = 4096
     slots: int = 1
     threads: int | None = None
-    lora: Path | None = None
+    lora: Sequence[Path] = ()
+    mmproj: Path | None = None
     template: Path | None = None
     host: str = LOOPBACK
     port: int = 0
     flags: Sequence[str] = RAW
     key: str | None = field(default_factory=new_key)
     timeout: float = 600
+    page: bool = False
+    log: Path | None = None
 
 
 class Server:
@@ -68,7 +73,7 @@ class Server:
         self.llama, self.gguf, self.options = llama, gguf, options or ServerOptions()
         self.port = self.options.port
         self._stack = ExitStack()
-        self._output: deque[str] = deque(maxlen=_LINES)  # no file: it would grow with every request
+        self._output: deque[str] = deque(maxlen=_LINES)
 
     def __enter__(self) -> "Server":
         import httpx2
@@ -77,6 +82,7 @@ class Server:
         # every address includes this machine's own
         host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.options.host, self.options.host)  # noqa: S104
         with ExitStack() as stack:
+            self._log = stack.enter_context(bounded_log(self.options.log))
             self._process = stack.enter_context(running(self._command(), **self._popen()))
             self._reader = threading.Thread(target=self._read_output, daemon=True)
             self._reader.start()
@@ -157,6 +163,16 @@ class Server:
         answer = self._request("/completion", body)
         return str(answer["content"]), str(answer["stop_type"])
 
+    def has_page(self) -> bool:
+        """Whether a browser is given a page to chat on: the build may have none."""
+        import httpx2
+
+        try:
+            answer = self._client.get("/", timeout=10)
+        except httpx2.HTTPError:
+            return False
+        return answer.status_code == 200 and "text/html" in answer.headers.get("content-type", "")
+
     def wait(self) -> None:
         """Wait until the server ends; it does so by itself only when it fails, so this raises UserError."""
         self._process.wait()
@@ -170,12 +186,14 @@ class Server:
     def _command(self) -> list[str]:
         options = self.options
         command = [str(self.llama.server), "-m", str(self.gguf), "--host", options.host, "--port", str(self.port)]
-        command += ["-c", str(options.context * options.slots), "-np", str(options.slots), "--jinja", "--no-webui"]
-        command += options.flags
+        command += ["-c", str(options.context * options.slots), "-np", str(options.slots), "--jinja"]
+        command += [*([] if options.page else ["--no-webui"]), *options.flags]
         if options.template:
             command += ["--chat-template-file", str(options.template)]
         if options.lora:
-            command += ["--lora", str(options.lora)]
+            command += ["--lora", ",".join(map(str, options.lora))]
+        if options.mmproj:
+            command += ["--mmproj", str(options.mmproj)]
         if threads := options.threads or thread_limit():
             command += ["-t", str(threads)]
         return command
@@ -191,6 +209,7 @@ class Server:
         with suppress(ValueError):  # the server has ended, and its pipe was closed meanwhile
             for line in self._process.stdout or ():
                 self._output.append(line.rstrip("\n"))
+                self._log(self._output[-1])
 
     def _wait(self) -> None:
         import httpx2

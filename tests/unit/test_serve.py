@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from common.commands import serve as module
-from common.commands.serve import Address, is_loopback, key_of, serve
+from common.commands.serve import Address, Wanted, is_loopback, key_of, serve
 from common.errors import UserError
 from common.inference.chat_models import choose
+from common.llama_cpp import server_log
 from tests.contexts import context
 from tests.llama_server import llama_server
 
@@ -66,18 +67,17 @@ def test_a_key_and_none_at_once() -> None:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """`go(key, shown)`: serve until the server ends; what it was started with, and what was printed."""
+    """`go(key, shown, wanted)`: serve until the server ends; what it was started with, and what was printed."""
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
     monkeypatch.setattr(module, "llama_of", lambda *args: llama_server(tmp_path, SERVER))
 
-    def go(key: str | None, shown: str) -> tuple[dict[str, Any], str]:
+    def go(key: str | None, shown: str, wanted: Wanted | None = None) -> tuple[dict[str, Any], str]:
         with pytest.raises(UserError, match=r"m\.gguf ended"):  # after a second
             serve(
                 choose(tmp_path / "m.gguf", None, None),
                 Address("127.0.0.1", 0, key, shown),
-                256,
-                1,
+                wanted or Wanted(256),
                 context("plain"),
             )
         return json.loads((tmp_path / "seen.json").read_text()), " ".join(capsys.readouterr().out.split())
@@ -114,3 +114,62 @@ def test_no_key_is_asked_for_with_no_auth(served: Any) -> None:
     seen, said = served(None, "")
     assert seen["key"] is None
     assert "Authorization" not in said
+
+
+def test_what_was_asked_for_reaches_the_server(served: Any, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("tower.gguf", "a.gguf", "b.gguf")]
+    for file in files:
+        file.write_bytes(b"GGUF")
+    wanted = Wanted(300, 2, files[0], tuple(files[1:]), "pip", "all")
+    seen, said = served("secret", "KEY", wanted)
+    flags = " ".join(seen["argv"])
+    for text in ("-c 600 -np 2", f"--mmproj {files[0]}", f"--lora {files[1]},{files[2]}", "--alias pip"):
+        assert f" {text} " in flags, text
+    assert "--gpu-layers all" in flags
+    assert "--no-webui" not in flags
+    assert "no chat page: this build of llama.cpp has none" in said
+
+
+def test_a_build_with_a_page_is_named_by_its_address(
+    served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = """
+def do_GET(self):
+    self.send_response(200); self.send_header("Content-Type", "text/html"); self.end_headers()
+Handler.do_GET = do_GET
+"""
+    monkeypatch.setattr(module, "llama_of", lambda *args: llama_server(tmp_path, SERVER + page))
+    seen, said = served("secret", "KEY")
+    port = seen["argv"][seen["argv"].index("--port") + 1]
+    assert f"a page to chat on: http://127.0.0.1:{port} (its settings ask for the API key)" in said
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (Wanted(0), "--context and --slots must be 1 or more"),
+        (Wanted(gpu_layers="some"), "--gpu-layers 'some' is not a number, auto or all"),
+        (Wanted(mmproj=Path()), "has no vision tower"),
+        (Wanted(mmproj=Path("none.gguf")), r"--mmproj none\.gguf is not a GGUF file"),
+        (Wanted(lora=(Path("none.gguf"),)), r"--lora none\.gguf is not a GGUF file"),
+        (Wanted(log=Path("/nowhere/log")), "--log /nowhere/log cannot be written: No such file"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    wanted: Wanted, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(module, "llama_of", lambda *args: llama_server(tmp_path, SERVER))
+    with pytest.raises(UserError, match=words):
+        serve(choose(tmp_path / "m.gguf", None, None), Address("127.0.0.1", 0, None), wanted, context())
+
+
+def test_the_log_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_log, "LOG_BYTES", 100)
+    with server_log.bounded_log(tmp_path / "log") as write:
+        for number in range(50):
+            write(f"line {number} \ud83d")
+    kept = [(tmp_path / name).read_text() for name in ("log.1", "log")]
+    assert "".join(kept).endswith("line 49 ?\n")
+    assert all(0 < len(text) <= 100 for text in kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
