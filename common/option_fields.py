@@ -152,7 +152,9 @@ class TrackFields(BaseModel):
         choices=TRACKERS,
     )
     track_project: str | None = in_output(
-        None, "project at the trackers, unless a tracker's own variable names it (default: twintune)", value="NAME"
+        None,
+        "project at the trackers; unless given, what a tracker's own variable names (default: twintune)",
+        value="NAME",
     )
     track_text: bool = in_output(
         False, "also send the trackers prompts and the model's answers at each validation; otherwise no text of any row"

@@ -22,8 +22,13 @@ def _inside(name: str) -> str:
     return name
 
 
+def is_tracker_id(name: str) -> bool:
+    """Whether the record of a run may hold it as the id of a tracker's run."""
+    return re.fullmatch(r"[\w.@+=-]{1,200}", name) is not None
+
+
 def _simple(name: str) -> str:
-    if not re.fullmatch(r"[\w.@+=-]{1,200}", name):
+    if not is_tracker_id(name):
         raise ValueError("not the id of a tracker's run")
     return name
 

@@ -44,7 +44,7 @@ def _netrc_secrets() -> Iterator[str]:
 def feed(name: str, events: Iterator[dict[str, Any]], answer: Callable[..., None]) -> None:
     """Give the tracker all events."""
     tracker: Tracker = TRACKERS[name](Begin(**next(events)))
-    answer(id=tracker.id, place=tracker.place)
+    answer(id=tracker.id, place=without_secrets(tracker.place))
     for event in events:
         match event.pop("event"):
             case "figures":

@@ -190,7 +190,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        self.id = begin.id or f"{begin.name}-{secrets.token_hex(3)}"
+        self.id = begin.id or f"twintune-{secrets.token_hex(6)}"
         project = begin.project_of("TRACKIO_PROJECT")
         self._run = trackio.init(
             project=project, name=self.id, config=begin.config, resume="allow", private=True, embed=False

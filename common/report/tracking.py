@@ -26,6 +26,7 @@ from common.models.license import is_hub_name
 from common.options import Options
 from common.paths import source_name
 from common.report.trackers import COLUMNS, Begin
+from common.run_fields import is_tracker_id
 from common.run_record import Run
 from common.system.process import running
 
@@ -187,7 +188,7 @@ class Tracking:
         for answer in answers:
             if "place" in answer:
                 self._display.say(f"{feed.name}: {answer['place']}")
-            if answer.get("id"):
+            if is_tracker_id(answer.get("id", "")):
                 with self._display.optional(f"a resumed run will begin another one in {feed.name}"):
                     self._run.update(trackers=self._run.record.trackers | {feed.name: answer["id"]})
 
@@ -234,4 +235,6 @@ def _begin(run: Run, options: Options, name: str, step: int) -> Begin:
         "devices": plan.ranks,
     }
     folder = run.path.resolve()
-    return Begin(folder.name, str(folder), config, options.track_project, record.trackers.get(name), step)
+    # a folder that was not named by --output has the name of the rows' file
+    shown = folder.name if record.options.get("output") else f"{source_name(recipe.model)}-{record.recipe_hash[:8]}"
+    return Begin(shown, str(folder), config, options.track_project, record.trackers.get(name), step)

@@ -124,7 +124,8 @@ def warnings(capsys: pytest.CaptureFixture[str]) -> list[str]:
 def test_figures_recipe_and_the_end_are_told_and_no_text(fake: Fake, run: Run) -> None:
     go(run, options())
     init, *_, last = fake.calls()
-    assert (last, init[1]["project"], init[1]["name"], init[1]["resume"]) == (["finish", 0], "twintune", "run", "allow")
+    assert (last, init[1]["project"], init[1]["resume"]) == (["finish", 0], "twintune", "allow")
+    assert init[1]["name"] == f"base-{run.record.recipe_hash[:8]}"  # a folder's name by default holds the rows' file
     assert (init[1]["config"]["rank"], init[1]["config"]["data_hash"]) == (16, "beef")
     assert init[1]["config"]["model"] == "some/base"
     logged = fake.logged()
@@ -159,6 +160,24 @@ def test_a_resumed_run_continues_the_trackers_run(fake: Fake, run: Run) -> None:
     first, second = [call[1] for call in fake.calls() if call[0] == "init"]
     assert first["id"] == second["id"] == known
     assert second["project"] == "mine"
+
+
+def test_a_run_has_the_name_of_the_folder_that_was_asked_for(fake: Fake, run: Run) -> None:
+    run.update(options=run.record.options | {"output": "runs/mine"})
+    go(run, options())
+    assert fake.calls()[0][1]["name"] == "run"
+
+
+def test_an_id_that_no_record_may_hold_is_not_kept(fake: Fake, run: Run) -> None:
+    fake.write("self.id = 'my run (1)'")
+    go(run, options())
+    assert Run(run.path).record.trackers == {}
+
+
+def test_where_a_run_is_shown_holds_no_password(fake: Fake, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.write("self.url = 'https://me:secret@host/run'")
+    go(run, options())
+    assert "https://***@host/run" in capsys.readouterr().out.replace("\n", "")
 
 
 def test_an_adapter_is_sent_without_paths_of_this_machine(fake: Fake, run: Run) -> None:
