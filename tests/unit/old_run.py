@@ -25,7 +25,7 @@ RECORD = (
 NEWER = (  # of options and plan
     *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
     *("patience", "min_delta", "recipe", "weights", "devices", "ranks", "shard", "sharded", "try_model"),
-    *("lang", "live", "imatrix_file", "split_size"),
+    *("lang", "live", "imatrix_file", "split_size", "mlx_bits", "install"),
 )
 
 
