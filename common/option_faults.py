@@ -70,7 +70,7 @@ def _of_devices(options: Any) -> list[str]:
 
 def _of_export(options: Any) -> list[str]:
     faults = []
-    given = {name: getattr(options, name) for name in ("imatrix", "imatrix_file")}
+    given = {name: getattr(options, name) for name in ("imatrix", "imatrix_file", "install")}
     if options.export != "gguf":
         faults += [f"{name} is for a GGUF, and export is {options.export}" for name, value in given.items() if value]
     faults += _of_imatrix(options)

@@ -172,7 +172,7 @@ class ExportFields(BaseModel):
 
     export: Literal["none", "fused", "gguf", "lora-gguf", "mlx"] = in_export(
         "gguf",
-        "what to make: the fused folder, a GGUF, the adapter alone as a GGUF, or a 4-bit folder for mlx-lm",
+        "what to make: the fused folder, a GGUF, the adapter alone as a GGUF, or a quantized folder for mlx-lm",
     )
     quant: list[str] = in_export(["Q4_K_M"], "GGUF types to make", value="TYPE [TYPE ...]", choices=QUANT_TYPES)
     imatrix: bool = in_export(
@@ -184,12 +184,23 @@ class ExportFields(BaseModel):
     split_size: str | None = in_export(
         None, "split each GGUF into files of at most this size, such as 2GB; llama.cpp reads them as one", value="SIZE"
     )
+    mlx_bits: Literal["4", "6", "8", "mixed-4-6", "mixed-3-6", "mixed-3-4", "mixed-2-6"] | None = in_export(
+        None,
+        "bits of a weight in the folder for mlx-lm; mixed: more for the sensitive layers. Unless given, 8 for a model "
+        "below a billion weights, else 4",
+    )
     fuse_into: Literal["base", "dequantized"] | None = in_export(
         None, "with a quantized base: fuse into the 16-bit base (default), or into the dequantized weights of training"
     )
     no_verify: bool = in_export(False, "skip the check that the GGUF is what was trained (see the verify command)")
     llama_cpp: str | None = in_export(
         None, "folder of the llama.cpp build to use; unless given, one is found or built once", path=True, value="DIR"
+    )
+    install: list[str] = in_export(
+        [],
+        "put the first GGUF into Ollama or LM Studio on this machine",
+        value="PROGRAM [PROGRAM ...]",
+        choices=("ollama", "lmstudio"),
     )
     push: str | None = in_export(
         None, "hub repository (owner/name) to upload the result to at the end", value="OWNER/NAME"

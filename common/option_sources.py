@@ -221,6 +221,8 @@ def _idle_in_export(flags: Collection[str], options: Options) -> list[str]:
     if exported != "gguf":
         idle = [_flag(name) for name in ("quant", "split_size", "no_verify") if name in flags]
         faults += [f"{flag} is for a GGUF, and --export is {exported}" for flag in idle]
+    if exported != "mlx" and "mlx_bits" in flags:
+        faults.append(f"--mlx-bits is for --export mlx, and --export is {exported}")
     if exported not in ("gguf", "lora-gguf") and "llama_cpp" in flags:
         faults.append(f"--llama-cpp is for a GGUF, and --export is {exported}")
     if exported in ("none", "lora-gguf") and "fuse_into" in flags:

@@ -157,7 +157,7 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
     def _one_or_several(cls, value: object) -> object:
         return [] if value is None else [value] if isinstance(value, str) else value
 
-    @field_validator("targets", "quant", "weights", "track", "track_artifacts", mode="before")
+    @field_validator("targets", "quant", "weights", "install", "track", "track_artifacts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         parts = [value] if isinstance(value, str) else value
@@ -210,6 +210,11 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
                 raise ValueError(f"is not a path: {fault}")
         return value
 
+    @field_validator("mlx_bits", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        return None if value is None else str(value).replace("_", "-")  # a number in YAML; mlx-lm's own mixed_4_6
+
     @field_validator("memory_limit", "split_size")
     @classmethod
     def _readable_size(cls, value: str | None) -> str | None:
@@ -235,6 +240,13 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
                 )
         if not value:
             raise ValueError("names no GGUF type")
+        return value
+
+    @field_validator("install")
+    @classmethod
+    def _known_programs(cls, value: list[str]) -> list[str]:
+        if unknown := [name for name in value if name not in ("ollama", "lmstudio")]:
+            raise ValueError(f"{unknown[0]!r} is not a program to put a model into; known: ollama, lmstudio")
         return value
 
     @field_validator("targets")

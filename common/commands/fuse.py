@@ -18,8 +18,9 @@ from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, StageMeter, check_disk, needs_llama, warn_of_memory
 from common.export.fused_folder import ServingConfig, write_fused
 from common.export.gguf import kept_matrix, try_gguf, write_ggufs, write_lora
+from common.export.install import install
 from common.export.job import ExportJob
-from common.export.mlx import write_mlx_model
+from common.export.mlx import scheme_of, write_mlx_model
 from common.export.model_card import base_form, parts_of, write_card
 from common.export.preflight import export_stages, tools_for
 from common.export.summary import record_seconds, show_summary
@@ -49,6 +50,9 @@ def fuse_run(run: Path, options: dict[str, Any], context: Context) -> None:
     Run(run).require_complete()
     with held(run):
         try:
+            if options.keys() == {"install"} and "gguf" in parts_of(Run(run)):  # made already
+                install_made(Run(run), _merged_options(Run(run), Run(run).record, options), context)
+                return
             merged = _fuse_held(Run(run), options, context)
         finally:
             write_own_report(Run(run), context.display)
@@ -95,23 +99,14 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
         )
     if given.get("export") == "none":
         raise UserError("--export none: fuse would make nothing.", "Leave --export out, or name what to make.")
-    asks_for_gguf = {
-        "quant",
-        "imatrix",
-        "imatrix_file",
-        "split_size",
-        "no_verify",
-    } & given.keys() or record.options.get("export") == "none"
+    asks_for_gguf = _FOR_GGUF & given.keys() or record.options.get("export") == "none"
+    if "mlx_bits" in given and "export" not in given:
+        given = given | {"export": "mlx"}
     if asks_for_gguf and "export" not in given:
         given = given | {"export": "gguf"}
     # What is verified, weighed and uploaded is asked for each time, not taken from how the run was started.
-    fresh: dict[str, Any] = {
-        "imatrix": False,
-        "imatrix_file": None,
-        "no_verify": False,
-        "push": None,
-        "push_public": False,
-    }
+    fresh: dict[str, Any] = dict.fromkeys(("imatrix", "no_verify", "push_public"), False)
+    fresh |= {"imatrix_file": None, "install": [], "push": None}
     if "quant" not in given and "imatrix_file" not in given:  # the run's types, and what some of them cannot be without
         needy = {*record.options["quant"]} & {*NEED_IMATRIX}
         fresh["imatrix"] = bool(needy and record.options.get("imatrix"))
@@ -170,6 +165,15 @@ def export_run(job: ExportJob) -> None:
         display.say(f"The run is in {run}")
     if fault is not None:
         raise fault
+    install_made(run, job.options, job.context)
+
+
+def install_made(run: Run, options: Options, context: Context) -> None:
+    """What --install asks for. Raises UserError where the GGUF is known not to be what was trained."""
+    verified = run.record.verify
+    if options.install and verified is not None and verified.verdict == "broken":
+        raise UserError(f"--install: `verify` calls {run} broken.", f"See why: python cli.py verify {run}")
+    install(run, options.install, context.display)
 
 
 def _record_base(job: ExportJob) -> Terms:
@@ -201,11 +205,11 @@ def _write_fused(job: ExportJob, meter: StageMeter) -> None:
 def _write_mlx(job: ExportJob, meter: StageMeter) -> None:
     out = job.run.mlx
     with meter.stage("mlx", out), job.display.stage("mlx") as progress:
-        made = write_mlx_model(job.run.fused, out, progress)
+        scheme = scheme_of(job.options.mlx_bits, job.base)
+        made = write_mlx_model(job.run.fused, out, progress, scheme)
     job.run.update_export(mlx=made)
-    job.display.say(
-        f"mlx-lm, {made['bits']} bits, {gigabytes(made['bytes'])}: python -m mlx_lm generate --model {out} --prompt ..."
-    )
+    size = gigabytes(made["bytes"])
+    job.display.say(f"mlx-lm, {scheme} bits, {size}: python -m mlx_lm generate --model {out} --prompt ...")
 
 
 def _write_documents(job: ExportJob, terms: Terms) -> None:
@@ -267,9 +271,10 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
             backend.close()
 
 
+_FOR_GGUF = {"quant", "imatrix", "imatrix_file", "split_size", "no_verify", "install"}
 _OPTIONS = (
-    *("llama_cpp", "export", "quant", "imatrix", "imatrix_file", "split_size", "fuse_into", "no_verify"),
-    *("push", "push_public"),
+    *("llama_cpp", "export", "quant", "imatrix", "imatrix_file", "split_size", "mlx_bits", "fuse_into", "no_verify"),
+    *("install", "push", "push_public"),
 )
 
 

@@ -51,18 +51,19 @@ def estimate_stages(
     adapter_bytes: int,
     held: int = 0,
     also: Collection[str] = (),
+    mlx_bits: int = 4,
 ) -> list[Stage]:
     """The estimate of every stage of `export` from `base`.
 
     adapter_bytes: of what was trained, in float32. held: bytes of a quantized base that is loaded again to be fused
-    into. also: optional stages: imatrix, split, verify. The figures were measured: blocks of 16 MB fuse; llama.cpp's
-    converter holds the largest tensor in float32 twice, its quantizer once and quantized; mlx-lm holds all it will
-    write, and the largest tensor.
+    into. also: optional stages: imatrix, split, verify. mlx_bits: of a weight, at most. The figures were measured:
+    blocks of 16 MB fuse; llama.cpp's converter holds the largest tensor in float32 twice, its quantizer once and
+    quantized; mlx-lm holds all it will write, and the largest tensor.
     """
     tensors = [tensor for tensor in base.tensors.values() if tensor.dtype in DTYPES]
     sizes = [math.prod(tensor.shape) for tensor in tensors]
     largest, bf16_bytes = max(sizes), 2 * sum(sizes)
-    quantized = sum(map(_in_4_bits, tensors))
+    quantized = sum(_in_bits(tensor, mlx_bits) for tensor in tensors)
     weights = base.weight_bytes
     tokenizer = sum(file.stat().st_size for file in base.path.glob("tokenizer*"))
     kept = [quant for quant in quants if quant != "BF16"]  # the conversion writes that one
@@ -90,11 +91,11 @@ def estimate_stages(
     return [known[name] for name in through]
 
 
-def _in_4_bits(tensor: StoredTensor) -> int:
-    """Bytes of a tensor after mlx-lm's default quantization: rows of 64 values share a scale and a bias."""
+def _in_bits(tensor: StoredTensor, bits: int) -> int:
+    """Bytes of a tensor after mlx-lm's quantization: 64 values of a row share a scale and a bias."""
     size, each = math.prod(tensor.shape), DTYPES[tensor.dtype].itemsize
     if len(tensor.shape) == 2 and tensor.shape[1] % 64 == 0:
-        return size // 2 + 2 * each * size // 64
+        return size * bits // 8 + 2 * each * size // 64
     return size * each
 
 

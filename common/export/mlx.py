@@ -1,4 +1,4 @@
-"""The fused model as an mlx-lm folder in 4 bits, by mlx-lm's own quantizer, in a process of its own."""
+"""The fused model as a quantized mlx-lm folder, by mlx-lm's own quantizer, in a process of its own."""
 
 import math
 import os
@@ -27,6 +27,18 @@ from common.models.model_folder import ModelFolder, is_model_folder
 from common.models.rope_config import yarn_ratio, yarn_scale
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
+
+_SMALL = 10**9  # weights: a model with fewer loses much by 4 bits
+_GROUP = 64  # weights that share a scale
+
+
+def scheme_of(asked: str | None, base: ModelFolder) -> str:
+    """What --mlx-bits names, or what fits the model's size."""
+    return asked or ("8" if base.parameter_count < _SMALL else "4")
+
+
+def most_bits(scheme: str) -> int:
+    return int(scheme[-1])
 
 
 def check_installed() -> None:
@@ -73,19 +85,20 @@ def _scaled_otherwise(rope: dict[str, Any]) -> bool:
     )
 
 
-def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any]:
-    """Write `fused` in 4 bits as an mlx-lm folder, with its tokenizer, template, end tokens and license; a report.
+def write_mlx_model(fused: Path, out: Path, progress: Progress, scheme: str = "4") -> dict[str, Any]:
+    """Write `fused` as a quantized mlx-lm folder, with its tokenizer, template, end tokens and license; a report.
 
     Of a multimodal model only the language model is written: mlx-lm has no other part. Raises UserError where mlx-lm
     fails.
     """
     log = out.with_name(f"{out.name}.log")
     log.unlink(missing_ok=True)  # of a run that failed
-    progress(0.0, "quantizing to 4 bits")
+    title = f"quantizing to {scheme} bits"
+    progress(0.0, title)
     path = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"))))
     env = offline_environment() | {"PYTHONPATH": path}
     with atomic_folder(out) as temporary:
-        command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary)]
+        command = [sys.executable, "-P", "-m", "common.export.mlx", str(fused), str(temporary), scheme]
         code, tail = run_logged(command, log, lambda line: None, env)
         if code or not is_model_folder(temporary):
             raise UserError(
@@ -97,18 +110,26 @@ def write_mlx_model(fused: Path, out: Path, progress: Progress) -> dict[str, Any
             if file.is_file():
                 copy_file(file, temporary / file.name)
     log.unlink(missing_ok=True)
-    progress(1.0, "quantizing to 4 bits")
+    progress(1.0, title)
     settings = ModelFolder(out).written_config["quantization"]
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    return {"folder": out.name, "bytes": size, **{key: settings[key] for key in ("bits", "group_size")}}
+    return {
+        "folder": out.name,
+        "bytes": size,
+        "scheme": scheme,
+        **{key: settings[key] for key in ("bits", "group_size")},
+    }
 
 
-def quantize(fused: Path, out: Path) -> None:
+def quantize(fused: Path, out: Path, scheme: str) -> None:
     """Load `fused` lazily, quantize it and save it to `out`; run in a process of its own.
+
+    A mixed scheme is one of mlx-lm's own recipes: more bits for some layers' v_proj and down_proj, and for lm_head.
 
     Why not mlx_lm.convert, which does the same to the weights: it cannot read a multimodal model in transformers 4.52's
     layout, and it rewrites the tokenizer.
     """
+    from mlx_lm.convert import mixed_quant_predicate_builder
     from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -134,13 +155,15 @@ def quantize(fused: Path, out: Path) -> None:
 
     kind = {"model_type": mlx_type(ModelFolder(fused).model_type)}
     model, config = load_model(fused, lazy=True, model_config=kind, get_model_classes=classes)
-    model, config = quantize_model(model, config, group_size=64, bits=4)
+    mixed = mixed_quant_predicate_builder(scheme.replace("-", "_"), model, _GROUP) if "mixed" in scheme else None
+    bits = int(scheme.split("-")[1]) if mixed else int(scheme)
+    model, config = quantize_model(model, config, group_size=_GROUP, bits=bits, quant_predicate=mixed)
     save_model(out, model, donate_model=True)
     save_config(config, out / "config.json")
 
 
 if __name__ == "__main__":
     try:
-        quantize(Path(sys.argv[1]), Path(sys.argv[2]))
+        quantize(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     except (OSError, RuntimeError) as error:  # MLX raises the latter where it cannot write, or memory runs out
         sys.exit(str(error))

@@ -8,7 +8,7 @@ from common.display import Display
 from common.errors import UserError
 from common.export.budget import EXPORT_STEPS, Stage, estimate_stages, needs_llama
 from common.export.fused_folder import trained_bytes
-from common.export.mlx import check_installed, check_model
+from common.export.mlx import check_installed, check_model, most_bits, scheme_of
 from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
 from common.llama_cpp.imatrix import check_imatrix_file, imatrix_tool
@@ -27,7 +27,8 @@ def export_stages(options: Options, base: ModelFolder, adapter: Adapter | None, 
     """The estimate of every stage of the export that the options ask for. adapter: None with method full."""
     trained, held = trained_bytes(adapter, base), _loaded_again(options, memory, base)
     asked = {"imatrix": options.imatrix, "split": options.split_size, "verify": not options.no_verify}
-    return estimate_stages(options.export, options.quant, base, trained, held, [name for name in asked if asked[name]])
+    also, bits = [name for name in asked if asked[name]], most_bits(scheme_of(options.mlx_bits, base))
+    return estimate_stages(options.export, options.quant, base, trained, held, also, bits)
 
 
 def _loaded_again(options: Options, memory: TrainingMemory, base: ModelFolder) -> int:

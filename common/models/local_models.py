@@ -93,8 +93,13 @@ def _ollama_digest(manifest: Path) -> str:
     return ""
 
 
+def lm_studio_folders(home: Path) -> list[Path]:
+    """Where LM Studio keeps models: today's folder, and that of its older versions."""
+    return [home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"]
+
+
 def _of_lm_studio(home: Path) -> Iterator[LocalModel]:
-    for root in (home / ".lmstudio" / "models", home / ".cache" / "lm-studio" / "models"):
+    for root in lm_studio_folders(home):
         for folder in _entries(root, "*/*"):
             name = "/".join(folder.relative_to(root).parts)
             yield from _folder(folder, str(folder), name, "LM Studio")

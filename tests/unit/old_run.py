@@ -26,6 +26,7 @@ NEWER = (  # of options and plan
     *("save_minutes", "keep_checkpoints", "device_index", "eval_rows", "rehash"),
     *("patience", "min_delta", "recipe", "weights", "devices", "ranks", "shard", "sharded", "try_model"),
     *("lang", "live", "imatrix_file", "split_size", "track", "track_project", "track_text", "track_artifacts"),
+    *("mlx_bits", "install"),
 )
 
 

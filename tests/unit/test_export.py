@@ -14,6 +14,7 @@ from common.commands.fuse import fuse_run
 from common.commands.train import run_training
 from common.errors import UserError
 from common.export import gguf, modelfile
+from common.export.mlx import most_bits, scheme_of
 from common.export.upload import files_of
 from common.inference.chat_models import choose
 from common.llama_cpp.convert import QuantReport
@@ -315,3 +316,37 @@ def test_a_split_bf16_gguf_leaves_no_whole_one(export: Callable[..., Run]) -> No
     run = export(quant=["BF16", "Q8_0"], split_size="1MB")
     assert names(run) == [f"model-{name}-0000{part}-of-00002.gguf" for name in ("BF16", "Q8_0") for part in (1, 2)]
     assert [report.name for report in run.record.export.gguf] == ["BF16", "Q8_0"]
+
+
+# --- putting it into other programs
+
+
+def test_install_alone_makes_nothing_again(export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    put: list[list[str]] = []
+    monkeypatch.setattr(module, "install", lambda run, programs, display: put.append(programs))
+    run = export(install=["ollama"])
+    monkeypatch.setattr(gguf, "convert", fail)
+    fuse_run(run.path, {"install": ["lmstudio"]}, context())
+    export("fused")
+    assert put == [["ollama"], ["lmstudio"], []]
+    run.update(verify=VerifyRecord(verdict="broken"))
+    with pytest.raises(UserError, match=r"`verify` calls .* broken"):
+        fuse_run(run.path, {"install": ["lmstudio"]}, context())
+
+
+def test_the_bits_of_an_mlx_folder(export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def made(fused: Path, out: Path, progress: Any, scheme: str) -> dict[str, Any]:
+        asked.append(scheme)
+        return {"folder": "mlx", "bytes": 1, "scheme": scheme, "bits": 4, "group_size": 64}
+
+    monkeypatch.setattr(module, "write_mlx_model", made)
+    export("mlx")
+    fuse_run(tmp_path / "run", {"mlx_bits": "mixed-4-6"}, context())  # names the export
+    monkeypatch.setattr(ModelFolder, "parameter_count", 10**9)
+    export("mlx")
+    assert asked == ["8", "mixed-4-6", "4"]
+    for given, kept in ((4, "4"), ("mixed_4_6", "mixed-4-6")):  # a number in YAML, mlx-lm's own spelling
+        assert Options.model_validate({"mlx_bits": given}).mlx_bits == kept
+    assert (scheme_of(None, ModelFolder(tmp_path)), most_bits("mixed-4-6"), most_bits("4")) == ("4", 6, 4)
