@@ -103,7 +103,7 @@ def _tokenizer(family: str) -> Any:
     else:
         kind = "qwen2" if family in ("qwen2", "qwen3") else "gpt-2"  # transformers splits words by the family
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=f"ggml-vocab-{kind}.gguf", trust_remote_code=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": [END]})
+    tokenizer.add_special_tokens({"additional_special_tokens": [END]}, replace_extra_special_tokens=False)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
@@ -111,6 +111,7 @@ def _tokenizer(family: str) -> Any:
 def _gemma4_tokenizer(source: Path) -> Any:
     """transformers reads none out of a GGUF of this kind."""
     from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
     from transformers import GemmaTokenizer
 
     fields = GGUFReader(source).fields
@@ -119,6 +120,8 @@ def _gemma4_tokenizer(source: Path) -> Any:
     tokenizer = GemmaTokenizer({token: number for number, token in enumerate(tokens)}, pairs)
     control = [token for token, kind in zip(tokens, kinds, strict=True) if kind in _CONTROL_KINDS]
     tokenizer.add_special_tokens({"additional_special_tokens": control})
+    begins = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = begins
     return tokenizer
 
 
