@@ -109,7 +109,7 @@ def _merged_options(run: Run, record: RunRecord, given: dict[str, Any]) -> Optio
     fresh |= {"imatrix_file": None, "install": [], "push": None}
     if "quant" not in given and "imatrix_file" not in given:  # the run's types, and what some of them cannot be without
         needy = {*record.options["quant"]} & {*NEED_IMATRIX}
-        fresh["imatrix"] = bool(needy and record.options.get("imatrix"))
+        fresh |= {name: record.options.get(name) for name in ("imatrix", "imatrix_file") if needy}
     merged = options_over(record.options | fresh, given, "fuse", _OPTIONS)
     return merged
 

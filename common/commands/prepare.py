@@ -31,6 +31,7 @@ from common.export.mlx import check_installed
 from common.export.preflight import export_stages, tools_for
 from common.export.upload import check_push
 from common.llama_cpp.build import build_bytes
+from common.llama_cpp.imatrix import check_imatrix_rows
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
@@ -170,6 +171,8 @@ def model_and_rows(
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
+    if options.imatrix and options.export == "gguf":
+        check_imatrix_rows(int(rows.train.rows.lengths.sum()))
     _report(options, rows, suspicious, base, display)
     return base, rows, tokenizer, suspicious
 

@@ -11,11 +11,12 @@ from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model, most_bits, scheme_of
 from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convert import check_convertible
-from common.llama_cpp.imatrix import check_imatrix_file, imatrix_tool
+from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, check_lora_base, lora_script
 from common.llama_cpp.mmproj import vision_fault
 from common.llama_cpp.split import check_split, split_tool
+from common.models.families import is_known
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.options import Options, read_size
@@ -89,6 +90,8 @@ def _check_form(options: Options, method: str, base: ModelFolder, display: Displ
             f"{base.path} has a vision tower, but {fault}: the GGUF will take text only. For images, copy that "
             "file from the base model into the folder"
         )
+    if is_known(base.config):
+        check_imatrix_base(options.quant, base)
     if options.imatrix_file:
         check_imatrix_file(user_path(options.imatrix_file, "--imatrix-file"), base)
     if options.split_size:

@@ -133,6 +133,8 @@ def _other_gemma4(model: ModelFolder) -> str:
     """The same of a Gemma 4."""
     config = model.config
     kinds, first = config["layer_types"], config["num_hidden_layers"] - config["num_kv_shared_layers"]
+    if not config["final_logit_softcapping"]:
+        return "llama.cpp caps the logits of every Gemma 4, and this model does not"
     if first < len(kinds) and kinds[first - 2 : first] != ["sliding_attention", "full_attention"]:
         return "llama.cpp shares the keys of a sliding layer and of the full one behind it, and this model of others"
     if model.written_config["architectures"][0] == "Gemma4UnifiedForCausalLM":

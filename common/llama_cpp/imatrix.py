@@ -1,7 +1,7 @@
 """An importance matrix from the training rows: which weights a quantization should keep most exact."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,16 @@ from common.llama_cpp.gguf_file import read_tensors
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import tokenize
+from common.models.families import language_tensor, text_name
 from common.models.model_folder import ModelFolder
-from common.models.shapes import linear_shapes
+from common.models.shapes import linear_shapes, tensor_shapes
+from common.option_fields import NEED_IMATRIX
 from common.system.hardware import thread_limit
 
 _SUMS = ".in_sum2"  # how the names of the tensors end that hold the importance
 CHUNKS = 64  # of _CONTEXT tokens at most; llama.cpp's own advice calls that enough
 _CONTEXT = 512
+_SHORTEST = 32
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,37 @@ def check_imatrix_file(given: Path, base: ModelFolder) -> None:
         )
 
 
+def check_imatrix_base(quants: Sequence[str], base: ModelFolder) -> None:
+    """UserError where a type needs a matrix of every weight, and the model has weights that nothing reads.
+
+    A Gemma 4 from the hub has keys and values of its own in layers that use those of others. Called before training.
+    """
+    needy = [quant for quant in quants if quant in NEED_IMATRIX]
+    if needy and (unread := _unread(base)):
+        raise UserError(
+            f"--quant {needy[0]}: llama-quantize needs the importance of every weight for it, and the model has weights "
+            f"that it never reads, such as {unread[0]}.",
+            "Choose a larger type, such as IQ4_XS or Q4_K_M.",
+        )
+
+
+def _unread(base: ModelFolder) -> list[str]:
+    """The names of the language model's matrices that no forward pass reads, sorted."""
+    known, tied = tensor_shapes(base.config), base.config["tie_word_embeddings"]
+    names = {text_name(name) for name in base.tensors if name.endswith(".weight")} - known.keys()
+    return sorted(name for name in names if name.startswith("mtp.") or language_tensor(name, tied))
+
+
+def check_imatrix_rows(tokens: int) -> None:
+    """UserError where training rows of so many tokens are too few for a matrix. Called before training."""
+    if tokens // 3 < _SHORTEST:
+        raise UserError(
+            f"--imatrix: the training rows have {tokens} tokens, too few.",
+            "Give more rows or --imatrix-file FILE, or leave --imatrix out and choose a type that needs none, such as "
+            "Q4_K_M.",
+        )
+
+
 def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: LlamaCpp, progress: Progress) -> None:
     """Run the text through the bf16 GGUF, and write the importance of its weights to `out`.
 
@@ -92,8 +126,7 @@ def make_imatrix(bf16_gguf: Path, calibration: Calibration, out: Path, llama: Ll
     """
     tool, tokens = imatrix_tool(llama), calibration.tokens
     context = min(_CONTEXT, tokens // 3)  # the tool needs at least two contexts, and its token count differs a little
-    if context < 32:
-        raise UserError(f"--imatrix: the training rows have {tokens} tokens, too few.", "Leave --imatrix out.")
+    check_imatrix_rows(tokens)
     with scratch_folder() as temporary:
         source = temporary / "rows.txt"
         source.write_text(calibration.text, encoding="utf-8")

@@ -28,9 +28,10 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("layer_types") is None:
         count = config["num_hidden_layers"]
         config["layer_types"] = [_name((i + 1) % 6 == 0 or i + 1 == count) for i in range(count)]
-    for layer in (config.pop("per_layer_config", None) or {}).values():
+    unlike = config.pop("per_layer_config", None)
+    for layer in (unlike or {}).values():
         config |= {_GLOBAL[key]: value for key, value in layer.items() if key in _GLOBAL}
-    config.setdefault("global_head_dim", 512)
+    config.setdefault("global_head_dim", 512 if unlike is None else config["head_dim"])
     config["hidden_size_per_layer_input"] = config.get("hidden_size_per_layer_input") or 0
     if not config["attention_k_eq_v"]:  # then nobody but llama.cpp reads it
         config["num_global_key_value_heads"] = None

@@ -23,13 +23,15 @@ def twintune(*words: object, code: int = 0, env: dict[str, str] | None = None) -
     if env is not None:
         return _started([str(ROOT / "cli.py"), *map(str, words)], code, env)
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace", suffix=".log") as log:
-        request = {"words": [*map(str, words)], "log": log.name, "cwd": str(Path.cwd()), "env": dict(os.environ)}
+        request = {"words": [*map(str, words)], "log": log.name, "cwd": str(ROOT), "env": dict(os.environ)}
         server = _server()
         assert server.stdin is not None
         assert server.stdout is not None
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        status, output = int(server.stdout.readline()), log.read()
+        answer, output = server.stdout.readline(), log.read()
+    assert answer, f"the process that forks the commands ended with status {server.poll()}"
+    status = int(answer)
     assert status == code, f"{words}\n{output[-8000:]}"
     return output
 

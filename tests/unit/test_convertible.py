@@ -43,6 +43,7 @@ OTHERS = [
         {"layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"], "per_layer_config": None},
         "llama.cpp shares the keys of a sliding layer",
     ),
+    ("gemma4_text", {}, {"final_logit_softcapping": None}, "caps the logits of every Gemma 4"),
     (
         "gemma4_unified_text",
         {"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size_per_layer_input": 0},
