@@ -170,3 +170,15 @@ def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, 
     for family in ("gemma3", "llama", "qwen3"):
         check_model(ModelFolder(write_base(tmp_path / family, family, "today")), Display("plain"))
     assert capsys.readouterr().out == ""
+
+
+def test_a_mixed_scheme_keeps_more_bits_where_it_matters(tmp_path):
+    base = write_base(tmp_path / "base", "llama", "today")
+    adapter = backends.start_adapter(base, backends.make_recipe(base))
+    write_fused(ModelFolder(base), adapter, tmp_path / "fused", ServingConfig([2, 0], TEMPLATE), silent)
+    report = write_mlx_model(tmp_path / "fused", tmp_path / "mlx", silent, "mixed-4-6")
+    assert (report["scheme"], report["bits"]) == ("mixed-4-6", 4)
+    model, _ = load(str(tmp_path / "mlx"))
+    bits = {path: module.bits for path, module in model.named_modules() if isinstance(module, nn.QuantizedLinear)}
+    assert {bits[path] for path in bits if path.endswith("q_proj")} == {4}
+    assert 6 in {bits[path] for path in bits if path.endswith(("v_proj", "down_proj"))}

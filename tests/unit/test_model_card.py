@@ -16,7 +16,7 @@ from common.models.license import KNOWN, copy_terms, find_terms, read_front_matt
 from common.run_record import Run
 from tests.full_disk import full_disk
 from tests.unit.hub import TOKEN, finished_run
-from tests.unit.old_run import edit_record
+from tests.unit.old_run import edit_record, edit_yaml
 
 ALL = ["fused", "adapter", "gguf"]
 
@@ -59,6 +59,34 @@ def test_the_body(tmp_path: Path) -> None:
         assert said in text, said
     assert "None" not in text
     assert "best validation loss" not in text  # there was none
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        ({"rank": 4}, "vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules tuned=adapter"),
+        ({"rank": 4, "rank_pattern": {"q_proj": 48}}, "--max-lora-rank 64 "),
+        ({"method": "dora"}, ""),  # which vLLM does not know
+        ({"rank": 1024}, ""),
+    ],
+)
+def test_how_vllm_serves_it(recipe: dict, line: str, tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    edit_yaml(run / "recipe.yaml", recipe)
+    text = card(run, ALL)
+    assert "    vllm serve .\n" in text
+    assert ("--enable-lora" in text) == bool(line)
+    assert line in text
+    assert "vllm" not in card(run, ["gguf"])
+
+
+def test_the_adapters_gguf_beside_the_models(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    Run(run).update_export(lora_gguf="gguf/adapter.gguf")
+    (run / "gguf" / "adapter.gguf").write_bytes(b"GGUF")
+    text = card(run, ALL)
+    assert "    llama-server -m base.gguf --lora gguf/adapter.gguf --jinja" in text
+    assert "    llama-server -m gguf/model-Q4_K_M.gguf --jinja" in text
 
 
 def test_an_adapter_for_llama_cpp_alone(tmp_path: Path) -> None:
