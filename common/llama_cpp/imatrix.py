@@ -96,8 +96,8 @@ def check_imatrix_base(quants: Sequence[str], base: ModelFolder) -> None:
     needy = [quant for quant in quants if quant in NEED_IMATRIX]
     if needy and (unread := _unread(base)):
         raise UserError(
-            f"--quant {needy[0]}: llama-quantize needs the importance of every weight for it, and the model has weights "
-            f"that it never reads, such as {unread[0]}.",
+            f"--quant {needy[0]}: llama-quantize needs the importance of every weight for it, and the model "
+            f"has weights that it never reads, such as {unread[0]}.",
             "Choose a larger type, such as IQ4_XS or Q4_K_M.",
         )
 

@@ -19,7 +19,7 @@ from common.llama_cpp import build as build_module
 from common.llama_cpp import install
 from common.llama_cpp.build import extract, missing_build_tools
 from common.llama_cpp.gguf_file import read_tensors
-from common.llama_cpp.imatrix import check_imatrix_file
+from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, check_imatrix_rows
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.llama_cpp.split import check_split, split
@@ -28,6 +28,7 @@ from common.models.shapes import linear_shapes
 from common.system.process import fraction, run_logged, running
 from tests.full_disk import full_disk
 from tests.llama_server import llama_server
+from tests.tiny import write_family
 
 PREFIX = f"llama_cpp_python-{install.VERSION}/vendor/llama.cpp"
 
@@ -417,3 +418,19 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"<html>")
     with pytest.raises(UserError, match="is not a complete GGUF file"):
         read_tensors(tmp_path / "a.gguf")
+
+
+def test_weights_that_nobody_reads_have_no_importance(tmp_path: Path) -> None:
+    plain, hub = (
+        ModelFolder(write_family(tmp_path / name, "gemma4_text", older=name == "hub")) for name in ("plain", "hub")
+    )
+    check_imatrix_base(["IQ2_M"], plain)
+    check_imatrix_base(["IQ4_XS"], hub)
+    with pytest.raises(UserError, match=r"--quant IQ2_M: .* never reads, such as model\.layers\.\d+\.self_attn\.k_"):
+        check_imatrix_base(["Q4_K_M", "IQ2_M"], hub)
+
+
+def test_few_rows_have_no_importance() -> None:
+    check_imatrix_rows(96)
+    with pytest.raises(UserError, match="the training rows have 95 tokens, too few"):
+        check_imatrix_rows(95)
