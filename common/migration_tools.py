@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.goals import Setting
-from common.other_configs import RESPONSES_ONLY, dataset_files
+from common.other_configs import RESPONSES_ONLY, dataset_files, short
 
 NAMES = {
     "mlx_lm": "mlx_lm.lora",
@@ -68,11 +68,6 @@ class Migration:
 
     def put(self, name: str, value: Any, why: str) -> None:
         self.settings.append(Setting(name, value, why))
-
-
-def short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _mlx_lm(work: Migration, path: Path) -> None:

@@ -2,11 +2,12 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from common.documents import YAML_BYTES, parse_json, read_yaml
-from common.errors import UserError
+from common.errors import UserError, masked
 
 # Keys by which a program's file is known; a key may be a mark of several.
 MARKS: dict[str, set[str]] = {
@@ -44,8 +45,14 @@ _CALLS = {
     "UnslothTrainingArguments",
 }
 _TRAINER = "SFTTrainer"
+KEPT = "keys stay in the environment"
 _TRAINER_KEYS = {"dataset_text_field", "max_seq_length", "packing"}  # the others are objects
 RESPONSES_ONLY = "train_on_responses_only"  # Unsloth's function, and here a key: the script calls it
+# A key whose value is a secret. A tokenizer's tokens are none.
+_SECRET = re.compile(
+    r"secret|passw|webhook|credential|(?:api|access|private)_?key"
+    r"|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)token$"
+)
 _FIX = "Give the file that the other program reads: YAML, JSON, or Unsloth's script or notebook."
 
 
@@ -129,15 +136,57 @@ def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], le
             continue
         known, value = _literal(keyword.value, names)
         if is_secret(key):
-            left.append(f"{where}: keys stay in the environment")
+            left.append(f"{where}: {KEPT}")
         elif not known:
-            left.append(f"{where}: {ast.unparse(keyword.value)[:80]} is no literal")
+            left.append(f"{where}: {_source_of(keyword.value)} is no literal")
         elif values.setdefault(key, value) != value:
-            left.append(f"{where}: {value!r} in a second call; {values[key]!r} is taken")
+            both = f"{short(value)} in a second call; {short(values[key])} is taken"
+            left.append(f"{where}: {'another value in a second call' if _nested(value, values[key]) else both}")
+
+
+def _source_of(node: ast.expr) -> str:
+    """The code of the expression, without that of one with texts in it, which may be a token."""
+    if any(isinstance(part, ast.Constant) and isinstance(part.value, str | bytes) for part in ast.walk(node)):
+        return "an expression"
+    try:
+        return short(ast.unparse(node))
+    except RecursionError:
+        return "an expression"
 
 
 def is_secret(key: str) -> bool:
-    return key == "token" or key.endswith(("api_key", "hub_token", "hf_token", "auth_token", "access_token"))
+    return bool(_SECRET.search(key.lower().replace("-", "_")))
+
+
+def without_secrets(value: Any, name: str, left: list[str]) -> Any:
+    """`value` without the secret keys in its mappings, a line for each in `left`. name: the key that has the value."""
+    if isinstance(value, list | tuple):
+        return [without_secrets(part, name, left) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, part in value.items():
+        inner = f"{name}.{key}" if name else str(key)
+        if is_secret(str(key)):
+            left.append(f"{inner}: {KEPT}")
+        else:
+            kept[key] = without_secrets(part, inner, left)
+    return kept
+
+
+def _nested(*values: Any) -> bool:
+    """Whether one of them has parts; a text may hold JSON."""
+    return any(isinstance(value, dict | list | tuple | set) or str(value).strip()[:1] in ("{", "[") for value in values)
+
+
+def named(key: str, value: Any) -> str:
+    """A key that nobody knows, with its value where that has no parts: any of these may be a secret."""
+    return key if _nested(value) else f"{key} {short(value)}"
+
+
+def short(value: Any) -> str:
+    text = masked(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _literal(node: ast.expr, names: dict[str, Any]) -> tuple[bool, Any]:

@@ -11,8 +11,9 @@ import cli
 from common.errors import UserError
 from common.migration import migrated
 from common.option_sources import load_options
-from common.options import Options
-from common.other_configs import TOOLS, read_config, recognized
+from common.option_translation import KNOWN
+from common.options import Options, by_flag
+from common.other_configs import TOOLS, is_secret, read_config, recognized
 
 FILES = {
     "mlx_lm": """
@@ -288,6 +289,43 @@ def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest
     text, options = migrate(written(tmp_path, "axolotl", FILES["axolotl"].replace("lora_r: 32", "lora_r: many")))
     assert options.rank == 16
     assert "# - rank many: not taken: Input should be a valid integer" in text
+
+
+# --- secrets
+
+SECRETS = {
+    "mlx_lm": "iters: 3\nWANDB_API_KEY: precious\nwandb-apikey: precious\noptimizer: {a: {hf_token: precious}}\n",
+    "axolotl": "base_model: a/b\ndatasets: [{path: rows.json, password: precious}]\nother: [[precious]]\n",
+    "llama-factory": "stage: sft\nswanlab_lark_secret: precious\nswanlab_lark_webhook_url: precious\n"
+    "cutoff_len: 'https://me:precious@mirror/x'\n",
+    "trl": "dataset_name: a\ndtype: auto\nmodel_kwargs: {token: precious}\nnew: {thing: precious}\n"
+    "more: 'https://me:precious@mirror/x'\nother: \"{'token': 'hf_ABCDEFGHIJKLMNOPQRSTpreciousUVWXYZ'}\"\n",
+    "unsloth": """LoraConfig(r=8, model_init_kwargs={"token": "precious"}, Secret_Name="precious", bias=f("precious"))
+SFTConfig(loftq_config={"a": "precious"}, output_dir="b", eval_strategy=g(f"{x}precious"))
+SFTConfig(loftq_config={"b": "precious"}, bnb={"api-key": "precious"})
+""",
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_secret_gets_into_the_result(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, tool, SECRETS[tool]))
+    assert "precious" not in text
+    said = {"trl": "- new: not known here", "unsloth": "- bias (line 1): an expression is no literal"}
+    assert said.get(tool, "") in text
+    assert "keys stay in the environment" in text
+
+
+@pytest.mark.parametrize(
+    "key", ["hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken"]
+)
+def test_keys_of_secrets(key: str) -> None:
+    assert is_secret(key)
+
+
+def test_no_setting_that_is_known_is_a_secret() -> None:
+    assert [key for key in {*KNOWN, *by_flag(), "max_tokens", "add_eos_token", "tokenizer"} if is_secret(key)] == []
 
 
 # --- what cannot be read
