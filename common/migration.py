@@ -11,7 +11,7 @@ from common.goals import Setting, comment, written
 from common.migration_tools import DEFAULTS, NAMES, READERS, Migration
 from common.option_translation import translate
 from common.options import Options, by_flag
-from common.other_configs import named, short, without_secrets
+from common.other_configs import Unread, named, short, without_secrets
 
 # Keys that mean the same only together: where one is given, the default of the others is not.
 _TOGETHER = (
@@ -21,20 +21,21 @@ _TOGETHER = (
     {"seed", "random_state"},
     {"lora_r", "r", "lora_rank"},
     {"num_layers", "lora_layers"},
+    {"batch_size", "micro_batch_size"},
 )
 _NOT_IN_A_FILE = ("config", "resume", "llama_cpp")
 _OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "lora_plus")
 _OTHERS_CHECKPOINT = "a checkpoint of the other program; give a finished adapter of it by adapter"
 
 
-def migrated(path: Path, values: dict[str, Any], tool: str, unread: list[str]) -> str:
+def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> str:
     """The text of a file for --config that trains as the other program's file does, as far as that can be.
 
-    unread: lines for settings that are no literals. Raises UserError where nothing of it can be an option.
+    unread: keys whose values could not be read. Raises UserError where nothing of it can be an option.
     """
-    left = list(unread)
+    left = [line for _, line in unread]
     given = {str(key).replace("-", "_"): value for key, value in without_secrets(values, "", left).items()}
-    work = Migration(given, frozenset(given), left=left)
+    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread), left=left)
     _one_of_two(work)
     _fill(work, tool)
     READERS[tool](work, path)
@@ -58,6 +59,8 @@ def _as_it_is(name: str, work: Migration) -> str:
         return f"{name}: taken as it is"
     if name in ("rank", "dropout") and "lora_parameters" in work.given:
         return f"lora_parameters.{name}: taken as it is"
+    if work.computed:
+        return f"{name}: not read in the script; the other program's default"
     return f"{name}: not in the file; the other program's default"
 
 
@@ -81,7 +84,10 @@ def _fill(work: Migration, tool: str) -> None:
         group = next((group for group in _TOGETHER if key in group), {key})
         if not group & work.values.keys():
             work.values[key] = value
-            work.beware.append(f"{key} is not in the file: {NAMES[tool]} takes {short(value)}, and so does this file")
+            computed = ", ".join(sorted(work.computed & {*group, "**"}))
+            default = f"{key} {short(value)} is the default of {NAMES[tool]}: set it yourself"
+            asked = f"{key} is not in the file: {NAMES[tool]} takes {short(value)}, and so does this file"
+            work.beware.append(f"{computed}: computed in the script; {default}" if computed else asked)
 
 
 def _common(work: Migration, tool: str) -> None:

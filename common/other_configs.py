@@ -53,11 +53,16 @@ _SECRET = re.compile(
     r"secret|passw|webhook|credential|(?:api|access|private)_?key"
     r"|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)token$"
 )
+_REST = "**"  # stands for the keys in a `**` of a call
+_CODE_BYTES = 1_000_000  # Python takes 10 s and more for larger ones
 _FIX = "Give the file that the other program reads: YAML, JSON, or Unsloth's script or notebook."
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """`(the keys that the file sets, a line for each that is no literal)`. Raises UserError naming file and line."""
+Unread = list[tuple[str, str]]  # keys of a script that are no literals, each with a line about it
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Unread]:
+    """`(the keys that the file sets, those whose values are not read)`. Raises UserError naming file and line."""
     try:
         if path.suffix in _SCRIPTS:
             return _script(path)
@@ -99,11 +104,13 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text.", _FIX) from None
 
 
-def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _script(path: Path) -> tuple[dict[str, Any], Unread]:
     """The settings of the calls in a script or notebook, read as literals."""
     code = _text(path)
     if path.suffix == ".ipynb":
         code = _cells(parse_json(code.encode()))
+    if len(code.encode()) > _CODE_BYTES:
+        raise UserError(f"{path} has more than {_CODE_BYTES / 1e6:.0f} MB of code, too much for settings.", _FIX)
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -116,7 +123,7 @@ def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
             known, value = _literal(node.value, names)
             names |= {node.targets[0].id: value} if known else {}
     values: dict[str, Any] = {}
-    left: list[str] = []
+    left: Unread = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         _read_call(call, names, values, left)
     if not values:
@@ -124,24 +131,27 @@ def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
     return values, left
 
 
-def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], left: list[str]) -> None:
+def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], left: Unread) -> None:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name == RESPONSES_ONLY:
         values[RESPONSES_ONLY] = True
     if name not in (*_CALLS, _TRAINER):
         return
     for keyword in call.keywords:
-        key, where = keyword.arg, f"{keyword.arg} (line {keyword.value.lineno})"
-        if key is None or (name == _TRAINER and key not in _TRAINER_KEYS):
+        key = keyword.arg or _REST
+        where = f"{key} (line {keyword.value.lineno})"
+        if name == _TRAINER and key not in (_REST, *_TRAINER_KEYS):
             continue
         known, value = _literal(keyword.value, names)
-        if is_secret(key):
-            left.append(f"{where}: {KEPT}")
+        if key == _REST:
+            left.append((key, f"{where}: its settings are not read"))
+        elif is_secret(key):
+            left.append((key, f"{where}: {KEPT}"))
         elif not known:
-            left.append(f"{where}: {_source_of(keyword.value)} is no literal")
+            left.append((key, f"{where}: {_source_of(keyword.value)} is no literal"))
         elif values.setdefault(key, value) != value:
             both = f"{short(value)} in a second call; {short(values[key])} is taken"
-            left.append(f"{where}: {'another value in a second call' if _nested(value, values[key]) else both}")
+            left.append((key, f"{where}: {'another value in a second call' if _nested(value, values[key]) else both}"))
 
 
 def _source_of(node: ast.expr) -> str:
@@ -202,7 +212,10 @@ def _literal(node: ast.expr, names: dict[str, Any]) -> tuple[bool, Any]:
 def _cells(notebook: dict[str, Any]) -> str:
     """The code of a notebook, without lines for the shell and for Jupyter."""
     lines: list[str] = []
-    for cell in notebook.get("cells") or []:
+    cells = notebook.get("cells") or []
+    if not isinstance(cells, list):
+        raise ValueError("not a notebook: its cells are not a list.")
+    for cell in cells:
         if isinstance(cell, dict) and cell.get("cell_type") == "code":
             source = cell.get("source") or ""
             text = "".join(map(str, source)) if isinstance(source, list) else str(source)
