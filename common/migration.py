@@ -1,16 +1,17 @@
 """A configuration of another program as one of Twintune's: each option with what it was, and all that is left out."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from common.errors import UserError
+from common.errors import UserError, masked
 from common.goals import Setting, comment, written
-from common.migration_tools import DEFAULTS, NAMES, READERS, Migration, short
+from common.migration_tools import DEFAULTS, NAMES, READERS, Migration
 from common.option_translation import translate
 from common.options import Options, by_flag
-from common.other_configs import is_secret
+from common.other_configs import Unread, named, short, without_secrets
 
 # Keys that mean the same only together: where one is given, the default of the others is not.
 _TOGETHER = (
@@ -20,22 +21,21 @@ _TOGETHER = (
     {"seed", "random_state"},
     {"lora_r", "r", "lora_rank"},
     {"num_layers", "lora_layers"},
+    {"batch_size", "micro_batch_size"},
 )
 _NOT_IN_A_FILE = ("config", "resume", "llama_cpp")
 _OF_ADAPTERS = ("rank", "alpha", "dropout", "targets", "layers", "rslora", "lora_plus")
 _OTHERS_CHECKPOINT = "a checkpoint of the other program; give a finished adapter of it by adapter"
 
 
-def migrated(path: Path, values: dict[str, Any], tool: str, unread: list[str]) -> str:
+def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> str:
     """The text of a file for --config that trains as the other program's file does, as far as that can be.
 
-    unread: lines for settings that are no literals. Raises UserError where nothing of it can be an option.
+    unread: keys whose values could not be read. Raises UserError where nothing of it can be an option.
     """
-    given = {str(key).replace("-", "_"): value for key, value in values.items()}
-    work = Migration(given, frozenset(given), left=list(unread))
-    for key in [key for key in given if is_secret(key)]:
-        del given[key]
-        work.left.append(f"{key}: keys stay in the environment")
+    left = [line for _, line in unread]
+    given = {str(key).replace("-", "_"): value for key, value in without_secrets(values, "", left).items()}
+    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread), left=left)
     _one_of_two(work)
     _fill(work, tool)
     READERS[tool](work, path)
@@ -43,13 +43,13 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: list[str]) -
     options, notes, faults = translate(work.values)
     taken = {setting.name for setting in work.settings}
     for name in [name for name in options if name not in by_flag() or name in _NOT_IN_A_FILE]:
-        work.left.append(f"{name} {short(options.pop(name))}: not known here; look whether it matters")
+        work.left.append(f"{named(name, options.pop(name))}: not known here; look whether it matters")
     for name, value in options.items():
         if name not in taken and value is not None:
             why = [note for note in notes if f"-> {name} " in f"{note} "]
             work.put(name, value, "; ".join(why) or _as_it_is(name, work))
-    named = [f"-> {name} " for name in options]
-    needless = [note for note in notes if not any(part in f"{note} " for part in named)]
+    meant = [f"-> {name} " for name in options]
+    needless = [note for note in notes if not any(part in f"{note} " for part in meant)]
     settings = _accepted(work)
     return _text(path, tool, settings, work, [*work.left, *faults], needless)
 
@@ -59,6 +59,8 @@ def _as_it_is(name: str, work: Migration) -> str:
         return f"{name}: taken as it is"
     if name in ("rank", "dropout") and "lora_parameters" in work.given:
         return f"lora_parameters.{name}: taken as it is"
+    if work.computed:
+        return f"{name}: not read in the script; the other program's default"
     return f"{name}: not in the file; the other program's default"
 
 
@@ -82,7 +84,10 @@ def _fill(work: Migration, tool: str) -> None:
         group = next((group for group in _TOGETHER if key in group), {key})
         if not group & work.values.keys():
             work.values[key] = value
-            work.beware.append(f"{key} is not in the file: {NAMES[tool]} takes {short(value)}, and so does this file")
+            computed = ", ".join(sorted(work.computed & {*group, "**"}))
+            default = f"{key} {short(value)} is the default of {NAMES[tool]}: set it yourself"
+            asked = f"{key} is not in the file: {NAMES[tool]} takes {short(value)}, and so does this file"
+            work.beware.append(f"{computed}: computed in the script; {default}" if computed else asked)
 
 
 def _common(work: Migration, tool: str) -> None:
@@ -152,7 +157,8 @@ def _accepted(work: Migration) -> list[Setting]:
 
 def _text(path: Path, tool: str, settings: list[Setting], work: Migration, left: list[str], needless: list[str]) -> str:
     head = [f"From {path.name}, a configuration of {NAMES[tool]}, by `migrate`. Each option stands below what it was."]
-    parts = ["".join(map(comment, head)), *map(written, settings)]
+    parts = ["".join(map(comment, head))]
+    parts += [written(replace(setting, why=masked(setting.why))) for setting in settings]
     if not any(setting.name == "data" for setting in settings):
         parts.append(comment("data: the file has no rows that can be found; add a file or a folder here, or --data"))
     for title, lines in (
@@ -161,5 +167,5 @@ def _text(path: Path, tool: str, settings: list[Setting], work: Migration, left:
         ("Not needed here:", needless),
     ):
         if lines:
-            parts.append(comment(title) + "".join(comment(f"- {line}") for line in dict.fromkeys(lines)))
+            parts.append(comment(title) + "".join(comment(masked(f"- {line}")) for line in dict.fromkeys(lines)))
     return "\n".join(parts)

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.goals import Setting
-from common.other_configs import RESPONSES_ONLY, dataset_files
+from common.other_configs import RESPONSES_ONLY, dataset_files, short
 
 NAMES = {
     "mlx_lm": "mlx_lm.lora",
@@ -31,7 +31,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"iters": 1000, "batch_size": 4, "learning_rate": 1e-5, "num_layers": 16, "max_seq_length": 2048, "seed": 0},
         **{"lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}, "steps_per_eval": 200, "val_batches": 25},
     },
-    "axolotl": {"lr_scheduler": "cosine", "val_set_size": 0.0, "warmup_ratio": 0.03, "max_grad_norm": 1.0, "seed": 42},
+    "axolotl": {
+        **{"lr_scheduler": "cosine", "val_set_size": 0.0, "warmup_ratio": 0.03, "max_grad_norm": 1.0, "seed": 42},
+        **{"num_epochs": 1, "micro_batch_size": 1, "sequence_len": 512},
+    },
     "llama-factory": {
         **_TRAINER,
         **_BATCH,
@@ -58,6 +61,7 @@ class Migration:
 
     values: dict[str, Any]
     given: frozenset[str]  # keys of the file
+    computed: frozenset[str] = frozenset()  # keys of a script that are no literals; ** for those that are not known
     settings: list[Setting] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     beware: list[str] = field(default_factory=list)
@@ -70,11 +74,6 @@ class Migration:
         self.settings.append(Setting(name, value, why))
 
 
-def short(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _mlx_lm(work: Migration, path: Path) -> None:
     values = work.values
     if values.get("lora_layers") is not None and "num_layers" not in values:
@@ -85,7 +84,7 @@ def _mlx_lm(work: Migration, path: Path) -> None:
         values.pop("optimizer", None)
         work.put("weight_decay", 0.0, "optimizer adam: AdamW without weight decay; mlx_lm's corrects no bias at first")
     values.pop("optimizer_config", None)
-    batches, batch = values.pop("val_batches"), values["batch_size"]
+    batches, batch = values.pop("val_batches"), values.get("batch_size")
     if isinstance(batches, int) and isinstance(batch, int):
         rows = 0 if batches < 0 else batches * batch
         work.put("eval_rows", rows, f"val_batches {batches} x batch_size {batch} rows")
@@ -107,10 +106,11 @@ def _mlx_schedule(work: Migration) -> None:
         work.put("warmup", 0, "and has no warm-up")
         return
     names = {"cosine_decay": "cosine", "linear_schedule": "linear"}
-    if given.get("name") not in names:
+    name = str(given.get("name"))
+    if name not in names:
         work.left.append(f"lr_schedule {short(given)}: not offered; schedule is cosine, linear or constant")
         return
-    work.put("schedule", names[given["name"]], f"lr_schedule {given['name']}; here it always ends near 0")
+    work.put("schedule", names[name], f"lr_schedule {name}; here it always ends near 0")
     arguments = given.get("arguments")
     if isinstance(arguments, list) and arguments:
         work.values["learning_rate"] = arguments[0]
@@ -164,8 +164,9 @@ def _llama_factory(work: Migration, path: Path) -> None:
     if values.get("lora_target") == "all":
         values.pop("lora_target")
         work.put("targets", ["all-linear"], "lora_target all")
-    if "lora_alpha" not in values and isinstance(values["lora_rank"], int):
-        values["lora_alpha"] = 2 * values["lora_rank"]
+    rank = next((values[key] for key in ("lora_rank", "lora_r", "r") if key in values), None)
+    if "lora_alpha" not in values and isinstance(rank, int):
+        values["lora_alpha"] = 2 * rank
         work.beware.append("lora_alpha is not in the file: LLaMA-Factory takes twice the rank")
     bits = values.pop("quantization_bit", None)
     if bits is not None:
@@ -202,6 +203,9 @@ def _trl(work: Migration, path: Path) -> None:
 
 
 def _no_validation(work: Migration) -> None:
+    if (work.computed - work.given) & {"eval_strategy", "evaluation_strategy"}:
+        work.beware.append("eval_strategy is computed in the script: if nothing is validated there, valid_share: 0")
+        return
     asked = work.values.get("eval_strategy", work.values.get("evaluation_strategy", "no"))
     if str(asked).lower() in ("no", "false"):
         why = "nothing is validated there. 0.1 would keep a tenth of the rows, and the best adapter would be exported"
@@ -233,7 +237,7 @@ def _unsloth(work: Migration, path: Path) -> None:
         work.put("method", "full", "full_finetuning")
     if not values.pop(RESPONSES_ONLY, False):
         work.put("train_on", "all", "the script does not call train_on_responses_only. assistant is usually better")
-    if "learning_rate" not in work.given:
+    if "learning_rate" not in work.given | work.computed:
         work.beware.append("learning_rate is that of TrainingArguments; a script with SFTConfig takes 2e-05")
     work.beware.append("the rows are made by code in the script: write them to a file, and name it under data")
 

@@ -2,11 +2,12 @@
 
 import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from common.documents import YAML_BYTES, parse_json, read_yaml
-from common.errors import UserError
+from common.errors import UserError, masked
 
 # Keys by which a program's file is known; a key may be a mark of several.
 MARKS: dict[str, set[str]] = {
@@ -44,13 +45,24 @@ _CALLS = {
     "UnslothTrainingArguments",
 }
 _TRAINER = "SFTTrainer"
+KEPT = "keys stay in the environment"
 _TRAINER_KEYS = {"dataset_text_field", "max_seq_length", "packing"}  # the others are objects
 RESPONSES_ONLY = "train_on_responses_only"  # Unsloth's function, and here a key: the script calls it
+# A key whose value is a secret. A tokenizer's tokens are none.
+_SECRET = re.compile(
+    r"secret|passw|webhook|credential|(?:api|access|private)_?key"
+    r"|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)token$"
+)
+_REST = "**"  # stands for the keys in a `**` of a call
+_CODE_BYTES = 1_000_000  # Python takes 10 s and more for larger ones
 _FIX = "Give the file that the other program reads: YAML, JSON, or Unsloth's script or notebook."
 
 
-def read_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """`(the keys that the file sets, a line for each that is no literal)`. Raises UserError naming file and line."""
+Unread = list[tuple[str, str]]  # keys of a script that are no literals, each with a line about it
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Unread]:
+    """`(the keys that the file sets, those whose values are not read)`. Raises UserError naming file and line."""
     try:
         if path.suffix in _SCRIPTS:
             return _script(path)
@@ -92,11 +104,13 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text.", _FIX) from None
 
 
-def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _script(path: Path) -> tuple[dict[str, Any], Unread]:
     """The settings of the calls in a script or notebook, read as literals."""
     code = _text(path)
     if path.suffix == ".ipynb":
         code = _cells(parse_json(code.encode()))
+    if len(code.encode()) > _CODE_BYTES:
+        raise UserError(f"{path} has more than {_CODE_BYTES / 1e6:.0f} MB of code, too much for settings.", _FIX)
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -109,7 +123,7 @@ def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
             known, value = _literal(node.value, names)
             names |= {node.targets[0].id: value} if known else {}
     values: dict[str, Any] = {}
-    left: list[str] = []
+    left: Unread = []
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         _read_call(call, names, values, left)
     if not values:
@@ -117,27 +131,72 @@ def _script(path: Path) -> tuple[dict[str, Any], list[str]]:
     return values, left
 
 
-def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], left: list[str]) -> None:
+def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], left: Unread) -> None:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name == RESPONSES_ONLY:
         values[RESPONSES_ONLY] = True
     if name not in (*_CALLS, _TRAINER):
         return
     for keyword in call.keywords:
-        key, where = keyword.arg, f"{keyword.arg} (line {keyword.value.lineno})"
-        if key is None or (name == _TRAINER and key not in _TRAINER_KEYS):
+        key = keyword.arg or _REST
+        where = f"{key} (line {keyword.value.lineno})"
+        if name == _TRAINER and key not in (_REST, *_TRAINER_KEYS):
             continue
         known, value = _literal(keyword.value, names)
-        if is_secret(key):
-            left.append(f"{where}: keys stay in the environment")
+        if key == _REST:
+            left.append((key, f"{where}: its settings are not read"))
+        elif is_secret(key):
+            left.append((key, f"{where}: {KEPT}"))
         elif not known:
-            left.append(f"{where}: {ast.unparse(keyword.value)[:80]} is no literal")
+            left.append((key, f"{where}: {_source_of(keyword.value)} is no literal"))
         elif values.setdefault(key, value) != value:
-            left.append(f"{where}: {value!r} in a second call; {values[key]!r} is taken")
+            both = f"{short(value)} in a second call; {short(values[key])} is taken"
+            left.append((key, f"{where}: {'another value in a second call' if _nested(value, values[key]) else both}"))
+
+
+def _source_of(node: ast.expr) -> str:
+    """The code of the expression, without that of one with texts in it, which may be a token."""
+    if any(isinstance(part, ast.Constant) and isinstance(part.value, str | bytes) for part in ast.walk(node)):
+        return "an expression"
+    try:
+        return short(ast.unparse(node))
+    except RecursionError:
+        return "an expression"
 
 
 def is_secret(key: str) -> bool:
-    return key == "token" or key.endswith(("api_key", "hub_token", "hf_token", "auth_token", "access_token"))
+    return bool(_SECRET.search(key.lower().replace("-", "_")))
+
+
+def without_secrets(value: Any, name: str, left: list[str]) -> Any:
+    """`value` without the secret keys in its mappings, a line for each in `left`. name: the key that has the value."""
+    if isinstance(value, list | tuple):
+        return [without_secrets(part, name, left) for part in value]
+    if not isinstance(value, dict):
+        return value
+    kept = {}
+    for key, part in value.items():
+        inner = f"{name}.{key}" if name else str(key)
+        if is_secret(str(key)):
+            left.append(f"{inner}: {KEPT}")
+        else:
+            kept[key] = without_secrets(part, inner, left)
+    return kept
+
+
+def _nested(*values: Any) -> bool:
+    """Whether one of them has parts; a text may hold JSON."""
+    return any(isinstance(value, dict | list | tuple | set) or str(value).strip()[:1] in ("{", "[") for value in values)
+
+
+def named(key: str, value: Any) -> str:
+    """A key that nobody knows, with its value where that has no parts: any of these may be a secret."""
+    return key if _nested(value) else f"{key} {short(value)}"
+
+
+def short(value: Any) -> str:
+    text = masked(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _literal(node: ast.expr, names: dict[str, Any]) -> tuple[bool, Any]:
@@ -153,7 +212,10 @@ def _literal(node: ast.expr, names: dict[str, Any]) -> tuple[bool, Any]:
 def _cells(notebook: dict[str, Any]) -> str:
     """The code of a notebook, without lines for the shell and for Jupyter."""
     lines: list[str] = []
-    for cell in notebook.get("cells") or []:
+    cells = notebook.get("cells") or []
+    if not isinstance(cells, list):
+        raise ValueError("not a notebook: its cells are not a list.")
+    for cell in cells:
         if isinstance(cell, dict) and cell.get("cell_type") == "code":
             source = cell.get("source") or ""
             text = "".join(map(str, source)) if isinstance(source, list) else str(source)

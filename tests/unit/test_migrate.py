@@ -11,8 +11,9 @@ import cli
 from common.errors import UserError
 from common.migration import migrated
 from common.option_sources import load_options
-from common.options import Options
-from common.other_configs import TOOLS, read_config, recognized
+from common.option_translation import KNOWN
+from common.options import Options, by_flag
+from common.other_configs import TOOLS, is_secret, read_config, recognized
 
 FILES = {
     "mlx_lm": """
@@ -290,6 +291,104 @@ def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest
     assert "# - rank many: not taken: Input should be a valid integer" in text
 
 
+# --- secrets
+
+SECRETS = {
+    "mlx_lm": "iters: 3\nWANDB_API_KEY: precious\nwandb-apikey: precious\noptimizer: {a: {hf_token: precious}}\n",
+    "axolotl": "base_model: a/b\ndatasets: [{path: rows.json, password: precious}]\nother: [[precious]]\n",
+    "llama-factory": "stage: sft\nswanlab_lark_secret: precious\nswanlab_lark_webhook_url: precious\n"
+    "cutoff_len: 'https://me:precious@mirror/x'\n",
+    "trl": "dataset_name: a\ndtype: auto\nmodel_kwargs: {token: precious}\nnew: {thing: precious}\n"
+    "more: 'https://me:precious@mirror/x'\nother: \"{'token': 'hf_ABCDEFGHIJKLMNOPQRSTpreciousUVWXYZ'}\"\n",
+    "unsloth": """LoraConfig(r=8, model_init_kwargs={"token": "precious"}, Secret_Name="precious", bias=f("precious"))
+SFTConfig(loftq_config={"a": "precious"}, output_dir="b", eval_strategy=g(f"{x}precious"))
+SFTConfig(loftq_config={"b": "precious"}, bnb={"api-key": "precious"})
+""",
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_no_secret_gets_into_the_result(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, tool, SECRETS[tool]))
+    assert "precious" not in text
+    said = {"trl": "- new: not known here", "unsloth": "- bias (line 1): an expression is no literal"}
+    assert said.get(tool, "") in text
+    assert "keys stay in the environment" in text
+
+
+@pytest.mark.parametrize(
+    "key", ["hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken"]
+)
+def test_keys_of_secrets(key: str) -> None:
+    assert is_secret(key)
+
+
+def test_no_setting_that_is_known_is_a_secret() -> None:
+    assert [key for key in {*KNOWN, *by_flag(), "max_tokens", "add_eos_token", "tokenizer"} if is_secret(key)] == []
+
+
+# --- what a script computes
+
+
+def script(folder: Path, text: str) -> Path:
+    path = folder / "train.py"
+    path.write_text(text)
+    return path
+
+
+def test_what_is_computed_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, options = migrate(script(tmp_path, "LoraConfig(r=rank)\nSFTConfig(max_steps=n(), eval_strategy=s, seed=3)\n"))
+    assert (options.rank, options.epochs, options.seed) == (16, 3, 3)
+    assert "# - r: computed in the script; r 16 is the default of Unsloth: set it yourself" in text
+    assert "# - max_steps: computed in the script; num_train_epochs 3 is the default of Unsloth" in text
+    assert "r is not in the file" not in text
+    assert "# - lora_alpha is not in the file: Unsloth takes 16" in text
+    assert "# - eval_strategy is computed in the script: if nothing" in text
+    assert options.valid_share != 0
+
+
+@pytest.mark.parametrize("call", ["SFTConfig", "SFTTrainer"])
+def test_keys_behind_stars_are_listed_as_not_read(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(script(tmp_path, f"LoraConfig(r=8)\n{call}(**dict(max_steps=60, hub_token='precious'))\n"))
+    assert "# - ** (line 2): its settings are not read" in text
+    assert "# - **: computed in the script; num_train_epochs 3 is the default of Unsloth: set it yourself" in text
+    assert "precious" not in text
+
+
+def test_an_expression_that_is_nested_too_deeply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(script(tmp_path, f"LoraConfig(lora_alpha=8, r={'-' * 2000}x)\n"))
+    assert "# - r (line 1): an expression is no literal" in text
+
+
+# --- other programs' defaults
+
+
+def test_what_axolotl_does_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, options = migrate(written(tmp_path, "axolotl", "base_model: a/b\ngradient_accumulation_steps: 4\n"))
+    assert (options.epochs, options.batch_size, options.max_length) == (1, 4, 512)
+    assert "# - num_epochs is not in the file: Axolotl takes 1" in text
+    _, options = migrate(written(tmp_path, "axolotl", "base_model: a/b\nbatch_size: 6\nmax_steps: 9\n"))
+    assert (options.epochs, options.batch_size, options.steps) == (None, 6, 9)
+
+
+def test_llama_factory_with_another_name_of_the_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, options = migrate(written(tmp_path, "llama-factory", "stage: sft\ncutoff_len: 9\nr: 4\n"))
+    assert (options.rank, options.alpha) == (4, 8)
+
+
+@pytest.mark.parametrize("name", ["[a]", "{a: 1}", "5", "null"])
+def test_a_schedule_of_no_name_is_listed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, "mlx_lm", f"iters: 8\nlr_schedule: {{name: {name}}}\n"))
+    assert "# - lr_schedule {'name': " in text
+
+
 # --- what cannot be read
 
 
@@ -303,6 +402,8 @@ def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest
         ("a.py", "model = (\n1", "a.py line 1 is not Python: '(' was never closed"),
         ("a.py", "x = 1", "a.py calls none of"),
         ("a.ipynb", "{}", "a.ipynb calls none of"),
+        ("a.ipynb", '{"cells": 5}', "a.ipynb is not a notebook: its cells are not a list"),
+        ("a.py", f"#{'x' * 1_000_000}", "a.py has more than 1 MB of code"),
         ("missing.yaml", None, "missing.yaml: no such file"),
         ("a.yaml", "hello: 1\n", "none of its keys is one of theirs"),
     ],
