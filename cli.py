@@ -20,7 +20,7 @@ _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export i
 # Each is a module of common/commands with `add_arguments(parser)` and `run(args, context)`.
 COMMANDS = {
     "init": "ask for goal, rows and model, and write a commented YAML file for train; list the presets",
-    "migrate": "turn a configuration of mlx_lm, Axolotl, LLaMA-Factory, TRL or Unsloth into one for train",
+    "migrate": "turn a configuration of mlx-lm, Axolotl, LLaMA-Factory, TRL or Unsloth into one for train",
     "train": "fine-tune a model on your rows and export it; without options, the built-in example",
     "plan": "estimate memory and time of train with the same options; train nothing",
     "tune": "search learning rate, epochs, batch size, rank and dropout, and write the best recipe",

@@ -11,7 +11,7 @@ from common.goals import Setting
 from common.other_configs import RESPONSES_ONLY, dataset_files, short
 
 NAMES = {
-    "mlx_lm": "mlx_lm.lora",
+    "mlx-lm": "mlx_lm.lora",
     "axolotl": "Axolotl",
     "llama-factory": "LLaMA-Factory",
     "trl": "TRL",
@@ -27,7 +27,7 @@ _TRAINER = {
 _BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0}
 # What a program takes for a key that its file leaves out, where that is not Twintune's own default.
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "mlx_lm": {
+    "mlx-lm": {
         **{"iters": 1000, "batch_size": 4, "learning_rate": 1e-5, "num_layers": 16, "max_seq_length": 2048, "seed": 0},
         **{"lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}, "steps_per_eval": 200, "val_batches": 25},
     },
@@ -243,7 +243,7 @@ def _unsloth(work: Migration, path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Migration, Path], None]] = {
-    "mlx_lm": _mlx_lm,
+    "mlx-lm": _mlx_lm,
     "axolotl": _axolotl,
     "llama-factory": _llama_factory,
     "trl": _trl,

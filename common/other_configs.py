@@ -11,7 +11,7 @@ from common.errors import UserError, masked
 
 # Keys by which a program's file is known; a key may be a mark of several.
 MARKS: dict[str, set[str]] = {
-    "mlx_lm": {
+    "mlx-lm": {
         "iters",
         "lora_parameters",
         "fine_tune_type",

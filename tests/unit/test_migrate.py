@@ -16,7 +16,7 @@ from common.options import Options, by_flag
 from common.other_configs import TOOLS, is_secret, read_config, recognized
 
 FILES = {
-    "mlx_lm": """
+    "mlx-lm": """
 model: mlx-community/Llama-3.2-1B-Instruct
 train: true
 data: data/persona
@@ -138,7 +138,7 @@ trainer = train_on_responses_only(trainer, instruction_part = "<|user|>", respon
 """,
 }
 WANTED: dict[str, dict[str, Any]] = {
-    "mlx_lm": {
+    "mlx-lm": {
         **{"model": "mlx-community/Llama-3.2-1B-Instruct", "data": ["data/persona"], "method": "lora", "rank": 16},
         **{"alpha": 32.0, "dropout": 0.05, "targets": ["q_proj", "v_proj"], "layers": "last:8", "batch_size": 16},
         **{"steps": 200, "eval_every": 50, "save_every": 100, "warmup": 25, "schedule": "cosine", "eval_rows": 40},
@@ -174,7 +174,7 @@ WANTED: dict[str, dict[str, Any]] = {
     },
 }
 SAID = {
-    "mlx_lm": [
+    "mlx-lm": [
         "# mlx_lm's iters 800 micro-batches -> steps 200",
         "# lora_parameters.scale 2 with rank 16 -> alpha 32",
         "# - steps_per_report: not needed",
@@ -278,7 +278,7 @@ def test_trl_without_peft_trains_every_weight(tmp_path: Path, monkeypatch: pytes
 
 def test_what_mlx_lm_does_without_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text, options = migrate(written(tmp_path, "mlx_lm", "model: a/b\nfine_tune_type: lora\nadapter_path: x\n"))
+    text, options = migrate(written(tmp_path, "mlx-lm", "model: a/b\nfine_tune_type: lora\nadapter_path: x\n"))
     assert (options.steps, options.batch_size, options.learning_rate, options.alpha) == (1000, 4, 1e-5, 160.0)
     assert (options.schedule, options.warmup, options.train_on, options.layers) == ("constant", 0, "all", "last:16")
     assert "# - iters is not in the file: mlx_lm.lora takes 1000, and so does this file" in text
@@ -294,7 +294,7 @@ def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest
 # --- secrets
 
 SECRETS = {
-    "mlx_lm": "iters: 3\nWANDB_API_KEY: precious\nwandb-apikey: precious\noptimizer: {a: {hf_token: precious}}\n",
+    "mlx-lm": "iters: 3\nWANDB_API_KEY: precious\nwandb-apikey: precious\noptimizer: {a: {hf_token: precious}}\n",
     "axolotl": "base_model: a/b\ndatasets: [{path: rows.json, password: precious}]\nother: [[precious]]\n",
     "llama-factory": "stage: sft\nswanlab_lark_secret: precious\nswanlab_lark_webhook_url: precious\n"
     "cutoff_len: 'https://me:precious@mirror/x'\n",
@@ -385,7 +385,7 @@ def test_llama_factory_with_another_name_of_the_rank(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("name", ["[a]", "{a: 1}", "5", "null"])
 def test_a_schedule_of_no_name_is_listed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text, _ = migrate(written(tmp_path, "mlx_lm", f"iters: 8\nlr_schedule: {{name: {name}}}\n"))
+    text, _ = migrate(written(tmp_path, "mlx-lm", f"iters: 8\nlr_schedule: {{name: {name}}}\n"))
     assert "# - lr_schedule {'name': " in text
 
 
