@@ -1,6 +1,6 @@
 """An attest compared with what is computed again, figure by figure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,8 +15,8 @@ STATES: tuple[State, ...] = ("reproduced", "differs", "not checkable here")
 # How far a figure may be from the stated one, absolute and as a share of it; all others must be equal.
 # KL divergences depend on how a processor rounds; a fault of a quantization shows in the first digit.
 TOLERANCES = {
-    ("verification", "mean KL"): (5e-4, 0.05),
-    ("verification", "p99 KL"): (5e-3, 0.1),
+    ("verification", "mean KL"): (5e-5, 0.05),
+    ("verification", "p99 KL"): (5e-4, 0.1),
     ("verification", "top-1 agreement"): (0.02, 0.0),
     ("verification", "perplexity"): (0.0, 0.02),
 } | {("parity of the backends", name): (bound, 0.0) for name, bound in BOUNDS.items()}
@@ -35,9 +35,18 @@ class Outcome:
 
 
 def compare(
-    stated: Attest, found: dict[str, SectionRecord], faults: dict[str, UserError], other: str
+    stated: Attest,
+    found: dict[str, SectionRecord],
+    faults: dict[str, UserError],
+    other: str,
+    absent: Sequence[str] = (),
 ) -> Iterator[Outcome]:
-    """The outcome of every figure that is stated. other: in what this machine rounds otherwise, where it does."""
+    """The outcome of every figure that is stated, and of what should be: an attest that leaves out a figure differs.
+
+    other: in what this machine rounds otherwise, where it does. absent: files that the attest names and are not here.
+    """
+    for name in SECTIONS.keys() - stated.sections.keys():
+        yield Outcome(name, "", "differs", found="a section that the attest leaves out")
     for name, section in stated.sections.items():
         if name not in SECTIONS:
             yield Outcome(name, "", "not checkable here", why="this version of Twintune has no such section")
@@ -48,13 +57,23 @@ def compare(
                 yield Outcome(name, figure, "not checkable here", value, why=faults[name].what)
         else:
             here = dict(flat(found[name].figures))
-            for figure, value in flat(section.figures):
-                yield _outcome(name, figure, value, here, other)
+            said = dict(flat(section.figures))
+            for figure, value in said.items():
+                yield _outcome(name, figure, value, here, other, absent)
+            for figure in here.keys() - said.keys():
+                yield Outcome(name, figure, "differs", None, here[figure])
 
 
-def _outcome(section: str, figure: str, stated: Any, here: dict[str, Any], other: str) -> Outcome:
+def _outcome(
+    section: str, figure: str, stated: Any, here: dict[str, Any], other: str, absent: Sequence[str]
+) -> Outcome:
     if figure not in here:
-        return Outcome(section, figure, "not checkable here", stated, why="nothing here gives this figure")
+        if figure in absent or not here:
+            return Outcome(section, figure, "not checkable here", stated, why="nothing here gives this figure")
+        if absent:
+            why = f"files that the attest names are not here, such as {absent[0]}"
+            return Outcome(section, figure, "not checkable here", stated, why=why)
+        return Outcome(section, figure, "differs", stated)
     found = here[figure]
     if within(section, figure, stated, found):
         return Outcome(section, figure, "reproduced", stated, found)

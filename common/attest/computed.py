@@ -132,8 +132,6 @@ def parity(given: Subject) -> Figures:
     if not known:
         raise UserError(f"No parity is on record for {family}.", "python -m benchmarks.parity")
     if not given.again:
-        return {"of": f"a tiny {family}", "recorded": f"{known['date']}, commit {known['commit']}"} | known[
-            "differences"
-        ]
+        return {"of": f"a tiny {family}"} | known["differences"]
     with given.context.display.stage("both backends on a tiny model"):
         return {"of": f"a tiny {family}"} | tiny_parity(family, given.context.backends)

@@ -7,7 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common import strict_json
 from common.attest import computed, kept
@@ -46,7 +46,7 @@ SECTIONS = {
     "verification cases": Section(kept.cases, "computed", "verify-cases.json and the fused folder"),
     "fused again": Section(computed.fused_again, "computed", "the base model and the adapter, fused into 16 bits"),
     "bf16 GGUF": Section(computed.bf16, "computed", "the fused folder and llama.cpp", ("sha256",)),
-    "verification": Section(computed.verification, "computed", "GGUFs that were verified, llama.cpp", ("checks",)),
+    "verification": Section(computed.verification, "computed", "GGUFs that were verified, llama.cpp", ("found",)),
     "answers of the tuned model": Section(computed.tuned_answers, "computed", "a GGUF and llama.cpp", _ANSWER),
     "answers of the base model": Section(computed.base_answers, "computed", "the base model, a backend", _ANSWER),
     "parity of the backends": Section(computed.parity, "computed", "a record of the family, both backends"),
@@ -56,12 +56,16 @@ SECTIONS = {
 class SectionRecord(BaseModel):
     """figures: by name; nested. missing: what it needs, where that was not there."""
 
+    model_config = ConfigDict(extra="forbid")
+
     figures: dict[str, Any] = {}
     missing: str = ""
 
 
 class Attest(BaseModel):
     """The file. with_text: whether it holds rows and answers as text."""
+
+    model_config = ConfigDict(extra="forbid")
 
     format: int
     sha256: str

@@ -1,6 +1,7 @@
 """Figures that are read or hashed: the recipe, the curve, the files, the memory, the rows that the run keeps."""
 
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.export.model_card import recipe_rows, shown_value
 from common.model_files import tokenize
 from common.report.kept import Point, read_kept
+from common.run_record import Run
 from common.verify.cases import encoded_again
 
 _ROWS = 8  # of which the label map is stated
@@ -108,7 +110,7 @@ def files(given: Subject) -> Figures:
     run, export = given.run, given.run.record.export
     folders = (run.adapter, run.path / "adapter-mlx", run.fused, run.mlx)
     paths = [path for folder in folders for path in sorted(folder.rglob("*")) if _is_ours(path)]
-    named = [*(gguf.file for gguf in export.gguf), export.mmproj, export.lora_gguf]
+    named = [*(file for gguf in export.gguf for file in gguf.files), export.mmproj, export.lora_gguf, export.imatrix]
     paths += [run.path / file for file in (*named, "gguf/Modelfile") if file and (run.path / file).is_file()]
     found: Figures = {}
     with given.context.display.stage("hash the files") as progress:
@@ -119,6 +121,18 @@ def files(given: Subject) -> Figures:
     if not found:
         raise UserError(f"{run} holds neither an adapter nor a model.", "Give the complete run folder.")
     return found
+
+
+def named_files(run: Run, names: Iterable[str]) -> tuple[Figures, list[str]]:
+    """`(the SHA-256 of the files of these names in the run, those that are not there)`. A stranger gave the names."""
+    found, absent = {}, []
+    for name in names:
+        path = run.path / name
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not path.is_file():
+            absent.append(name)
+        else:
+            found[name] = file_digest(path)
+    return found, absent
 
 
 def _is_ours(path: Path) -> bool:

@@ -2,12 +2,14 @@
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common import strict_json
 from common.attest.check import STATES, Outcome, compare
 from common.attest.document import SECTIONS, Attest, SectionRecord, collect, content_of, own_hash, read_attest
+from common.attest.kept import named_files
 from common.attest.page import attest_page, page_digest
 from common.attest.subject import Subject, other_machine
 from common.commands.arguments import add_llama
@@ -39,6 +41,7 @@ def attest_run(path: Path, texts: bool, context: Context) -> None:
         sections, faults = collect(given)
         _require_fused(run, sections)
         content = content_of(given, sections, page_digest())
+        run.update(attest=None)  # until both files are written: push trusts the record
         with atomic_write(run.attest) as temporary:
             temporary.write_text(
                 strict_json.dumps(content, indent=1) + "\n", encoding="utf-8", errors="backslashreplace"
@@ -75,9 +78,28 @@ def check_attest(path: Path, file: Path, context: Context) -> list[Outcome]:
     with scratch_folder() as scratch:
         given = Subject(run, context, scratch, stated.with_text, again=True)
         found, faults = collect(given, [name for name in SECTIONS if name in stated.sections])
-        outcomes += compare(stated, found, faults, other_machine(stated.made, given.made()))
+        made = given.made()
+        outcomes += _of_its_making(stated.made, made)
+        outcomes += compare(stated, found, faults, other_machine(stated.made, made), _name_files(run, stated, found))
     _show(outcomes, display)
     return outcomes
+
+
+def _name_files(run: Run, stated: Attest, found: dict[str, SectionRecord]) -> list[str]:
+    """Add the files that the attest names and run.json does not to what is found; returns those that are not here."""
+    named = stated.sections["files"].figures.keys() if "files" in stated.sections else ()
+    here = found["files"].figures if "files" in found else {}
+    others, absent = named_files(run, [name for name in named if name not in here])
+    here |= others
+    return absent
+
+
+def _of_its_making(stated: dict[str, Any], here: dict[str, Any]) -> Iterator[Outcome]:
+    """The model's name, and what nobody states of how an attest was made; the machine is not checked."""
+    same = stated.get("model") == here["model"]
+    yield Outcome("the file", "model", "reproduced" if same else "differs", stated.get("model"), here["model"])
+    for name in stated.keys() - here.keys() - {"date", "page"}:
+        yield Outcome("the file", f"made / {name}", "differs", stated[name])
 
 
 def _of_the_file(file: Path, content: dict[str, Any], stated: Attest) -> list[Outcome]:

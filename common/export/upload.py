@@ -121,10 +121,18 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
         found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
     if "fused" not in parts:  # the license must be at the root in any case
         found += [File(name, run.path / parts[0] / name) for name in license_files(run.path / parts[0])]
-    if (made := run.record.attest) and not made.with_text:  # rows as text stay here
-        attest = (run.attest, run.attest.with_suffix(".html"))
-        found += [File(path.name, path) for path in attest if path.is_file()]
+    if _may_attest(run):
+        found += [File(path.name, path) for path in (run.attest, run.attest.with_suffix(".html")) if path.is_file()]
     return [File("README.md", card(run, parts).encode()), *found]
+
+
+def _may_attest(run: Run) -> bool:
+    """Whether the run's attest is the one on record, and holds no rows as text: those stay here."""
+    made = run.record.attest
+    if made is None or made.with_text or not run.attest.is_file():
+        return False
+    content = read_json(run.attest, "Make it again: python cli.py attest RUN")
+    return content.get("sha256") == made.sha256 and content.get("with_text") is False
 
 
 def adapter_files(run: Run) -> list[File]:

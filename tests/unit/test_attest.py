@@ -156,6 +156,51 @@ def test_what_is_missing_is_no_difference(run: Path) -> None:
     ]
 
 
+def test_a_quant_that_is_altered_and_taken_from_the_record_is_found(run: Path) -> None:
+    path = run / "gguf" / "model-Q4_K_M.gguf"
+    path.write_bytes(path.read_bytes()[::-1])
+    Run(run).update(export=ExportRecord(fused="fused"))
+    assert "files: gguf/model-Q4_K_M.gguf" in checked(run)["differs"]
+
+
+def test_every_file_of_a_split_gguf_is_hashed(run: Path) -> None:
+    parts = [f"gguf/model-Q4_K_M-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for part in parts:
+        (run / part).write_bytes(part.encode())
+    gguf = GgufRecord(file=parts[0], parts=parts, name="Q4_K_M", bytes=90)
+    Run(run).update(export=ExportRecord(fused="fused", gguf=[gguf]))
+    attest_run(run, False, context())
+    (run / parts[1]).write_bytes(b"altered")
+    assert checked(run)["differs"] == {f"files: {parts[1]}"}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda content: content["sections"].pop("held-out rows"), "held-out rows: "),
+        (lambda content: content["sections"]["memory"]["figures"].pop("measured peak"), "memory: measured peak"),
+        (lambda content: content["sections"]["memory"]["figures"].update(MMLU=0.93), "memory: MMLU"),
+        (lambda content: content["made"].update(model="meta-llama/Llama-3.3-70B"), "the file: model"),
+        (lambda content: content["made"].update(reviewed="by a laboratory"), "the file: made / reviewed"),
+    ],
+)
+def test_what_is_left_out_or_added_is_found_under_a_renewed_hash(
+    run: Path, change: Callable[[Any], Any], found: str
+) -> None:
+    content = json.loads((run / "attest.json").read_text())
+    change(content)
+    content["sha256"] = own_hash(content)
+    (run / "attest.json").write_text(json.dumps(content))
+    assert found in checked(run)["differs"]
+
+
+def test_a_claim_outside_the_sections_is_refused(run: Path) -> None:
+    content = json.loads((run / "attest.json").read_text())
+    (run / "attest.json").write_text(json.dumps(content | {"reviewed": "by a laboratory"}))
+    with pytest.raises(UserError, match="is no attest: reviewed"):
+        checked(run)
+
+
 def test_the_files_say_nothing_of_this_machine(run: Path) -> None:
     for name in ("attest.json", "attest.html"):
         text = (run / name).read_text()
@@ -193,6 +238,7 @@ def test_a_file_that_is_no_attest(run: Path, tmp_path: Path, content: str | None
     [
         ("verification", "divergence / Q4_K_M / mean KL", 0.0198, 0.0203, True),
         ("verification", "divergence / Q4_K_M / mean KL", 0.0198, 0.0298, False),
+        ("verification", "divergence / Q8_0 / mean KL", 0.0, 8e-5, False),
         ("verification", "divergence / Q4_K_M / mean KL", 0.0198, None, False),
         ("verification", "divergence / Q4_K_M / mean KL", 10**400, 0.5, False),
         ("verification", "divergence / Q4_K_M / top-1 agreement", 1.0, 0.99, True),
@@ -209,7 +255,8 @@ def test_the_tolerances(section: str, figure: str, stated: Any, found: Any, agre
 def outcomes(section: str, stated: dict[str, Any], found: dict[str, Any], other: str) -> dict[str, Outcome]:
     record = {section: SectionRecord(figures=stated)}
     attest = Attest(format=1, sha256="", made={}, with_text=False, sections=record)
-    return {one.name: one for one in compare(attest, {section: SectionRecord(figures=found)}, {}, other)}
+    found_here = {section: SectionRecord(figures=found)}
+    return {one.name: one for one in compare(attest, found_here, {}, other) if one.section == section}
 
 
 def test_answers_may_part_on_another_machine_and_prompts_may_not() -> None:

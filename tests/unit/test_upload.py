@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -291,10 +292,22 @@ def test_a_link_to_itself_is_no_crash(run: Path, push: Push) -> None:
     assert "this is a bug" not in done.stderr
 
 
-@pytest.mark.parametrize("with_text", [False, True])
-def test_an_attest_goes_along_unless_it_holds_text(run: Path, with_text: bool) -> None:
+@pytest.mark.parametrize(
+    ("stated", "recorded", "goes"),
+    [
+        ({"sha256": "ab12", "with_text": False}, {"sha256": "ab12", "with_text": False}, True),
+        ({"sha256": "ab12", "with_text": True}, {"sha256": "ab12", "with_text": True}, False),
+        (
+            {"sha256": "cd34", "with_text": True},
+            {"sha256": "ab12", "with_text": False},
+            False,
+        ),
+        ({"sha256": "ab12", "with_text": False}, None, False),
+    ],
+)
+def test_an_attest_goes_along_unless_it_holds_text(run: Path, stated: Any, recorded: Any, goes: bool) -> None:
     for name in ("attest.json", "attest.html"):
-        (run / name).write_text("{}")
-    edit_record(run, attest={"sha256": "ab12", "with_text": with_text})
+        (run / name).write_text(json.dumps(stated))
+    edit_record(run, attest=recorded)
     targets = {file.target for file in files_of(Run(run), [])}
-    assert ({"attest.json", "attest.html"} <= targets) is not with_text
+    assert ({"attest.json", "attest.html"} <= targets) is goes
