@@ -58,8 +58,10 @@ def measure(name: str, template: str | None) -> None:
     encoder = Encoder(load_tokenizer(folder, template), MaskingOptions())
     (rows,), _ = encode_parts([read_rows(EXAMPLE / "valid.jsonl")], encoder, "error")
     at = choose_positions([rows[number] for number in range(min(32, len(rows)))], encoder.tokenizer.vocab_size)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
-    reference = Reference(at, logits_of(model))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    reference = Reference(at, logits_of(model.eval()))
     for scheme in SCHEMES:
         with tempfile.TemporaryDirectory() as scratch:
             made = write_mlx_model(folder, Path(scratch) / "mlx", lambda share, text: None, scheme)

@@ -8,13 +8,13 @@ from typing import Any
 
 from common.display import gigabytes
 from common.errors import UserError
-from common.export.modelfile import merge_command
+from common.export.card_usage import usage
 from common.files import atomic_write
 from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name, terms_of
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
-from common.run_fields import AttestRecord, ExportRecord, RunRecord
+from common.run_fields import AttestRecord, RunRecord
 from common.run_record import Run
 from common.verify_record import COMPARED, VerifyRecord
 
@@ -70,7 +70,7 @@ def card(run: Run, parts: list[str]) -> str:
         "## Verification\n\n" + _verification(record.verify),
         *(["## Attest\n\n" + _attest(record, record.attest)] if record.attest else []),
         "## Files\n\n" + _files(record, parts),
-        "## How to run it\n\n" + _usage(record, recipe, parts, base),
+        "## How to run it\n\n" + usage(record, recipe, parts, base),
         "## License\n\n" + _license(terms, base),
     ]
     return "\n\n".join(sections) + "\n"
@@ -254,57 +254,6 @@ def _files(record: RunRecord, parts: list[str]) -> str:
         if record.export.lora_gguf:
             lines.append(f"- `{record.export.lora_gguf}`: the adapter alone, for llama.cpp over a GGUF of its base")
     return "\n".join(lines)
-
-
-def _usage(record: RunRecord, recipe: Recipe, parts: list[str], base: str) -> str:
-    blocks: list[str] = []
-    if "gguf" in parts:
-        blocks += _usage_of_gguf(record.export)
-    if "fused" in parts:
-        blocks.append(
-            "transformers, in this folder:\n\n    from transformers import pipeline\n\n"
-            '    chat = pipeline("text-generation", ".")\n'
-            '    chat([{"role": "user", "content": "Hello"}], max_new_tokens=100)'
-        )
-        blocks.append("vLLM, in this folder:\n\n    vllm serve .")
-    if "adapter" in parts and base:
-        blocks.append(
-            "PEFT, the adapter over its base:\n\n    from peft import PeftModel\n"
-            "    from transformers import AutoModelForCausalLM\n\n"
-            f'    model = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            '    model = PeftModel.from_pretrained(model, "adapter")'
-        )
-        if (rank := _vllm_rank(recipe)) is not None:
-            blocks.append(
-                f"vLLM, the adapter over its base:\n\n    vllm serve {base} --enable-lora --max-lora-rank {rank} "
-                "--lora-modules tuned=adapter"
-            )
-    return "\n\n".join(blocks)
-
-
-_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank takes
-
-
-def _vllm_rank(recipe: Recipe) -> int | None:
-    """The least that vLLM must be told; None where it cannot serve the adapter: it knows no DoRA."""
-    largest = max([recipe.rank, *(recipe.rank_pattern or {}).values()])
-    return next((rank for rank in _VLLM_RANKS if rank >= largest), None) if recipe.method == "lora" else None
-
-
-def _usage_of_gguf(export: ExportRecord) -> list[str]:
-    lora = (
-        "llama.cpp, the adapter over a GGUF of its base:\n\n    llama-server -m base.gguf "
-        f"--lora {export.lora_gguf} --jinja"
-    )
-    if export.gguf:
-        first = export.gguf[0]
-        merge = f"    {merge_command(first.file, f'gguf/model-{first.name}.gguf')}\n" if first.parts else ""
-        return [
-            f"llama.cpp:\n\n    llama-server -m {first.file} --jinja",
-            f"Ollama:\n\n{merge}    ollama create my-model -f gguf/Modelfile\n    ollama run my-model",
-            *([lora] if export.lora_gguf else []),
-        ]
-    return [lora]
 
 
 def _license(terms: Terms, base: str) -> str:

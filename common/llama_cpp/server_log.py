@@ -21,11 +21,11 @@ def bounded_log(log: Path | None) -> Iterator[Callable[[str], None]]:
         yield lambda line: None
         return
     try:
-        handler = RotatingFileHandler(log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8", errors="replace")
+        handler = RotatingFileHandler(log, maxBytes=LOG_BYTES, backupCount=1, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--log {log} cannot be written: {error.strerror}.", "Give another file.") from None
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk stops no server
     try:
-        yield lambda line: handler.emit(logging.makeLogRecord({"msg": line}))
+        yield lambda line: handler.emit(logging.makeLogRecord({"msg": line.encode("utf-8", "replace").decode()}))
     finally:
         handler.close()

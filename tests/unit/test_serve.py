@@ -122,7 +122,7 @@ def test_what_was_asked_for_reaches_the_server(served: Any, tmp_path: Path) -> N
         file.write_bytes(b"GGUF")
     wanted = Wanted(300, 2, files[0], tuple(files[1:]), "pip", "all")
     seen, said = served("secret", "KEY", wanted)
-    flags = " ".join(seen["argv"])
+    flags = " ".join(["", *seen["argv"], ""])
     for text in ("-c 600 -np 2", f"--mmproj {files[0]}", f"--lora {files[1]},{files[2]}", "--alias pip"):
         assert f" {text} " in flags, text
     assert "--gpu-layers all" in flags
