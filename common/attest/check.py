@@ -45,7 +45,7 @@ def compare(
 
     other: in what this machine rounds otherwise, where it does. absent: files that the attest names and are not here.
     """
-    for name in SECTIONS.keys() - stated.sections.keys():
+    for name in [name for name in SECTIONS if name not in stated.sections]:
         yield Outcome(name, "", "differs", found="a section that the attest leaves out")
     for name, section in stated.sections.items():
         if name not in SECTIONS:
@@ -60,7 +60,7 @@ def compare(
             said = dict(flat(section.figures))
             for figure, value in said.items():
                 yield _outcome(name, figure, value, here, other, absent)
-            for figure in here.keys() - said.keys():
+            for figure in [figure for figure in here if figure not in said]:
                 yield Outcome(name, figure, "differs", None, here[figure])
 
 

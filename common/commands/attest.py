@@ -98,7 +98,7 @@ def _of_its_making(stated: dict[str, Any], here: dict[str, Any]) -> Iterator[Out
     """The model's name, and what nobody states of how an attest was made; the machine is not checked."""
     same = stated.get("model") == here["model"]
     yield Outcome("the file", "model", "reproduced" if same else "differs", stated.get("model"), here["model"])
-    for name in stated.keys() - here.keys() - {"date", "page"}:
+    for name in [name for name in stated if name not in (*here, "date", "page")]:
         yield Outcome("the file", f"made / {name}", "differs", stated[name])
 
 
