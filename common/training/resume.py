@@ -154,7 +154,7 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]
         run.write_plan(plan)
         from_step = found.state.step + 1 if found else 1
         plans = [*plans, {"from_step": from_step} | plan.model_dump()]
-    run.update(status="training", plans=plans)
+    run.update(status="training", plans=plans, attest=None)  # an attest states the run as it was
     return found
 
 
