@@ -85,8 +85,8 @@ def test_llama_cpp_answers_with_the_lora_as_with_the_fused_model(tmp_path, llama
         convert(folder, tmp_path / f"{name}.gguf", name, llama, silent)
     prompt = [{"role": "user", "content": "What is the capital of France?"}]
     answers = []
-    for gguf, lora in (("base", None), ("base", tmp_path / "lora.gguf"), ("fused", None)):
-        with Server(llama, tmp_path / f"{gguf}.gguf", ServerOptions(context=512, lora=[lora])) as server:
+    for gguf, lora in (("base", []), ("base", [tmp_path / "lora.gguf"]), ("fused", [])):
+        with Server(llama, tmp_path / f"{gguf}.gguf", ServerOptions(context=512, lora=lora)) as server:
             answers.append(server.chat(prompt, 24))
     base, with_lora, fused = answers
     assert with_lora != base

@@ -232,7 +232,7 @@ CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
         (("convert", RUN, "lora.gguf", "--to", "gguf", "--model", MODEL), "(gguf)"),
     ],
     "fuse": [
-        ((RUN, "--export", "mlx"), "mlx-lm, 4 bits"),
+        ((RUN, "--export", "mlx"), "mlx-lm, 8 bits"),
         (("yaml",), ""),
         (("linked",), LINKS),
     ],
