@@ -104,6 +104,12 @@ def _named(error: OSError, path: Path, temporary: Path | None) -> object:
     return name
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sweep(folder: Path, lock: str) -> None:
     """Remove what killed processes left anywhere in `folder`, but not in folders in it that have a `lock` of their own.
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from common.errors import UserError, masked
 from common.goals import Setting, comment, written
-from common.migration_tools import DEFAULTS, NAMES, READERS, Migration
+from common.migration_tools import NAMES, READERS, Migration, defaults
 from common.option_translation import translate
 from common.options import Options, by_flag
 from common.other_configs import Unread, named, short, without_secrets
@@ -80,7 +80,7 @@ def _above_0(value: Any) -> bool:
 
 def _fill(work: Migration, tool: str) -> None:
     """Add the other program's defaults for what the file leaves out, and say so."""
-    for key, value in DEFAULTS[tool].items():
+    for key, value in defaults(tool, work.values).items():
         group = next((group for group in _TOGETHER if key in group), {key})
         if not group & work.values.keys():
             work.values[key] = value

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.goals import Setting
-from common.other_configs import RESPONSES_ONLY, dataset_files, short
+from common.other_configs import RESPONSES_ONLY, TRANSFORMERS, dataset_files, short
 
 NAMES = {
     "mlx-lm": "mlx_lm.lora",
@@ -25,7 +25,9 @@ _TRAINER = {
     "seed": 42,
 }
 _BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "weight_decay": 0.0}
+_UNSLOTH = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "max_seq_length": 2048, "load_in_4bit": True}
 # What a program takes for a key that its file leaves out, where that is not Twintune's own default.
+# Read in mlx-lm 0.32, axolotl 0.19.0, llamafactory 0.9.5, trl 1.16.0, unsloth 2026.10.9, transformers 5.24.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mlx-lm": {
         **{"iters": 1000, "batch_size": 4, "learning_rate": 1e-5, "num_layers": 16, "max_seq_length": 2048, "seed": 0},
@@ -46,13 +48,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"learning_rate": 2e-5, "max_length": 1024, "warmup_steps": 0, "lora_r": 16, "lora_alpha": 32},
         "lora_dropout": 0.05,
     },
+    # what Unsloth makes of TRL's SFTConfig
     "unsloth": {
         **_TRAINER,
-        **_BATCH,
-        **{"r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "max_seq_length": 2048, "load_in_4bit": True},
-        "warmup_steps": 0,
+        **_UNSLOTH,
+        **{"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.001},
+        **{"warmup_steps": 0.1, "seed": 3407},
     },
 }
+_UNSLOTH_TRANSFORMERS = {**_TRAINER, **_BATCH, **_UNSLOTH, "warmup_steps": 0}
 
 
 @dataclass
@@ -72,6 +76,11 @@ class Migration:
 
     def put(self, name: str, value: Any, why: str) -> None:
         self.settings.append(Setting(name, value, why))
+
+
+def defaults(tool: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the program; of a script for Unsloth those of the class that it calls, whose key leaves `values`."""
+    return _UNSLOTH_TRANSFORMERS if values.pop(TRANSFORMERS, False) and tool == "unsloth" else DEFAULTS[tool]
 
 
 def _mlx_lm(work: Migration, path: Path) -> None:
@@ -237,8 +246,6 @@ def _unsloth(work: Migration, path: Path) -> None:
         work.put("method", "full", "full_finetuning")
     if not values.pop(RESPONSES_ONLY, False):
         work.put("train_on", "all", "the script does not call train_on_responses_only. assistant is usually better")
-    if "learning_rate" not in work.given | work.computed:
-        work.beware.append("learning_rate is that of TrainingArguments; a script with SFTConfig takes 2e-05")
     work.beware.append("the rows are made by code in the script: write them to a file, and name it under data")
 
 

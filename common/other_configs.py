@@ -45,9 +45,15 @@ _CALLS = {
     "UnslothTrainingArguments",
 }
 _TRAINER = "SFTTrainer"
+# Their arguments by place, as far as they are settings.
+_BY_PLACE = {
+    "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
+    "get_peft_model": ("", "r", "target_modules", "lora_alpha", "lora_dropout"),
+}
 KEPT = "keys stay in the environment"
 _TRAINER_KEYS = {"dataset_text_field", "max_seq_length", "packing"}  # the others are objects
 RESPONSES_ONLY = "train_on_responses_only"  # Unsloth's function, and here a key: the script calls it
+TRANSFORMERS = "TrainingArguments"  # likewise: the defaults are those of transformers, which Unsloth leaves alone
 # A key whose value is a secret. A tokenizer's tokens are none.
 _SECRET = re.compile(
     r"secret|passw|webhook|credential|(?:api|access|private)_?key"
@@ -135,9 +141,13 @@ def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], le
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name == RESPONSES_ONLY:
         values[RESPONSES_ONLY] = True
+    if name in ("TrainingArguments", "UnslothTrainingArguments"):
+        values[TRANSFORMERS] = True
     if name not in (*_CALLS, _TRAINER):
         return
-    for keyword in call.keywords:
+    by_place = zip(_BY_PLACE.get(name, ()), call.args, strict=False)
+    given = [ast.keyword(key, value) for key, value in by_place if key]
+    for keyword in [*given, *call.keywords]:
         key = keyword.arg or _REST
         where = f"{key} (line {keyword.value.lineno})"
         if name == _TRAINER and key not in (_REST, *_TRAINER_KEYS):

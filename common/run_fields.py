@@ -165,11 +165,15 @@ class RollbackRecord(_Record):
 
 
 class AttestRecord(_Record):
-    """What `attest` wrote. sha256: of the content of attest.json. with_text: whether rows stand in it as text."""
+    """What `attest` wrote. sha256: of the content of attest.json. with_text: whether rows stand in it as text.
+
+    files: the SHA-256 of each file by its name.
+    """
 
     sha256: str
     date: str = ""
     with_text: bool = False
+    files: dict[str, str] = {}
 
 
 class RunRecord(_Record):

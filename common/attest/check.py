@@ -50,7 +50,7 @@ def compare(
     for name, section in stated.sections.items():
         if name not in SECTIONS:
             yield Outcome(name, "", "not checkable here", why="this version of Twintune has no such section")
-        elif not section.figures and SECTIONS[name].how != "computed" and name not in faults:
+        elif not section.figures and name not in faults and _always_stated(name):
             yield Outcome(name, "", "differs", found="a section that the attest leaves empty")
         elif not section.figures:
             yield Outcome(name, "", "not checkable here", why=f"the attest states nothing: it lacked {section.missing}")
@@ -64,6 +64,11 @@ def compare(
                 yield _outcome(name, figure, value, here, other, absent)
             for figure in [figure for figure in here if figure not in said]:
                 yield Outcome(name, figure, "differs", None, here[figure])
+
+
+def _always_stated(name: str) -> bool:
+    """Whether whoever has the run can state it, without a model or a program that the author may have lacked."""
+    return SECTIONS[name].recorded or SECTIONS[name].how != "computed"
 
 
 def _outcome(

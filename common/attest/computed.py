@@ -5,8 +5,9 @@ import shutil
 from contextlib import closing
 from typing import Any
 
-from common.attest.subject import Figures, Subject, digest, file_digest
+from common.attest.subject import Figures, Subject, digest
 from common.errors import Refusal, UserError
+from common.files import file_digest
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import Kind, choose, opened
 from common.models.fuse import fuse

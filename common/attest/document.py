@@ -23,6 +23,7 @@ _REMEDY = "Give the attest.json that `twintune attest RUN` wrote."
 class Section:
     """A part of the attest. how: read, hashed or computed. needs: what must be there, or the part is left out.
 
+    recorded: whether a run that has it can always state it, so that an attest without it leaves it out.
     rounding: parts of the names of figures that another machine may rightly compute otherwise.
     """
 
@@ -30,12 +31,13 @@ class Section:
     how: str
     needs: str
     rounding: tuple[str, ...] = ()
+    recorded: bool = False
 
 
 _ANSWER = ("answer", "ended by", "text")
 # In the order in which they are made: cheap ones first.
 SECTIONS = {
-    "recipe": Section(kept.recipe, "computed", "recipe.yaml"),
+    "recipe": Section(kept.recipe, "read", "recipe.yaml"),
     "curve": Section(kept.curve, "read", "metrics.jsonl"),
     "held-out rows": Section(kept.held_out, "read", "run.json"),
     "memory": Section(kept.memory, "read", "run.json"),
@@ -46,7 +48,7 @@ SECTIONS = {
     "verification cases": Section(kept.cases, "computed", "verify-cases.json and the fused folder"),
     "fused again": Section(computed.fused_again, "computed", "the base model and the adapter, fused into 16 bits"),
     "bf16 GGUF": Section(computed.bf16, "computed", "the fused folder and llama.cpp", ("sha256",)),
-    "verification": Section(computed.verification, "computed", "GGUFs that were verified, llama.cpp", ("found",)),
+    "verification": Section(computed.verification, "computed", "GGUFs that were verified, llama.cpp", ("found",), True),
     "answers of the tuned model": Section(computed.tuned_answers, "computed", "a GGUF and llama.cpp", _ANSWER),
     "answers of the base model": Section(computed.base_answers, "computed", "the base model, a backend", _ANSWER),
     "parity of the backends": Section(computed.parity, "computed", "a record of the family, both backends"),

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from common.attest.subject import Figures, Subject, digest, file_digest
+from common.attest.subject import Figures, Subject, digest
 from common.data.encode import Encoded, load_tokenizer
 from common.data.summary import labeled_parts
 from common.errors import UserError
 from common.export.model_card import recipe_rows, shown_value
+from common.files import file_digest
 from common.model_files import tokenize
 from common.report.kept import Point, read_kept
 from common.run_record import Run

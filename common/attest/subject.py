@@ -113,8 +113,3 @@ def digest(content: Any) -> str:
         return hashlib.sha256(content.astype(kind).tobytes()).hexdigest()
     text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

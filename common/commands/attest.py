@@ -17,7 +17,7 @@ from common.context import Context
 from common.display import Display
 from common.errors import UserError
 from common.export.model_card import write_card
-from common.files import atomic_write, scratch_folder
+from common.files import atomic_write, file_digest, scratch_folder
 from common.models.load import say_llama
 from common.report.page import write_page
 from common.run_fields import AttestRecord
@@ -48,7 +48,9 @@ def attest_run(path: Path, texts: bool, context: Context) -> None:
             )
         page = run.attest.with_suffix(".html")
         write_page(page, attest_page(Attest.model_validate(content)))
-        run.update(attest=AttestRecord(sha256=content["sha256"], date=content["made"]["date"], with_text=texts))
+        files = {path.name: file_digest(path) for path in (run.attest, page)}
+        made = AttestRecord(sha256=content["sha256"], date=content["made"]["date"], with_text=texts, files=files)
+        run.update(attest=made)
         with display.optional("no model card"):
             write_card(run)
     for name, fault in faults.items():

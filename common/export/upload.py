@@ -13,6 +13,7 @@ from common.display import Display, gigabytes
 from common.documents import read_json
 from common.errors import UserError, first_line, masked
 from common.export.model_card import PARTS, card, parts_of
+from common.files import file_digest
 from common.model_files import COPIED, license_files, read_config
 from common.models.license import is_hub_name, terms_of
 from common.run_lock import held, refuse_links
@@ -121,18 +122,20 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
         found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
     if "fused" not in parts:  # the license must be at the root in any case
         found += [File(name, run.path / parts[0] / name) for name in license_files(run.path / parts[0])]
-    if _may_attest(run):
-        found += [File(path.name, path) for path in (run.attest, run.attest.with_suffix(".html")) if path.is_file()]
+    found += _attest(run)
     return [File("README.md", card(run, parts).encode()), *found]
 
 
-def _may_attest(run: Run) -> bool:
-    """Whether the run's attest is the one on record, and holds no rows as text: those stay here."""
+def _attest(run: Run) -> list[File]:
+    """The run's attest, unless it holds rows as text: those stay here. Raises UserError where it was altered since."""
     made = run.record.attest
-    if made is None or made.with_text or not run.attest.is_file():
-        return False
-    content = read_json(run.attest, "Make it again: python cli.py attest RUN")
-    return content.get("sha256") == made.sha256 and content.get("with_text") is False
+    if made is None or made.with_text:
+        return []
+    paths = [run.attest, run.attest.with_suffix(".html")]
+    for path in paths:
+        if not path.is_file() or file_digest(path) != made.files.get(path.name):
+            raise UserError(f"{path} is not what `attest` wrote.", f"Make it again: python cli.py attest {run}")
+    return [File(path.name, path) for path in paths]
 
 
 def adapter_files(run: Run) -> list[File]:

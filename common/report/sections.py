@@ -191,7 +191,7 @@ def export_table(kept: Kept, t: Texts) -> Table:
     columns = [t["export.file"], t["export.size"], t["export.bits"], t["export.larger"]]
     rows = [
         [
-            gguf.file,
+            ", ".join(gguf.files),
             gigabytes(gguf.bytes),
             f"{gguf.bits_per_weight:.2f}",
             f"{gguf.fallbacks} / {sum(gguf.tensors.values())}",

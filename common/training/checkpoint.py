@@ -7,7 +7,6 @@ step-000040/
   evaluation.json   written later, where the validation after this step was done: its outcome
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from pydantic import ValidationError, create_model
 from common.backend import Adapter, OptimizerState, StepResult
 from common.documents import fault_of, read_json
 from common.errors import UserError
-from common.files import atomic_folder, atomic_write
+from common.files import atomic_folder, atomic_write, file_digest
 from common.lazy_arrays import joined, part_of, shapes_of
 from common.models.adapter_files import read_trained, write_trained
 from common.models.safetensors_files import lazy_tensors, save_tensors
@@ -114,7 +113,7 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, r
         plain = {n: value for n, value in asdict(State(**{**vars(state), "best": None})).items() if n != "best"}
         plain |= {"optimizer_step": optimizer.step, "layers": adapter.layers, "recipe_hash": recipe_hash}
         (temporary / _STATE).write_text(json.dumps(plain, indent=2))
-        hashes = {str(path.relative_to(temporary)): _digest(path) for path in _files(temporary)}
+        hashes = {str(path.relative_to(temporary)): file_digest(path) for path in _files(temporary)}
         (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
     found = _folders(run)
     kept = [other for other in found if _step_of(other) <= state.step][
@@ -270,11 +269,6 @@ def _complete(folder: Path) -> bool:
     try:
         hashes = read_json(folder / _MARKER, "")
         found = {str(path.relative_to(folder)): path for path in _files(folder)}  # nothing else is opened
-        return bool(hashes) and all(n in found and _digest(found[n]) == digest for n, digest in hashes.items())
+        return bool(hashes) and all(n in found and file_digest(found[n]) == digest for n, digest in hashes.items())
     except (OSError, UserError):
         return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

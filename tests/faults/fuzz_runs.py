@@ -119,7 +119,7 @@ def checkpoints(folder: Path) -> Reader:
     def read(case: Case) -> None:
         if case[marker] == good[marker]:
             names = [str(path.relative_to(newest)) for path in newest.rglob("*") if path.is_file()]
-            hashes = {name: checkpoint._digest(newest / name) for name in names if name != "COMPLETE"}
+            hashes = {name: checkpoint.file_digest(newest / name) for name in names if name != "COMPLETE"}
             (folder / marker).write_text(json.dumps(hashes))
         checkpoint.latest(run)
         checkpoint.latest_step(run)

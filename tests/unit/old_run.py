@@ -66,7 +66,7 @@ def _old_checkpoint(folder: Path) -> None:
     write_mlx(folder / "adapter-mlx", read_peft(folder / "adapter", state["layers"]))
     (folder / "COMPLETE").unlink()
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {str(path.relative_to(folder)): checkpoint._digest(path) for path in files}
+    hashes = {str(path.relative_to(folder)): checkpoint.file_digest(path) for path in files}
     (folder / "COMPLETE").write_text(json.dumps(hashes))
 
 

@@ -277,6 +277,14 @@ def test_answers_may_part_on_another_machine_and_prompts_may_not() -> None:
     assert there["prompt 1 / answer"].why == "it depends on rounding, and this machine differs in processor"
 
 
+@pytest.mark.parametrize(
+    ("section", "state"), [("verification", "differs"), ("memory", "differs"), ("bf16 GGUF", "not checkable here")]
+)
+def test_an_emptied_section_differs_where_its_author_could_state_it(section: str, state: str) -> None:
+    (one,) = outcomes(section, {}, {"verdict": "broken"}, "").values()
+    assert one.state == state
+
+
 def test_an_unknown_section_is_said() -> None:
     (one,) = outcomes("of tomorrow", {"a": 1}, {"a": 1}, "").values()
     assert (one.state, one.why) == ("not checkable here", "this version of Twintune has no such section")

@@ -107,7 +107,7 @@ def test_without_checkpoints_there_is_none(tmp_path: Path) -> None:
 def test_the_newest_step_is_found_without_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(tmp_path, 1)
     put(tmp_path, 12)
-    monkeypatch.setattr(checkpoint, "_digest", lambda path: pytest.fail("read"))
+    monkeypatch.setattr(checkpoint, "file_digest", lambda path: pytest.fail("read"))
     assert latest_step(tmp_path) == 12
     (tmp_path / "checkpoints" / "step-000012" / "COMPLETE").unlink()
     assert latest_step(tmp_path) == 1
@@ -361,7 +361,8 @@ def changed(folder: Path, change: Callable[[dict], object]) -> None:
     state = json.loads((folder / "state.json").read_text())
     change(state)
     (folder / "state.json").write_text(json.dumps(state))
-    hashes = {str(path.relative_to(folder)): checkpoint._digest(path) for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    hashes = {str(path.relative_to(folder)): checkpoint.file_digest(path) for path in files}
     del hashes["COMPLETE"]
     (folder / "COMPLETE").write_text(json.dumps(hashes))
 
@@ -386,7 +387,7 @@ def test_a_checkpoint_without_a_field_that_is_needed_is_refused(tmp_path: Path, 
 def test_a_state_that_is_no_object_is_refused(tmp_path: Path) -> None:
     folder = put(tmp_path, 1)
     (folder / "state.json").write_text("[]")
-    hashes = {"state.json": checkpoint._digest(folder / "state.json")}
+    hashes = {"state.json": checkpoint.file_digest(folder / "state.json")}
     (folder / "COMPLETE").write_text(json.dumps(hashes))
     with pytest.raises(UserError, match=r"state\.json is not a JSON object"):
         latest(tmp_path)

@@ -349,6 +349,21 @@ def test_what_is_computed_is_not_said_to_be_missing(tmp_path: Path, monkeypatch:
     assert options.valid_share != 0
 
 
+@pytest.mark.parametrize(
+    ("call", "batch_size", "warmup", "weight_decay", "seed"),
+    [("SFTConfig", 8, 0.1, 0.001, 3407), ("TrainingArguments", 8, 0, 0.0, 42)],
+)
+def test_unsloth_changes_the_defaults_of_one_class(
+    call: str, batch_size: int, warmup: float, weight_decay: float, seed: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = f'FastLanguageModel.from_pretrained("unsloth/tiny", 512)\nget_peft_model(model, 4)\n{call}(max_steps=9)\n'
+    _, options = migrate(script(tmp_path, code))
+    assert (options.model, options.max_length, options.rank, options.steps) == ("unsloth/tiny", 512, 4, 9)
+    found = (options.batch_size, options.warmup, options.weight_decay, options.seed)
+    assert found == (batch_size, warmup, weight_decay, seed)
+
+
 @pytest.mark.parametrize("call", ["SFTConfig", "SFTTrainer"])
 def test_keys_behind_stars_are_listed_as_not_read(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 import cli
+from common.errors import UserError
 from common.export.upload import files_of
+from common.files import file_digest
 from common.models.license import KNOWN
 from common.options import Options
 from common.run_lock import held
@@ -292,22 +294,29 @@ def test_a_link_to_itself_is_no_crash(run: Path, push: Push) -> None:
     assert "this is a bug" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("stated", "recorded", "goes"),
-    [
-        ({"sha256": "ab12", "with_text": False}, {"sha256": "ab12", "with_text": False}, True),
-        ({"sha256": "ab12", "with_text": True}, {"sha256": "ab12", "with_text": True}, False),
-        (
-            {"sha256": "cd34", "with_text": True},
-            {"sha256": "ab12", "with_text": False},
-            False,
-        ),
-        ({"sha256": "ab12", "with_text": False}, None, False),
-    ],
-)
-def test_an_attest_goes_along_unless_it_holds_text(run: Path, stated: Any, recorded: Any, goes: bool) -> None:
-    for name in ("attest.json", "attest.html"):
-        (run / name).write_text(json.dumps(stated))
-    edit_record(run, attest=recorded)
-    targets = {file.target for file in files_of(Run(run), [])}
-    assert ({"attest.json", "attest.html"} <= targets) is goes
+def write_attest(run: Path, **changes: Any) -> set[str]:
+    """The targets of an upload of a run with both files, and with a record of them."""
+    files = {name: run / name for name in ("attest.json", "attest.html")}
+    for path in files.values():
+        path.write_text("{}")
+    digests = {name: file_digest(path) for name, path in files.items()}
+    edit_record(run, attest={"sha256": "ab12", "files": digests} | changes)
+    return {file.target for file in files_of(Run(run), [])} & {*files}
+
+
+def test_an_attest_goes_along_unless_it_holds_text(run: Path) -> None:
+    assert write_attest(run) == {"attest.json", "attest.html"}
+    assert write_attest(run, with_text=True) == set()
+    edit_record(run, attest=None)
+    assert not {"attest.json", "attest.html"} & {file.target for file in files_of(Run(run), [])}
+
+
+@pytest.mark.parametrize("name", ["attest.json", "attest.html"])
+def test_an_attest_that_was_altered_or_is_gone_is_not_uploaded(run: Path, name: str) -> None:
+    write_attest(run)
+    (run / name).write_text("[]")
+    with pytest.raises(UserError, match=f"{name} is not what `attest` wrote"):
+        files_of(Run(run), [])
+    (run / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is not what `attest` wrote"):
+        files_of(Run(run), [])
