@@ -3,6 +3,7 @@
 `BackendPackage` says what each name here answers. torch is imported by `create`, or by what must look at a device.
 """
 
+import sys
 from pathlib import Path
 
 from common.backend_package import Group
@@ -19,6 +20,9 @@ from torch_backend.devices import (
     quantization_scheme,
     rank_device,
 )
+
+# By this package transformers and bitsandbytes fetch compiled code from the hub, without a hash, and run it.
+sys.modules["kernels"] = None  # type: ignore[assignment]
 
 __all__ = [
     "choose_device",

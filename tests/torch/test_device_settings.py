@@ -1,11 +1,16 @@
 """What torch keeps for the process while a GPU computes: neither is here, so torch's own functions are stood in for."""
 
+import os
+import subprocess
+import sys
+
 import psutil
 import pytest
 import torch
 
 from common.backend import OutOfMemory
 from common.system.cpu_load import OtherPrograms
+from tests import ROOT
 from torch_backend import device_settings
 from torch_backend.device_errors import device_errors
 from torch_backend.device_settings import DeviceSettings
@@ -110,3 +115,24 @@ def test_a_busy_cpu_gets_fewer_threads_unless_the_user_says_otherwise(monkeypatc
         assert settings.threads() == (None if variable else (1, 3))
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_compiled_code_is_fetched_from_the_hub(tmp_path):
+    """bitsandbytes does so at its import, on processors with bf16; transformers for some layers."""
+    (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")
+    code = (
+        "import torch_backend, bitsandbytes, transformers\n"
+        "from transformers.utils import is_kernels_available\n"
+        "assert not is_kernels_available()\n"
+        "try: import kernels\n"
+        "except ImportError: print('blocked')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "blocked\n", done.stderr[-2000:]
