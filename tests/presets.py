@@ -32,12 +32,16 @@ MODELS = {
     "assistant": (
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-4B", f"{_META}/Llama-3.2-3B-Instruct"),
         *("microsoft/Phi-4-mini-instruct", f"{_SMOL}/SmolLM2-1.7B-Instruct", _MINISTRAL),
+        "allenai/OLMo-2-0425-1B-Instruct",
     ),
     "japanese": (
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B"),
         *("SakanaAI/TinySwallow-1.5B-Instruct", _MINISTRAL),
     ),
-    "tools": (f"{_GOOGLE}/functiongemma-270m-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
+    "tools": (
+        *(f"{_GOOGLE}/functiongemma-270m-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
+        "ibm-granite/granite-3.3-2b-instruct",
+    ),
     "reasoning": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B", f"{_SMOL}/SmolLM3-3B"),
     "classify": (f"{_GOOGLE}/gemma-3-270m-it", "Qwen/Qwen3-0.6B", f"{_SMOL}/SmolLM2-135M-Instruct"),
     "text": (f"{_GOOGLE}/gemma-3-270m", f"{_META}/Llama-3.2-1B", f"{_SMOL}/SmolLM2-360M"),
@@ -45,7 +49,7 @@ MODELS = {
 
 
 def preset_name(model: str, goal: str) -> str:
-    name = model.split("/")[1].lower().removesuffix("-2512-bf16")
+    name = model.split("/")[1].lower().removesuffix("-2512-bf16").replace("-0425", "")
     return f"{name.removesuffix('-it').removesuffix('-instruct')}-{goal}"
 
 

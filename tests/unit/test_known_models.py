@@ -136,24 +136,6 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         27_009_002_240,
         131072,
     ),
-    "allenai/OLMo-2-0425-1B-Instruct": (
-        {
-            "architectures": ["Olmo2ForCausalLM"],
-            "model_type": "olmo2",
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 500000,
-            "tie_word_embeddings": False,
-            "vocab_size": 100352,
-        },
-        1_484_916_736,
-        4096,
-    ),
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
     "elyza/Llama-3-ELYZA-JP-8B": (_LLAMA_8B, 8_030_261_248, 8192),
     "tokyotech-llm/Llama-3.1-Swallow-8B-Instruct-v0.3": (_LLAMA_8B | _LLAMA_3_1, 8_030_261_248, 131072),
@@ -194,6 +176,8 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM3-3B": (3_075_098_624, 65536),
     "microsoft/Phi-4-mini-instruct": (3_836_021_760, 131072),
     "SakanaAI/TinySwallow-1.5B-Instruct": (1_543_714_304, 32768),
+    "allenai/OLMo-2-0425-1B-Instruct": (1_484_916_736, 4096),
+    "ibm-granite/granite-3.3-2b-instruct": (2_533_539_840, 131072),
     # Mistral states 3.4 billion, and 0.4 for the vision tower
     "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_429_006_336, 262144),
 }
