@@ -47,7 +47,7 @@ def test_without_a_gguf_of_the_example_there_is_nothing_to_count(tiny, tmp_path)
     assert "has no GGUF" in score("--trained", *options)
 
 
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.long)])
 def test_an_interrupted_run_goes_on_to_the_last_bit(tiny, tmp_path, backend):
     steps = ["--steps", 200]
     twintune(*tiny_train(tiny, tmp_path / "complete", backend, *steps))
@@ -239,7 +239,7 @@ def test_doctor_compares_the_backends():
     assert "NO" not in out
 
 
-@pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.long)])
 def test_a_search_that_is_killed_continues_and_its_best_recipe_trains(tiny, tmp_path, backend):
     model, rows = tiny
     found = tmp_path / "found"

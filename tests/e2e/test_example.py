@@ -25,7 +25,7 @@ from tests.unit.modelfile_parser import read_modelfile
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-@pytest.fixture(scope="module", params=["torch", "mlx"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("mlx", marks=pytest.mark.long)])
 def trained(request, tmp_path_factory):
     """A short run of each backend on some of the example's rows: the backend, the folder, and what it printed."""
     run = tmp_path_factory.mktemp(request.param) / "run"
@@ -180,16 +180,14 @@ def test_llama_cpp_answers_from_the_gguf_as_tuned_and_stops(trained, quant):
     assert sum(answer[:3] in openings for answer in answers) >= 4, answers
 
 
-def test_the_export_is_verified_at_its_end_and_again(trained):
-    backend, run, _ = trained
+def test_the_export_is_verified_at_its_end(trained):
+    _, run, _ = trained
     kept = json.loads((run / "run.json").read_text())["verify"]
     assert kept["verdict"] != "broken"
     found = {check["name"]: check["state"] for check in kept["checks"]}
     assert [found[name] for name in ("token ids", "prompt", "stop", "fused", "bf16 GGUF")] == ["ok"] * 5
     assert kept["held_out"]
     assert not (run / "gguf" / "model-BF16.gguf").exists()
-    if backend == "torch":  # the command is the same for both
-        assert "Verdict: sound" in twintune("verify", run)
 
 
 def test_the_modelfile_prompts_as_the_chat_template_does(trained):
@@ -235,6 +233,7 @@ def test_compare_prints_agreement_first(trained):
     assert "the same recipe" in out
 
 
+@pytest.mark.long
 def test_the_example_is_counted_before_and_after(tmp_path):
     options = ["--steps", 4, "--output", tmp_path / "run", "--backend", "torch", "--no-verify"]
     twintune("train", *options)

@@ -71,7 +71,8 @@ def test_ranks_give_the_curve_and_the_adapter_of_one_device(
         np.testing.assert_allclose(together[name], tensor, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
 def test_a_rank_that_is_killed_ends_the_run_by_name_and_it_continues(
     backend: str, given: list[str], tmp_path: Path
 ) -> None:
@@ -124,7 +125,8 @@ def test_torchrun_starts_again_and_the_run_continues(given: list[str], tmp_path:
     assert losses(run).size == 60 + 1 + Run(run).record.steps // Run(run).recipe.eval_every
 
 
-@pytest.mark.parametrize(("precision", "count"), [pytest.param("fp32", 3, marks=pytest.mark.long), ("bf16", 2)])
+@pytest.mark.long
+@pytest.mark.parametrize(("precision", "count"), [("fp32", 3), ("bf16", 2)])
 def test_sharding_an_adapters_base_changes_no_bit(precision: str, count: int, given: list[str], tmp_path: Path) -> None:
     words = ["train", *given, "--backend", "torch", "--steps", "8", "--eval-every", "4"]
     words[words.index("fp32")] = precision
@@ -140,6 +142,7 @@ def test_sharding_an_adapters_base_changes_no_bit(precision: str, count: int, gi
         assert sharded.record.export.sample == complete.record.export.sample
 
 
+@pytest.mark.long
 def test_every_weight_is_trained_in_shards_and_continued_without(given: list[str], tmp_path: Path) -> None:
     words = ["train", *given, "--backend", "torch", "--method", "full", "--steps", "6", "--eval-every", "3"]
     twintune(*words, "--output", tmp_path / "one")

@@ -84,7 +84,11 @@ def test_a_terminal_that_hangs_up_leaves_a_checkpoint(words: list[str], tmp_path
 
 @pytest.mark.parametrize(
     ("number", "save_every", "code"),
-    [(signal.SIGTERM, 100_000, 130), (signal.SIGHUP, 100_000, 130), (signal.SIGKILL, 20, -signal.SIGKILL)],
+    [
+        pytest.param(signal.SIGTERM, 100_000, 130, marks=pytest.mark.long),
+        pytest.param(signal.SIGHUP, 100_000, 130, marks=pytest.mark.long),
+        (signal.SIGKILL, 20, -signal.SIGKILL),
+    ],
     ids=["TERM", "HUP", "KILL"],
 )
 def test_a_stop_within_a_validation_leaves_a_checkpoint(

@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from tests import ROOT
 
 
@@ -21,5 +23,6 @@ def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
     assert re.search(r"^([2-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too
 
 
+@pytest.mark.long
 def test_two_commands_at_once_leave_a_run_intact() -> None:
     assert "\n2 pairs, 0 faults" in command("tests.faults.pairs", "--only", "1")

@@ -90,6 +90,7 @@ def test_from_rows_to_a_gguf_that_holds_what_was_trained(base: Path, tmp_path: P
     }
 
 
+@pytest.mark.long
 def test_a_text_part_that_transformers_saved_has_no_layer_more(tmp_path: Path) -> None:
     write_base(tmp_path / "base", "qwen3_5_text")
     convert(tmp_path / "base", tmp_path / "gguf" / "model-BF16.gguf", "tiny", ensure(None, silent), silent)

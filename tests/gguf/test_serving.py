@@ -56,7 +56,9 @@ def test_a_model_trained_to_another_end_of_turn_stops_there_by_itself(smollm2, l
         assert server.chat(PROMPT, 60) == "Aye, captain."
 
 
-@pytest.mark.parametrize("name", ["Qwen-Qwen3-0.6B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B"])
+@pytest.mark.parametrize(
+    "name", ["Qwen-Qwen3-0.6B", pytest.param("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", marks=pytest.mark.long)]
+)
 def test_llama_cpp_prompts_as_training_did_though_it_asks_for_thoughts(smollm2, llama, tmp_path, name):
     """llama-server switches thinking on unless it is told otherwise; the exported template does not listen."""
     source = llama.converter.parent / "models" / "templates" / f"{name}.jinja"

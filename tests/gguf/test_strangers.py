@@ -182,6 +182,7 @@ SHORT = ("--metric", "exact", "--max-tokens", "4", "--limit", "2")
 TUNE = ("--model", "llama-model", "--data", "data/train.jsonl", "--chat-template", "evil.jinja", "--steps", "1")
 TUNE += ("--trials", "1", "--batch-size", "2", "--max-length", "4096", "--valid-share", "0.5")
 # For every command, what is given to it, and what it says (nothing in particular where that is empty).
+SLOW = ("attest", "verify")  # each compares distributions
 CASES: dict[str, list[tuple[tuple[str, ...], str]]] = {
     "check-data": [
         (("data", "--model", MODEL), "label tokens"),
@@ -275,7 +276,9 @@ def test_every_command_is_tried() -> None:
     assert set(CASES) == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", CASES)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.long) if name in SLOW else name for name in CASES]
+)
 def test_no_command_runs_anything_of_theirs(
     command: str, things: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def write_vocabulary(folder: Path, llama: LlamaCpp, name: str) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_gemma_3_270m(served) -> None:
     base = resolve("google/gemma-3-270m", print).path
     assert not (base / "tokenizer.model").exists(), (

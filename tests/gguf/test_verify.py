@@ -168,6 +168,7 @@ def test_a_sound_export_is_called_sound(run: Path) -> None:
     assert links["BF16"].same_top > 0.98
 
 
+@pytest.mark.long
 def test_another_tokenizer(run: Path) -> None:
     edit(run, "--pre-tokenizer", "bloom")  # what a converter that fell back would have written
     assert "token ids" in broken(run)

@@ -50,7 +50,7 @@ def test_an_optimizer_state_of_one_backend_goes_on_in_the_other(tmp_path):
         other.close()
 
 
-@pytest.mark.parametrize(("name", "steps"), [(SMOLLM2, 6), (GEMMA, 2)])
+@pytest.mark.parametrize(("name", "steps"), [(SMOLLM2, 6), pytest.param(GEMMA, 2, marks=pytest.mark.long)])
 def test_steps_of_a_real_model_agree(name, steps):
     """What only this finds: rounding that grows with a real model's depth, weights and vocabulary. More: tests/long."""
     compare_steps(name, steps)
