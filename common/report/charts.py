@@ -112,7 +112,7 @@ def line_chart(
             "x": {
                 "field": "x",
                 "type": "quantitative",
-                "axis": _AXIS | {"grid": False, "format": "~s", "title": axes.x},
+                "axis": _AXIS | {"grid": False, "format": "~s", "tickMinStep": 1, "title": axes.x},
             },
             "color": {
                 "field": "s",

@@ -49,7 +49,8 @@ def headline(kept: Kept, t: Texts) -> str:
         share = f"{(base - best[1]) / base:.1%}"
         return t[key].format(start=f"{base:.4g}", best=f"{best[1]:.4g}", share=share)
     if losses:
-        return t["headline.train"].format(first=f"{losses[0][1]:.4g}", last=f"{losses[-1][1]:.4g}")
+        key = "headline.so_far" if base else "headline.train"
+        return t[key].format(first=f"{losses[0][1]:.4g}", last=f"{losses[-1][1]:.4g}", start=f"{base or 0:.4g}")
     return t["headline.none"]
 
 

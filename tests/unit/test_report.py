@@ -335,3 +335,20 @@ def test_the_fabricated_metrics_are_those_of_a_run(given: dict[str, Any]) -> Non
     """So that the other tests of the page mean something."""
     lines = [json.loads(line) for line in (train(given) / "metrics.jsonl").read_text().splitlines()]
     assert next(line.keys() for line in lines if "loss" in line) == metrics(1)[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (
+            metrics(3),
+            "Training loss went from 4 to 1.333. The base model's validation loss is 4.5; no other validation",
+        ),
+        (metrics(3)[1:], "Training loss went from 4 to 1.333; there were no validation rows."),
+        (metrics(10), "Validation loss fell from 4.5 to 0.44, 90.2% lower than the base model's."),
+    ],
+)
+def test_the_headline_of_a_training_that_goes_on(lines: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+    run = Run(write_run(tmp_path / "run", status="training", start_valid_loss=None))
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert sections.headline(read_kept(run), texts("en")).startswith(said)
