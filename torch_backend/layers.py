@@ -39,8 +39,7 @@ def install(model: Any, adapter: Adapter) -> None:
         mlp = mlp_of(decoder)
         mlp.forward = partial(_mlp, mlp, type(decoder).__name__.startswith("Gemma"), last)
     for attention in attentions:
-        interleaved = type(attention).__name__.startswith("Glm4")
-        attention.forward = MethodType(calling_rope(type(attention).forward, interleaved), attention)
+        attention.forward = MethodType(calling_rope(type(attention).forward), attention)
     _install_linear(model, adapter)
 
 

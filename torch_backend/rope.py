@@ -60,7 +60,7 @@ def _apply_rotary_pos_emb(
 
 
 @cache
-def calling_rope(forward: Any, interleaved: bool = False) -> FunctionType:
+def calling_rope(forward: Any) -> FunctionType:
     """An attention's forward with `Rope` in place of its module's own; other models of transformers are not changed.
 
     Raises AssertionError where the forward does not read `apply_rotary_pos_emb`, which would leave it as it is.
@@ -69,6 +69,7 @@ def calling_rope(forward: Any, interleaved: bool = False) -> FunctionType:
     if _NAME not in plain.__code__.co_names or _NAME not in plain.__globals__:
         raise AssertionError(f"{plain.__qualname__} does not call {_NAME}: this transformers is not known here")
     takes_one = next(iter(signature(plain.__globals__[_NAME]).parameters)) == "x"
+    interleaved = plain.__qualname__.startswith("Glm4")
     apply = _apply_to_one if takes_one else partial(_apply_rotary_pos_emb, interleaved=interleaved)
     scope = plain.__globals__ | {_NAME: apply}
     made = FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)

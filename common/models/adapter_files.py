@@ -166,11 +166,10 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")
         weights[name] = LoraWeight(A, B, scale * A.shape[0], False, magnitude)
-    if config.get(_DIVIDED):
-        weights = granite4.from_mlx(weights)
-        if weights is None:
-            raise refused(folder / MLX_FILE, "gate_proj and up_proj are not the parts of one adapted matrix")
-    return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), weights)
+    whole = granite4.from_mlx(weights) if config.get(_DIVIDED) else weights
+    if whole is None:
+        raise refused(folder / MLX_FILE, "gate_proj and up_proj are not parts of one adapted matrix")
+    return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), whole)
 
 
 def _complete(

@@ -64,12 +64,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
     if activation != wanted:
         faults.append(f"its activation {activation} is not the family's own, {wanted}")
-    faults += _attention_faults(text, kind)
-    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
-        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2")
-    if kind == "glm4" and text["tie_word_embeddings"]:
-        faults.append("its embeddings are tied, which mlx-lm does not compute for a GLM-4")
-    return faults
+    return faults + _attention_faults(text, kind) + _other_faults(text, kind)
 
 
 def unsupported(config: dict[str, Any]) -> list[str]:
@@ -114,6 +109,14 @@ def _delta_faults(text: dict[str, Any]) -> list[str]:
     if not regular:
         faults.append("its layer_types do not repeat one order that ends in full_attention, as mlx-lm wants it")
     return faults
+
+
+def _other_faults(text: dict[str, Any], kind: str) -> list[str]:
+    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
+        return ["a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2"]
+    if kind == "glm4" and text["tie_word_embeddings"]:
+        return ["its embeddings are tied, which mlx-lm does not compute for a GLM-4"]
+    return []
 
 
 def _attention_faults(text: dict[str, Any], kind: str) -> list[str]:

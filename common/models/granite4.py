@@ -61,8 +61,8 @@ def from_mlx(weights: Mapping[str, LoraWeight]) -> dict[str, LoraWeight] | None:
             other = weights.get(name.removesuffix(gate) + up)
             if other is None or not np.array_equal(weight.A, other.A):
                 return None
-            both = weight.magnitude is not None and other.magnitude is not None
-            magnitude = np.concatenate([weight.magnitude, other.magnitude]) if both else None
+            lengths = [one for one in (weight.magnitude, other.magnitude) if one is not None]
+            magnitude = np.concatenate(lengths) if lengths else None
             joined = replace(weight, B=np.concatenate([weight.B, other.B]), magnitude=magnitude)
             found[name.removesuffix(gate) + _JOINED] = joined
         elif not name.endswith(up):

@@ -6,7 +6,8 @@ from typing import Any
 from common.models.family_defaults import DEFAULTS
 
 ROPES_BY_KIND = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
-_ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
+# The share of a head that RoPE rotates, where a config names none.
+_ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}
 
 
 def normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:

@@ -45,7 +45,12 @@ def write_adapter(base, folder, size=0.3, **changes):
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [*((family, kind) for family in ("llama", "qwen3") for kind in CHANGES), ("qwen3_5", "lora")],
+    [
+        *((family, kind) for family in ("llama", "qwen3") for kind in CHANGES),
+        ("qwen3_5", "lora"),
+        ("granitemoehybrid", "lora"),
+        ("glm4", "lora"),
+    ],
 )
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
     base, changes = tiny_llama if family == "llama" else write_family(tmp_path / "base", family), CHANGES[changes]
