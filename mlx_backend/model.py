@@ -14,7 +14,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError, first_line, masked
-from common.models import granite4
 from common.models.families import (
     ForwardConfig,
     forward_config,
@@ -33,7 +32,7 @@ from mlx_backend.rope import Rope, rope
 _TORCH = "Train it with --backend torch."
 _KINDS = ("full_attention", "sliding_attention")
 # Models whose layers are those of another in mlx-lm.
-_SAME_LAYERS = {"gemma4_unified_text": "gemma4_text", granite4.KIND: "granite", "ministral3": "llama"}
+_SAME_LAYERS = {"gemma4_unified_text": "gemma4_text", "granitemoehybrid": "granite", "ministral3": "llama"}
 DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
@@ -96,7 +95,7 @@ def load_base(base: ModelFolder, dtype: mx.Dtype, full: bool = False) -> Any:
                 for layer in model.layers:
                     if layer.is_linear:
                         layer.linear_attn.conv1d.weight = layer.linear_attn.conv1d.weight.swapaxes(1, 2)
-            if kind == granite4.KIND:
+            if kind == "granitemoehybrid":
                 for layer in model.layers:
                     join_mlp(layer, config)
             model.sanitize = lambda weights: sanitize(_language_model(weights, tied=config["tie_word_embeddings"]))

@@ -113,7 +113,8 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
         if name in weights:  # a Granite 4's gate and up, whose rows the file has apart
             if not np.array_equal(own_A, weights[name].A):
                 raise UserError(
-                    f"{path}: the parts of {name} were adapted each for itself.", "Fuse it with llama.cpp's llama-export-lora."
+                    f"{path}: the parts of {name} were adapted each for itself.",
+                    "Fuse it with llama.cpp's llama-export-lora.",
                 )
             own_B += weights[name].B
         weights[name] = LoraWeight(own_A, own_B, alpha or float(B.shape[1]))

@@ -4,7 +4,7 @@ Source: huggingface/transformers, models/granitemoehybrid. mlx-lm has gate and u
 under other names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,11 @@ def normalize(config: dict[str, Any]) -> dict[str, Any]:
     config["intermediate_size"] = config["shared_intermediate_size"]  # the others' name for it
     config.pop("time_step_limit", None)
     return config | _UNREAD | {"mamba_d_head": 2 * config["hidden_size"]}
+
+
+def is_divided(kind: str, names: Iterable[str]) -> bool:
+    """Whether these are a Granite 4's tensors under mlx-lm's names. kind: the model type."""
+    return kind == KIND and any(name.endswith(f"{_MLX_PARTS[0]}.weight") for name in names)
 
 
 def as_in_mlx(weights: Mapping[str, LoraWeight]) -> dict[str, LoraWeight]:
