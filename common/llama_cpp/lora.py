@@ -88,7 +88,7 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
         _convert(Adapter("", 0, 0.0, numbered), base, folder / "numbered.gguf", llama)
         known, _ = _tensors(folder / "numbered.gguf")
     tensors, alpha = _tensors(path)
-    weights = {}
+    weights: dict[str, LoraWeight] = {}
     for key in sorted(tensors):
         if not key.endswith(".lora_a"):
             continue
