@@ -59,6 +59,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "per_layer_config": {"2": {"head_dim": 128, "num_key_value_heads": 1}},
         **{"final_logit_softcapping": 30.0, "sliding_window": 16},
     },
+    "granitemoehybrid": {"intermediate_size": 256, "shared_intermediate_size": 512},
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": TINY["ministral3"]["rope_parameters"]
@@ -103,7 +104,8 @@ def _tokenizer(family: str) -> Any:
     else:
         kind = "qwen2" if family in ("qwen2", "qwen3") else "gpt-2"  # transformers splits words by the family
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=f"ggml-vocab-{kind}.gguf", trust_remote_code=False)
-    tokenizer.add_special_tokens({"additional_special_tokens": [END]}, replace_extra_special_tokens=False)
+    special = [END, "<|user|>", "<|endoftext|>"] if family == "glm4" else [END]  # which its converter asks for
+    tokenizer.add_special_tokens({"additional_special_tokens": special}, replace_extra_special_tokens=False)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

@@ -15,7 +15,10 @@ TARGET_GROUPS = {
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
         *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),  # of linear attention
     ],
-    "mlp": ["gate_proj", "up_proj", "gate_up_proj", "down_proj"],
+    "mlp": [
+        *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
+        *("input_linear", "output_linear"),  # Granite 4's
+    ],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]
 # How the names of such parameters end.

@@ -1,5 +1,6 @@
 """Our attention and MLP in place of mlx-lm's."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,17 @@ def install(model: Any, kind: str) -> None:
         for module in model.modules():
             if type(module) is nn.RMSNorm:
                 _replace_call(module, _centered_norm)
+
+
+def join_mlp(layer: Any, config: dict[str, Any]) -> None:
+    """Give a layer of Granite 3 the MLP of Granite 4: one matrix for gate and up, and names of its own."""
+    from mlx_lm.models.granitemoehybrid import GraniteMoeHybridSharedMLP
+
+    kind = type(layer)
+    layer.pop("mlp")
+    layer.__class__ = type(kind.__name__, (kind,), {"mlp": property(lambda self: self["shared_mlp"])})
+    sizes = {key: config[key] for key in ("hidden_size", "shared_intermediate_size")}
+    layer.shared_mlp = GraniteMoeHybridSharedMLP(SimpleNamespace(**sizes))
 
 
 def _centered_norm(self: Any, x: mx.array) -> mx.array:

@@ -10,11 +10,12 @@ import mlx.nn as nn
 
 def feed_forward(self: Any, x: mx.array) -> mx.array:
     """The output [tokens, hidden] of a layer's MLP, in all families. `self` is mlx-lm's module."""
-    if "gate_up_proj" in self:  # Phi-3
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+    if joined := self.get("gate_up_proj") or self.get("input_linear"):  # Phi-3, GLM-4; Granite 4
+        gate, up = mx.split(joined(x), 2, axis=-1)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj((gated_gelu if self.gelu else gated_silu)(gate, up))
+    down = self.output_linear if "output_linear" in self else self.down_proj
+    return down((gated_gelu if self.gelu else gated_silu)(gate, up))
 
 
 @mx.custom_function

@@ -26,22 +26,23 @@ from common.models.mlx_quantized import is_mlx_layout, usual_layout
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.gemma4 import run_layers
-from mlx_backend.layers import install
+from mlx_backend.layers import install, join_mlp
 from mlx_backend.rope import Rope, rope
 
 _TORCH = "Train it with --backend torch."
 _KINDS = ("full_attention", "sliding_attention")
 # Models whose layers are those of another in mlx-lm.
-_SAME_LAYERS = {"gemma4_unified_text": "gemma4_text", "ministral3": "llama"}
+_SAME_LAYERS = {"gemma4_unified_text": "gemma4_text", "granitemoehybrid": "granite", "ministral3": "llama"}
 DTYPES = {"bf16": mx.bfloat16, "fp32": mx.float32}
 
 
 class _Rope(nn.Module):
     """Rotates x [B, heads, T, head_dim] by positions from `offset` on; see `mlx_backend.rope`."""
 
-    def __init__(self, found: Rope) -> None:
+    def __init__(self, found: Rope, interleaved: bool) -> None:
+        """interleaved: each value of a head is paired with the next, else with that of the other half."""
         super().__init__()
-        self._split, self._factor = found.split, found.factor
+        self._split, self._factor, self._interleaved = found.split, found.factor, interleaved
         self._width = 2 * len(found.inverse)
         self._short, self._long = (
             mx.array(_inverted(inverse).astype("float32")) for inverse in (found.inverse, found.inverse_long)
@@ -52,7 +53,9 @@ class _Rope(nn.Module):
         if self._factor != 1.0:
             x = x.at[..., : self._width].multiply(self._factor)
         freqs = self._long if longer else self._short
-        return mx.fast.rope(x, self._width, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+        return mx.fast.rope(
+            x, self._width, traditional=self._interleaved, base=None, scale=1.0, offset=offset, freqs=freqs
+        )
 
 
 def _inverted(frequencies: np.ndarray) -> np.ndarray:
@@ -92,6 +95,9 @@ def load_base(base: ModelFolder, dtype: mx.Dtype, full: bool = False) -> Any:
                 for layer in model.layers:
                     if layer.is_linear:
                         layer.linear_attn.conv1d.weight = layer.linear_attn.conv1d.weight.swapaxes(1, 2)
+            if kind == "granitemoehybrid":
+                for layer in model.layers:
+                    join_mlp(layer, config)
             model.sanitize = lambda weights: sanitize(_language_model(weights, tied=config["tie_word_embeddings"]))
             return model
 
@@ -125,7 +131,8 @@ def _set_positions(model: Any, config: dict[str, Any], found: ForwardConfig) -> 
     for layer, parameters in zip(model.layers, found.ropes, strict=True):
         if parameters is not None:
             width = layer.self_attn.head_dim if "global_head_dim" in config else config["head_dim"]
-            layer.self_attn.rope = _Rope(rope(parameters, width, config["max_position_embeddings"]))
+            found_rope = rope(parameters, width, config["max_position_embeddings"])
+            layer.self_attn.rope = _Rope(found_rope, interleaved=config["model_type"] == "glm4")
         elif "self_attn" in layer:
             layer.self_attn.rope = _unrotated
         if found.query_scaling is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from common.models import granite4
 from common.models.family_defaults import DEFAULTS
 from common.verify.tiny_models import TINY, tiny_config, write_tiny
 
@@ -194,6 +195,8 @@ def _age(folder: Path, family: str) -> None:
         text["sliding_window_pattern"] = text["layer_types"].index("full_attention") + 1
     for key in ("layer_types", "no_rope_layers", "_sliding_window_pattern"):  # what earlier releases did not write
         text.pop(key, None)
+    if kind == granite4.KIND:  # layers of attention had another name
+        text["layer_types"] = ["attention"] * text["num_hidden_layers"]
     for key, value in DEFAULTS[kind].items():  # what no release writes where it wrote differences alone
         if key in text and text[key] == value:
             del text[key]

@@ -34,6 +34,7 @@ from torch_backend.device_settings import DeviceSettings, empty_cache
 from torch_backend.forward import Forward, PackedForward, PlainForward
 from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
+from torch_backend.layers import mlp_of
 from torch_backend.lora import set_arrays
 from torch_backend.loss import PackedBatch, loss_of
 from torch_backend.mlp import recomputing
@@ -70,7 +71,7 @@ class TorchBackend:
             self.model: Any = load_model(base, recipe, self.device, plan.sharded)
         if self.device.type == "cpu" and self.known:
             for layer in self.model.model.layers[::TRIM_EVERY]:
-                layer.mlp.register_forward_pre_hook(self._trim)
+                mlp_of(layer).register_forward_pre_hook(self._trim)
         self.total, self.share = torch.zeros(2, device=self.device)
         if self.known:
             self.forward = PackedForward(self.model, config, plan, recipe.precision)

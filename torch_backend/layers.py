@@ -35,8 +35,9 @@ def install(model: Any, adapter: Adapter) -> None:
     for net in nets:
         net.norm.forward = partial(_gated_norm, net.norm)
     for decoder in decoders:
-        last = not hasattr(decoder, "post_feedforward_layernorm")
-        decoder.mlp.forward = partial(_mlp, decoder.mlp, type(decoder).__name__.startswith("Gemma"), last)
+        last = not any(hasattr(decoder, f"post_{name}_layernorm") for name in ("feedforward", "mlp"))
+        mlp = mlp_of(decoder)
+        mlp.forward = partial(_mlp, mlp, type(decoder).__name__.startswith("Gemma"), last)
     for attention in attentions:
         attention.forward = MethodType(calling_rope(type(attention).forward), attention)
     _install_linear(model, adapter)
@@ -77,12 +78,18 @@ def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
     return FrozenLinear.apply(x, module.weight, module.bias)
 
 
+def mlp_of(decoder: Any) -> Any:
+    """A layer's MLP, by its name in any family."""
+    return decoder.mlp if hasattr(decoder, "mlp") else decoder.shared_mlp  # Granite 4's
+
+
 def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
-    if hasattr(module, "gate_up_proj"):
-        gate, up = module.gate_up_proj(x).chunk(2, dim=-1)
+    granite4 = hasattr(module, "input_linear")
+    if granite4 or hasattr(module, "gate_up_proj"):
+        gate, up = (module.input_linear if granite4 else module.gate_up_proj)(x).chunk(2, dim=-1)
     else:
         gate, up = module.gate_proj(x), module.up_proj(x)
-    down = module.down_proj
+    down = module.output_linear if granite4 else module.down_proj
     if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
         return down(Gated.apply(gate, up, gelu))
     return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)

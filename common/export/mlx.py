@@ -11,7 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models import gemma4
+from common.models import gemma4, granite4
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
@@ -29,6 +29,7 @@ from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
 _SMALL = 10**9  # weights: a model with fewer loses much by 4 bits
+_PLAIN_ROPE = ("gemma2", "glm4", granite4.KIND, "phi3")  # mlx-lm scales no RoPE of theirs, or every row's alike
 _GROUP = 64  # weights that share a scale
 
 
@@ -55,10 +56,8 @@ def check_model(base: ModelFolder, display: Display) -> None:
     kind, found = base.config["model_type"], forward_config(base.config)
     bases = {rope["rope_theta"] for rope in filter(None, found.ropes)}
     for rope in filter(None, found.ropes):
-        # mlx-lm uses longrope's long factors for every Phi-3 row, and has no scaling for Gemma 2
-        wrong = kind in ("phi3", "gemma2") and (
-            rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1) != 1
-        )
+        partly = rope.get("partial_rotary_factor", 1) != 1 and kind != "glm4"
+        wrong = kind in _PLAIN_ROPE and (rope["rope_type"] != "default" or partly)
         wrong |= _scaled_otherwise(rope) or (kind == "olmo3" and len(bases) > 1)
         if wrong:
             raise UserError(

@@ -15,13 +15,14 @@ from typing import Any, Literal
 
 from common.backend import Progress
 from common.display import Display
+from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_write
 from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
-from common.models import gemma4, sentencepiece
+from common.models import gemma4, granite4, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import is_known
 from common.models.model_folder import ModelFolder
@@ -126,7 +127,21 @@ def _other_model(model: ModelFolder) -> str:
         return "llama.cpp does not read how far this YaRN scales"
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
+    if kind == "glm4":
+        return _other_glm4(config, model.path)
+    if kind == granite4.KIND and config["position_embedding_type"] != "rope":
+        return "llama.cpp rotates queries and keys of every Granite 4 without Mamba layers, and this model does not"
     return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
+
+
+def _other_glm4(config: dict[str, Any], folder: Path) -> str:
+    """The same of a GLM-4."""
+    if (scaling := config["rope_parameters"]["rope_type"]) not in ("default", "linear", "yarn"):
+        return f"llama.cpp does not know the RoPE scaling {scaling!r} in a GLM-4"
+    added = read_json(folder / "tokenizer.json", "Fetch the model's files again.").get("added_tokens")
+    names = {token.get("content") for token in added or [] if isinstance(token, dict)}
+    absent = [name for name in ("<|endoftext|>", "<|user|>") if name not in names]
+    return f"llama.cpp's converter wants the token {absent[0]} in a GLM-4's tokenizer" if absent else ""
 
 
 def _other_gemma4(model: ModelFolder) -> str:

@@ -88,7 +88,7 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
         _convert(Adapter("", 0, 0.0, numbered), base, folder / "numbered.gguf", llama)
         known, _ = _tensors(folder / "numbered.gguf")
     tensors, alpha = _tensors(path)
-    weights = {}
+    weights: dict[str, LoraWeight] = {}
     for key in sorted(tensors):
         if not key.endswith(".lora_a"):
             continue
@@ -107,9 +107,17 @@ def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> A
                 f"{len(columns)}.",
                 "Give its own base model.",
             )
-        own_A, own_B = np.empty_like(A), np.empty_like(B)
+        name = modules[int(known[key][0, 0])]
+        own_A, own_B = np.empty_like(A), np.zeros((shapes[name][0], B.shape[1]), B.dtype)
         own_A[:, columns], own_B[rows] = A, B
-        weights[modules[int(known[key][0, 0])]] = LoraWeight(own_A, own_B, alpha or float(B.shape[1]))
+        if name in weights:  # a Granite 4's gate and up, whose rows the file has apart
+            if not np.array_equal(own_A, weights[name].A):
+                raise UserError(
+                    f"{path}: the parts of {name} were adapted each for itself.",
+                    "Fuse it with llama.cpp's llama-export-lora.",
+                )
+            own_B += weights[name].B
+        weights[name] = LoraWeight(own_A, own_B, alpha or float(B.shape[1]))
     if not weights:
         raise UserError(f"{path} holds no LoRA matrices.", _REMEDY)
     return Adapter("", 0, 0.0, weights)

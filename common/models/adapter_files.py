@@ -14,6 +14,7 @@ from common.backend import Adapter, LoraWeight
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder
+from common.models import granite4
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
@@ -27,6 +28,7 @@ CONFIG_FILE = "adapter_config.json"
 _PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 _MLX_NAMES = {"lora_A": "lora_a", "lora_B": "lora_b", "magnitude": "m"}
 _REMEDY = "Take it from a checkpoint."
+_DIVIDED = "divided"  # in mlx-lm's layout: whether gate_proj and up_proj are rows of one matrix, as in a Granite 4
 _IN_LAYERS = re.compile(r"\.layers\.\d+\.")
 
 
@@ -77,8 +79,8 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     rank = max(weight.rank for weight in adapter.weights.values())
     scales = Counter(weight.scale for weight in adapter.weights.values() if weight.scale)  # an alpha may be 0
     scale = scales.most_common(1)[0][0] if scales else 0.0
-    tensors = {}
-    for name, weight in adapter.weights.items():
+    tensors, weights = {}, granite4.as_in_mlx(adapter.weights)
+    for name, weight in weights.items():
         B = weight.B if weight.scale == scale else times(weight.B, weight.scale / scale, name)
         missing = rank - weight.rank
         tensors[f"{mlx_name(name)}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
@@ -93,9 +95,10 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
             "rank": rank,
             "scale": scale,
             "dropout": adapter.dropout,
-            "keys": sorted({name.split(".layers.")[1].split(".", 1)[1] for name in adapter.weights}),
+            "keys": sorted({name.split(".layers.")[1].split(".", 1)[1] for name in weights}),
         },
         "model": adapter.base_model,
+        **({} if weights.keys() == adapter.weights.keys() else {_DIVIDED: True}),
     }
     _write(folder, MLX_FILE, tensors, config)
 
@@ -163,7 +166,10 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")
         weights[name] = LoraWeight(A, B, scale * A.shape[0], False, magnitude)
-    return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), weights)
+    whole = granite4.from_mlx(weights) if config.get(_DIVIDED) else weights
+    if whole is None:
+        raise refused(folder / MLX_FILE, "gate_proj and up_proj are not parts of one adapted matrix")
+    return _adapter(folder / MLX_FILE, config.get("model"), layers, settings.get("dropout", 0.0), whole)
 
 
 def _complete(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.models import gemma4
+from common.models import gemma4, granite4
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import MULTIMODAL, SUPPORTED, family, is_known, text_config
 from common.models.family_defaults import DEFAULTS
@@ -15,8 +15,10 @@ _ROPE_NEEDS = {
     "yarn": ("original_max_position_embeddings",),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
-_PADDING = {"phi3": 32000}  # transformers' pad_token_id where the config has none
-_DELTA_TYPES = ("full_attention", "linear_attention")
+_PADDING = {"glm4": 151329, "phi3": 32000}  # transformers' pad_token_id where the config has none
+_LAYER_TYPES = {"qwen3_5_text": ("full_attention", "linear_attention"), granite4.KIND: ("attention",)}
+_PARTLY_ROTATED = ("glm4", "phi3", "qwen3_5_text")
+_NO_HEAD_DIM = ("qwen2", "phi3", "granite", granite4.KIND)
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -48,7 +50,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     heads, keys = text["num_attention_heads"], text["num_key_value_heads"]
     if not text["head_dim"] or heads % keys:
         faults.append(f"its {heads} attention heads do not fit hidden_size or its {keys} key heads")
-    known = _DELTA_TYPES if kind == "qwen3_5_text" else LAYER_TYPES
+    known = _LAYER_TYPES.get(kind, LAYER_TYPES)
     if strange := {*(text.get("layer_types") or [])} - {*known}:
         faults.append(f"its layer_types name {min(strange)}, and can name {' and '.join(known)}")
         return faults
@@ -62,10 +64,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
     if activation != wanted:
         faults.append(f"its activation {activation} is not the family's own, {wanted}")
-    faults += _attention_faults(text, kind)
-    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
-        faults.append("a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2")
-    return faults
+    return faults + _attention_faults(text, kind) + _other_faults(text, kind)
 
 
 def unsupported(config: dict[str, Any]) -> list[str]:
@@ -74,7 +73,8 @@ def unsupported(config: dict[str, Any]) -> list[str]:
         return []
     architecture = (config.get("architectures") or ["none named"])[0]
     if architecture in SUPPORTED:
-        return [f"the mixtures of experts in this {architecture} are not supported; its dense models are"]
+        also = "Mamba layers and " if architecture.startswith("Granite") else ""
+        return [f"the {also}mixtures of experts in this {architecture} are not supported; its dense models are"]
     return [f"its architecture {architecture} is not supported; supported: {', '.join(SUPPORTED)}"]
 
 
@@ -91,7 +91,7 @@ def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
             needed = int(text["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
             counts = {key: len(rope[key]) for key in ("short_factor", "long_factor")}
             faults += [f"its {key} has {n} numbers and needs {needed}" for key, n in counts.items() if n != needed]
-        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind not in ("phi3", "qwen3_5_text"):
+        if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind not in _PARTLY_ROTATED:
             faults.append("its partial_rotary_factor is not computed by both backends")
     return faults
 
@@ -111,11 +111,19 @@ def _delta_faults(text: dict[str, Any]) -> list[str]:
     return faults
 
 
+def _other_faults(text: dict[str, Any], kind: str) -> list[str]:
+    if kind == "gemma2" and not (text["attn_logit_softcapping"] and text["tie_word_embeddings"]):
+        return ["a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2"]
+    if kind == "glm4" and text["tie_word_embeddings"]:
+        return ["its embeddings are tied, which mlx-lm does not compute for a GLM-4"]
+    return []
+
+
 def _attention_faults(text: dict[str, Any], kind: str) -> list[str]:
     faults = []
     if kind in ("qwen3", "gemma2", "gemma3_text") and text["attention_bias"]:
         faults.append("its attention has biases, which the MLX backend does not compute for this family")
-    if kind in ("qwen2", "phi3", "granite") and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
+    if kind in _NO_HEAD_DIM and text["head_dim"] * text["num_attention_heads"] != text["hidden_size"]:
         faults.append(f"its head_dim {text['head_dim']} is not hidden_size / num_attention_heads")
     ahead = text.get("use_bidirectional_attention")
     if ahead and not (kind in gemma4.KINDS and ahead == "vision"):  # which text rows do not have

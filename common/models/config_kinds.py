@@ -79,6 +79,10 @@ _KINDS: dict[str, _Kind] = {
     "use_bidirectional_attention": _optional(
         _Kind(lambda value: isinstance(value, bool) or value in ("all", "vision"), "true, false, all or vision")
     ),
+    # Granite 4's
+    "shared_intermediate_size": _COUNT,
+    "num_local_experts": _optional(_SIZE),
+    "position_embedding_type": _optional(_TEXT),
     # Gemma 4's
     **dict.fromkeys(("attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp"), _optional(_SWITCH)),
     **dict.fromkeys(("global_head_dim", "vocab_size_per_layer_input"), _COUNT),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from common.models import gemma4
+from common.models import gemma4, granite4
 from common.models.family_defaults import DEFAULTS
 from common.models.rope_config import ROPES_BY_KIND, normalize_rope
 
@@ -24,7 +24,9 @@ ARCHITECTURES = {
     "Gemma4ForConditionalGeneration": "gemma4_text",
     "Gemma4UnifiedForCausalLM": "gemma4_unified_text",
     "Gemma4UnifiedForConditionalGeneration": "gemma4_unified_text",
+    "Glm4ForCausalLM": "glm4",
     "GraniteForCausalLM": "granite",
+    "GraniteMoeHybridForCausalLM": granite4.KIND,
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "Mistral3ForConditionalGeneration": "ministral3",  # or a Mistral: its text part says which
@@ -44,6 +46,7 @@ ARCHITECTURES = {
 SUPPORTED = tuple(ARCHITECTURES)
 # Their layers differ in kind.
 _LISTED = ("exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
+_ALL_FULL = ("glm4", "granite", granite4.KIND, "llama", "olmo2")  # no layer has a window
 _PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
 MULTIMODAL = frozenset(name for name in ARCHITECTURES if name.endswith("ForConditionalGeneration"))
 
@@ -60,7 +63,8 @@ def family(config: dict[str, Any]) -> str | None:
         return "mistral" if text.get("model_type", "mistral") == "mistral" else "ministral3"
     if architecture.startswith("Gemma4") and gemma4.has_experts(text if isinstance(text, dict) else config):
         return None
-    return ARCHITECTURES.get(architecture)
+    kind = ARCHITECTURES.get(architecture)
+    return None if kind == granite4.KIND and not granite4.is_dense(config) else kind
 
 
 def architecture_alone(kind: str) -> str:
@@ -126,6 +130,8 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
         text = normalize_config(text, kind)
         # mlx-lm reads the vocabulary's size here
         return {**config, "tie_word_embeddings": tied, "vocab_size": text.get("vocab_size"), "text_config": text}
+    if kind == granite4.KIND and not granite4.is_dense(config):
+        kind = None
     if kind not in DEFAULTS:
         return normalize_rope(config, kind)  # the libraries read the rest as it is
     for key, value in DEFAULTS[kind].items():
@@ -139,6 +145,8 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
         config["eos_token_id"] = ends[0]
     if kind in gemma4.KINDS:
         return gemma4.normalize(config)
+    if kind == granite4.KIND:
+        config = granite4.normalize(config)
     _list_layers(config, kind)
     return normalize_rope(config, kind)
 
@@ -189,7 +197,7 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
     windows: list[int | None] = [None for _ in layers]
     if kind in ("ministral3", "mistral", "phi3"):  # they do not read layer_types
         windows = [window for _ in layers]
-    elif kind not in ("llama", "granite", "olmo2") and config.get("use_sliding_window", True):
+    elif kind not in _ALL_FULL and config.get("use_sliding_window", True):
         windows = [window if kinds[i] == "sliding_attention" else None for i in layers]
     if kind in (*ROPES_BY_KIND, *gemma4.KINDS):
         ropes = [rope[kinds[i]] for i in layers]
@@ -199,6 +207,8 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
             rotated = [one != "linear_attention" for one in kinds]
         elif kind == "exaone4" and window is not None:
             rotated = [one == "sliding_attention" for one in kinds]
+        elif config.get("position_embedding_type") == "nope":  # a Granite 4
+            rotated = [False] * len(layers)
         ropes = [rope if config.get("no_rope_layers", rotated)[i] else None for i in layers]
     gemma = kind.startswith("gemma")
     scaling = (rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings"))

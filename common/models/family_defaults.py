@@ -49,6 +49,13 @@ _GEMMA_4 = {
     "use_bidirectional_attention": None,
     "use_double_wide_mlp": False,
 }
+_GRANITE = _COMMON | {
+    "max_position_embeddings": 2048,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}
 _OLMO = _COMMON | {"rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": 2048}
 # By model type.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -72,15 +79,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     | {"enable_moe_block": False, "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262144},
     "gemma4_unified_text": _GEMMA_4
     | {"max_position_embeddings": 262144, "sliding_window": 1024, "use_bidirectional_attention": "vision"},
-    "granite": _COMMON
-    | _BIASES
+    "glm4": _COMMON
     | {
-        "max_position_embeddings": 2048,
-        "embedding_multiplier": 1.0,
-        "logits_scaling": 1.0,
-        "residual_multiplier": 1.0,
-        "attention_multiplier": 1.0,
+        "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
     },
+    "granite": _GRANITE | _BIASES,
+    "granitemoehybrid": _GRANITE
+    | {"attention_bias": False, "shared_intermediate_size": 1024, "position_embedding_type": None},
     "llama": _COMMON | _BIASES | {"max_position_embeddings": 2048},
     "ministral3": _COMMON
     | {

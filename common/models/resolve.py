@@ -9,7 +9,7 @@ from typing import Any
 from common.documents import read_json
 from common.errors import UserError
 from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
-from common.models import mlx_quantized
+from common.models import granite4, mlx_quantized
 from common.models.admitted import remembered
 from common.models.config_faults import config_faults, unsupported
 from common.models.families import hf_name, is_known, text_name
@@ -65,7 +65,7 @@ def check_folder(model: ModelFolder, name: str, tried: bool = False) -> None:
             unknown = unknown if verdict is None or not verdict.admitted else []
             remedy = " Or have this one checked here with --try-model."
         faults = (unknown or config_faults(model.written_config)) + _quantized(model.written_config) + faults
-    if not faults and mlx_quantized.is_mlx_layout(model):
+    if not faults and (mlx_quantized.is_mlx_layout(model) or granite4.is_divided(model.model_type, model.tensors)):
         faults.append("its weights are laid out as mlx-lm saves them; give the model that they were made from")
     if not faults:
         faults += _weight_faults(model) if is_known(model.written_config) else _type_faults(model)

@@ -6,7 +6,8 @@ from typing import Any
 from common.models.family_defaults import DEFAULTS
 
 ROPES_BY_KIND = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
-_ROTARY = {"phi3": 1.0, "qwen3_5_text": 0.25}  # the share of a head that RoPE rotates, where a config names none
+# The share of a head that RoPE rotates, where a config names none.
+_ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}
 
 
 def normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
             _name_rope(one, config, kind)
     config["rope_parameters"] = rope if local is None else {"full_attention": rope, "sliding_attention": local}
     config["rope_theta"] = rope["rope_theta"]
-    if kind not in DEFAULTS and "partial_rotary_factor" in rope:
+    if (kind not in DEFAULTS or kind == "glm4") and "partial_rotary_factor" in rope:
         config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     # before transformers 4.43 the key was `type`, and some readers know nothing else

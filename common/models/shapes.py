@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from common.models import gemma4
+from common.models import gemma4, granite4
 from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config, text_name
 from common.models.model_folder import ModelFolder
 from common.recipe import TARGET_GROUPS
@@ -95,20 +95,22 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys = text["num_key_value_heads"] * text["head_dim"]
     gemma = kind.startswith("gemma")
     gated = kind == "qwen3_5_text"  # attention's output, by half of what q_proj gives
-    linear: dict[str, tuple[int, int]] = {"self_attn.o_proj": (hidden, queries), "mlp.down_proj": (hidden, inner)}
+    linear: dict[str, tuple[int, int]] = {"self_attn.o_proj": (hidden, queries)}
     if kind == "phi3":
-        linear |= {"self_attn.qkv_proj": (queries + 2 * keys, hidden), "mlp.gate_up_proj": (2 * inner, hidden)}
+        linear |= {"self_attn.qkv_proj": (queries + 2 * keys, hidden)}
     else:
         linear |= {
             f"self_attn.{name}_proj": (size, hidden)
             for name, size in zip("qkv", (queries * (1 + gated), keys, keys), strict=True)
         }
-        linear |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden)}
+    linear |= _mlp_shapes(kind, hidden, inner)
     biased = ["mlp"] if text.get("mlp_bias") else []
-    biased += ["self_attn"] if text.get("attention_bias") else []
+    biased += ["self_attn"] if text.get("attention_bias") and kind != "glm4" else []
+    inputs_biased = kind == "qwen2" or (kind == "glm4" and text["attention_bias"])  # but not o_proj
     norms = [*([] if kind in _POST_NORMED else ["input_layernorm"]), "post_attention_layernorm"]
     norms += ["pre_feedforward_layernorm"] if gemma else []
     norms += ["post_feedforward_layernorm"] if gemma or kind in _POST_NORMED else []
+    norms += ["post_self_attn_layernorm", "post_mlp_layernorm"] if kind == "glm4" else []
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (text["vocab_size"], hidden)}
     for layer in range(text["num_hidden_layers"]):
         at = f"model.layers.{layer}"
@@ -119,7 +121,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             if delta and name.startswith("self_attn"):
                 continue
             shapes[f"{at}.{name}.weight"] = shape
-            if name.split(".")[0] in biased or (kind == "qwen2" and name[-6] in "qkv"):
+            if name.split(".")[0] in biased or (inputs_biased and name[-6] in "qkv"):
                 shapes[f"{at}.{name}.bias"] = shape[:1]
         shapes |= {f"{at}.{name}.weight": (hidden,) for name in norms}
         if kind in NORMED and not delta:
@@ -129,6 +131,13 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if not text["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (text["vocab_size"], hidden)
     return shapes
+
+
+def _mlp_shapes(kind: str, hidden: int, inner: int) -> dict[str, tuple[int, int]]:
+    if kind == granite4.KIND:
+        return {"shared_mlp.input_linear": (2 * inner, hidden), "shared_mlp.output_linear": (hidden, inner)}
+    parts = {"gate_up_proj": 2 * inner} if kind in ("glm4", "phi3") else {"gate_proj": inner, "up_proj": inner}
+    return {f"mlp.{name}": (size, hidden) for name, size in parts.items()} | {"mlp.down_proj": (hidden, inner)}
 
 
 def _delta_shapes(text: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -96,7 +96,26 @@ TINY: dict[str, dict[str, Any]] = {
         "use_bidirectional_attention": None,
         "rope_parameters": _PROPORTIONAL,
     },
+    "glm4": {
+        "head_dim": 24,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
+    },
     "granite": {
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 1.7,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
+    "granitemoehybrid": {
+        "layer_types": ["full_attention"] * 2,
+        "num_local_experts": 0,
+        "intermediate_size": 48,  # which no layer reads
+        "shared_intermediate_size": 96,
+        "position_embedding_type": "rope",
         "tie_word_embeddings": True,
         "attention_bias": True,
         "embedding_multiplier": 3.0,

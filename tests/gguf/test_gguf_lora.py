@@ -49,6 +49,8 @@ def write_adapter(base, folder, size=0.3, **changes):
         *(("llama", kind) for kind in CHANGES),
         *(pytest.param("qwen3", kind, marks=pytest.mark.long) for kind in CHANGES),
         ("qwen3_5", "lora"),
+        ("granitemoehybrid", "lora"),
+        ("glm4", "lora"),
     ],
 )
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):

@@ -16,6 +16,7 @@ from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
 from tests.tiny import FAMILIES, write_family, write_rows
 
+_PARTS = {"targets": ["mlp"], "rank_pattern": {"input_linear": 2}, "alpha_pattern": {"output_linear": 3.0}}
 # Plans under which the two backends must agree; each is a dict of changes to tests.backends.make_plan.
 PLANS = {"plain": {}, "checkpointing": {"gradient_checkpointing": True}}
 # mlx-lm's bf16 norms and scalars round a little more than transformers' (CONTRIBUTING.md)
@@ -221,6 +222,50 @@ def test_a_multimodal_models_text_part_is_trained_and_the_rest_kept(layout, fold
         model = load_adapters(load_model(folder, model_config=config)[0], str(tmp_path / "adapter-mlx"))
         found = model.language_model.model.layers[0].mlp.down_proj.lora_b
         np.testing.assert_array_equal(np.array(found).T, adapter.weights[min(adapter.weights)].B)
+
+
+def test_a_granite_4_without_positions_is_computed_alike(rows, tmp_path):
+    changes = {"position_embedding_type": None}  # transformers' way to say it
+    folder, logits = write_tiny(tmp_path, "granitemoehybrid", changes), {}
+    for name in ("torch", "mlx"):
+        backend = backends.load(name, folder, backends.make_recipe(folder))
+        logits[name] = backend.logits(rows[-1].ids)
+        backend.close()
+    np.testing.assert_allclose(logits["mlx"], logits["torch"], atol=1e-4)
+    backend = backends.load("mlx", write_tiny(tmp_path, "granitemoehybrid"), backends.make_recipe(folder))
+    assert np.abs(backend.logits(rows[-1].ids) - logits["mlx"]).max() > 1e-2
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("glm4", {}), ("granitemoehybrid", {}), ("granitemoehybrid", {"method": "dora"}), ("granitemoehybrid", _PARTS)],
+)
+def test_peft_and_mlx_lm_read_an_adapter_of_matrices_that_are_joined(family, changes, folders, rows, tmp_path):
+    import torch
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import load_model
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = folders(family), rows[-1].ids
+    recipe = backends.make_recipe(folder, **changes)
+    backend = backends.load("torch", folder, recipe)
+    base = backend.logits(ids)
+    backends.run_steps(backend, recipe, rows, 3)
+    tuned, adapter = backend.logits(ids), backend.get_adapter().copied()
+    backend.close()
+    assert np.abs(tuned - base).max() > 0.1
+    write_both(tmp_path, adapter)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+        found = model(torch.from_numpy(ids.astype(np.int64))[None]).logits[0].numpy()
+    np.testing.assert_allclose(found, tuned, atol=1e-4)
+    config = normalize_config(json.loads((folder / "config.json").read_text()))
+    with mx.stream(mx.cpu):
+        model = load_adapters(load_model(folder, model_config=config)[0], str(tmp_path / "adapter-mlx"))
+        np.testing.assert_allclose(np.array(model(mx.array(ids)[None])[0]), tuned, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [259, 256, 200, 262144])

@@ -57,17 +57,19 @@ def rounded(fused, model, out):
     """The fused folder with every weight that was quantized as mlx-lm sees it, in float32."""
     backends.copy_all_but_weights(fused, out)
     stored = load_file(fused / "model.safetensors")
-    names = {text_name(name): name for name in stored}
-    count = 0
+    names, seen = {text_name(name): name for name in stored}, {}
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
-            seen = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
-            stored[names[text_name(f"{path}.weight")]] = np.array(seen.astype(mx.float32))
-            count += 1
+            weight = mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+            seen[text_name(f"{path}.weight")] = np.array(weight.astype(mx.float32))
+    for at in [name.removesuffix("mlp.gate_proj.weight") for name in seen.keys() - names if "gate_proj" in name]:
+        parts = [seen.pop(f"{at}mlp.{part}_proj.weight") for part in ("gate", "up")]  # of a Granite 4
+        seen[f"{at}shared_mlp.input_linear.weight"] = np.concatenate(parts)  # output_linear is too small here
+    stored |= {names[name]: weight for name, weight in seen.items()}
     language_model = getattr(model, "language_model", model)
     stored.pop("lm_head.weight" if "lm_head" not in language_model else "", None)  # tied, and saved all the same
     save_file(stored, out / "model.safetensors", metadata={"format": "pt"})
-    return count
+    return len(seen)
 
 
 def in_this_process(command, log, line, env):
@@ -172,6 +174,11 @@ def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
 def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, capsys):
     with pytest.raises(UserError, match="does not compute RoPE 'longrope' for phi3"):
         check_model(ModelFolder(write_base(tmp_path / "phi3", "phi3", "today")), Display("plain"))
+    for family in ("glm4", "granitemoehybrid"):
+        rope = {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}
+        write_tiny(tmp_path / family, family, {"rope_parameters": rope})
+        with pytest.raises(UserError, match=f"does not compute RoPE 'linear' for {family}"):
+            check_model(ModelFolder(tmp_path / family), Display("plain"))
     with pytest.raises(UserError, match="does not compute RoPE 'yarn' for olmo3"):
         check_model(ModelFolder(write_base(tmp_path / "olmo3", "olmo3", "today")), Display("plain"))
     assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
@@ -460,3 +460,19 @@ def test_a_gguf_lora_never_states_an_alpha_of_0(
 def test_scales_that_float32_cannot_hold_are_refused_for_a_gguf_lora(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lora_B times that is not finite"):
         lora.write_gguf_lora(of_alphas(1e-30, 1e29), tmp_path, tmp_path / "lora.gguf", LLAMA)
+
+
+def test_matrices_that_mlx_lm_has_apart_are_joined_again(tmp_path: Path) -> None:
+    name = "model.layers.0.shared_mlp.{}_linear"
+    random = np.random.default_rng(0)
+    weights = {
+        name.format(part): LoraWeight(*(random.normal(size=shape).astype(np.float32) for shape in shapes), alpha=4.0)
+        for part, shapes in (("input", ((2, 8), (12, 2))), ("output", ((2, 6), (8, 2))))
+    }
+    write_both(tmp_path, Adapter("owner/name", 1, 0.0, weights))
+    path = tmp_path / "adapter-mlx" / "adapters.safetensors"
+    tensors = load_file(path)
+    assert {key.split(".")[4] for key in tensors} == {"gate_proj", "up_proj", "down_proj"}
+    save_file(tensors | {"model.layers.0.mlp.up_proj.lora_a": np.ones((8, 2), np.float32)}, path)
+    with pytest.raises(UserError, match="gate_proj and up_proj are not parts of one adapted matrix"):
+        read_mlx(tmp_path / "adapter-mlx")

@@ -50,6 +50,7 @@ OTHERS = [
         {},
         "a part of it only",
     ),
+    ("granitemoehybrid", {}, {"position_embedding_type": "nope"}, "rotates queries and keys of every Granite 4"),
     ("olmo2", {"attention_bias": False}, {"attention_bias": True}, "no biases in the attention of olmo2"),
     ("olmo2", {"attention_bias": False}, {"attention_bias": False, "tie_word_embeddings": True}, "does not tie the"),
 ]
@@ -68,6 +69,19 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
     check_convertible(folders[0])
     with pytest.raises(UserError, match=words):
         check_convertible(folders[1])
+
+
+def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:
+    folder = write_family(tmp_path, "glm4")
+    with pytest.raises(UserError, match=r"wants the token <\|user\|> in a GLM-4's tokenizer"):
+        check_convertible(folder)
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_start|>", "<|user|>"))
+    check_convertible(folder)
+    rope = TINY["llama"]["rope_parameters"] | {"partial_rotary_factor": 0.25}
+    write_tiny(folder, "glm4", {"rope_parameters": rope})
+    with pytest.raises(UserError, match="does not know the RoPE scaling 'llama3' in a GLM-4"):
+        check_convertible(folder)
 
 
 def test_which_qwen3_5_lacks_the_layers_that_predict_more(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from common.backend import Batch
 from common.data.batching import split_batch
+from common.models import granite4
 from common.models.config_faults import config_faults, unsupported
 from common.models.config_kinds import kind_faults
 from common.models.families import (
@@ -17,6 +18,7 @@ from common.models.families import (
     context_length,
     forward_config,
     hf_name,
+    is_known,
     mlx_name,
     normalize_config,
     text_config,
@@ -39,7 +41,8 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
 
     given = tiny_config(kind)
     if sparse:
-        given = {"architectures": given["architectures"], "model_type": kind, **SIZES}
+        dense = {"num_local_experts": 0, "layer_types": ["full_attention"] * 6} if kind == granite4.KIND else {}
+        given = {"architectures": given["architectures"], "model_type": kind, **SIZES, **dense}
     ours = normalize_config(given)
     given = deepcopy(given)
     theirs = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"}).to_dict()
@@ -53,6 +56,9 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     }
     if kind == "ministral3" and sparse:
         ignored.add("rope_parameters")  # one that has none is refused
+    if kind == granite4.KIND:  # older names, and what no layer reads
+        ignored |= {"layer_types", "position_embedding_type", "intermediate_size", "num_experts_per_tok"}
+        ignored |= {name for name in ours if name.startswith("mamba_")}
     if ours.get("use_sliding_window") is False:
         ignored.add("sliding_window")  # transformers forgets it there
     assert {key: ours[key] for key in ours.keys() & theirs.keys() - ignored} == {
@@ -187,6 +193,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("exaone4", {"sliding_window_pattern": "LLXG"}, "its sliding_window or sliding_window_pattern is not a whole"),
     ("olmo3", {"layer_types": ["linear_attention"] * 4}, "can name full_attention and sliding_attention"),
+    ("glm4", {"tie_word_embeddings": True}, "its embeddings are tied, which mlx-lm does not compute"),
+    ("granitemoehybrid", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
+    ("granitemoehybrid", {"num_local_experts": 4}, "the Mamba layers and mixtures of experts in this Granite"),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "the Mamba layers and mixtures of experts in this"),
+    ("granitemoehybrid", {"layer_types": None}, "the Mamba layers and mixtures of experts in this Granite"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
 
@@ -287,6 +298,11 @@ def test_windows_and_positions_of_each_layer() -> None:
     assert of("exaone4") == ((24, 24, None, 24), [True, True, False, True])
     assert of("exaone4", sliding_window_pattern=2) == ((24, None, 24, None), [True, False, True, False])
     assert of("exaone4", sliding_window=None, sliding_window_pattern=None) == ((None,) * 4, every)
+    assert of("glm4") == ((None,) * 4, every)
+    attention = {"layer_types": ["attention"] * 4}
+    assert of("granitemoehybrid", **attention) == ((None,) * 4, every)
+    for other in ("nope", None):
+        assert of("granitemoehybrid", **attention, position_embedding_type=other) == ((None,) * 4, [False] * 4)
     assert of("ministral3") == ((40,) * 4, every)
     assert of("olmo3") == ((24, 24, 24, None), every)
     assert of("phi3", sliding_window=None) == ((None,) * 4, every)
@@ -305,6 +321,14 @@ def test_what_is_done_round_the_layers() -> None:
     assert forward_config(text_config(tiny_config("phi3"))).rope_split == 48
     assert forward_config(text_config(tiny_config("ministral3"))).query_scaling == (0.4, 16)
     assert gemma.query_scaling is None
+
+
+def test_a_granite_4_with_mamba_layers_is_left_to_the_libraries() -> None:
+    given = tiny_config("granitemoehybrid", {"layer_types": ["mamba", "attention"], "mamba_d_head": "auto"})
+    assert not is_known(given)
+    found = normalize_config(given)
+    assert {key: found[key] for key in given} == given
+    assert "mamba_n_heads" not in found
 
 
 def test_phi_3s_first_names_for_longrope() -> None:
