@@ -139,6 +139,7 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
     Of a multimodal model mlx-lm itself takes the text part. Raises UserError where it does not know the architecture,
     or checkpoint and model do not have the same weights.
     """
+    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.utils import load_model
 
     config = _mlx_config(base)
@@ -147,6 +148,9 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
     except Exception as error:  # whatever a model's code makes of a config that it does not expect
         what = " ".join(masked(str(error)).split())[:200]
         raise UserError(f"mlx-lm cannot load this model: {what}", _TORCH) from None
+    mixture = any(type(module) is SwitchLinear for module in model.modules())
+    if mixture and dtype != mx.float32 and mx.default_device() == mx.cpu:
+        raise UserError("MLX computes experts in float32 alone on a CPU.", "Use --precision fp32, or --backend torch.")
     kept = getattr(model, "cast_predicate", lambda name: True)
     floats = [(n, p.astype(dtype)) for n, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
     model.update(tree_unflatten([(name, parameter) for name, parameter in floats if kept(name)]))
