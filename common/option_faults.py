@@ -6,7 +6,7 @@ Options are validated by these functions, so this file cannot import Options.
 import re
 from typing import Any
 
-from common.option_fields import NEED_IMATRIX, UNGUIDED, RecipeFields, extra_of
+from common.option_fields import EXPERTS, NEED_IMATRIX, UNGUIDED, RecipeFields, extra_of
 
 TAKEN_FROM_ADAPTER = sorted(("rank", "alpha", "rslora", "targets", "layers", "method", "rank_pattern", "alpha_pattern"))
 _ADAPTER = [name for name, field in RecipeFields.model_fields.items() if extra_of(field)["heading"] == "Adapter"]
@@ -45,6 +45,8 @@ def _of_method(options: Any) -> list[str]:
     fields = type(options).model_fields
     changed = {name for name, field in fields.items() if getattr(options, name) != field.get_default()}
     faults = []
+    if options.method == "dora" and EXPERTS in options.targets:
+        faults.append("targets experts cannot be combined with method dora: mlx-lm has no DoRA of experts")
     if options.method == "full":
         faults += [f"{name} has no effect with method full: there is no adapter" for name in SHAPE if name in changed]
         if options.quantization != "none":

@@ -13,6 +13,7 @@ QUANT_TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16", "F32", "Q2_K_S", "IQ4_NL", "IQ4_XS", "IQ3_M", "IQ3_S", "IQ3_XS"),
     *("IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
 )
+EXPERTS = "experts"  # a target: the matrices of every expert of a mixture, which no group includes
 UNGUIDED = ("BF16", "F16", "F32", "Q8_0")  # types that take no importance matrix
 # Types that llama-quantize makes with an importance matrix only: tensor_requires_imatrix in its src/llama-quant.cpp.
 NEED_IMATRIX = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S", "Q2_K_S")
@@ -113,7 +114,8 @@ class RecipeFields(BaseModel):
     rank: int = in_adapter(16, "rank of the LoRA matrices; chosen by --recipe auto unless given", ge=1)
     alpha: float = in_adapter(32.0, "LoRA's update is multiplied by alpha / rank", gt=0)
     targets: list[str] = in_adapter(
-        ["all-linear"], "layers to adapt: all-linear, attention, mlp, or names such as q_proj"
+        ["all-linear"],
+        "layers to adapt: all-linear, attention, mlp, experts (in none of the others), or names such as q_proj",
     )
     dropout: float = in_adapter(0.0, "share of the adapter's inputs that is dropped in training", ge=0, lt=1)
     rslora: bool = in_adapter(

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from common.option_faults import faults_of, valid_layers
 from common.option_fields import (
+    EXPERTS,
     QUANT_TYPES,
     ExportFields,
     PlanFields,
@@ -252,7 +253,7 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
     @field_validator("targets")
     @classmethod
     def _known_targets(cls, value: list[str]) -> list[str]:
-        known = [*TARGET_GROUPS, *TARGET_GROUPS["all-linear"]]
+        known = [*TARGET_GROUPS, EXPERTS, *TARGET_GROUPS["all-linear"]]
         for name in value:
             if name not in known:
                 raise ValueError(f"{name!r} is not a target; {nearest(name, known)}known: {', '.join(known)}")

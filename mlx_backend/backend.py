@@ -37,7 +37,7 @@ from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
 from mlx_backend.device_settings import DeviceSettings  # noqa: E402
 from mlx_backend.forward import Forward, PackedForward, PlainForward  # noqa: E402
 from mlx_backend.group import sum_over_ranks  # noqa: E402
-from mlx_backend.lora import Dropout, attach, detached, paths, put  # noqa: E402
+from mlx_backend.lora import Dropout, attach, detached, paths, put, stacks  # noqa: E402
 from mlx_backend.loss import Inputs  # noqa: E402
 from mlx_backend.model import DTYPES, load_base, load_plain  # noqa: E402
 from mlx_backend.optimizer import Optimizer, State  # noqa: E402
@@ -104,7 +104,8 @@ class MlxBackend:
         weights = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         names = paths(self.model, adapter) if adapter else {self.names[path]: path for path in weights}
         groups = recipe.optimizer_groups(names)
-        self.trained = Trained(self.model, names, [members for members, _, _ in groups], join=adapter is not None)
+        members = [members for members, _, _ in groups]
+        self.trained = Trained(self.model, names, members, adapter is not None, stacks(adapter) if adapter else {})
         self.optimizer = Optimizer(recipe, [(ratio, decay) for _, ratio, decay in groups], self.trained.group)
         with device_errors():
             self.tensors = self.trained.read()

@@ -10,23 +10,27 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from common.backend import Adapter
+from common.models.experts import by_stack
 from mlx_backend.model import module_path
-from mlx_backend.weights import PARTS, to_mlx
+from mlx_backend.weights import PARTS, stacked, to_mlx
 
 
 def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
-    """Attach `adapter` to the frozen `model`. Returns its layers by Hugging Face module name."""
+    """Attach `adapter` to the frozen `model`. Returns its layers by Hugging Face module name, or stack of experts."""
     from mlx_lm.tuner.dora import DoRALinear
-    from mlx_lm.tuner.lora import LoRALinear
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     modules = dict(model.named_modules())
     layers = {}
-    for name, weight in sorted(adapter.weights.items()):
-        kind = LoRALinear if weight.magnitude is None and not adapter.dora else DoRALinear
+    for name, members in sorted(by_stack(adapter.weights).items()):
+        weights = [adapter.weights[member] for member in members]
+        kind = LoRALinear if weights[0].magnitude is None and not adapter.dora else DoRALinear
+        kind = kind if members == [name] else LoRASwitchLinear
         linear = modules[module_path(model, name)]
-        layers[name] = kind.from_base(linear, r=weight.rank, scale=weight.scale)
-        for part, array in weight.parts().items():
-            setattr(layers[name], PARTS[part], to_mlx(part, array))
+        layers[name] = kind.from_base(linear, r=weights[0].rank, scale=weights[0].scale)
+        for part in weights[0].parts():
+            arrays = [to_mlx(part, weight.parts()[part]) for weight in weights]
+            setattr(layers[name], PARTS[part], arrays[0] if members == [name] else stacked(arrays))
     put(model, layers)
     return layers
 
@@ -58,10 +62,23 @@ class Dropout:
 
 
 def paths(model: nn.Module, adapter: Adapter) -> dict[str, str]:
-    """The canonical names of the trained arrays -> their paths in the model."""
-    parts = [part for part in PARTS if part != "magnitude" or adapter.dora]
-    modules = {name: module_path(model, name) for name in adapter.weights}
-    return {f"{name}.{part}": f"{path}.{PARTS[part]}" for name, path in modules.items() for part in parts}
+    """The names of the trained arrays, canonical but for stacks of experts' -> their paths in the model."""
+    modules = {name: module_path(model, name) for name in by_stack(adapter.weights)}
+    return {f"{name}.{part}": f"{path}.{PARTS[part]}" for name, path in modules.items() for part in _parts(adapter)}
+
+
+def stacks(adapter: Adapter) -> dict[str, list[str]]:
+    """The names of the trained arrays that are stacked -> the canonical names of their parts, expert by expert."""
+    experts = {name: members for name, members in by_stack(adapter.weights).items() if members != [name]}
+    return {
+        f"{name}.{part}": [f"{member}.{part}" for member in members]
+        for name, members in experts.items()
+        for part in _parts(adapter)
+    }
+
+
+def _parts(adapter: Adapter) -> list[str]:
+    return [part for part in PARTS if part != "magnitude" or adapter.dora]
 
 
 def put(model: nn.Module, modules: dict[str, Any]) -> None:

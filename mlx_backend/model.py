@@ -14,6 +14,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError, first_line, masked
+from common.models.experts import expert_names, mlx_stack, stack_in_mlx
 from common.models.families import (
     ForwardConfig,
     forward_config,
@@ -145,6 +146,7 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
     Of a multimodal model mlx-lm itself takes the text part. Raises UserError where it does not know the architecture,
     or checkpoint and model do not have the same weights.
     """
+    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.utils import load_model
 
     config = _mlx_config(base)
@@ -153,6 +155,9 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
     except Exception as error:  # whatever a model's code makes of a config that it does not expect
         what = " ".join(masked(str(error)).split())[:200]
         raise UserError(f"mlx-lm cannot load this model: {what}", _TORCH) from None
+    mixture = any(type(module) is SwitchLinear for module in model.modules())
+    if mixture and dtype != mx.float32 and mx.default_device() == mx.cpu:
+        raise UserError("MLX computes experts in float32 alone on a CPU.", "Use --precision fp32, or --backend torch.")
     kept = getattr(model, "cast_predicate", lambda name: True)
     floats = [(n, p.astype(dtype)) for n, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
     model.update(tree_unflatten([(name, parameter) for name, parameter in floats if kept(name)]))
@@ -163,6 +168,7 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
 
 def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
     """See `common.backend_package.BackendPackage`."""
+    from mlx_lm.models.switch_layers import SwitchLinear
     from mlx_lm.utils import _get_classes
 
     config = _mlx_config(base)
@@ -179,8 +185,12 @@ def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
     except Exception as error:
         raise UserError(f"mlx-lm cannot make this model: {first_line(error)}", _TORCH) from None
     at = _layers_at(model)
-    linear = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    return {name.removeprefix(at): module.weight.shape for name, module in linear.items() if name.startswith(at)}
+    modules = {name.removeprefix(at): module for name, module in model.named_modules() if name.startswith(at)}
+    linear = {name: module.weight.shape for name, module in modules.items() if type(module) is nn.Linear}
+    stacks = {stack_in_mlx(name): m.weight.shape for name, m in modules.items() if type(m) is SwitchLinear}
+    return linear | {
+        name: shape[1:] for stack, shape in stacks.items() if stack for name in expert_names(stack, shape[0])
+    }
 
 
 def _mlx_config(base: ModelFolder) -> dict[str, Any]:
@@ -196,8 +206,8 @@ def _layers_at(model: Any) -> str:
 
 
 def module_path(model: Any, name: str) -> str:
-    """Where a loaded model has the module of this Hugging Face name, which lies in one of its layers."""
-    return str(model.layers_at + name.split("layers.", 1)[1])
+    """Where a loaded model has the module, or stack of experts, of this Hugging Face name in one of its layers."""
+    return str(model.layers_at + mlx_stack(name.split("layers.", 1)[1]))
 
 
 def _language_model(weights: dict[str, mx.array], tied: bool) -> dict[str, mx.array]:

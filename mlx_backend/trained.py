@@ -10,7 +10,7 @@ import numpy as np
 
 from common.lazy_arrays import LazyArrays
 from mlx_backend.confirmation import device_errors
-from mlx_backend.weights import numpy_shape, to_mlx, to_numpy
+from mlx_backend.weights import numpy_shape, stacked, to_mlx, to_numpy
 
 Tensors = list[mx.array]
 _NOTHING = mx.zeros(0)
@@ -25,10 +25,20 @@ class Trained:
     several, because AdamW computes a dozen tensors of the same size in between.
     """
 
-    def __init__(self, model: Any, paths: Mapping[str, str], groups: Sequence[Sequence[str]], join: bool) -> None:
-        """paths: the arrays' paths in the model, by canonical name. groups: the optimizer's, of these names."""
+    def __init__(
+        self,
+        model: Any,
+        paths: Mapping[str, str],
+        groups: Sequence[Sequence[str]],
+        join: bool,
+        stacks: Mapping[str, Sequence[str]],
+    ) -> None:
+        """paths: the arrays' paths in the model, by name. groups: the optimizer's, of these names.
+
+        stacks: of names that are not canonical, those of the array's parts.
+        """
         modules = dict(model.named_modules())
-        self.join = join
+        self.join, self._stacks = join, stacks
         self._places: dict[str, tuple[Any, str]] = {}  # by name: the module, and its attribute
         for name, path in paths.items():
             module, _, attribute = path.rpartition(".")
@@ -63,12 +73,17 @@ class Trained:
 
     def to_tensors(self, arrays: Mapping[str, np.ndarray]) -> Tensors:
         """The tensors of numpy's arrays by name."""
-        return self.joined({name: to_mlx(name, array) for name, array in arrays.items()})
+        found = {name: to_mlx(name, array) for name, array in arrays.items()}
+        return self.joined(
+            found | {stack: stacked([found[name] for name in parts]) for stack, parts in self._stacks.items()}
+        )
 
     def to_numpy(self, tensors: Sequence[mx.array]) -> LazyArrays:
         """numpy's arrays by name, which raise OutOfMemory."""
         with device_errors():
             arrays = self.cut(tensors)
+            for stack, parts in self._stacks.items():
+                arrays |= {name: matrix.T for name, matrix in zip(parts, arrays.pop(stack), strict=True)}
 
         def read(name: str) -> np.ndarray:
             with device_errors():

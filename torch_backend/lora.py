@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from common.backend import Adapter
+from common.models.experts import stack_of
 from common.models.families import text_name
 from torch_backend.shards import assign
 
@@ -15,25 +16,37 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
     """`(PEFT's model, trained parameters by canonical name)`: `<module>.lora_A`, `.lora_B`, `.magnitude`."""
     from peft import LoraConfig, get_peft_model
 
+    from torch_backend.experts import LoraExperts
+
     rank, alpha = adapter.rank_and_alpha
     modules = dict(model.named_modules())
-    paths = {name: _path(modules, name) for name in adapter.weights}
+    experts = {stack_of(name).rpartition(".")[0] for name in adapter.weights if stack_of(name) != name}
+    linear = {name: weight for name, weight in adapter.weights.items() if stack_of(name) == name}
+    paths = {name: _path(modules, name) for name in [*linear, *experts]}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides by r, a float is right
-        rank_pattern={paths[name]: w.rank for name, w in adapter.weights.items() if w.rank != rank},
-        alpha_pattern={paths[name]: w.alpha for name, w in adapter.weights.items() if w.alpha != alpha},  # type: ignore[misc]
+        rank_pattern={paths[name]: w.rank for name, w in linear.items() if w.rank != rank},
+        alpha_pattern={paths[name]: w.alpha for name, w in linear.items() if w.alpha != alpha},  # type: ignore[misc]
         use_rslora=next(iter(adapter.weights.values())).rslora,
         use_dora=adapter.dora,
         lora_dropout=adapter.dropout,
         target_modules=[*paths.values()],
     )
+    names = {path: name for name, path in paths.items()}
+
+    def lora_experts(base: Any, adapter_name: str, target_name: str, **_: Any) -> LoraExperts:
+        return LoraExperts(base, adapter_name, names[target_name], adapter.weights, adapter.dropout)
+
+    config._register_custom_module({type(modules[paths[name]]): lora_experts for name in experts})
     with _unnamed(model):
         peft = get_peft_model(model, config)
     modules = dict(model.named_modules())
     parameters: dict[str, torch.nn.Parameter] = {}
-    for name, weight in sorted(adapter.weights.items()):
+    for name in sorted(experts):
+        parameters |= modules[paths[name]].parameters_of(name)
+    for name, weight in sorted(linear.items()):
         layer = modules[paths[name]]
         if layer.scaling["default"] != weight.scale:  # PEFT reads patterns as regular expressions
             raise AssertionError(f"PEFT gave {name} the scale {layer.scaling['default']}, not {weight.scale}")

@@ -144,12 +144,17 @@ def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
             model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False)
         except Exception as error:  # whatever a model's code makes of a config that it does not expect
             raise UserError(f"transformers cannot make this model: {first_line(error)}", "Try another model.") from None
-    linear = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    return {
-        name.split("layers.", 1)[1]: (module.out_features, module.in_features)
-        for name, module in linear.items()
-        if "layers." in name and not (base.config["model_type"] in _FUSED_KERNELS and name.endswith("out_proj"))
-    }
+    from torch_backend.experts import expert_shapes
+
+    modules = {name.split("layers.", 1)[1]: module for name, module in model.named_modules() if "layers." in name}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, module in modules.items():
+        if name.endswith(".experts"):
+            shapes |= {f"{name}.{own}": shape for own, shape in expert_shapes(module).items()}
+        elif type(module) is torch.nn.Linear:
+            shapes[name] = (module.out_features, module.in_features)
+    fused = base.config["model_type"] in _FUSED_KERNELS
+    return {name: shape for name, shape in shapes.items() if not (fused and name.endswith("out_proj"))}
 
 
 @torch.no_grad()

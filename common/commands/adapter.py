@@ -15,9 +15,11 @@ from common.llama_cpp.build import ensure
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import read_gguf_lora, write_gguf_lora
 from common.models.adapter_files import read_any, write_mlx, write_peft
+from common.models.experts import has_experts, stack_of
 from common.models.lora_init import layer_count, layer_number, validate
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
+from common.option_fields import EXPERTS
 
 
 def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
@@ -38,7 +40,7 @@ def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
     )
     kinds: dict[tuple[str, int, float, float], list[LoraWeight]] = defaultdict(list)
     for name, weight in sorted(adapter.weights.items()):
-        kinds[name.rsplit(".", 1)[-1], weight.rank, weight.alpha, weight.scale].append(weight)
+        kinds[_kind(name), weight.rank, weight.alpha, weight.scale].append(weight)
     rows = []
     for (name, rank, alpha, scale), group in kinds.items():
         lengths = [_length(weight) for weight in group]
@@ -51,6 +53,12 @@ def inspect_adapter(path: Path, model: str | None, context: Context) -> None:
         name for name, w in adapter.weights.items() if not all(np.isfinite(p).all() for p in w.parts().values())
     ]:
         display.warn(f"{len(broken)} modules hold values that are not finite, such as {broken[0]}")
+
+
+def _kind(module: str) -> str:
+    """The last part of a module's name, of an expert's the last but its number."""
+    parts = stack_of(module).split(".")
+    return parts[-1] if stack_of(module) == module else ".".join(parts[-2:])
 
 
 def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: Context) -> None:
@@ -81,6 +89,8 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
         )
     else:
         adapter = read_any(path, layer_count(shapes))
+        if has_experts(adapter.weights):
+            shapes = linear_shapes(base, ["all-linear", EXPERTS])
     validate(adapter, shapes, path)
     return adapter, base.path
 

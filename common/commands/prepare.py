@@ -35,7 +35,7 @@ from common.llama_cpp.imatrix import check_imatrix_rows
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
-from common.models.training_base import Base, find_base, start_adapter
+from common.models.training_base import Base, find_base, start_adapter, wants_experts
 from common.options import Options
 from common.paths import source_name, sources_name
 from common.recipe import VERSION, Parent, Plan, Recipe
@@ -166,7 +166,7 @@ def model_and_rows(
     data = load(options, display)
     suspicious = warn_of_quality(options, data, display)
     if options.try_model:
-        try_model(options.model or "", context)
+        try_model(options.model or "", context, wants_experts(options))
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:

@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.models import granite4
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
+from common.models.experts import by_stack, expert_names, is_complete, mlx_stack, stack_in_mlx
 from common.models.families import hf_name, mlx_name
 from common.models.lora_init import layer_number, validate
 from common.models.safetensors_files import lazy_tensors, load_tensors, save_tensors
@@ -65,7 +66,7 @@ def _targets(adapter: Adapter) -> list[str]:
     Short names would match a vision tower's modules too, and layers that --layers left out.
     """
     names = {name.rsplit(".", 1)[-1] for name in adapter.weights}
-    everywhere = len(adapter.weights) == len(names) * adapter.layers
+    everywhere = len(by_stack(adapter.weights)) == len(names) * adapter.layers
     if everywhere and all(name.startswith("model.layers.") for name in adapter.weights):
         return sorted(names)
     return sorted(adapter.weights)
@@ -83,10 +84,11 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
     for name, weight in weights.items():
         B = weight.B if weight.scale == scale else times(weight.B, weight.scale / scale, name)
         missing = rank - weight.rank
-        tensors[f"{mlx_name(name)}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
-        tensors[f"{mlx_name(name)}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
+        tensors[f"{name}.lora_a"] = np.ascontiguousarray(np.pad(weight.A.T, ((0, 0), (0, missing))))
+        tensors[f"{name}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
         if weight.magnitude is not None:
-            tensors[f"{mlx_name(name)}.m"] = np.ascontiguousarray(weight.magnitude)
+            tensors[f"{name}.m"] = np.ascontiguousarray(weight.magnitude)
+    tensors = _stacked(tensors, by_stack(weights))
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
         # mlx-lm counts from the last layer; -1 (all) where the base's number of layers is not known
@@ -95,12 +97,26 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
             "rank": rank,
             "scale": scale,
             "dropout": adapter.dropout,
-            "keys": sorted({name.split(".layers.")[1].split(".", 1)[1] for name in weights}),
+            "keys": sorted({mlx_stack(s).split(".layers.")[1].split(".", 1)[1] for s in by_stack(weights)}),
         },
         "model": adapter.base_model,
         **({} if weights.keys() == adapter.weights.keys() else {_DIVIDED: True}),
     }
     _write(folder, MLX_FILE, tensors, config)
+
+
+def _stacked(tensors: dict[str, np.ndarray], stacks: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """The tensors under mlx-lm's names, which stacks those of experts: A [experts, r, in], B [experts, out, r]."""
+    found = {}
+    for stack, members in stacks.items():
+        if not is_complete(stack, members):
+            raise UserError(f"{stack}: the adapter has no matrices of some experts.", "Keep it in PEFT's layout.")
+        for part in ("lora_a", "lora_b", "m"):
+            some = [tensors[f"{name}.{part}"] for name in members if f"{name}.{part}" in tensors]
+            if some:
+                joined = some[0] if members == [stack] else np.stack([matrix.T for matrix in some])
+                found[f"{mlx_name(mlx_stack(stack))}.{part}"] = joined
+    return found
 
 
 def times(B: np.ndarray, factor: float, name: str) -> np.ndarray:
@@ -159,9 +175,12 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
         part = next((p for p, theirs in _MLX_NAMES.items() if theirs == ending), None)
         if part is None or not _IN_LAYERS.search(name):
             raise refused(folder / MLX_FILE, f"{key} is not a LoRA matrix of a linear layer in the model's layers")
-        if part != "magnitude" and tensor.ndim != 2:
-            raise refused(folder / MLX_FILE, f"{key} has {tensor.ndim} dimensions: a mixture of experts' layer")
-        found.setdefault(hf_name(name), {})[part] = np.ascontiguousarray(tensor.T)
+        stack = stack_in_mlx(name)
+        if (stack or part != "magnitude") and (tensor.ndim != (3 if stack else 2) or not tensor.size):
+            raise refused(folder / MLX_FILE, f"{key} has the shape {tensor.shape}")
+        members = expert_names(hf_name(stack), len(tensor)) if stack else [hf_name(name)]
+        for member, matrix in zip(members, tensor if stack else [tensor.T], strict=True):
+            found.setdefault(member, {})[part] = np.ascontiguousarray(matrix)
     weights = {}
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")

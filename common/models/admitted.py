@@ -34,18 +34,23 @@ class Verdict(BaseModel):
     versions: dict[str, str] = {}
 
 
-def remembered(model: ModelFolder) -> Verdict | None:
-    """The verdict on this model with the libraries as they are installed; None where it was not tried with them."""
-    try:
-        return Verdict.model_validate_json(_file(model).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValidationError):
-        return None
+def remembered(model: ModelFolder, experts: bool = False) -> Verdict | None:
+    """The verdict on this model with the libraries as they are installed; None where it was not tried with them.
+
+    experts: with LoRA on the experts of a mixture. A model that was admitted so may be trained without.
+    """
+    for tried in [True] if experts else [False, True]:
+        with suppress(OSError, UnicodeDecodeError, ValidationError):
+            verdict = Verdict.model_validate_json(_file(model, tried).read_text(encoding="utf-8"))
+            if verdict.admitted or tried == experts:
+                return verdict
+    return None
 
 
-def remember(model: ModelFolder, verdict: Verdict) -> None:
+def remember(model: ModelFolder, verdict: Verdict, experts: bool = False) -> None:
     """Keep the verdict. Without room for it nothing is kept."""
     with suppress(OSError):
-        path = _file(model)
+        path = _file(model, experts)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             temporary.write_text(verdict.model_dump_json(indent=2), encoding="utf-8")
@@ -65,7 +70,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _file(model: ModelFolder) -> Path:
+def _file(model: ModelFolder, experts: bool) -> Path:
     tensors = sorted((name, tensor.dtype, tensor.shape) for name, tensor in model.tensors.items())
-    text = json.dumps([_CHECK, platform.machine(), model.written_config, tensors, versions()], sort_keys=True)
+    given = [_CHECK, platform.machine(), model.written_config, tensors, versions()]
+    text = json.dumps([*given, *(["experts"] if experts else [])], sort_keys=True)
     return folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"

@@ -9,6 +9,7 @@ import numpy as np
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
+from common.models.experts import by_stack, uneven
 from common.recipe import Recipe
 
 Shapes = dict[str, tuple[int, int]]  # (out, in) by module name
@@ -93,6 +94,8 @@ def initial_adapter(shapes: Shapes, layers: int, recipe: Recipe) -> Adapter:
         bound = 1 / math.sqrt(in_features)
         A = random.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
         weights[name] = LoraWeight(A, np.zeros((out_features, rank), np.float32), alpha, recipe.rslora)
+    if faults := uneven(weights):
+        raise UserError(f"--rank-pattern and --alpha-pattern: {faults[0]}.", "Give all experts of a layer the same.")
     return Adapter(recipe.model, layers, recipe.dropout, weights, dora=recipe.method == "dora")
 
 
@@ -113,6 +116,13 @@ def validate(adapter: Adapter, shapes: Shapes, where: Path) -> None:
                 faults.append(f"{name}.{part}: shape {array.shape}, the base model wants {wanted[part]}")
             elif not np.isfinite(array).all():
                 faults.append(f"{name}.{part}: holds values that are not finite")
+    faults += uneven(adapter.weights)
+    experts = by_stack(shapes)
+    faults += [
+        f"{stack}: it adapts {len(members)} of {len(experts[stack])} experts"
+        for stack, members in by_stack(adapter.weights).items()
+        if len(members) != len(experts.get(stack, members))
+    ]
     broken = [name for name, tensor in adapter.full.items() if not np.isfinite(tensor).all()]
     faults += [f"{name}: holds values that are not finite" for name in broken]
     if not adapter.weights and not adapter.full:

@@ -5,8 +5,10 @@ from typing import Any
 
 from common.errors import UserError
 from common.models import gemma4, granite4
+from common.models.experts import MATRICES, by_stack, target_of
 from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config, text_name
 from common.models.model_folder import ModelFolder
+from common.option_fields import EXPERTS
 from common.recipe import TARGET_GROUPS
 
 # Only the language model's layers: a vision tower has layers with a q_proj too.
@@ -28,7 +30,8 @@ def linear_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int
     """(out, in) of every linear layer of the language model that `targets` name, under its HF module name.
 
     A target is the last part of a layer's name, or a group of such. Raises UserError when one matches nothing. Of an
-    unknown architecture all-linear means every matrix but experts and the routers that choose them.
+    unknown architecture all-linear means every matrix but experts and the routers that choose them; `experts` adds
+    those of each expert.
     """
     if not is_known(model.config):
         return _plain_shapes(model, targets)
@@ -61,26 +64,43 @@ def adaptable_shapes(config: dict[str, Any], targets: list[str]) -> dict[str, tu
 
 
 def _plain_shapes(model: ModelFolder, targets: list[str]) -> dict[str, tuple[int, int]]:
+    names = {name for target in targets for name in TARGET_GROUPS.get(target, [target])}
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in model.tensors.items():
         module = hf_name(name.removesuffix(".weight"))
         layer = LANGUAGE_LAYER.fullmatch(module)
         if layer is None or OTHER_PARTS.match(module) or int(layer[1]) >= model.config["num_hidden_layers"]:
             continue
-        if name.endswith(".weight") and len(tensor.shape) == 2 and not _FROZEN & {*layer[2].split(".")}:
+        if not name.endswith(".weight") or len(tensor.shape) != 2:
+            continue
+        target = target_of(module)
+        frozen = target != EXPERTS and _FROZEN & {*layer[2].split(".")}
+        if not frozen and (target in names or ("all-linear" in targets and target != EXPERTS)):
             out_features, in_features = tensor.shape
             shapes[module] = (out_features, in_features)
-    if targets != ["all-linear"]:
-        names = {name for target in targets for name in TARGET_GROUPS.get(target, [target])}
-        shapes = {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in names}
+    if EXPERTS in targets:
+        _check_experts(model, shapes)
     if not shapes:
         raise UserError(f"--targets {' '.join(targets)}: the model has no such layer.", "Use --targets all-linear.")
     return shapes
 
 
+def _check_experts(model: ModelFolder, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raises UserError where the files do not hold the three matrices of each expert by themselves."""
+    stacks = {stack for stack in by_stack(shapes) if stack not in shapes}
+    experts = {stack.rpartition(".")[0] for stack in stacks}
+    if experts and all(f"{layer}.{name}" in stacks for layer in experts for name in MATRICES):
+        return
+    others = [n for n, t in model.tensors.items() if ".experts." in n or ("moe" in n and len(t.shape) == 3)]
+    why = "the model has no experts"
+    if others:
+        why = f"its files hold its experts as {others[0]}, and not each one's {', '.join(MATRICES)}"
+    raise UserError(f"--targets {EXPERTS}: {why}.", "Leave experts out: all other layers are adapted.")
+
+
 def target_names(shapes: dict[str, tuple[int, int]]) -> list[str]:
     """The last names of the layers in `shapes`, in the order in which a layer holds them."""
-    found = {module.rsplit(".", 1)[-1] for module in shapes}
+    found = {target_of(module) for module in shapes}
     known = TARGET_GROUPS["all-linear"]
     return [*(name for name in known if name in found), *sorted(found - {*known})]
 

@@ -9,12 +9,14 @@ from common.display import Display
 from common.errors import UserError
 from common.models.adapter_files import read_any
 from common.models.admitted import Verdict, remembered
+from common.models.experts import has_experts, target_of
 from common.models.families import is_known
 from common.models.lora_init import Shapes, choose_layers, initial_adapter, layer_count, validate
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
+from common.option_fields import EXPERTS
 from common.options import Options
 from common.paths import user_path
 from common.recipe import Recipe
@@ -34,10 +36,13 @@ def find_base(options: Options, backend: str, scheme: str, display: Display) -> 
     """The model that --model names. scheme: as --quantization asks. Raises UserError where it cannot be trained."""
     model = resolve(options.model or "", display.say)
     training_base, scheme = _quantized_base(options, model.path, backend, scheme, display)
-    verdict = None if is_known(model.config) else remembered(model)
+    verdict = None
     if not is_known(model.config):
         _check_plain(options, scheme)
+        verdict = remembered(model, wants_experts(options))
     shapes = _adaptable(linear_shapes(model, options.targets), verdict)
+    if wants_experts(options) and (verdict is None or not verdict.admitted):
+        raise UserError(f"{options.model} was not tried with LoRA on its experts.", "Add --try-model.")
     if verdict and not shapes:
         raise UserError(
             f"--targets {' '.join(options.targets)}: none is among the layers with which the model was admitted.",
@@ -45,6 +50,13 @@ def find_base(options: Options, backend: str, scheme: str, display: Display) -> 
         )
     given = _given_adapter(options, model, verdict) if options.adapter else None
     return Base(model, training_base, scheme, shapes, given, verdict)
+
+
+def wants_experts(options: Options) -> bool:
+    """Whether experts of a mixture are adapted, by --targets or in --adapter."""
+    if not options.adapter:
+        return EXPERTS in options.targets
+    return has_experts(read_any(user_path(options.adapter, "--adapter")).weights)
 
 
 def _check_plain(options: Options, scheme: str) -> None:
@@ -58,7 +70,7 @@ def _adaptable(shapes: Shapes, verdict: Verdict | None) -> Shapes:
     """Those of the layers that the verdict admits."""
     if verdict is None:
         return shapes
-    return {module: shape for module, shape in shapes.items() if module.rsplit(".", 1)[-1] in verdict.targets}
+    return {module: shape for module, shape in shapes.items() if target_of(module) in verdict.targets}
 
 
 def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, display: Display) -> tuple[Path, str]:
@@ -80,7 +92,7 @@ def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, d
 
 def _given_adapter(options: Options, model: ModelFolder, verdict: Verdict | None) -> Adapter:
     """--adapter. Raises UserError where it does not fit the base model."""
-    every = linear_shapes(model, ["all-linear"])
+    every = linear_shapes(model, ["all-linear", *([EXPERTS] if verdict and EXPERTS in verdict.targets else [])])
     adapter = read_any(user_path(options.adapter or "", "--adapter"), layer_count(every))
     validate(adapter, _adaptable(every, verdict), Path(options.adapter or ""))
     return adapter

@@ -17,10 +17,12 @@ from common.backend import Adapter
 from common.backend_package import BackendPackage
 from common.memory_terms import DeltaDims, LayerInputs, MicroBatchShape, ModelDims
 from common.models import gemma4
-from common.models.families import forward_config, is_known
+from common.models.experts import target_of
+from common.models.families import LANGUAGE_LAYER, forward_config, hf_name, is_known
 from common.models.lora_init import layer_number
 from common.models.model_folder import ModelFolder
 from common.models.shapes import NORMED, linear_shapes, tensor_shapes
+from common.option_fields import EXPERTS
 from common.recipe import Plan, Recipe
 from common.system.environment import chip, environment
 from common.system.hardware import nvidia_gpus
@@ -109,7 +111,7 @@ def dims_of(model: ModelFolder) -> ModelDims:
         return model_dims(config)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     layers, adapted = int(config["num_hidden_layers"]), linear_shapes(model, ["all-linear"])
-    outputs: Counter[int] = Counter()
+    outputs = _expert_outputs(model)
     for module, (out_features, _) in adapted.items():
         outputs[layer_number(module)] += out_features
     linear = sum(out_features * in_features for out_features, in_features in adapted.values())
@@ -136,6 +138,17 @@ def dims_of(model: ModelFolder) -> ModelDims:
         stored=2 if config["dtype"] in ("bfloat16", "float16") else 4,
         plain=True,
     )
+
+
+def _expert_outputs(model: ModelFolder) -> Counter[int]:
+    """Of each layer, what those experts put out that a token comes to; of experts that the files hold by themselves."""
+    chosen = int(model.config.get("num_experts_per_tok") or 1)
+    shapes = {hf_name(name.removesuffix(".weight")): tensor.shape for name, tensor in model.tensors.items()}
+    outputs: Counter[int] = Counter()
+    for module, shape in shapes.items():
+        if target_of(module) == EXPERTS and ".experts.0." in module and LANGUAGE_LAYER.fullmatch(module):
+            outputs[layer_number(module)] += chosen * shape[0]
+    return outputs
 
 
 def training_state_bytes(adapter: Adapter | None, dims: ModelDims) -> tuple[int, int]:

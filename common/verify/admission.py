@@ -21,12 +21,14 @@ from common.data.encode import Encoded
 from common.errors import UserError, first_line
 from common.files import scratch_folder
 from common.models.admitted import Verdict, folder, remember, remembered, versions
+from common.models.experts import stack_of, target_of
 from common.models.families import is_known
 from common.models.first_layers import enough_layers, layer_kinds, write_first_layers
 from common.models.fuse import fuse
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes, target_names
+from common.option_fields import EXPERTS
 from common.system.launch import launched
 from common.verify import parity
 
@@ -43,17 +45,17 @@ class Refused(Exception):
     """What was found, and where."""
 
 
-def try_model(name: str, context: Context) -> Verdict | None:
+def try_model(name: str, context: Context, experts: bool = False) -> Verdict | None:
     """The verdict on the model that --model names, reported; None where its architecture is supported anyway.
 
-    Raises UserError where it is refused.
+    experts: with LoRA on the experts of a mixture. Raises UserError where it is refused.
     """
     model = resolve(name, context.display.say, tried=True)
     if is_known(model.written_config):
         return None
     if launched():
         raise UserError("--try-model tries a model on one device.", "Try it once without the launcher.")
-    verdict = admit(model, context)
+    verdict = admit(model, context, experts)
     if not verdict.admitted:
         raise UserError(
             f"--try-model: {name} ({verdict.architecture}) is refused: {verdict.why}.",
@@ -64,13 +66,13 @@ def try_model(name: str, context: Context) -> Verdict | None:
     return verdict
 
 
-def admit(model: ModelFolder, context: Context) -> Verdict:
+def admit(model: ModelFolder, context: Context, experts: bool = False) -> Verdict:
     """The verdict on the model, from memory where it was tried with the same libraries; else it is tried now."""
-    if (known := remembered(model)) is not None:
+    if (known := remembered(model, experts)) is not None:
         return known
     architecture, why = (model.written_config.get("architectures") or ["none named"])[0], ""
     with context.display.stage(f"try {architecture}") as progress, scratch_folder(folder()) as scratch:
-        trial = _Trial(model, context.backends, scratch, progress)
+        trial = _Trial(model, context.backends, scratch, progress, experts)
         try:
             trial.run()
         except OutOfMemory:  # says nothing of the model
@@ -87,7 +89,7 @@ def admit(model: ModelFolder, context: Context) -> Verdict:
         checks=trial.checks,
         versions=versions(),
     )
-    remember(model, verdict)
+    remember(model, verdict, experts)
     return verdict
 
 
@@ -99,18 +101,21 @@ class _Trial:
     backends: Backends
     scratch: Path
     progress: Progress
+    experts: bool
     targets: list[str] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
         """Raises Refused for the first comparison that fails, or UserError."""
         here, kinds, count = self._here(), layer_kinds(self.model), enough_layers(self.model)
-        self.targets = self._targets(self.model)
+        self.targets = self._targets(self.model, self.experts)
         small = write_first_layers(self.model, count, self.scratch / "layers")
         rows = _rows(self.model.vocabulary_size)
         self.checks["layers"] = f"{count} of {len(kinds)}, {len({*kinds[:count]})} kinds"
         results = self._train(small, rows, here)
         if idle := {name for result in results for name in _idle(result)}:
+            if EXPERTS in idle:
+                raise Refused("the adapters of a layer's experts have not moved: a library computes without them")
             self.targets = [name for name in self.targets if name not in idle]
             self.checks["left out"] = f"{', '.join(sorted(idle))}, whose weight a library reads without the layer"
             results = self._train(small, rows, here)
@@ -127,15 +132,19 @@ class _Trial:
             raise Refused("PyTorch and transformers, which define the model, are not installed: it cannot be compared")
         return here
 
-    def _targets(self, model: ModelFolder) -> list[str]:
-        """Last names of the linear layers that the file and every library here have in the same shape."""
-        shapes = linear_shapes(model, ["all-linear"])
-        found = [self.backends(name).plain_layers(model.path) for name in self._here()]
-        differing = {
-            module.rsplit(".", 1)[-1]
-            for module, shape in shapes.items()
-            if any(layers.get(module.split("layers.", 1)[1]) != shape for layers in found)
-        }
+    def _targets(self, model: ModelFolder, experts: bool) -> list[str]:
+        """Last names of the linear layers that the file and every library here have in the same shape.
+
+        Raises Refused where there are none, or the experts are not among them that are asked for.
+        """
+        shapes = linear_shapes(model, ["all-linear", *([EXPERTS] if experts else [])])
+        differing: dict[str, str] = {}
+        for name in self._here():
+            layers = self.backends(name).plain_layers(model.path)
+            parts = (module for module, shape in shapes.items() if layers.get(module.split("layers.", 1)[1]) != shape)
+            differing |= {target_of(module): name for module in parts}
+        if EXPERTS in differing:
+            raise Refused(f"{differing[EXPERTS]} has its experts in a form to which no adapter can be added here")
         if left := [name for name in target_names(shapes) if name not in differing]:
             return left
         raise Refused("no linear layer has the same name and shape in its files and in both libraries")
@@ -155,9 +164,7 @@ class _Trial:
         losses = float((np.abs(one.losses - other.losses) / one.losses).max())
         if not losses < _LOSSES:
             raise Refused(f"the losses of {_STEPS} steps differ by {losses:.1e}")
-        far = {
-            name: float(np.linalg.norm(one.adapter[name] - m) / np.linalg.norm(m)) for name, m in other.adapter.items()
-        }
+        far = {name: _distance(one.adapter[name], matrix) for name, matrix in other.adapter.items()}
         worst = max(far, key=lambda name: np.nan_to_num(far[name], nan=np.inf))
         if not far[worst] < _ADAPTERS:
             raise Refused(f"after {_STEPS} steps {worst} differs by {far[worst]:.1e}")
@@ -169,7 +176,7 @@ class _Trial:
         for layers in range(1, count + 1):
             small = write_first_layers(self.model, layers, self.scratch / f"first-{layers}")
             try:
-                targets = self._targets(small)
+                targets = self._targets(small, experts=False)
                 one, other = (_result(name, self.backends, small, [row], 0, targets) for name in ("torch", "mlx"))
             except (UserError, Refused):  # so few layers are no model
                 continue
@@ -182,11 +189,12 @@ class _Trial:
         with parity.loaded(name, self.backends, small.path, self.targets) as (backend, _, start):
             adapter = start.with_arrays(result.adapter)
             backend.set_adapter(adapter)
-            found = _derivative_error(backend, adapter, rows)
             bound = _WITH_EXPERTS if any(".experts." in tensor for tensor in small.tensors) else _DERIVATIVE
-            if not found < bound:
-                raise Refused(f"{name}: the gradient differs from finite differences by {found:.1%}")
-            self.checks[f"gradient, {name}"] = f"{found:.1%} from finite differences"
+            for part in ["gradient", *(["gradient of experts"] if EXPERTS in self.targets else [])]:
+                found = _derivative_error(backend, adapter, rows, part == "gradient of experts")
+                if not found < bound:
+                    raise Refused(f"{name}: the {part} differs from finite differences by {found:.1%}")
+                self.checks[f"{part}, {name}"] = f"{found:.1%} from finite differences"
             wanted, untuned = backend.logits(rows[0].ids), backend.logits(rows[0].ids, adapter=False)
         out = self.scratch / f"fused-{name}"
         out.mkdir()
@@ -218,9 +226,16 @@ def _computed(name: str, compute: Callable[[], _T]) -> _T:
 
 
 def _idle(result: parity.Result) -> set[str]:
-    """Last names of layers whose adapter has not moved."""
-    matrices = [(name, array) for name, array in result.adapter.items() if name.endswith(".lora_B")]
-    return {name.split(".")[-2] for name, array in matrices if not array.any()}
+    """Last names of layers whose adapter has not moved; of experts, where none of a layer's has."""
+    matrices = {n.removesuffix(".lora_B"): array for n, array in result.adapter.items() if n.endswith(".lora_B")}
+    moved = {stack_of(name) for name, array in matrices.items() if array.any()}
+    return {target_of(name) for name in matrices if stack_of(name) not in moved}
+
+
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Relative; 0 of two that are zeros, as of an expert that no token came to."""
+    length = float(max(np.linalg.norm(one), np.linalg.norm(other)))
+    return float(np.linalg.norm(one - other)) / length if length else 0.0
 
 
 def _rows(vocabulary: int) -> list[Encoded]:
@@ -232,21 +247,25 @@ def _rows(vocabulary: int) -> list[Encoded]:
     return rows
 
 
-def _derivative_error(backend: Any, adapter: Adapter, rows: list[Encoded]) -> float:
+def _derivative_error(backend: Any, adapter: Adapter, rows: list[Encoded], experts: bool) -> float:
     """How far the gradient along a direction is from what the loss does there, relative; with the best of five steps.
 
     The direction is the gradient itself with each value stretched at random, so that the loss changes above rounding.
+    experts: along the gradients of these alone.
     """
     random, batch = np.random.default_rng(5), make_batch(rows[:2])
     weight = float(batch.loss_weights.sum())
     arrays = {name: np.array(array) for name, array in adapter.arrays().items()}
     backend.accumulate([batch], weight, 1)
     gradients = backend.gradients()
+    if experts:
+        gradients = {n: g for n, g in gradients.items() if target_of(n.rpartition(".")[0]) == EXPERTS}
     direction = {name: random.uniform(0, 2, g.shape).astype(np.float32) * g for name, g in gradients.items()}
-    along = sum(float((gradients[name] * direction[name]).sum(dtype=np.float64)) for name in arrays)
+    along = sum(float((gradients[name] * direction[name]).sum(dtype=np.float64)) for name in direction)
 
     def loss(epsilon: float) -> float:
-        backend.set_adapter(adapter.with_arrays({n: a + np.float32(epsilon) * direction[n] for n, a in arrays.items()}))
+        moved = {name: arrays[name] + np.float32(epsilon) * step for name, step in direction.items()}
+        backend.set_adapter(adapter.with_arrays(arrays | moved))
         return float(backend.eval_step(batch).loss_sum) / weight
 
     if not along > 0:

@@ -15,6 +15,7 @@ from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
 from common.models import admitted
+from common.models.adapter_files import read_peft
 from common.models.families import is_known
 from common.models.first_layers import enough_layers, write_first_layers
 from common.models.model_folder import ModelFolder
@@ -25,7 +26,7 @@ from common.option_sources import load_options
 from common.run_record import Run
 from common.verify import admission, parity
 from tests.contexts import context
-from tests.tiny import write_tokenizer
+from tests.tiny import write_rows, write_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +129,83 @@ def test_it_trains_and_is_exported_and_generates(
     assert Run(run).recipe.targets == admitted.remembered(ModelFolder(seed)).targets  # type: ignore[union-attr]
     fused = ModelFolder(run / "fused")
     assert {*fused.tensors} == {*ModelFolder(seed).tensors}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3-MoE with a tokenizer, and with the key by which mlx-lm reads RoPE's base."""
+    folder = write_model("qwen3_moe", tmp_path_factory.mktemp("qwen3_moe")).path
+    write_tokenizer(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_experts_are_compared_where_they_are_adapted(mixture: Path, tmp_path: Path) -> None:
+    verdict = admission.admit(ModelFolder(mixture), context(), experts=True)
+    assert (verdict.why, verdict.targets) == ("", ["q_proj", "k_proj", "v_proj", "o_proj", "experts"])
+    assert {"gradient of experts, torch", "gradient of experts, mlx"} <= {*verdict.checks}
+    refused = admission.admit(write_model("gpt_oss", tmp_path / "gpt_oss"), context(), experts=True)
+    assert refused.why.startswith("--targets experts: its files hold its experts as")
+
+
+def test_a_wrong_gradient_of_experts_is_found(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_backend.experts import LoraExperts
+
+    rows = admission._rows(259)
+    found = {}
+    added = LoraExperts._added
+    for factor in (1.0, 0.5):  # of the gradient; Adam's steps would hide it
+
+        def faulty(*given: Any, factor: float = factor) -> Any:
+            right = added(*given)
+            return right.detach() + factor * (right - right.detach())
+
+        monkeypatch.setattr(LoraExperts, "_added", faulty)
+        with parity.loaded("torch", context().backends, mixture, ["all-linear", "experts"]) as (backend, _, start):
+            found[factor] = admission._derivative_error(backend, start, rows, experts=True)
+    assert found[1.0] < 0.01
+    assert found[0.5] > admission._WITH_EXPERTS
+
+
+def test_experts_train_alike_and_mlx_lm_and_peft_read_the_adapter(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+    import torch
+    from mlx_lm import load
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "experts"]
+    admitted.remember(
+        ModelFolder(mixture), admitted.Verdict(architecture="", admitted=True, targets=targets), experts=True
+    )
+    write_rows(Path("rows.jsonl"), 12)
+    runs = {}
+    for name in ("torch", "mlx"):
+        flags = ["--model", str(mixture), "--data", "rows.jsonl", "--backend", name, "--device", "cpu", "--steps", "4"]
+        flags += ["--precision", "fp32", "--export", "fused", "--output", name, "--rank", "4"]
+        flags += ["--learning-rate", "2e-3", "--targets", "all-linear", "experts"]
+        runs[name] = run_training(load_options(read_flags(flags))[0], context())
+    assert Run(runs["torch"]).recipe.hash() == Run(runs["mlx"]).recipe.hash()
+    one, other = (read_peft(run / "adapter").arrays() for run in runs.values())
+    assert max(admission._distance(one[name], array) for name, array in other.items()) < 1e-3
+    ids = list(range(5, 60))
+
+    def logits(folder: Path, adapter: Path | None = None) -> np.ndarray:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = PeftModel.from_pretrained(model, str(adapter)) if adapter else model
+        with torch.no_grad():
+            return model.eval()(torch.tensor([ids])).logits[0].numpy()
+
+    fused = logits(runs["mlx"] / "fused")
+    assert np.abs(fused - logits(mixture)).max() > 0.05
+    np.testing.assert_allclose(logits(mixture, runs["mlx"] / "adapter"), fused, atol=1e-4)
+    model = load(str(mixture), adapter_path=str(runs["mlx"] / "adapter-mlx"))[0]
+    np.testing.assert_allclose(np.array(model(mx.array(ids)[None])[0]), fused, atol=1e-4)
 
 
 def test_layers_that_predict_several_tokens_at_once_are_not_adapted(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ BACKENDS_MAY = {
     *("errors", "backend", "memory_terms", "recipe", "sampling", "system", "backend_package", "rank_backend"),
     *("lazy_arrays", "data.batching", "data.layouts"),
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
-    *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes")),
+    *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes", "experts")),
 }
 SHARED_STEPS = {"arguments", "prepare", "new_run", "several", "tuned", "watch", "fuse", "plan"}  # two are commands
 

@@ -1,0 +1,80 @@
+"""Experts of a mixture: an adapter names each one's matrices, as the model's files do; libraries stack them."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from common.backend import LoraWeight
+from common.option_fields import EXPERTS
+
+MATRICES = ("gate_proj", "up_proj", "down_proj")  # of each expert
+_ANY = "|".join(MATRICES)
+_EXPERT = re.compile(rf"(.+\.experts)\.(\d{{1,9}})\.({_ANY})")
+_STACK = re.compile(rf"(.*)\.experts\.({_ANY})")
+_MLX_STACK = re.compile(rf"(.*)\.switch_mlp\.({_ANY})")
+
+
+def target_of(module: str) -> str:
+    """What --targets calls the module: the last part of its name, or `experts`."""
+    return EXPERTS if _EXPERT.fullmatch(module) else module.rsplit(".", 1)[-1]
+
+
+def stack_of(module: str) -> str:
+    """`mlp.experts.gate_proj` of `mlp.experts.7.gate_proj`; the name of any other module as it is."""
+    return _EXPERT.sub(r"\1.\3", module)
+
+
+def has_experts(modules: Iterable[str]) -> bool:
+    return any(target_of(module) == EXPERTS for module in modules)
+
+
+def by_stack(modules: Iterable[str]) -> dict[str, list[str]]:
+    """The modules by `stack_of`, an expert's in the order of its number."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(stack_of(module), []).append(module)
+    return {stack: sorted(members, key=_number) for stack, members in found.items()}
+
+
+def expert_names(stack: str, count: int) -> list[str]:
+    """The names of the experts' matrices in `mlp.experts.gate_proj`."""
+    experts, _, matrix = stack.rpartition(".")
+    return [f"{experts}.{number}.{matrix}" for number in range(count)]
+
+
+def is_complete(stack: str, members: list[str]) -> bool:
+    """Whether `by_stack`'s members are all experts up to the last of them, or the module itself."""
+    return members in ([stack], expert_names(stack, len(members)))
+
+
+def mlx_stack(name: str) -> str:
+    """The module of mlx-lm that holds a stack; other names as they are."""
+    return _STACK.sub(r"\1.switch_mlp.\2", name)
+
+
+def stack_in_mlx(name: str) -> str | None:
+    """The stack that this module of mlx-lm holds; None of any other module."""
+    found = _MLX_STACK.fullmatch(name)
+    return f"{found[1]}.experts.{found[2]}" if found else None
+
+
+def uneven(weights: Mapping[str, LoraWeight]) -> list[str]:
+    """What no library can compute of an adapter's experts: those of a layer share ranks and scales."""
+    faults, stacks = [], by_stack(weights)
+    for stack, members in stacks.items():
+        if len({(weights[name].rank, weights[name].scale) for name in members}) > 1:
+            faults.append(f"{stack}: its experts differ in rank or scale")
+        if members == [stack]:
+            continue
+        if any(weights[name].magnitude is not None for name in members):
+            faults.append(f"{stack}: DoRA of experts is not computed")
+        layer = stack.rpartition(".")[0]
+        if lacking := [name for name in MATRICES if f"{layer}.{name}" not in stacks]:
+            faults.append(f"{layer}: {lacking[0]} of its experts is not adapted, and other matrices are")
+        if not is_complete(stack, members):
+            faults.append(f"{stack}: some of its experts are not adapted")
+    return faults
+
+
+def _number(module: str) -> int:
+    found = _EXPERT.fullmatch(module)
+    return int(found[2]) if found else 0
