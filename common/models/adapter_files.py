@@ -16,8 +16,8 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.models import granite4
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
-from common.models.experts import by_stack, expert_names, is_complete, mlx_stack, stack_in_mlx
-from common.models.families import hf_name, mlx_name
+from common.models.experts import by_stack, expert_names, mlx_stack, stack_in_mlx, stacked_in_mlx
+from common.models.families import hf_name
 from common.models.lora_init import layer_number, validate
 from common.models.safetensors_files import lazy_tensors, load_tensors, save_tensors
 
@@ -88,7 +88,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
         tensors[f"{name}.lora_b"] = np.ascontiguousarray(np.pad(B.T, ((0, missing), (0, 0))))
         if weight.magnitude is not None:
             tensors[f"{name}.m"] = np.ascontiguousarray(weight.magnitude)
-    tensors = _stacked(tensors, by_stack(weights))
+    tensors = stacked_in_mlx(tensors, by_stack(weights))
     config = {
         "fine_tune_type": "dora" if adapter.dora else "lora",
         # mlx-lm counts from the last layer; -1 (all) where the base's number of layers is not known
@@ -103,20 +103,6 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
         **({} if weights.keys() == adapter.weights.keys() else {_DIVIDED: True}),
     }
     _write(folder, MLX_FILE, tensors, config)
-
-
-def _stacked(tensors: dict[str, np.ndarray], stacks: dict[str, list[str]]) -> dict[str, np.ndarray]:
-    """The tensors under mlx-lm's names, which stacks those of experts: A [experts, r, in], B [experts, out, r]."""
-    found = {}
-    for stack, members in stacks.items():
-        if not is_complete(stack, members):
-            raise UserError(f"{stack}: the adapter has no matrices of some experts.", "Keep it in PEFT's layout.")
-        for part in ("lora_a", "lora_b", "m"):
-            some = [tensors[f"{name}.{part}"] for name in members if f"{name}.{part}" in tensors]
-            if some:
-                joined = some[0] if members == [stack] else np.stack([matrix.T for matrix in some])
-                found[f"{mlx_name(mlx_stack(stack))}.{part}"] = joined
-    return found
 
 
 def times(B: np.ndarray, factor: float, name: str) -> np.ndarray:

@@ -3,7 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping
 
+import numpy as np
+
 from common.backend import LoraWeight
+from common.errors import UserError
+from common.models.families import mlx_name
 from common.option_fields import EXPERTS
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of each expert
@@ -78,3 +82,17 @@ def uneven(weights: Mapping[str, LoraWeight]) -> list[str]:
 def _number(module: str) -> int:
     found = _EXPERT.fullmatch(module)
     return int(found[2]) if found else 0
+
+
+def stacked_in_mlx(tensors: dict[str, np.ndarray], stacks: dict[str, list[str]]) -> dict[str, np.ndarray]:
+    """The tensors under mlx-lm's names, which stacks those of experts: A [experts, r, in], B [experts, out, r]."""
+    found = {}
+    for stack, members in stacks.items():
+        if not is_complete(stack, members):
+            raise UserError(f"{stack}: the adapter has no matrices of some experts.", "Keep it in PEFT's layout.")
+        for part in ("lora_a", "lora_b", "m"):
+            some = [tensors[f"{name}.{part}"] for name in members if f"{name}.{part}" in tensors]
+            if some:
+                joined = some[0] if members == [stack] else np.stack([matrix.T for matrix in some])
+                found[f"{mlx_name(mlx_stack(stack))}.{part}"] = joined
+    return found
