@@ -103,7 +103,7 @@ def test_the_gradient_of_a_joined_tensor_is_concatenated(model):
     module = nn.Module()
     for name in names:
         setattr(module, name, mx.ones((3, 2)))
-    joined = Trained(module, {name: name for name in names}, [names], join=True)
+    joined = Trained(module, {name: name for name in names}, [names], join=True, stacks={})
     (tensor,) = joined.read()
     weights = {name: float(name) for name in names}
     gradient = mx.grad(lambda t: sum(weights[name] * part.sum() for name, part in joined.cut([t]).items()))(tensor)
