@@ -45,6 +45,15 @@ _PROPORTIONAL = {
 }
 # What distinguishes each family. Every constant differs from its default, so that a lost one shows in the logits.
 # Rows in tests are longer than the windows and the original contexts here.
+_GRANITE = {
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 1.7,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+}
 TINY: dict[str, dict[str, Any]] = {
     "exaone4": {
         "num_hidden_layers": 4,
@@ -101,28 +110,14 @@ TINY: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.25},
     },
-    "granite": {
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 1.7,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
-    },
-    "granitemoehybrid": {
+    "granite": _GRANITE,
+    "granitemoehybrid": _GRANITE
+    | {
         "layer_types": ["full_attention"] * 2,
         "num_local_experts": 0,
         "intermediate_size": 48,  # which no layer reads
         "shared_intermediate_size": 96,
         "position_embedding_type": "rope",
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-        "embedding_multiplier": 3.0,
-        "logits_scaling": 1.7,
-        "residual_multiplier": 0.22,
-        "attention_multiplier": 0.3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
     },
     "llama": {"tie_word_embeddings": False, "mlp_bias": True, "rope_parameters": _LLAMA3},
     "mistral": {
