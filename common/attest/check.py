@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.attest.document import SECTIONS, Attest, SectionRecord
+from common.attest.subject import digest
 from common.errors import UserError
 from common.report.kept import number
 from common.verify.parity import BOUNDS
@@ -49,26 +50,46 @@ def compare(
         yield Outcome(name, "", "differs", found="a section that the attest leaves out")
     for name, section in stated.sections.items():
         if name not in SECTIONS:
-            yield Outcome(name, "", "not checkable here", why="this version of Twintune has no such section")
-        elif not section.figures and name not in faults and _always_stated(name):
+            yield Outcome(name, "", "differs", "a section", "Twintune states no such section")
+        elif section.missing not in ("", SECTIONS[name].needs):
+            yield Outcome(name, "", "differs", section.missing, SECTIONS[name].needs)
+        elif not section.figures and name in found and name not in faults:
             yield Outcome(name, "", "differs", found="a section that the attest leaves empty")
         elif not section.figures:
-            yield Outcome(name, "", "not checkable here", why=f"the attest states nothing: it lacked {section.missing}")
-        elif name in faults:
-            for figure, value in flat(section.figures):
-                yield Outcome(name, figure, "not checkable here", value, why=faults[name].what)
+            why = f"the attest states nothing: its author lacked {SECTIONS[name].needs}"
+            yield Outcome(name, "", "not checkable here", why=why)
         else:
-            here = dict(flat(found[name].figures))
             said = dict(flat(section.figures))
+            forged = [figure for figure in said if _is_forged(name, figure, said)]
+            for figure in forged:
+                yield Outcome(name, figure, "differs", said.pop(figure), "a text with another hash than the stated one")
+            if name in faults:
+                for figure, value in said.items():
+                    yield Outcome(name, figure, "not checkable here", value, why=faults[name].what)
+                continue
+            here = dict(flat(found[name].figures))
             for figure, value in said.items():
                 yield _outcome(name, figure, value, here, other, absent)
-            for figure in [figure for figure in here if figure not in said]:
+            for figure in [figure for figure in here if figure not in (*said, *forged)]:
                 yield Outcome(name, figure, "differs", None, here[figure])
 
 
-def _always_stated(name: str) -> bool:
-    """Whether whoever has the run can state it, without a model or a program that the author may have lacked."""
-    return SECTIONS[name].recorded or SECTIONS[name].how != "computed"
+def to_collect(stated: Attest) -> tuple[list[str], list[str]]:
+    """`(sections whose figures are checked, empty ones whose author could have stated them)`.
+
+    Whoever has a run can state what is read or hashed, and what was computed when it was verified. For the rest the
+    author may have lacked a model or a program.
+    """
+    known = {name: section for name, section in stated.sections.items() if name in SECTIONS}
+    empty = [name for name, section in known.items() if not section.figures]
+    always = [name for name in empty if SECTIONS[name].recorded or SECTIONS[name].how != "computed"]
+    return [name for name in known if name not in empty], always
+
+
+def _is_forged(section: str, figure: str, said: dict[str, Any]) -> bool:
+    """Whether it is the text of an answer, and the answer's hash is that of another."""
+    head, _, last = figure.rpartition(" / ")
+    return section.startswith("answers") and last == "text" and digest(said[figure]) != said.get(f"{head} / answer")
 
 
 def _outcome(

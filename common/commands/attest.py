@@ -3,11 +3,12 @@
 import argparse
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from common import strict_json
-from common.attest.check import STATES, Outcome, compare
+from common.attest.check import STATES, Outcome, compare, to_collect
 from common.attest.document import SECTIONS, Attest, SectionRecord, collect, content_of, own_hash, read_attest
 from common.attest.kept import named_files
 from common.attest.page import attest_page, page_digest
@@ -77,10 +78,15 @@ def check_attest(path: Path, file: Path, context: Context) -> list[Outcome]:
     refuse_links(path)
     say_llama(record, context.llama_cpp, display)
     outcomes = [*_of_the_file(file, content, stated)]
+    for one in outcomes:
+        if one.state == "not checkable here":
+            display.warn(f"{one.name} is not proven: {one.why}. Trust what stands in {file} alone.")
     with scratch_folder() as scratch:
         given = Subject(run, context, scratch, stated.with_text, again=True)
-        found, faults = collect(given, [name for name in SECTIONS if name in stated.sections])
-        made = given.made()
+        figures, empty = to_collect(stated)
+        found, faults = collect(given, figures)
+        on_record, lacking = collect(replace(given, again=False), empty)
+        found, faults, made = found | on_record, faults | lacking, given.made()
         outcomes += _of_its_making(stated.made, made)
         outcomes += compare(stated, found, faults, other_machine(stated.made, made), _name_files(run, stated, found))
     _show(outcomes, display)
@@ -147,7 +153,9 @@ def _short(value: Any) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "With --check it writes nothing, and exits with status 1 where a figure differs."
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a finished run")
+    given.add_argument("--run", type=Path, dest="named", metavar="RUN", help="the same, by its name")
     parser.add_argument("--check", type=Path, metavar="FILE", help="compute the figures of this attest again from RUN")
     parser.add_argument(
         "--with-text",
@@ -159,9 +167,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, context: Context) -> int:
+    run: Path = args.run or args.named
     if args.check is None:
-        attest_run(args.run, args.with_text, context)
+        attest_run(run, args.with_text, context)
         return 0
     if args.with_text:
         raise UserError("--with-text: the file of --check says whether there is text in it.", "Leave one of them out.")
-    return 1 if any(one.state == "differs" for one in check_attest(args.run, args.check, context)) else 0
+    return 1 if any(one.state == "differs" for one in check_attest(run, args.check, context)) else 0

@@ -131,6 +131,8 @@ def _train(
 ) -> tuple[Backend, Adapter]:
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
     recipe, display, swap = job.recipe, context.display, swap_used()
+    estimate = job.chosen.prediction
+    job.run.update(predicted_peak_bytes=estimate.peak, predicted_parts=estimate.parts)
     reset_peak_rss()
     if found:
         found.require_fit(job.start)
@@ -185,8 +187,6 @@ def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
     before, memory = job.run.record, backend.memory()
     job.run.update(
         **figures(state, job.recipe, job.plan),
-        predicted_peak_bytes=job.chosen.prediction.peak,
-        predicted_parts=job.chosen.prediction.parts,
         shares=backend.shares() if isinstance(backend, SharedBackend) else [],
         memory_kind=memory.kind,
         peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),

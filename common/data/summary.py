@@ -16,7 +16,9 @@ from common.run_fields import DataFacts, PartRecord, RowRecord
 
 _BARS = 24
 _ROWS = 3
-_SHOWN_TOKENS = 1_000  # of a row
+_PARTS = 40  # of a row: its first and its last
+_CHARACTERS = {False: 1_000, True: 2_000}  # of a part, by whether its tokens are labels
+_CUT = "[…]"
 
 
 def data_facts(options: Options, rows: TrainingRows, warnings: Sequence[QualityWarning], tokenizer: Any) -> DataFacts:
@@ -29,7 +31,7 @@ def data_facts(options: Options, rows: TrainingRows, warnings: Sequence[QualityW
         counts=counts,
         scripts=scripts_of(distinct(rows.data.train), options.seed),
         warnings=[f"{warning.count} {warning.what}. {warning.to_do}" for warning in warnings],
-        rows=[] if options.no_text else [_row(row, tokenizer) for row in rows.train.rows[:_ROWS]],
+        rows=[] if options.no_text else [row_record(row, tokenizer) for row in rows.train.rows[:_ROWS]],
     )
 
 
@@ -62,9 +64,14 @@ def _histogram(lengths: np.ndarray) -> tuple[list[int], list[int]]:
     return edges.tolist(), np.histogram(lengths, edges)[0].tolist()
 
 
-def _row(row: Encoded, tokenizer: Any) -> RowRecord:
-    parts, shown = [], _SHOWN_TOKENS
-    for label, text in labeled_parts(row, tokenizer):
-        parts.append((label, text[: 8 * shown]))
-        shown -= min(shown, len(text) // 4)
+def row_record(row: Encoded, tokenizer: Any) -> RowRecord:
+    """The row as it is trained, long parts and the middle of many parts cut."""
+    parts = [(label, _shortened(text, _CHARACTERS[label])) for label, text in labeled_parts(row, tokenizer)]
+    if len(parts) > _PARTS:
+        parts = [*parts[: _PARTS // 2], (False, f"\n{_CUT}\n"), *parts[-_PARTS // 2 :]]
     return RowRecord(source=row.source, tokens=len(row.ids), label_tokens=row.label_tokens, parts=parts)
+
+
+def _shortened(text: str, most: int) -> str:
+    """Its beginning and its end, where it is longer."""
+    return text if len(text) <= most else f"{text[: most // 2]} {_CUT} {text[-most // 2 :]}"

@@ -15,7 +15,7 @@ from common.models.local_models import lm_studio_folders
 from common.run_record import Run
 from common.system.process import offline_environment, run_logged
 
-_PUBLISHER = "twintune"  # LM Studio's models lie in publisher/model/
+_PUBLISHER = "twintune"  # before the name in both programs, so that no model of the user's own is replaced
 
 
 def install(run: Run, programs: list[str], display: Display) -> None:
@@ -34,7 +34,7 @@ def model_name(run: Run) -> str:
 
 def _into_ollama(run: Run, display: Display) -> None:
     """`ollama create`. Raises UserError with the command to type later."""
-    first, name, modelfile = run.record.export.gguf[0], model_name(run), run.gguf / "Modelfile"
+    first, name, modelfile = run.record.export.gguf[0], f"{_PUBLISHER}/{model_name(run)}", run.gguf / "Modelfile"
     command = f"ollama create {name} -f {shlex.quote(str(modelfile))}"
     if first.parts and not (whole := run.gguf / f"model-{first.name}.gguf").is_file():
         merge = merge_command(shlex.quote(str(run.path / first.file)), shlex.quote(str(whole)))
@@ -68,7 +68,9 @@ def _into_lm_studio(run: Run, display: Display) -> None:
         )
     folder = root / _PUBLISHER / model_name(run)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.gguf"):  # of an earlier export; the run has its own
+    if earlier := [*folder.glob("*.gguf")]:  # of a run of this name, which has its own
+        display.say(f"{folder}: what an earlier run or export of this name put there is replaced")
+    for old in earlier:
         old.unlink()
     for file in files:
         with atomic_write(folder / Path(file).name) as temporary:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common import strict_json
-from common.display import Display
+from common.display import Display, shown
 from common.errors import UserError
 from common.files import atomic_write
 from common.report import sections
@@ -112,9 +112,15 @@ def _environment() -> Any:
         loader=FunctionLoader(template),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_harmless,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+def _harmless(value: Any) -> Any:
+    """A text without what reverses or hides what is around it; escaping leaves that as it is."""
+    return shown(value) if type(value) is str else value
 
 
 @cache

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.display import gigabytes, shown
+from common.display import gigabytes
 from common.errors import PROGRAM
 from common.export.model_card import divergence_rows, figures, recipe_rows, shown_value
 from common.options import by_flag
@@ -137,12 +137,10 @@ def samples(kept: Kept) -> list[Sample]:
             asked.setdefault(line["number"], []).append(line)
     return [
         Sample(
-            prompt=shown(str(lines[0].get("prompt") or "")),
-            reference=shown(str(lines[0].get("reference") or "")),
-            base=next((shown(line["answer"]) for line in lines if line["step"] == 0), None),
-            answers=[
-                (line["step"], shown(line["answer"]), line.get("ended") is True) for line in lines if line["step"]
-            ],
+            prompt=str(lines[0].get("prompt") or ""),
+            reference=str(lines[0].get("reference") or ""),
+            base=next((line["answer"] for line in lines if line["step"] == 0), None),
+            answers=[(line["step"], line["answer"], line.get("ended") is True) for line in lines if line["step"]],
         )
         for _, lines in sorted(asked.items())
     ]

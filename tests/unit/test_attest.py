@@ -14,7 +14,7 @@ from common.attest import computed, document
 from common.attest.check import Outcome, compare, within
 from common.attest.document import Attest, SectionRecord, own_hash
 from common.attest.page import attest_page
-from common.attest.subject import other_machine
+from common.attest.subject import digest, other_machine
 from common.commands.attest import attest_run, check_attest
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
@@ -280,14 +280,46 @@ def test_answers_may_part_on_another_machine_and_prompts_may_not() -> None:
 @pytest.mark.parametrize(
     ("section", "state"), [("verification", "differs"), ("memory", "differs"), ("bf16 GGUF", "not checkable here")]
 )
-def test_an_emptied_section_differs_where_its_author_could_state_it(section: str, state: str) -> None:
-    (one,) = outcomes(section, {}, {"verdict": "broken"}, "").values()
-    assert one.state == state
+def test_an_emptied_section_differs_where_its_author_could_state_it(run: Path, section: str, state: str) -> None:
+    needs = document.SECTIONS[section].needs
+    alter(run / "attest.json", lambda sections: sections.update({section: {"missing": needs}}), sealed=True)
+    assert f"{section}: " in checked(run)[state]
 
 
-def test_an_unknown_section_is_said() -> None:
-    (one,) = outcomes("of tomorrow", {"a": 1}, {"a": 1}, "").values()
-    assert (one.state, one.why) == ("not checkable here", "this version of Twintune has no such section")
+def test_a_run_without_verification_has_nothing_to_state_of_it(run: Path) -> None:
+    Run(run).update(verify=None)
+    attest_run(run, False, context())
+    found = checked(run)
+    assert found["differs"] == set()
+    assert "verification: " in found["not checkable here"]
+
+
+def test_a_claim_as_what_was_missing_differs(run: Path) -> None:
+    claim = {"missing": "a laboratory checked this: MMLU 0.93"}
+    alter(run / "attest.json", lambda sections: sections.update({"parity of the backends": claim}), sealed=True)
+    assert checked(run)["differs"] == {"parity of the backends: ", "the file: attest.html"}
+
+
+def test_a_section_that_nobody_states_differs() -> None:
+    (one,) = outcomes("benchmarks", {"MMLU": 0.93}, {}, "").values()
+    assert (one.state, one.found) == ("differs", "Twintune states no such section")
+
+
+@pytest.mark.parametrize("text", ["Yes.", "No."])
+def test_an_answers_text_has_its_hash_on_any_machine(text: str) -> None:
+    stated, here = ({"prompt 1": {"answer": digest(of), "text": of}} for of in ("Yes.", "Well."))
+    stated["prompt 1"]["text"] = text
+    found = outcomes("answers of the base model", stated, here, "processor")
+    assert found["prompt 1 / text"].state == ("not checkable here" if text == "Yes." else "differs")
+    assert found["prompt 1 / answer"].state == "not checkable here"
+
+
+def test_a_page_of_another_version_is_said_aloud(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = json.loads((run / "attest.json").read_text())
+    content["made"]["page"] = "0" * 64
+    (run / "attest.json").write_text(json.dumps(content | {"sha256": own_hash(content)}))
+    assert "the file: attest.html" in checked(run)["not checkable here"]
+    assert "attest.html is not proven: another version of Twintune wrote the page" in capsys.readouterr().err
 
 
 def test_machines_are_told_apart() -> None:

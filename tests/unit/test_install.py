@@ -49,15 +49,15 @@ def test_ollama_is_given_the_modelfile(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = ollama(tmp_path, monkeypatch, 0)
-    assert "in Ollama: ollama run my-run" in said(run, "ollama", capsys)
-    assert json.loads(seen.read_text()) == ["create", "my-run", "-f", str(run.gguf / "Modelfile")]
+    assert "in Ollama: ollama run twintune/my-run" in said(run, "ollama", capsys)
+    assert json.loads(seen.read_text()) == ["create", "twintune/my-run", "-f", str(run.gguf / "Modelfile")]
     assert not (run.gguf / "ollama.log").exists()
 
 
 def test_what_ollama_cannot_do_is_a_warning_with_the_command(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = f"ollama create my-run -f '{run.gguf / 'Modelfile'}'"
+    command = f"ollama create twintune/my-run -f '{run.gguf / 'Modelfile'}'"
     found = said(run, "ollama", capsys)
     assert "warning: not put into ollama; the export is complete: Ollama is not installed here" in found
     assert command in found
@@ -79,7 +79,9 @@ def test_lm_studio_gets_links_in_its_layout(
     folder = tmp_path / place / "twintune" / "my-run"
     folder.mkdir(parents=True)
     (folder / "model-Q8_0.gguf").write_text("of an earlier export")
-    assert "in LM Studio: twintune/my-run" in said(run, "lmstudio", capsys)
+    found = said(run, "lmstudio", capsys)
+    assert "twintune/my-run: what an earlier run or export of this name put there is replaced" in found
+    assert "in LM Studio: twintune/my-run" in found
     assert sorted(path.name for path in folder.iterdir()) == ["mmproj-BF16.gguf", "model-Q4_K_M.gguf"]
     assert all(path.samefile(run.gguf / path.name) for path in folder.iterdir())
 

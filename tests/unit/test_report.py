@@ -8,11 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.commands.compare import compare
 from common.commands.train import run_training
 from common.data.dataset import Example
+from common.data.encode import Encoded
+from common.data.summary import row_record
 from common.data.text_sample import scripts_of
 from common.display import Display
 from common.errors import UserError
@@ -126,6 +129,27 @@ def test_what_a_stranger_wrote_is_shown_and_never_run(tmp_path: Path) -> None:
     assert page.words.count("<img src=x onerror=alert(2)>\"'&{{ 7*7 }}") > 10
     assert not [key for _, attributes in page.found for key in attributes if key.startswith("on")]
     assert json.loads(page.scripts[0]).keys() >= {"loss", "kl"}
+
+
+def test_text_that_would_be_written_backwards_is_shown_as_its_code(tmp_path: Path) -> None:
+    page = written(write_run(tmp_path / "run", hostile="\u202ebackwards"))
+    assert "\u202e" not in page.words
+    assert page.words.count("\\u202ebackwards") > 10
+
+
+def test_a_long_row_shows_its_labels_and_where_it_is_cut() -> None:
+    turns = [(False, "p" * 5000), (True, "l" * 9000)] * 30
+    ids = np.concatenate([np.full(len(text), ord(text[0]), np.int32) for _, text in turns])
+
+    class Letters:
+        def decode(self, ids: list[int]) -> str:
+            return "".join(map(chr, ids))
+
+    parts = row_record(Encoded(ids, ids == ord("l"), "rows.jsonl:1"), Letters()).parts
+    assert [label for label, _ in parts] == [*([False, True] * 10), False, *([False, True] * 10)]
+    assert parts[0][1] == f"{'p' * 500} […] {'p' * 500}"
+    assert parts[1][1] == f"{'l' * 1000} […] {'l' * 1000}"
+    assert parts[20][1].strip() == "[…]"
 
 
 def test_the_policy_allows_the_pages_two_scripts_and_no_network(tmp_path: Path) -> None:
