@@ -1,6 +1,6 @@
 """The charts of one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from common.display import gigabytes
 from common.report.charts import Axes, Chart, Curve, Level, Words, bar_chart, histogram, line_chart
@@ -92,7 +92,8 @@ def _lengths(data: DataFacts, t: Texts) -> Chart | None:
 
 
 def _scripts(data: DataFacts, t: Texts) -> Chart | None:
-    return bars("scripts", dict(data.scripts), Axes(t["axis.script"], t["axis.answers"], form=",.0f"), t)
+    counts = {t.get(f"script.{name}", name): count for name, count in data.scripts.items()}
+    return bars("scripts", counts, Axes(t["axis.script"], t["axis.answers"], form=",.0f"), t)
 
 
 def _sizes(export: ExportRecord, t: Texts) -> Chart | None:
@@ -109,7 +110,7 @@ def _divergence(kept: Kept, t: Texts) -> Chart | None:
     return bars("kl", finite, Axes(t["axis.type"], t["axis.kl"], form=".2g"), t)
 
 
-def bars(key: str, figures: dict[str, float], axes: Axes, t: Texts) -> Chart | None:
+def bars(key: str, figures: Mapping[str, float], axes: Axes, t: Texts) -> Chart | None:
     title = t[f"chart.{key}"]
     shown = ", ".join(f"{name} {axes.shown(value)}" for name, value in figures.items())
     return bar_chart(key, title, figures, axes, t["alt.bars"].format(title=title, bars=shown))

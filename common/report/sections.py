@@ -244,7 +244,9 @@ def environment(kept: Kept, t: Texts) -> Table:
     if memory := number(rows.pop("memory_bytes", None)):
         rows["memory"] = gigabytes(memory)
     rows |= {name: value for name, value in packages.items() if value} if isinstance(packages, dict) else {}
-    return Table([t["name"], t["value"]], [[str(name), str(value)] for name, value in rows.items()])
+    return Table(
+        [t["name"], t["value"]], [[t.get(f"environment.{name}", str(name)), str(value)] for name, value in rows.items()]
+    )
 
 
 def hashes(kept: Kept, t: Texts) -> Table:

@@ -95,6 +95,8 @@ def test_the_page_says_what_came_of_the_run(tmp_path: Path, lang: Any) -> None:
         assert said in page.words, said
     assert page.words.count("Q4_K_M") > 2
     assert texts(lang)["verdict.sound.text"] in page.words
+    japanese = ("ラテン文字", "プロセッサ", "メモリ")
+    assert all(said in page.words for said in (japanese if lang == "ja" else ("Latin", "processor", "memory")))
 
 
 def test_every_chart_says_in_words_what_it_shows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One version everywhere, by Semantic Versioning, with its section in the changelog."""
+"""One version everywhere, by Semantic Versioning (`.dev0` before a release), with its section in the changelog."""
 
 import re
 import tomllib
@@ -13,7 +13,7 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 
 def test_it_is_semantic_and_named_alike() -> None:
-    assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(-[\da-z.]+)?", VERSION)
+    assert re.fullmatch(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(\.dev\d+)?", VERSION)
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == VERSION
 
 
@@ -28,7 +28,9 @@ def test_the_changelog_goes_from_the_next_version_down() -> None:
     headings = re.findall(r"^## (\d+)\.(\d+)\.(\d+)(.*)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
     versions = [tuple(map(int, heading[:3])) for heading in headings]
     assert versions == sorted(versions, reverse=True)
-    assert tuple(map(int, VERSION.split("."))) in versions
+    released = VERSION.partition(".dev")[0]
+    assert tuple(map(int, released.split("."))) in versions
+    assert (VERSION != released) == ("not yet released" in headings[0][3])
     for major, minor, _, note in headings:
         unreleased = "not yet released" in note
         page = ROOT / "docs" / f"release-{major}.{minor}.md"
