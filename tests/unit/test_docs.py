@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import yaml
 
 import cli
 from tests import ROOT
@@ -215,9 +214,3 @@ def test_every_table_of_the_benchmarks_carries_date_host_and_commit() -> None:
             ("commit", r"\bcommits? [0-9a-f]{7}\b"),
         ):
             assert re.search(pattern, around), f"{blocks[number].splitlines()[0]}: no {what}"
-
-
-def test_the_version_is_the_same_everywhere() -> None:
-    version = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["version"]
-    assert yaml.safe_load(text_of(ROOT / "CITATION.cff"))["version"] == version
-    assert f"## {version}" in text_of(ROOT / "CHANGELOG.md")
