@@ -1,6 +1,6 @@
 """Estimated against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
 
-    python -m benchmarks.memory                  # twenty configurations, some 20 minutes on two cores
+    python -m benchmarks.memory                  # all configurations, some 25 minutes on two cores
     python -m benchmarks.memory --only mlx       # those whose description contains the word
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B at full depth, 16 rows of 512 tokens a step
     python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
@@ -25,6 +25,7 @@ from benchmarks.random_model import CONFIGS
 ROOT = Path(__file__).resolve().parent.parent
 _SMOL, _QWEN, _SMALL, _ONE = "smollm2-135m", "qwen3-0.6b", "gemma-3-270m", "gemma-3-1b"
 _NETS = {"model": "qwen3.5-0.8b", "precision": "fp32", "layers": 8}
+_CONVOLUTIONS = {"model": "lfm2-1.2b", "precision": "fp32", "layers": 6}
 CASES: list[dict[str, Any]] = [
     {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
     {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},
@@ -44,7 +45,8 @@ CASES: list[dict[str, Any]] = [
         "layers": 8,
     },
     *(
-        _NETS | {"backend": backend} | case
+        model | {"backend": backend} | case
+        for model in (_NETS, _CONVOLUTIONS)
         for backend in ("torch", "mlx")
         for case in ({"rows": 2, "width": 256}, {"rows": 1, "width": 1024, "gradient_checkpointing": True})
     ),

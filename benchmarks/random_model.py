@@ -17,7 +17,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     name.split("/")[1].lower().removesuffix("-it").removesuffix("-instruct"): published_configs()[name] | _IDS
     for name in (
         *("google/gemma-3-270m-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"),
-        *("Qwen/Qwen3.5-0.8B", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        *("Qwen/Qwen3.5-0.8B", "HuggingFaceTB/SmolLM2-135M-Instruct", "LiquidAI/LFM2-1.2B"),
     )
 }
 

@@ -60,6 +60,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         **{"final_logit_softcapping": 30.0, "sliding_window": 16},
     },
     "granitemoehybrid": {"intermediate_size": 256, "shared_intermediate_size": 512},
+    "lfm2": {"intermediate_size": 768, "block_ffn_dim_multiplier": 1.0, "conv_bias": False},  # llama.cpp has none
     "ministral3": {
         "sliding_window": None,
         "rope_parameters": TINY["ministral3"]["rope_parameters"]

@@ -78,6 +78,7 @@ class ModelDims:
     stored: int  # bytes of a weight in the checkpoint
     delta: DeltaDims | None = None
     layer_inputs: LayerInputs | None = None
+    convolved: int = 0  # layers with a short convolution in place of attention
     shardable: bool = True
     plain: bool = False  # computed by the library's own layers, which keep all logits of a row
 
@@ -88,8 +89,8 @@ class ModelDims:
 
     @property
     def padded(self) -> bool:
-        """Whether attention pads rows on every device: where scores are capped, and beside gated delta nets."""
-        return self.capped or self.delta is not None
+        """Whether attention pads rows on every device: where scores are capped, and beside layers of another kind."""
+        return self.capped or self.delta is not None or bool(self.convolved)
 
 
 class MicroBatchShape(NamedTuple):

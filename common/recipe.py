@@ -14,10 +14,12 @@ TARGET_GROUPS = {
     "attention": [
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
         *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),  # of linear attention
+        "in_proj",  # of an LFM2's convolution, whose attention and convolution have an out_proj too
     ],
     "mlp": [
         *("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
         *("input_linear", "output_linear"),  # Granite 4's
+        *("w1", "w3", "w2"),  # LFM2's
     ],
 }
 TARGET_GROUPS["all-linear"] = TARGET_GROUPS["attention"] + TARGET_GROUPS["mlp"]

@@ -36,17 +36,17 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
     padding.
     """
     queries, keys, values = _projected(self, x)
-    normed = "q_norm" in self
-    if normed and self.q_norm.weight.size == queries.shape[-1]:  # OLMo: all heads as one
-        queries, keys, normed = self.q_norm(queries), self.k_norm(keys), False
+    norms = _norms(self)
+    if norms and norms[0].weight.size == queries.shape[-1]:  # OLMo: all heads as one
+        queries, keys, norms = norms[0](queries), norms[1](keys), None
     heads, key_heads = _head_counts(self)
     queries = queries.reshape(len(x), heads, -1)
     keys, values = (part.reshape(len(x), key_heads, -1) for part in (keys, values))
     gate = None
     if queries.shape[-1] > keys.shape[-1]:  # Qwen3.5: the other half says how much of each output passes
         queries, gate = mx.split(queries, 2, axis=-1)
-    if normed:
-        queries, keys = self.q_norm(queries), self.k_norm(keys)
+    if norms:
+        queries, keys = norms[0](queries), norms[1](keys)
     queries, keys, values = rows.pad(queries), rows.pad(keys), rows.pad(values)
     cached = 0 if rows.cache is None else rows.cache.offset
     queries, keys = self.rope(queries, cached), self.rope(keys, cached)
@@ -63,7 +63,9 @@ def attend(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
         scores = mx.where(mask, scores, mx.array(-mx.inf, scores.dtype))
         result = (mx.softmax(scores, precise=True, axis=-1) @ values[:, :, None]).reshape(shape)
     result = rows.unpad(result)
-    return self.o_proj(result if gate is None else result * mx.sigmoid(gate.reshape(result.shape)))
+    if gate is not None:
+        result = result * mx.sigmoid(gate.reshape(result.shape))
+    return (self.o_proj if "o_proj" in self else self.out_proj)(result)
 
 
 def _scaled(queries: mx.array, cached: int, beta: float, length: int) -> mx.array:
@@ -72,6 +74,13 @@ def _scaled(queries: mx.array, cached: int, beta: float, length: int) -> mx.arra
         return queries
     turns = mx.floor((mx.arange(queries.shape[2]) + cached) / length)
     return queries * (1 + beta * mx.log(1 + turns)).astype(queries.dtype)[:, None]
+
+
+def _norms(self: Any) -> tuple[Any, Any] | None:
+    """Of queries and of keys, where the family has such."""
+    if "q_layernorm" in self:  # LFM2
+        return self.q_layernorm, self.k_layernorm
+    return (self.q_norm, self.k_norm) if "q_norm" in self else None
 
 
 def _head_counts(self: Any) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from mlx_backend import gemma4
 from mlx_backend.attention import attend
-from mlx_backend.linear_attention import mix
+from mlx_backend.linear_attention import convolve, mix
 from mlx_backend.mlp import feed_forward
 
 
@@ -23,14 +23,34 @@ def install(model: Any, kind: str) -> None:
             layer.freeze(keys="layer_scalar", recurse=False)  # a buffer in transformers
         elif "self_attn" in layer:
             _replace_call(layer.self_attn, attend)
-        else:
+        elif "linear_attn" in layer:
             _replace_call(layer.linear_attn, mix)
-        _replace_call(layer.mlp, feed_forward)
-        layer.mlp.gelu = kind.startswith("gemma")
+        else:
+            _replace_call(layer.conv, convolve)
+        mlp = layer.feed_forward if "feed_forward" in layer else layer.mlp
+        _replace_call(mlp, feed_forward)
+        mlp.gelu = kind.startswith("gemma")
+        if kind == "lfm2":
+            _replace_call(layer, _lfm2_layer)
     if kind == "qwen3_5_text":
         for module in model.modules():
             if type(module) is nn.RMSNorm:
                 _replace_call(module, _centered_norm)
+
+
+def turn_convolutions(model: Any) -> None:
+    """Have the weights of convolutions in the layout of torch."""
+    for layer in model.layers:
+        if "self_attn" not in layer:
+            convolution = layer.linear_attn.conv1d if "linear_attn" in layer else layer.conv.conv
+            convolution.weight = convolution.weight.swapaxes(1, 2)
+
+
+def _lfm2_layer(self: Any, x: mx.array, mask: Any, rows: Any) -> mx.array:
+    """mlx-lm's own hands mask and cache on by their names."""
+    operator = self.self_attn if self.is_attention_layer else self.conv
+    x = x + operator(self.operator_norm(x), mask, rows)
+    return x + self.feed_forward(self.ffn_norm(x))
 
 
 def join_mlp(layer: Any, config: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A gated delta net (Qwen3.5) over packed rows of unequal length, as in transformers: padding exists inside it only."""
+"""Gated delta nets (Qwen3.5) and short convolutions (LFM2) over packed rows: padding exists inside them only."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,8 @@ def mix(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
     cache: LinearCache | None = rows.cache
     projected = self.in_proj_qkv(x), self.in_proj_a(x), self.in_proj_b(x)
     mixed, a, b = (rows.pad(part[:, None])[:, 0] for part in projected)
-    convolved = _convolved(mixed, self.conv1d.weight, cache)
+    inputs, taps = _continued(mixed, self.conv1d, cache)
+    convolved: Any = _silu_of_convolution(inputs, taps)
     queries, keys, values = mx.split(convolved, [self.key_dim, 2 * self.key_dim], axis=-1)
     queries, keys = (_unit(_heads(part, self.head_k_dim)) for part in (queries, keys))
     decay = -mx.exp(self.A_log.astype(mx.float32)) * nn.softplus(a.astype(mx.float32) + self.dt_bias)
@@ -57,16 +58,32 @@ def _unit(x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x, None, _EPSILON / x.shape[-1]) * x.shape[-1] ** -0.5
 
 
-def _convolved(x: mx.array, weight: mx.array, cache: LinearCache | None) -> mx.array:
-    """SiLU of the causal convolution of each channel of x [B, T, channels]; weight [channels, 1, K], as in torch."""
+def convolve(self: Any, x: mx.array, mask: Any, rows: RaggedRows) -> mx.array:
+    """The output [tokens, hidden] of a gated short convolution for x [tokens, hidden]; see `mix`."""
+    cache: LinearCache | None = rows.cache
+    before, after, part = mx.split(self.in_proj(x), 3, axis=-1)
+    inputs, taps = _continued(rows.pad((before * part)[:, None])[:, 0], self.conv, cache)
+    if cache is not None:
+        cache.offset += len(x)
+    convolved = rows.unpad(_convolution(inputs, taps)[:, None])
+    if "bias" in self.conv:
+        convolved = convolved + self.conv.bias
+    return self.out_proj(after * convolved)
+
+
+def _continued(x: mx.array, convolution: Any, cache: LinearCache | None) -> tuple[mx.array, mx.array]:
+    """x [B, T, channels] behind what a causal convolution sees before it, and the taps [K, channels].
+
+    convolution: its weight is [channels, 1, K], as in torch.
+    """
+    taps = convolution.weight[:, 0].T
     before = None if cache is None else cache.inputs
     if before is None:
-        before = mx.zeros((len(x), weight.shape[-1] - 1, x.shape[-1]), x.dtype)
+        before = mx.zeros((len(x), len(taps) - 1, x.shape[-1]), x.dtype)
     inputs = mx.concatenate([before, x], axis=1)
     if cache is not None:
         cache.inputs = inputs[:, x.shape[1] :]
-    result: Any = _silu_of_convolution(inputs, weight[:, 0].T)
-    return result
+    return inputs, taps
 
 
 @mx.custom_function

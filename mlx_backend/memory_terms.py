@@ -84,6 +84,7 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
         layer -= scores * dims.delta.layers / dims.layers
         net = 40 * dims.delta.computed(shape.positions) / shape.tokens + dims.delta.kept(padding)
         attention = max(attention, 4 * net)
+    layer -= scores * dims.convolved / dims.layers
     # float32 whatever the weights are in; MLX queues operations ahead and holds their inputs
     working = max(dims.widest * 14 * 4, attention)
     saved: float
@@ -115,4 +116,7 @@ def _kept_values(dims: ModelDims, padding: float) -> float:
         attention += 3 * dims.queries  # the gate, its sigmoid and the product
         share = dims.delta.layers / dims.layers
         attention = share * dims.delta.kept(padding) + (1 - share) * attention
+    if dims.convolved:  # what is projected in three, the convolved and the product
+        share = dims.convolved / dims.layers
+        attention = share * 5 * dims.hidden + (1 - share) * attention
     return kept + attention + dims.inner * 3

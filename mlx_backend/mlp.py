@@ -12,9 +12,11 @@ def feed_forward(self: Any, x: mx.array) -> mx.array:
     """The output [tokens, hidden] of a layer's MLP, in all families. `self` is mlx-lm's module."""
     if joined := self.get("gate_up_proj") or self.get("input_linear"):  # Phi-3, GLM-4; Granite 4
         gate, up = mx.split(joined(x), 2, axis=-1)
+    elif "w1" in self:  # LFM2
+        gate, up = self.w1(x), self.w3(x)
     else:
         gate, up = self.gate_proj(x), self.up_proj(x)
-    down = self.output_linear if "output_linear" in self else self.down_proj
+    down = next(self[name] for name in ("down_proj", "output_linear", "w2") if name in self)
     return down((gated_gelu if self.gelu else gated_silu)(gate, up))
 
 

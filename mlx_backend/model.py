@@ -6,6 +6,7 @@ are used; everything around them is computed here from the normalized config.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from common.models.mlx_quantized import is_mlx_layout, usual_layout
 from common.models.model_folder import ModelFolder
 from mlx_backend.attention import RaggedRows
 from mlx_backend.gemma4 import run_layers
-from mlx_backend.layers import install, join_mlp
+from mlx_backend.layers import install, join_mlp, turn_convolutions
 from mlx_backend.rope import Rope, rope
 
 _TORCH = "Train it with --backend torch."
@@ -91,11 +92,9 @@ def load_base(base: ModelFolder, dtype: mx.Dtype, full: bool = False) -> Any:
         def make(args: Any) -> Any:
             model = model_class(args)
             sanitize = getattr(model, "sanitize", dict)
-            if kind == "qwen3_5_text":  # our layers take the weights as they are stored
-                sanitize = usual_layout if is_mlx_layout(base) else dict
-                for layer in model.layers:
-                    if layer.is_linear:
-                        layer.linear_attn.conv1d.weight = layer.linear_attn.conv1d.weight.swapaxes(1, 2)
+            if kind in ("lfm2", "qwen3_5_text"):  # our layers take the weights as they are stored
+                sanitize = partial(usual_layout, kind=kind) if is_mlx_layout(base) else dict
+                turn_convolutions(model)
             if kind == "granitemoehybrid":
                 for layer in model.layers:
                     join_mlp(layer, config)
@@ -235,7 +234,8 @@ def hidden_states(model: Any, input_ids: mx.array, rows: RaggedRows, caches: lis
         return model.model.norm(run_layers(model, input_ids, h, masks, each))
     for layer, mask, own in zip(model.layers, masks, each, strict=True):
         h = layer(h, mask, own)
-    return model.model.norm(h)
+    norm = model.model.norm if "norm" in model.model else model.model.embedding_norm
+    return norm(h)
 
 
 def _mask(length: int, window: int | None, capped: bool, cached: int) -> mx.array | str:

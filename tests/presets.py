@@ -30,6 +30,7 @@ MODELS = {
         _MINISTRAL,
     ),
     "assistant": (
+        "LiquidAI/LFM2-1.2B",
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-4B", f"{_META}/Llama-3.2-3B-Instruct"),
         *("microsoft/Phi-4-mini-instruct", f"{_SMOL}/SmolLM2-1.7B-Instruct", _MINISTRAL),
         "allenai/OLMo-2-0425-1B-Instruct",

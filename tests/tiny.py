@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from common.models import granite4
+from common.models import granite4, lfm2
 from common.models.family_defaults import DEFAULTS
 from common.verify.tiny_models import TINY, tiny_config, write_tiny
 
@@ -193,6 +193,10 @@ def _age(folder: Path, family: str) -> None:
     text.pop("dtype", None)
     if kind == "gemma3_text":
         text["sliding_window_pattern"] = text["layer_types"].index("full_attention") + 1
+    if kind == lfm2.KIND:
+        kinds = text["layer_types"]
+        text["full_attn_idxs"] = [layer for layer, one in enumerate(kinds) if one == "full_attention"]
+        text["block_ff_dim"], text["tie_embedding"] = text.pop("intermediate_size"), text.pop("tie_word_embeddings")
     for key in ("layer_types", "no_rope_layers", "_sliding_window_pattern"):  # what earlier releases did not write
         text.pop(key, None)
     if kind == granite4.KIND:  # layers of attention had another name

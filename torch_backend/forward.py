@@ -52,7 +52,7 @@ class PackedForward:
     def __init__(self, model: Any, config: dict[str, Any], plan: Plan, precision: str) -> None:
         self.model, self.device = model, torch.device(plan.device_name)
         self.pad_multiple = pad_multiple(self.device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        self.mixes = "linear_attention" in (config.get("layer_types") or ())
+        self.mixes = bool({"linear_attention", "conv"} & {*(config.get("layer_types") or ())})
         padded = config["model_type"] == "gemma2" or self.mixes
         widest = max(config["head_dim"], config.get("global_head_dim") or 0)
         self.flash = packs_attention(widest, padded, plan.device, precision) and has_flash(self.device)

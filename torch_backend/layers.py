@@ -12,6 +12,12 @@ from torch_backend.mlp import Gated, GatedDown
 from torch_backend.norm import Norm, RMSNorm
 from torch_backend.rope import calling_rope
 
+# Of an MLP in any family: gate and up, which may be one, then down. The last are those of Granite 4 and of LFM2.
+_MLP_NAMES = (
+    *("gate_proj", "up_proj", "gate_up_proj", "input_linear", "w1", "w3"),
+    *("down_proj", "output_linear", "w2"),
+)
+
 
 def install(model: Any, adapter: Adapter) -> None:
     """Replace the forward functions of `model`, a frozen one with PEFT's layers, by those of this package.
@@ -20,20 +26,21 @@ def install(model: Any, adapter: Adapter) -> None:
     """
     decoders = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
-    nets = [module for module in model.modules() if type(module).__name__.endswith("GatedDeltaNet")]
+    nets = [module for module in model.modules() if type(module).__name__.endswith(("GatedDeltaNet", "ShortConv"))]
     norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
     layers = model.config.num_hidden_layers
     if not (len(decoders) == len(attentions) + len(nets) == layers and len(norms) > 2 * layers):
         raise AssertionError(
             f"{type(model).__name__} has {layers} layers, of which {len(decoders)} decoder layers, {len(attentions)} "
-            f"attentions, {len(nets)} gated delta nets and {len(norms)} norms were recognized: this transformers is "
-            "not known here"
+            f"attentions, {len(nets)} others in their place and {len(norms)} norms were recognized: this transformers "
+            "is not known here"
         )
     for norm in norms:
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
         norm.forward = partial(_norm, norm, eps, _norm_kind(type(norm).__name__))
     for net in nets:
-        net.norm.forward = partial(_gated_norm, net.norm)
+        if hasattr(net, "norm"):
+            net.norm.forward = partial(_gated_norm, net.norm)
     for decoder in decoders:
         last = not any(hasattr(decoder, f"post_{name}_layernorm") for name in ("feedforward", "mlp"))
         mlp = mlp_of(decoder)
@@ -80,16 +87,12 @@ def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def mlp_of(decoder: Any) -> Any:
     """A layer's MLP, by its name in any family."""
-    return decoder.mlp if hasattr(decoder, "mlp") else decoder.shared_mlp  # Granite 4's
+    return next(getattr(decoder, name) for name in ("mlp", "shared_mlp", "feed_forward") if hasattr(decoder, name))
 
 
 def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
-    granite4 = hasattr(module, "input_linear")
-    if granite4 or hasattr(module, "gate_up_proj"):
-        gate, up = (module.input_linear if granite4 else module.gate_up_proj)(x).chunk(2, dim=-1)
-    else:
-        gate, up = module.gate_proj(x), module.up_proj(x)
-    down = module.output_linear if granite4 else module.down_proj
+    *inputs, down = [getattr(module, name) for name in _MLP_NAMES if hasattr(module, name)]
+    gate, up = inputs[0](x).chunk(2, dim=-1) if len(inputs) == 1 else (inputs[0](x), inputs[1](x))
     if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
         return down(Gated.apply(gate, up, gelu))
     return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)

@@ -1,4 +1,4 @@
-"""A gated delta net (Qwen3.5) over packed rows of unequal length; the rest of such a model is transformers'."""
+"""Gated delta nets (Qwen3.5) and short convolutions (LFM2) over packed rows; the rest is transformers'."""
 
 from functools import partial
 from typing import Any
@@ -14,11 +14,13 @@ _EPSILON = 1e-6  # of the length of queries and keys
 
 
 def install_linear_attention(model: Any) -> None:
-    """Have the gated delta nets of `model` know rows, and compute by `gated_delta.py` alone."""
+    """Have the gated delta nets and convolutions of `model` know rows, and compute by this package alone."""
     for layer in model.model.layers:
         if hasattr(layer, "linear_attn"):
             module = layer.linear_attn
             module.forward = partial(_mix, module)
+        elif hasattr(layer, "conv"):
+            layer.conv.forward = partial(_convolve, layer.conv)
 
 
 def _mix(
@@ -33,9 +35,8 @@ def _mix(
         rows.pad(project(hidden_states)[:, None])[:, 0]
         for project in (module.in_proj_qkv, module.in_proj_a, module.in_proj_b)
     )
-    weight, number = module.conv1d.weight, module.layer_idx
-    inputs = mixed if cache is None else cache.update_conv_state(mixed.mT, number, conv_kernel_size=weight.shape[-1]).mT
-    convolved = _convolved(inputs, weight)[:, -mixed.shape[1] :]
+    number = module.layer_idx
+    convolved = functional.silu(_convolved(mixed, module.conv1d, cache, number))
     queries, keys, values = convolved.split([module.key_dim, module.key_dim, module.value_dim], -1)
     queries, keys = (_heads(part, module.head_k_dim) for part in (queries, keys))
     decay = -module.A_log.float().exp() * functional.softplus(a.float() + module.dt_bias)
@@ -66,11 +67,24 @@ def _scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
     return RMSNorm.apply(x, x.new_full((x.shape[-1],), scale), _EPSILON / x.shape[-1], "plain")
 
 
-def _convolved(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """SiLU of the causal convolution of each channel of x [B, T, channels]; weight [channels, 1, K]."""
-    taps, length = weight[:, 0].T.to(x.dtype), x.shape[1]
-    inputs = functional.pad(x, (0, 0, len(taps) - 1, 0))
+def _convolve(
+    module: Any, hidden_states: torch.Tensor, cache: Any = None, rows: RaggedRows | None = None, **_: Any
+) -> torch.Tensor:
+    """The output [1, tokens, hidden] of a gated short convolution for hidden_states of that shape; see `_mix`."""
+    rows = rows or RaggedRows(1, hidden_states.shape[1], None)
+    before, after, x = module.in_proj(hidden_states).chunk(3, -1)
+    inputs = rows.pad((before * x)[:, None])[:, 0]
+    convolved = rows.unpad(_convolved(inputs, module.conv, cache, module.layer_idx)[:, None])[:, :, 0]
+    return module.out_proj(after * convolved)
+
+
+def _convolved(x: torch.Tensor, convolution: torch.nn.Conv1d, cache: Any, number: int) -> torch.Tensor:
+    """The causal convolution of each channel of x [B, T, channels], which continues what `cache` has of the layer."""
+    taps, length = convolution.weight[:, 0].T.to(x.dtype), x.shape[1]
+    if cache is not None:
+        x = cache.update_conv_state(x.mT, number, conv_kernel_size=len(taps)).mT
+    inputs = functional.pad(x, (0, 0, len(taps) - 1, 0))[:, -length - len(taps) + 1 :]
     result = inputs[:, :length] * taps[0]
     for i in range(1, len(taps)):
         result = torch.addcmul(result, inputs[:, i : i + length], taps[i])
-    return functional.silu(result)
+    return result if convolution.bias is None else result + convolution.bias.to(x.dtype)

@@ -79,6 +79,8 @@ def unshardable(dims: ModelDims, recipe: Recipe) -> str:
         return "its architecture has no layers of ours"
     if dims.delta is not None:
         return "its gated delta nets were not tried so"
+    if dims.convolved:
+        return "its short convolutions were not tried so"
     if not dims.shardable:
         return "a Gemma 4 was not tried so"
     if recipe.quantization != "none":  # bitsandbytes' issue 1945
@@ -187,6 +189,9 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
         share, widest = delta.layers / dims.layers, max(delta.keys, delta.values)
         # the gate, its sigmoid and the product
         nets, attention = share * delta.kept(padding), (1 - share) * (attention + 3 * dims.queries)
+    if dims.convolved:  # what is projected in three, the convolved and the product
+        share = dims.convolved / dims.layers
+        attention = share * 5 * dims.hidden + (1 - share) * attention
     kept += attention
     inner = dims.inner * (3 if kernels.general else 2)
     block = 2 * KEPT_BLOCKS / (kernels.tokens * kernels.item)

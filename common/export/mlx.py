@@ -11,7 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models import gemma4, granite4
+from common.models import gemma4, granite4, lfm2
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
@@ -29,7 +29,8 @@ from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
 _SMALL = 10**9  # weights: a model with fewer loses much by 4 bits
-_PLAIN_ROPE = ("gemma2", "glm4", granite4.KIND, "phi3")  # mlx-lm scales no RoPE of theirs, or every row's alike
+# mlx-lm scales no RoPE of theirs, or every row's alike
+_PLAIN_ROPE = ("gemma2", "glm4", granite4.KIND, lfm2.KIND, "phi3")
 _GROUP = 64  # weights that share a scale
 
 

@@ -22,7 +22,7 @@ from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
-from common.models import gemma4, granite4, sentencepiece
+from common.models import gemma4, granite4, lfm2, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import is_known
 from common.models.model_folder import ModelFolder
@@ -65,6 +65,7 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
 
 
 _NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
+_SCALED = {"glm4": "a GLM-4", lfm2.KIND: "an LFM2"}  # whose RoPE llama.cpp scales as a whole only
 _LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
@@ -127,17 +128,19 @@ def _other_model(model: ModelFolder) -> str:
         return "llama.cpp does not read how far this YaRN scales"
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
+    if kind in _SCALED and rope["rope_type"] not in ("default", "linear", "yarn"):
+        return f"llama.cpp does not know the RoPE scaling {rope['rope_type']!r} in {_SCALED[kind]}"
     if kind == "glm4":
-        return _other_glm4(config, model.path)
+        return _other_glm4(model.path)
+    if kind == lfm2.KIND and config["conv_bias"]:
+        return "llama.cpp has no biases in the convolutions of an LFM2"
     if kind == granite4.KIND and config["position_embedding_type"] != "rope":
         return "llama.cpp rotates queries and keys of every Granite 4 without Mamba layers, and this model does not"
     return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
 
 
-def _other_glm4(config: dict[str, Any], folder: Path) -> str:
+def _other_glm4(folder: Path) -> str:
     """The same of a GLM-4."""
-    if (scaling := config["rope_parameters"]["rope_type"]) not in ("default", "linear", "yarn"):
-        return f"llama.cpp does not know the RoPE scaling {scaling!r} in a GLM-4"
     added = read_json(folder / "tokenizer.json", "Fetch the model's files again.").get("added_tokens")
     names = {token.get("content") for token in added or [] if isinstance(token, dict)}
     absent = [name for name in ("<|endoftext|>", "<|user|>") if name not in names]

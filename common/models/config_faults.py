@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.models import gemma4, granite4
+from common.models import gemma4, granite4, lfm2
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import MULTIMODAL, SUPPORTED, family, is_known, text_config
 from common.models.family_defaults import DEFAULTS
@@ -16,9 +16,13 @@ _ROPE_NEEDS = {
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
 }
 _PADDING = {"glm4": 151329, "phi3": 32000}  # transformers' pad_token_id where the config has none
-_LAYER_TYPES = {"qwen3_5_text": ("full_attention", "linear_attention"), granite4.KIND: ("attention",)}
+_LAYER_TYPES = {
+    "qwen3_5_text": ("full_attention", "linear_attention"),
+    granite4.KIND: ("attention",),
+    lfm2.KIND: ("full_attention", lfm2.CONVOLUTION),
+}
 _PARTLY_ROTATED = ("glm4", "phi3", "qwen3_5_text")
-_NO_HEAD_DIM = ("qwen2", "phi3", "granite", granite4.KIND)
+_NO_HEAD_DIM = ("qwen2", "phi3", "granite", granite4.KIND, lfm2.KIND)
 _ROPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -61,7 +65,7 @@ def config_faults(config: dict[str, Any]) -> list[str]:
     if isinstance(padding, int) and padding >= text["vocab_size"]:
         faults.append(f"its pad_token_id {padding} is beyond its vocabulary of {text['vocab_size']}")
     wanted = "gelu_pytorch_tanh" if kind.startswith("gemma") else "silu"
-    activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act")
+    activation = text.get("hidden_activation" if kind.startswith("gemma") else "hidden_act", wanted)
     if activation != wanted:
         faults.append(f"its activation {activation} is not the family's own, {wanted}")
     return faults + _attention_faults(text, kind) + _other_faults(text, kind)
@@ -116,6 +120,10 @@ def _other_faults(text: dict[str, Any], kind: str) -> list[str]:
         return ["a Gemma 2 with attention that is not capped, or embeddings that are not tied, is not a Gemma 2"]
     if kind == "glm4" and text["tie_word_embeddings"]:
         return ["its embeddings are tied, which mlx-lm does not compute for a GLM-4"]
+    if kind == lfm2.KIND and not text["tie_word_embeddings"]:
+        return ["its embeddings are not tied, which mlx-lm does not compute for an LFM2"]
+    if kind == lfm2.KIND and len({*text["layer_types"]}) == 1:
+        return ["its layers are all of one kind, which mlx-lm does not compute for an LFM2"]
     return []
 
 

@@ -83,6 +83,13 @@ _KINDS: dict[str, _Kind] = {
     "shared_intermediate_size": _COUNT,
     "num_local_experts": _optional(_SIZE),
     "position_embedding_type": _optional(_TEXT),
+    # LFM2's
+    "conv_L_cache": _Kind(lambda value: _is_count(value) and value > 1, "a whole number from 2"),
+    **dict.fromkeys(("conv_bias", "block_auto_adjust_ff_dim", "tie_embedding"), _SWITCH),
+    **dict.fromkeys(("norm_eps", "block_ffn_dim_multiplier"), _POSITIVE),
+    "block_multiple_of": _COUNT,
+    "block_ff_dim": _optional(_COUNT),
+    "full_attn_idxs": _optional(_Kind(_are(_is_id), "a list of layers' numbers")),
     # Gemma 4's
     **dict.fromkeys(("attention_k_eq_v", "enable_moe_block", "use_double_wide_mlp"), _optional(_SWITCH)),
     **dict.fromkeys(("global_head_dim", "vocab_size_per_layer_input"), _COUNT),

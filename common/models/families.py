@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from common.models import gemma4, granite4
+from common.models import gemma4, granite4, lfm2
 from common.models.family_defaults import DEFAULTS
 from common.models.rope_config import ROPES_BY_KIND, normalize_rope
 
@@ -27,6 +27,7 @@ ARCHITECTURES = {
     "Glm4ForCausalLM": "glm4",
     "GraniteForCausalLM": "granite",
     "GraniteMoeHybridForCausalLM": granite4.KIND,
+    "Lfm2ForCausalLM": lfm2.KIND,
     "LlamaForCausalLM": "llama",
     "Ministral3ForCausalLM": "ministral3",
     "Mistral3ForConditionalGeneration": "ministral3",  # or a Mistral: its text part says which
@@ -46,7 +47,7 @@ ARCHITECTURES = {
 SUPPORTED = tuple(ARCHITECTURES)
 # Their layers differ in kind.
 _LISTED = ("exaone4", "gemma2", "gemma3_text", "olmo3", "qwen2", "qwen3", "qwen3_5_text", "smollm3")
-_ALL_FULL = ("glm4", "granite", granite4.KIND, "llama", "olmo2")  # no layer has a window
+_ALL_FULL = ("glm4", "granite", granite4.KIND, lfm2.KIND, "llama", "olmo2")  # no layer has a window
 _PERIODS = {"gemma3_text": "sliding_window_pattern", "qwen3_5_text": "full_attention_interval"}
 MULTIMODAL = frozenset(name for name in ARCHITECTURES if name.endswith("ForConditionalGeneration"))
 
@@ -147,6 +148,8 @@ def normalize_config(config: dict[str, Any], kind: str | None = None) -> dict[st
         return gemma4.normalize(config)
     if kind == granite4.KIND:
         config = granite4.normalize(config)
+    if kind == lfm2.KIND:
+        config = lfm2.normalize(config)
     _list_layers(config, kind)
     return normalize_rope(config, kind)
 
@@ -203,8 +206,8 @@ def forward_config(config: dict[str, Any]) -> ForwardConfig:
         ropes = [rope[kinds[i]] for i in layers]
     else:
         rotated = [1] * len(layers)
-        if kind == "qwen3_5_text":
-            rotated = [one != "linear_attention" for one in kinds]
+        if kind in ("qwen3_5_text", lfm2.KIND):
+            rotated = [one == "full_attention" for one in kinds]
         elif kind == "exaone4" and window is not None:
             rotated = [one == "sliding_attention" for one in kinds]
         elif config.get("position_embedding_type") == "nope":  # a Granite 4

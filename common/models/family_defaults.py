@@ -90,6 +90,24 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "granite": _GRANITE | _BIASES,
     "granitemoehybrid": _GRANITE
     | {"attention_bias": False, "shared_intermediate_size": 1024, "position_embedding_type": None},
+    "lfm2": {
+        "tie_word_embeddings": True,
+        "norm_eps": 1e-5,
+        "vocab_size": 65536,
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 128000,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_multiple_of": 256,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": True,
+        "full_attn_idxs": None,
+        "layer_types": None,
+    },
     "llama": _COMMON | _BIASES | {"max_position_embeddings": 2048},
     "ministral3": _COMMON
     | {

@@ -24,8 +24,8 @@ _BITS = (4, 8)
 
 
 _REMEDY = "Fetch the model's files again."
-_CONVOLUTION = "linear_attn.conv1d.weight"
-_NORMS = ("layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight", "model.norm.weight")
+_CONVOLUTIONS = ("linear_attn.conv1d.weight", "conv.conv.weight")  # Qwen3.5's, LFM2's
+_CENTERED = ("layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight", "model.norm.weight")
 _SOURCE = "quantized_source.json"  # in a view: the folder with the quantized weights
 
 
@@ -39,15 +39,19 @@ def is_quantized(model: ModelFolder) -> bool:
 
 
 def is_mlx_layout(model: ModelFolder) -> bool:
-    """Whether a Qwen3.5 is as mlx-lm saves it: convolutions with their axes turned, and norms that are one larger."""
-    shapes = (tensor.shape for name, tensor in model.tensors.items() if name.endswith(_CONVOLUTION))
+    """Whether a Qwen3.5 or an LFM2 is as mlx-lm saves it: its convolutions have their axes turned."""
+    shapes = (tensor.shape for name, tensor in model.tensors.items() if name.endswith(_CONVOLUTIONS))
     return any(len(shape) == 3 and shape[2] == 1 < shape[1] for shape in shapes)
 
 
-def usual_layout(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Such tensors, of numpy or MLX, as transformers stores them."""
-    turned = {name: tensor.swapaxes(1, 2) for name, tensor in tensors.items() if name.endswith(_CONVOLUTION)}
-    return tensors | turned | {name: tensor - 1 for name, tensor in tensors.items() if name.endswith(_NORMS)}
+def usual_layout(tensors: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Such tensors, of numpy or MLX, as transformers stores them.
+
+    kind: the model type. The norms of a Qwen3.5 are one larger.
+    """
+    turned = {name: tensor.swapaxes(1, 2) for name, tensor in tensors.items() if name.endswith(_CONVOLUTIONS)}
+    norms = _CENTERED if kind.startswith("qwen3_5") else ()
+    return tensors | turned | {name: tensor - 1 for name, tensor in tensors.items() if name.endswith(norms)}
 
 
 def _views() -> Path:
@@ -122,7 +126,9 @@ def write_16bit(model: ModelFolder, out: Path, say: Callable[[str], None]) -> No
             tensors = _shard(load_tensors(shard, _REMEDY), settings, shard)
             if turned:  # nobody knows how its vision tower is laid out
                 tensors = {
-                    name: t for name, t in usual_layout(tensors).items() if language_tensor(text_name(name), False)
+                    name: t
+                    for name, t in usual_layout(tensors, model.model_type).items()
+                    if language_tensor(text_name(name), False)
                 }
             save_tensors(tensors, temporary / shard.name, {"format": "pt"})
             index |= dict.fromkeys(tensors, shard.name)
@@ -146,7 +152,7 @@ def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any], shard: Path
     found = {}
     for name, tensor in tensors.items():
         module = name.rsplit(".", 1)[0]
-        if f"{module}.scales" not in tensors:
+        if f"{module}.scales" not in tensors or name.endswith(".bias"):
             found[name] = tensor
         elif name.endswith(".weight"):
             own = settings.get(module)

@@ -7,6 +7,7 @@ from common.models.family_defaults import DEFAULTS
 
 ROPES_BY_KIND = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
 # The share of a head that RoPE rotates, where a config names none.
+_BASES = {"lfm2": 1e6, "smollm3": 2e6}  # theta, where a config names none and it is not 10,000
 _ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}
 
 
@@ -21,8 +22,8 @@ def normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
         if kind != "olmo3":
             config["rope_local_base_freq"] = local["rope_theta"]
     elif kind in DEFAULTS or given or "rope_theta" in config:
-        default = 2e6 if kind == "smollm3" else 1e4
-        rope, local = {"rope_theta": config.get("rope_theta", default), **(scaling or given)}, None
+        base = config.get("rope_theta", _BASES.get(str(kind), 1e4))
+        rope, local = {"rope_theta": base, **(scaling or given)}, None
     else:
         return config
     for one in (rope, local):

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from common.errors import UserError
-from common.models import gemma4, granite4
+from common.models import gemma4, granite4, lfm2
 from common.models.experts import MATRICES, by_stack, target_of
 from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config, text_name
 from common.models.model_folder import ModelFolder
@@ -18,6 +18,7 @@ NORMED = (
     "exaone4",
     "gemma3_text",
     *gemma4.KINDS,
+    lfm2.KIND,
     "olmo2",
     "olmo3",
     "qwen3",
@@ -110,6 +111,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     text = text_config(config)
     if text["model_type"] in gemma4.KINDS:
         return gemma4.shapes(text)
+    if text["model_type"] == lfm2.KIND:
+        return lfm2.shapes(text)
     kind, hidden, inner = text["model_type"], text["hidden_size"], text["intermediate_size"]
     queries = text["num_attention_heads"] * text["head_dim"]
     keys = text["num_key_value_heads"] * text["head_dim"]

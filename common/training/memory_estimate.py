@@ -16,7 +16,7 @@ from typing import Any
 from common.backend import Adapter
 from common.backend_package import BackendPackage
 from common.memory_terms import DeltaDims, LayerInputs, MicroBatchShape, ModelDims
-from common.models import gemma4
+from common.models import gemma4, lfm2
 from common.models.experts import target_of
 from common.models.families import LANGUAGE_LAYER, forward_config, hf_name, is_known
 from common.models.lora_init import layer_number
@@ -64,6 +64,8 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
     if config["model_type"] in gemma4.KINDS:
         layers = range(config["num_hidden_layers"])
         heads, inner = [gemma4.heads(config, i) for i in layers], [gemma4.inner(config, i) for i in layers]
+    if config["model_type"] == lfm2.KIND:
+        inner = [lfm2.inner(config)]
     return ModelDims(
         hidden=config["hidden_size"],
         inner=round(mean(inner)),
@@ -85,6 +87,7 @@ def model_dims(config: dict[str, Any]) -> ModelDims:
         stored=2 if config.get("dtype") in ("bfloat16", "float16") else 4,
         delta=_delta_dims(config),
         layer_inputs=_layer_inputs(config),
+        convolved=(config.get("layer_types") or []).count(lfm2.CONVOLUTION),
         shardable=config["model_type"] not in gemma4.KINDS,
     )
 

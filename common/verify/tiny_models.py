@@ -119,6 +119,17 @@ TINY: dict[str, dict[str, Any]] = {
         "shared_intermediate_size": 96,
         "position_embedding_type": "rope",
     },
+    "lfm2": {
+        "num_hidden_layers": 4,
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "tie_word_embeddings": True,
+        "norm_eps": 1e-3,
+        "conv_bias": True,
+        "conv_L_cache": 4,
+        "block_multiple_of": 16,
+        "block_ffn_dim_multiplier": 1.3,  # 64 * 1.3 are rounded up to 96
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    },
     "llama": {"tie_word_embeddings": False, "mlp_bias": True, "rope_parameters": _LLAMA3},
     "mistral": {
         "head_dim": 24,

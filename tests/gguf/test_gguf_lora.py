@@ -51,6 +51,7 @@ def write_adapter(base, folder, size=0.3, **changes):
         ("qwen3_5", "lora"),
         ("granitemoehybrid", "lora"),
         ("glm4", "lora"),
+        ("lfm2", "lora"),
     ],
 )
 def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):

@@ -85,7 +85,7 @@ def test_other_schemes_are_refused_by_name(settings):
         scheme({"quantization": settings})
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
 def test_a_ready_made_repo_is_trained_over_as_it_is(family, tiny_llama, tmp_path, monkeypatch):
     """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -121,8 +121,9 @@ def test_other_quantized_repos_are_refused_by_name(tiny_llama, tmp_path):
         resolve(str(tmp_path / "3bit"), print)
 
 
-def test_a_qwen3_5_that_mlx_lm_saved_unquantized_is_refused_by_name(tmp_path):
-    write_family(tmp_path / "base", "qwen3_5")
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5"])
+def test_a_convolution_that_mlx_lm_saved_unquantized_is_refused_by_name(family, tmp_path):
+    write_family(tmp_path / "base", family)
     write_quantized(tmp_path / "base", tmp_path / "mlx", 4, 32)
     stored = load_file(tmp_path / "mlx" / "model.safetensors")
     mx.save_safetensors(str(tmp_path / "base" / "model.safetensors"), {n: mx.array(t) for n, t in stored.items()})
@@ -130,14 +131,15 @@ def test_a_qwen3_5_that_mlx_lm_saved_unquantized_is_refused_by_name(tmp_path):
         resolve(str(tmp_path / "base"), print)
 
 
-def test_what_mlx_lm_turned_and_raised_is_turned_back(tmp_path):
-    base = write_family(tmp_path / "base", "qwen3_5")
+@pytest.mark.parametrize(("family", "count"), [("lfm2", 23), ("qwen3_5", 21)])
+def test_what_mlx_lm_turned_and_raised_is_turned_back(family, count, tmp_path):
+    base = write_family(tmp_path / "base", family)
     write_quantized(base, tmp_path / "4bit", 4, 32)
     write_16bit(ModelFolder(tmp_path / "4bit"), tmp_path / "16bit", print)
     found, original = (load_file(path / "model.safetensors") for path in (tmp_path / "16bit", base))
     found, original = ({text_name(n): t for n, t in some.items() if "visual" not in n} for some in (found, original))
     assert found.keys() == original.keys() - {"mtp.layers.0.self_attn.q_proj.weight"}  # mlx-lm drops them
-    unquantized = [name for name in found if "norm" in name or "conv1d" in name or found[name].ndim == 1]
-    assert len(unquantized) == 21
+    unquantized = [name for name in found if "norm" in name or found[name].ndim != 2]
+    assert len(unquantized) == count
     for name in unquantized:
         np.testing.assert_allclose(found[name], original[name], atol=1e-6, err_msg=name)

@@ -43,7 +43,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["seed_oss", "mamba", "lfm2", "granitemoe"])
+@pytest.mark.parametrize("kind", ["seed_oss", "mamba", "lfm2_moe", "granitemoe"])
 def test_what_both_libraries_compute_alike_is_admitted(kind: str, tmp_path: Path) -> None:
     verdict = admission.admit(write_model(kind, tmp_path / kind), context())
     assert verdict.why == ""

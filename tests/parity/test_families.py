@@ -239,9 +239,12 @@ def test_a_granite_4_without_positions_is_computed_alike(rows, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "changes"),
-    [("glm4", {}), ("granitemoehybrid", {}), ("granitemoehybrid", {"method": "dora"}), ("granitemoehybrid", _PARTS)],
+    [
+        *(("glm4", {}), ("lfm2", {}), ("lfm2", {"method": "dora"})),
+        *(("granitemoehybrid", changes) for changes in ({}, {"method": "dora"}, _PARTS)),
+    ],
 )
-def test_peft_and_mlx_lm_read_an_adapter_of_matrices_that_are_joined(family, changes, folders, rows, tmp_path):
+def test_peft_and_mlx_lm_read_an_adapter_of_matrices_with_names_of_their_own(family, changes, folders, rows, tmp_path):
     import torch
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model

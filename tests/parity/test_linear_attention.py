@@ -1,5 +1,6 @@
-"""Qwen3.5 on both backends against transformers alone, row by row: the losses and the gradients of every weight."""
+"""Qwen3.5 and LFM2 on both backends against transformers alone, row by row: losses and gradients of every weight."""
 
+from itertools import product
 from pathlib import Path
 
 import ml_dtypes
@@ -15,12 +16,13 @@ from tests.tiny import write_family, write_rows
 WIDE = (".A_log", ".dt_bias", "linear_attn.norm.weight")  # what a checkpoint keeps in float32
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module", params=product(["qwen3_5_text", "lfm2"], ["float32", "bfloat16"]), ids=" ".join)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model; in bfloat16 all but what is wide."""
-    folder = write_family(tmp_path_factory.mktemp("qwen3_5") / "model", "qwen3_5_text")
+    family, dtype = request.param
+    folder = write_family(tmp_path_factory.mktemp(family) / "model", family)
     path = folder / "model.safetensors"
-    if request.param == "bfloat16":
+    if dtype == "bfloat16":
         stored = {
             name: tensor if name.endswith(WIDE) else tensor.astype(ml_dtypes.bfloat16)
             for name, tensor in load_file(path).items()

@@ -174,7 +174,7 @@ def test_without_mlx_lm_it_is_refused_with_the_remedy(monkeypatch):
 def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, capsys):
     with pytest.raises(UserError, match="does not compute RoPE 'longrope' for phi3"):
         check_model(ModelFolder(write_base(tmp_path / "phi3", "phi3", "today")), Display("plain"))
-    for family in ("glm4", "granitemoehybrid"):
+    for family in ("glm4", "granitemoehybrid", "lfm2"):
         rope = {"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}
         write_tiny(tmp_path / family, family, {"rope_parameters": rope})
         with pytest.raises(UserError, match=f"does not compute RoPE 'linear' for {family}"):

@@ -61,7 +61,7 @@ def test_rms_norm(dtype, kind):
     compared(lambda x: RMSNorm.apply(x, weight, 1e-6, kind), plain, (torch.randn(2, 5, 16) * 3, None), dtype=dtype)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5", "olmo2", "olmo3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5", "olmo2", "olmo3", "lfm2"])
 def test_a_norm_in_bf16_rounds_as_the_one_of_transformers(family):
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     name = next(name for name in vars(module) if name.endswith("RMSNorm") and "Gated" not in name)

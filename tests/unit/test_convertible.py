@@ -51,6 +51,13 @@ OTHERS = [
         "a part of it only",
     ),
     ("granitemoehybrid", {}, {"position_embedding_type": "nope"}, "rotates queries and keys of every Granite 4"),
+    ("lfm2", {"conv_bias": False}, {"conv_bias": True}, "no biases in the convolutions of an LFM2"),
+    (
+        "lfm2",
+        {"conv_bias": False, "rope_parameters": _YARN},
+        {"conv_bias": False, "rope_parameters": TINY["llama"]["rope_parameters"]},
+        "does not know the RoPE scaling 'llama3' in an LFM2",
+    ),
     ("olmo2", {"attention_bias": False}, {"attention_bias": True}, "no biases in the attention of olmo2"),
     ("olmo2", {"attention_bias": False}, {"attention_bias": False, "tie_word_embeddings": True}, "does not tie the"),
 ]

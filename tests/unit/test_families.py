@@ -8,7 +8,7 @@ import pytest
 
 from common.backend import Batch
 from common.data.batching import split_batch
-from common.models import granite4
+from common.models import granite4, lfm2
 from common.models.config_faults import config_faults, unsupported
 from common.models.config_kinds import kind_faults
 from common.models.families import (
@@ -59,6 +59,8 @@ def test_a_config_is_understood_as_transformers_understands_it(kind: str, sparse
     if kind == granite4.KIND:  # older names, and what no layer reads
         ignored |= {"layer_types", "position_embedding_type", "intermediate_size", "num_experts_per_tok"}
         ignored |= {name for name in ours if name.startswith("mamba_")}
+    if kind == lfm2.KIND:
+        ignored.add("full_attn_idxs")  # what the layer_types say
     if ours.get("use_sliding_window") is False:
         ignored.add("sliding_window")  # transformers forgets it there
     assert {key: ours[key] for key in ours.keys() & theirs.keys() - ignored} == {
@@ -198,6 +200,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoehybrid", {"num_local_experts": 4}, "the Mamba layers and mixtures of experts in this Granite"),
     ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "the Mamba layers and mixtures of experts in this"),
     ("granitemoehybrid", {"layer_types": None}, "the Mamba layers and mixtures of experts in this Granite"),
+    ("lfm2", {"tie_embedding": False}, "its embeddings are not tied, which mlx-lm does not compute for an LFM2"),
+    ("lfm2", {"layer_types": ["conv"] * 4}, "its layers are all of one kind"),
+    ("lfm2", {"layer_types": None}, "its layers are all of one kind"),
+    ("lfm2", {"layer_types": ["conv", *["sliding_attention"] * 3]}, "can name full_attention and conv"),
+    ("lfm2", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
+    ("lfm2", {"conv_L_cache": 1}, "conv_L_cache is '1', and should be a whole number from 2"),
+    ("lfm2", {"block_ffn_dim_multiplier": None}, "block_ffn_dim_multiplier is 'None', and should be a number above 0"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
 
@@ -303,6 +312,7 @@ def test_windows_and_positions_of_each_layer() -> None:
     assert of("granitemoehybrid", **attention) == ((None,) * 4, every)
     for other in ("nope", None):
         assert of("granitemoehybrid", **attention, position_embedding_type=other) == ((None,) * 4, [False] * 4)
+    assert of("lfm2", full_attn_idxs=[1, 3]) == ((None,) * 4, [False, True] * 2)
     assert of("ministral3") == ((40,) * 4, every)
     assert of("olmo3") == ((24, 24, 24, None), every)
     assert of("phi3", sliding_window=None) == ((None,) * 4, every)
@@ -329,6 +339,24 @@ def test_a_granite_4_with_mamba_layers_is_left_to_the_libraries() -> None:
     found = normalize_config(given)
     assert {key: found[key] for key in given} == given
     assert "mamba_n_heads" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "width"),
+    [
+        ({}, 96),
+        ({"block_ff_dim": 120}, 112),  # 80 * 1.3 = 104
+        ({"block_ff_dim": 120, "block_auto_adjust_ff_dim": False}, 120),
+        ({"block_ffn_dim_multiplier": 1.0}, 64),
+    ],
+)
+def test_the_width_of_an_lfm2s_mlp_is_transformers_own(changes: dict[str, Any], width: int) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = tiny_config("lfm2", changes)
+    config = AutoConfig.for_model(**{key: value for key, value in given.items() if key != "architectures"})
+    mlp = AutoModelForCausalLM.from_config(config, trust_remote_code=False).model.layers[0].feed_forward
+    assert lfm2.inner(text_config(given)) == mlp.w1.out_features == width
 
 
 def test_phi_3s_first_names_for_longrope() -> None:

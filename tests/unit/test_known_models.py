@@ -65,6 +65,19 @@ _GEMMA_3: dict[str, Any] = {
     "sliding_window": 512,
     "vocab_size": 262144,
 }
+_LFM_2: dict[str, Any] = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "model_type": "lfm2",
+    "block_multiple_of": 256,
+    "block_ffn_dim_multiplier": 1.0,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-05,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000.0,
+    "vocab_size": 65536,
+}
 # Name -> config, its language model's weights, its context in tokens.
 KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
     "microsoft/phi-4": (
@@ -139,6 +152,63 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
     "Qwen/Qwen2.5-Coder-1.5B-Instruct": (_QWEN_1_5B, 1_543_714_304, 32768),
     "elyza/Llama-3-ELYZA-JP-8B": (_LLAMA_8B, 8_030_261_248, 8192),
     "tokyotech-llm/Llama-3.1-Swallow-8B-Instruct-v0.3": (_LLAMA_8B | _LLAMA_3_1, 8_030_261_248, 131072),
+    "LiquidAI/LFM2-350M": (
+        _LFM_2
+        | {
+            "block_auto_adjust_ff_dim": True,
+            "block_ff_dim": 6656,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+            "hidden_size": 1024,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 16,
+        },
+        354_483_968,
+        128000,
+    ),
+    "LiquidAI/LFM2-700M": (
+        _LFM_2
+        | {
+            "block_auto_adjust_ff_dim": True,
+            "block_ff_dim": 10240,
+            "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+            "hidden_size": 1536,
+            "num_attention_heads": 24,
+            "num_hidden_layers": 16,
+        },
+        742_489_344,
+        128000,
+    ),
+    "LiquidAI/LFM2-2.6B": (
+        _LFM_2
+        | {
+            "block_auto_adjust_ff_dim": False,
+            "block_ff_dim": 10752,
+            "full_attn_idxs": [2, 5, 9, 13, 17, 21, 24, 27],
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 30,
+        },
+        2_569_272_320,
+        128000,
+    ),
+    "LiquidAI/LFM2.5-1.2B-Instruct": (
+        {key: value for key, value in _LFM_2.items() if key != "rope_theta"}
+        | {
+            "block_auto_adjust_ff_dim": True,
+            "full_attn_idxs": None,
+            "hidden_size": 2048,
+            "intermediate_size": 12288,
+            "layer_types": [
+                *["conv", "conv", "full_attention"] * 2,
+                *("conv", "conv", *["full_attention", "conv"] * 4),
+            ],
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+        },
+        1_170_340_608,
+        128000,
+    ),
     "google/gemma-2-2b-jpn-it": (
         {
             "architectures": ["Gemma2ForCausalLM"],
@@ -169,6 +239,7 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B": (1_235_814_400, 131072),
     "meta-llama/Llama-3.2-1B-Instruct": (1_235_814_400, 131072),
     "meta-llama/Llama-3.2-3B-Instruct": (3_212_749_824, 131072),
+    "LiquidAI/LFM2-1.2B": (1_170_340_608, 128000),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 8192),
     "HuggingFaceTB/SmolLM2-360M": (361_821_120, 8192),
     "HuggingFaceTB/SmolLM2-360M-Instruct": (361_821_120, 8192),

@@ -144,6 +144,22 @@ def test_a_gated_delta_net_takes_more_than_attention_and_grows_with_the_tokens(b
     assert "gated delta nets" in memory_terms.unshardable(model_dims(nets), recipe())
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_short_convolution_is_counted_and_writes_no_scores(backend: str) -> None:
+    few, many = (
+        text_config(tiny_config("lfm2", {"layer_types": [*["full_attention"] * (4 - count), *["conv"] * count]}))
+        for count in (1, 3)
+    )
+
+    plan, shape = PLAN.model_copy(update={"backend": backend}), MicroBatchShape(4, 4096, 4 * 4096, 300)
+    saved = [predict(plan=plan, shapes=[shape], config=one).parts["saved activations"] for one in (few, many)]
+    assert (saved[1] < saved[0]) == (backend == "mlx")  # which writes scores out
+    dims = model_dims(many)
+    assert (dims.convolved, dims.inner, dims.padded) == (3, 96, True)
+    assert "short convolutions" in torch_backend.memory_terms.unshardable(dims, recipe())
+    assert not torch_backend.is_deterministic(dims, "cuda", "bf16")
+
+
 def test_no_more_heads_are_computed_at_once_than_fit() -> None:
     assert key_heads_at_once(2**10, 16) == 16
     assert key_heads_at_once(2**18, 16) == 4
