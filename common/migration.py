@@ -6,12 +6,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from common.config_values import named, short, without_secrets
 from common.errors import UserError, masked
 from common.goals import Setting, comment, written
 from common.migration_tools import NAMES, READERS, Migration, defaults
 from common.option_translation import translate
 from common.options import Options, by_flag
-from common.other_configs import Unread, named, short, without_secrets
+from common.other_scripts import Unread
 
 # Keys that mean the same only together: where one is given, the default of the others is not.
 _TOGETHER = (

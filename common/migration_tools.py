@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.config_values import short
 from common.errors import UserError
 from common.goals import Setting
-from common.other_configs import RESPONSES_ONLY, TRANSFORMERS, dataset_files, short
+from common.other_configs import dataset_files
+from common.other_scripts import RESPONSES_ONLY, TRANSFORMERS
 
 NAMES = {
     "mlx-lm": "mlx_lm.lora",

@@ -122,8 +122,17 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
-    {"option_families"},
-    {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
+    {"option_families", "config_values"},
+    {
+        "recipe",
+        "run_lock",
+        "option_faults",
+        "option_translation",
+        "documents",
+        "paths",
+        "verify_record",
+        "other_scripts",
+    },
     {"presets", "goals", "other_configs"},
     {"migration_tools"},
     {"run_fields"},

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 import cli
+from common.config_values import is_secret
 from common.errors import UserError
 from common.migration import migrated
 from common.option_sources import load_options
 from common.option_translation import KNOWN
 from common.options import Options, by_flag
-from common.other_configs import TOOLS, is_secret, read_config, recognized
+from common.other_configs import TOOLS, read_config, recognized
 
 FILES = {
     "mlx-lm": """
