@@ -12,7 +12,9 @@ from common.goals import Setting, comment, written
 from common.migration_tools import NAMES, READERS, Migration, defaults
 from common.option_translation import translate
 from common.options import Options, by_flag
+from common.other_configs import where
 from common.other_scripts import Unread
+from common.other_trainings import ANOTHER_TRAINING, ONLY_SFT, asks_for_another
 
 # Keys that mean the same only together: where one is given, the default of the others is not.
 _TOGETHER = (
@@ -36,7 +38,9 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
     """
     left = [line for _, line in unread]
     given = {str(key).replace("-", "_"): value for key, value in without_secrets(values, "", left).items()}
-    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread), left=left)
+    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread if key), left=left)
+    if (key := asks_for_another(tool, given)) is not None:
+        raise UserError(f"{where(path, key)}: {_told(key, given[key])} is {ANOTHER_TRAINING}.", ONLY_SFT)
     _one_of_two(work)
     _fill(work, tool)
     READERS[tool](work, path)
@@ -53,6 +57,10 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
     needless = [note for note in notes if not any(part in f"{note} " for part in meant)]
     settings = _accepted(work)
     return _text(path, tool, settings, work, [*work.left, *faults], needless)
+
+
+def _told(key: str, value: Any) -> str:
+    return f"{key} {value!r}" if isinstance(value, str) and value.isidentifier() else key
 
 
 def _as_it_is(name: str, work: Migration) -> str:

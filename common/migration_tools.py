@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from common.config_values import short
-from common.errors import UserError
 from common.goals import Setting
 from common.other_configs import dataset_files
 from common.other_scripts import RESPONSES_ONLY, TRANSFORMERS
@@ -159,10 +158,6 @@ def _axolotl(work: Migration, path: Path) -> None:
 
 def _llama_factory(work: Migration, path: Path) -> None:
     values = work.values
-    if values.get("stage", "sft") != "sft":
-        raise UserError(
-            f"{path}: stage {values['stage']!r} is another training.", "Twintune trains on answers: stage sft."
-        )
     values.pop("stage", None)
     files = dataset_files(values, path.parent)
     if files:

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from common.documents import YAML_BYTES, parse_json, read_yaml
+from common.documents import YAML_BYTES, key_lines, parse_json, read_yaml
 from common.errors import UserError
-from common.other_scripts import CALLS, Unread, code_of, settings_of
+from common.other_scripts import CALLS, Unread, code_of, keyword_lines, settings_of
+from common.other_trainings import ANOTHER_TRAINING, ONLY_SFT
 
 # Keys by which a program's file is known; a key may be a mark of several.
 MARKS: dict[str, set[str]] = {
@@ -82,23 +83,43 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text.", _FIX) from None
 
 
+def where(path: Path, key: str) -> str:
+    """The file with the line of a key that it sets, as far as that is known."""
+    try:
+        text = _text(path)
+        found = key_lines(text) if path.suffix not in _SCRIPTS else keyword_lines(_tree(path))
+    except (FileNotFoundError, ValueError):
+        found = {}
+    line = next((line for name, line in found.items() if name.replace("-", "_") == key), None)
+    return f"{path}{_line(path, line)}"
+
+
+def _line(path: Path, line: int | None) -> str:
+    return f" line {line}{' of its code cells' if path.suffix == '.ipynb' else ''}" if line else ""
+
+
 def _script(path: Path) -> tuple[dict[str, Any], Unread]:
-    """The settings of the calls in a script or notebook, read as literals."""
+    """The settings of the calls in a script or notebook, read as literals. Raises UserError for another training."""
+    tree = _tree(path)
+    values, left, other = settings_of(tree)
+    if other is not None:
+        raise UserError(f"{path}{_line(path, other[1])} calls {other[0]}: {ANOTHER_TRAINING}.", ONLY_SFT)
+    if not values:
+        raise UserError(f"{path} calls none of {', '.join(sorted(CALLS))} with settings.", _FIX)
+    return values, left
+
+
+def _tree(path: Path) -> ast.Module:
     code = _text(path)
     if path.suffix == ".ipynb":
         code = code_of(parse_json(code.encode()))
     if len(code.encode()) > _CODE_BYTES:
         raise UserError(f"{path} has more than {_CODE_BYTES / 1e6:.0f} MB of code, too much for settings.", _FIX)
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", None)
-        where = f" line {line}{' of its code cells' if path.suffix == '.ipynb' else ''}" if line else ""
-        raise UserError(f"{path}{where} is not Python: {getattr(error, 'msg', error)}", _FIX) from None
-    values, left = settings_of(tree)
-    if not values:
-        raise UserError(f"{path} calls none of {', '.join(sorted(CALLS))} with settings.", _FIX)
-    return values, left
+        line = _line(path, getattr(error, "lineno", None))
+        raise UserError(f"{path}{line} is not Python: {getattr(error, 'msg', error)}", _FIX) from None
 
 
 def dataset_files(values: dict[str, Any], folder: Path) -> list[str]:

@@ -4,6 +4,7 @@ import ast
 from typing import Any
 
 from common.config_values import KEPT, is_secret, nested, short
+from common.other_trainings import ANOTHER_TRAINING, is_of_another
 
 # Calls whose keyword arguments are settings, by the last part of their names.
 CALLS = {
@@ -15,6 +16,7 @@ CALLS = {
     "UnslothTrainingArguments",
 }
 _TRAINER = "SFTTrainer"
+_OF_SFT = {_TRAINER, "SFTConfig", "Trainer", "UnslothTrainer", "UnslothTrainingArguments"}
 # Their arguments by place, as far as they are settings.
 _BY_PLACE = {
     "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
@@ -25,21 +27,37 @@ RESPONSES_ONLY = "train_on_responses_only"  # Unsloth's function, and here a key
 TRANSFORMERS = "TrainingArguments"  # likewise: the defaults are those of transformers, which Unsloth leaves alone
 _REST = "**"  # stands for the keys in a `**` of a call
 
-Unread = list[tuple[str, str]]  # keys of a script that are no literals, each with a line about it
+Unread = list[tuple[str, str]]  # keys of a script that are no literals, each with a line about it; "" for a call
 
 
-def settings_of(tree: ast.Module) -> tuple[dict[str, Any], Unread]:
-    """`(the keys that calls set, those whose values are not read)`."""
+def settings_of(tree: ast.Module) -> tuple[dict[str, Any], Unread, tuple[str, int] | None]:
+    """`(the keys that calls set, those whose values are not read, name and line of a call)`.
+
+    The last: one of another training than on answers, where the script has none of the latter.
+    """
     names: dict[str, Any] = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             known, value = _literal(node.value, names)
             names |= {node.targets[0].id: value} if known else {}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    others = sorted((call for call in calls if is_of_another(_called(call))), key=lambda call: call.lineno)
+    if others and not any(_called(call) in _OF_SFT for call in calls):
+        return {}, [], (_called(others[0]), others[0].lineno)
+    left: Unread = [("", f"{_called(call)} (line {call.lineno}): {ANOTHER_TRAINING}") for call in others]
+    inside = {id(node) for call in others for node in ast.walk(call)}
     values: dict[str, Any] = {}
-    left: Unread = []
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        _read_call(call, names, values, left)
-    return values, left
+    for call in calls:
+        if id(call) not in inside:
+            _read_call(call, names, values, left)
+    return values, left, None
+
+
+def keyword_lines(tree: ast.Module) -> dict[str, int]:
+    """The first line in which each key is set by a call whose arguments are settings."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _called(node) in CALLS]
+    keywords = [(keyword.arg, keyword.value.lineno) for call in calls for keyword in call.keywords if keyword.arg]
+    return dict(sorted(keywords, key=lambda found: -found[1]))
 
 
 def _called(call: ast.Call) -> str:

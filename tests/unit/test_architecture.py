@@ -122,7 +122,7 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
-    {"option_families", "config_values"},
+    {"option_families", "config_values", "other_trainings"},
     {
         "recipe",
         "run_lock",

@@ -433,10 +433,81 @@ def test_what_cannot_be_read(name: str, text: str | None, fault: str, tmp_path: 
     assert fault in caught.value.what
 
 
-def test_another_training_than_sft_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, "llama-factory", "stage: dpo\nfinetuning_type: lora\n")
-    with pytest.raises(UserError, match="stage 'dpo' is another training"):
-        migrated(path, read_config(path)[0], "llama-factory", [])
+OTHER_TRAININGS = [
+    ("llama-factory", "finetuning_type: lora\nstage: dpo\n", "line 2: stage 'dpo' is"),
+    ("axolotl", "base_model: a/b\nrl: dpo\ndatasets: [{path: a/b}]\n", "line 2: rl 'dpo' is"),
+    ("axolotl", "base_model: a/b\nlora_r: 8\nreward_model: true\n", "line 3: reward_model is"),
+    ("trl", "dataset_name: a/b\nuse_peft: true\nbeta: 0.1\n", "line 3: beta is"),
+    ("trl", "dataset_name: a/b\nloss_type: sigmoid\n", "line 2: loss_type 'sigmoid' is"),
+    ("trl", "dataset_name: a/b\nloss_type: [sigmoid, bco_pair]\n", "line 2: loss_type is"),
+    ("trl", "dataset_name: a/b\nuse-vllm: false\n", "line 2: use_vllm is"),
+    ("mlx-lm", "iters: 5\ntrain_mode: orpo\n", "line 2: train_mode 'orpo' is"),
+]
+
+
+@pytest.mark.parametrize(("tool", "text", "fault"), OTHER_TRAININGS)
+def test_a_configuration_of_another_training_is_refused(tool: str, text: str, fault: str, tmp_path: Path) -> None:
+    path = written(tmp_path, tool, text)
+    with pytest.raises(UserError) as caught:
+        migrate(path)
+    assert caught.value.what == f"{path} {fault} another training."
+    assert "Twintune trains on answers" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        ("axolotl", "base_model: a/b\nrl:\nreward_model: false\n"),
+        ("trl", "dataset_name: a/b\nuse_peft: true\nloss_type: nll\nbeta:\n"),
+        ("llama-factory", "finetuning_type: lora\nstage: sft\n"),
+    ],
+)
+def test_a_training_on_answers_is_not_refused(
+    tool: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "not known here" not in migrate(written(tmp_path, tool, text))[0]
+
+
+def test_trls_other_loss_of_sft_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, "trl", "dataset_name: a/b\nloss_type: dft\n"))
+    assert "# - loss_type: 'dft' is not offered, only 'nll'" in text
+
+
+LOADED = 'model = FastLanguageModel.from_pretrained("a/b", 512)\nmodel = get_peft_model(model, r=4)\n'
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("DPOConfig", "trl.ORPOTrainer", "KTOConfig", "GRPOTrainer", "CPOTrainer", "RewardConfig", "PPOv2Trainer"),
+        *("RLOOConfig", "UnslothGRPOTrainer", "GKDTrainer", "DPOScriptArguments", "SentenceTransformerTrainer"),
+    ],
+)
+def test_a_script_of_another_training_is_refused(call: str, tmp_path: Path) -> None:
+    path = script(tmp_path, f"{LOADED}args = TrainingArguments(max_steps=9)\ntrainer = {call}(learning_rate=5e-6)\n")
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert caught.value.what == f"{path} line 4 calls {call.removeprefix('trl.')}: another training."
+
+
+def test_a_notebook_of_another_training_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "unsloth", f"{LOADED}!pip install trl\nDPOTrainer(model, args=DPOConfig(beta=0.1))\n")
+    with pytest.raises(UserError, match="line 4 of its code cells calls DPOTrainer: another training"):
+        read_config(path)
+
+
+def test_of_a_script_with_two_trainings_the_one_on_answers_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "PatchDPOTrainer()\nSFTTrainer(model, args=SFTConfig(max_steps=9, learning_rate=2e-4))\n"
+    second = "DPOTrainer(model, args=TrainingArguments(learning_rate=5e-6, weight_decay=0.5))\n"
+    text, options = migrate(script(tmp_path, LOADED + first + second))
+    assert (options.steps, options.learning_rate, options.weight_decay, options.rank) == (9, 2e-4, 0.001, 4)
+    assert "# - DPOTrainer (line 5): another training" in text
+    assert "PatchDPOTrainer" not in text
 
 
 def test_hostile_values_stay_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
