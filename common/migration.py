@@ -111,7 +111,6 @@ def _common(work: Migration, tool: str) -> None:
     for key in (
         "max_samples",
         "max_train_samples",
-        "test_datasets",
         "eval_dataset",
         "dataset_config",
         "dataset_train_split",

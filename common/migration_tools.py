@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.axolotl_data import rows_of
 from common.config_values import short
 from common.goals import Setting
 from common.other_configs import dataset_files
@@ -133,18 +134,15 @@ def _mlx_schedule(work: Migration) -> None:
 
 def _axolotl(work: Migration, path: Path) -> None:
     values = work.values
-    sources = values.pop("datasets", None)
-    sources = sources if isinstance(sources, list) else []
-    paths = [str(one["path"]) for one in sources if isinstance(one, dict) and one.get("path")]
-    if paths:
-        kinds = ", ".join(short(one.get("type")) for one in sources if isinstance(one, dict))
-        work.put(
-            "data", paths, f"datasets' paths; their types ({kinds}) are recognized by the columns: check-data shows it"
-        )
-    for one in sources:
-        rest = sorted({*one} - {"path", "type", "ds_type", "data_files"}) if isinstance(one, dict) else []
-        if rest:
-            work.left.append(f"datasets {short(one.get('path'))}: {', '.join(rest)}; name columns by field")
+    if (datasets := values.pop("datasets", None)) is not None:
+        rows = rows_of(datasets, path.parent)
+        work.left += rows.left
+        if rows.sources:
+            kinds = ", ".join(map(short, dict.fromkeys(rows.kinds))) or "none"
+            why = f"datasets' paths; their types ({kinds}) are recognized by the columns: check-data shows it"
+            work.put("data", rows.sources, why)
+    work.drop("test_datasets", "rows for validation: a folder with train.jsonl and valid.jsonl under data has both")
+    work.drop("pretraining_dataset", "plain texts, read as a stream: write them as rows with text, and give the file")
     if not values.get("adapter"):
         values.pop("adapter", None)
         work.put("method", "full", "no adapter: Axolotl trains every weight")

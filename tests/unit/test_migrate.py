@@ -405,6 +405,86 @@ def test_a_schedule_of_no_name_is_listed(name: str, tmp_path: Path, monkeypatch:
     assert "# - lr_schedule {'name': " in text
 
 
+# --- Axolotl's rows
+
+ENTRIES: list[tuple[str, list[str], list[str]]] = [
+    (
+        "[{path: json, data_files: [a.jsonl, b.jsonl]}, {path: text, data_files: c.txt}]",
+        ["a.jsonl", "b.jsonl", "c.txt"],
+        [],
+    ),
+    ("[{path: here, data_files: [a.jsonl]}]", ["a.jsonl"], []),
+    ("{path: a.jsonl, type: alpaca}", ["a.jsonl"], ["types (alpaca)"]),
+    (
+        "[a.jsonl, {path: b.jsonl}, {type: alpaca}, {path: ''}]",
+        ["b.jsonl"],
+        [f"datasets, entry {number}: it has no path, so it is not read" for number in (1, 3, 4)],
+    ),
+    ("a.jsonl", [], ["datasets, entry 1: it has no path"]),
+    (
+        "[{path: csv, data_files: {train: a.csv}}, {path: json}, {path: text, data_files: []}]",
+        [],
+        ["datasets csv: data_files names no files", "datasets json: data_files", "datasets text: data_files"],
+    ),
+    (
+        "[{path: o/n, name: c, revision: v1, split: 'train[:5%]'}, {path: o/m, name: [x, y], split: test}]",
+        ["o/n:c@v1#train[:5%]", "o/m:x#test", "o/m:y#test"],
+        [],
+    ),
+    ("[{path: o/n, data_files: a.json}]", ["o/n"], ["datasets o/n: data_files: here all its files are read"]),
+    (
+        "[{path: a.jsonl, split: 'train[:9]', name: c, shards: 4, shards_idx: 1, preprocess_shards: 2}]",
+        ["a.jsonl"],
+        [
+            "datasets a.jsonl: split train[:9]: a file is read whole",
+            "datasets a.jsonl: name c: files have none",
+            "datasets a.jsonl: shards 4, shards_idx 1: all rows are read here",
+        ],
+    ),
+    ("[{path: a.jsonl, split: train}]", ["a.jsonl"], []),
+    (
+        "[{path: a.jsonl, field_messages: m, roles: {a: [b]}, type: {field_input: i}}]",
+        ["a.jsonl"],
+        [
+            "datasets a.jsonl: field_messages; name columns by field",
+            "datasets a.jsonl: roles: not known here",
+            "datasets a.jsonl: type: a format of its own",
+        ],
+    ),
+    (
+        "[{path: 's3://b/a.jsonl'}, {path: 'd/*.jsonl'}, {path: a.arrow}, {path: a.jsonl}, {path: a.jsonl}]",
+        ["a.jsonl"],
+        [
+            "datasets s3://b/a.jsonl: not read from there",
+            "datasets d/*.jsonl: a pattern of names",
+            "datasets a.arrow: such files are not read",
+            "datasets a.jsonl: named again",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("datasets", "sources", "said"), ENTRIES)
+def test_axolotls_rows_are_sources_or_listed(
+    datasets: str, sources: list[str], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    text, options = migrate(written(tmp_path, "axolotl", f"base_model: a/b\ndatasets: {datasets}\n"))
+    assert options.data == sources
+    assert [line for line in said if line not in text] == []
+    listed = [line for line in text.splitlines() if line.startswith("# - datasets")]
+    assert len(listed) == len([line for line in said if line.startswith("datasets")])
+
+
+def test_axolotls_other_rows_have_their_own_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "base_model: a/b\ntest_datasets: [{path: b.jsonl}]\npretraining_dataset: [{path: c4}]\n"
+    text, _ = migrate(written(tmp_path, "axolotl", rows))
+    assert "rows for validation: a folder with train.jsonl and valid.jsonl" in text
+    assert "plain texts, read as a stream" in text
+
+
 # --- what cannot be read
 
 
