@@ -6,15 +6,17 @@ from typing import Any
 from common.errors import masked
 
 KEPT = "keys stay in the environment"
-# Words at the end of a key whose value is a secret. A tokenizer's tokens are none, nor are names of columns.
+# A key whose value is a secret. A tokenizer's tokens are none, nor is the name of a column or of a module.
 _SECRET = re.compile(
     r"secret|passw|webhook|credential|(?:api|access|private)_?key"
     r"|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)token$"
+    r"|^key$|(?<!query)(?<!thinking)(?<!prompt)(?<!messages)(?<!text)(?<!state)_keys?$"
 )
+_NEW_WORD = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 def is_secret(key: str) -> bool:
-    return bool(_SECRET.search(key.lower().replace("-", "_")))
+    return bool(_SECRET.search(_NEW_WORD.sub("_", key).lower().replace("-", "_")))
 
 
 def without_secrets(value: Any, name: str, left: list[str]) -> Any:
@@ -33,14 +35,13 @@ def without_secrets(value: Any, name: str, left: list[str]) -> Any:
     return kept
 
 
-def nested(*values: Any) -> bool:
-    """Whether one of them has parts; a text may hold JSON."""
-    return any(isinstance(value, dict | list | tuple | set) or str(value).strip()[:1] in ("{", "[") for value in values)
-
-
 def named(key: str, value: Any) -> str:
-    """A key that nobody knows, with its value where that has no parts: any of these may be a secret."""
-    return key if nested(value) else f"{key} {short(value)}"
+    """A key that nobody knows, with its value only where that is no text and has no parts: these may be a secret."""
+    return f"{key} {value!r}" if plain(value) else key
+
+
+def plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float)
 
 
 def short(value: Any) -> str:

@@ -3,7 +3,7 @@
 import ast
 from typing import Any
 
-from common.config_values import KEPT, is_secret, nested, short
+from common.config_values import KEPT, is_secret, plain, short
 from common.other_trainings import ANOTHER_TRAINING, is_of_another
 
 # Calls whose keyword arguments are settings, by the last part of their names.
@@ -88,8 +88,9 @@ def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], le
         elif not known:
             left.append((key, f"{where}: {_source_of(keyword.value)} is no literal"))
         elif values.setdefault(key, value) != value:
-            both = f"{short(value)} in a second call; {short(values[key])} is taken"
-            left.append((key, f"{where}: {'another value in a second call' if nested(value, values[key]) else both}"))
+            both = f"{value!r} in a second call; {values[key]!r} is taken"
+            shown = plain(value) and plain(values[key])
+            left.append((key, f"{where}: {both if shown else 'another value in a second call'}"))
 
 
 def _source_of(node: ast.expr) -> str:

@@ -1,5 +1,6 @@
 """Configurations of other programs, as their users write them: each becomes a file that train loads."""
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from common.option_sources import load_options
 from common.option_translation import KNOWN
 from common.options import Options, by_flag
 from common.other_configs import TOOLS, read_config, recognized
+from tests import ROOT
 
 FILES = {
     "mlx-lm": """
@@ -93,7 +95,7 @@ num_train_epochs: 3.0
 lr_scheduler_type: cosine
 warmup_ratio: 0.1
 bf16: true
-some_new_key: 7
+some_new_count: 7
 """,
     "trl": """
 model_name_or_path: Qwen/Qwen2-0.5B
@@ -188,7 +190,7 @@ SAID = {
         "# - chat_template tokenizer_default: the model's own template is used",
     ],
     "llama-factory": [
-        "# - some_new_key 7: not known here; look whether it matters",
+        "# - some_new_count 7: not known here; look whether it matters",
         "# - template qwen: ",
         "# - dataset identity,rows: a name in dataset_info.json",
         "# - lora_alpha is not in the file: LLaMA-Factory takes twice the rank",
@@ -319,14 +321,63 @@ def test_no_secret_gets_into_the_result(tool: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "key", ["hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken"]
+    "key",
+    [
+        *("hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken", "key", "licenseKey"),
+        *("wandb_key", "WANDB-KEY", "comet_keys", "openai_key", "comet_experiment_key"),
+    ],
 )
 def test_keys_of_secrets(key: str) -> None:
     assert is_secret(key)
 
 
 def test_no_setting_that_is_known_is_a_secret() -> None:
-    assert [key for key in {*KNOWN, *by_flag(), "max_tokens", "add_eos_token", "tokenizer"} if is_secret(key)] == []
+    read = [constant for reader in READ_BY for constant in texts_of(ROOT / "common" / reader)]
+    others = ["max_tokens", "add_eos_token", "tokenizer", "query_key", "template_thinking_key", "prompt_key", "keys"]
+    known = {*KNOWN, *by_flag(), *others, *read}
+    assert len(known) > 300
+    assert [key for key in known if is_secret(key)] == []
+
+
+READ_BY = (
+    "axolotl_data.py",
+    "migration.py",
+    "migration_tools.py",
+    "other_configs.py",
+    "other_scripts.py",
+    "other_trainings.py",
+)
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of a module that may be keys."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    found = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in found if text.isidentifier()]
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "unsloth"])
+def test_of_unknown_keys_only_numbers_and_switches_are_shown(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    new = "wandb_key: precious1\nnew_login: precious2\nnew_count: 17\nnew_share: 0.5\nnew_switch: false\n"
+    text, _ = migrate(written(tmp_path, tool, FILES[tool] + new))
+    assert "precious" not in text
+    assert "# - wandb_key: keys stay in the environment" in text
+    assert "# - new_login: not known here" in text
+    assert "# - new_count 17: not known here" in text
+    assert "# - new_share 0.5: not known here" in text
+    assert "# - new_switch False: not known here" in text
+
+
+def test_two_texts_of_a_key_in_a_script_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = 'from_pretrained("a/b", login="precious1", new=3)\nfrom_pretrained("a/b", login="precious2", new=4)\n'
+    text, _ = migrate(script(tmp_path, calls))
+    assert "precious" not in text
+    assert "# - login (line 2): another value in a second call" in text
+    assert "# - new (line 2): 4 in a second call; 3 is taken" in text
 
 
 # --- what a script computes
