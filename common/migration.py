@@ -1,5 +1,6 @@
 """A configuration of another program as one of Twintune's: each option with what it was, and all that is left out."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from common.goals import Setting, comment, written
 from common.migration_tools import NAMES, READERS, Migration, defaults
 from common.option_translation import translate
 from common.options import Options, by_flag
-from common.other_configs import where
+from common.other_configs import best_fitting, where
 from common.other_scripts import Unread
 from common.other_trainings import ANOTHER_TRAINING, ONLY_SFT, asks_for_another
 
@@ -55,7 +56,7 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
             work.put(name, value, "; ".join(why) or _as_it_is(name, work))
     meant = [f"-> {name} " for name in options]
     needless = [note for note in notes if not any(part in f"{note} " for part in meant)]
-    settings = _accepted(work)
+    settings = _accepted(work, path, tool)
     return _text(path, tool, settings, work, [*work.left, *faults], needless)
 
 
@@ -140,7 +141,7 @@ def _common(work: Migration, tool: str) -> None:
     work.beware.append("the seed draws other rows first: curves of the two programs are alike, not equal")
 
 
-def _accepted(work: Migration) -> list[Setting]:
+def _accepted(work: Migration, path: Path, tool: str) -> list[Setting]:
     """The settings without those whose values Twintune does not take, which are left out. Raises UserError."""
     settings = {setting.name: setting for setting in reversed(work.settings)}
     if "method" in settings and settings["method"].value == "full":
@@ -157,10 +158,26 @@ def _accepted(work: Migration) -> list[Setting]:
         except ValidationError as error:
             wrong = {str(item["loc"][0]): item["msg"] for item in error.errors() if item["loc"]}
             if not wrong:
-                raise UserError(error.errors()[0]["msg"].removeprefix("Value error, "), "Change the file.") from None
+                fault = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise _at_odds(fault, list(settings.values()), work, path, tool) from None
             for name, why in wrong.items():
                 value = short(settings.pop(name).value)
                 work.left.append(f"{name} {value}: not taken: {why.removeprefix('Value error, ')}")
+
+
+def _at_odds(fault: str, settings: list[Setting], work: Migration, path: Path, tool: str) -> UserError:
+    """For options that exclude each other: where each of them comes from, and which program the file may be for."""
+    lines = [f"{path}: {fault}."]
+    for setting in settings:
+        if re.search(rf"\b{setting.name}\b", fault):
+            keys = re.findall(r"\w+", setting.why)
+            key = next((key for key in keys if key in work.given), None)
+            place = where(path, key) if key else path
+            lines.append(f"{place}: {setting.name} {short(setting.value)}: {masked(setting.why)}")
+    meant = best_fitting(path, work.given)
+    if len(meant) == 1 and meant != [tool]:
+        return UserError("\n".join(lines), f"The file's keys are those of {NAMES[meant[0]]}: give --from {meant[0]}.")
+    return UserError("\n".join(lines), "Change one of these in the file.")
 
 
 def _text(path: Path, tool: str, settings: list[Setting], work: Migration, left: list[str], needless: list[str]) -> str:

@@ -239,6 +239,11 @@ def _unsloth(work: Migration, path: Path) -> None:
         values["torch_dtype"] = values.pop("dtype") or "auto"
     if values.pop("full_finetuning", False):
         work.put("method", "full", "full_finetuning")
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if key in work.given:
+                work.drop(key, "full_finetuning: Unsloth turns it off")
+            else:
+                values.pop(key, None)
     if not values.pop(RESPONSES_ONLY, False):
         work.put("train_on", "all", "the script does not call train_on_responses_only. assistant is usually better")
     work.beware.append("the rows are made by code in the script: write them to a file, and name it under data")

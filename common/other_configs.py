@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,19 @@ def read_config(path: Path) -> tuple[dict[str, Any], Unread]:
 
 def recognized(path: Path, values: dict[str, Any]) -> str:
     """The program by whose keys the file is written. Raises UserError where that is open."""
-    if path.suffix in _SCRIPTS:
-        return "unsloth"
-    hits = {tool: len(marks & values.keys()) for tool, marks in MARKS.items()}
-    best = max(hits.values())
-    found = [tool for tool, count in hits.items() if count == best]
-    if best == 0 or len(found) > 1:
-        seen = f"its keys fit {' and '.join(found)} alike" if best else "none of its keys is one of theirs"
+    found = best_fitting(path, values)
+    if len(found) != 1:
+        seen = f"its keys fit {' and '.join(found)} alike" if found else "none of its keys is one of theirs"
         raise UserError(f"{path} cannot be told from its keys: {seen}.", f"Name the program: --from {'|'.join(TOOLS)}.")
     return found[0]
+
+
+def best_fitting(path: Path, keys: Collection[str]) -> list[str]:
+    """The programs of which the file has most marks."""
+    if path.suffix in _SCRIPTS:
+        return ["unsloth"]
+    hits = {tool: len(marks & {*keys}) for tool, marks in MARKS.items()}
+    return [tool for tool, count in hits.items() if count and count == max(hits.values())]
 
 
 def _text(path: Path) -> str:

@@ -641,6 +641,53 @@ def test_of_a_script_with_two_trainings_the_one_on_answers_is_read(
     assert "PatchDPOTrainer" not in text
 
 
+# --- options that exclude each other
+
+
+def refused(path: Path, tool: str) -> UserError:
+    values, unread = read_config(path)
+    with pytest.raises(UserError) as caught:
+        migrated(path, values, tool, unread)
+    return caught.value
+
+
+def test_keys_that_exclude_each_other_are_named_with_their_lines(tmp_path: Path) -> None:
+    text = "dataset_name: a/b\n# a comment\nload-in-4bit: true\nlearning_rate: 1e-4\n"
+    path = written(tmp_path, "trl", text)
+    found = refused(path, "trl")
+    assert found.what.splitlines() == [
+        f"{path}: quantization cannot be combined with method full: quantized weights cannot be trained.",
+        f"{path} line 3: quantization 4bit: load_in_4bit -> quantization 4bit",
+        f"{path}: method full: without use_peft TRL trains every weight; lora needs far less memory",
+    ]
+    assert found.fix == "Change one of these in the file."
+
+
+def test_a_file_that_is_taken_for_another_programs_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path, "axolotl")
+    found = refused(path, "trl")
+    assert f"{path} line 4: quantization 4bit: load_in_4bit" in found.what
+    assert found.fix == "The file's keys are those of Axolotl: give --from axolotl."
+    found = refused(path, "mlx-lm")
+    line = FILES["axolotl"].splitlines().index("num_epochs: 4") + 1
+    assert f"{path} line {line}: epochs 4: num_epochs -> epochs 4" in found.what
+    assert f"{path}: steps 1000: mlx_lm's iters 1000" in found.what
+
+
+def test_the_line_of_a_json_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{\n  "dataset_name": "a/b",\n  "load_in_8bit": true\n}')
+    assert f"{path} line 3: quantization 8bit" in refused(path, "trl").what
+
+
+def test_unsloth_trains_all_weights_without_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, said in (("", False), (", load_in_4bit=True", True)):
+        text, options = migrate(script(tmp_path, f'from_pretrained("a/b", full_finetuning=True{given})\n'))
+        assert (options.method, options.quantization) == ("full", "none")
+        assert ("# - load_in_4bit True: full_finetuning: Unsloth turns it off" in text) == said
+
+
 def test_hostile_values_stay_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text, _ = migrate(written(tmp_path, "axolotl", FILES["axolotl"] + '"x\\npush": "a\\nexport: none"\n'))
