@@ -42,6 +42,8 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
     work = Migration(given, frozenset(given), frozenset(key for key, _ in unread if key), left=left)
     if (key := asks_for_another(tool, given)) is not None:
         raise UserError(f"{where(path, key)}: {_told(key, given[key])} is {ANOTHER_TRAINING}.", ONLY_SFT)
+    if other := _meant(path, work, tool):
+        work.beware.append(other)
     _one_of_two(work)
     _fill(work, tool)
     READERS[tool](work, path)
@@ -174,10 +176,14 @@ def _at_odds(fault: str, settings: list[Setting], work: Migration, path: Path, t
             key = next((key for key in keys if key in work.given), None)
             place = where(path, key) if key else path
             lines.append(f"{place}: {setting.name} {short(setting.value)}: {masked(setting.why)}")
-    meant = best_fitting(path, work.given)
-    if len(meant) == 1 and meant != [tool]:
-        return UserError("\n".join(lines), f"The file's keys are those of {NAMES[meant[0]]}: give --from {meant[0]}.")
-    return UserError("\n".join(lines), "Change one of these in the file.")
+    return UserError("\n".join(lines), _meant(path, work, tool) or "Change one of these in the file.")
+
+
+def _meant(path: Path, work: Migration, tool: str) -> str:
+    """What to do where the file's keys are those of another program; else empty."""
+    best = best_fitting(path, work.given)
+    told = len(best) == 1 and best != [tool]
+    return f"The file's keys are those of {NAMES[best[0]]}: give --from {best[0]}." if told else ""
 
 
 def _text(path: Path, tool: str, settings: list[Setting], work: Migration, left: list[str], needless: list[str]) -> str:

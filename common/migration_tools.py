@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.axolotl_data import rows_of
+from common.other_data import rows_of
 from common.config_values import short
 from common.goals import Setting
 from common.other_configs import dataset_files
@@ -134,13 +134,7 @@ def _mlx_schedule(work: Migration) -> None:
 
 def _axolotl(work: Migration, path: Path) -> None:
     values = work.values
-    if (datasets := values.pop("datasets", None)) is not None:
-        rows = rows_of(datasets, path.parent)
-        work.left += rows.left
-        if rows.sources:
-            kinds = ", ".join(map(short, dict.fromkeys(rows.kinds))) or "none"
-            why = f"datasets' paths; their types ({kinds}) are recognized by the columns: check-data shows it"
-            work.put("data", rows.sources, why)
+    _datasets(work, path)
     work.drop("test_datasets", "rows for validation: a folder with train.jsonl and valid.jsonl under data has both")
     work.drop("pretraining_dataset", "plain texts, read as a stream: write them as rows with text, and give the file")
     if not values.get("adapter"):
@@ -152,6 +146,20 @@ def _axolotl(work: Migration, path: Path) -> None:
         work.drop("chat_template", "the model's own template is used; check-data --explain 1 shows it")
     if not values.get("train_on_inputs", False):
         values.pop("train_on_inputs", None)
+
+
+def _datasets(work: Migration, path: Path) -> None:
+    """The list of Axolotl, which TRL takes too."""
+    datasets = work.values.pop("datasets", None)
+    if datasets is None:
+        return
+    rows = rows_of(datasets, path.parent)
+    work.left += rows.left
+    if rows.sources:
+        kinds = ", ".join(map(short, dict.fromkeys(rows.kinds)))
+        what = f"their types ({kinds})" if kinds else "their formats"
+        work.put("data", rows.sources, f"datasets' paths; {what} are recognized by the columns: check-data shows it")
+        work.drop("dataset_name", "datasets count there")
 
 
 def _llama_factory(work: Migration, path: Path) -> None:
@@ -196,6 +204,7 @@ def _trl(work: Migration, path: Path) -> None:
         work.beware.append(
             "lora_target_modules is not in the file: PEFT chooses by model, often q_proj and v_proj alone"
         )
+    _datasets(work, path)
     _no_validation(work)
     if "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")

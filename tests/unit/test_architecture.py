@@ -133,7 +133,7 @@ LAYERS = (
         "verify_record",
         "other_scripts",
     },
-    {"presets", "goals", "other_configs", "axolotl_data"},
+    {"presets", "goals", "other_configs", "other_data"},
     {"migration_tools"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},

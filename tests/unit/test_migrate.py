@@ -340,7 +340,7 @@ def test_no_setting_that_is_known_is_a_secret() -> None:
 
 
 READ_BY = (
-    "axolotl_data.py",
+    "other_data.py",
     "migration.py",
     "migration_tools.py",
     "other_configs.py",
@@ -528,6 +528,23 @@ def test_axolotls_rows_are_sources_or_listed(
     assert len(listed) == len([line for line in said if line.startswith("datasets")])
 
 
+def test_an_entry_with_odd_keys_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "base_model: a/b\ndatasets: [{path: o/n, 5: 6, null: x, true: b, more: y}]\n"
+    text, _ = migrate(written(tmp_path, "axolotl", rows))
+    assert "# - datasets o/n: 5, None, True, more: not known here" in text
+
+
+def test_trls_list_of_data_sets_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "datasets: [{path: o/n, name: c, split: train, columns: [a]}, {path: json, data_files: a.jsonl}]"
+    text, options = migrate(written(tmp_path, "trl", f"dataset_name: x/y\nuse_peft: true\n{rows}\n"))
+    assert options.data == ["o/n:c#train", "a.jsonl"]
+    assert "# - dataset_name x/y: datasets count there" in text
+    assert "# - datasets o/n: columns: not known here" in text
+    assert "their formats are recognized" in text
+
+
 def test_axolotls_other_rows_have_their_own_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = "base_model: a/b\ntest_datasets: [{path: b.jsonl}]\npretraining_dataset: [{path: c4}]\n"
@@ -672,6 +689,14 @@ def test_a_file_that_is_taken_for_another_programs_is_told(tmp_path: Path) -> No
     line = FILES["axolotl"].splitlines().index("num_epochs: 4") + 1
     assert f"{path} line {line}: epochs 4: num_epochs -> epochs 4" in found.what
     assert f"{path}: steps 1000: mlx_lm's iters 1000" in found.what
+
+
+def test_a_file_of_another_program_that_is_read_is_told_too(tmp_path: Path) -> None:
+    path = written(tmp_path, "axolotl", "base_model: a/b\nnum_epochs: 2\nmicro_batch_size: 1\n")
+    said = "# - The file's keys are those of Axolotl: give --from axolotl."
+    values, unread = read_config(path)
+    assert said in migrated(path, values, "trl", unread)
+    assert said not in migrated(path, values, "axolotl", unread)
 
 
 def test_the_line_of_a_json_file_is_named(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Axolotl's `datasets` as sources for --data, and a line for whatever of them cannot be said there."""
+"""`datasets` of Axolotl and TRL as sources for --data, and a line for whatever of them cannot be said there."""
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ _COLUMNS = re.compile(r"field.*|message_(property_mappings|field_role|field_cont
 
 @dataclass
 class Rows:
-    """sources: for --data. kinds: Axolotl's types of these. left: a line for what is not said by them."""
+    """sources: for --data. kinds: the types that Axolotl's file gives them. left: a line for what is not said by them."""
 
     sources: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -31,7 +32,7 @@ def rows_of(datasets: Any, folder: Path) -> Rows:
     for number, entry in enumerate(datasets if isinstance(datasets, list) else [datasets], 1):
         path = entry.get("path") if isinstance(entry, dict) else None
         if isinstance(path, str) and path and not path_fault(path):
-            _read(entry, folder, rows)
+            _read({str(key): value for key, value in entry.items()}, folder, rows)
         else:
             rows.left.append(f"datasets, entry {number}: it has no path, so it is not read; add its rows under data")
     return rows
@@ -40,7 +41,7 @@ def rows_of(datasets: Any, folder: Path) -> Rows:
 def _read(entry: dict[str, Any], folder: Path, rows: Rows) -> None:
     path = entry["path"]
     given = {key for key, value in entry.items() if value not in (None, False, "")}
-    local = Path(path).suffix in SUFFIXES or Path(path).exists() or (folder / path).exists()
+    local = Path(path).suffix in SUFFIXES or any(map(os.path.exists, (path, folder / path)))
     files = entry.get("data_files")
     files = [files] if isinstance(files, str) else files
     if path in _BUILDERS or (local and "data_files" in given):
