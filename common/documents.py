@@ -93,6 +93,16 @@ def parse_yaml(text: bytes | str) -> dict[Any, Any]:
     return content
 
 
+def key_lines(text: bytes | str) -> dict[str, int]:
+    """The line of each key of the YAML mapping in the text, or of the JSON object; empty where it is none."""
+    try:
+        node = _Loader(text).get_single_node()
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return {key.value: key.start_mark.line + 1 for key, _ in pairs if isinstance(key, yaml.ScalarNode)}
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader's scanner takes time in the square of open brackets."""
 

@@ -1,17 +1,21 @@
 """A configuration of another program as one of Twintune's: each option with what it was, and all that is left out."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from common.config_values import named, short, without_secrets
 from common.errors import UserError, masked
 from common.goals import Setting, comment, written
 from common.migration_tools import NAMES, READERS, Migration, defaults
 from common.option_translation import translate
 from common.options import Options, by_flag
-from common.other_configs import Unread, named, short, without_secrets
+from common.other_configs import best_fitting, where
+from common.other_scripts import Unread
+from common.other_trainings import ANOTHER_TRAINING, ONLY_SFT, asks_for_another
 
 # Keys that mean the same only together: where one is given, the default of the others is not.
 _TOGETHER = (
@@ -35,7 +39,11 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
     """
     left = [line for _, line in unread]
     given = {str(key).replace("-", "_"): value for key, value in without_secrets(values, "", left).items()}
-    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread), left=left)
+    work = Migration(given, frozenset(given), frozenset(key for key, _ in unread if key), left=left)
+    if (key := asks_for_another(tool, given)) is not None:
+        raise UserError(f"{where(path, key)}: {_told(key, given[key])} is {ANOTHER_TRAINING}.", ONLY_SFT)
+    if other := _meant(path, work, tool):
+        work.beware.append(other)
     _one_of_two(work)
     _fill(work, tool)
     READERS[tool](work, path)
@@ -50,8 +58,12 @@ def migrated(path: Path, values: dict[str, Any], tool: str, unread: Unread) -> s
             work.put(name, value, "; ".join(why) or _as_it_is(name, work))
     meant = [f"-> {name} " for name in options]
     needless = [note for note in notes if not any(part in f"{note} " for part in meant)]
-    settings = _accepted(work)
+    settings = _accepted(work, path, tool)
     return _text(path, tool, settings, work, [*work.left, *faults], needless)
+
+
+def _told(key: str, value: Any) -> str:
+    return f"{key} {value!r}" if isinstance(value, str) and value.isidentifier() else key
 
 
 def _as_it_is(name: str, work: Migration) -> str:
@@ -102,7 +114,6 @@ def _common(work: Migration, tool: str) -> None:
     for key in (
         "max_samples",
         "max_train_samples",
-        "test_datasets",
         "eval_dataset",
         "dataset_config",
         "dataset_train_split",
@@ -132,7 +143,7 @@ def _common(work: Migration, tool: str) -> None:
     work.beware.append("the seed draws other rows first: curves of the two programs are alike, not equal")
 
 
-def _accepted(work: Migration) -> list[Setting]:
+def _accepted(work: Migration, path: Path, tool: str) -> list[Setting]:
     """The settings without those whose values Twintune does not take, which are left out. Raises UserError."""
     settings = {setting.name: setting for setting in reversed(work.settings)}
     if "method" in settings and settings["method"].value == "full":
@@ -149,10 +160,30 @@ def _accepted(work: Migration) -> list[Setting]:
         except ValidationError as error:
             wrong = {str(item["loc"][0]): item["msg"] for item in error.errors() if item["loc"]}
             if not wrong:
-                raise UserError(error.errors()[0]["msg"].removeprefix("Value error, "), "Change the file.") from None
+                fault = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise _at_odds(fault, list(settings.values()), work, path, tool) from None
             for name, why in wrong.items():
                 value = short(settings.pop(name).value)
                 work.left.append(f"{name} {value}: not taken: {why.removeprefix('Value error, ')}")
+
+
+def _at_odds(fault: str, settings: list[Setting], work: Migration, path: Path, tool: str) -> UserError:
+    """For options that exclude each other: where each of them comes from, and which program the file may be for."""
+    lines = [f"{path}: {fault}."]
+    for setting in settings:
+        if re.search(rf"\b{setting.name}\b", fault):
+            keys = re.findall(r"\w+", setting.why)
+            key = next((key for key in keys if key in work.given), None)
+            place = where(path, key) if key else path
+            lines.append(f"{place}: {setting.name} {short(setting.value)}: {masked(setting.why)}")
+    return UserError("\n".join(lines), _meant(path, work, tool) or "Change one of these in the file.")
+
+
+def _meant(path: Path, work: Migration, tool: str) -> str:
+    """What to do where the file's keys are those of another program; else empty."""
+    best = best_fitting(path, work.given)
+    told = len(best) == 1 and best != [tool]
+    return f"The file's keys are those of {NAMES[best[0]]}: give --from {best[0]}." if told else ""
 
 
 def _text(path: Path, tool: str, settings: list[Setting], work: Migration, left: list[str], needless: list[str]) -> str:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
+from common.other_data import rows_of
+from common.config_values import short
 from common.goals import Setting
-from common.other_configs import RESPONSES_ONLY, TRANSFORMERS, dataset_files, short
+from common.other_configs import dataset_files
+from common.other_scripts import RESPONSES_ONLY, TRANSFORMERS
 
 NAMES = {
     "mlx-lm": "mlx_lm.lora",
@@ -132,18 +134,9 @@ def _mlx_schedule(work: Migration) -> None:
 
 def _axolotl(work: Migration, path: Path) -> None:
     values = work.values
-    sources = values.pop("datasets", None)
-    sources = sources if isinstance(sources, list) else []
-    paths = [str(one["path"]) for one in sources if isinstance(one, dict) and one.get("path")]
-    if paths:
-        kinds = ", ".join(short(one.get("type")) for one in sources if isinstance(one, dict))
-        work.put(
-            "data", paths, f"datasets' paths; their types ({kinds}) are recognized by the columns: check-data shows it"
-        )
-    for one in sources:
-        rest = sorted({*one} - {"path", "type", "ds_type", "data_files"}) if isinstance(one, dict) else []
-        if rest:
-            work.left.append(f"datasets {short(one.get('path'))}: {', '.join(rest)}; name columns by field")
+    _datasets(work, path)
+    work.drop("test_datasets", "rows for validation: a folder with train.jsonl and valid.jsonl under data has both")
+    work.drop("pretraining_dataset", "plain texts, read as a stream: write them as rows with text, and give the file")
     if not values.get("adapter"):
         values.pop("adapter", None)
         work.put("method", "full", "no adapter: Axolotl trains every weight")
@@ -155,12 +148,22 @@ def _axolotl(work: Migration, path: Path) -> None:
         values.pop("train_on_inputs", None)
 
 
+def _datasets(work: Migration, path: Path) -> None:
+    """The list of Axolotl, which TRL takes too."""
+    datasets = work.values.pop("datasets", None)
+    if datasets is None:
+        return
+    rows = rows_of(datasets, path.parent)
+    work.left += rows.left
+    if rows.sources:
+        kinds = ", ".join(map(short, dict.fromkeys(rows.kinds)))
+        what = f"their types ({kinds})" if kinds else "their formats"
+        work.put("data", rows.sources, f"datasets' paths; {what} are recognized by the columns: check-data shows it")
+        work.drop("dataset_name", "datasets count there")
+
+
 def _llama_factory(work: Migration, path: Path) -> None:
     values = work.values
-    if values.get("stage", "sft") != "sft":
-        raise UserError(
-            f"{path}: stage {values['stage']!r} is another training.", "Twintune trains on answers: stage sft."
-        )
     values.pop("stage", None)
     files = dataset_files(values, path.parent)
     if files:
@@ -201,6 +204,7 @@ def _trl(work: Migration, path: Path) -> None:
         work.beware.append(
             "lora_target_modules is not in the file: PEFT chooses by model, often q_proj and v_proj alone"
         )
+    _datasets(work, path)
     _no_validation(work)
     if "dtype" in values:
         values["torch_dtype"] = values.pop("dtype")
@@ -244,6 +248,11 @@ def _unsloth(work: Migration, path: Path) -> None:
         values["torch_dtype"] = values.pop("dtype") or "auto"
     if values.pop("full_finetuning", False):
         work.put("method", "full", "full_finetuning")
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if key in work.given:
+                work.drop(key, "full_finetuning: Unsloth turns it off")
+            else:
+                values.pop(key, None)
     if not values.pop(RESPONSES_ONLY, False):
         work.put("train_on", "all", "the script does not call train_on_responses_only. assistant is usually better")
     work.beware.append("the rows are made by code in the script: write them to a file, and name it under data")

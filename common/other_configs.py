@@ -2,12 +2,14 @@
 
 import ast
 import json
-import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from common.documents import YAML_BYTES, parse_json, read_yaml
-from common.errors import UserError, masked
+from common.documents import YAML_BYTES, key_lines, parse_json, read_yaml
+from common.errors import UserError
+from common.other_scripts import CALLS, Unread, code_of, keyword_lines, settings_of
+from common.other_trainings import ANOTHER_TRAINING, ONLY_SFT
 
 # Keys by which a program's file is known; a key may be a mark of several.
 MARKS: dict[str, set[str]] = {
@@ -35,36 +37,8 @@ MARKS: dict[str, set[str]] = {
 }
 TOOLS = tuple(MARKS)
 _SCRIPTS = (".py", ".ipynb")
-# Calls whose keyword arguments are settings, by the last part of their names.
-_CALLS = {
-    "from_pretrained",
-    "get_peft_model",
-    "LoraConfig",
-    "SFTConfig",
-    "TrainingArguments",
-    "UnslothTrainingArguments",
-}
-_TRAINER = "SFTTrainer"
-# Their arguments by place, as far as they are settings.
-_BY_PLACE = {
-    "from_pretrained": ("model_name", "max_seq_length", "dtype", "load_in_4bit"),
-    "get_peft_model": ("", "r", "target_modules", "lora_alpha", "lora_dropout"),
-}
-KEPT = "keys stay in the environment"
-_TRAINER_KEYS = {"dataset_text_field", "max_seq_length", "packing"}  # the others are objects
-RESPONSES_ONLY = "train_on_responses_only"  # Unsloth's function, and here a key: the script calls it
-TRANSFORMERS = "TrainingArguments"  # likewise: the defaults are those of transformers, which Unsloth leaves alone
-# A key whose value is a secret. A tokenizer's tokens are none.
-_SECRET = re.compile(
-    r"secret|passw|webhook|credential|(?:api|access|private)_?key"
-    r"|(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(?<!image_)token$"
-)
-_REST = "**"  # stands for the keys in a `**` of a call
 _CODE_BYTES = 1_000_000  # Python takes 10 s and more for larger ones
 _FIX = "Give the file that the other program reads: YAML, JSON, or Unsloth's script or notebook."
-
-
-Unread = list[tuple[str, str]]  # keys of a script that are no literals, each with a line about it
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Unread]:
@@ -83,15 +57,19 @@ def read_config(path: Path) -> tuple[dict[str, Any], Unread]:
 
 def recognized(path: Path, values: dict[str, Any]) -> str:
     """The program by whose keys the file is written. Raises UserError where that is open."""
-    if path.suffix in _SCRIPTS:
-        return "unsloth"
-    hits = {tool: len(marks & values.keys()) for tool, marks in MARKS.items()}
-    best = max(hits.values())
-    found = [tool for tool, count in hits.items() if count == best]
-    if best == 0 or len(found) > 1:
-        seen = f"its keys fit {' and '.join(found)} alike" if best else "none of its keys is one of theirs"
+    found = best_fitting(path, values)
+    if len(found) != 1:
+        seen = f"its keys fit {' and '.join(found)} alike" if found else "none of its keys is one of theirs"
         raise UserError(f"{path} cannot be told from its keys: {seen}.", f"Name the program: --from {'|'.join(TOOLS)}.")
     return found[0]
+
+
+def best_fitting(path: Path, keys: Collection[str]) -> list[str]:
+    """The programs of which the file has most marks."""
+    if path.suffix in _SCRIPTS:
+        return ["unsloth"]
+    hits = {tool: len(marks & {*keys}) for tool, marks in MARKS.items()}
+    return [tool for tool, count in hits.items() if count and count == max(hits.values())]
 
 
 def _text(path: Path) -> str:
@@ -110,130 +88,43 @@ def _text(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text.", _FIX) from None
 
 
-def _script(path: Path) -> tuple[dict[str, Any], Unread]:
-    """The settings of the calls in a script or notebook, read as literals."""
-    code = _text(path)
-    if path.suffix == ".ipynb":
-        code = _cells(parse_json(code.encode()))
-    if len(code.encode()) > _CODE_BYTES:
-        raise UserError(f"{path} has more than {_CODE_BYTES / 1e6:.0f} MB of code, too much for settings.", _FIX)
+def where(path: Path, key: str) -> str:
+    """The file with the line of a key that it sets, as far as that is known."""
     try:
-        tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        line = getattr(error, "lineno", None)
-        where = f" line {line}{' of its code cells' if path.suffix == '.ipynb' else ''}" if line else ""
-        raise UserError(f"{path}{where} is not Python: {getattr(error, 'msg', error)}", _FIX) from None
-    names: dict[str, Any] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            known, value = _literal(node.value, names)
-            names |= {node.targets[0].id: value} if known else {}
-    values: dict[str, Any] = {}
-    left: Unread = []
-    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        _read_call(call, names, values, left)
+        text = _text(path)
+        found = key_lines(text) if path.suffix not in _SCRIPTS else keyword_lines(_tree(path))
+    except (FileNotFoundError, ValueError):
+        found = {}
+    line = next((line for name, line in found.items() if name.replace("-", "_") == key), None)
+    return f"{path}{_line(path, line)}"
+
+
+def _line(path: Path, line: int | None) -> str:
+    return f" line {line}{' of its code cells' if path.suffix == '.ipynb' else ''}" if line else ""
+
+
+def _script(path: Path) -> tuple[dict[str, Any], Unread]:
+    """The settings of the calls in a script or notebook, read as literals. Raises UserError for another training."""
+    tree = _tree(path)
+    values, left, other = settings_of(tree)
+    if other is not None:
+        raise UserError(f"{path}{_line(path, other[1])} calls {other[0]}: {ANOTHER_TRAINING}.", ONLY_SFT)
     if not values:
-        raise UserError(f"{path} calls none of {', '.join(sorted(_CALLS))} with settings.", _FIX)
+        raise UserError(f"{path} calls none of {', '.join(sorted(CALLS))} with settings.", _FIX)
     return values, left
 
 
-def _read_call(call: ast.Call, names: dict[str, Any], values: dict[str, Any], left: Unread) -> None:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if name == RESPONSES_ONLY:
-        values[RESPONSES_ONLY] = True
-    if name in ("TrainingArguments", "UnslothTrainingArguments"):
-        values[TRANSFORMERS] = True
-    if name not in (*_CALLS, _TRAINER):
-        return
-    by_place = zip(_BY_PLACE.get(name, ()), call.args, strict=False)
-    given = [ast.keyword(key, value) for key, value in by_place if key]
-    for keyword in [*given, *call.keywords]:
-        key = keyword.arg or _REST
-        where = f"{key} (line {keyword.value.lineno})"
-        if name == _TRAINER and key not in (_REST, *_TRAINER_KEYS):
-            continue
-        known, value = _literal(keyword.value, names)
-        if key == _REST:
-            left.append((key, f"{where}: its settings are not read"))
-        elif is_secret(key):
-            left.append((key, f"{where}: {KEPT}"))
-        elif not known:
-            left.append((key, f"{where}: {_source_of(keyword.value)} is no literal"))
-        elif values.setdefault(key, value) != value:
-            both = f"{short(value)} in a second call; {short(values[key])} is taken"
-            left.append((key, f"{where}: {'another value in a second call' if _nested(value, values[key]) else both}"))
-
-
-def _source_of(node: ast.expr) -> str:
-    """The code of the expression, without that of one with texts in it, which may be a token."""
-    if any(isinstance(part, ast.Constant) and isinstance(part.value, str | bytes) for part in ast.walk(node)):
-        return "an expression"
+def _tree(path: Path) -> ast.Module:
+    code = _text(path)
+    if path.suffix == ".ipynb":
+        code = code_of(parse_json(code.encode()))
+    if len(code.encode()) > _CODE_BYTES:
+        raise UserError(f"{path} has more than {_CODE_BYTES / 1e6:.0f} MB of code, too much for settings.", _FIX)
     try:
-        return short(ast.unparse(node))
-    except RecursionError:
-        return "an expression"
-
-
-def is_secret(key: str) -> bool:
-    return bool(_SECRET.search(key.lower().replace("-", "_")))
-
-
-def without_secrets(value: Any, name: str, left: list[str]) -> Any:
-    """`value` without the secret keys in its mappings, a line for each in `left`. name: the key that has the value."""
-    if isinstance(value, list | tuple):
-        return [without_secrets(part, name, left) for part in value]
-    if not isinstance(value, dict):
-        return value
-    kept = {}
-    for key, part in value.items():
-        inner = f"{name}.{key}" if name else str(key)
-        if is_secret(str(key)):
-            left.append(f"{inner}: {KEPT}")
-        else:
-            kept[key] = without_secrets(part, inner, left)
-    return kept
-
-
-def _nested(*values: Any) -> bool:
-    """Whether one of them has parts; a text may hold JSON."""
-    return any(isinstance(value, dict | list | tuple | set) or str(value).strip()[:1] in ("{", "[") for value in values)
-
-
-def named(key: str, value: Any) -> str:
-    """A key that nobody knows, with its value where that has no parts: any of these may be a secret."""
-    return key if _nested(value) else f"{key} {short(value)}"
-
-
-def short(value: Any) -> str:
-    text = masked(value if isinstance(value, str) else repr(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _literal(node: ast.expr, names: dict[str, Any]) -> tuple[bool, Any]:
-    """`(whether it is one, its value)`: a literal, or a name that was given one before."""
-    if isinstance(node, ast.Name) and node.id in names:
-        return True, names[node.id]
-    try:
-        return True, ast.literal_eval(node)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return False, None
-
-
-def _cells(notebook: dict[str, Any]) -> str:
-    """The code of a notebook, without lines for the shell and for Jupyter."""
-    lines: list[str] = []
-    cells = notebook.get("cells") or []
-    if not isinstance(cells, list):
-        raise ValueError("not a notebook: its cells are not a list.")
-    for cell in cells:
-        if isinstance(cell, dict) and cell.get("cell_type") == "code":
-            source = cell.get("source") or ""
-            text = "".join(map(str, source)) if isinstance(source, list) else str(source)
-            kept = [] if text.lstrip().startswith("%%") else text.splitlines()
-            for line in kept:
-                code = line.lstrip()
-                lines.append(line[: len(line) - len(code)] + "pass" if code[:1] in ("!", "%") else line)
-    return "\n".join(lines) + "\n"
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        line = _line(path, getattr(error, "lineno", None))
+        raise UserError(f"{path}{line} is not Python: {getattr(error, 'msg', error)}", _FIX) from None
 
 
 def dataset_files(values: dict[str, Any], folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.errors import UserError
 
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")  # of the files of rows that are read
 _NAME_BYTES, _PATH_BYTES = 255, 4_000  # what every file system takes
 
 

@@ -8,7 +8,7 @@ from common.context import Context
 from common.display import Display, gigabytes
 from common.errors import UserError
 from common.recipe import Recipe
-from common.report.comparison import Comparison, write_comparison
+from common.report.comparison import Comparison, distinct_names, write_comparison
 from common.report.texts import LANGS, Lang
 from common.run_fields import RunRecord
 from common.run_record import Run
@@ -20,7 +20,8 @@ def compare(runs: list[Path], display: Display, html: Path | None = None, lang: 
     html: a page with the same, and the runs' curves.
     """
     records, recipes = [Run(run).require_complete() for run in runs], [Run(run).recipe for run in runs]
-    said = Comparison(["", *[run.name for run in runs]], _rows(runs, records, recipes), _notes(runs, records, recipes))
+    names = distinct_names(runs)
+    said = Comparison(["", *names], _rows(runs, records, recipes), _notes(names, records, recipes))
     display.table("Compared with the first run", said.columns, said.rows)
     for note in said.notes:
         display.say(note)
@@ -56,23 +57,21 @@ def _rows(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> 
     return rows
 
 
-def _notes(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> list[str]:
+def _notes(names: list[str], records: list[RunRecord], recipes: list[Recipe]) -> list[str]:
     """What can be compared, and what cannot."""
     notes = []
-    for run, recipe in zip(runs[1:], recipes[1:], strict=True):
-        notes.append(_agreement(runs[0], recipes[0], run, recipe))
-    for run, recipe in zip(runs, recipes, strict=True):
+    for name, recipe in zip(names[1:], recipes[1:], strict=True):
+        notes.append(_agreement(names[0], recipes[0], name, recipe))
+    for name, recipe in zip(names, recipes, strict=True):
         if recipe.parent is not None and recipe.parent.step:
-            notes.append(f"{run.name} continues {recipe.parent}: its curve until then is of that recipe.")
-    for run, record in zip(runs, records, strict=True):
+            notes.append(f"{name} continues {recipe.parent}: its curve until then is of that recipe.")
+    for name, record in zip(names, records, strict=True):
         if len(record.plans) > 1:
             moves = ", ".join(map(_moved, record.plans))
-            notes.append(
-                f"{run.name} changed its plan during training ({moves}): its speed and memory are of both plans."
-            )
-    for run, record in zip(runs, records, strict=True):
+            notes.append(f"{name} changed its plan during training ({moves}): its speed and memory are of both plans.")
+    for name, record in zip(names, records, strict=True):
         if record.shares:
-            notes.append(f"{run.name} was computed by {'; '.join(_shares(record.shares))}.")
+            notes.append(f"{name} was computed by {'; '.join(_shares(record.shares))}.")
     kinds = {record.memory_kind for record in records}
     if len(kinds) > 1:
         notes.append(
@@ -115,20 +114,20 @@ def _with_ratios(values: list[float | None], show: str) -> list[str]:
     return cells
 
 
-def _agreement(first_run: Path, first: Recipe, run: Path, recipe: Recipe) -> str:
+def _agreement(first_name: str, first: Recipe, name: str, recipe: Recipe) -> str:
     if recipe.hash() == first.hash():
-        text = f"{run.name}: the same recipe as {first_run.name}: the same curve up to rounding, so speeds compare."
+        text = f"{name}: the same recipe as {first_name}: the same curve up to rounding, so speeds compare."
         if recipe.dropout:
             text += " Dropout masks differ between frameworks, so the curves agree only statistically."
         return text
     one, other = first.hashed(), recipe.hashed()
-    both = [name for name in one if name in other and name != "parent"]
-    differing = [f"{name} {one[name]} / {other[name]}" for name in both if one[name] != other[name]]
+    both = [key for key in one if key in other and key != "parent"]
+    differing = [f"{key} {one[key]} / {other[key]}" for key in both if one[key] != other[key]]
     if first.parent != recipe.parent:
         differing.append(f"parent {first.parent} / {recipe.parent}")
     if (one.keys() ^ other.keys()) - {"parent"}:
         differing.append("a recipe of version 1 does not state its rows' hash")
-    return f"{run.name}: NOT the same recipe as {first_run.name}, the losses do not compare: {'; '.join(differing)}"
+    return f"{name}: NOT the same recipe as {first_name}, the losses do not compare: {'; '.join(differing)}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,10 @@ from common.data.dataset import Counted, Dataset, Example
 from common.data.facts import facts_of, take
 from common.data.file_rows import read_all, read_file
 from common.data.formats import KNOWN, PARTS, clashing
-from common.data.readers import SUFFIXES, file_source
+from common.data.readers import file_source
 from common.data.row_source import RowSource
 from common.errors import UserError, first_line
-from common.paths import user_path
+from common.paths import SUFFIXES, user_path
 
 SHOWN_FAULTS = 10
 LARGE = 1 << 24  # bytes of a file from which on its rows are not held in memory

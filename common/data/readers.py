@@ -15,8 +15,7 @@ from common.data.json_list import JsonList, NotJson
 from common.data.messages import Fault
 from common.data.row_source import HEAD, NumberedRows, Position, RowSource, not_utf8, opened, parse_line
 from common.errors import UserError
-
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+from common.paths import SUFFIXES
 
 
 def file_source(path: Path) -> RowSource:

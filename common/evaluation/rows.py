@@ -10,10 +10,11 @@ from common.data.formats import read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.message_forms import after_reasoning, reasoning_is_open
 from common.data.messages import Fault
-from common.data.readers import SUFFIXES, file_source
+from common.data.readers import file_source
 from common.data.turn_edges import BadRow
 from common.errors import UserError
 from common.inference.prompts import prompt_of_row
+from common.paths import SUFFIXES
 
 
 @dataclass(frozen=True)

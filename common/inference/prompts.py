@@ -8,9 +8,9 @@ from common.data.formats import NAMES, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
-from common.data.readers import SUFFIXES, file_source
+from common.data.readers import file_source
 from common.errors import UserError
-from common.paths import user_path
+from common.paths import SUFFIXES, user_path
 
 
 def read_prompts(path: Path, system: str | None = None) -> list[Example]:

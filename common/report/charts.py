@@ -141,7 +141,7 @@ def bar_chart(key: str, title: str, bars: Mapping[str, float], axes: Axes, alt: 
     if not bars:
         return None
     values = [{"x": name, "y": value / axes.scale, "t": axes.shown(value)} for name, value in bars.items()]
-    place = {"field": "x", "type": "nominal", "sort": None, "axis": _AXIS | {"title": None, "labelLimit": 160}}
+    place = {"field": "x", "type": "nominal", "sort": None, "axis": _AXIS | {"title": None, "labelLimit": 220}}
     length = {"field": "y", "type": "quantitative", "axis": _AXIS | {"title": axes.y, "tickCount": 5}}
     spec = _spec(title) | {
         "height": 30 * len(bars) + 46,

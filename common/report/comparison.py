@@ -1,10 +1,8 @@
 """The page of several runs: their curves over each other, and the table of `compare`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 
 from common.report.charts import Axes, Chart, Curve
@@ -17,7 +15,7 @@ from common.run_record import Run
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` says: its table, and sentences on what can be compared."""
+    """What `compare` says: its table, whose columns name the runs, and sentences on what can be compared."""
 
     columns: list[str]
     rows: list[list[str]]
@@ -26,7 +24,7 @@ class Comparison:
 
 def write_comparison(runs: Sequence[Path], said: Comparison, path: Path, lang: Lang) -> None:
     t, kept = texts(lang), [read_kept(Run(run), texts=False) for run in runs]
-    names = _names(kept)
+    names = said.columns[1:]
     charts = {chart.key: chart for chart in _charts(dict(zip(names, kept, strict=True)), t) if chart is not None}
     in_lang = partial(sentence, lang=lang)
     rows = [list(map(in_lang, row)) for row in said.rows]
@@ -35,14 +33,18 @@ def write_comparison(runs: Sequence[Path], said: Comparison, path: Path, lang: L
     write_page(path, page(f"{', '.join(names)} - {t['comparison']}", body, charts, lang))
 
 
-def _names(kept: list[Kept]) -> list[str]:
-    """The runs' names, without the words that all begin with; numbered where two are the same."""
-    names = [one.name for one in kept]
-    words = zip(*(re.split(r"(?<=[-_])", name)[:-1] for name in names), strict=False)
-    shared = takewhile(lambda same: len(set(same)) == 1, words)
-    prefix = "".join(word for word, *_ in shared)
-    short = [name[len(prefix) :] for name in names]
-    return [f"{number}: {name}" if short.count(name) > 1 else name for number, name in enumerate(short, 1)]
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """For each run the shortest end of its path that no other's path has; numbered where one is given twice."""
+    paths = [run.resolve() for run in runs]
+    names = []
+    for number, path in enumerate(paths, 1):
+        others = [other for other in paths if other != path]
+        ends = (Path(*path.parts[-count:]) for count in range(1, len(path.parts) + 1))
+        name = next(
+            str(end) for end in ends if not any(other.parts[-len(end.parts) :] == end.parts for other in others)
+        )
+        names.append(f"{name} ({number})" if paths.count(path) > 1 else name)
+    return names
 
 
 def _charts(kept: dict[str, Kept], t: Texts) -> list[Chart | None]:

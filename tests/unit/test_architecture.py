@@ -122,9 +122,18 @@ def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
 # Each may import itself and what stands to its left; never what stands to its right, nor a sibling in the same braces.
 LAYERS = (
     {"errors", "lazy_arrays", "option_fields", "option_aliases", "strict_json", "files"},
-    {"option_families"},
-    {"recipe", "run_lock", "option_faults", "option_translation", "documents", "paths", "verify_record"},
-    {"presets", "goals", "other_configs"},
+    {"option_families", "config_values", "other_trainings"},
+    {
+        "recipe",
+        "run_lock",
+        "option_faults",
+        "option_translation",
+        "documents",
+        "paths",
+        "verify_record",
+        "other_scripts",
+    },
+    {"presets", "goals", "other_configs", "other_data"},
     {"migration_tools"},
     {"run_fields"},
     {"sampling", "options", "run_record", "model_files", "memory_terms"},

@@ -1,5 +1,6 @@
 """Configurations of other programs, as their users write them: each becomes a file that train loads."""
 
+import ast
 import json
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 
 import cli
+from common.config_values import is_secret
 from common.errors import UserError
 from common.migration import migrated
 from common.option_sources import load_options
 from common.option_translation import KNOWN
 from common.options import Options, by_flag
-from common.other_configs import TOOLS, is_secret, read_config, recognized
+from common.other_configs import TOOLS, read_config, recognized
+from tests import ROOT
 
 FILES = {
     "mlx-lm": """
@@ -92,7 +95,7 @@ num_train_epochs: 3.0
 lr_scheduler_type: cosine
 warmup_ratio: 0.1
 bf16: true
-some_new_key: 7
+some_new_count: 7
 """,
     "trl": """
 model_name_or_path: Qwen/Qwen2-0.5B
@@ -187,7 +190,7 @@ SAID = {
         "# - chat_template tokenizer_default: the model's own template is used",
     ],
     "llama-factory": [
-        "# - some_new_key 7: not known here; look whether it matters",
+        "# - some_new_count 7: not known here; look whether it matters",
         "# - template qwen: ",
         "# - dataset identity,rows: a name in dataset_info.json",
         "# - lora_alpha is not in the file: LLaMA-Factory takes twice the rank",
@@ -318,14 +321,63 @@ def test_no_secret_gets_into_the_result(tool: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    "key", ["hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken"]
+    "key",
+    [
+        *("hub_token", "push_to_hub_token", "TOKEN", "Password", "aws_access_key_id", "authToken", "key", "licenseKey"),
+        *("wandb_key", "WANDB-KEY", "comet_keys", "openai_key", "comet_experiment_key"),
+    ],
 )
 def test_keys_of_secrets(key: str) -> None:
     assert is_secret(key)
 
 
 def test_no_setting_that_is_known_is_a_secret() -> None:
-    assert [key for key in {*KNOWN, *by_flag(), "max_tokens", "add_eos_token", "tokenizer"} if is_secret(key)] == []
+    read = [constant for reader in READ_BY for constant in texts_of(ROOT / "common" / reader)]
+    others = ["max_tokens", "add_eos_token", "tokenizer", "query_key", "template_thinking_key", "prompt_key", "keys"]
+    known = {*KNOWN, *by_flag(), *others, *read}
+    assert len(known) > 300
+    assert [key for key in known if is_secret(key)] == []
+
+
+READ_BY = (
+    "other_data.py",
+    "migration.py",
+    "migration_tools.py",
+    "other_configs.py",
+    "other_scripts.py",
+    "other_trainings.py",
+)
+
+
+def texts_of(path: Path) -> list[str]:
+    """The texts of a module that may be keys."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    found = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [text for text in found if text.isidentifier()]
+
+
+@pytest.mark.parametrize("tool", [tool for tool in TOOLS if tool != "unsloth"])
+def test_of_unknown_keys_only_numbers_and_switches_are_shown(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    new = "wandb_key: precious1\nnew_login: precious2\nnew_count: 17\nnew_share: 0.5\nnew_switch: false\n"
+    text, _ = migrate(written(tmp_path, tool, FILES[tool] + new))
+    assert "precious" not in text
+    assert "# - wandb_key: keys stay in the environment" in text
+    assert "# - new_login: not known here" in text
+    assert "# - new_count 17: not known here" in text
+    assert "# - new_share 0.5: not known here" in text
+    assert "# - new_switch False: not known here" in text
+
+
+def test_two_texts_of_a_key_in_a_script_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = 'from_pretrained("a/b", login="precious1", new=3)\nfrom_pretrained("a/b", login="precious2", new=4)\n'
+    text, _ = migrate(script(tmp_path, calls))
+    assert "precious" not in text
+    assert "# - login (line 2): another value in a second call" in text
+    assert "# - new (line 2): 4 in a second call; 3 is taken" in text
 
 
 # --- what a script computes
@@ -404,6 +456,103 @@ def test_a_schedule_of_no_name_is_listed(name: str, tmp_path: Path, monkeypatch:
     assert "# - lr_schedule {'name': " in text
 
 
+# --- Axolotl's rows
+
+ENTRIES: list[tuple[str, list[str], list[str]]] = [
+    (
+        "[{path: json, data_files: [a.jsonl, b.jsonl]}, {path: text, data_files: c.txt}]",
+        ["a.jsonl", "b.jsonl", "c.txt"],
+        [],
+    ),
+    ("[{path: here, data_files: [a.jsonl]}]", ["a.jsonl"], []),
+    ("{path: a.jsonl, type: alpaca}", ["a.jsonl"], ["types (alpaca)"]),
+    (
+        "[a.jsonl, {path: b.jsonl}, {type: alpaca}, {path: ''}]",
+        ["b.jsonl"],
+        [f"datasets, entry {number}: it has no path, so it is not read" for number in (1, 3, 4)],
+    ),
+    ("a.jsonl", [], ["datasets, entry 1: it has no path"]),
+    (
+        "[{path: csv, data_files: {train: a.csv}}, {path: json}, {path: text, data_files: []}]",
+        [],
+        ["datasets csv: data_files names no files", "datasets json: data_files", "datasets text: data_files"],
+    ),
+    (
+        "[{path: o/n, name: c, revision: v1, split: 'train[:5%]'}, {path: o/m, name: [x, y], split: test}]",
+        ["o/n:c@v1#train[:5%]", "o/m:x#test", "o/m:y#test"],
+        [],
+    ),
+    ("[{path: o/n, data_files: a.json}]", ["o/n"], ["datasets o/n: data_files: here all its files are read"]),
+    (
+        "[{path: a.jsonl, split: 'train[:9]', name: c, shards: 4, shards_idx: 1, preprocess_shards: 2}]",
+        ["a.jsonl"],
+        [
+            "datasets a.jsonl: split train[:9]: a file is read whole",
+            "datasets a.jsonl: name c: files have none",
+            "datasets a.jsonl: shards 4, shards_idx 1: all rows are read here",
+        ],
+    ),
+    ("[{path: a.jsonl, split: train}]", ["a.jsonl"], []),
+    (
+        "[{path: a.jsonl, field_messages: m, roles: {a: [b]}, type: {field_input: i}}]",
+        ["a.jsonl"],
+        [
+            "datasets a.jsonl: field_messages; name columns by field",
+            "datasets a.jsonl: roles: not known here",
+            "datasets a.jsonl: type: a format of its own",
+        ],
+    ),
+    (
+        "[{path: 's3://b/a.jsonl'}, {path: 'd/*.jsonl'}, {path: a.arrow}, {path: a.jsonl}, {path: a.jsonl}]",
+        ["a.jsonl"],
+        [
+            "datasets s3://b/a.jsonl: not read from there",
+            "datasets d/*.jsonl: a pattern of names",
+            "datasets a.arrow: such files are not read",
+            "datasets a.jsonl: named again",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("datasets", "sources", "said"), ENTRIES)
+def test_axolotls_rows_are_sources_or_listed(
+    datasets: str, sources: list[str], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    text, options = migrate(written(tmp_path, "axolotl", f"base_model: a/b\ndatasets: {datasets}\n"))
+    assert options.data == sources
+    assert [line for line in said if line not in text] == []
+    listed = [line for line in text.splitlines() if line.startswith("# - datasets")]
+    assert len(listed) == len([line for line in said if line.startswith("datasets")])
+
+
+def test_an_entry_with_odd_keys_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "base_model: a/b\ndatasets: [{path: o/n, 5: 6, null: x, true: b, more: y}]\n"
+    text, _ = migrate(written(tmp_path, "axolotl", rows))
+    assert "# - datasets o/n: 5, None, True, more: not known here" in text
+
+
+def test_trls_list_of_data_sets_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "datasets: [{path: o/n, name: c, split: train, columns: [a]}, {path: json, data_files: a.jsonl}]"
+    text, options = migrate(written(tmp_path, "trl", f"dataset_name: x/y\nuse_peft: true\n{rows}\n"))
+    assert options.data == ["o/n:c#train", "a.jsonl"]
+    assert "# - dataset_name x/y: datasets count there" in text
+    assert "# - datasets o/n: columns: not known here" in text
+    assert "their formats are recognized" in text
+
+
+def test_axolotls_other_rows_have_their_own_sentences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "base_model: a/b\ntest_datasets: [{path: b.jsonl}]\npretraining_dataset: [{path: c4}]\n"
+    text, _ = migrate(written(tmp_path, "axolotl", rows))
+    assert "rows for validation: a folder with train.jsonl and valid.jsonl" in text
+    assert "plain texts, read as a stream" in text
+
+
 # --- what cannot be read
 
 
@@ -432,10 +581,136 @@ def test_what_cannot_be_read(name: str, text: str | None, fault: str, tmp_path: 
     assert fault in caught.value.what
 
 
-def test_another_training_than_sft_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, "llama-factory", "stage: dpo\nfinetuning_type: lora\n")
-    with pytest.raises(UserError, match="stage 'dpo' is another training"):
-        migrated(path, read_config(path)[0], "llama-factory", [])
+OTHER_TRAININGS = [
+    ("llama-factory", "finetuning_type: lora\nstage: dpo\n", "line 2: stage 'dpo' is"),
+    ("axolotl", "base_model: a/b\nrl: dpo\ndatasets: [{path: a/b}]\n", "line 2: rl 'dpo' is"),
+    ("axolotl", "base_model: a/b\nlora_r: 8\nreward_model: true\n", "line 3: reward_model is"),
+    ("trl", "dataset_name: a/b\nuse_peft: true\nbeta: 0.1\n", "line 3: beta is"),
+    ("trl", "dataset_name: a/b\nloss_type: sigmoid\n", "line 2: loss_type 'sigmoid' is"),
+    ("trl", "dataset_name: a/b\nloss_type: [sigmoid, bco_pair]\n", "line 2: loss_type is"),
+    ("trl", "dataset_name: a/b\nuse-vllm: false\n", "line 2: use_vllm is"),
+    ("mlx-lm", "iters: 5\ntrain_mode: orpo\n", "line 2: train_mode 'orpo' is"),
+]
+
+
+@pytest.mark.parametrize(("tool", "text", "fault"), OTHER_TRAININGS)
+def test_a_configuration_of_another_training_is_refused(tool: str, text: str, fault: str, tmp_path: Path) -> None:
+    path = written(tmp_path, tool, text)
+    with pytest.raises(UserError) as caught:
+        migrate(path)
+    assert caught.value.what == f"{path} {fault} another training."
+    assert "Twintune trains on answers" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("tool", "text"),
+    [
+        ("axolotl", "base_model: a/b\nrl:\nreward_model: false\n"),
+        ("trl", "dataset_name: a/b\nuse_peft: true\nloss_type: nll\nbeta:\n"),
+        ("llama-factory", "finetuning_type: lora\nstage: sft\n"),
+    ],
+)
+def test_a_training_on_answers_is_not_refused(
+    tool: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "not known here" not in migrate(written(tmp_path, tool, text))[0]
+
+
+def test_trls_other_loss_of_sft_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, _ = migrate(written(tmp_path, "trl", "dataset_name: a/b\nloss_type: dft\n"))
+    assert "# - loss_type: 'dft' is not offered, only 'nll'" in text
+
+
+LOADED = 'model = FastLanguageModel.from_pretrained("a/b", 512)\nmodel = get_peft_model(model, r=4)\n'
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("DPOConfig", "trl.ORPOTrainer", "KTOConfig", "GRPOTrainer", "CPOTrainer", "RewardConfig", "PPOv2Trainer"),
+        *("RLOOConfig", "UnslothGRPOTrainer", "GKDTrainer", "DPOScriptArguments", "SentenceTransformerTrainer"),
+    ],
+)
+def test_a_script_of_another_training_is_refused(call: str, tmp_path: Path) -> None:
+    path = script(tmp_path, f"{LOADED}args = TrainingArguments(max_steps=9)\ntrainer = {call}(learning_rate=5e-6)\n")
+    with pytest.raises(UserError) as caught:
+        read_config(path)
+    assert caught.value.what == f"{path} line 4 calls {call.removeprefix('trl.')}: another training."
+
+
+def test_a_notebook_of_another_training_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "unsloth", f"{LOADED}!pip install trl\nDPOTrainer(model, args=DPOConfig(beta=0.1))\n")
+    with pytest.raises(UserError, match="line 4 of its code cells calls DPOTrainer: another training"):
+        read_config(path)
+
+
+def test_of_a_script_with_two_trainings_the_one_on_answers_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = "PatchDPOTrainer()\nSFTTrainer(model, args=SFTConfig(max_steps=9, learning_rate=2e-4))\n"
+    second = "DPOTrainer(model, args=TrainingArguments(learning_rate=5e-6, weight_decay=0.5))\n"
+    text, options = migrate(script(tmp_path, LOADED + first + second))
+    assert (options.steps, options.learning_rate, options.weight_decay, options.rank) == (9, 2e-4, 0.001, 4)
+    assert "# - DPOTrainer (line 5): another training" in text
+    assert "PatchDPOTrainer" not in text
+
+
+# --- options that exclude each other
+
+
+def refused(path: Path, tool: str) -> UserError:
+    values, unread = read_config(path)
+    with pytest.raises(UserError) as caught:
+        migrated(path, values, tool, unread)
+    return caught.value
+
+
+def test_keys_that_exclude_each_other_are_named_with_their_lines(tmp_path: Path) -> None:
+    text = "dataset_name: a/b\n# a comment\nload-in-4bit: true\nlearning_rate: 1e-4\n"
+    path = written(tmp_path, "trl", text)
+    found = refused(path, "trl")
+    assert found.what.splitlines() == [
+        f"{path}: quantization cannot be combined with method full: quantized weights cannot be trained.",
+        f"{path} line 3: quantization 4bit: load_in_4bit -> quantization 4bit",
+        f"{path}: method full: without use_peft TRL trains every weight; lora needs far less memory",
+    ]
+    assert found.fix == "Change one of these in the file."
+
+
+def test_a_file_that_is_taken_for_another_programs_is_told(tmp_path: Path) -> None:
+    path = written(tmp_path, "axolotl")
+    found = refused(path, "trl")
+    assert f"{path} line 4: quantization 4bit: load_in_4bit" in found.what
+    assert found.fix == "The file's keys are those of Axolotl: give --from axolotl."
+    found = refused(path, "mlx-lm")
+    line = FILES["axolotl"].splitlines().index("num_epochs: 4") + 1
+    assert f"{path} line {line}: epochs 4: num_epochs -> epochs 4" in found.what
+    assert f"{path}: steps 1000: mlx_lm's iters 1000" in found.what
+
+
+def test_a_file_of_another_program_that_is_read_is_told_too(tmp_path: Path) -> None:
+    path = written(tmp_path, "axolotl", "base_model: a/b\nnum_epochs: 2\nmicro_batch_size: 1\n")
+    said = "# - The file's keys are those of Axolotl: give --from axolotl."
+    values, unread = read_config(path)
+    assert said in migrated(path, values, "trl", unread)
+    assert said not in migrated(path, values, "axolotl", unread)
+
+
+def test_the_line_of_a_json_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{\n  "dataset_name": "a/b",\n  "load_in_8bit": true\n}')
+    assert f"{path} line 3: quantization 8bit" in refused(path, "trl").what
+
+
+def test_unsloth_trains_all_weights_without_quantization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, said in (("", False), (", load_in_4bit=True", True)):
+        text, options = migrate(script(tmp_path, f'from_pretrained("a/b", full_finetuning=True{given})\n'))
+        assert (options.method, options.quantization) == ("full", "none")
+        assert ("# - load_in_4bit True: full_finetuning: Unsloth turns it off" in text) == said
 
 
 def test_hostile_values_stay_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from common.options import Options
 from common.report import page as module
 from common.report import sections
 from common.report.charts import MOST_POINTS
+from common.report.comparison import distinct_names
 from common.report.kept import read_kept
 from common.report.page import write_report
 from common.report.run_charts import run_charts, speeds
@@ -340,10 +341,44 @@ def test_compare_writes_both_runs_curves_and_whether_they_compare(tmp_path: Path
     page = Elements((tmp_path / "c.html").read_text(encoding="utf-8"))
     specs = json.loads(page.scripts[0])
     assert [len(layer["data"]["values"]) for layer in specs["loss"]["layer"]] == [20, 30]
-    assert [bar["x"] for bar in specs["peaks"]["data"]["values"]] == ["mac", "cuda"]
+    assert [bar["x"] for bar in specs["peaks"]["data"]["values"]] == ["base-mac", "base-cuda"]
     assert "NOT the same recipe as base-mac" in page.words
     assert "200.0  (1.00x)" in page.words
     assert [text for text in TEXTS if text in page.words] == []
+
+
+def test_runs_of_one_name_have_one_other_name_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in ("mac", "cuda"):
+        (tmp_path / place).mkdir()
+        write_run(tmp_path / place / "run", 20)
+    monkeypatch.chdir(tmp_path / "mac" / "run")
+    compare([Path("."), Path("../../cuda/run")], Display("json"), tmp_path / "c.html")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    names = ["mac/run", "cuda/run"]
+    assert next(event["columns"] for event in events if event["event"] == "table") == ["", *names]
+    (note,) = (event["text"] for event in events if event["event"] == "note")
+    assert note.startswith("cuda/run: the same recipe as mac/run: ")
+    page = Elements((tmp_path / "c.html").read_text(encoding="utf-8"))
+    specs = json.loads(page.scripts[0])
+    assert [bar["x"] for bar in specs["peaks"]["data"]["values"]] == names
+    assert "cuda/run: the same recipe as mac/run: " in page.words
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"),
+    [
+        (["/a/one", "/a/two"], ["one", "two"]),
+        (["/a/run", "/b/run", "/c/other"], ["a/run", "b/run", "other"]),
+        (["/x/a/run", "/y/a/run"], ["x/a/run", "y/a/run"]),
+        (["/run", "/a/run"], ["/run", "a/run"]),
+        (["/a/run", "/a/run/../run", "/b/run"], ["a/run (1)", "a/run (2)", "b/run"]),
+        (["/a/run", "/b/run", "/a/run"], ["a/run (1)", "b/run", "a/run (3)"]),
+    ],
+)
+def test_names_tell_runs_apart(runs: list[str], names: list[str]) -> None:
+    assert distinct_names([Path(run) for run in runs]) == names
 
 
 # --- what is kept of the data
