@@ -197,6 +197,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoehybrid", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
     ("granitemoehybrid", {"num_local_experts": 4}, "the Mamba layers and mixtures of experts in this Granite"),
     ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "the Mamba layers and mixtures of experts in this"),
+    ("granitemoehybrid", {"shared_intermediate_size": 0}, "the Mamba layers and mixtures of experts in this Granite"),
     ("granitemoehybrid", {"layer_types": None}, "the Mamba layers and mixtures of experts in this Granite"),
     ("llama", {"layer_types": ["linear_attention"] * 2}, "can name full_attention and sliding_attention"),
 ]
