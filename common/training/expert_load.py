@@ -119,8 +119,8 @@ def spread_rows(found: ExpertsRecord) -> list[list[str]]:
     least = [text for one in both for text in (f"{one.least:.2f}", str(one.least_layer))]
     never = [text for one in both for text in (f"{one.never:,}", "")]
     return [
-        ["busiest expert, in even shares", *busiest],
-        ["least used expert, in even shares", *least],
+        ["busiest expert, times an even share", *busiest],
+        ["least used expert, times an even share", *least],
         ["experts that were never chosen", *never],
     ]
 

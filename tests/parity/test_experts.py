@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 
 from benchmarks.architectures import write_model
+from common.commands.arguments import read_flags
+from common.commands.train import run_training
 from common.errors import UserError
+from common.models import admitted
 from common.models.model_folder import ModelFolder
+from common.option_sources import load_options
+from common.run_record import Run
 from common.verify import parity
 from tests.contexts import context
+from tests.tiny import write_rows, write_tokenizer
 
 ROWS = [np.random.default_rng(number).integers(3, 259, 20 + 17 * number).astype(np.int32) for number in range(4)]
 TOKENS = sum(map(len, ROWS))
@@ -48,6 +54,29 @@ def test_experts_with_lora_are_counted_too(tmp_path: Path) -> None:
     for layer, counts in plain.items():  # the start of an adapter changes nothing
         assert np.array_equal(counts, one[layer])
         assert np.abs(counts - other[layer]).sum() <= 4
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_a_resumed_run_compares_with_what_was_before_its_first_step(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(admitted, "cache_folder", lambda: tmp_path / "cache")
+    model = write_model("olmoe", tmp_path / "olmoe")
+    write_tokenizer(model.path)
+    admitted.remember(model, admitted.Verdict(architecture="", admitted=True, targets=["q_proj", "o_proj"]))
+    write_rows(Path("rows.jsonl"), 12)
+    flags = ["--model", str(model.path), "--data", "rows.jsonl", "--backend", backend, "--device", "cpu"]
+    flags += ["--precision", "fp32", "--export", "none", "--learning-rate", "1e-2", "--output", "run", "--steps", "2"]
+    run, found, loads = Run(Path("run")), [], []
+    for words in (flags, ["--resume", "run", "--steps", "4"]):
+        run_training(load_options(read_flags(words))[0], context())
+        found.append(run.record.experts)
+        loads.append(run.read_report_facts().experts)
+    assert (found[0].why, found[0].chosen, found[0].experts, found[0].layers) == ("", 2, 4, 4)
+    assert found[0].moved > 0
+    assert loads[1].before == loads[0].before
+    assert loads[1].after != loads[0].after
 
 
 def test_what_has_no_experts_or_does_not_name_its_choice_is_not_counted(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_the_page_and_the_card_say_it(found: ExpertsRecord, tmp_path: Path) -> N
     for said in ("2 of 4 experts are chosen for each token, in 2 layers", "put 1 of 8 experts out of use", "25.0%"):
         assert said in english
         assert said in text
-    assert "| busiest expert, in even shares | 2.00 | 3 | 1.98 | 0 |" in text
+    assert "| busiest expert, times an even share | 2.00 | 3 | 1.98 | 0 |" in text
     assert ">1.98</td>" in english
     assert "20.0%" in english  # of layer 3, which only the page has
     for said in ("学習用の行の 100 トークン", "8 個のエキスパートのうち 1 個", "最大(学習前)"):
