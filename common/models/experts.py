@@ -14,6 +14,7 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")  # of each expert
 _ANY = "|".join(MATRICES)
 _EXPERT = re.compile(rf"(.+\.experts)\.(\d{{1,9}})\.({_ANY})")
 _STACK = re.compile(rf"(.*)\.experts\.({_ANY})")
+_UNKNOWN_TO_PEFT = ("laguna", "qwen2_moe")
 _COUNTED = "Nothing need be done: only the load of the experts is not reported."
 _MLX_STACK = re.compile(rf"(.*)\.switch_mlp\.({_ANY})")
 
@@ -35,6 +36,14 @@ def has_experts(modules: Iterable[str]) -> bool:
 def mixture_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the tensors that hold experts, in whatever form; none of a model without a mixture."""
     return [name for name, shape in shapes.items() if ".experts." in name or ("moe" in name and len(shape) == 3)]
+
+
+def left_out_by_peft(kind: str, modules: Iterable[str]) -> bool:
+    """Whether PEFT 0.21.2 loads a part of an adapter of these modules of a mixture, or nothing. kind: the model type.
+
+    It takes gate_proj, up_proj and down_proj for the experts' wherever they are. Of some kinds it knows no experts.
+    """
+    return has_experts(modules) if kind in _UNKNOWN_TO_PEFT else any(target_of(name) in MATRICES for name in modules)
 
 
 class Choices:
