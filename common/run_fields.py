@@ -238,6 +238,7 @@ class RunRecord(_Record):
     export: ExportRecord = ExportRecord()
     verify: VerifyRecord | None = None
     experts: ExpertsRecord | None = None  # of a mixture
+    left_out_by_peft: bool = False  # PEFT loads only a part of adapter/, or nothing
     alarms: list[AlarmRecord] = []  # since the last rollback
     rollbacks: list[RollbackRecord] = []
     pushed: dict[str, Any] | None = None

@@ -12,7 +12,7 @@ from common.commands.prepare import Job
 from common.commands.tuned import restore
 from common.display import Display
 from common.errors import AtOdds, UserError
-from common.models.experts import mixture_tensors
+from common.models.experts import left_out_by_peft, mixture_tensors
 from common.run_fields import ExpertsRecord, LoadFacts
 from common.training.expert_load import Load, compared, described, drawn
 from common.training.metrics import timed
@@ -56,6 +56,16 @@ class ExpertWatch:
                 before, after = ({layer: [*counts] for layer, counts in load.items()} for load in self.loads)
                 facts = facts.model_copy(update={"experts": LoadFacts(before=before, after=after)})
             self.job.run.write_report_facts(facts)
+
+    def tell_of_peft(self, adapter: Adapter) -> None:
+        """Say so, and keep it for the model card, where PEFT does not load all of the adapter that was written."""
+        kind = self.job.config["model_type"]
+        if self._is_mixture() and left_out_by_peft(kind, adapter.weights):
+            self.job.run.update(left_out_by_peft=True)
+            self.display.warn(
+                "PEFT 0.21.2 does not load all of adapter/: it looks for some of its modules where this mixture of "
+                "experts has none. Use the fused model, or adapter-mlx/ in mlx-lm"
+            )
 
     def _is_mixture(self) -> bool:
         """Whether it can be one: every supported family's model is none."""

@@ -103,6 +103,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             backend, adapter = _train(job, found, tracking, context, experts)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
             adapter = adapters.write_both(job.run.path, adapter)
+            experts.tell_of_peft(adapter)
             job.run.update(status="complete")
         except BaseException as error:
             with display.optional("run.json is not up to date"):

@@ -251,7 +251,8 @@ def _files(record: RunRecord, parts: list[str]) -> str:
             "- `model*.safetensors` with config, tokenizer and chat template: the complete model, adapter fused in"
         )
     if "adapter" in parts:
-        lines.append("- `adapter/`: the adapter alone, for PEFT")
+        part = ", of which PEFT 0.21.2 loads a part only: use the complete model" if record.left_out_by_peft else ""
+        lines.append(f"- `adapter/`: the adapter alone, for PEFT{part}")
     if "gguf" in parts:
         for report in record.export.gguf:
             larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""

@@ -1,5 +1,6 @@
 """What routers choose, counted in both libraries' layers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,17 @@ from common.commands.arguments import read_flags
 from common.commands.train import run_training
 from common.errors import UserError
 from common.models import admitted
+from common.models.adapter_files import write_peft
+from common.models.experts import left_out_by_peft
+from common.models.lora_init import initial_adapter, layer_count
 from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from common.option_sources import load_options
 from common.run_record import Run
 from common.verify import parity
 from tests.contexts import context
 from tests.tiny import write_rows, write_tokenizer
+from tests.unit.bigram import recipe
 
 ROWS = [np.random.default_rng(number).integers(3, 259, 20 + 17 * number).astype(np.int32) for number in range(4)]
 TOKENS = sum(map(len, ROWS))
@@ -102,3 +108,47 @@ def llama4() -> Any:
     layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
     layers[1].experts = experts
     return torch.nn.ModuleDict({"layers": layers})
+
+
+# Their shared experts or dense layers, adapted or not, with experts or without.
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("qwen2_moe", ["all-linear"]),
+        ("qwen2_moe", ["o_proj", "experts"]),
+        ("deepseek_v3", ["all-linear"]),
+        ("deepseek_v3", ["o_proj", "experts"]),
+        ("afmoe", ["o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("laguna", ["o_proj", "experts"]),
+        ("olmoe", ["all-linear", "experts"]),
+        ("mixtral", ["all-linear"]),
+    ],
+)
+def test_what_peft_leaves_out_is_known(kind: str, targets: list[str], tmp_path: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from torch_backend.lora import attach
+    from torch_backend.model import load_base
+
+    model = write_model(kind, tmp_path / kind)
+    shapes = linear_shapes(model, targets)
+    start = initial_adapter(shapes, layer_count(shapes), recipe(rank=4))
+    random = np.random.default_rng(0)
+    drawn = {n: replace(w, B=random.normal(0, 0.1, w.B.shape).astype(np.float32)) for n, w in start.weights.items()}
+    adapter = replace(start, weights=drawn)
+    write_peft(tmp_path / "adapter", adapter)
+
+    def logits(of: Any) -> np.ndarray:
+        with torch.no_grad():
+            return of.eval()(input_ids=torch.from_numpy(ROWS[1])[None].long(), use_cache=False).logits[0].numpy()
+
+    base = load_base(model, torch.float32, attn_implementation=None)
+    untuned = logits(base)
+    attach(base, adapter)
+    plain = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32, trust_remote_code=False)
+    found = logits(PeftModel.from_pretrained(plain, str(tmp_path / "adapter")))
+    off = np.abs(found - logits(base)).max() / np.abs(logits(base) - untuned).max()
+    assert off < 1e-3 or off > 0.1
+    assert (off > 0.1) == left_out_by_peft(kind, shapes)

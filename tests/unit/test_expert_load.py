@@ -10,7 +10,7 @@ import pytest
 from common.commands.experts import ExpertWatch
 from common.commands.train import run_training
 from common.export.model_card import card
-from common.models.experts import mixture_tensors
+from common.models.experts import left_out_by_peft, mixture_tensors
 from common.options import Options
 from common.report.page import write_report
 from common.run_fields import ExpertsRecord, LoadFacts
@@ -196,3 +196,25 @@ def test_a_model_without_experts_is_not_asked(given: Options, monkeypatch: pytes
     run = Run(run_training(given, context("quiet", Failing)))
     assert run.record.experts is None
     assert "experts" not in run.record.stage_seconds
+
+
+def test_an_adapter_that_peft_does_not_load_is_told(
+    given: Options, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = trained(given, Mixture(), monkeypatch)  # its MLP's gate_proj is no expert's
+    assert run.record.left_out_by_peft
+    out, err = capsys.readouterr()
+    assert "PEFT 0.21.2 does not load all of adapter/" in out + err
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "left_out"),
+    [
+        ("qwen3_moe", ["self_attn.q_proj", "mlp.experts.0.gate_proj"], False),
+        ("deepseek_v3", ["self_attn.o_proj", "mlp.shared_experts.gate_proj"], True),
+        ("qwen2_moe", ["mlp.shared_expert.gate_proj"], False),
+        ("qwen2_moe", ["mlp.experts.0.gate_proj"], True),
+    ],
+)
+def test_what_peft_leaves_out(kind: str, modules: list[str], left_out: bool) -> None:
+    assert left_out_by_peft(kind, [f"model.layers.0.{name}" for name in modules]) == left_out
