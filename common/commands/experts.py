@@ -14,7 +14,7 @@ from common.display import Display
 from common.errors import AtOdds, UserError
 from common.models.experts import left_out_by_peft, mixture_tensors
 from common.run_fields import ExpertsRecord, LoadFacts
-from common.training.expert_load import Load, compared, described, drawn
+from common.training.expert_load import Load, compared, described, drawn, enough
 from common.training.metrics import timed
 
 
@@ -32,7 +32,9 @@ class ExpertWatch:
     def begin(self, backend: Backend) -> None:
         """With the adapter that training starts from."""
         if self._is_mixture():
-            self.rows = drawn(self.job.valid or self.job.train, self.job.recipe.seed)
+            recipe, train = self.job.recipe, self.job.train
+            tokens = enough(recipe.steps * recipe.batch_size * float(train.lengths.mean()))
+            self.rows = drawn(self.job.valid or train, tokens, recipe.seed)
             self._measure(backend)
 
     def end(self, backend: Backend, adapter: Adapter) -> None:

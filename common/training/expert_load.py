@@ -10,17 +10,21 @@ import numpy as np
 from common.data.encode import Encoded
 from common.run_fields import ExpertsRecord, SpreadRecord
 
-TOKENS = 8192  # that are looked at, at most
+_FEWEST, _MOST, _SHARE = 256, 8192, 16  # tokens that are looked at: one of 16 that are trained on, within these
 _USED, _UNUSED, _LEAST = 0.5, 0.05, 16  # even shares: in use, out of use; how often the former was chosen at least
 _CAUSE = "a learning rate that is too high, or rows that are all of one kind"
 _REMEDY = "lower --learning-rate to a third, or add rows of other kinds"
 Load = Mapping[int, Sequence[int]]  # by layer, how often each expert was chosen
 
 
-def drawn(rows: Sequence[Encoded], seed: int) -> list[np.ndarray]:
-    """Inputs of rows in a random order, TOKENS of them at most."""
+def enough(trained: float) -> int:
+    """So many tokens are looked at of a run that trains on that many: little beside its steps."""
+    return max(_FEWEST, min(_MOST, int(trained) // _SHARE))
+
+
+def drawn(rows: Sequence[Encoded], left: int, seed: int) -> list[np.ndarray]:
+    """Inputs of rows in a random order, `left` tokens of them at most."""
     found: list[np.ndarray] = []
-    left = TOKENS
     for number in np.random.default_rng([seed, 8]).permutation(len(rows)):
         inputs = rows[int(number)].ids[:-1][:left]  # a row's last token is only predicted
         if len(inputs):

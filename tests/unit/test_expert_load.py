@@ -15,7 +15,7 @@ from common.options import Options
 from common.report.page import write_report
 from common.run_fields import ExpertsRecord, LoadFacts
 from common.run_record import Run
-from common.training.expert_load import TOKENS, compared, described, drawn, moved, shares
+from common.training.expert_load import compared, described, drawn, enough, moved, shares
 from tests.contexts import context
 from tests.report_run import write_run
 from tests.tiny import write_rows
@@ -69,11 +69,11 @@ def test_an_expert_that_falls_out_of_use_is_told(before: list[int], after: list[
 
 def test_rows_are_drawn_up_to_a_number_of_tokens() -> None:
     given = rows(40, 1)
-    assert sum(map(len, drawn(given, 3))) == sum(len(one.ids) - 1 for one in given)
-    first, second = (b"".join(part.tobytes() for part in drawn(given, seed)) for seed in (3, 4))
+    assert sum(map(len, drawn(given, 1000, 3))) == sum(len(one.ids) - 1 for one in given)
+    first, second = (b"".join(part.tobytes() for part in drawn(given, 1000, seed)) for seed in (3, 4))
     assert first != second
-    long = [row(np.arange(TOKENS - 10).tolist(), 1), row(np.arange(TOKENS - 10).tolist(), 1), row([5], 1)]
-    assert sum(map(len, drawn(long, 3))) == TOKENS
+    assert [len(part) for part in drawn([row(range(100), 1), row(range(100), 1), row([5], 1)], 150, 3)] == [99, 51]
+    assert [enough(trained) for trained in (0, 16_000, 1e9)] == [256, 1000, 8192]
 
 
 def test_a_mixture_is_known_by_its_tensors() -> None:
