@@ -42,8 +42,7 @@ class ExpertWatch:
         if not self._is_mixture():
             return
         if not self.why:
-            restore(self.job, backend, adapter)
-            self._measure(backend)
+            self._measure(backend, adapter)
         record = ExpertsRecord(why=self.why)
         if not self.why:
             part = "validation" if self.job.valid else "training"
@@ -75,11 +74,14 @@ class ExpertWatch:
         shapes = {name: tensor.shape for name, tensor in base.model.tensors.items()}
         return base.verdict is not None and bool(mixture_tensors(shapes))
 
-    def _measure(self, backend: Backend) -> None:
+    def _measure(self, backend: Backend, adapter: Adapter | None = None) -> None:
+        """adapter: which it computes with; unless given the one that it has."""
         self.why = "a library's layers could not be read"
         with self.display.optional("the load of the experts is not measured"), timed(self.seconds, "experts"):
             try:
                 with self.display.stage("count what each expert is given"):
+                    if adapter is not None:
+                        restore(self.job, backend, adapter)
                     found = backend.expert_load(self.rows)
             except AtOdds:
                 raise

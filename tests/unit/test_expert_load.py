@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.backend import Batch, StepResult
 from common.commands.experts import ExpertWatch
 from common.commands.train import run_training
 from common.export.model_card import card
+from common.models.adapter_files import read_peft
 from common.models.experts import left_out_by_peft, mixture_tensors
 from common.options import Options
 from common.report.page import write_report
@@ -131,10 +133,15 @@ def test_its_sentences_are_japanese() -> None:
 
 
 class Mixture(Bigram):
-    """Its experts are chosen as in EVEN until the first step, then as in SKEWED."""
+    """Its experts are chosen as in EVEN until the first step, then as in SKEWED. measured: a matrix, each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured: list[np.ndarray] = []
 
     def expert_load(self, rows: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
         self.rows = rows
+        self.measured.append(self.parameters[f"{self.layer}.lora_B"].copy())
         return {layer: np.array(counts) for layer, counts in (SKEWED if self.calls else EVEN).items()}
 
 
@@ -161,6 +168,22 @@ def given(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def trained(given: Options, backend: Bigram, monkeypatch: pytest.MonkeyPatch, mixture: bool = True) -> Run:
     monkeypatch.setattr(ExpertWatch, "_is_mixture", lambda self: mixture)
     return Run(run_training(given, context("plain", lambda: backend)))
+
+
+class Worse(Mixture):
+    """Each validation is worse than the one before."""
+
+    def eval_step(self, batch: Batch) -> StepResult:
+        return StepResult.of([batch], (1.0 + len(self.calls)) * batch.label_tokens, 0.0, 0)
+
+
+def test_it_is_that_of_the_adapter_that_is_kept(given: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = Worse()
+    run = trained(given.model_copy(update={"eval_every": 1}), backend, monkeypatch)
+    assert run.record.exported_step == 1
+    before, after = backend.measured
+    assert not before.any()
+    assert np.array_equal(after, read_peft(run.adapter).weights[backend.layer].B)
 
 
 def test_a_run_has_it_on_record(given: Options, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
