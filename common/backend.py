@@ -278,6 +278,13 @@ class Backend(Protocol):
         """
         ...
 
+    def expert_load(self, rows: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        """How often the tokens of rows of ids [T] choose each expert of a mixture: counts [experts] by layer.
+
+        Random states are left untouched. Raises UserError where a layer does not say what is chosen, and OutOfMemory.
+        """
+        ...
+
     def memory(self) -> Memory: ...
 
     def cpu_threads(self) -> tuple[int, int] | None:

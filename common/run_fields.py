@@ -134,11 +134,19 @@ class DataFacts(_Record):
     rows: list[RowRecord] = []  # none with --no-text
 
 
+class LoadFacts(_Record):
+    """How often each expert of a mixture was chosen, by layer; nothing where it was not measured."""
+
+    before: dict[int, list[int]] = {}
+    after: dict[int, list[int]] = {}
+
+
 class ReportFacts(_Record):
     """What report.json keeps for the page about the run: nothing else does. reasons: by what was chosen."""
 
     data: DataFacts = DataFacts()
     reasons: dict[str, str] = {}
+    experts: LoadFacts = LoadFacts()
 
 
 class AlarmRecord(_Record):
@@ -162,6 +170,37 @@ class RollbackRecord(_Record):
     to_step: int
     learning_rate: float
     alarms: list[AlarmRecord] = []
+
+
+class SpreadRecord(_Record):
+    """How a mixture's routers spread tokens. busiest, least: shares of experts. never: how many were never chosen."""
+
+    busiest: float = 0.0
+    busiest_layer: int = 0
+    least: float = 0.0
+    least_layer: int = 0
+    never: int = 0
+
+
+class ExpertsRecord(_Record):
+    """The load of a mixture's experts before training, and after it with the adapter that is exported.
+
+    experts: of a layer. chosen: of them for each token. moved: the total variation distance, over all layers the mean.
+    """
+
+    experts: int = 0
+    chosen: int = 0
+    layers: int = 0
+    tokens: int = 0  # that were looked at
+    rows: str = ""  # of which part: validation or training
+    before: SpreadRecord | None = None
+    after: SpreadRecord | None = None
+    moved: float = 0.0
+    most_moved: float = 0.0
+    most_moved_layer: int = 0
+    fallen: list[tuple[int, int]] = []  # layer and number of each expert that training has put out of use
+    warning: str = ""
+    why: str = ""  # it was not measured
 
 
 class AttestRecord(_Record):
@@ -198,6 +237,8 @@ class RunRecord(_Record):
     base: BaseRecord | None = None
     export: ExportRecord = ExportRecord()
     verify: VerifyRecord | None = None
+    experts: ExpertsRecord | None = None  # of a mixture
+    left_out_by_peft: bool = False  # PEFT loads only a part of adapter/, or nothing
     alarms: list[AlarmRecord] = []  # since the last rollback
     rollbacks: list[RollbackRecord] = []
     pushed: dict[str, Any] | None = None

@@ -35,6 +35,7 @@ from common.system.memory import swap_used, total  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
 from mlx_backend.device_settings import DeviceSettings  # noqa: E402
+from mlx_backend.experts import counted  # noqa: E402
 from mlx_backend.forward import Forward, PackedForward, PlainForward  # noqa: E402
 from mlx_backend.group import sum_over_ranks  # noqa: E402
 from mlx_backend.lora import Dropout, attach, detached, paths, put, stacks  # noqa: E402
@@ -283,6 +284,13 @@ class MlxBackend:
 
         rope_split = self.model.forward_config.rope_split
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, rope_split)
+
+    def expert_load(self, rows: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        self._ready()
+        with device_errors(), counted(self.model) as choices:
+            for ids in rows:
+                self.forward.logits(ids, None)  # of which only the choices are computed
+        return choices.complete()
 
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())

@@ -31,6 +31,7 @@ from common.sampling import Sampler, generate_tokens
 from torch_backend.cuda_graphs import Graphs, Layout, can_graph
 from torch_backend.device_errors import device_errors
 from torch_backend.device_settings import DeviceSettings, empty_cache
+from torch_backend.experts import counted
 from torch_backend.forward import Forward, PackedForward, PlainForward
 from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
@@ -281,6 +282,19 @@ class TorchBackend:
                 return compute(ids, restart).float().cpu().numpy()
 
         return generate_tokens(forward, token_ids, max_new_tokens, stop_ids, sampler, self.rope_split)
+
+    @torch.no_grad()
+    def expert_load(self, rows: Sequence[np.ndarray]) -> dict[int, np.ndarray]:
+        self.outer.eval()
+
+        def compute() -> dict[int, np.ndarray]:
+            with counted(self.model) as choices:
+                for ids in rows:
+                    self.settings.adapt_threads()
+                    self.forward.logits(ids, np.array([len(ids) - 1]))
+            return choices.complete()
+
+        return self._with_memory(lambda: self._computed(compute))
 
     def memory(self) -> Memory:
         return self.settings.memory()

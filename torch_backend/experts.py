@@ -1,18 +1,21 @@
-"""LoRA of the experts of a mixture, which transformers keeps in two tensors a layer: gate and up in one, down.
+"""The experts of a mixture, which transformers keeps in two tensors a layer: gate and up in one, down.
 
 PEFT's own layer would add B @ A to all experts' weights in every forward pass. Here the rows that come to an expert go
 through its weights, and through its A and B.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import functional
 
 from common.backend import LoraWeight
-from common.models.experts import MATRICES, expert_names
+from common.models.experts import MATRICES, Choices, expert_names
 
 _PLAIN = {"has_gate": True, "is_concatenated": True, "is_transposed": False, "has_bias": False}
 
@@ -26,6 +29,27 @@ def expert_shapes(module: Any) -> dict[str, tuple[int, int]]:
     inner = doubled // 2
     each = dict(zip(MATRICES, ((inner, hidden), (inner, hidden), (hidden, inner)), strict=True))
     return {f"{number}.{matrix}": shape for matrix, shape in each.items() for number in range(count)}
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[Choices]:
+    """Within it, what the model's routers choose is counted. Transformers gives a layer's experts the choice."""
+    choices = Choices()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            experts = getattr(getattr(module, "base_layer", module), "num_experts", None)
+            if name.endswith(".experts") and "layers." in name and experts:
+                hook = partial(_count, choices.of(name, experts))
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield choices
+
+
+def _count(count: Callable[[np.ndarray], None], module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """The choice is what is given in whole numbers."""
+    for some in (*given, *named.values()):
+        if isinstance(some, torch.Tensor) and some.dtype in (torch.int32, torch.int64):
+            count(some.cpu().numpy())
+            return
 
 
 class LoraExperts(torch.nn.Module, BaseTunerLayer):  # type: ignore[misc]  # PEFT has no types

@@ -13,7 +13,7 @@ from common.context import Context
 from common.errors import UserError
 from common.llama_cpp.build import ensure
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.lora import read_gguf_lora, write_gguf_lora
+from common.llama_cpp.lora import holds_experts, read_gguf_lora, write_gguf_lora
 from common.models.adapter_files import read_any, write_mlx, write_peft
 from common.models.experts import has_experts, stack_of
 from common.models.lora_init import layer_count, layer_number, validate
@@ -84,6 +84,8 @@ def _read(path: Path, model: str | None, context: Context) -> tuple[Adapter, Pat
     base = resolve(model, context.display.say, tried=True)
     shapes = linear_shapes(base, ["all-linear"])
     if path.suffix == ".gguf":
+        if holds_experts(path):
+            shapes = linear_shapes(base, ["all-linear", EXPERTS])
         adapter = replace(
             read_gguf_lora(path, base.path, shapes, _llama(context)), layers=layer_count(shapes), base_model=model
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common.backend import Adapter, Backend, ModelInfo
 from common.commands.arguments import add_options, read_options
+from common.commands.experts import ExpertWatch
 from common.commands.fuse import export_run
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
@@ -98,9 +99,11 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
         lock.enter_context(reported(job.run, options.lang, display))
         show(job.run, options)
         try:
-            backend, adapter = _train(job, found, tracking, context, seconds)
+            experts = ExpertWatch(job, display, seconds)
+            backend, adapter = _train(job, found, tracking, context, experts)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
             adapter = adapters.write_both(job.run.path, adapter)
+            experts.tell_of_peft(adapter)
             job.run.update(status="complete")
         except BaseException as error:
             with display.optional("run.json is not up to date"):
@@ -112,6 +115,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
         try:
+            experts.end(backend, adapter)
             score_test(job, backend, adapter, seconds, display)
             _export(job, backend, adapter, seconds, context)
         except BaseException as error:
@@ -127,10 +131,10 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
 
 
 def _train(
-    job: Job, found: Checkpoint | None, tracking: Tracking, context: Context, seconds: dict[str, float]
+    job: Job, found: Checkpoint | None, tracking: Tracking, context: Context, experts: ExpertWatch
 ) -> tuple[Backend, Adapter]:
     """The loop with its backend loaded around it. Returns the backend, still loaded, and the adapter to export."""
-    recipe, display, swap = job.recipe, context.display, swap_used()
+    recipe, display, seconds, swap = job.recipe, context.display, experts.seconds, swap_used()
     estimate = job.chosen.prediction
     job.run.update(predicted_peak_bytes=estimate.peak, predicted_parts=estimate.parts)
     reset_peak_rss()
@@ -142,7 +146,9 @@ def _train(
     forecast = Forecast(None if found or job.plan.sharded else job.memory, replans=chosen)
     with timed(seconds, "load"), display.stage("load the model"):
         backend, info = loaded(context, recipe, job.plan, job.base.training_base, job.start)
-        if found:
+    experts.begin(backend)
+    if found:
+        with timed(seconds, "load"):
             backend.set_adapter(found.adapter)
             backend.set_optimizer(found.optimizer)
     del found  # as large as what is trained, three times
@@ -176,7 +182,7 @@ def _train(
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     # What was made of another adapter is no longer this run's, wherever this process ends.
-    stale = {"verify": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
+    stale = {"verify": None, "experts": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())

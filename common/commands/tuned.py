@@ -17,7 +17,7 @@ def score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, 
     if not job.test:
         return
     with display.optional("the test rows are not scored"), timed(seconds, "test"):
-        _restore(job, backend, adapter)
+        restore(job, backend, adapter)
         with display.stage("score the test rows"):
             losses = grouped_losses(backend, job.test, job.plan, job.recipe.seed)
         loss = estimate(losses, mean, job.recipe.seed)
@@ -36,7 +36,7 @@ def sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> No
     """Show and keep the tuned model's answer to the sample prompt. A failure here costs nobody a training."""
     prompt = job.prompts[0]
     with display.optional("no sample"):
-        _restore(job, backend, adapter)
+        restore(job, backend, adapter)
         model = backend_chat_model(backend, chat_format(job, prompt.tokens + SAMPLE_TOKENS), "", True)
         pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
@@ -44,7 +44,7 @@ def sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> No
         display.sample(job.plan.backend, prompt.text, answer)
 
 
-def _restore(job: Job, backend: Backend, adapter: Adapter) -> None:
+def restore(job: Job, backend: Backend, adapter: Adapter) -> None:
     """Have the backend hold the exported adapter, where training continued after it."""
     if job.run.record.exported_step != job.run.record.steps:
         backend.set_adapter(adapter)

@@ -19,7 +19,7 @@ def usage(record: RunRecord, recipe: Recipe, parts: list[str], base: str) -> str
             '    chat([{"role": "user", "content": "Hello"}], max_new_tokens=100)'
         )
         blocks.append("vLLM, in this folder:\n\n    vllm serve .")
-    if "adapter" in parts and base:
+    if "adapter" in parts and base and not record.left_out_by_peft:
         blocks.append(
             "PEFT, the adapter over its base:\n\n    from peft import PeftModel\n"
             "    from transformers import AutoModelForCausalLM\n\n"

@@ -14,8 +14,9 @@ from common.models.gguf_import import MIRRORS
 from common.models.license import Terms, is_hub_name, terms_of
 from common.models.mlx_quantized import quantized_source
 from common.recipe import Recipe
-from common.run_fields import AttestRecord, RunRecord
+from common.run_fields import AttestRecord, ExpertsRecord, RunRecord
 from common.run_record import Run
+from common.training.expert_load import COLUMNS, about, spread_rows
 from common.verify_record import COMPARED, VerifyRecord
 
 PARTS = ("fused", "adapter", "gguf")
@@ -67,6 +68,7 @@ def card(run: Run, parts: list[str]) -> str:
         "## Data\n\n" + _data(record, recipe, data),
         "## Recipe\n\n" + _table({name: shown_value(value) for name, value in recipe_rows(record, recipe).items()}),
         "## Figures\n\n" + _table(figures(run, record)),
+        *(["## Experts\n\n" + _experts(record.experts)] if record.experts else []),
         "## Verification\n\n" + _verification(record.verify),
         *(["## Attest\n\n" + _attest(record, record.attest)] if record.attest else []),
         "## Files\n\n" + _files(record, parts),
@@ -186,6 +188,15 @@ def figures(run: Run, record: RunRecord) -> dict[str, str]:
     return {name: text for name, text in rows.items() if text}
 
 
+def _experts(found: ExpertsRecord) -> str:
+    """How evenly the routers spread tokens over the experts of a mixture."""
+    if not (rows := spread_rows(found)):
+        return "How evenly its routers spread tokens over its experts was not measured."
+    table = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    sentences = [f"{text[:1].upper()}{text[1:]}." for text in [*about(found), *filter(None, [found.warning])]]
+    return " ".join(sentences) + "\n\n" + "\n".join(table)
+
+
 _VERDICTS = {
     "sound": "sound. What llama.cpp runs is what was trained.",
     "sound with remarks": "sound with remarks. What llama.cpp runs is what was trained, as far as the remarks allow.",
@@ -240,7 +251,8 @@ def _files(record: RunRecord, parts: list[str]) -> str:
             "- `model*.safetensors` with config, tokenizer and chat template: the complete model, adapter fused in"
         )
     if "adapter" in parts:
-        lines.append("- `adapter/`: the adapter alone, for PEFT")
+        part = ", of which PEFT 0.21.2 loads a part only: use the complete model" if record.left_out_by_peft else ""
+        lines.append(f"- `adapter/`: the adapter alone, for PEFT{part}")
     if "gguf" in parts:
         for report in record.export.gguf:
             larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""

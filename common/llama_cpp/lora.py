@@ -5,6 +5,7 @@ llama.cpp's own converter writes it, and shows how to read one: which names and 
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,17 @@ def write_gguf_lora(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) ->
     _convert(replace(adapter, weights=weights), base, out, llama)
 
 
+def holds_experts(path: Path) -> bool:
+    """Whether the LoRA GGUF adapts experts of a mixture, which it stacks."""
+    return any(len(tensor.shape) == 3 for tensor in open_gguf(path, _REMEDY).tensors)
+
+
 def read_gguf_lora(path: Path, base: Path, shapes: Shapes, llama: LlamaCpp) -> Adapter:
     """The adapter in a LoRA GGUF, under the base model's Hugging Face names and with its order of rows.
 
     The converter's names and orders are read from a numbered adapter that it converts: each B holds row numbers, each A
-    the module's number and column numbers. `shapes` are all linear modules of the base. Raises UserError where they do
-    not fit.
+    the module's number and column numbers. `shapes` are all linear modules of the base, and its experts' where the
+    file `holds_experts`. Raises UserError where they do not fit.
     """
     modules = sorted(shapes)
     numbered = {}
@@ -149,7 +155,18 @@ def _tensors(path: Path) -> tuple[dict[str, np.ndarray], float]:
         raise UserError(f"{path} is a GGUF, but not a LoRA adapter.", _REMEDY)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise UserError(f"{path}: its alpha is {alpha!r}.", _REMEDY)
-    return {tensor.name: _values(tensor, path) for tensor in reader.tensors}, float(alpha)
+    tensors = {tensor.name: _values(tensor, path) for tensor in reader.tensors}
+    return dict(part for name, values in tensors.items() for part in _by_expert(name, values)), float(alpha)
+
+
+def _by_expert(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensor; of a stack each expert's, with its number in the name."""
+    if values.ndim != 3:
+        yield name, values
+        return
+    stem, _, part = name.rpartition(".")
+    for number, own in enumerate(values):
+        yield f"{stem}, expert {number}.{part}", own
 
 
 def _values(tensor: Any, path: Path) -> np.ndarray:

@@ -16,10 +16,10 @@ from common.errors import UserError
 from common.files import atomic_folder
 from common.models import granite4
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
-from common.models.experts import by_stack, expert_names, mlx_stack, stack_in_mlx, stacked_in_mlx
+from common.models.experts import by_stack, expert_names, has_experts, mlx_stack, stack_in_mlx, stacked_in_mlx
 from common.models.families import hf_name
 from common.models.lora_init import layer_number, validate
-from common.models.safetensors_files import lazy_tensors, load_tensors, save_tensors
+from common.models.safetensors_files import lazy_tensors, load_tensors, read_header, save_tensors
 
 _PEFT_PREFIX = "base_model.model."
 PEFT_FILE = "adapter_model.safetensors"
@@ -206,11 +206,21 @@ def _adapter(where: Path, base: object, layers: int, dropout: object, weights: d
 
 def read_any(folder: Path, layers: int = 0) -> Adapter:
     """The adapter in PEFT's or mlx-lm's layout, whichever file is there; a run folder stands for its `adapter/`."""
+    file = _file_of(folder)
+    return (read_peft if file.name == PEFT_FILE else read_mlx)(file.parent, layers)
+
+
+def names_experts(folder: Path) -> bool:
+    """Whether `read_any` would give an adapter of experts: no weight is read."""
+    modules = [name.rpartition(".lora_")[0] for name in read_header(_file_of(folder))[0]]
+    return has_experts(modules) or any(map(stack_in_mlx, modules))
+
+
+def _file_of(folder: Path) -> Path:
     for inside in (folder / "adapter", folder):
-        if (inside / PEFT_FILE).is_file():
-            return read_peft(inside, layers)
-        if (inside / MLX_FILE).is_file():
-            return read_mlx(inside, layers)
+        for name in (PEFT_FILE, MLX_FILE):
+            if (inside / name).is_file():
+                return inside / name
     raise UserError(
         f"{folder} holds no adapter: neither {PEFT_FILE} nor {MLX_FILE}.",
         "Give an adapter folder of PEFT or mlx-lm, or a run folder. Pickled adapters (.bin) are not read.",

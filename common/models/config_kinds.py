@@ -80,7 +80,7 @@ _KINDS: dict[str, _Kind] = {
         _Kind(lambda value: isinstance(value, bool) or value in ("all", "vision"), "true, false, all or vision")
     ),
     # Granite 4's
-    "shared_intermediate_size": _COUNT,
+    "shared_intermediate_size": _SIZE,  # a MiniMax-M2 writes 0
     "num_local_experts": _optional(_SIZE),
     "position_embedding_type": _optional(_TEXT),
     # LFM2's

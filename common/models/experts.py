@@ -1,7 +1,7 @@
 """Experts of a mixture: an adapter names each one's matrices, as the model's files do; libraries stack them."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -14,6 +14,8 @@ MATRICES = ("gate_proj", "up_proj", "down_proj")  # of each expert
 _ANY = "|".join(MATRICES)
 _EXPERT = re.compile(rf"(.+\.experts)\.(\d{{1,9}})\.({_ANY})")
 _STACK = re.compile(rf"(.*)\.experts\.({_ANY})")
+_UNKNOWN_TO_PEFT = ("laguna", "qwen2_moe")
+_COUNTED = "Nothing need be done: only the load of the experts is not reported."
 _MLX_STACK = re.compile(rf"(.*)\.switch_mlp\.({_ANY})")
 
 
@@ -29,6 +31,49 @@ def stack_of(module: str) -> str:
 
 def has_experts(modules: Iterable[str]) -> bool:
     return any(target_of(module) == EXPERTS for module in modules)
+
+
+def mixture_tensors(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the tensors that hold experts, in whatever form; none of a model without a mixture."""
+    return [name for name, shape in shapes.items() if ".experts." in name or ("moe" in name and len(shape) == 3)]
+
+
+def left_out_by_peft(kind: str, modules: Iterable[str]) -> bool:
+    """Whether PEFT 0.21.2 loads a part of an adapter of these modules of a mixture, or nothing. kind: the model type.
+
+    It takes gate_proj, up_proj and down_proj for the experts' wherever they are. Of some kinds it knows no experts.
+    """
+    return has_experts(modules) if kind in _UNKNOWN_TO_PEFT else any(target_of(name) in MATRICES for name in modules)
+
+
+class Choices:
+    """How often each expert is chosen by its router, layer by layer, in rows that a library's layers compute."""
+
+    def __init__(self) -> None:
+        self._counts: dict[int, np.ndarray] = {}
+
+    def of(self, module: str, experts: int) -> Callable[[np.ndarray], None]:
+        """A function that counts what is chosen [tokens, K] in the mixture that has this name in the library's model.
+
+        Raises UserError for a second mixture in a layer.
+        """
+        layer = int(module.split("layers.", 1)[1].split(".")[0])
+        if layer in self._counts:
+            raise UserError(f"layer {layer} has more than one mixture of experts", _COUNTED)
+        counts = self._counts[layer] = np.zeros(experts, np.int64)
+
+        def count(chosen: np.ndarray) -> None:
+            counts[:] += np.bincount(chosen.ravel(), minlength=experts)[:experts]  # beyond: a token for none of them
+
+        return count
+
+    def complete(self) -> dict[int, np.ndarray]:
+        """Counts [experts] by layer. Raises UserError where a mixture did not say what it chose."""
+        if not self._counts:
+            raise UserError("the library's layers name no experts that a router chooses", _COUNTED)
+        if silent := [layer for layer, counts in self._counts.items() if not counts.any()]:
+            raise UserError(f"the mixture in layer {silent[0]} does not say which experts it chooses", _COUNTED)
+        return dict(sorted(self._counts.items()))
 
 
 def by_stack(modules: Iterable[str]) -> dict[str, list[str]]:

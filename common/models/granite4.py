@@ -26,7 +26,7 @@ def is_dense(config: dict[str, Any]) -> bool:
     """Whether every layer is attention and one MLP. Where the config says nothing it is not."""
     layers = config.get("layer_types")
     attention = isinstance(layers, list) and all(one in ("attention", "full_attention") for one in layers)
-    return attention and config.get("num_local_experts") == 0
+    return attention and config.get("num_local_experts") == 0 and config.get("shared_intermediate_size") != 0
 
 
 def normalize(config: dict[str, Any]) -> dict[str, Any]:

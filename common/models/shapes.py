@@ -5,7 +5,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.models import gemma4, granite4, lfm2
-from common.models.experts import MATRICES, by_stack, target_of
+from common.models.experts import MATRICES, by_stack, mixture_tensors, target_of
 from common.models.families import LANGUAGE_LAYER, OTHER_PARTS, hf_name, is_known, text_config, text_name
 from common.models.model_folder import ModelFolder
 from common.option_fields import EXPERTS
@@ -92,9 +92,8 @@ def _check_experts(model: ModelFolder, shapes: dict[str, tuple[int, int]]) -> No
     experts = {stack.rpartition(".")[0] for stack in stacks}
     if experts and all(f"{layer}.{name}" in stacks for layer in experts for name in MATRICES):
         return
-    others = [n for n, t in model.tensors.items() if ".experts." in n or ("moe" in n and len(t.shape) == 3)]
     why = "the model has no experts"
-    if others:
+    if others := mixture_tensors({name: tensor.shape for name, tensor in model.tensors.items()}):
         why = f"its files hold its experts as {others[0]}, and not each one's {', '.join(MATRICES)}"
     raise UserError(f"--targets {EXPERTS}: {why}.", "Leave experts out: all other layers are adapted.")
 

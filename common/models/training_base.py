@@ -7,9 +7,9 @@ from typing import Any
 from common.backend import Adapter
 from common.display import Display
 from common.errors import UserError
-from common.models.adapter_files import read_any
+from common.models.adapter_files import names_experts, read_any
 from common.models.admitted import Verdict, remembered
-from common.models.experts import has_experts, target_of
+from common.models.experts import target_of
 from common.models.families import is_known
 from common.models.lora_init import Shapes, choose_layers, initial_adapter, layer_count, validate
 from common.models.mlx_quantized import quantized_source
@@ -56,7 +56,7 @@ def wants_experts(options: Options) -> bool:
     """Whether experts of a mixture are adapted, by --targets or in --adapter."""
     if not options.adapter:
         return EXPERTS in options.targets
-    return has_experts(read_any(user_path(options.adapter, "--adapter")).weights)
+    return names_experts(user_path(options.adapter, "--adapter"))
 
 
 def _check_plain(options: Options, scheme: str) -> None:

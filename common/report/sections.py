@@ -11,6 +11,7 @@ from common.export.model_card import divergence_rows, figures, recipe_rows, show
 from common.options import by_flag
 from common.report.kept import Kept, number
 from common.report.run_charts import Texts, base_loss
+from common.training.expert_load import about, moved, shares, spread_rows
 
 # Of the run's options: where it went and how it was watched, which does not enter the result.
 _NOT_REPEATED = {"config", "output", "resume", "quiet", "json", "push", "push_public", "llama_cpp", "live", "lang"}
@@ -127,6 +128,34 @@ def alarms(kept: Kept, t: Texts, said: Said) -> list[str]:
     seen = [alarm for back in kept.record.rollbacks for alarm in back.alarms] + kept.record.alarms
     parts = [{"seen": said(alarm.seen), "cause": said(alarm.cause), "remedy": said(alarm.remedy)} for alarm in seen]
     return [t["alarm"].format(**part) for part in parts] + returned
+
+
+def experts(kept: Kept, t: Texts, said: Said) -> tuple[str, Table]:
+    """A note on the load of a mixture's experts, and its extremes before and after training."""
+    found = kept.record.experts
+    if found is None:
+        return "", Table([], [])
+    rows = [[said(name), *cells] for name, *cells in spread_rows(found)]
+    note = t["experts.join"].join(map(said, about(found))) if rows else t["experts.not"].format(why=said(found.why))
+    columns = [t[key] for key in ("name", "experts.before", "experts.layer", "experts.after", "experts.layer")]
+    return note, Table(columns, rows, 4)
+
+
+def expert_layers(kept: Kept, t: Texts) -> Table:
+    """The same of each layer."""
+    before, after = kept.facts.experts.before, kept.facts.experts.after
+    rows = []
+    for layer in sorted(before.keys() & after.keys()):
+        loads = before[layer], after[layer]
+        if loads[0] and len(loads[0]) == len(loads[1]):
+            one, other = (shares(counts) for counts in loads)
+            extremes = [f"{of(part):.2f}" for of in (max, min) for part in (one, other)]
+            never = [f"{counts.count(0):,}" for counts in loads]
+            rows.append([str(layer), *extremes, *never, f"{moved(*loads):.1%}"])
+    names = ("busiest", "least", "never")
+    times = [t["experts.before"], t["experts.after"]]
+    columns = [t["experts.of"].format(name=t[f"experts.{name}"], time=time) for name in names for time in times]
+    return Table([t["experts.layer"], *columns, t["experts.moved"]], rows, 8)
 
 
 def samples(kept: Kept) -> list[Sample]:

@@ -50,9 +50,9 @@ class RankedBackend:
 
     def __init__(self, local: RankBackend, ranks: Ranks) -> None:
         self.local, self.ranks = local, ranks
-        self.peak = 0  # bytes, of the rank that has taken most
+        self.peak, self.sharded = 0, False  # peak: bytes, of the rank that has taken most
         self.dequantized, self.cpu_threads = local.dequantized, local.cpu_threads
-        self.sharded = False
+        self.expert_load = local.expert_load
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         values, arrays = adapter_parts(adapter) if adapter else (None, {})

@@ -126,6 +126,7 @@ class SharedBackend:
         self.get_adapter, self.set_adapter = local.get_adapter, local.set_adapter
         self.get_optimizer, self.set_optimizer = local.get_optimizer, local.set_optimizer
         self.dequantized, self.memory, self.cpu_threads = local.dequantized, local.memory, local.cpu_threads
+        self.expert_load = local.expert_load
 
     def load(self, recipe: Recipe, plan: Plan, folder: Path, adapter: Adapter | None) -> ModelInfo:
         info = self.local.load(recipe, plan, folder, adapter)

@@ -1,14 +1,19 @@
 """An adapter to a LoRA GGUF and back by llama.cpp's converter, and in llama.cpp beside the fused model."""
 
+import re
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from benchmarks.architectures import write_model
 from common.backend import LoraWeight
 from common.commands.adapter import convert_adapter
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert
+from common.llama_cpp.lora import holds_experts
 from common.llama_cpp.server import Server, ServerOptions
 from common.models.adapter_files import read_any, write_peft
 from common.models.lora_init import initial_adapter
@@ -18,7 +23,7 @@ from common.models.shapes import linear_shapes
 from tests import backends
 from tests.contexts import context
 from tests.progress import silent
-from tests.tiny import write_family
+from tests.tiny import write_family, write_tokenizer
 
 CHANGES = {
     "lora": {},
@@ -67,6 +72,47 @@ def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llam
         np.testing.assert_allclose(
             found.scale * found.B @ found.A, weight.scale * weight.B @ weight.A, rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("targets", [["all-linear", "experts"], ["experts"], ["all-linear"]])
+def test_a_gguf_of_a_mixture_and_back_is_the_same_update(tmp_path, targets, llama):
+    base = mixture("qwen2_moe", tmp_path / "base")  # with shared experts
+    wanted = write_adapter(base, tmp_path / "peft", targets=targets)
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), context())
+    assert holds_experts(tmp_path / "lora.gguf") == ("experts" in targets)
+    convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(base), context())
+    again = read_any(tmp_path / "again")
+    assert again.weights.keys() == wanted.weights.keys()
+    for name, weight in wanted.weights.items():
+        found = again.weights[name]
+        np.testing.assert_allclose(
+            found.scale * found.B @ found.A, weight.scale * weight.B @ weight.A, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_gguf_of_other_experts_is_refused(tmp_path, llama):
+    two, four = (mixture("qwen3_moe", tmp_path / name) for name in ("two", "four"))
+    fewer(two)
+    write_adapter(four, tmp_path / "peft", targets=["experts"])
+    convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(four), context())
+    with pytest.raises(UserError, match=r"has no layer for blk\.0\.ffn_down_exps\.weight, expert 2"):
+        convert_adapter(tmp_path / "lora.gguf", tmp_path / "again", "peft", str(two), context())
+
+
+def mixture(kind, folder):
+    write_model(kind, folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def fewer(base):
+    """Leave two of the four experts."""
+    path = base / "config.json"
+    path.write_text(re.sub(r'"num_(local_)?experts": 4', '"num_experts": 2', path.read_text()))
+    tensors = load_file(base / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if not re.search(r"experts\.[23]\.", n)}
+    kept |= {n: t[:2].copy() for n, t in kept.items() if n.endswith("mlp.gate.weight")}
+    save_file(kept, base / "model.safetensors", {"format": "pt"})
 
 
 def test_dora_is_refused_by_name(tmp_path, tiny_llama, llama):

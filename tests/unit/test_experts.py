@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
-from common.models import admitted
-from common.models.adapter_files import read_mlx, read_peft, write_both, write_mlx, write_peft
+from common.models import adapter_files, admitted
+from common.models.adapter_files import names_experts, read_mlx, read_peft, write_both, write_mlx, write_peft
 from common.models.adapter_settings import by_pattern
 from common.models.experts import MATRICES, by_stack, has_experts, target_of
 from common.models.lora_init import initial_adapter, validate
@@ -97,6 +97,20 @@ def test_both_layouts_hold_the_same_adapter(tmp_path: Path) -> None:
     assert f"base_model.model.{expert(10)}.lora_A.weight" in load_file(
         tmp_path / "adapter" / "adapter_model.safetensors"
     )
+
+
+@pytest.mark.parametrize("inside", ["adapter", "adapter-mlx"])
+def test_the_names_tell_an_adapter_of_experts_and_no_weight_is_read(
+    inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = adapter()
+    write_both(tmp_path / "experts", given)
+    write_both(tmp_path / "plain", replace(given, weights={Q: given.weights[Q]}))
+    monkeypatch.setattr(adapter_files, "load_tensors", lambda *_: pytest.fail("weights are read"))
+    assert names_experts(tmp_path / "experts" / inside)
+    assert not names_experts(tmp_path / "plain" / inside)
+    with pytest.raises(UserError, match="holds no adapter"):
+        names_experts(tmp_path)
 
 
 def test_ranks_by_name_are_read_back_as_names_and_not_as_expressions(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,6 +199,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("granitemoehybrid", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
     ("granitemoehybrid", {"num_local_experts": 4}, "the Mamba layers and mixtures of experts in this Granite"),
     ("granitemoehybrid", {"layer_types": ["mamba", "attention"]}, "the Mamba layers and mixtures of experts in this"),
+    ("granitemoehybrid", {"shared_intermediate_size": 0}, "the Mamba layers and mixtures of experts in this Granite"),
     ("granitemoehybrid", {"layer_types": None}, "the Mamba layers and mixtures of experts in this Granite"),
     ("lfm2", {"tie_embedding": False}, "its embeddings are not tied, which mlx-lm does not compute for an LFM2"),
     ("lfm2", {"layer_types": ["conv"] * 4}, "its layers are all of one kind"),

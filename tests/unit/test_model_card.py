@@ -80,6 +80,15 @@ def test_how_vllm_serves_it(recipe: dict, line: str, tmp_path: Path) -> None:
     assert "vllm" not in card(run, ["gguf"])
 
 
+def test_an_adapter_that_peft_does_not_load_is_not_for_it(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    Run(run).update(left_out_by_peft=True)
+    text = card(run, ALL)
+    assert "the adapter alone, for PEFT, of which PEFT 0.21.2 loads a part only: use the complete model" in text
+    assert "PeftModel" not in text
+    assert "--enable-lora" not in text
+
+
 def test_the_adapters_gguf_beside_the_models(tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
     Run(run).update_export(lora_gguf="gguf/adapter.gguf")

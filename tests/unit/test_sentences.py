@@ -39,6 +39,7 @@ MADE: dict[str, set[str]] = {
         *("quality_warnings", "control_tokens", "beyond_context"),
     },
     "common/data/messages.py": {"kind"},
+    "common/training/expert_load.py": {"_CAUSE", "_REMEDY", "_warning", "about", "spread_rows"},
     "common/system/hardware.py": {"apple_precision", "nvidia_precision", "choose_backend", "_auto"},
     "torch_backend/devices.py": {"choose_device", "_named", "_freest", "choose_precision", "free_memory"},
     "mlx_backend/devices.py": {"choose_device", "_first_of", "choose_precision", "free_memory"},

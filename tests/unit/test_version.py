@@ -30,7 +30,7 @@ def test_the_changelog_goes_from_the_next_version_down() -> None:
     assert versions == sorted(versions, reverse=True)
     released = VERSION.partition(".dev")[0]
     assert tuple(map(int, released.split("."))) in versions
-    assert (VERSION != released) == ("not yet released" in headings[0][3])
+    assert (released != VERSION) == ("not yet released" in headings[0][3])
     for major, minor, _, note in headings:
         unreleased = "not yet released" in note
         page = ROOT / "docs" / f"release-{major}.{minor}.md"
