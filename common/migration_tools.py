@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.other_data import rows_of
 from common.config_values import short
 from common.goals import Setting
 from common.other_configs import dataset_files
+from common.other_data import rows_of
 from common.other_scripts import RESPONSES_ONLY, TRANSFORMERS
 
 NAMES = {
