@@ -19,7 +19,7 @@ _COLUMNS = re.compile(r"field.*|message_(property_mappings|field_role|field_cont
 
 @dataclass
 class Rows:
-    """sources: for --data. kinds: the types that Axolotl's file gives them. left: a line for what is not said by them."""
+    """sources: for --data. kinds: their types in Axolotl's file. left: a line for what is not said by them."""
 
     sources: list[str] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
