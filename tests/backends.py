@@ -28,6 +28,9 @@ from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop
 
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")  # cuda: for tests/torch on a machine with an NVIDIA GPU
+# How far adapters may be apart under 20 steps, and 1e-3 from then on. AdamW's first steps are of one size whatever the
+# gradient, so an entry whose gradient is rounding differs by whole steps.
+FIRST_STEPS = 2e-2
 TARGETS = ["all-linear"]
 METHODS: dict[str, dict] = {
     "lora": {},

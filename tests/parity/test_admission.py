@@ -25,8 +25,8 @@ from common.models.training_base import find_base
 from common.option_sources import load_options
 from common.run_record import Run
 from common.verify import admission, parity
+from tests import backends
 from tests.contexts import context
-from tests.parity.test_families import FIRST_STEPS
 from tests.tiny import write_rows, write_tokenizer
 
 
@@ -197,7 +197,7 @@ def test_experts_train_alike_and_mlx_lm_and_peft_read_the_adapter(
         assert [*one[when]] == [*other[when]] == [0, 1, 2, 3]
         assert all(np.abs(np.array(one[when][i]) - other[when][i]).sum() <= 4 for i in range(4))
     one, other = (read_peft(run / "adapter").arrays() for run in runs.values())
-    assert max(admission._distance(one[name], array) for name, array in other.items()) < FIRST_STEPS
+    assert max(admission._distance(one[name], array) for name, array in other.items()) < backends.FIRST_STEPS
     ids = list(range(5, 60))
 
     def logits(folder: Path, adapter: Path | None = None) -> np.ndarray:
