@@ -66,6 +66,17 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
 
 _NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
 _LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
+# What llama.cpp scales RoPE by, where not as most do. Converters that are no kind of Llama's drop the factors of a
+# `llama3`, and SmolLM3's writes them for a llama.cpp that does not take them.
+_SCALINGS = {
+    **dict.fromkeys(gemma4.KINDS, ("default", "proportional")),
+    "phi3": ("default", "longrope"),
+}
+_MOST_SCALINGS = ("default", "linear", "yarn")
+_LLAMA3 = (
+    *("apertus", "arcee", "exaone4", "granite", "granitemoe", granite4.KIND, "granitemoeshared", "llama"),
+    *("mistral", "mixtral"),
+)
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
@@ -108,9 +119,9 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
 
 def _other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
-    if not is_known(model.written_config):
-        return ""
     config = model.config
+    if (fault := _lost_scaling(config, is_known(model.written_config))) or not is_known(model.written_config):
+        return fault
     kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]
     ropes = [rope[name] for name in LAYER_TYPES] if "full_attention" in rope else [rope]
     under = rope.get("mscale_all_dim") if kind == "ministral3" else 0
@@ -128,16 +139,24 @@ def _other_model(model: ModelFolder) -> str:
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
     if kind == "glm4":
-        return _other_glm4(config, model.path)
+        return _other_glm4(model.path)
     if kind == granite4.KIND and config["position_embedding_type"] != "rope":
         return "llama.cpp rotates queries and keys of every Granite 4 without Mamba layers, and this model does not"
     return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
 
 
-def _other_glm4(config: dict[str, Any], folder: Path) -> str:
-    """The same of a GLM-4."""
-    if (scaling := config["rope_parameters"]["rope_type"]) not in ("default", "linear", "yarn"):
-        return f"llama.cpp does not know the RoPE scaling {scaling!r} in a GLM-4"
+def _lost_scaling(config: dict[str, Any], known: bool) -> str:
+    """The same of the RoPE scaling. Of an architecture that is not known: of the one that most converters drop."""
+    kind, rope = str(config.get("model_type")), config.get("rope_parameters") or {}
+    ropes = [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    named = {str(one.get("rope_type", "default")) for one in ropes}
+    taken = (*_SCALINGS.get(kind, _MOST_SCALINGS), *(["llama3"] if kind in _LLAMA3 else []))
+    lost = {name for name in named - {*taken} if known or name == "llama3"}
+    return f"llama.cpp does not know the RoPE scaling {min(lost)!r} in a model of type {kind}" if lost else ""
+
+
+def _other_glm4(folder: Path) -> str:
+    """The same of a GLM-4's tokenizer."""
     added = read_json(folder / "tokenizer.json", "Fetch the model's files again.").get("added_tokens")
     names = {token.get("content") for token in added or [] if isinstance(token, dict)}
     absent = [name for name in ("<|endoftext|>", "<|user|>") if name not in names]
