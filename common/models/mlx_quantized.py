@@ -146,7 +146,7 @@ def _shard(tensors: dict[str, np.ndarray], settings: dict[str, Any], shard: Path
     found = {}
     for name, tensor in tensors.items():
         module = name.rsplit(".", 1)[0]
-        if f"{module}.scales" not in tensors:
+        if f"{module}.scales" not in tensors or name.endswith(".bias"):
             found[name] = tensor
         elif name.endswith(".weight"):
             own = settings.get(module)
