@@ -67,16 +67,13 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
 _NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
 _LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
 # What llama.cpp scales RoPE by, where not as most do. Converters that are no kind of Llama's drop the factors of a
-# `llama3`, and SmolLM3's writes them for a llama.cpp that does not take them.
+# `llama3`. Granite's fails on them, and SmolLM3's writes what llama.cpp does not take.
 _SCALINGS = {
     **dict.fromkeys(gemma4.KINDS, ("default", "proportional")),
     "phi3": ("default", "longrope"),
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
-_LLAMA3 = (
-    *("apertus", "arcee", "exaone4", "granite", "granitemoe", granite4.KIND, "granitemoeshared", "llama"),
-    *("mistral", "mixtral"),
-)
+_LLAMA3 = ("apertus", "arcee", "exaone4", "llama", "mistral", "mixtral")
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
