@@ -1,6 +1,6 @@
 """Estimated against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
 
-    python -m benchmarks.memory                  # all configurations, some 25 minutes on two cores
+    python -m benchmarks.memory                  # forty configurations, more than an hour on two cores
     python -m benchmarks.memory --only mlx       # those whose description contains the word
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B at full depth, 16 rows of 512 tokens a step
     python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
@@ -26,6 +26,20 @@ ROOT = Path(__file__).resolve().parent.parent
 _SMOL, _QWEN, _SMALL, _ONE = "smollm2-135m", "qwen3-0.6b", "gemma-3-270m", "gemma-3-1b"
 _NETS = {"model": "qwen3.5-0.8b", "precision": "fp32", "layers": 8}
 _CONVOLUTIONS = {"model": "lfm2-1.2b", "precision": "fp32", "layers": 6}
+_LONG = {"rows": 1, "width": 1024, "gradient_checkpointing": True}
+# Families besides, at their real widths in a few layers.
+_OTHERS: tuple[dict[str, Any], ...] = (
+    {"model": "gemma-4-e2b", "layers": 10},
+    {"model": "gemma-4-e2b", "layers": 10} | _LONG,
+    {"model": "gemma-2-2b", "layers": 4, "width": 128},
+    {"model": "glm-4-9b-0414", "layers": 2, "width": 128},
+    {"model": "granite-4.0-1b", "layers": 6},
+    {"model": "exaone-4.0-1.2b", "layers": 6},
+    {"model": "olmo-2-0425-1b", "layers": 4},
+    {"model": "ministral-3-3b", "layers": 4},
+    {"model": "phi-4-mini", "layers": 4, "width": 128},
+    {"model": "smollm3-3b", "layers": 4},
+)
 CASES: list[dict[str, Any]] = [
     {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
     {"backend": "torch", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},
@@ -48,7 +62,12 @@ CASES: list[dict[str, Any]] = [
         model | {"backend": backend} | case
         for model in (_NETS, _CONVOLUTIONS)
         for backend in ("torch", "mlx")
-        for case in ({"rows": 2, "width": 256}, {"rows": 1, "width": 1024, "gradient_checkpointing": True})
+        for case in ({"rows": 2, "width": 256}, _LONG)
+    ),
+    *(
+        {"backend": backend, "precision": "fp32", "rows": 2, "width": 256} | case
+        for backend in ("torch", "mlx")
+        for case in _OTHERS
     ),
     {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 8, "width": 128},
     {"backend": "mlx", "model": _SMOL, "precision": "fp32", "rows": 1, "width": 1024, "gradient_checkpointing": True},

@@ -2,29 +2,51 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from common.models.families import architecture_alone
 from common.models.shapes import tensor_shapes
 from common.presets import published_configs
 from common.system.cache import cache_folder
 
 _IDS = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+
+
+def _named(name: str) -> dict[str, Any]:
+    """The published config of the language model alone."""
+    given = published_configs()[name]
+    text = given.get("text_config")
+    return (text | {"architectures": [architecture_alone(text["model_type"])]} if text else given) | _IDS
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
-    name.split("/")[1].lower().removesuffix("-it").removesuffix("-instruct"): published_configs()[name] | _IDS
+    re.sub("-(it|instruct|2512-bf16)", "", name.split("/")[1].lower()): _named(name)
     for name in (
         *("google/gemma-3-270m-it", "google/gemma-3-1b-it", "google/gemma-3-4b-it", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"),
-        *("Qwen/Qwen3.5-0.8B", "HuggingFaceTB/SmolLM2-135M-Instruct", "LiquidAI/LFM2-1.2B"),
+        *("Qwen/Qwen3.5-0.8B", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM3-3B", "LiquidAI/LFM2-1.2B"),
+        *("google/gemma-2-2b-it", "google/gemma-4-E2B-it", "zai-org/GLM-4-9B-0414", "ibm-granite/granite-4.0-1b"),
+        *("LGAI-EXAONE/EXAONE-4.0-1.2B", "allenai/OLMo-2-0425-1B-Instruct", "microsoft/Phi-4-mini-instruct"),
+        "mistralai/Ministral-3-3B-Instruct-2512-BF16",
     )
 }
 
 
+def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The config with so many layers; as large a share of them as before has the keys of earlier ones."""
+    shared = layers * config.get("num_kv_shared_layers", 0) // config["num_hidden_layers"]
+    cut = {"num_hidden_layers": layers, "num_kv_shared_layers": shared, "layer_types": config.get("layer_types", [])}
+    cut["layer_types"] = cut["layer_types"][:layers]
+    return config | {key: value for key, value in cut.items() if key in config or key == "num_hidden_layers"}
+
+
 def random_model(name: str, layers: int | None = None, dtype: str = "bfloat16", vocabulary: int | None = None) -> Path:
     """A folder in the user's cache with `name`'s config, `layers` deep; written once, tensor by tensor."""
-    config = CONFIGS[name] | ({"num_hidden_layers": layers} if layers else {})
+    config = _cut(CONFIGS[name], layers or CONFIGS[name]["num_hidden_layers"])
     config["vocab_size"] = vocabulary or config["vocab_size"]
     folder = cache_folder() / "random-models" / f"{name}-{config['num_hidden_layers']}-{config['vocab_size']}-{dtype}"
     if (folder / "config.json").exists():

@@ -9,25 +9,30 @@ import mlx.nn as nn
 import numpy as np
 
 from common.errors import UserError
+from common.recipe import TARGET_GROUPS
 from mlx_backend.confirmation import Confirmation, device_errors
 
 
 def quantize(model: Any, scheme: str) -> None:
-    """Quantize by a scheme such as `mlx-4bit-64`: 4 bits, groups of 64; embeddings and output head are left out.
+    """Quantize the linear layers that can be adapted by a scheme such as `mlx-4bit-64`: 4 bits, groups of 64.
 
     Layer by layer, to save memory. Raises UserError where the rows of a weight do not divide into such groups.
     """
     bits, group = int(scheme.split("-")[1].removesuffix("bit")), int(scheme.split("-")[2])
     for layer in model.layers:
         for name, module in layer.named_modules():
-            if isinstance(module, nn.Linear) and module.weight.shape[-1] % group:
+            if _adaptable(name, module) and module.weight.shape[-1] % group:
                 raise UserError(
                     f"--quantization {bits}bit: {name} has {module.weight.shape[-1]} columns, "
                     f"which is not a multiple of {group}.",
                     "Leave --quantization out.",
                 )
-        nn.quantize(layer, group, bits, class_predicate=lambda _, module: isinstance(module, nn.Linear))
+        nn.quantize(layer, group, bits, class_predicate=_adaptable)
         mx.eval(layer.parameters())
+
+
+def _adaptable(name: str, module: Any) -> bool:
+    return isinstance(module, nn.Linear) and name.rpartition(".")[2] in TARGET_GROUPS["all-linear"]
 
 
 def dequantized(model: Any, names: dict[str, str], confirmation: Confirmation) -> dict[str, Callable[[], np.ndarray]]:

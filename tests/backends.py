@@ -41,6 +41,9 @@ METHODS: dict[str, dict] = {
     "lora_plus": {"lora_plus": 4.0, "learning_rate": 3e-3},
 }
 
+# Families whose linear layers have other names, or that have some which are not adapted.
+QUANTIZED = ("gemma4_text", "gemma4", "glm4", "granitemoehybrid", "phi3", "qwen3_5")
+
 
 def make_recipe(folder: Path, **changes) -> Recipe:
     settings = {

@@ -22,29 +22,35 @@ FOUR_BITS_FROM = 2.5e9  # weights
 
 _GOOGLE, _SMOL, _META = "google", "HuggingFaceTB", "meta-llama"
 _MINISTRAL = "mistralai/Ministral-3-3B-Instruct-2512-BF16"
+_GRANITE, _EXAONE = "ibm-granite/granite-4.0", "LGAI-EXAONE/EXAONE-4.0-1.2B"
 # Goal -> models.
 MODELS = {
     "persona": (
         *(f"{_GOOGLE}/gemma-3-270m-it", f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it"),
         *("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B", f"{_META}/Llama-3.2-1B-Instruct", f"{_SMOL}/SmolLM2-360M-Instruct"),
-        _MINISTRAL,
+        *(_MINISTRAL, f"{_GOOGLE}/gemma-4-E2B-it", f"{_GRANITE}-350m"),
     ),
     "assistant": (
         "LiquidAI/LFM2-1.2B",
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-4B", f"{_META}/Llama-3.2-3B-Instruct"),
         *("microsoft/Phi-4-mini-instruct", f"{_SMOL}/SmolLM2-1.7B-Instruct", _MINISTRAL),
-        "allenai/OLMo-2-0425-1B-Instruct",
+        *("allenai/OLMo-2-0425-1B-Instruct", f"{_GOOGLE}/gemma-4-E2B-it", f"{_GOOGLE}/gemma-2-2b-it"),
+        *(f"{_GRANITE}-1b", _EXAONE, "Qwen/Qwen2.5-1.5B-Instruct"),
     ),
     "japanese": (
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B"),
-        *("SakanaAI/TinySwallow-1.5B-Instruct", _MINISTRAL),
+        *("SakanaAI/TinySwallow-1.5B-Instruct", _MINISTRAL, f"{_GOOGLE}/gemma-4-E2B-it"),
+        *(f"{_GOOGLE}/gemma-2-2b-jpn-it", "Qwen/Qwen3.5-4B"),
     ),
     "tools": (
         *(f"{_GOOGLE}/functiongemma-270m-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3-4B"),
-        "ibm-granite/granite-3.3-2b-instruct",
+        *("ibm-granite/granite-3.3-2b-instruct", f"{_GRANITE}-1b", f"{_GRANITE}-micro"),
     ),
-    "reasoning": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B", f"{_SMOL}/SmolLM3-3B"),
-    "classify": (f"{_GOOGLE}/gemma-3-270m-it", "Qwen/Qwen3-0.6B", f"{_SMOL}/SmolLM2-135M-Instruct"),
+    "reasoning": ("Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B", f"{_SMOL}/SmolLM3-3B", _EXAONE),
+    "classify": (
+        *(f"{_GOOGLE}/gemma-3-270m-it", "Qwen/Qwen3-0.6B", f"{_SMOL}/SmolLM2-135M-Instruct", f"{_GRANITE}-350m"),
+        "Qwen/Qwen2.5-0.5B-Instruct",
+    ),
     "text": (f"{_GOOGLE}/gemma-3-270m", f"{_META}/Llama-3.2-1B", f"{_SMOL}/SmolLM2-360M"),
 }
 

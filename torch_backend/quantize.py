@@ -7,33 +7,37 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.recipe import TARGET_GROUPS
 from torch_backend.host_memory import release_pages
+
+# Beside the head: around Gemma 4's embeddings of each layer, which are not adapted either.
+_KEPT = ["lm_head", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"]
 
 
 def quantization_config(scheme: str) -> Any:
     """The setting of `from_pretrained` for int8; None for every other base."""
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_8bit=True) if scheme == "int8" else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_KEPT) if scheme == "int8" else None
 
 
 @torch.no_grad()
 def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize every linear layer but the output head to nf4, releasing each one's pages at once.
+    """Quantize the linear layers that can be adapted to nf4, releasing each one's pages at once.
 
     The same as transformers does, but that keeps all that it has read of the file until the complete model is loaded.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for name, module in list(model.named_modules()):
-        if type(module) is not torch.nn.Linear or name == "lm_head":
+        parent, _, last = name.rpartition(".")
+        if type(module) is not torch.nn.Linear or last not in TARGET_GROUPS["all-linear"]:
             continue
         stored = module.weight.data
         made = Linear4bit(module.in_features, module.out_features, False, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(stored.to(dtype), requires_grad=False, quant_type="nf4").to(device)
         made.bias = module.bias
         release_pages(stored)
-        parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, made)
     model.is_loaded_in_4bit = True  # what PEFT looks for
 

@@ -10,14 +10,16 @@ Thinking = Literal["off", "keep"]
 _SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST = 100_000  # above it nothing is a setting
 
-_GEMMA_3 = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+_GEMMA = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
 _SMOLLM_3 = {"temperature": 0.6, "top_p": 0.95}
 _QWEN_OFF = {"temperature": 0.7, "top_k": 20, "top_p": 0.8}
-# By model type and --thinking. Sources: the model cards of Qwen3-0.6B, Qwen3.5-35B-A3B and SmolLM3-3B;
+# By model type and --thinking. Sources: the model cards of Qwen3-0.6B, Qwen3.5-35B-A3B, SmolLM3-3B and Gemma 4;
 # generation_config.json of gemma-3-1b-it, in which no temperature means 1. Llama's type is that of SmolLM2 and many
 # others too, so it has none here: what its folder says counts.
 _FAMILIES: dict[str, dict[Thinking, dict[str, float]]] = {
-    "gemma3_text": {"off": _GEMMA_3, "keep": _GEMMA_3},
+    "gemma3_text": {"off": _GEMMA, "keep": _GEMMA},
+    "gemma4_text": {"off": _GEMMA, "keep": _GEMMA},
+    "gemma4_unified_text": {"off": _GEMMA, "keep": _GEMMA},
     "qwen3": {"off": _QWEN_OFF, "keep": {"temperature": 0.6, "top_k": 20, "top_p": 0.95}},
     "qwen3_5_text": {"off": _QWEN_OFF, "keep": {"temperature": 1.0, "top_k": 20, "top_p": 0.95}},
     "smollm3": {"off": _SMOLLM_3, "keep": _SMOLLM_3},

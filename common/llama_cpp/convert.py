@@ -65,8 +65,15 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
 
 
 _NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
-_SCALED = {"glm4": "a GLM-4", lfm2.KIND: "an LFM2"}  # whose RoPE llama.cpp scales as a whole only
 _LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
+# What llama.cpp scales RoPE by, where not as most do. Converters that are no kind of Llama's drop the factors of a
+# `llama3`. Granite's fails on them, and SmolLM3's writes what llama.cpp does not take.
+_SCALINGS = {
+    **dict.fromkeys(gemma4.KINDS, ("default", "proportional")),
+    "phi3": ("default", "longrope"),
+}
+_MOST_SCALINGS = ("default", "linear", "yarn")
+_LLAMA3 = ("apertus", "arcee", "exaone4", "llama", "mistral", "mixtral")
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
@@ -109,9 +116,9 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
 
 def _other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
-    if not is_known(model.written_config):
-        return ""
     config = model.config
+    if (fault := _lost_scaling(config, is_known(model.written_config))) or not is_known(model.written_config):
+        return fault
     kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]
     ropes = [rope[name] for name in LAYER_TYPES] if "full_attention" in rope else [rope]
     under = rope.get("mscale_all_dim") if kind == "ministral3" else 0
@@ -128,8 +135,6 @@ def _other_model(model: ModelFolder) -> str:
         return "llama.cpp does not read how far this YaRN scales"
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
-    if kind in _SCALED and rope["rope_type"] not in ("default", "linear", "yarn"):
-        return f"llama.cpp does not know the RoPE scaling {rope['rope_type']!r} in {_SCALED[kind]}"
     if kind == "glm4":
         return _other_glm4(model.path)
     if kind == lfm2.KIND and config["conv_bias"]:
@@ -139,8 +144,18 @@ def _other_model(model: ModelFolder) -> str:
     return _other_attention(config, kind) if kind in _NO_OPTIONS else ""
 
 
+def _lost_scaling(config: dict[str, Any], known: bool) -> str:
+    """The same of the RoPE scaling. Of an architecture that is not known: of the one that most converters drop."""
+    kind, rope = str(config.get("model_type")), config.get("rope_parameters") or {}
+    ropes = [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+    named = {str(one.get("rope_type", "default")) for one in ropes}
+    taken = (*_SCALINGS.get(kind, _MOST_SCALINGS), *(["llama3"] if kind in _LLAMA3 else []))
+    lost = {name for name in named - {*taken} if known or name == "llama3"}
+    return f"llama.cpp does not know the RoPE scaling {min(lost)!r} in a model of type {kind}" if lost else ""
+
+
 def _other_glm4(folder: Path) -> str:
-    """The same of a GLM-4."""
+    """The same of a GLM-4's tokenizer."""
     added = read_json(folder / "tokenizer.json", "Fetch the model's files again.").get("added_tokens")
     names = {token.get("content") for token in added or [] if isinstance(token, dict)}
     absent = [name for name in ("<|endoftext|>", "<|user|>") if name not in names]

@@ -21,7 +21,7 @@ from common.models.experts import target_of
 from common.models.families import LANGUAGE_LAYER, forward_config, hf_name, is_known
 from common.models.lora_init import layer_number
 from common.models.model_folder import ModelFolder
-from common.models.shapes import NORMED, linear_shapes, tensor_shapes
+from common.models.shapes import NORMED, adaptable_shapes, linear_shapes, tensor_shapes
 from common.option_fields import EXPERTS
 from common.recipe import Plan, Recipe
 from common.system.environment import chip, environment
@@ -58,7 +58,7 @@ class MemoryEstimate:
 def model_dims(config: dict[str, Any]) -> ModelDims:
     """Of a normalized text config; its `dtype` is the type that the checkpoint stores."""
     shapes = tensor_shapes(config)
-    linear = sum(math.prod(s) for name, s in shapes.items() if len(s) == 2 and ".layers." in name)
+    linear = sum(math.prod(shape) for shape in adaptable_shapes(config, ["all-linear"]).values())
     own = (config["head_dim"], config["num_key_value_heads"])
     heads, inner = [own], [config["intermediate_size"]]
     if config["model_type"] in gemma4.KINDS:

@@ -8,7 +8,7 @@ import pytest
 from common.data.batching import make_batch
 from mlx_backend import backend as backend_module
 from tests import backends
-from tests.backends import METHODS
+from tests.backends import METHODS, QUANTIZED
 from tests.tiny import write_family, write_model, write_rows, write_tiny
 from tests.unit.bigram import row
 
@@ -63,6 +63,13 @@ def test_full_fine_tuning_is_fused_completely(model, rows, tmp_path):
 @pytest.mark.parametrize("scheme", ["mlx-4bit-64", "mlx-8bit-64"])
 def test_a_quantized_base_trains_and_fuses(model, rows, tmp_path, scheme):
     backends.check_quantized_base("mlx", model, rows, scheme, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("family", QUANTIZED)
+def test_a_quantized_base_of_a_family_whose_layers_are_others(family, tmp_path):
+    folder = write_family(tmp_path / "model", family)
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    backends.check_quantized_base("mlx", folder, rows, "mlx-4bit-32", tmp_path / "fused")
 
 
 def test_without_its_adapter_the_model_is_the_base(model, rows):

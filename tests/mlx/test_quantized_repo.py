@@ -16,6 +16,7 @@ from common.models.fuse import fuse
 from common.models.mlx_quantized import quantized_source, scheme, unpack, write_16bit
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
+from common.verify.tiny_models import write_tiny
 from tests import backends
 from tests.tiny import write_family, write_rows
 
@@ -85,11 +86,13 @@ def test_other_schemes_are_refused_by_name(settings):
         scheme({"quantization": settings})
 
 
-@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5", "qwen2", "glm4", "gemma4_text"])
 def test_a_ready_made_repo_is_trained_over_as_it_is(family, tiny_llama, tmp_path, monkeypatch):
     """resolve gives the 16-bit view; MLX loads the packed weights themselves; fused into the view it is the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     base = tiny_llama if family == "llama" else write_family(tmp_path / "base", family)
+    if family == "gemma4_text":  # rows that divide into groups
+        write_tiny(base, family, {"hidden_size_per_layer_input": 32})
     group = 64 if family == "llama" else 32
     write_quantized(base, tmp_path / "4bit", 4, group)
     view = resolve(str(tmp_path / "4bit"), print).path

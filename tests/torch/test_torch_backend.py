@@ -12,7 +12,7 @@ from common.backend import OptimizerState
 from common.data.batching import make_batch
 from common.errors import UserError
 from tests import backends
-from tests.backends import METHODS
+from tests.backends import METHODS, QUANTIZED
 from tests.tiny import write_family, write_model, write_rows
 
 
@@ -66,6 +66,14 @@ def test_full_fine_tuning_is_fused_completely(model, rows, tmp_path):
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_a_quantized_base_trains_and_fuses(model, rows, tmp_path, scheme):
     backends.check_quantized_base("torch", model, rows, scheme, tmp_path / "fused")
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+@pytest.mark.parametrize("family", QUANTIZED)
+def test_a_quantized_base_of_a_family_whose_layers_are_others(family, scheme, tmp_path):
+    folder = write_family(tmp_path / "model", family)
+    rows = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))
+    backends.check_quantized_base("torch", folder, rows, scheme, tmp_path / "fused")
 
 
 def test_without_its_adapter_the_model_is_the_base(model, rows):

@@ -1,5 +1,6 @@
 """What llama.cpp's converter would turn into another model is refused before training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from common.errors import UserError
 from common.llama_cpp.convert import check_convertible, lacks_mtp
 from common.models.model_folder import ModelFolder
 from common.verify.tiny_models import TINY, write_tiny
-from tests.tiny import write_family, write_tokenizer
+from tests.tiny import write_family, write_model, write_tokenizer
 
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 _MINISTRAL = {
@@ -78,6 +79,62 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
         check_convertible(folders[1])
 
 
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+_LLAMA3 = TINY["llama"]["rope_parameters"]
+_HALF = {"partial_rotary_factor": 0.25}
+# tests/gguf/test_rope_scaling.py compares both lists with llama.cpp's own logits.
+KEPT = [
+    *((family, _LLAMA3) for family in ("exaone4", "llama", "mistral")),
+    *((family, rope) for family in ("llama", "olmo2", "qwen3", "smollm3") for rope in (_LINEAR, _YARN)),
+    ("qwen3_5_text", _LINEAR | _HALF),
+]
+LOST = [
+    *((family, _LLAMA3) for family in ("gemma2", "gemma3_text", "granite", "granitemoehybrid", "olmo2", "olmo3")),
+    *((family, _LLAMA3) for family in ("qwen2", "qwen3", "smollm3")),
+    *((family, _LLAMA3 | _HALF) for family in ("glm4", "phi3", "qwen3_5_text")),
+    ("phi3", _LINEAR),
+]
+
+
+def write_scaled(folder: Path, family: str, rope: dict[str, Any]) -> None:
+    """The family's tiny model with this RoPE in its layers, of full attention where they differ."""
+    changes: dict[str, Any] = {"exaone4": {"sliding_window": None}, "smollm3": {"no_rope_layer_interval": 4}}.get(
+        family, {}
+    )
+    if "full_attention" in TINY[family].get("rope_parameters", {}):
+        rope = TINY[family]["rope_parameters"] | {"full_attention": rope}
+    write_tiny(folder, family, changes | {"attention_bias": False, "rope_parameters": rope})
+    write_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("family", "rope"), KEPT)
+def test_a_rope_scaling_that_llama_cpp_knows_is_exported(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    write_scaled(tmp_path, family, rope)
+    check_convertible(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "rope"), LOST)
+def test_a_rope_scaling_that_llama_cpp_drops_is_refused(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
+    write_scaled(tmp_path, family, rope)
+    with pytest.raises(UserError, match=f"the RoPE scaling '{rope['rope_type']}' in a model of type {family}"):
+        check_convertible(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("seed_oss", True), ("apertus", False)])
+def test_of_an_architecture_that_is_tried_too(kind: str, lost: bool, tmp_path: Path) -> None:
+    """Its GGUF would be found to differ only after training, and on short rows hardly."""
+    folder = write_model(tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"architectures": ["OtherForCausalLM"], "model_type": kind}
+    for rope in (_LINEAR, _LLAMA3):
+        path.write_text(json.dumps(config | {"rope_parameters": rope}))
+        if lost and rope is _LLAMA3:
+            with pytest.raises(UserError, match=f"'llama3' in a model of type {kind}"):
+                check_convertible(folder)
+        else:
+            check_convertible(folder)
+
+
 def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:
     folder = write_family(tmp_path, "glm4")
     with pytest.raises(UserError, match=r"wants the token <\|user\|> in a GLM-4's tokenizer"):
@@ -85,10 +142,6 @@ def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:
     path = folder / "tokenizer.json"
     path.write_text(path.read_text().replace("<|im_start|>", "<|user|>"))
     check_convertible(folder)
-    rope = TINY["llama"]["rope_parameters"] | {"partial_rotary_factor": 0.25}
-    write_tiny(folder, "glm4", {"rope_parameters": rope})
-    with pytest.raises(UserError, match="does not know the RoPE scaling 'llama3' in a GLM-4"):
-        check_convertible(folder)
 
 
 def test_which_qwen3_5_lacks_the_layers_that_predict_more(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ LLAMA = {"temperature": 0.6, "top_p": 0.9}
         ("qwen3_5_text", "keep", {}, {"temperature": 1.0, "top_k": 20, "top_p": 0.95}),
         ("gemma3_text", "off", GEMMA, GEMMA | {"temperature": 1.0}),
         ("gemma3_text", "keep", {}, GEMMA | {"temperature": 1.0}),
+        ("gemma4_text", "off", {}, GEMMA | {"temperature": 1.0}),
         ("smollm3", "off", {}, {"temperature": 0.6, "top_p": 0.95}),
         ("llama", "off", LLAMA, LLAMA),
         ("llama", "off", {}, {}),
