@@ -88,6 +88,11 @@ class ModelDims:
         return self.layer_inputs.table if self.layer_inputs else 0
 
     @property
+    def untied(self) -> bool:
+        """Whether the output head has weights of its own, beside the embeddings."""
+        return self.other - self.table >= 2 * self.vocabulary * self.hidden
+
+    @property
     def padded(self) -> bool:
         """Whether attention pads rows on every device: where scores are capped, and beside layers of another kind."""
         return self.capped or self.delta is not None or bool(self.convolved)

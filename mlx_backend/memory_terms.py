@@ -62,9 +62,11 @@ def update_copies(recipe: Recipe, device: str) -> float:
 
 
 def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
-    """The embeddings as stored, in two bytes, beside what they are converted to."""
+    """The embeddings as stored, in two bytes, beside what they are converted to; or a head of its own, beside all."""
     if recipe.precision == "bf16" and recipe.quantization == "none":
         return 0
+    if recipe.quantization == "none" and dims.untied and dims.stored == 2:
+        return weight_bytes(dims, recipe) + 2 * dims.vocabulary * dims.hidden
     embeddings = dims.vocabulary * dims.hidden * (2 + (4 if recipe.precision == "fp32" else 2))
     return embeddings + (weight_bytes(dims, recipe) // 20 if recipe.quantization != "none" else 0)
 

