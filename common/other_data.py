@@ -48,9 +48,11 @@ def _read(entry: dict[str, Any], folder: Path, rows: Rows) -> None:
         if not files or not isinstance(files, list) or not all(isinstance(file, str) for file in files):
             rows.left.append(f"datasets {path}: data_files names no files; add them under data")
             return
-        _add(files, entry, rows)
-    elif local or not _HUB_NAME.fullmatch(path):
-        _add([path], entry, rows)
+        _add([_seen_from_here(file, folder) for file in files], entry, rows)
+    elif local or "." in path or ("/" in path and not _HUB_NAME.fullmatch(path)):
+        _add([_seen_from_here(path, folder)], entry, rows)
+    elif "/" not in path:
+        rows.left.append(f"datasets {short(path)}: no such file here, and a set on the hub is named owner/name")
     else:
         _add(_of_hub(entry), entry, rows)
         given -= set(_OF_HUB)
@@ -59,6 +61,11 @@ def _read(entry: dict[str, Any], folder: Path, rows: Rows) -> None:
                 f"datasets {path}: data_files: here all its files are read; or download those, and give them"
             )
     _list_others(short(path), entry, given, rows)
+
+
+def _seen_from_here(file: str, folder: Path) -> str:
+    """The path of a file that lies beside the configuration alone."""
+    return str(folder / file) if not os.path.exists(file) and os.path.exists(folder / file) else file
 
 
 def _add(sources: list[str], entry: dict[str, Any], rows: Rows) -> None:

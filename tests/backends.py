@@ -42,7 +42,7 @@ METHODS: dict[str, dict] = {
 }
 
 # Families whose linear layers have other names, or that have some which are not adapted.
-QUANTIZED = ("gemma4_text", "gemma4", "glm4", "granitemoehybrid", "phi3", "qwen3_5")
+QUANTIZED = ("gemma4_text", "gemma4", "glm4", "granitemoehybrid", "lfm2", "phi3", "qwen3_5")
 
 
 def make_recipe(folder: Path, **changes) -> Recipe:

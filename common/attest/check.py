@@ -96,7 +96,7 @@ def _outcome(
     section: str, figure: str, stated: Any, here: dict[str, Any], other: str, absent: Sequence[str]
 ) -> Outcome:
     if figure not in here:
-        if figure in absent or not here:
+        if not here or (section == "files" and figure in absent):
             return Outcome(section, figure, "not checkable here", stated, why="nothing here gives this figure")
         if absent and section == "verification":  # it is of GGUFs that may have been deleted
             why = f"files that the attest names are not here, such as {absent[0]}"

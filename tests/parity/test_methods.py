@@ -95,7 +95,8 @@ def test_every_family_takes_dora_and_full_fine_tuning(family, changes, tmp_path)
     torch, mlx = (dict(found[name][1].arrays()) for name in ("torch", "mlx"))
     if family == "glm4":  # what RoPE leaves alone of a key's bias adds the same to all scores: its gradient is rounding
         torch = {name: array for name, array in torch.items() if not name.endswith("k_proj.bias")}
-    assert backends.relative_difference(torch, mlx) < backends.FIRST_STEPS
+    # Of every weight what four steps change is 0.4 % and more: one that only one backend trains is found.
+    assert backends.relative_difference(torch, mlx) < (1e-3 if "learning_rate" in changes else backends.FIRST_STEPS)
     (tmp_path / "fused").mkdir()
     backends.copy_all_but_weights(folder, tmp_path / "fused")
     fuse(ModelFolder(folder), found["torch"][1], tmp_path / "fused", lambda share, text: None)

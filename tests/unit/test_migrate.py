@@ -515,6 +515,16 @@ ENTRIES: list[tuple[str, list[str], list[str]]] = [
 ]
 
 
+def test_a_file_beside_the_configuration_is_named_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.jsonl").touch()
+    given = written(tmp_path / "other", "axolotl", "base_model: a/b\ndatasets: [{path: mine.jsonl}, {path: squad}]\n")
+    text, options = migrate(given.relative_to(tmp_path))
+    assert options.data == ["other/mine.jsonl"]
+    assert "datasets squad: no such file here, and a set on the hub is named owner/name" in text
+
+
 @pytest.mark.parametrize(("datasets", "sources", "said"), ENTRIES)
 def test_axolotls_rows_are_sources_or_listed(
     datasets: str, sources: list[str], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
