@@ -53,12 +53,6 @@ OTHERS = [
     ),
     ("granitemoehybrid", {}, {"position_embedding_type": "nope"}, "rotates queries and keys of every Granite 4"),
     ("lfm2", {"conv_bias": False}, {"conv_bias": True}, "no biases in the convolutions of an LFM2"),
-    (
-        "lfm2",
-        {"conv_bias": False, "rope_parameters": _YARN},
-        {"conv_bias": False, "rope_parameters": TINY["llama"]["rope_parameters"]},
-        "does not know the RoPE scaling 'llama3' in an LFM2",
-    ),
     ("olmo2", {"attention_bias": False}, {"attention_bias": True}, "no biases in the attention of olmo2"),
     ("olmo2", {"attention_bias": False}, {"attention_bias": False, "tie_word_embeddings": True}, "does not tie the"),
 ]
@@ -90,17 +84,22 @@ KEPT = [
 ]
 LOST = [
     *((family, _LLAMA3) for family in ("gemma2", "gemma3_text", "granite", "granitemoehybrid", "olmo2", "olmo3")),
-    *((family, _LLAMA3) for family in ("qwen2", "qwen3", "smollm3")),
+    *((family, _LLAMA3) for family in ("lfm2", "qwen2", "qwen3", "smollm3")),
     *((family, _LLAMA3 | _HALF) for family in ("glm4", "phi3", "qwen3_5_text")),
     ("phi3", _LINEAR),
 ]
 
 
+_ALIKE: dict[str, dict[str, Any]] = {  # what llama.cpp computes alike, but for the RoPE
+    "exaone4": {"sliding_window": None},
+    "lfm2": {"conv_bias": False},
+    "smollm3": {"no_rope_layer_interval": 4},
+}
+
+
 def write_scaled(folder: Path, family: str, rope: dict[str, Any]) -> None:
     """The family's tiny model with this RoPE in its layers, of full attention where they differ."""
-    changes: dict[str, Any] = {"exaone4": {"sliding_window": None}, "smollm3": {"no_rope_layer_interval": 4}}.get(
-        family, {}
-    )
+    changes: dict[str, Any] = _ALIKE.get(family, {})
     if "full_attention" in TINY[family].get("rope_parameters", {}):
         rope = TINY[family]["rope_parameters"] | {"full_attention": rope}
     write_tiny(folder, family, changes | {"attention_bias": False, "rope_parameters": rope})
