@@ -19,6 +19,7 @@ from common.llama_cpp.convert import QuantReport, convert, quantize, report
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions
 from common.verify.server_checks import verify_tokens
+from common.verify.tiny_models import tiny_config
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant:"
 LAYERS = 2
@@ -173,7 +174,8 @@ def test_a_server_without_a_model_ends_with_its_own_words(llama: LlamaCpp, tmp_p
 def test_a_failed_conversion_names_its_log(model: Path, llama: LlamaCpp, tmp_path: Path) -> None:
     folder = tmp_path / "unknown"
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchForCausalLM"]}')
+    config = tiny_config("llama") | {"architectures": ["NoSuchForCausalLM"], "rope_parameters": None}
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"converting to GGUF failed .*x\.gguf\.log, ends with:") as caught:
         convert(folder, tmp_path / "x.gguf", "x", llama, quiet)
     assert "NoSuchForCausalLM is not supported" in caught.value.what
@@ -182,6 +184,6 @@ def test_a_failed_conversion_names_its_log(model: Path, llama: LlamaCpp, tmp_pat
 
 
 def test_gemma_without_its_tokenizer_model_is_refused(llama: LlamaCpp, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("gemma3_text")))
     with pytest.raises(UserError, match=r"has no tokenizer\.model"):
         convert(tmp_path, tmp_path / "x.gguf", "x", llama, quiet)
