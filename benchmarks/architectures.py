@@ -128,8 +128,10 @@ def main() -> None:
     print(table(found))
     if given.llama_cpp:
         known = converted(given.llama_cpp)
-        admitted = {one["architecture"] for one in found.values() if one["admitted"]}
-        print(f"llama.cpp converts {len(admitted & known)} of {len(admitted)} that are admitted.")
+        admitted = {one["architecture"] for one in found.values() if one["admitted"] and not of_family(one)}
+        print(
+            f"llama.cpp's converter knows {len(admitted & known)} of {len(admitted)} that are of no supported family."
+        )
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ _STEPS, _ROWS, _LONGEST = 10, 16, 56  # of training; rows, the shortest of 20 id
 _LOGITS, _LOSSES, _ADAPTERS = 2e-4, 5e-4, 5e-2  # relative to the largest logit, to the loss and to the adapter
 # Of the quarter of the positions that agree best, each as a root mean square over its logits. Rounding moves single
 # logits as far as another function does: in Gemma 4 by 1e-4, where GELU by tanh in place of the exact one moves a
-# Gemma's by 7e-5. But such a function moves every position. 57 tiny models that compute the same lie from 3e-8 to 9e-7
+# Gemma's by 7e-5. But such a function moves every position. 54 tiny models that compute the same lie from 3e-8 to 9e-7
 # here, three with the other GELU from 1.3e-5 to 5.1e-5. Gemma 3 270M with its weights: 2e-7, and 4e-5 with the other.
 _EVERYWHERE = 4e-6
 # Of a derivative along a direction, from its finite difference; where a router chooses experts the loss jumps.
