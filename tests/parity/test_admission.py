@@ -24,7 +24,7 @@ from common.models.shapes import linear_shapes
 from common.models.training_base import find_base
 from common.option_sources import load_options
 from common.run_record import Run
-from common.verify import admission, parity
+from common.verify import admission, gguf_peer, parity
 from tests import backends
 from tests.contexts import context
 from tests.tiny import write_rows, write_tokenizer
@@ -120,6 +120,23 @@ def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
     assert not verdict.admitted
     assert verdict.why.startswith("transformers and mlx-lm compute other logits")
     assert f"they part in {where}" in verdict.why
+
+
+def test_with_one_library_and_no_llama_cpp_it_says_that_nothing_was_compared(
+    seed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admission._Trial, "_here", lambda trial: ["torch"])
+    monkeypatch.setattr(gguf_peer, "own_build", lambda: None)
+    verdict = admission.try_model(str(seed), context("plain"))
+    assert verdict is not None
+    assert verdict.checks[gguf_peer.PEER] == gguf_peer.NOT_BUILT
+    assert "its logits were compared with none" in "".join(capsys.readouterr())
+    monkeypatch.setattr(admission, "own_build", lambda: None)
+    monkeypatch.setattr(parity, "run", lambda *given: pytest.fail("computed again"))
+    assert admission.admit(ModelFolder(seed), context()) == verdict
+    monkeypatch.setattr(admission, "own_build", lambda: "built")
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        admission.admit(ModelFolder(seed), context())
 
 
 def test_a_verdict_is_kept_until_a_library_changes(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
