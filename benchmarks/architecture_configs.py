@@ -110,7 +110,10 @@ ON_THE_HUB: dict[str, dict[str, Any]] = {
     "glm4_moe": {"head_dim": 16},
     "glm_moe_dsa": {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1},
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "time_step_limit": [0.0, 1e9]},
+    "granitemoehybrid": {
+        **{"layer_types": ["mamba", "attention"] * 2, "time_step_limit": [0.0, 1e9]},
+        "position_embedding_type": "nope",  # without the key transformers turns nothing, mlx-lm every head
+    },
     "jamba": {"layers_block_type": None},  # absent
     "kimi_linear": {
         "rope_theta": 10000.0,

@@ -1,7 +1,7 @@
 """Which architectures --try-model admits: a tiny random model of each that transformers and mlx-lm both have.
 
     python -m benchmarks.architectures                   # all that are not done yet with these libraries
-    python -m benchmarks.architectures --only mamba olmo2
+    python -m benchmarks.architectures --only mamba olmo2   # these, done or not
     python -m benchmarks.architectures --table           # what was found, as Markdown
 
 Every verdict is written to benchmarks/results/architectures.json as soon as it is there.
@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx_backend.backend  # noqa: F401  # before numpy and torch, or MLX gets another BLAS
+from benchmarks import commit
 from benchmarks.architecture_configs import BY_TYPE, MULTIMODAL, ON_THE_HUB, SIZES
 from benchmarks.regret import RESULTS, backend_named
 from common.context import Context
 from common.display import Display
 from common.models.admitted import versions
+from common.models.families import is_known
 from common.models.model_folder import ModelFolder
 from common.verify.admission import admit
 
@@ -67,7 +69,7 @@ def _config(kind: str) -> Any:
     return AutoConfig.for_model(kind, **given)
 
 
-def verdict_on(kind: str) -> dict[str, Any]:
+def verdict_on(kind: str, when: dict[str, str]) -> dict[str, Any]:
     folder, began = Path(tempfile.mkdtemp()), time.perf_counter()
     try:
         model = write_model(kind, folder)
@@ -77,7 +79,7 @@ def verdict_on(kind: str) -> dict[str, Any]:
     finally:
         shutil.rmtree(folder)
     verdict["why"] = re.sub(r"\S*/\S+", "the model", verdict["why"])  # no path of this machine
-    return verdict | {"date": time.strftime("%Y-%m-%d"), "seconds": round(time.perf_counter() - began, 1)}
+    return verdict | when | {"seconds": round(time.perf_counter() - began, 1)}
 
 
 def converted(source: Path) -> set[str]:
@@ -95,31 +97,41 @@ def table(found: dict[str, Any]) -> str:
         checks = one.get("checks", {})
         shown = f"logits {checks['logits']}" if one["admitted"] and "logits" in checks else one["why"]
         lines.append(f"| {kind} | {one['architecture']} | {state} | {', '.join(one.get('targets', []))} | {shown} |")
-    count = sum(one["admitted"] for one in found.values())
-    return "\n".join([*lines, "", f"{count} of {len(found)} admitted."])
+    admitted = [one for one in found.values() if one["admitted"]]
+    unknown = sum(not of_family(one) for one in admitted)
+    said = f"{len(admitted)} of {len(found)} admitted, {unknown} of them of no supported family."
+    return "\n".join([*lines, "", said])
+
+
+def of_family(one: dict[str, Any]) -> bool:
+    """Whether --try-model leaves this architecture to the layers of ours. one: a verdict."""
+    return is_known({"architectures": [one["architecture"]]})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.architectures")
     parser.add_argument(
-        "--only", nargs="+", choices=[*BY_TYPE, *MULTIMODAL], default=[*BY_TYPE, *MULTIMODAL], metavar="TYPE"
+        "--only", nargs="+", choices=[*BY_TYPE, *MULTIMODAL], metavar="TYPE", help="these alone, done or not"
     )
     parser.add_argument("--llama-cpp", type=Path, metavar="DIR", help="its source, to say what it converts")
     parser.add_argument("--table", action="store_true", help="print what was found")
     given = parser.parse_args()
     warnings.filterwarnings("ignore")
     found: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8")) if _FILE.exists() else {}
-    for kind in given.only if not given.table else []:
-        if found.get(kind, {}).get("versions") != versions():
-            found[kind] = verdict_on(kind)
+    when = commit.now()
+    for kind in (given.only or [*BY_TYPE, *MULTIMODAL]) if not given.table else []:
+        if given.only or found.get(kind, {}).get("versions") != versions():
+            found[kind] = verdict_on(kind, when)
             _FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             one = found[kind]
             print(f"{kind}: {'admitted' if one['admitted'] else one['why']}; {one['seconds']} s", flush=True)
     print(table(found))
     if given.llama_cpp:
         known = converted(given.llama_cpp)
-        admitted = {one["architecture"] for one in found.values() if one["admitted"]}
-        print(f"llama.cpp converts {len(admitted & known)} of {len(admitted)} that are admitted.")
+        admitted = {one["architecture"] for one in found.values() if one["admitted"] and not of_family(one)}
+        print(
+            f"llama.cpp's converter knows {len(admitted & known)} of {len(admitted)} that are of no supported family."
+        )
 
 
 if __name__ == "__main__":

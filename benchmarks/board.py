@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from common.models.families import is_known
 from common.verify.parity import BOUNDS, MEASURED, TINY_STEPS
 from common.verify.tiny_models import TINY
 
@@ -22,7 +23,7 @@ _BACKENDS = {"torch": "PyTorch", "mlx": "MLX"}
 _FILES = ("bf16 GGUF", "Q8_0", "Q4_K_M")
 # Whose GGUF is of another layout: llama.cpp takes the text part of a 12B with its towers only.
 _LAID_OUT = {"gemma4_unified_text": " (laid out as the 31B)"}
-_TRIED = ("step losses", "adapters", "fused, torch", "fused, mlx")
+_TRIED = ("logits", "step losses", "adapters", "fused, torch", "fused, mlx")
 
 
 def board() -> str:
@@ -53,8 +54,15 @@ def board() -> str:
         ),
         "## Other architectures",
         "Those that `--try-model` computes by the libraries' own layers: what its check found on a tiny model, by "
-        "`python -m benchmarks.architectures`. The commit is not on record.",
-        _table(["architecture", "admitted", *_TRIED, "date"], (_tried(name, one) for name, one in tried.items())),
+        "`python -m benchmarks.architectures`. Supported families are left out.",
+        _table(
+            ["architecture", "admitted", *_TRIED, "date", "commit"],
+            (
+                _tried(name, one)
+                for name, one in tried.items()
+                if not is_known({"architectures": [one["architecture"]]})
+            ),
+        ),
     ]
     return "\n\n".join(part if part.startswith("|") else fill(part, 120) for part in parts) + "\n"
 
@@ -94,7 +102,8 @@ def _verified(family: str, backend: str, one: dict[str, Any] | None) -> list[str
 
 def _tried(name: str, one: dict[str, Any]) -> list[str]:
     checks = one.get("checks", {})
-    return [name, "yes" if one["admitted"] else "no", *(checks.get(what, "-") for what in _TRIED), one["date"]]
+    found = (checks.get(what, "-") for what in _TRIED)
+    return [name, "yes" if one["admitted"] else "no", *found, one["date"], one["commit"]]
 
 
 def _table(columns: list[str], rows: Iterable[list[str]]) -> str:

@@ -124,18 +124,18 @@ class PlainForward:
         return self.model(input_ids=inputs, use_cache=False).logits[0, np.asarray(positions, np.int64)]
 
     def continuing(self) -> Continue:
-        """Where the model's cache has another name than `past_key_values`, each token computes the complete row."""
+        """Where the model takes no `cache`, each token computes the complete row."""
         row: list[int] = []
         cache: Any = None
 
         def forward(ids: list[int], restart: bool) -> torch.Tensor:
             nonlocal row, cache
             row = [*ids] if restart else [*row, *ids]
-            if "past_key_values" not in self._accepts:
+            if "cache" not in self._accepts:
                 return self.logits(np.array(row), np.array([len(row) - 1]))[0]
             inputs = torch.tensor([ids], device=self.device)
-            found = self.model(input_ids=inputs, past_key_values=None if restart else cache, use_cache=True)
-            cache = found.past_key_values
+            found = self.model(input_ids=inputs, cache=None if restart else cache, use_cache=True)
+            cache = found.cache
             return found.logits[0, -1]
 
         return forward

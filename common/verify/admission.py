@@ -20,6 +20,7 @@ from common.data.batching import make_batch
 from common.data.encode import Encoded
 from common.errors import UserError, first_line
 from common.files import scratch_folder
+from common.llama_cpp.install import own_build
 from common.models.admitted import Verdict, folder, remember, remembered, versions
 from common.models.experts import stack_of, target_of
 from common.models.families import is_known
@@ -31,10 +32,18 @@ from common.models.shapes import linear_shapes, target_names
 from common.option_fields import EXPERTS
 from common.system.launch import launched
 from common.verify import parity
+from common.verify.divergence import apart
+from common.verify.gguf_peer import NOT_BUILT, PEER, gguf_logits
 
 _T = TypeVar("_T")
 _STEPS, _ROWS, _LONGEST = 10, 16, 56  # of training; rows, the shortest of 20 ids, and ids of the longest
 _LOGITS, _LOSSES, _ADAPTERS = 2e-4, 5e-4, 5e-2  # relative to the largest logit, to the loss and to the adapter
+# Of the quarter of the positions that agree best, each as a root mean square over its logits. Rounding moves single
+# logits as far as another function does: in Gemma 4 by 1e-4, where GELU by tanh in place of the exact one moves a
+# Gemma's by 7e-5. But such a function moves every position. 54 tiny models that compute the same lie from 3e-8 to 9e-7
+# here, three with the other GELU from 1.3e-5 to 5.1e-5. Gemma 3 270M with its weights: 2e-7, and 4e-5 with the other.
+_EVERYWHERE = 4e-6
+_GGUF, _GGUF_EVERYWHERE = 1e-2, 1e-3  # llama.cpp's cache has 16 bits: 1.4e-3 and 1.4e-4 of five tiny models
 # Of a derivative along a direction, from its finite difference; where a router chooses experts the loss jumps.
 _DERIVATIVE, _WITH_EXPERTS = 0.03, 0.15
 _FUSED = 0.1  # of what the adapter changes of a logit
@@ -63,12 +72,17 @@ def try_model(name: str, context: Context, experts: bool = False) -> Verdict | N
         )
     compared = "; ".join(f"{what} {found}" for what, found in verdict.checks.items())
     context.display.say(f"{verdict.architecture} is admitted, with LoRA on {', '.join(verdict.targets)}. {compared}")
+    if verdict.checks.get(PEER, "").startswith("none"):
+        context.display.warn(
+            "--try-model: one library alone has computed this model; its logits were compared with none"
+        )
     return verdict
 
 
 def admit(model: ModelFolder, context: Context, experts: bool = False) -> Verdict:
     """The verdict on the model, from memory where it was tried with the same libraries; else it is tried now."""
-    if (known := remembered(model, experts)) is not None:
+    known = remembered(model, experts)
+    if known is not None and (known.checks.get(PEER) != NOT_BUILT or own_build() is None):
         return known
     architecture, why = (model.written_config.get("architectures") or ["none named"])[0], ""
     with context.display.stage(f"try {architecture}") as progress, scratch_folder(folder()) as scratch:
@@ -121,6 +135,8 @@ class _Trial:
             results = self._train(small, rows, here)
         if len(here) == 2:
             self._compare(results[0], results[1], count, rows[0])
+        else:
+            self._compare_gguf(small, results[0].logits, rows[0].ids)
         for number, (name, result) in enumerate(zip(here, results, strict=True)):
             self.progress((len(here) + number) / (2 * len(here)), f"gradient and fusion, {name}")
             _computed(name, partial(self._check_alone, name, small, rows, result))
@@ -157,10 +173,10 @@ class _Trial:
         return results
 
     def _compare(self, one: parity.Result, other: parity.Result, count: int, row: Encoded) -> None:
-        logits = float(np.abs(one.logits - other.logits).max() / np.abs(one.logits).max())
-        if not logits < _LOGITS:
+        logits = "{:.1e} of the largest, {:.1e} everywhere".format(*apart(one.logits, other.logits))
+        if not _agree(one.logits, other.logits):
             parting = self._parting(count, row)
-            raise Refused(f"transformers and mlx-lm compute other logits: {logits:.1e} of the largest; {parting}")
+            raise Refused(f"transformers and mlx-lm compute other logits: {logits}; {parting}")
         losses = float((np.abs(one.losses - other.losses) / one.losses).max())
         if not losses < _LOSSES:
             raise Refused(f"the losses of {_STEPS} steps differ by {losses:.1e}")
@@ -168,8 +184,19 @@ class _Trial:
         worst = max(far, key=lambda name: np.nan_to_num(far[name], nan=np.inf))
         if not far[worst] < _ADAPTERS:
             raise Refused(f"after {_STEPS} steps {worst} differs by {far[worst]:.1e}")
-        found = {"logits": f"{logits:.1e} of the largest", "step losses": f"{losses:.1e}"}
-        self.checks |= found | {"adapters": f"{far[worst]:.1e}"}
+        self.checks |= {"logits": logits, "step losses": f"{losses:.1e}", "adapters": f"{far[worst]:.1e}"}
+
+    def _compare_gguf(self, small: ModelFolder, logits: np.ndarray, ids: np.ndarray) -> None:
+        theirs = gguf_logits(small, ids, self.scratch)
+        if isinstance(theirs, str):
+            self.checks[PEER] = theirs
+            return
+        size = min(logits.shape[1], theirs.shape[1])  # a vocabulary may be padded
+        largest, everywhere = apart(logits[:, :size], theirs[:, :size])
+        found = f"llama.cpp, logits {largest:.1e} of the largest, {everywhere:.1e} everywhere"
+        if not (largest < _GGUF and everywhere < _GGUF_EVERYWHERE):
+            raise Refused(f"transformers computes other logits than {found}")
+        self.checks[PEER] = found
 
     def _parting(self, count: int, row: Encoded) -> str:
         """The first layer after which the two differ."""
@@ -180,7 +207,7 @@ class _Trial:
                 one, other = (_result(name, self.backends, small, [row], 0, targets) for name in ("torch", "mlx"))
             except (UserError, Refused):  # so few layers are no model
                 continue
-            if not np.abs(one.logits - other.logits).max() < _LOGITS * np.abs(one.logits).max():
+            if not _agree(one.logits, other.logits):
                 return f"they part in layer {layers - 1}{', or in embeddings or head' * (layers == 1)}"
         return "with fewer layers they agree, or cannot compute"
 
@@ -223,6 +250,11 @@ def _computed(name: str, compute: Callable[[], _T]) -> _T:
         raise
     except Exception as error:
         raise Refused(f"{name} cannot compute it: {first_line(error)}") from error
+
+
+def _agree(one: np.ndarray, other: np.ndarray) -> bool:
+    largest, everywhere = apart(one, other)
+    return largest < _LOGITS and everywhere < _EVERYWHERE
 
 
 def _idle(result: parity.Result) -> set[str]:

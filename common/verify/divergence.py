@@ -59,6 +59,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
+def apart(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Of logits [T, vocabulary], relative to the largest: the largest difference, and that of nearly every position."""
+    found = np.abs(one - other) / np.abs(one).max()
+    return float(found.max()), float(np.quantile(np.sqrt((found**2).mean(axis=1)), 0.25))
+
+
 class Reference:
     """A model's distributions at `at`, kept as log-probabilities in float16 and normalized again on use.
 

@@ -24,7 +24,7 @@ from common.models.shapes import linear_shapes
 from common.models.training_base import find_base
 from common.option_sources import load_options
 from common.run_record import Run
-from common.verify import admission, parity
+from common.verify import admission, gguf_peer, parity
 from tests import backends
 from tests.contexts import context
 from tests.tiny import write_rows, write_tokenizer
@@ -44,7 +44,7 @@ def seed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["seed_oss", "mamba", "lfm2_moe", "granitemoe"])
+@pytest.mark.parametrize("kind", ["seed_oss", "mamba", "lfm2_moe", "granitemoe", "granitemoehybrid", "phi"])
 def test_what_both_libraries_compute_alike_is_admitted(kind: str, tmp_path: Path) -> None:
     verdict = admission.admit(write_model(kind, tmp_path / kind), context())
     assert verdict.why == ""
@@ -73,12 +73,37 @@ def swapped_gate(model: Any) -> None:
     mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
 
 
+def exact_gelu(model: Any) -> None:
+    """In place of that by tanh, which phi has in both libraries."""
+    import mlx.nn as nn
+    from mlx_lm.models.phi import PhiMLP
+
+    class Exact(PhiMLP):  # type: ignore[misc]
+        def __call__(self, x: Any) -> Any:
+            return self.fc2(nn.gelu(self.fc1(x)))
+
+    model.layers[1].mlp.__class__ = Exact
+
+
+@pytest.mark.parametrize("kind", ["gemma", "starcoder2", "gpt_neox"])
+def test_the_other_gelu_is_refused(kind: str, tmp_path: Path) -> None:
+    """mlx-lm computes it exactly where transformers takes the tanh, and in GPT-NeoX the other way round."""
+    verdict = admission.admit(write_model(kind, tmp_path / kind), context())
+    assert not verdict.admitted
+    assert "they part in layer 0" in verdict.why
+
+
 @pytest.mark.parametrize(
-    ("plant", "where"),
-    [(rope_of_another_base, "layer 0"), (no_norm, "layer 1"), (swapped_gate, "layer 1")],
+    ("kind", "plant", "where"),
+    [
+        ("seed_oss", rope_of_another_base, "layer 0"),
+        ("seed_oss", no_norm, "layer 1"),
+        ("seed_oss", swapped_gate, "layer 1"),
+        ("phi", exact_gelu, "layer 1"),
+    ],
 )
 def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
-    plant: Callable[[Any], None], where: str, seed: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, plant: Callable[[Any], None], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlx_backend.backend as backend
 
@@ -91,10 +116,27 @@ def test_what_one_library_computes_otherwise_is_refused_with_the_layer(
         return model
 
     monkeypatch.setattr(backend, "load_plain", faulty)
-    verdict = admission.admit(ModelFolder(seed), context())
+    verdict = admission.admit(write_model(kind, tmp_path / kind), context())
     assert not verdict.admitted
     assert verdict.why.startswith("transformers and mlx-lm compute other logits")
     assert f"they part in {where}" in verdict.why
+
+
+def test_with_one_library_and_no_llama_cpp_it_says_that_nothing_was_compared(
+    seed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(admission._Trial, "_here", lambda trial: ["torch"])
+    monkeypatch.setattr(gguf_peer, "own_build", lambda: None)
+    verdict = admission.try_model(str(seed), context("plain"))
+    assert verdict is not None
+    assert verdict.checks[gguf_peer.PEER] == gguf_peer.NOT_BUILT
+    assert "its logits were compared with none" in "".join(capsys.readouterr())
+    monkeypatch.setattr(admission, "own_build", lambda: None)
+    monkeypatch.setattr(parity, "run", lambda *given: pytest.fail("computed again"))
+    assert admission.admit(ModelFolder(seed), context()) == verdict
+    monkeypatch.setattr(admission, "own_build", lambda: "built")
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        admission.admit(ModelFolder(seed), context())
 
 
 def test_a_verdict_is_kept_until_a_library_changes(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

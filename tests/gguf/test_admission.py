@@ -1,0 +1,41 @@
+"""--try-model with PyTorch alone: llama.cpp's logits of the model's GGUF are what it is compared with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import architecture_configs
+from benchmarks.architectures import write_model
+from common.llama_cpp.build import own
+from common.llama_cpp.convert import convert
+from common.models import admitted
+from common.verify import admission, gguf_peer
+from tests.contexts import context
+from tests.templates.vocabularies import tokenizer
+
+
+def rope_of_another_base(folder: Path, *given: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["rope_parameters"]["rope_theta"] *= 50
+    path.write_text(json.dumps(config), encoding="utf-8")
+    convert(folder, *given)
+
+
+def test_a_model_that_llama_cpp_computes_alike_is_admitted_and_another_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own(lambda share, text: None)
+    monkeypatch.setattr(admitted, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(admission._Trial, "_here", lambda trial: ["torch"])
+    monkeypatch.setitem(architecture_configs.SIZES, "vocab_size", 50304)
+    model = write_model("seed_oss", tmp_path / "model")
+    tokenizer("gpt-2").save_pretrained(model.path)
+    verdict = admission.admit(model, context())
+    assert verdict.why == ""
+    assert verdict.checks[gguf_peer.PEER].startswith("llama.cpp, logits ")
+    monkeypatch.setattr(admission, "remembered", lambda *given: None)
+    monkeypatch.setattr(gguf_peer, "convert", rope_of_another_base)
+    assert admission.admit(model, context()).why.startswith("transformers computes other logits than llama.cpp")
