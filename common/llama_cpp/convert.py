@@ -73,7 +73,7 @@ _SCALINGS = {
     "phi3": ("default", "longrope"),
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
-_LLAMA3 = ("apertus", "arcee", "exaone4", "llama", "mistral", "mixtral")
+_LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 

@@ -119,7 +119,7 @@ def test_a_rope_scaling_that_llama_cpp_drops_is_refused(family: str, rope: dict[
         check_convertible(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "lost"), [("seed_oss", True), ("apertus", False)])
+@pytest.mark.parametrize(("kind", "lost"), [("seed_oss", True), ("apertus", False), ("exaone_moe", False)])
 def test_of_an_architecture_that_is_tried_too(kind: str, lost: bool, tmp_path: Path) -> None:
     """Its GGUF would be found to differ only after training, and on short rows hardly."""
     folder = write_model(tmp_path)
