@@ -76,11 +76,15 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 _LLAMA3 = TINY["llama"]["rope_parameters"]
 _HALF = {"partial_rotary_factor": 0.25}
-# tests/gguf/test_rope_scaling.py compares both lists with llama.cpp's own logits.
+# tests/gguf/test_rope_scaling.py compares these lists with llama.cpp's own logits.
 KEPT = [
     *((family, _LLAMA3) for family in ("exaone4", "llama", "mistral")),
     *((family, rope) for family in ("llama", "olmo2", "qwen3", "smollm3") for rope in (_LINEAR, _YARN)),
     ("qwen3_5_text", _LINEAR | _HALF),
+    # As published. llama.cpp reads neither key, and of these transformers reads attention_factor alone.
+    ("olmo3", _YARN | {"factor": 8.0, "attention_factor": 1.2079441541679836}),
+    ("qwen3", _YARN | {"attn_factor": 0.8782488562869419, "extrapolation_factor": 0.5}),
+    ("ministral3", _MINISTRAL["rope_parameters"] | {"beta_slow": 2.0}),
 ]
 LOST = [
     *((family, _LLAMA3) for family in ("gemma2", "gemma3_text", "granite", "granitemoehybrid", "olmo2", "olmo3")),
@@ -88,11 +92,16 @@ LOST = [
     *((family, _LLAMA3 | _HALF) for family in ("glm4", "phi3", "qwen3_5_text")),
     ("phi3", _LINEAR),
 ]
-
-
+OTHER_YARNS = [
+    *((family, _YARN | {"beta_slow": 2.0}, "knows YaRN with a beta_fast of 32") for family in ("olmo3", "qwen3")),
+    ("qwen3", _YARN | {"factor": None}, "drops a YaRN that states no factor"),
+    ("qwen3", _YARN | {"truncate": False}, "rounds the range over which YaRN blends"),
+    ("ministral3", _MINISTRAL["rope_parameters"] | {"truncate": False}, "rounds the range over which YaRN blends"),
+]
 _ALIKE: dict[str, dict[str, Any]] = {  # what llama.cpp computes alike, but for the RoPE
     "exaone4": {"sliding_window": None},
     "lfm2": {"conv_bias": False},
+    "ministral3": {"sliding_window": None},
     "smollm3": {"no_rope_layer_interval": 4},
 }
 
@@ -116,6 +125,15 @@ def test_a_rope_scaling_that_llama_cpp_knows_is_exported(family: str, rope: dict
 def test_a_rope_scaling_that_llama_cpp_drops_is_refused(family: str, rope: dict[str, Any], tmp_path: Path) -> None:
     write_scaled(tmp_path, family, rope)
     with pytest.raises(UserError, match=f"the RoPE scaling '{rope['rope_type']}' in a model of type {family}"):
+        check_convertible(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "rope", "words"), OTHER_YARNS)
+def test_a_yarn_that_llama_cpp_computes_otherwise_is_refused(
+    family: str, rope: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_scaled(tmp_path, family, rope)
+    with pytest.raises(UserError, match=words):
         check_convertible(tmp_path)
 
 
