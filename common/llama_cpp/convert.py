@@ -24,7 +24,7 @@ from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import gemma4, granite4, lfm2, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import is_known
+from common.models.families import context_length, forward_config, is_known
 from common.models.model_folder import ModelFolder
 from common.models.rope_config import yarn_ratio, yarn_scale
 from common.option_fields import NEED_IMATRIX
@@ -74,6 +74,7 @@ _SCALINGS = {
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
 _LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
+_WINDOWS = ("exaone4", "gemma2", "gemma3_text", *gemma4.KINDS, "olmo3")  # of which llama.cpp computes them
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
@@ -112,6 +113,13 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
             sentencepiece.REMEDY,
         )
+
+
+def lost_window(config: dict[str, Any]) -> int | None:
+    """The sliding window of a known family that llama.cpp would not compute; None where no row exceeds it."""
+    windows = {window for window in forward_config(config).windows if window is not None}
+    lost = config["model_type"] not in _WINDOWS and windows and min(windows) < context_length(config)
+    return min(windows) if lost else None
 
 
 def _other_model(model: ModelFolder) -> str:

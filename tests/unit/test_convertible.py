@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from common.display import Display
 from common.errors import UserError
-from common.llama_cpp.convert import check_convertible, lacks_mtp
+from common.export.preflight import _check_form
+from common.llama_cpp.convert import check_convertible, lacks_mtp, lost_window
 from common.models.model_folder import ModelFolder
+from common.options import Options
 from common.verify.tiny_models import TINY, write_tiny
 from tests.tiny import write_family, write_model, write_tokenizer
 
@@ -150,6 +153,31 @@ def test_of_an_architecture_that_is_tried_too(kind: str, lost: bool, tmp_path: P
                 check_convertible(folder)
         else:
             check_convertible(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window"),
+    [
+        ("mistral", {}, 24),
+        ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": 56}, 56),
+        ("phi3", {"sliding_window": 4096}, None),  # as Phi-4-mini's, longer than its context
+        ("qwen2", {}, 24),
+        ("qwen2", {"use_sliding_window": False}, None),
+        ("gemma2", {}, None),
+        ("olmo3", {}, None),
+        ("qwen3_5_text", {}, None),
+    ],
+)
+def test_a_window_that_llama_cpp_does_not_compute_is_warned_of(
+    family: str, changes: dict[str, Any], window: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelFolder(write_tiny(tmp_path, family, changes))
+    assert lost_window(model.config) == window
+    options = Options(model="m", data=["d"], export="gguf")
+    _check_form(options, "lora", model, Display("plain"))
+    said = f"no sliding window for {family}: beyond {window} tokens" in capsys.readouterr().out.replace("\n", " ")
+    assert said == (window is not None)
 
 
 def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:
