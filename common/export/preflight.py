@@ -10,7 +10,7 @@ from common.export.budget import EXPORT_STEPS, Stage, estimate_stages, needs_lla
 from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model, most_bits, scheme_of
 from common.llama_cpp.build import ensure, missing_build_tools, own
-from common.llama_cpp.convert import check_convertible
+from common.llama_cpp.convert import check_convertible, lost_window
 from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, check_lora_base, lora_script
@@ -92,6 +92,11 @@ def _check_form(options: Options, method: str, base: ModelFolder, display: Displ
         )
     if is_known(base.config):
         check_imatrix_base(options.quant, base)
+        if window := lost_window(base.config):
+            display.warn(
+                f"llama.cpp has no sliding window for {base.config['model_type']}: beyond {window} tokens, prompt and "
+                "answer together, the GGUF's results differ from training"
+            )
     if options.imatrix_file:
         check_imatrix_file(user_path(options.imatrix_file, "--imatrix-file"), base)
     if options.split_size:

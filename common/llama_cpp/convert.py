@@ -24,7 +24,7 @@ from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import scrubbed
 from common.models import gemma4, granite4, lfm2, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
-from common.models.families import is_known
+from common.models.families import context_length, forward_config, is_known
 from common.models.model_folder import ModelFolder
 from common.models.rope_config import yarn_ratio, yarn_scale
 from common.option_fields import NEED_IMATRIX
@@ -73,7 +73,8 @@ _SCALINGS = {
     "phi3": ("default", "longrope"),
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
-_LLAMA3 = ("apertus", "arcee", "exaone4", "llama", "mistral", "mixtral")
+_LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
+_WINDOWS = ("exaone4", "gemma2", "gemma3_text", *gemma4.KINDS, "olmo3")  # of which llama.cpp computes them
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
 
@@ -114,6 +115,13 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
         )
 
 
+def lost_window(config: dict[str, Any]) -> int | None:
+    """The sliding window of a known family that llama.cpp would not compute; None where no row exceeds it."""
+    windows = {window for window in forward_config(config).windows if window is not None}
+    lost = config["model_type"] not in _WINDOWS and windows and min(windows) < context_length(config)
+    return min(windows) if lost else None
+
+
 def _other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
     config = model.config
@@ -121,18 +129,14 @@ def _other_model(model: ModelFolder) -> str:
         return fault
     kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]
     ropes = [rope[name] for name in LAYER_TYPES] if "full_attention" in rope else [rope]
-    under = rope.get("mscale_all_dim") if kind == "ministral3" else 0
-    scales = [(yarn_scale(one), one) for one in ropes]
     if kind == "smollm3" and config["no_rope_layers"] != [int((layer + 1) % 4 != 0) for layer in range(layers)]:
         return "llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others"
     if kind == "exaone4" and (config["sliding_window"] is not None) != (layers == _LAYERS_OF_EXAONE_32B):
         return "llama.cpp knows windows in an EXAONE 4 of 64 layers, and in no other"
     if kind == "ministral3" and config["sliding_window"] is not None:
         return "llama.cpp knows no windows in a Ministral 3"
-    if under is None:
-        return "llama.cpp's converter needs mscale_all_dim in a Ministral 3's RoPE"
-    if any(scale and not math.isclose(scale, yarn_ratio(one, 1, under), rel_tol=1e-6) for scale, one in scales):
-        return "llama.cpp does not read how far this YaRN scales"
+    if found := [fault for one in ropes if one["rope_type"] == "yarn" and (fault := _other_yarn(one, kind))]:
+        return found[0]
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
     if kind == "glm4":
@@ -152,6 +156,22 @@ def _lost_scaling(config: dict[str, Any], known: bool) -> str:
     taken = (*_SCALINGS.get(kind, _MOST_SCALINGS), *(["llama3"] if kind in _LLAMA3 else []))
     lost = {name for name in named - {*taken} if known or name == "llama3"}
     return f"llama.cpp does not know the RoPE scaling {min(lost)!r} in a model of type {kind}" if lost else ""
+
+
+def _other_yarn(rope: dict[str, Any], kind: str) -> str:
+    """The same of YaRN. Of what scales its attention and of its betas llama.cpp reads a Ministral 3's alone."""
+    under = rope.get("mscale_all_dim") if kind == "ministral3" else 0
+    if under is None:
+        return "llama.cpp's converter needs mscale_all_dim in a Ministral 3's RoPE"
+    if (scale := yarn_scale(rope)) and not math.isclose(scale, yarn_ratio(rope, 1, under), rel_tol=1e-6):
+        return "llama.cpp does not read how far this YaRN scales"
+    if not rope.get("factor"):
+        return "llama.cpp's converter drops a YaRN that states no factor"
+    if not rope.get("truncate", True):
+        return "llama.cpp rounds the range over which YaRN blends, and this model does not (truncate)"
+    if kind != "ministral3" and (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+        return "llama.cpp knows YaRN with a beta_fast of 32 and a beta_slow of 1, and this model has others"
+    return ""
 
 
 def _other_glm4(folder: Path) -> str:

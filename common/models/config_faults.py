@@ -95,6 +95,8 @@ def _rope_faults(text: dict[str, Any], kind: str) -> list[str]:
             needed = int(text["head_dim"] * rope.get("partial_rotary_factor", 1.0)) // 2
             counts = {key: len(rope[key]) for key in ("short_factor", "long_factor")}
             faults += [f"its {key} has {n} numbers and needs {needed}" for key, n in counts.items() if n != needed]
+        if "full_attention" in ropes and not rope.get("truncate", True):  # transformers looks for it outside of them
+            faults.append("the truncate of its RoPE is not computed alike by both backends")
         if rope.get("partial_rotary_factor", 1.0) != 1.0 and kind not in _PARTLY_ROTATED:
             faults.append("its partial_rotary_factor is not computed by both backends")
     return faults

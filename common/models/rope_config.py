@@ -6,8 +6,8 @@ from typing import Any
 from common.models.family_defaults import DEFAULTS
 
 ROPES_BY_KIND = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
-# The share of a head that RoPE rotates, where a config names none.
-_BASES = {"lfm2": 1e6, "smollm3": 2e6}  # theta, where a config names none and it is not 10,000
+# Where a config names none: theta, if it is not 10,000, and the share of a head that RoPE rotates.
+_BASES = {"lfm2": 1e6, "smollm3": 2e6}
 _ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}
 
 

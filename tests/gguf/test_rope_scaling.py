@@ -15,7 +15,7 @@ from common.llama_cpp.convert import convert
 from common.llama_cpp.logits import GgufLogits
 from tests import backends
 from tests.progress import silent
-from tests.unit.test_convertible import KEPT, LOST
+from tests.unit.test_convertible import KEPT, LOST, OTHER_YARNS
 
 _IDS = np.random.default_rng(0).integers(300, 5000, 96).astype(np.int32)
 _FAILS = ("granite", "granitemoehybrid", "smollm3")  # the converter, or llama.cpp with what it wrote
@@ -23,7 +23,8 @@ _SHORT = {("exaone4", "llama3"), ("qwen3", "llama3")}  # one of each, where not 
 
 
 def _cases() -> list[Any]:
-    cases = [(*one, True) for one in KEPT] + [(*one, False) for one in LOST]
+    lost = [*LOST, *((family, rope) for family, rope, _ in OTHER_YARNS)]
+    cases = [(*one, True) for one in KEPT] + [(*one, False) for one in lost]
     return [
         pytest.param(
             *(family, rope, kept),

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 
+from common.display import Display
 from common.errors import UserError
-from common.llama_cpp.convert import check_convertible, lacks_mtp
+from common.export.preflight import _check_form
+from common.llama_cpp.convert import check_convertible, lacks_mtp, lost_window
 from common.models.model_folder import ModelFolder
+from common.options import Options
 from common.verify.tiny_models import TINY, write_tiny
 from tests.tiny import write_family, write_model, write_tokenizer
 
@@ -76,11 +79,15 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
 _LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 _LLAMA3 = TINY["llama"]["rope_parameters"]
 _HALF = {"partial_rotary_factor": 0.25}
-# tests/gguf/test_rope_scaling.py compares both lists with llama.cpp's own logits.
+# tests/gguf/test_rope_scaling.py compares these lists with llama.cpp's own logits.
 KEPT = [
     *((family, _LLAMA3) for family in ("exaone4", "llama", "mistral")),
     *((family, rope) for family in ("llama", "olmo2", "qwen3", "smollm3") for rope in (_LINEAR, _YARN)),
     ("qwen3_5_text", _LINEAR | _HALF),
+    # As published. llama.cpp reads neither key, and of these transformers reads attention_factor alone.
+    ("olmo3", _YARN | {"factor": 8.0, "attention_factor": 1.2079441541679836}),
+    ("qwen3", _YARN | {"attn_factor": 0.8782488562869419, "extrapolation_factor": 0.5}),
+    ("ministral3", _MINISTRAL["rope_parameters"] | {"beta_slow": 2.0}),
 ]
 LOST = [
     *((family, _LLAMA3) for family in ("gemma2", "gemma3_text", "granite", "granitemoehybrid", "olmo2", "olmo3")),
@@ -88,11 +95,16 @@ LOST = [
     *((family, _LLAMA3 | _HALF) for family in ("glm4", "phi3", "qwen3_5_text")),
     ("phi3", _LINEAR),
 ]
-
-
+OTHER_YARNS = [
+    *((family, _YARN | {"beta_slow": 2.0}, "knows YaRN with a beta_fast of 32") for family in ("olmo3", "qwen3")),
+    ("qwen3", _YARN | {"factor": None}, "drops a YaRN that states no factor"),
+    ("qwen3", _YARN | {"truncate": False}, "rounds the range over which YaRN blends"),
+    ("ministral3", _MINISTRAL["rope_parameters"] | {"truncate": False}, "rounds the range over which YaRN blends"),
+]
 _ALIKE: dict[str, dict[str, Any]] = {  # what llama.cpp computes alike, but for the RoPE
     "exaone4": {"sliding_window": None},
     "lfm2": {"conv_bias": False},
+    "ministral3": {"sliding_window": None},
     "smollm3": {"no_rope_layer_interval": 4},
 }
 
@@ -119,7 +131,16 @@ def test_a_rope_scaling_that_llama_cpp_drops_is_refused(family: str, rope: dict[
         check_convertible(tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "lost"), [("seed_oss", True), ("apertus", False)])
+@pytest.mark.parametrize(("family", "rope", "words"), OTHER_YARNS)
+def test_a_yarn_that_llama_cpp_computes_otherwise_is_refused(
+    family: str, rope: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    write_scaled(tmp_path, family, rope)
+    with pytest.raises(UserError, match=words):
+        check_convertible(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "lost"), [("seed_oss", True), ("apertus", False), ("exaone_moe", False)])
 def test_of_an_architecture_that_is_tried_too(kind: str, lost: bool, tmp_path: Path) -> None:
     """Its GGUF would be found to differ only after training, and on short rows hardly."""
     folder = write_model(tmp_path)
@@ -132,6 +153,31 @@ def test_of_an_architecture_that_is_tried_too(kind: str, lost: bool, tmp_path: P
                 check_convertible(folder)
         else:
             check_convertible(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window"),
+    [
+        ("mistral", {}, 24),
+        ("mistral", {"sliding_window": None}, None),
+        ("phi3", {"sliding_window": 56}, 56),
+        ("phi3", {"sliding_window": 4096}, None),  # as Phi-4-mini's, longer than its context
+        ("qwen2", {}, 24),
+        ("qwen2", {"use_sliding_window": False}, None),
+        ("gemma2", {}, None),
+        ("olmo3", {}, None),
+        ("qwen3_5_text", {}, None),
+    ],
+)
+def test_a_window_that_llama_cpp_does_not_compute_is_warned_of(
+    family: str, changes: dict[str, Any], window: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ModelFolder(write_tiny(tmp_path, family, changes))
+    assert lost_window(model.config) == window
+    options = Options(model="m", data=["d"], export="gguf")
+    _check_form(options, "lora", model, Display("plain"))
+    said = f"no sliding window for {family}: beyond {window} tokens" in capsys.readouterr().out.replace("\n", " ")
+    assert said == (window is not None)
 
 
 def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:

@@ -195,6 +195,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("exaone4", {"sliding_window_pattern": "LLXG"}, "its sliding_window or sliding_window_pattern is not a whole"),
     ("olmo3", {"layer_types": ["linear_attention"] * 4}, "can name full_attention and sliding_attention"),
+    (
+        "olmo3",
+        {
+            "rope_parameters": TINY["olmo3"]["rope_parameters"]
+            | {"full_attention": TINY["olmo3"]["rope_parameters"]["full_attention"] | {"truncate": False}}
+        },
+        "the truncate of its RoPE is not computed alike",
+    ),
     ("glm4", {"tie_word_embeddings": True}, "its embeddings are tied, which mlx-lm does not compute"),
     ("granitemoehybrid", {"head_dim": 24}, "its head_dim 24 is not hidden_size / num_attention_heads"),
     ("granitemoehybrid", {"num_local_experts": 4}, "the Mamba layers and mixtures of experts in this Granite"),

@@ -260,6 +260,7 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
             "rms_norm_eps": 1e-06,
             "rope_theta": 500000,
             "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
                 "beta_fast": 32,
                 "beta_slow": 1,
                 "factor": 8.0,
