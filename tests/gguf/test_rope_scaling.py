@@ -1,4 +1,4 @@
-"""Which RoPE scalings llama.cpp computes, by its own logits of a tiny model: what is refused, and what is not."""
+"""Which RoPE scalings and windows llama.cpp computes, by its own logits of a tiny model: what is refused, what not."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,9 @@ from benchmarks.verified import write_base
 from common.errors import UserError
 from common.llama_cpp import convert as convert_module
 from common.llama_cpp.build import own
-from common.llama_cpp.convert import convert
+from common.llama_cpp.convert import convert, lost_window
 from common.llama_cpp.logits import GgufLogits
+from common.models.model_folder import ModelFolder
 from tests import backends
 from tests.progress import silent
 from tests.unit.test_convertible import KEPT, LOST, OTHER_YARNS
@@ -55,6 +56,14 @@ def logits_of(folder: Path) -> np.ndarray:
         return logits(_IDS, np.array([len(_IDS) - 1]))[0]
 
 
+def distance(folder: Path) -> float:
+    """Of llama.cpp's logits from PyTorch's, as a share of the largest."""
+    backend = backends.load("torch", folder, backends.make_recipe(folder))
+    wanted = backend.logits(_IDS)[-1]
+    backend.close()
+    return float(np.abs(logits_of(folder)[: len(wanted)] - wanted).max() / np.abs(wanted).max())
+
+
 @pytest.mark.parametrize(("family", "rope", "kept"), _cases())
 def test_llama_cpp_computes_the_scalings_that_are_not_refused(
     family: str, rope: dict[str, Any], kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -66,9 +75,22 @@ def test_llama_cpp_computes_the_scalings_that_are_not_refused(
         with pytest.raises(UserError, match=r"converting to GGUF failed|returned no logits"):
             logits_of(folder)
         return
-    backend = backends.load("torch", folder, backends.make_recipe(folder))
-    wanted = backend.logits(_IDS)[-1]
-    backend.close()
-    apart = np.abs(logits_of(folder)[: len(wanted)] - wanted).max() / np.abs(wanted).max()
+    apart = distance(folder)
     print(f"{family} {rope['rope_type']}: {apart:.1e}")
     assert (apart < 0.01) == kept
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "smollm3"])
+def test_llama_cpp_computes_no_window_of(family: str, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    write_scaled(folder, family, {"rope_type": "default", "rope_theta": 1e4})
+    config = json.loads((folder / "config.json").read_text()) | {"use_sliding_window": True, "max_window_layers": 0}
+    apart = {}
+    for window in (24, len(_IDS)):
+        (folder / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
+        assert lost_window(ModelFolder(folder).config) == window
+        apart[window] = distance(folder)
+    print(f"{family}: {apart}")
+    assert apart[24] > 0.1
+    assert apart[len(_IDS)] < 0.01
