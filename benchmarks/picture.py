@@ -3,7 +3,7 @@
     python -m benchmarks.picture                              # trains the built-in example: ten minutes
     python -m benchmarks.picture --out a.svg --train --steps 2      # other options of train, to try it
 
-The commands run in a temporary folder with links to this one, so that what they write stays out of it. What a terminal
+The commands run in a copy of this folder, so that what they write stays out of it. What a terminal
 shows at their end is drawn: text that was overwritten, such as a bar on its way, is gone. The bars of finished stages
 and empty lines are left out. A path of this machine, its name or its user's is an error.
 """
@@ -15,6 +15,7 @@ import os
 import platform
 import pty
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -37,6 +38,7 @@ from common.files import atomic_write
 ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 110, 400  # so many that nothing scrolls out
 _BAR = re.compile(r"^.* ━+ 100%$")  # of a stage that is done
+_PACKAGES = ("common", "configs", "examples", "mlx_backend", "torch_backend")
 _FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # which a browser would fetch
 
 
@@ -119,11 +121,11 @@ def picture(parts: Sequence[tuple[str, list[Text]]]) -> str:
     return svg
 
 
-def _linked(folder: Path) -> Path:
-    """A folder in which the README's commands are typed as they stand there, and write beside links alone."""
-    for path in ROOT.iterdir():
-        if path.name not in ("runs", ".git"):
-            (folder / path.name).symlink_to(path)
+def _copied(folder: Path) -> Path:
+    """A folder in which the README's commands are typed as they stand there: a copy of what they read."""
+    for name in ("cli.py", *_PACKAGES):
+        path = ROOT / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
     return folder
 
 
@@ -136,7 +138,7 @@ def main(words: list[str]) -> None:
     given = parser.parse_args(words)
     commands = (["python", "cli.py", "train", *given.train], ["python", "-m", "examples.score"])
     with tempfile.TemporaryDirectory() as name:
-        folder = _linked(Path(name))
+        folder = _copied(Path(name))
         parts = [(" ".join(typed), terminal_lines([sys.executable, *typed[1:]], folder)) for typed in commands]
     with atomic_write(given.out) as temporary:
         temporary.write_text(picture(parts), encoding="utf-8")

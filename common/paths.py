@@ -31,6 +31,12 @@ def user_path(text: str, option: str) -> Path:
     return Path(text).expanduser()
 
 
+def shown_path(text: str) -> str:
+    """A path below the current folder, relative to it; any other text as it is."""
+    path, here = Path(text), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else text
+
+
 def source_name(source: str | None) -> str:
     """What a model or data set is called in names of runs and files: its path, ending and revision left out."""
     name = Path(source or "").name

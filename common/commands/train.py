@@ -27,6 +27,7 @@ from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
+from common.paths import shown_path
 from common.recipe import Recipe
 from common.report.kept import keep_shown
 from common.report.live import live_page, reported
@@ -233,7 +234,7 @@ def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
             "device": f"{plan.device_name}: {hardware.device.why}"
             + (f"; {plan.ranks} devices train together" if plan.ranks > 1 else ""),
             "precision": f"{recipe.precision}: {hardware.precision.why}",
-            "data": f"{recipe.data}: {len(job.train)} train, {len(job.valid)} valid rows",
+            "data": f"{shown_path(recipe.data)}: {len(job.train)} train, {len(job.valid)} valid rows",
             "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
             f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
             + (f"; it continues {recipe.parent}" if recipe.parent else ""),

@@ -23,6 +23,7 @@ from common.data.turn_edges import BadRow
 from common.display import Display
 from common.errors import UserError
 from common.options import Options
+from common.paths import shown_path
 
 _SHOWN_COLUMNS = 12
 
@@ -68,7 +69,7 @@ def load(options: Options, display: Display) -> Dataset:
         display.warn(
             f"rows cannot be kept for the next start: {why}. XDG_CACHE_HOME names another folder for the cache"
         )
-    display.say(f"{named(options)} read as: {data.described()}")
+    display.say(f"{' + '.join(map(shown_path, options.data))} read as: {data.described()}")
     if data.mix:
         display.say(f"training rows of an epoch: {', '.join(data.mix)}")
     for file, columns in data.unread.items():
