@@ -11,6 +11,7 @@ and empty lines are left out. A path of this machine, its name or its user's is 
 import argparse
 import fcntl
 import getpass
+import html
 import os
 import platform
 import pty
@@ -26,6 +27,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pyte
+from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console
 from rich.style import Style
@@ -39,6 +41,8 @@ ROOT = Path(__file__).parents[1]
 COLUMNS, ROWS = 110, 400  # so many that nothing scrolls out
 _BAR = re.compile(r"^.* ━+ 100%$")  # of a stage that is done
 _PACKAGES = ("common", "configs", "examples", "mlx_backend", "torch_backend")
+_COLUMN = 12.2  # a column's width in rich's SVG
+_TEXT = re.compile(r'(<text class="[^"]+" x=")([\d.]+)(" y="[\d.]+" )textLength="[\d.]+"([^>]*>)([^<]*)</text>')
 _FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)  # which a browser would fetch
 
 
@@ -106,6 +110,23 @@ def _color(name: str) -> Color | None:
     return Color.parse(name.replace("bright", "bright_"))
 
 
+def spaced(svg: str) -> str:
+    """The SVG with wide letters over two columns each: rich gives a text the width of so many narrow letters."""
+
+    def pieces(found: re.Match[str]) -> str:
+        head, left, middle, tail, content = found.groups()
+        at, texts = float(left), []
+        for columns, letters in groupby(html.unescape(content), cell_len):
+            text = "".join(letters)
+            width = columns * len(text) * _COLUMN
+            shown = html.escape(text, quote=False).replace(" ", "&#160;").replace("\xa0", "&#160;")
+            texts.append(f'{head}{at:g}{middle}textLength="{width:g}"{tail}{shown}</text>')
+            at += width
+        return "".join(texts)
+
+    return _TEXT.sub(pieces, svg)
+
+
 def picture(parts: Sequence[tuple[str, list[Text]]]) -> str:
     """SVG of `(what was typed, what was shown)`. Raises UserError where it names this machine."""
     console = Console(width=COLUMNS, record=True, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
@@ -113,7 +134,8 @@ def picture(parts: Sequence[tuple[str, list[Text]]]) -> str:
         console.print(Text(("\n" if number else "") + f"$ {typed}", "bold"))
         for line in lines:
             console.print(line, soft_wrap=True)
-    svg = _FONTS.sub("", console.export_svg(title="Twintune", theme=SVG_EXPORT_THEME, unique_id="quickstart"))
+    svg = console.export_svg(title="Twintune", theme=SVG_EXPORT_THEME, unique_id="quickstart")
+    svg = spaced(_FONTS.sub("", svg))
     text = "\n".join(line.plain for _, lines in parts for line in lines)
     for name in (str(ROOT), str(Path.home()), tempfile.gettempdir(), platform.node(), getpass.getuser()):
         if len(name) > 1 and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text):

@@ -37,6 +37,12 @@ def test_it_is_drawn_in_its_colors_and_fetches_nothing(tmp_path: Path) -> None:
     assert "url(" not in svg.replace("url(#", "")
 
 
+def test_a_wide_letter_takes_two_columns(tmp_path: Path) -> None:
+    svg = picture([("a", terminal_lines([sys.executable, "-c", "print('a山川b')"], tmp_path))])
+    found = re.findall(r'x="([\d.]+)" y="[\d.]+" textLength="([\d.]+)"[^>]*>(a|山川|b)<', svg)
+    assert found == [("0", "12.2", "a"), ("12.2", "48.8", "山川"), ("61", "12.2", "b")]
+
+
 def test_a_command_that_fails_is_an_error_with_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ended with 3:\nit broke"):
         lines("print('it broke'); raise SystemExit(3)", tmp_path)
