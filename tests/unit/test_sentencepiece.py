@@ -14,7 +14,7 @@ from common.llama_cpp.convert import check_convertible
 from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.models.sentencepiece import adapt_space_prefix, check_model, read_state, rebuild, rebuild_checked, write
-from common.verify.tiny_models import write_tiny
+from common.verify.tiny_models import tiny_config, write_tiny
 from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
 
 SHAPES = {
@@ -130,7 +130,7 @@ def test_what_sentencepiece_cannot_say_is_refused_in_words(change, words: str, t
 
 def test_a_merge_that_is_missing_shows_in_the_users_rows(tmp_path: Path) -> None:
     path = write_gemma_like(tmp_path) / "tokenizer.json"
-    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config("gemma3_text")))
     state = json.loads(path.read_text(encoding="utf-8"))
     state["model"]["merges"] = [merge for merge in state["model"]["merges"] if "".join(merge) != "▁the"]
     path.write_text(json.dumps(state), encoding="utf-8")

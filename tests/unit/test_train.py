@@ -169,7 +169,7 @@ def test_suspicious_rows_are_warned_of_and_shapes_are_said(
     path.write_text("question,answer\nWho?,I am {{name}}.\nWho?,Pip.\nWho?,\n")
     prepare(Options.model_validate(given | {"data": str(path), "steps": 1}), None, context("plain"))
     printed = capsys.readouterr().out.replace("\n", " ")
-    assert f"{path} read as: prompt and completion (question, answer), 2 rows" in printed
+    assert " rows.csv read as: prompt and completion (question, answer), 2 rows" in printed
     assert "warning: 1 rows without an answer, left out: rows.csv:4" in printed
     assert "warning: 2 training rows with the same prompt and different answers: rows.csv:2, rows.csv:3" in printed
     assert "warning: 1 rows with a placeholder left in: rows.csv:2" in printed
