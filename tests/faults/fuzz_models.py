@@ -1,5 +1,6 @@
 """Readers of a stranger's weights: adapters, model folders, tokenizers, GGUF and safetensors files."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from common.models.resolve import resolve
 from common.models.safetensors_files import read_header, stored_tensors
 from common.models.shapes import linear_shapes
 from common.training.memory_estimate import TrainingMemory, model_dims
+from common.verify.tiny_models import tiny_config
 from tests.contexts import context
 from tests.faults import mutations
 from tests.faults.reader import Case, Reader
@@ -192,7 +194,7 @@ def sentencepieces(folder: Path) -> Reader:
     sentencepiece.write(folder / "gemma")
     (folder / "gemma" / "tokenizer.json").unlink()
     (folder / "gemma" / "added_tokens.json").unlink()
-    (folder / "gemma" / "config.json").write_text('{"model_type": "gemma3_text"}')
+    (folder / "gemma" / "config.json").write_text(json.dumps(tiny_config("gemma3_text")))
     good = contents(folder)
 
     def read(case: Case) -> None:
