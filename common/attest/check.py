@@ -59,18 +59,15 @@ def compare(
             why = f"the attest states nothing: its author lacked {SECTIONS[name].needs}"
             yield Outcome(name, "", "not checkable here", why=why)
         else:
-            said = dict(flat(section.figures))
-            forged = [figure for figure in said if _is_forged(name, figure, said)]
-            for figure in forged:
-                yield Outcome(name, figure, "differs", said.pop(figure), "a text with another hash than the stated one")
-            if name in faults:
-                for figure, value in said.items():
-                    yield Outcome(name, figure, "not checkable here", value, why=faults[name].what)
-                continue
-            here = dict(flat(found[name].figures))
+            said, here = dict(flat(section.figures)), dict(flat(found[name].figures))
             for figure, value in said.items():
-                yield _outcome(name, figure, value, here, other, absent)
-            for figure in [figure for figure in here if figure not in (*said, *forged)]:
+                if _is_forged(name, figure, said):
+                    yield Outcome(name, figure, "differs", value, "a text with another hash than the stated one")
+                elif name in faults:
+                    yield Outcome(name, figure, "not checkable here", value, why=faults[name].what)
+                else:
+                    yield _outcome(name, figure, value, here, other, absent)
+            for figure in [figure for figure in here if figure not in said]:
                 yield Outcome(name, figure, "differs", None, here[figure])
 
 
