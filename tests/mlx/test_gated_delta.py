@@ -59,19 +59,19 @@ def test_mlx_lm_computes_the_same():
     check_close([np.array(ours)], [np.array(expected.swapaxes(1, 2))])
 
 
-def test_memory_is_linear_in_the_tokens_and_far_below_a_state_for_each():
-    """Token by token a row of 1,024 tokens keeps 1,024 states of 16 kB in each of four heads, several times over."""
-    peaks = []
-    for length in (512, 1024, 2048):
-        random = np.random.default_rng(0)
-        parts = list(random.normal(0, 0.1, (3, 1, 4, length, 64)))
-        parts += [-random.uniform(size=(1, 4, length)), random.uniform(size=(1, 4, length))]
-        given = arrays(parts)
-        mx.eval(given)
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(mx.grad(lambda *parts: gated_delta([*parts])[0].sum(), argnums=(0, 1, 2, 3, 4))(*given))
-        peaks.append(mx.get_peak_memory() - before)
-    assert peaks[1] < 4 * 1024 * 16384
-    assert peaks[1] < 2.1 * peaks[0]
-    assert peaks[2] < 2.1 * peaks[1]
+@pytest.mark.parametrize("length", [512, 1024, 2048])
+def test_memory_is_linear_in_the_tokens_and_far_below_a_state_for_each(length):
+    """Token by token a row keeps a state of 16,384 bytes for each token in each of four heads, several times over.
+
+    A peak is bounded, not compared with another: it is the smaller, the later the evaluating thread gives the CPU its
+    next operation (15.3 to 17.4 MB were seen for 512 tokens).
+    """
+    random = np.random.default_rng(0)
+    parts = list(random.normal(0, 0.1, (3, 1, 4, length, 64)))
+    parts += [-random.uniform(size=(1, 4, length)), random.uniform(size=(1, 4, length))]
+    given = arrays(parts)
+    mx.eval(given)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.grad(lambda *parts: gated_delta([*parts])[0].sum(), argnums=(0, 1, 2, 3, 4))(*given))
+    assert mx.get_peak_memory() - before < length * 36_000
