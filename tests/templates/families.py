@@ -1,7 +1,7 @@
 """Each chat template with the vocabulary it is tried on: the family's own where llama.cpp's source has it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -88,6 +88,25 @@ _TABLE: tuple[tuple[str, str, bool, str | None, str, str], ...] = (
     ("unsloth-mistral", "llama-bpe", False, "<s>", "</s>", ""),
     ("upstage-Solar", "llama-bpe", False, "<s>", "<|end|>", ""),
 )
+# Qwen3.6 and 3.8 differ from Qwen3.5, whose template llama.cpp's source has, in these places. The first keeps the
+# reasoning of earlier turns where `preserve_thinking` says so; the second keeps it unless that is false, and tells the
+# model in the system turn how much to reason (here in words of this test). Source: the templates on the hub.
+_LAST_TURN = "{%- if loop.index0 > ns.last_query_index %}"
+_KEPT = "{{%- if preserve_thinking is {} preserve_thinking is true or loop.index0 > ns.last_query_index %}}"
+_SYSTEM = "{{- '<|im_start|>system\\n' + content + '<|im_end|>\\n' }}"
+_QWEN_3_6 = {
+    _LAST_TURN: _KEPT.format("defined and"),
+    "args_value | tojson | safe if args_value is mapping or (args_value is sequence and args_value is not string)"
+    " else args_value | string": "args_value | string if args_value is string else args_value | tojson | safe",
+}
+_QWEN_3_8 = _QWEN_3_6 | {
+    _LAST_TURN: _KEPT.format("undefined or"),
+    "{%- if tools and": "{%- set effort = '' %}{%- if enable_thinking is undefined or enable_thinking is true %}"
+    "{%- set effort = 'Effort: ' + reasoning_effort|default('xhigh') + '.' %}{%- endif %}{%- if tools and",
+    '{{- "# Tools': '{{- effort + "\\n\\n" if effort }}{{- "# Tools',
+    _SYSTEM: "{{- '<|im_start|>system\\n' + (effort + '\\n\\n' if effort) + content + '<|im_end|>\\n' }}"
+    "{%- elif effort %}{{- '<|im_start|>system\\n' + effort + '<|im_end|>\\n' }}",
+}
 _SPECIAL = re.compile(
     r"<\|[^<>{}'\"\s|]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<｜(?:start|begin|end)[^<>{}'\"\s｜]*｜>|\[/?[A-Z_]{3,}\]"
     r"|<(?:start|end|begin|beginning)_of_[a-z]+>|<sep>|<sop>"
@@ -111,7 +130,7 @@ class Family:
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every file of llama.cpp's `models/templates`, then four layouts that it does not hold."""
+    """Every file of llama.cpp's `models/templates`, then six layouts that it does not hold."""
     found = []
     for path in sorted((models_folder() / "templates").glob("*.jinja")):
         rows = [row for row in _TABLE if path.stem.startswith(row[0])]
@@ -121,13 +140,23 @@ def families() -> tuple[Family, ...]:
         if more == _HY:  # the template puts its names together
             words = [f"<｜hy_{word}:opensource｜>" for word in words] + ["<think:opensource>", "</think:opensource>"]
         found.append(Family(path.stem, path.read_text(encoding="utf-8"), vocabulary, own, bos, eos, tuple(words)))
+    (qwen,) = (family for family in found if family.name.startswith("Qwen3.5"))
     return (
         *found,
+        replace(qwen, name="Qwen3.6", template=_changed(qwen.template, _QWEN_3_6)),
+        replace(qwen, name="Qwen3.8", template=_changed(qwen.template, _QWEN_3_8)),
         Family("ChatML", CHATML, "qwen2", True, None, _IM_END),
         Family("Gemma 3 layout", GEMMA3, "gemma-4", False, "<bos>", "<eos>"),
         Family("Mistral 7B layout", MISTRAL, "llama-spm", True, "<s>", "</s>", ()),
         Family("SmolLM2-135M-Instruct", "", SMOLLM2, True, None, None),
     )
+
+
+def _changed(template: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert template.count(old) == 1, f"llama.cpp's template of Qwen3.5 has another text than {old}"
+        template = template.replace(old, new)
+    return template
 
 
 @cache

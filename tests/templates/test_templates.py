@@ -26,7 +26,7 @@ NAMED = {
     *("Mistral 7B layout", "microsoft-Phi-3.5-mini-instruct", "SmolLM2-135M-Instruct", "HuggingFaceTB-SmolLM3-3B"),
     *("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "openai-gpt-oss-120b"),
     *("ibm-granite-granite-3.3-2B-Instruct", "ibm-granite-granite-4.0", "ibm-granite-granite-4.1", "ChatML"),
-    "LFM2.5-Instruct",
+    *("LFM2.5-Instruct", "Qwen3.6", "Qwen3.8"),
 }
 # Of those that are labeled at all.
 TAKE_NO_TOOLS = {

@@ -65,6 +65,38 @@ _GEMMA_3: dict[str, Any] = {
     "sliding_window": 512,
     "vocab_size": 262144,
 }
+_QWEN_3_5_27B: dict[str, Any] = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "attn_output_gate": True,
+        "full_attention_interval": 4,
+        "head_dim": 256,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 48,
+        "linear_value_head_dim": 128,
+        "max_position_embeddings": 262144,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": False,
+        "vocab_size": 248320,
+    },
+}
 _LFM_2: dict[str, Any] = {
     "architectures": ["Lfm2ForCausalLM"],
     "model_type": "lfm2",
@@ -315,6 +347,9 @@ PUBLISHED = {
     # Mistral states 3.4 billion, and 0.4 for the vision tower
     "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_429_006_336, 262144),
 }
+# With the vision tower (460,730,096) and the layer that predicts more tokens (424,699,392) the files hold
+# 27,781,427,952 weights: the 55.56 GB in bf16 that the hub shows.
+KNOWN |= {f"Qwen/Qwen{version}-27B": (_QWEN_3_5_27B, 26_895_998_464, 262144) for version in ("3.5", "3.6", "3.8")}
 KNOWN |= {name: (published_configs()[name], *figures) for name, figures in PUBLISHED.items()}
 
 
