@@ -21,8 +21,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "board.md"
 NONE = "not recorded"
 _BACKENDS = {"torch": "PyTorch", "mlx": "MLX"}
 _FILES = ("bf16 GGUF", "Q8_0", "Q4_K_M")
-# Whose GGUF is of another layout: llama.cpp takes the text part of a 12B with its towers only.
-_LAID_OUT = {"gemma4_unified_text": " (laid out as the 31B)"}
 _TRIED = ("logits", "step losses", "adapters", "fused, torch", "fused, mlx")
 
 
@@ -78,7 +76,7 @@ def _summary(parity: dict[str, Any], verified: dict[tuple[str, str], Any]) -> It
         cells = [f"{'within' if within else 'OUT OF'} bounds, {_when(one)}" if one else NONE]
         for backend in _BACKENDS:
             found = verified.get((family, backend))
-            cells.append(f"{found['verdict']}, {_when(found)}{_LAID_OUT.get(family, '')}" if found else NONE)
+            cells.append(f"{found['verdict']}, {_when(found)}" if found else NONE)
         yield [family, *cells]
 
 
@@ -96,8 +94,7 @@ def _verified(family: str, backend: str, one: dict[str, Any] | None) -> list[str
     if one is None:
         return [family, _BACKENDS[backend], *[NONE] * (len(_FILES) + 3)]
     found = (one["checks"].get(file, NONE) for file in _FILES)
-    name = f"{family}{_LAID_OUT.get(family, '')}"
-    return [name, _BACKENDS[backend], one["verdict"], *found, one["date"], one["commit"]]
+    return [family, _BACKENDS[backend], one["verdict"], *found, one["date"], one["commit"]]
 
 
 def _tried(name: str, one: dict[str, Any]) -> list[str]:

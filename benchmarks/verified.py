@@ -54,8 +54,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "per_layer_config": {str(layer): {"head_dim": 128} for layer in (2, 4)},
         "sliding_window": 16,
     },
-    "gemma4_unified_text": {  # as the 31B; llama.cpp takes the text part of a 12B with its towers only
-        **{"architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", "hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": {
         "per_layer_config": {"2": {"head_dim": 128, "num_key_value_heads": 1}},
         **{"final_logit_softcapping": 30.0, "sliding_window": 16},
     },
@@ -92,6 +91,25 @@ def write_base(folder: Path, family: str, tokenizer: Any | None = None) -> None:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     sizes = _SIZES | {"vocab_size": count, "vocab_size_per_layer_input": count}
     write_tiny(folder, family, sizes | ends | _CHANGES.get(family, {}))
+    if family == "gemma4_unified_text":
+        _put_in_whole_model(folder)
+
+
+def _put_in_whole_model(folder: Path) -> None:
+    """Give the text model of a Gemma 4 12B its embedders of images and sound, which llama.cpp's converter wants."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text = json.loads((folder / "config.json").read_text())
+    vision = {"mm_embed_dim": 48, "mm_posemb_size": 16, "output_proj_dims": 48}
+    config = AutoConfig.for_model("gemma4_unified", text_config=text, vision_config=vision, audio_config={})
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    tensors = load_file(folder / "model.safetensors")
+    model.model.language_model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items()})
+    model.save_pretrained(folder)
+    settings = {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
 def _tokenizer(family: str) -> Any:

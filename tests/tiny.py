@@ -20,6 +20,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MULTIMODAL = {
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "mistral3": "ministral3",
     "qwen2_5_vl": "qwen2",
     "qwen3_5": "qwen3_5_text",
@@ -127,6 +128,10 @@ def _write_multimodal(folder: Path, family: str) -> None:
         vision = tower | {"head_dim": 16, "intermediate_size": 48, "patch_size": 8, "position_embedding_size": 16}
         audio = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 48}
         more = {"audio_config": audio, "image_token_id": 258, "audio_token_id": 257, "video_token_id": 256}
+    elif family == "gemma4_unified":  # no towers: an image's pixels and a sound's samples are embedded as they are
+        vision = {"mm_embed_dim": 48, "mm_posemb_size": 16, "output_proj_dims": 48, "patch_size": 8}
+        audio = {"audio_embed_dim": 64, "output_proj_dims": 64}
+        more = {"audio_config": audio, "image_token_id": 258, "audio_token_id": 257, "video_token_id": 256}
     else:
         vision = {
             "model_type": "siglip_vision_model" if family == "gemma3" else "pixtral",
@@ -155,6 +160,7 @@ def _write_multimodal(folder: Path, family: str) -> None:
         "mistral3": "Pixtral",
         "gemma3": "Gemma3",
         "gemma4": "Gemma4",
+        "gemma4_unified": "Gemma4Unified",
         "qwen2_5_vl": "Qwen2_5_VL",
         "qwen3_5": "Qwen3VL",
         "qwen3_vl": "Qwen3VL",

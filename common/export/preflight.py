@@ -10,7 +10,7 @@ from common.export.budget import EXPORT_STEPS, Stage, estimate_stages, needs_lla
 from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model, most_bits, scheme_of
 from common.llama_cpp.build import ensure, missing_build_tools, own
-from common.llama_cpp.convert import check_convertible, lost_window
+from common.llama_cpp.convertible import check_convertible, lost_window
 from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
 from common.llama_cpp.lora import check_lora, check_lora_base, lora_script

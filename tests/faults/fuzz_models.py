@@ -17,7 +17,8 @@ from common.data.dataset import Example
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.export.modelfile import modelfile
 from common.llama_cpp import lora
-from common.llama_cpp.convert import check_convertible, report
+from common.llama_cpp.convert import report
+from common.llama_cpp.convertible import check_convertible
 from common.memory_terms import MicroBatchShape
 from common.model_files import tokenize
 from common.models import sentencepiece

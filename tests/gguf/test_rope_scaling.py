@@ -11,7 +11,8 @@ from benchmarks.verified import write_base
 from common.errors import UserError
 from common.llama_cpp import convert as convert_module
 from common.llama_cpp.build import own
-from common.llama_cpp.convert import convert, lost_window
+from common.llama_cpp.convert import convert
+from common.llama_cpp.convertible import lost_window
 from common.llama_cpp.logits import GgufLogits
 from common.models.model_folder import ModelFolder
 from tests import backends

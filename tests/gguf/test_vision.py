@@ -105,5 +105,20 @@ def test_gemma_4s_towers_for_images_and_sound_are_in_one_file(tmp_path):
     np.testing.assert_allclose(tower["mm.a.input_projection.weight"], found, rtol=2**-8)
 
 
+def test_the_embedders_of_gemma_4_12b_are_in_one_file(tmp_path):
+    """It has no towers: pixels and samples are embedded as they are. The file's pixels are in another order."""
+    folder = write_family(tmp_path / "model", "gemma4_unified")
+    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", ensure(None, silent), silent)
+    tower, stored = tensors(tmp_path / "gguf" / "mmproj-BF16.gguf"), load_file(folder / "model.safetensors")
+    kept = [name for name in stored if not name.startswith("model.language_model.")]
+    assert len(tower) == len(kept) == 11
+    found = stored["model.embed_vision.embedding_projection.weight"]
+    np.testing.assert_allclose(tower["mm.input_projection.weight"], found, rtol=2**-8)
+    found = stored["model.vision_embedder.patch_dense.weight"].reshape(48, 24 * 24, 3).swapaxes(1, 2).reshape(48, -1)
+    (name,) = (name for name, tensor in tower.items() if tensor.size == found.size)
+    np.testing.assert_allclose(tower[name].reshape(48, -1), found, rtol=2**-8)
+
+
 def test_a_model_of_text_has_no_vision(tmp_path):
     assert not ModelFolder(write_model(tmp_path / "model")).has_vision

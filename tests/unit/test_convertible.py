@@ -9,7 +9,8 @@ import pytest
 from common.display import Display
 from common.errors import UserError
 from common.export.preflight import _check_form
-from common.llama_cpp.convert import check_convertible, lacks_mtp, lost_window
+from common.llama_cpp.convert import _complete_config, lacks_mtp
+from common.llama_cpp.convertible import check_convertible, lost_window
 from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.verify.tiny_models import TINY, write_tiny
@@ -192,3 +193,14 @@ def test_what_llama_cpp_wants_of_a_glm_4(tmp_path: Path) -> None:
 def test_which_qwen3_5_lacks_the_layers_that_predict_more(tmp_path: Path) -> None:
     folders = {family: write_family(tmp_path / family, family) for family in ("qwen3", "qwen3_5", "qwen3_5_text")}
     assert [family for family, folder in folders.items() if lacks_mtp(ModelFolder(folder))] == ["qwen3_5_text"]
+
+
+def test_gemma_4_12b_as_transformers_saves_it_is_named_for_the_converter(tmp_path: Path) -> None:
+    file = write_family(tmp_path / "model", "gemma4_unified") / "config.json"
+    given = json.loads(file.read_text())
+    assert given["text_config"]["architectures"] == ["Gemma4UnifiedForCausalLM"]
+    assert "moe_intermediate_size" not in given["text_config"]
+    _complete_config(file)
+    del given["text_config"]["architectures"]
+    given["text_config"]["moe_intermediate_size"] = None
+    assert json.loads(file.read_text()) == given

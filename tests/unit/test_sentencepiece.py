@@ -10,7 +10,7 @@ import pytest
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
-from common.llama_cpp.convert import check_convertible
+from common.llama_cpp.convertible import check_convertible
 from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.models.sentencepiece import adapt_space_prefix, check_model, read_state, rebuild, rebuild_checked, write
