@@ -11,7 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models import gemma4, granite4, lfm2
+from common.models import gemma4, gpt_oss, granite4, lfm2
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
@@ -24,7 +24,7 @@ from common.models.families import (
     text_name,
 )
 from common.models.model_folder import ModelFolder, is_model_folder
-from common.models.rope_config import yarn_ratio, yarn_scale
+from common.models.rope_config import unrounded_yarn, yarn_ratio, yarn_scale
 from common.system.hardware import mlx_fault
 from common.system.process import offline_environment, run_logged
 
@@ -55,11 +55,14 @@ def check_installed() -> None:
 def check_model(base: ModelFolder, display: Display) -> None:
     """UserError where mlx-lm 0.32 would compute another model; a warning where it does beyond some length."""
     kind, found = base.config["model_type"], forward_config(base.config)
-    bases = {rope["rope_theta"] for rope in filter(None, found.ropes)}
-    for rope in filter(None, found.ropes):
+    ropes = [*filter(None, found.ropes)]
+    if kind == gpt_oss.KIND:  # the one architecture on trial that is not trained with mlx-lm's own RoPE
+        ropes = [base.config["rope_parameters"]]
+    bases = {rope["rope_theta"] for rope in ropes}
+    for rope in ropes:
         partly = rope.get("partial_rotary_factor", 1) != 1 and kind != "glm4"
         wrong = kind in _PLAIN_ROPE and (rope["rope_type"] != "default" or partly)
-        wrong |= _scaled_otherwise(rope) or (kind == "olmo3" and len(bases) > 1)
+        wrong |= _other_yarn(rope) or (kind == "olmo3" and len(bases) > 1)
         if wrong:
             raise UserError(
                 f"--export mlx: mlx-lm does not compute RoPE {rope['rope_type']!r} for {kind} as training did.",
@@ -77,8 +80,13 @@ def check_model(base: ModelFolder, display: Display) -> None:
         )
 
 
-def _scaled_otherwise(rope: dict[str, Any]) -> bool:
-    """Whether mlx-lm, which reads no attention_factor and each mscale alone, scales YaRN by another factor."""
+def _other_yarn(rope: dict[str, Any]) -> bool:
+    """Whether mlx-lm computes another YaRN.
+
+    It reads no attention_factor and each mscale alone, and rounds the range over which frequencies blend.
+    """
+    if unrounded_yarn(rope):
+        return True
     scale = yarn_scale(rope)
     return scale is not None and not math.isclose(
         scale, yarn_ratio(rope, rope.get("mscale") or 1, rope.get("mscale_all_dim") or 0), rel_tol=1e-6
@@ -133,9 +141,9 @@ def quantize(fused: Path, out: Path, scheme: str) -> None:
     from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        model_class, arguments = _get_classes(config)
         if not is_known(config):  # it was loaded by mlx-lm alone in training too
-            return model_class, arguments
+            return gpt_oss.mlx_classes(config)
+        model_class, arguments = _get_classes(config)
         nested = config["architectures"][0] in MULTIMODAL
 
         def named(weights: dict[str, Any]) -> dict[str, Any]:

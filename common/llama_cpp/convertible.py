@@ -11,7 +11,7 @@ from common.models import gemma4, granite4, lfm2, sentencepiece
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import context_length, forward_config, is_known
 from common.models.model_folder import ModelFolder
-from common.models.rope_config import yarn_ratio, yarn_scale
+from common.models.rope_config import unrounded_yarn, yarn_ratio, yarn_scale
 
 _NO_OPTIONS = ("exaone4", "olmo2", "olmo3")  # llama.cpp knows their attention in one form only
 _LAYERS_OF_EXAONE_32B = 64  # by their number llama.cpp tells it from the others
@@ -23,6 +23,7 @@ _SCALINGS = {
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
 _LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
+_ROUNDED = "llama.cpp rounds the range over which YaRN blends, and this model does not (truncate)"
 _WINDOWS = ("exaone4", "gemma2", "gemma3_text", *gemma4.KINDS, "olmo3")  # of which llama.cpp computes them
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
 _NEED_SENTENCEPIECE = ("gemma", "gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text")
@@ -57,11 +58,14 @@ def lost_window(config: dict[str, Any]) -> int | None:
 
 def _other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
-    config = model.config
-    if (fault := _lost_scaling(config, is_known(model.written_config))) or not is_known(model.written_config):
+    config, known = model.config, is_known(model.written_config)
+    rope = config.get("rope_parameters") or {}
+    ropes = [rope[name] for name in LAYER_TYPES if name in rope] or [rope]
+    if fault := _lost_scaling(config, known):
         return fault
-    kind, layers, rope = config["model_type"], config["num_hidden_layers"], config["rope_parameters"]
-    ropes = [rope[name] for name in LAYER_TYPES] if "full_attention" in rope else [rope]
+    if not known:
+        return next((_ROUNDED for one in ropes if unrounded_yarn(one)), "")
+    kind, layers = config["model_type"], config["num_hidden_layers"]
     if kind == "smollm3" and config["no_rope_layers"] != [int((layer + 1) % 4 != 0) for layer in range(layers)]:
         return "llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others"
     if kind == "exaone4" and (config["sliding_window"] is not None) != (layers == _LAYERS_OF_EXAONE_32B):
@@ -100,8 +104,8 @@ def _other_yarn(rope: dict[str, Any], kind: str) -> str:
         return "llama.cpp does not read how far this YaRN scales"
     if not rope.get("factor"):
         return "llama.cpp's converter drops a YaRN that states no factor"
-    if not rope.get("truncate", True):
-        return "llama.cpp rounds the range over which YaRN blends, and this model does not (truncate)"
+    if unrounded_yarn(rope):
+        return _ROUNDED
     if kind != "ministral3" and (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
         return "llama.cpp knows YaRN with a beta_fast of 32 and a beta_slow of 1, and this model has others"
     return ""

@@ -70,3 +70,8 @@ def yarn_ratio(rope: dict[str, Any], over: float, under: float) -> float:
     """The scale of a reader that takes these for `mscale` and `mscale_all_dim`."""
     grown = 0.1 * math.log(max(1.0, rope["factor"]))
     return (over * grown + 1) / (under * grown + 1)
+
+
+def unrounded_yarn(rope: dict[str, Any]) -> bool:
+    """Whether the range over which YaRN blends its frequencies is not rounded to whole pairs of values."""
+    return rope.get("rope_type") == "yarn" and not rope.get("truncate", True)

@@ -14,6 +14,8 @@ from common.commands.arguments import read_flags
 from common.commands.train import run_training
 from common.display import Display
 from common.errors import UserError
+from common.export.mlx import check_model
+from common.llama_cpp.convertible import check_convertible
 from common.models import admitted
 from common.models.adapter_files import read_peft
 from common.models.families import is_known
@@ -55,6 +57,19 @@ def test_what_both_libraries_compute_alike_is_admitted(kind: str, tmp_path: Path
         *("layers", "logits", "step losses", "adapters"),
         *(f"{what}, {name}" for what in ("gradient", "fused") for name in ("torch", "mlx")),
     }
+
+
+def test_gpt_oss_is_trained_in_32_bits_and_its_yarn_is_computed_by_neither_reader(tmp_path: Path) -> None:
+    """mlx-lm reads its experts in MXFP4 alone, and rounds its YaRN, as llama.cpp does."""
+    model = write_model("gpt_oss", tmp_path / "gpt_oss")
+    assert not model.config["rope_parameters"]["truncate"]
+    verdict = admission.admit(model, context())
+    assert (verdict.why, verdict.admitted) == ("", True)
+    assert verdict.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    with pytest.raises(UserError, match="does not compute RoPE 'yarn' for gpt_oss"):
+        check_model(model, Display("quiet"))
+    with pytest.raises(UserError, match="rounds the range over which YaRN blends"):
+        check_convertible(model.path)
 
 
 def rope_of_another_base(model: Any) -> None:

@@ -181,6 +181,12 @@ def test_what_mlx_lm_computes_otherwise_is_refused_or_said_beforehand(tmp_path, 
             check_model(ModelFolder(tmp_path / family), Display("plain"))
     with pytest.raises(UserError, match="does not compute RoPE 'yarn' for olmo3"):
         check_model(ModelFolder(write_base(tmp_path / "olmo3", "olmo3", "today")), Display("plain"))
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    for folder, rope in {"rounded": yarn, "unrounded": yarn | {"truncate": False}}.items():
+        write_tiny(tmp_path / folder, "qwen3", {"rope_parameters": rope})
+    check_model(ModelFolder(tmp_path / "rounded"), Display("plain"))
+    with pytest.raises(UserError, match="does not compute RoPE 'yarn' for qwen3"):
+        check_model(ModelFolder(tmp_path / "unrounded"), Display("plain"))
     assert capsys.readouterr().out == ""
     check_model(ModelFolder(write_base(tmp_path / "mistral", "mistral", "today")), Display("plain"))
     assert "has no sliding window for mistral: beyond 24 tokens" in capsys.readouterr().out.replace("\n", " ")
