@@ -11,7 +11,7 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## then the tests with real models and the real llama.cpp
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder $(SLOW)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(SLOW)
 
 test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long

@@ -51,11 +51,12 @@ def write_adapter(base, folder, size=0.3, **changes):
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        *(("llama", kind) for kind in CHANGES),
+        ("llama", "lora"),
+        *(pytest.param("llama", kind, marks=pytest.mark.long) for kind in CHANGES if kind != "lora"),
         *(pytest.param("qwen3", kind, marks=pytest.mark.long) for kind in CHANGES),
         ("qwen3_5", "lora"),
         ("granitemoehybrid", "lora"),
-        ("glm4", "lora"),
+        pytest.param("glm4", "lora", marks=pytest.mark.long),
         ("lfm2", "lora"),
     ],
 )
@@ -74,7 +75,13 @@ def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llam
         )
 
 
-@pytest.mark.parametrize("targets", [["all-linear", "experts"], ["experts"], ["all-linear"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["all-linear", "experts"],
+        *(pytest.param(one, marks=pytest.mark.long) for one in (["experts"], ["all-linear"])),
+    ],
+)
 def test_a_gguf_of_a_mixture_and_back_is_the_same_update(tmp_path, targets, llama):
     base = mixture("qwen2_moe", tmp_path / "base")  # with shared experts
     wanted = write_adapter(base, tmp_path / "peft", targets=targets)

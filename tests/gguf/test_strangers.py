@@ -300,6 +300,7 @@ def test_no_command_runs_anything_of_theirs(
     assert (things / "bashrc").read_text() == "precious"
 
 
+@pytest.mark.long
 def test_a_worker_that_loads_their_model_runs_nothing_of_it(things: Path, tmp_path: Path) -> None:
     env, log = os.environ | {SECRET: "nobody guesses this secret"}, tmp_path / "worker.log"
     words = [sys.executable, "-u", str(ROOT / "cli.py"), "worker", "--port", "0", "--model", "llama-model"]

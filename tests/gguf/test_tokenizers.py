@@ -72,6 +72,7 @@ def test_gemma_3_270m(served) -> None:
     assert (turn[:2], len(turn)) == ([2, 105], 4)
 
 
+@pytest.mark.long
 def test_phi_3s_vocabulary(served, llama: LlamaCpp, tmp_path: Path) -> None:
     base = write_vocabulary(write_tiny(tmp_path / "base", "phi3", {"vocab_size": 32064}), llama, "phi-3")
     _, server = served(base)

@@ -184,6 +184,7 @@ def test_a_stale_template(run: Path) -> None:
     assert broken(run) == {"prompt"}
 
 
+@pytest.mark.long
 def test_an_untransposed_adapter(run: Path, base: Path, llama: LlamaCpp) -> None:
     final = read_trained(run, 2)
     wrong = {
@@ -218,6 +219,7 @@ def test_a_gguf_of_another_model(run: Path, base: Path, llama: LlamaCpp) -> None
     assert "bf16 GGUF" in broken(run)
 
 
+@pytest.mark.long
 def test_data_that_changed_matters_only_to_a_run_that_keeps_no_cases(run: Path) -> None:
     """An older version's run keeps none; its data give the same cases."""
     data, from_data = Path(Run(run).record.options["data"][0]), None
@@ -236,6 +238,7 @@ def test_data_that_changed_matters_only_to_a_run_that_keeps_no_cases(run: Path) 
     assert not file.exists(), "verify writes nothing but its findings"
 
 
+@pytest.mark.long
 def test_each_type_with_a_matrix_split_and_verified(run: Path) -> None:
     """The real llama-quantize and llama-gguf-split: what they make is what is verified, and answers."""
     plain = run / "gguf" / "model-Q4_K_M.gguf"
