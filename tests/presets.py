@@ -36,6 +36,7 @@ MODELS = {
         *("microsoft/Phi-4-mini-instruct", f"{_SMOL}/SmolLM2-1.7B-Instruct", _MINISTRAL),
         *("allenai/OLMo-2-0425-1B-Instruct", f"{_GOOGLE}/gemma-4-E2B-it", f"{_GOOGLE}/gemma-2-2b-it"),
         *(f"{_GRANITE}-1b", _EXAONE, "Qwen/Qwen2.5-1.5B-Instruct"),
+        *("mistralai/Mistral-7B-Instruct-v0.3", "allenai/Olmo-3-7B-Instruct", "zai-org/GLM-4-9B-0414"),
     ),
     "japanese": (
         *(f"{_GOOGLE}/gemma-3-1b-it", f"{_GOOGLE}/gemma-3-4b-it", "Qwen/Qwen3-1.7B", "Qwen/Qwen3.5-0.8B"),
@@ -56,8 +57,8 @@ MODELS = {
 
 
 def preset_name(model: str, goal: str) -> str:
-    name = model.split("/")[1].lower().removesuffix("-2512-bf16").replace("-0425", "")
-    return f"{name.removesuffix('-it').removesuffix('-instruct')}-{goal}"
+    name = model.split("/")[1].lower().removesuffix("-2512-bf16").replace("-0425", "").removesuffix("-it")
+    return f"{name.replace('-instruct', '')}-{goal}"
 
 
 EVERY = {preset_name(model, goal): (model, goal) for goal, models in MODELS.items() for model in models}

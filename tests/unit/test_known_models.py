@@ -260,52 +260,6 @@ KNOWN: dict[str, tuple[dict[str, Any], int, int]] = {
         30_697_345_340,  # Google states 30.7 billion
         262144,
     ),
-    "mistralai/Mistral-7B-Instruct-v0.3": (
-        {
-            "architectures": ["MistralForCausalLM"],
-            "model_type": "mistral",
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 32768,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 1000000.0,
-            "sliding_window": None,
-            "tie_word_embeddings": False,
-            "vocab_size": 32768,
-        },
-        7_248_023_552,
-        32768,
-    ),
-    "allenai/Olmo-3-7B-Instruct": (
-        {
-            "architectures": ["Olmo3ForCausalLM"],
-            "model_type": "olmo3",
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 65536,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 500000,
-            "rope_scaling": {
-                "attention_factor": 1.2079441541679836,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "factor": 8.0,
-                "original_max_position_embeddings": 8192,
-                "rope_type": "yarn",
-            },
-            "sliding_window": 4096,
-            "tie_word_embeddings": False,
-            "vocab_size": 100278,
-        },
-        7_298_011_136,
-        65536,
-    ),
 }
 # Of the models in configs/models.json: weights, context in tokens.
 PUBLISHED = {
@@ -344,6 +298,8 @@ PUBLISHED = {
     "ibm-granite/granite-4.0-micro": (3_402_836_480, 131072),
     "LGAI-EXAONE/EXAONE-4.0-1.2B": (1_279_391_488, 65536),
     "zai-org/GLM-4-9B-0414": (9_400_279_040, 32768),
+    "mistralai/Mistral-7B-Instruct-v0.3": (7_248_023_552, 32768),
+    "allenai/Olmo-3-7B-Instruct": (7_298_011_136, 65536),
     # Mistral states 3.4 billion, and 0.4 for the vision tower
     "mistralai/Ministral-3-3B-Instruct-2512-BF16": (3_429_006_336, 262144),
 }
