@@ -92,10 +92,10 @@ def write_base(folder: Path, family: str, tokenizer: Any | None = None) -> None:
     sizes = _SIZES | {"vocab_size": count, "vocab_size_per_layer_input": count}
     write_tiny(folder, family, sizes | ends | _CHANGES.get(family, {}))
     if family == "gemma4_unified_text":
-        _put_in_whole_model(folder)
+        _add_embedders(folder)
 
 
-def _put_in_whole_model(folder: Path) -> None:
+def _add_embedders(folder: Path) -> None:
     """Give the text model of a Gemma 4 12B its embedders of images and sound, which llama.cpp's converter wants."""
     import torch
     from safetensors.torch import load_file

@@ -15,7 +15,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from common.errors import UserError, first_line, masked
-from common.models import gpt_oss
 from common.models.experts import expert_names, mlx_stack, stack_in_mlx
 from common.models.families import (
     ForwardConfig,
@@ -27,6 +26,7 @@ from common.models.families import (
 )
 from common.models.mlx_quantized import is_mlx_layout, usual_layout
 from common.models.model_folder import ModelFolder
+from mlx_backend import gpt_oss
 from mlx_backend.attention import RaggedRows
 from mlx_backend.gemma4 import run_layers
 from mlx_backend.layers import install, join_mlp, turn_convolutions
@@ -151,7 +151,7 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
 
     config = _mlx_config(base)
     try:
-        model = load_model(base.path, lazy=True, model_config=config, get_model_classes=gpt_oss.mlx_classes)[0]
+        model = load_model(base.path, lazy=True, model_config=config, get_model_classes=gpt_oss.classes)[0]
     except Exception as error:  # whatever a model's code makes of a config that it does not expect
         what = " ".join(masked(str(error)).split())[:200]
         raise UserError(f"mlx-lm cannot load this model: {what}", _TORCH) from None
@@ -161,9 +161,13 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
     kept = getattr(model, "cast_predicate", lambda name: True)
     floats = [(n, p.astype(dtype)) for n, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)]
     model.update(tree_unflatten([(name, parameter) for name, parameter in floats if kept(name)]))
-    if config["model_type"] == gpt_oss.KIND:  # of whose YaRN mlx-lm rounds the range over which it blends
-        found = rope(config["rope_parameters"], config["head_dim"], config["max_position_embeddings"])
+    if config["model_type"] == gpt_oss.KIND:  # mlx-lm rounds the range over which its YaRN blends
+        if "rope_parameters" not in config:
+            raise UserError(
+                f"{base.path}: config.json states no RoPE, which a gpt-oss needs.", "Fetch the model again."
+            )
         for layer in model.layers:
+            found = rope(config["rope_parameters"], layer.self_attn.head_dim, config["max_position_embeddings"])
             layer.self_attn.rope = _Rope(found, interleaved=False)
     model.forward_config = forward_config(base.config)
     model.layers_at = _layers_at(model)
@@ -173,10 +177,11 @@ def load_plain(base: ModelFolder, dtype: mx.Dtype) -> Any:
 def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
     """See `common.backend_package.BackendPackage`."""
     from mlx_lm.models.switch_layers import SwitchLinear
+    from mlx_lm.utils import _get_classes
 
     config = _mlx_config(base)
     try:
-        model_class, arguments = gpt_oss.mlx_classes(config)
+        model_class, arguments = _get_classes(config)
     except (ValueError, SystemExit) as error:  # which a module raises that wants another library
         raise UserError(f"mlx-lm does not know this model: {first_line(error)}", _TORCH) from None
     try:  # either may make anything of a config that it does not expect

@@ -11,7 +11,7 @@ from common.display import Display
 from common.errors import UserError
 from common.files import atomic_folder
 from common.model_files import TOKENIZER_FILES, copy_file, license_files
-from common.models import gemma4, gpt_oss, granite4, lfm2
+from common.models import gemma4, granite4, lfm2
 from common.models.config_kinds import LAYER_TYPES
 from common.models.families import (
     MULTIMODAL,
@@ -55,18 +55,20 @@ def check_installed() -> None:
 def check_model(base: ModelFolder, display: Display) -> None:
     """UserError where mlx-lm 0.32 would compute another model; a warning where it does beyond some length."""
     kind, found = base.config["model_type"], forward_config(base.config)
-    ropes = [*filter(None, found.ropes)]
-    if kind == gpt_oss.KIND:  # the one architecture on trial that is not trained with mlx-lm's own RoPE
-        ropes = [base.config["rope_parameters"]]
-    bases = {rope["rope_theta"] for rope in ropes}
-    for rope in ropes:
+    bases = {rope["rope_theta"] for rope in filter(None, found.ropes)}
+    if kind == "gpt_oss":  # which the MLX backend trains with experts and RoPE of its own
+        raise UserError(
+            "--export mlx: mlx-lm reads the experts of a gpt-oss in MXFP4 alone, and rounds its YaRN.",
+            "Use --export fused.",
+        )
+    for rope in filter(None, found.ropes):
         partly = rope.get("partial_rotary_factor", 1) != 1 and kind != "glm4"
         wrong = kind in _PLAIN_ROPE and (rope["rope_type"] != "default" or partly)
         wrong |= _other_yarn(rope) or (kind == "olmo3" and len(bases) > 1)
         if wrong:
             raise UserError(
                 f"--export mlx: mlx-lm does not compute RoPE {rope['rope_type']!r} for {kind} as training did.",
-                "Use --export gguf or fused.",
+                "Use --export fused." if unrounded_yarn(rope) else "Use --export gguf or fused.",
             )
     if kind in ("exaone4", "olmo3") and any(found.windows) and len({*base.config["layer_types"]}) < len(LAYER_TYPES):
         raise UserError(
@@ -141,9 +143,9 @@ def quantize(fused: Path, out: Path, scheme: str) -> None:
     from mlx_lm.utils import _get_classes, load_model, quantize_model, save_config, save_model
 
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
-        if not is_known(config):  # it was loaded by mlx-lm alone in training too
-            return gpt_oss.mlx_classes(config)
         model_class, arguments = _get_classes(config)
+        if not is_known(config):  # it was loaded by mlx-lm alone in training too
+            return model_class, arguments
         nested = config["architectures"][0] in MULTIMODAL
 
         def named(weights: dict[str, Any]) -> dict[str, Any]:

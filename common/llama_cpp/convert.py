@@ -92,7 +92,7 @@ def convert(
     does before it starts: the converter would silently use another model's tokenizer.
     """
     with scrubbed(folder, weights=True) as clean:
-        _complete_config(clean / CONFIG_FILE)
+        complete_config(clean / CONFIG_FILE)
         if outtype != "mmproj" and not (clean / sentencepiece.NAME).is_file():
             if sentencepiece.read_state(clean) is None:
                 check_convertible(folder)
@@ -108,16 +108,17 @@ def convert(
         write_file(ToolRun("converting to GGUF", command, remedy, offline_environment()), out, progress)
 
 
-def _complete_config(file: Path) -> None:
-    """Rewrite the config of a Gemma 4 12B that transformers has saved, for the converter.
+def complete_config(file: Path) -> None:
+    """Rewrite the config of a Gemma 4 12B that transformers has saved, for llama.cpp's converters.
 
-    It asks for a setting of mixtures, which the hub's config has. And it goes by the architecture of the text part,
-    where the config names one, but knows that of the whole model alone.
+    They ask for a setting of mixtures, which the hub's config has. And they go by the architecture of the text part,
+    where the config names one, but know that of the complete model alone.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config.get("model_type") == "gemma4_unified":
-        config["text_config"].pop("architectures", None)
-        config["text_config"].setdefault("moe_intermediate_size", None)
+    text = config.get("text_config")
+    if config.get("model_type") == "gemma4_unified" and isinstance(text, dict):
+        text.pop("architectures", None)
+        text.setdefault("moe_intermediate_size", None)
         file.write_text(json.dumps(config), encoding="utf-8")
 
 

@@ -37,7 +37,7 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
     tokenizer: the folder's, where it is loaded already.
     """
     model = ModelFolder(folder)
-    if fault := _other_model(model):
+    if fault := other_model(model):
         raise UserError(f"{folder}: {fault}.", "Use --export fused.")
     if (folder / sentencepiece.NAME).is_file():
         return
@@ -56,7 +56,7 @@ def lost_window(config: dict[str, Any]) -> int | None:
     return min(windows) if lost else None
 
 
-def _other_model(model: ModelFolder) -> str:
+def other_model(model: ModelFolder) -> str:
     """What of the model llama.cpp 0.3.36 would compute otherwise, or not at all; empty where nothing is known."""
     config, known = model.config, is_known(model.written_config)
     rope = config.get("rope_parameters") or {}

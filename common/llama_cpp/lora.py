@@ -15,13 +15,14 @@ import numpy as np
 from common.backend import Adapter, LoraWeight
 from common.errors import UserError, first_line
 from common.files import atomic_write, scratch_folder
-from common.llama_cpp.convert import lacks_mtp
+from common.llama_cpp.convert import complete_config, lacks_mtp
+from common.llama_cpp.convertible import other_model
 from common.llama_cpp.install import LlamaCpp
 from common.model_files import scrubbed
 from common.models.adapter_files import times, write_peft
 from common.models.gguf_import import gguf_value, open_gguf
 from common.models.lora_init import Shapes
-from common.models.model_folder import ModelFolder
+from common.models.model_folder import CONFIG_FILE, ModelFolder
 from common.system.process import offline_environment, run_logged
 
 _SCRIPT = "convert_lora_to_gguf.py"
@@ -38,7 +39,9 @@ def check_lora(method: str) -> None:
 
 
 def check_lora_base(base: ModelFolder) -> None:
-    """UserError where llama.cpp's converter cannot read the base of an adapter."""
+    """UserError where llama.cpp's converter cannot read the base of an adapter, or llama.cpp computes another base."""
+    if fault := other_model(base):
+        raise UserError(f"{base.path}: {fault}.", "Use --export fused.")
     if lacks_mtp(base):
         raise UserError(
             f"llama.cpp converts no adapter of {base.path}: it wants the layers that predict more tokens (mtp), which "
@@ -137,6 +140,7 @@ def _convert(adapter: Adapter, base: Path, out: Path, llama: LlamaCpp) -> None:
         folder, log = temporary / "adapter", temporary / "log"
         write_peft(folder, adapter)
         with scrubbed(base, weights=True) as clean:
+            complete_config(clean / CONFIG_FILE)
             command = [sys.executable, str(script), str(folder), "--base", str(clean), "--outtype", "f32"]
             command += ["--outfile", str(partial)]
             code, tail = run_logged(command, log, lambda line: None, offline_environment())

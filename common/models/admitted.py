@@ -16,7 +16,7 @@ from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 from common.system.cache import cache_folder
 
-_CHECK = 3  # the version of the check; raised where it comes to compare something else
+_CHECK = 4  # the version of the check; raised where it comes to compare something else
 _LIBRARIES: tuple[str, ...] = ("torch", "transformers", "peft", "mlx", "mlx-lm")
 _LIBRARIES += ("kernels", "mamba-ssm", "causal-conv1d", "flash-linear-attention")  # with which layers compute otherwise
 

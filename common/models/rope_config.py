@@ -7,7 +7,7 @@ from common.models.family_defaults import DEFAULTS
 
 ROPES_BY_KIND = ("gemma3_text", "olmo3")  # each kind of layer has RoPE parameters of its own
 # Where a config names none: theta, if it is not 10,000, and the share of a head that RoPE rotates.
-_BASES = {"lfm2": 1e6, "smollm3": 2e6}
+_BASES = {"gpt_oss": 1.5e5, "lfm2": 1e6, "smollm3": 2e6}
 _ROTARY = {"glm4": 0.5, "phi3": 1.0, "qwen3_5_text": 0.25}
 
 

@@ -25,7 +25,7 @@ def gguf_logits(model: ModelFolder, ids: np.ndarray, scratch: Path) -> np.ndarra
     try:
         convert(model.path, gguf, "tried", llama, lambda share, text: None, "f32")
     except UserError:
-        return "none: llama.cpp's converter makes no GGUF of it"
+        return "none: no GGUF can be made of it"
     try:
         with GgufLogits(llama.logits, gguf, len(ids)) as compute:
             return compute(ids, np.arange(len(ids)))

@@ -87,7 +87,7 @@ def test_a_terminal_that_hangs_up_leaves_a_checkpoint(words: list[str], tmp_path
     [
         pytest.param(signal.SIGTERM, 100_000, 130, marks=pytest.mark.long),
         pytest.param(signal.SIGHUP, 100_000, 130, marks=pytest.mark.long),
-        (signal.SIGKILL, 20, -signal.SIGKILL),
+        pytest.param(signal.SIGKILL, 20, -signal.SIGKILL, marks=pytest.mark.long),
     ],
     ids=["TERM", "HUP", "KILL"],
 )

@@ -18,7 +18,6 @@ def command(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.long
 def test_a_killed_training_gives_the_same_result_after_its_resume() -> None:
     out = command("tests.faults.kills", "--kills", "2", "--export", "fused")
     assert re.search(r"^([2-9]|1\d) kills, \d+ new starts, 0 faults$", out, re.MULTILINE)  # a resume may be killed too

@@ -55,6 +55,7 @@ def write_adapter(base, folder, size=0.3, **changes):
         *(pytest.param("llama", kind, marks=pytest.mark.long) for kind in CHANGES if kind != "lora"),
         *(pytest.param("qwen3", kind, marks=pytest.mark.long) for kind in CHANGES),
         ("qwen3_5", "lora"),
+        ("gemma4_unified", "lora"),
         ("granitemoehybrid", "lora"),
         pytest.param("glm4", "lora", marks=pytest.mark.long),
         ("lfm2", "lora"),

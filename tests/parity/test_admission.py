@@ -66,7 +66,7 @@ def test_gpt_oss_is_trained_in_32_bits_and_its_yarn_is_computed_by_neither_reade
     verdict = admission.admit(model, context())
     assert (verdict.why, verdict.admitted) == ("", True)
     assert verdict.targets == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    with pytest.raises(UserError, match="does not compute RoPE 'yarn' for gpt_oss"):
+    with pytest.raises(UserError, match="experts of a gpt-oss in MXFP4 alone, and rounds its YaRN"):
         check_model(model, Display("quiet"))
     with pytest.raises(UserError, match="rounds the range over which YaRN blends"):
         check_convertible(model.path)

@@ -88,9 +88,9 @@ _TABLE: tuple[tuple[str, str, bool, str | None, str, str], ...] = (
     ("unsloth-mistral", "llama-bpe", False, "<s>", "</s>", ""),
     ("upstage-Solar", "llama-bpe", False, "<s>", "<|end|>", ""),
 )
-# Qwen3.6 and 3.8 differ from Qwen3.5, whose template llama.cpp's source has, in these places. The first keeps the
-# reasoning of earlier turns where `preserve_thinking` says so; the second keeps it unless that is false, and tells the
-# model in the system turn how much to reason (here in words of this test). Source: the templates on the hub.
+# What matters to labels in the templates of Qwen3.6 and 3.8, as changes of Qwen3.5's, which llama.cpp's source has.
+# The first keeps the reasoning of earlier turns where `preserve_thinking` says so; the second keeps it unless that is
+# false, and tells the model in the system turn how much to reason (here in words of this test). Source: the hub's.
 _LAST_TURN = "{%- if loop.index0 > ns.last_query_index %}"
 _KEPT = "{{%- if preserve_thinking is {} preserve_thinking is true or loop.index0 > ns.last_query_index %}}"
 _SYSTEM = "{{- '<|im_start|>system\\n' + content + '<|im_end|>\\n' }}"
@@ -104,7 +104,7 @@ _QWEN_3_8 = _QWEN_3_6 | {
     "{%- if tools and": "{%- set effort = '' %}{%- if enable_thinking is undefined or enable_thinking is true %}"
     "{%- set effort = 'Effort: ' + reasoning_effort|default('xhigh') + '.' %}{%- endif %}{%- if tools and",
     '{{- "# Tools': '{{- effort + "\\n\\n" if effort }}{{- "# Tools',
-    _SYSTEM: "{{- '<|im_start|>system\\n' + (effort + '\\n\\n' if effort) + content + '<|im_end|>\\n' }}"
+    _SYSTEM: "{{- '<|im_start|>system\\n' + (effort + '\\n\\n' if effort else '') + content + '<|im_end|>\\n' }}"
     "{%- elif effort %}{{- '<|im_start|>system\\n' + effort + '<|im_end|>\\n' }}",
 }
 _SPECIAL = re.compile(

@@ -174,3 +174,30 @@ def test_the_proof_finds_a_second_bos():
     ids = np.append(np.int32(tokenizer.bos_token_id), encoded.ids)
     doubled = dataclasses.replace(encoded, ids=ids, loss_weights=np.append(False, encoded.mask))
     assert proof.find_fault(row, tokenizer, doubled)
+
+
+@pytest.mark.parametrize(("name", "kept"), [("Qwen3.6", False), ("Qwen3.8", True)])
+def test_qwen_3_6_and_3_8_are_trained_on_the_reasoning_that_their_prompts_keep(name, kept):
+    row = next(row for row in CONVERSATIONS if row.source == "reasoning")
+    tokenizer = build(next(family for family in families() if family.name == name))
+    encoded = encode(row, tokenizer, MaskingOptions(thinking="keep"))
+    text = tokenizer.decode(encoded.ids)
+    first = "The sum of two twos is wanted."
+    assert (f"<think>\n{first}\n</think>" in text) == kept
+    trained = tokenizer.decode(np.array(encoded.ids)[np.array(encoded.mask)])
+    assert (first in trained) == kept
+    assert "Records are missing here.\n</think>\n\nNobody remembers that." in trained
+    assert ("Effort: xhigh." in text) == kept
+    assert "Effort" not in trained
+    without = tokenizer.decode(encode(row, tokenizer).ids)
+    assert "Records are missing" not in without
+    assert ("<think>\n\n</think>\n\nFour" in without) == kept
+    assert "<think>\n\n</think>\n\nNobody" in without
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.6", "Qwen3.8"])
+def test_a_system_turn_stays_one_without_reasoning(name):
+    row = next(row for row in CONVERSATIONS if row.source == "system")
+    tokenizer = build(next(family for family in families() if family.name == name))
+    text = tokenizer.decode(encode(row, tokenizer).ids)
+    assert text.startswith(f"<|im_start|>system\n{row.messages[0]['content']}<|im_end|>\n")

@@ -9,7 +9,7 @@ import pytest
 from common.display import Display
 from common.errors import UserError
 from common.export.preflight import _check_form
-from common.llama_cpp.convert import _complete_config, lacks_mtp
+from common.llama_cpp.convert import complete_config, lacks_mtp
 from common.llama_cpp.convertible import check_convertible, lost_window
 from common.models.model_folder import ModelFolder
 from common.options import Options
@@ -200,7 +200,7 @@ def test_gemma_4_12b_as_transformers_saves_it_is_named_for_the_converter(tmp_pat
     given = json.loads(file.read_text())
     assert given["text_config"]["architectures"] == ["Gemma4UnifiedForCausalLM"]
     assert "moe_intermediate_size" not in given["text_config"]
-    _complete_config(file)
+    complete_config(file)
     del given["text_config"]["architectures"]
     given["text_config"]["moe_intermediate_size"] = None
     assert json.loads(file.read_text()) == given

@@ -1,14 +1,16 @@
-"""gpt-oss in 16 or 32 bits: what mlx-lm 0.32.2 does not read of it, which knows its experts as published, in MXFP4."""
+"""gpt-oss in 16 or 32 bits: mlx-lm 0.32.2 knows its experts as published, in MXFP4, and computes another YaRN."""
 
 from typing import Any
+
+import mlx.core as mx
 
 KIND = "gpt_oss"
 
 
-def mlx_classes(config: dict[str, Any]) -> tuple[Any, Any]:
-    """mlx-lm's classes of a model and its settings; a gpt-oss takes its tensors as transformers saves them.
+def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+    """What makes mlx-lm's model of its settings, and the class of these; a gpt-oss reads what transformers saves.
 
-    Raises ValueError where mlx-lm does not know the model type, and whatever a module of its models raises.
+    Raises what mlx-lm raises for a model type that it does not know.
     """
     from mlx_lm.utils import _get_classes
 
@@ -17,14 +19,14 @@ def mlx_classes(config: dict[str, Any]) -> tuple[Any, Any]:
     def make(settings: Any) -> Any:
         model = model_class(settings)
         sanitize = model.sanitize
-        model.sanitize = lambda weights: sanitize(mlx_weights(weights))
+        model.sanitize = lambda weights: sanitize(named(weights))
         return model
 
     return (make if config["model_type"] == KIND else model_class), settings_class
 
 
-def mlx_weights(weights: dict[str, Any]) -> dict[str, Any]:
-    """The tensors with the experts as mlx-lm holds them. weights: names and arrays, as transformers saves them.
+def named(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors with the experts as mlx-lm holds them.
 
     transformers has gate and up in turns in one stack [experts, inputs, outputs]. mlx-lm has a stack of each,
     [experts, outputs, inputs].
