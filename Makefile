@@ -2,7 +2,10 @@
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
 ARGS ?=
+FAST := tests/unit tests/torch tests/mlx
 SLOW := tests/e2e tests/faults tests/parity tests/gguf tests/templates
+# Compiled modules are kept, whatever the environment says: the tests start hundreds of processes.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PYTHON) -m pytest --dist loadfile
 
 .PHONY: example test test-long check docs setup
 
@@ -11,17 +14,18 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## then the tests with real models and the real llama.cpp
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not long" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(SLOW)
+	$(PYTEST) -m slow -n auto --maxprocesses 4 $(FAST)
+	$(PYTEST) -m "not long" -n auto --maxprocesses 4 --no-loadscope-reorder $(SLOW)
 
 test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m long -n 2 $(SLOW)
+	$(PYTEST) -m long -n 2 $(SLOW)
 
 check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 3 --dist loadfile tests/unit tests/torch tests/mlx
+	$(PYTEST) -m "not slow" -n 3 $(FAST)
 
 docs: setup  ## the site from docs/ into site/; a broken link is an error
 	$(PYTHON) -m zensical build --strict --clean

@@ -17,6 +17,8 @@ from mlx_backend.trained import Trained
 from tests import backends
 from tests.tiny import write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 LAYOUT = MicroBatchShape(5, 128, 512, 256)
 
 

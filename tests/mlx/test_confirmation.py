@@ -17,6 +17,8 @@ from common.training.loop import TrainingLoop
 from tests import backends
 from tests.tiny import write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 MEMORY = "[METAL] Command buffer execution failed: Insufficient Memory (00000008:...OutOfMemory)"
 HANG = "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:...Timeout)"
 

@@ -6,6 +6,8 @@ from tests import backends
 from tests.backends import METHODS
 from tests.tiny import write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("changes", [{}, METHODS["dora"], {"dropout": 0.2}], ids=["lora", "dora", "dropout"])
 def test_greedy_tokens_are_those_of_the_whole_row(changes, tmp_path):

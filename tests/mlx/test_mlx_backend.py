@@ -12,6 +12,8 @@ from tests.backends import METHODS, QUANTIZED
 from tests.tiny import write_family, write_model, write_rows, write_tiny
 from tests.unit.bigram import row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

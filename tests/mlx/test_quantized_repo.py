@@ -20,6 +20,8 @@ from common.verify.tiny_models import write_tiny
 from tests import backends
 from tests.tiny import write_family, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 def write_quantized(base, out, bits, group=64, **own):
     """What mlx_lm.convert -q writes, embeddings included; `own`: other bits for modules with that last name."""

@@ -14,6 +14,8 @@ from torch_backend import forward as forward_module
 from torch_backend.cuda_graphs import Layout
 from torch_backend.loss import loss_of, loss_sum
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module", params=["llama", "gemma3_text"])
 def model(request, tmp_path_factory):

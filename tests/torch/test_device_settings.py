@@ -117,6 +117,7 @@ def test_a_busy_cpu_gets_fewer_threads_unless_the_user_says_otherwise(monkeypatc
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_no_compiled_code_is_fetched_from_the_hub(tmp_path):
     """bitsandbytes does so at its import, on processors with bf16; transformers for some layers."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")

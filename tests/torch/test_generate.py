@@ -10,6 +10,8 @@ from tests.backends import METHODS
 from tests.tiny import write_model, write_rows, write_tokenizer
 from torch_backend.forward import PlainForward
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("changes", [{}, METHODS["dora"], {"dropout": 0.2}], ids=["lora", "dora", "dropout"])
 def test_greedy_tokens_are_those_of_the_whole_row(changes, tmp_path):

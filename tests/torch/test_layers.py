@@ -23,6 +23,8 @@ from torch_backend.mlp import Gated, GatedDown, recomputing
 from torch_backend.norm import RMSNorm
 from torch_backend.rope import Rope, calling_rope
 
+pytestmark = pytest.mark.slow
+
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 

@@ -15,6 +15,8 @@ from tests import ROOT
 from tests.contexts import context
 from tests.tiny import write_rows
 
+pytestmark = pytest.mark.slow
+
 SOURCE = (ROOT / "examples" / "minimal.py").read_text(encoding="utf-8")
 
 

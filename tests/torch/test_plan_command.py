@@ -15,6 +15,8 @@ from common.run_record import Run
 from tests.contexts import context
 from tests.tiny import write_rows
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     "--steps",
     "3",

@@ -15,6 +15,8 @@ from tests import backends
 from tests.backends import METHODS, QUANTIZED
 from tests.tiny import write_family, write_model, write_rows
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -13,6 +13,8 @@ from packaging.specifiers import SpecifierSet
 
 from tests import ROOT
 
+pytestmark = pytest.mark.slow
+
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 STAGES = dict(re.findall(r"^FROM \S+ AS (\w+)\n(.*?)(?=^FROM|\Z)", TEXT, re.MULTILINE | re.DOTALL))

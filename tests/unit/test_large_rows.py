@@ -39,6 +39,8 @@ from common.system import workers
 from common.system.cache import cache_folder
 from tests import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:

@@ -22,6 +22,8 @@ from tests.presets import CPU, EVERY, MODELS, preset
 from tests.tiny import write_model
 from tests.unit.bigram import row
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_preset_is_what_is_written_and_estimated_now(name: str) -> None:
