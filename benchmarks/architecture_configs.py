@@ -44,10 +44,11 @@ BY_TYPE: dict[str, dict[str, Any]] = {
         *("apertus", "bitnet", "cohere", "dots1", "ernie4_5", "ernie4_5_moe", "gemma", "glm4", "glm4_moe"),
         *("granite", "granitemoe", "helium", "hunyuan_v1_dense", "llama", "llama4_text", "minimax"),
         *("ministral", "mistral", "mixtral", "nanochat", "nemotron", "olmo", "olmo2", "olmo_hybrid", "olmoe", "phi"),
-        *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
+        *("phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"),
         *("seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "bailing_hybrid", "minimax_m2", "mellum"),
     )
 } | {
+    "qwen3_moe": {"norm_topk_prob": True},  # as it is published
     **{kind: _WINDOW for kind in ("afmoe", "cohere2", "exaone4", "exaone_moe", "gpt_oss", "laguna", "olmo3")},
     "dbrx": {
         **{"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 256},

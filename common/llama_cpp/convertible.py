@@ -23,6 +23,12 @@ _SCALINGS = {
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
 _LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
+# Whether llama.cpp divides the weights of a token's experts by their sum. transformers does by default too, but for
+# qwen3_moe: its published configs say so.
+_NORMALIZED = {
+    **dict.fromkeys(("lfm2_moe", "mellum", "qwen3_moe", "qwen3_next"), True),
+    **dict.fromkeys(("olmoe", "qwen2_moe"), False),
+}
 _ROUNDED = "llama.cpp rounds the range over which YaRN blends, and this model does not (truncate)"
 _WINDOWS = ("exaone4", "gemma2", "gemma3_text", *gemma4.KINDS, "olmo3")  # of which llama.cpp computes them
 # For these the converter fails without `tokenizer.model`, or takes `tokenizer.json` and gets other ids.
@@ -64,7 +70,7 @@ def other_model(model: ModelFolder) -> str:
     if fault := _lost_scaling(config, known):
         return fault
     if not known:
-        return next((_ROUNDED for one in ropes if unrounded_yarn(one)), "")
+        return next((_ROUNDED for one in ropes if unrounded_yarn(one)), "") or _other_router(config)
     kind, layers = config["model_type"], config["num_hidden_layers"]
     if kind == "smollm3" and config["no_rope_layers"] != [int((layer + 1) % 4 != 0) for layer in range(layers)]:
         return "llama.cpp leaves RoPE out of every fourth layer of a SmolLM3, and this model out of others"
@@ -93,6 +99,16 @@ def _lost_scaling(config: dict[str, Any], known: bool) -> str:
     taken = (*_SCALINGS.get(kind, _MOST_SCALINGS), *(["llama3"] if kind in _LLAMA3 else []))
     lost = {name for name in named - {*taken} if known or name == "llama3"}
     return f"llama.cpp does not know the RoPE scaling {min(lost)!r} in a model of type {kind}" if lost else ""
+
+
+def _other_router(config: dict[str, Any]) -> str:
+    """The same of a mixture's router. llama.cpp reads no norm_topk_prob."""
+    kind = str(config.get("model_type"))
+    normalized = config.get("norm_topk_prob", kind != "qwen3_moe" and _NORMALIZED.get(kind))
+    if kind not in _NORMALIZED or bool(normalized) == _NORMALIZED[kind]:
+        return ""
+    does, model = ("lets", "does not") if _NORMALIZED[kind] else ("does not let", "does")
+    return f"llama.cpp {does} the chosen experts of a {kind} weigh 1 together, and this model {model} (norm_topk_prob)"
 
 
 def _other_yarn(rope: dict[str, Any], kind: str) -> str:

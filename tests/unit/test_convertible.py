@@ -10,7 +10,7 @@ from common.display import Display
 from common.errors import UserError
 from common.export.preflight import _check_form
 from common.llama_cpp.convert import complete_config, lacks_mtp
-from common.llama_cpp.convertible import check_convertible, lost_window
+from common.llama_cpp.convertible import check_convertible, lost_window, other_model
 from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.verify.tiny_models import TINY, write_tiny
@@ -204,3 +204,26 @@ def test_gemma_4_12b_as_transformers_saves_it_is_named_for_the_converter(tmp_pat
     del given["text_config"]["architectures"]
     given["text_config"]["moe_intermediate_size"] = None
     assert json.loads(file.read_text()) == given
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": True}, ""),
+        ("qwen3_moe", {}, "lets the chosen experts of a qwen3_moe weigh 1 together, and this model does not"),
+        ("qwen2_moe", {}, ""),
+        ("qwen2_moe", {"norm_topk_prob": True}, "does not let the chosen experts of a qwen2_moe weigh 1"),
+        ("lfm2_moe", {}, ""),
+        ("lfm2_moe", {"norm_topk_prob": False}, "lets the chosen experts of a lfm2_moe weigh 1 together"),
+        ("seed_oss", {"norm_topk_prob": False}, ""),
+    ],
+)
+def test_a_router_that_llama_cpp_computes_otherwise_is_refused(
+    kind: str, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """tests/gguf/test_admission.py compares with llama.cpp's own logits."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 259}
+    config = {"model_type": kind, "architectures": ["X"], **sizes, **settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = other_model(ModelFolder(tmp_path))
+    assert (words in found) if words else found == ""
