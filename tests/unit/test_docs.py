@@ -26,6 +26,8 @@ MEAN_SENTENCE = 20
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6}\s+(.*)$", re.MULTILINE)
 _PATH = re.compile(r"`((?:common|torch_backend|mlx_backend|tests|benchmarks|configs|examples|docs)/[\w/.-]*)`")
+_NAME_IN = re.compile(r"`(\w+)` in `([\w/]+\.py)`")
+_DEFINED = r"^ *(?:def|class) {0}\b|^ *{0}(?:: [^=\n]+)? ="
 _COMMAND = re.compile(r"\b(?:python cli\.py|twintune) ([a-z][a-z-]*)([^\n`]*)")
 
 
@@ -65,6 +67,12 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", EVERY, ids=page)
 def test_every_file_that_is_named_is_there(path: Path) -> None:
     assert [name for name in _PATH.findall(text_of(path)) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", EVERY, ids=page)
+def test_a_name_is_defined_in_the_file_that_is_said_to_have_it(path: Path) -> None:
+    named = [(name, file) for name, file in _NAME_IN.findall(text_of(path)) if (ROOT / file).is_file()]
+    assert [one for one in named if not re.search(_DEFINED.format(one[0]), text_of(ROOT / one[1]), re.MULTILINE)] == []
 
 
 def in_navigation(part: object) -> Iterator[str]:
