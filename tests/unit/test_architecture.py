@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,16 @@ def modules(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(path)))
+
+
 def place(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -46,7 +57,7 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def everywhere(path: Path) -> set[str]:
-    return {name for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for name in imported(node)}
+    return {name for node in nodes(path) for name in imported(node)}
 
 
 def at_import(path: Path) -> set[str]:
@@ -59,7 +70,7 @@ def at_import(path: Path) -> set[str]:
             if not typing_only and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 yield from walk(child)
 
-    return set(walk(ast.parse(path.read_text(encoding="utf-8"))))
+    return set(walk(tree(path)))
 
 
 def roots(names: set[str]) -> set[str]:
@@ -162,7 +173,7 @@ SHARED_STEPS = {"arguments", "experts", "prepare", "new_run", "several", "tuned"
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:
     """What of common a module imports: `("data", "batching")`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "common":
             parts = tuple((node.module or "").split(".")[1:])
             inner = (ROOT / "common" / Path(*parts)).is_dir()
@@ -197,8 +208,7 @@ NAME_CONFIG = {
 
 @pytest.mark.parametrize("path", modules(*FOLDERS), ids=place)
 def test_only_model_folder_reads_a_models_config(path: Path) -> None:
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    named = any(isinstance(node, ast.Constant) and node.value == "config.json" for node in nodes)
+    named = any(isinstance(node, ast.Constant) and node.value == "config.json" for node in nodes(path))
     assert not named or place(path) in NAME_CONFIG
 
 
@@ -207,7 +217,7 @@ def test_a_function_fits_a_screen_and_a_file_one_sitting(path: Path) -> None:
     """Complexity and the number of parameters are ruff's to hold (C901, PLR0913)."""
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 310
-    functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    functions = (node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     assert [f.name for f in functions if (f.end_lineno or 0) - f.lineno + 1 > 60] == []
 
 
@@ -223,8 +233,7 @@ CATCH_ALL = {
 
 def broad_handlers(path: Path) -> Iterator[tuple[str, ast.Try]]:
     """`(function, try statement)` wherever any exception is caught and not raised again as it is."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+    for function in (node for node in nodes(path) if isinstance(node, ast.FunctionDef)):
         for node in ast.walk(function):
             for handler in node.handlers if isinstance(node, ast.Try) else ():
                 kinds = "Exception" if handler.type is None else ast.unparse(handler.type)
@@ -237,7 +246,7 @@ def broad_handlers(path: Path) -> Iterator[tuple[str, ast.Try]]:
 def our_names(path: Path) -> set[str]:
     """What in the module is ours: its own functions and classes, and what it imports from this repository."""
     found = {"self"}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in FOLDERS:
@@ -247,7 +256,7 @@ def our_names(path: Path) -> set[str]:
 
 def suppressed(path: Path) -> list[str]:
     """What `suppress` is given, that would hide an error of our own."""
-    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    calls = (node for node in nodes(path) if isinstance(node, ast.Call))
     given = [arg for call in calls if ast.unparse(call.func).endswith("suppress") for arg in call.args]
     hides = r"(Base)?Exception|TypeError|KeyError|AttributeError|IndexError"
     return [ast.unparse(arg) for arg in given if re.fullmatch(hides, ast.unparse(arg))]
@@ -291,7 +300,7 @@ def test_one_call_of_a_library_is_told_from_others(body: str, right: bool) -> No
 def test_every_package_says_what_it_is_for() -> None:
     for path in modules(*FOLDERS):
         if path.stem == "__init__":
-            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
+            assert ast.get_docstring(tree(path)), path
 
 
 def test_only_the_display_prints() -> None:
