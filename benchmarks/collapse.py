@@ -181,7 +181,7 @@ def alarms_of(found: dict[str, Any]) -> list[str]:
         else:
             answers = [answer for answer in found["answers"] if answer["step"] == line["step"]]
             alarms.answers(line["step"], answers)
-            alarms.drift(line["step"], line["drift"])
+            alarms.drift(line["step"], line["drift"], line["quiz_loss"])
     names = [alarm.name for alarm in alarms.raised]
     return ["not finite", *names] if found["ended"] else names
 

@@ -153,7 +153,7 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
         drift = quiz.ask(backend)
         samples.spend(time.monotonic() - began)
         samples.keep({"step": step, "drift": drift.nats, "quiz_loss": drift.loss})
-        watcher.raise_all(watcher.alarms.drift(step, drift.nats))
+        watcher.raise_all(watcher.alarms.drift(step, drift.nats, drift.loss))
 
 
 def _alarms_until(job: Job, state: State) -> Alarms:

@@ -66,14 +66,16 @@ class Alarms:
     _risen: int = 0
     _signs: dict[str, int] = field(default_factory=dict)  # in the last answers, and since which step
     _drifted: float = 0.0  # from the base before the first step, as a given adapter has
+    _knew: float = 0.0  # the loss of the quiz's right answers before the first step
 
     def see(self, line: dict[str, Any]) -> list[Alarm]:
         """Of any line in metrics.jsonl, or of drift in samples.jsonl; nothing of one that lacks its figures."""
         names: list[str] = [name for name in ("drift", "valid_loss") if name in line] or ["loss", "grad_norm"]
+        names += ["quiz_loss"] if "drift" in line else []
         if not all(isinstance(line.get(name), int | float) for name in ("step", *names)):
             return []
         if "drift" in line:
-            return self.drift(line["step"], line["drift"])
+            return self.drift(line["step"], line["drift"], line["quiz_loss"])
         return self.validation(line) if "valid_loss" in line else self.step(line)
 
     def step(self, line: dict[str, Any]) -> list[Alarm]:
@@ -159,14 +161,20 @@ class Alarms:
         before, self._signs = self._signs, {alarm.name: alarm.since for alarm in found}
         return self._raise(alarm for alarm in found if alarm.name in before)
 
-    def drift(self, step: int, nats: float) -> list[Alarm]:
-        """nats: KL divergence a token between base and adapter, on prompts outside of the data."""
+    def drift(self, step: int, nats: float, quiz_loss: float) -> list[Alarm]:
+        """See `common.evaluation.drift.Drift`.
+
+        A base model that learns to answer moves far too; but then right answers become more likely.
+        """
         if not step:
-            self._drifted = nats
+            self._drifted, self._knew = nats, quiz_loss
             return []
-        if nats <= _DRIFT + self._drifted:
+        if nats <= _DRIFT + self._drifted or quiz_loss <= self._knew:
             return []
-        seen = f"on prompts outside of the data the model is {nats:.1f} nats a token from its base at step {step}"
+        seen = (
+            f"on prompts outside of the data the model is {nats:.1f} nats a token from its base at step {step}, and "
+            "gives their right answers less probability than before training"
+        )
         return self._raise([Alarm("drift", seen, "a learning rate that is too high, or too many steps", _RATE, step)])
 
     def _raise(self, found: Iterable[Alarm]) -> list[Alarm]:

@@ -112,10 +112,15 @@ def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:
 
 def test_drift_from_the_base() -> None:
     alarms = Alarms(0)
-    assert alarms.drift(5, 1.0) == []
-    (alarm,) = alarms.drift(10, 4.0)
-    assert alarm.seen == "on prompts outside of the data the model is 4.0 nats a token from its base at step 10"
-    assert alarms.drift(15, 5.0) == []
+    assert alarms.drift(0, 0.0, 1.5) == []
+    assert alarms.drift(5, 1.0, 1.6) == []
+    assert alarms.drift(5, 4.0, 1.5) == []  # as a base model that learns to answer
+    (alarm,) = alarms.drift(10, 4.0, 1.6)
+    assert alarm.seen == (
+        "on prompts outside of the data the model is 4.0 nats a token from its base at step 10, and gives their right "
+        "answers less probability than before training"
+    )
+    assert alarms.drift(15, 5.0, 1.7) == []
 
 
 def test_a_line_without_its_figures_is_passed_over() -> None:

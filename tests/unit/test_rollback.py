@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from common.commands import train as command
 from common.commands.train import run_training
 from common.documents import read_json_lines
 from common.errors import UserError
-from common.evaluation import alarms
+from common.evaluation.drift import Drift, Quiz
 from common.options import Options
 from common.recipe import Parent, Recipe
 from common.run_record import Run
@@ -234,7 +235,8 @@ def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
     class Drifts(Collapses):
         bearable = 1.0
 
-    monkeypatch.setattr(alarms, "_DRIFT", -1.0)
+    asked = chain([Drift(0.0, 1.0)], repeat(Drift(9.0, 2.0)))
+    monkeypatch.setattr(Quiz, "ask", lambda quiz, backend: next(asked))
     with pytest.raises(Interrupted):
         train(given, Drifts)
     record = Run(Path(given["output"])).record
