@@ -13,10 +13,11 @@ from common.context import Context
 from common.errors import UserError
 from common.llama_cpp.build import ensure
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.lora import holds_experts, read_gguf_lora, write_gguf_lora
+from common.llama_cpp.lora import check_lora_model, holds_experts, read_gguf_lora, write_gguf_lora
 from common.models.adapter_files import read_any, write_mlx, write_peft
 from common.models.experts import has_experts, stack_of
 from common.models.lora_init import layer_count, layer_number, validate
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.option_fields import EXPERTS
@@ -69,6 +70,7 @@ def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: 
         raise UserError("A GGUF LoRA needs the base model's config.", "Add --model with the adapter's base model.")
     adapter, base = _read(path, model, context)
     if to == "gguf" and base is not None:
+        check_lora_model(ModelFolder(base))
         write_gguf_lora(adapter, base, out, _llama(context))
     else:
         (write_peft if to == "peft" else write_mlx)(out, adapter)

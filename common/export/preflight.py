@@ -13,7 +13,7 @@ from common.llama_cpp.build import ensure, missing_build_tools, own
 from common.llama_cpp.convertible import check_convertible, lost_window
 from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
-from common.llama_cpp.lora import check_lora, check_lora_base, lora_script
+from common.llama_cpp.lora import check_lora, check_lora_base, check_lora_model, lora_script
 from common.llama_cpp.mmproj import vision_fault
 from common.llama_cpp.split import check_split, split_tool
 from common.models.families import is_known
@@ -83,6 +83,7 @@ def _check_form(options: Options, method: str, base: ModelFolder, display: Displ
     if "lora" in through:
         check_lora(method)
         check_lora_base(base)
+        check_lora_model(base)
     if "convert" not in through:
         return
     if base.has_vision and (fault := vision_fault(base.path)):

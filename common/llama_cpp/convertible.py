@@ -43,11 +43,11 @@ def check_convertible(folder: Path, tokenizer: Any | None = None, texts: Sequenc
     tokenizer: the folder's, where it is loaded already.
     """
     model = ModelFolder(folder)
-    if fault := other_model(model):
+    kind = model.model_type
+    if fault := other_model(model) or (_other_glm4(folder) if kind == "glm4" else ""):
         raise UserError(f"{folder}: {fault}.", "Use --export fused.")
     if (folder / sentencepiece.NAME).is_file():
         return
-    kind = model.model_type
     if sentencepiece.rebuild_checked(folder, tokenizer, texts) is None and kind in _NEED_SENTENCEPIECE:
         raise UserError(
             f"{folder} has no tokenizer.model, and llama.cpp cannot convert a {kind} tokenizer correctly without it.",
@@ -82,8 +82,6 @@ def other_model(model: ModelFolder) -> str:
         return found[0]
     if kind in gemma4.KINDS:
         return _other_gemma4(model)
-    if kind == "glm4":
-        return _other_glm4(model.path)
     if kind == lfm2.KIND and config["conv_bias"]:
         return "llama.cpp has no biases in the convolutions of an LFM2"
     if kind == granite4.KIND and config["position_embedding_type"] != "rope":
@@ -128,7 +126,7 @@ def _other_yarn(rope: dict[str, Any], kind: str) -> str:
 
 
 def _other_glm4(folder: Path) -> str:
-    """The same of a GLM-4's tokenizer."""
+    """What a GLM-4's tokenizer lacks for llama.cpp's converter; empty where nothing."""
     added = read_json(folder / "tokenizer.json", "Fetch the model's files again.").get("added_tokens")
     names = {token.get("content") for token in added or [] if isinstance(token, dict)}
     absent = [name for name in ("<|endoftext|>", "<|user|>") if name not in names]

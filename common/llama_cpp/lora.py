@@ -39,15 +39,19 @@ def check_lora(method: str) -> None:
 
 
 def check_lora_base(base: ModelFolder) -> None:
-    """UserError where llama.cpp's converter cannot read the base of an adapter, or llama.cpp computes another base."""
-    if fault := other_model(base):
-        raise UserError(f"{base.path}: {fault}.", "Use --export fused.")
+    """UserError where llama.cpp's converter cannot read the base of an adapter."""
     if lacks_mtp(base):
         raise UserError(
             f"llama.cpp converts no adapter of {base.path}: it wants the layers that predict more tokens (mtp), which "
             "this Qwen3.5 lacks.",
             "Use the GGUF of the fused model (--export gguf), or adapt the complete model as the hub has it.",
         )
+
+
+def check_lora_model(base: ModelFolder) -> None:
+    """UserError where llama.cpp computes another base than the one that the adapter was trained on."""
+    if fault := other_model(base):
+        raise UserError(f"{base.path}: {fault}.", "Use the fused model (--export fused).")
 
 
 def lora_script(llama: LlamaCpp) -> Path:

@@ -61,7 +61,9 @@ def write_adapter(base, folder, size=0.3, **changes):
         ("lfm2", "lora"),
     ],
 )
-def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama):
+def test_a_gguf_and_back_is_the_same_update(tmp_path, changes, family, tiny_llama, llama, monkeypatch):
+    if family == "lfm2":  # the tiny one's convolutions have biases, which llama.cpp refuses and no adapter holds
+        monkeypatch.setattr("common.llama_cpp.lora.other_model", lambda model: "")
     base, changes = tiny_llama if family == "llama" else write_family(tmp_path / "base", family), CHANGES[changes]
     wanted = write_adapter(base, tmp_path / "peft", **changes)
     convert_adapter(tmp_path / "peft", tmp_path / "lora.gguf", "gguf", str(base), context())

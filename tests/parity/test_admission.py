@@ -16,6 +16,7 @@ from common.display import Display
 from common.errors import UserError
 from common.export.mlx import check_model
 from common.llama_cpp.convertible import check_convertible
+from common.llama_cpp.lora import check_lora_model
 from common.models import admitted
 from common.models.adapter_files import read_peft
 from common.models.families import is_known
@@ -70,6 +71,8 @@ def test_gpt_oss_is_trained_in_32_bits_and_its_yarn_is_computed_by_neither_reade
         check_model(model, Display("quiet"))
     with pytest.raises(UserError, match="rounds the range over which YaRN blends"):
         check_convertible(model.path)
+    with pytest.raises(UserError, match="rounds the range over which YaRN blends"):
+        check_lora_model(model)
 
 
 def rope_of_another_base(model: Any) -> None:
