@@ -21,7 +21,7 @@ test-long: setup  ## what takes long by nature: planted faults, and the wheel in
 	$(PYTHON) -m pytest tests/long
 	$(PYTEST) -m long -n 2 $(SLOW)
 
-check: setup docs  ## lint, format, types, docs and the fast tests: under two minutes
+check: setup docs  ## lint, format, types, docs and the fast tests
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy

@@ -23,8 +23,8 @@ _SCALINGS = {
 }
 _MOST_SCALINGS = ("default", "linear", "yarn")
 _LLAMA3 = ("apertus", "arcee", "exaone4", "exaone_moe", "llama", "mistral", "mixtral")
-# Whether llama.cpp divides the weights of a token's experts by their sum. transformers does by default too, but for
-# qwen3_moe: its published configs say so.
+# Whether llama.cpp divides the weights of a token's experts by their sum. That is transformers' default too, except for
+# qwen3_moe, whose published configs ask for it.
 _NORMALIZED = {
     **dict.fromkeys(("lfm2_moe", "mellum", "qwen3_moe", "qwen3_next"), True),
     **dict.fromkeys(("olmoe", "qwen2_moe"), False),

@@ -92,13 +92,18 @@ def test_pixtrals_tower_has_an_embedding_of_the_language_model(tmp_path):
     np.testing.assert_allclose(tower["v.blk.0.attn_v.weight"], found, rtol=2**-8)
 
 
-def test_gemma_4s_towers_for_images_and_sound_are_in_one_file(tmp_path):
-    folder = write_family(tmp_path / "model", "gemma4")
+def gemma_4_tower(tmp_path, family):
+    """The tensors of the tower's GGUF, and those of the model: as many as are not of the language model."""
+    folder, out = write_family(tmp_path / "model", family), tmp_path / "gguf" / "mmproj-BF16.gguf"
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
-    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", ensure(None, silent), silent)
-    tower, stored = tensors(tmp_path / "gguf" / "mmproj-BF16.gguf"), load_file(folder / "model.safetensors")
-    kept = [name for name in stored if not name.startswith("model.language_model.")]
-    assert len(tower) == len(kept)
+    write_mmproj(folder, out, "tiny", ensure(None, silent), silent)
+    tower, stored = tensors(out), load_file(folder / "model.safetensors")
+    assert len(tower) == sum(not name.startswith("model.language_model.") for name in stored)
+    return tower, stored
+
+
+def test_gemma_4s_towers_for_images_and_sound_are_in_one_file(tmp_path):
+    tower, stored = gemma_4_tower(tmp_path, "gemma4")
     found = stored["model.vision_tower.encoder.layers.0.self_attn.q_proj.linear.weight"]
     np.testing.assert_allclose(tower["v.blk.0.attn_q.weight"], found, rtol=2**-8)
     found = stored["model.embed_audio.embedding_projection.weight"]
@@ -107,12 +112,8 @@ def test_gemma_4s_towers_for_images_and_sound_are_in_one_file(tmp_path):
 
 def test_the_embedders_of_gemma_4_12b_are_in_one_file(tmp_path):
     """It has no towers: pixels and samples are embedded as they are. The file's pixels are in another order."""
-    folder = write_family(tmp_path / "model", "gemma4_unified")
-    (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
-    write_mmproj(folder, tmp_path / "gguf" / "mmproj-BF16.gguf", "tiny", ensure(None, silent), silent)
-    tower, stored = tensors(tmp_path / "gguf" / "mmproj-BF16.gguf"), load_file(folder / "model.safetensors")
-    kept = [name for name in stored if not name.startswith("model.language_model.")]
-    assert len(tower) == len(kept) == 11
+    tower, stored = gemma_4_tower(tmp_path, "gemma4_unified")
+    assert len(tower) == 11
     found = stored["model.embed_vision.embedding_projection.weight"]
     np.testing.assert_allclose(tower["mm.input_projection.weight"], found, rtol=2**-8)
     found = stored["model.vision_embedder.patch_dense.weight"].reshape(48, 24 * 24, 3).swapaxes(1, 2).reshape(48, -1)
