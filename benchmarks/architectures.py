@@ -20,7 +20,8 @@ from typing import Any
 import mlx_backend.backend  # noqa: F401  # before numpy and torch, or MLX gets another BLAS
 from benchmarks import commit
 from benchmarks.architecture_configs import BY_TYPE, MULTIMODAL, ON_THE_HUB, SIZES
-from benchmarks.regret import RESULTS, backend_named
+from benchmarks.regret import backend_named
+from benchmarks.regret_results import RESULTS
 from common.context import Context
 from common.display import Display
 from common.models.admitted import versions

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.regret import MODELS, RESULTS, backend_named, environment
+from benchmarks.regret import MODELS, backend_named, environment
 from benchmarks.regret_data import data_set, write_set
+from benchmarks.regret_results import RESULTS
 from common.backend import Memory
 from common.commands.prepare import choose_hardware
 from common.context import Context

@@ -12,7 +12,6 @@ row ends there, as its best will not change. --from: folder of the public sets, 
 
 import argparse
 import importlib
-import json
 import platform
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.regret_data import SETS, data_set, write_set
+from benchmarks.regret_results import SEEDS, Results, Settings, rules, table
 from common.backend import Memory
 from common.commands.prepare import choose_hardware
 from common.context import Context
@@ -33,53 +33,18 @@ from common.data.batching import steps_per_epoch
 from common.data.encode import load_tokenizer
 from common.data.training_rows import encode_data, read_data
 from common.display import Display
-from common.files import atomic_write
 from common.models.training_base import find_base
 from common.options import Options
 from common.training.auto_recipe import auto_recipe
 from common.training.loop import Interrupted
 from common.training.trials import Trials
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {
     "smollm2": {"model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
     "gemma3": {"model": "google/gemma-3-270m", "chat_template": "gemma"},
 }
-RATES, BATCHES = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (4, 8)
 AUTO = ("learning_rate", "epochs", "batch_size", "rank")  # what the automatic recipe chooses
-Settings = dict[str, Any]
-SEEDS = (1, 2)  # of the best and the automatic run, besides 0
 _OVER, _TIMES = 1.05, 3  # a run ends when its loss is so many times its best, so often in a row
-
-
-def grid(rows: int) -> list[Settings]:
-    """The settings that are tried with so many training rows: 24."""
-    epochs = (2, 4, 8) if rows <= 100 else (1, 2, 4)
-    return [
-        {"learning_rate": rate, "epochs": count, "batch_size": batch}
-        for count, rate, batch in product(epochs, RATES, BATCHES)
-    ]
-
-
-def rules(rows: int) -> dict[str, Settings]:
-    """What others choose for so many training rows; their rank and alpha too.
-
-    fixed: Twintune's plain defaults. Unsloth: its notebooks' LoRA preset, 60 steps. Soup: `decide_lr`, `decide_epochs`
-    and `decide_batch_size` of soup-cli 0.77.0. OpenAI: its published rule for epochs, a batch of 0.2 % of the rows.
-    """
-    return {
-        "fixed": {"learning_rate": 2e-4, "epochs": 3, "batch_size": 8},
-        "unsloth": {
-            **{"learning_rate": 2e-4, "steps": 60, "batch_size": 8, "alpha": 16},
-            **{"schedule": "linear", "warmup": 5, "weight_decay": 0.001},
-        },
-        "soup": {"learning_rate": 3e-4, "epochs": 5 if rows < 500 else 3, "batch_size": 32, "rank": 8, "alpha": 16},
-        "openai": {
-            "learning_rate": 2e-4,
-            "epochs": 3 if rows >= 100 / 3 else min(25, round(100 / rows)),
-            "batch_size": max(1, round(rows * 0.002)),
-        },
-    }
 
 
 class _Watcher:
@@ -105,33 +70,16 @@ class _Watcher:
         return len(self.losses) > _TIMES and all(loss > _OVER * best for _, loss in self.losses[-_TIMES:])
 
 
-class Pair:
-    """A model and a data set: what was measured of them, and how to measure more."""
-
-    def __init__(self, model: str, data: str) -> None:
-        self.model, self.data = model, data
-        self.path = RESULTS / f"regret-{model}-{data}.json"
-        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
-        self.about: dict[str, Any] = found.get("about", {})
-        self.runs: list[dict[str, Any]] = found.get("runs", [])
-
-    def of(self, settings: Settings, seed: int = 0) -> dict[str, Any] | None:
-        """The run with these settings, where it was done."""
-        return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
-
-    def best(self) -> dict[str, Any] | None:
-        """The best run of the grid; None before there is one."""
-        tried = grid(self.about.get("train rows", 0))
-        done = [run for run in self.runs if run["settings"] in tried and not run["seed"]]
-        return min(done, key=lambda run: run["best"], default=None)
+class Pair(Results):
+    """Results, and how to get more of them."""
 
     def measure(self, public: Path | None, ends: float) -> None:
         """Do the runs that are not done, until the clock says `ends`: last the automatic one and the best once more."""
         with tempfile.TemporaryDirectory() as folder:
             write_set(data_set(self.data, public), Path(folder))
             trials = self._trials(folder)
-            rows, auto = self.about["train rows"], self.about["auto"]
-            self._add_all(trials, [auto, *rules(rows).values(), *grid(rows)], 0, ends)
+            auto, rows = self.about["auto"], self.about["train rows"]
+            self._add_all(trials, [auto, *rules(rows).values(), *self.grid], 0, ends)
             best = self.best()
             for seed in SEEDS:
                 self._add_all(trials, [auto, best["settings"]] if best else [], seed, ends)
@@ -178,11 +126,7 @@ class Pair:
             **{"settings": settings, "seed": seed, "best": best, "step": step, "losses": watcher.losses},
             **{"seconds": round(time.perf_counter() - began, 1), "environment": environment(trials)},
         }
-        self.runs.append(run)
-        RESULTS.mkdir(exist_ok=True)
-        with atomic_write(self.path) as temporary:
-            lines = ",\n".join(f"    {json.dumps(one)}" for one in self.runs)
-            temporary.write_text(f'{{\n  "about": {json.dumps(self.about)},\n  "runs": [\n{lines}\n  ]\n}}\n')
+        self.add(run)
         print(
             f"{self.model} {self.data} {settings}, seed {seed}: {best} after step {step}, {run['seconds']} s",
             flush=True,
@@ -207,28 +151,6 @@ def environment(trials: Trials) -> dict[str, str]:
 def _cpu_lines() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
-
-
-def table(pairs: list[Pair]) -> str:
-    """Markdown: of every pair the grid's best, and how many percent above it each rule is."""
-    names = ["auto", *rules(100)]
-    lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
-    for pair in pairs:
-        best = pair.best()
-        if best is None:
-            continue
-        rows = pair.about["train rows"]
-        done = [run for run in pair.runs if run["settings"] in grid(rows) and not run["seed"]]
-        at = "{learning_rate:g} x {epochs}, {batch_size} rows".format(**best["settings"])
-        count = "" if len(done) == len(grid(rows)) else f" ({len(done)} of {len(grid(rows))} runs)"
-        figures = []
-        for settings in [pair.about.get("auto", {}), *rules(rows).values()]:
-            run = pair.of(settings)
-            figures.append(f"{100 * (run['best'] / best['best'] - 1):+.1f} %" if run else "")
-        lines.append(
-            f"| {pair.model}, {pair.data} | {rows} | {best['best']:.4f}{count} | {at} | {' | '.join(figures)} |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> None:

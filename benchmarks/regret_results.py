@@ -1,0 +1,148 @@
+"""What `benchmarks.regret` tries, what it has measured, and the table of it."""
+
+import json
+import math
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from common.files import atomic_write
+
+RESULTS = Path(__file__).parent / "results"
+RATES, BATCHES = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (4, 8)
+SEEDS = (1, 2)  # of the best and the automatic run, besides 0
+Settings = dict[str, Any]
+
+
+def epoch_counts(rows: int) -> tuple[int, ...]:
+    """Of the grid with so many training rows: few, more, many."""
+    return (2, 4, 8) if rows <= 100 else (1, 2, 4)
+
+
+def grid(rows: int) -> list[Settings]:
+    """The settings that are tried with so many training rows: 24, in the same order for any number of rows."""
+    return [
+        {"learning_rate": rate, "epochs": count, "batch_size": batch}
+        for count, rate, batch in product(epoch_counts(rows), RATES, BATCHES)
+    ]
+
+
+def rules(rows: int) -> dict[str, Settings]:
+    """What others choose for so many training rows; their rank and alpha too.
+
+    fixed: Twintune's plain defaults. Unsloth: its notebooks' LoRA preset, 60 steps. Soup: `decide_lr`, `decide_epochs`
+    and `decide_batch_size` of soup-cli 0.77.0. OpenAI: its published rule for epochs, a batch of 0.2 % of the rows.
+    """
+    return {
+        "fixed": {"learning_rate": 2e-4, "epochs": 3, "batch_size": 8},
+        "unsloth": {
+            **{"learning_rate": 2e-4, "steps": 60, "batch_size": 8, "alpha": 16},
+            **{"schedule": "linear", "warmup": 5, "weight_decay": 0.001},
+        },
+        "soup": {"learning_rate": 3e-4, "epochs": 5 if rows < 500 else 3, "batch_size": 32, "rank": 8, "alpha": 16},
+        "openai": {
+            "learning_rate": 2e-4,
+            "epochs": 3 if rows >= 100 / 3 else min(25, round(100 / rows)),
+            "batch_size": max(1, round(rows * 0.002)),
+        },
+    }
+
+
+class Results:
+    """A model and a data set, and the runs that were made with them.
+
+    about: number of rows and tokens, and what the automatic recipe chooses. runs: settings, seed, validation losses.
+    """
+
+    def __init__(self, model: str, data: str) -> None:
+        self.model, self.data = model, data
+        self.path = RESULTS / f"regret-{model}-{data}.json"
+        found: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.about: dict[str, Any] = found.get("about", {})
+        self.runs: list[dict[str, Any]] = found.get("runs", [])
+
+    @property
+    def grid(self) -> list[Settings]:
+        return grid(self.about.get("train rows", 0))
+
+    def of(self, settings: Settings, seed: int = 0) -> dict[str, Any] | None:
+        """The run with these settings, where it was made."""
+        return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
+
+    def best(self) -> dict[str, Any] | None:
+        """The best run of the grid; None before there is one."""
+        done = [run for settings in self.grid if (run := self.of(settings))]
+        return min(done, key=lambda run: run["best"], default=None)
+
+    def complete(self) -> bool:
+        """Whether every run of the grid was made."""
+        return bool(self.runs) and all(self.of(settings) for settings in self.grid)
+
+    def regret(self, settings: Settings) -> float:
+        """How far the run is above the grid's best, as a share; not a number where one of them was not made."""
+        run, best = self.of(settings), self.best()
+        return run["best"] / best["best"] - 1 if run and best else math.nan
+
+    def seeds(self, settings: Settings) -> list[float]:
+        """The validation losses of the runs with these settings, by seed."""
+        return [run["best"] for seed in (0, *SEEDS) if (run := self.of(settings, seed))]
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Keep a run, in the file too."""
+        self.runs.append(run)
+        RESULTS.mkdir(exist_ok=True)
+        with atomic_write(self.path) as temporary:
+            lines = ",\n".join(f"    {json.dumps(one)}" for one in self.runs)
+            temporary.write_text(f'{{\n  "about": {json.dumps(self.about)},\n  "runs": [\n{lines}\n  ]\n}}\n')
+
+
+def left_out(pair: Results, pairs: list[Results]) -> tuple[Settings, float] | None:
+    """What the other data sets of the model say for this one: `(settings, their regret here)`.
+
+    It is the place in the grid whose mean regret over the others is the least. None where a grid is not complete.
+    """
+    others = [other for other in pairs if other.model == pair.model and other is not pair and other.complete()]
+    if not others or not pair.complete():
+        return None
+    place = min(range(len(pair.grid)), key=lambda number: mean(other.regret(other.grid[number]) for other in others))
+    return pair.grid[place], pair.regret(pair.grid[place])
+
+
+def table(pairs: list[Results]) -> str:
+    """Markdown: of every pair the grid's best, and how many percent above it each rule is.
+
+    "by the others": the place of the grid that is best for the other data sets of the model.
+    """
+    names = ["auto", *rules(100), "by the others", "auto, three seeds", "best, three seeds"]
+    lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
+    for pair in pairs:
+        best = pair.best()
+        if best is None:
+            continue
+        auto, rows = pair.about["auto"], pair.about["train rows"]
+        count = sum(pair.of(settings) is not None for settings in pair.grid)
+        some = "" if pair.complete() else f" ({count} of {len(pair.grid)} runs)"
+        other = left_out(pair, pairs)
+        figures = [
+            *(_percent(pair.regret(settings)) for settings in [auto, *rules(rows).values()]),
+            f"{_percent(other[1])} ({_shown(other[0])})" if other else "",
+            *(_spread(pair.seeds(settings)) for settings in [auto, best["settings"]]),
+        ]
+        lines.append(
+            f"| {pair.model}, {pair.data} | {rows} | {best['best']:.4f}{some} | {_shown(best['settings'])} "
+            f"| {' | '.join(figures)} |"
+        )
+    return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return "" if math.isnan(share) else f"{100 * share:+.1f} %"
+
+
+def _shown(settings: Settings) -> str:
+    return "{learning_rate:g} x {epochs}, {batch_size} rows".format(**settings)
+
+
+def _spread(losses: list[float]) -> str:
+    return f"{min(losses):.4f} to {max(losses):.4f}" if len(losses) == 1 + len(SEEDS) else ""
