@@ -36,6 +36,7 @@ from common.display import Display
 from common.models.training_base import find_base
 from common.options import Options
 from common.training.auto_recipe import auto_recipe
+from common.training.faults import NotFinite
 from common.training.loop import Interrupted
 from common.training.trials import Trials
 
@@ -117,13 +118,17 @@ class Pair(Results):
         per_epoch = steps_per_epoch(len(rows), settings["batch_size"])
         times = 2 if len(rows) >= 4 * len(trials.rows.scored) else 1  # an epoch is validated: it costs a fifth at most
         options = self._options(data="regret", eval_every=max(1, round(per_epoch / times)), seed=seed, **settings)
+        ended = ""
         try:
             trials.train(options, folder, watcher)
         except Interrupted:
             pass
-        step, best = min(watcher.losses, key=lambda entry: entry[1])
+        except NotFinite as error:
+            ended = error.what
+        step, best = min((entry for entry in watcher.losses if entry[0]), key=lambda entry: entry[1], default=(0, 1e9))
         run = {
             **{"settings": settings, "seed": seed, "best": best, "step": step, "losses": watcher.losses},
+            **({"ended": ended} if ended else {}),
             **{"seconds": round(time.perf_counter() - began, 1), "environment": environment(trials)},
         }
         self.add(run)

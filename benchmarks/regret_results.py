@@ -110,30 +110,34 @@ def left_out(pair: Results, pairs: list[Results]) -> tuple[Settings, float] | No
 
 
 def table(pairs: list[Results]) -> str:
-    """Markdown: of every pair the grid's best, and how many percent above it each rule is.
+    """Markdown: of every pair the grid's best, and how many percent above it each rule is; their means.
 
     "by the others": the place of the grid that is best for the other data sets of the model.
     """
-    names = ["auto", *rules(100), "by the others", "auto, three seeds", "best, three seeds"]
-    lines = [f"| model, data | rows | grid's best | at | {' | '.join(names)} |", f"|{' --- |' * (4 + len(names))}"]
+    names = ["auto", *rules(100), "by the others"]
+    more = ["auto, three seeds", "best, three seeds"]
+    lines = [f"| model, data | rows | grid's best | at | {' | '.join([*names, *more])} |"]
+    lines.append(f"|{' --- |' * (4 + len(names) + len(more))}")
+    regrets: dict[str, list[float]] = {name: [] for name in names}
     for pair in pairs:
         best = pair.best()
         if best is None:
             continue
-        auto, rows = pair.about["auto"], pair.about["train rows"]
+        auto, rows, other = pair.about["auto"], pair.about["train rows"], left_out(pair, pairs)
+        found = [
+            *(pair.regret(settings) for settings in [auto, *rules(rows).values()]),
+            other[1] if other else math.nan,
+        ]
+        for name, regret in zip(names, found, strict=True):
+            regrets[name] += [] if math.isnan(regret) else [regret]
+        shown = [*map(_percent, found), *(_spread(pair.seeds(settings)) for settings in [auto, best["settings"]])]
+        shown[len(names) - 1] += f" ({_shown(other[0])})" if other else ""
         count = sum(pair.of(settings) is not None for settings in pair.grid)
         some = "" if pair.complete() else f" ({count} of {len(pair.grid)} runs)"
-        other = left_out(pair, pairs)
-        figures = [
-            *(_percent(pair.regret(settings)) for settings in [auto, *rules(rows).values()]),
-            f"{_percent(other[1])} ({_shown(other[0])})" if other else "",
-            *(_spread(pair.seeds(settings)) for settings in [auto, best["settings"]]),
-        ]
-        lines.append(
-            f"| {pair.model}, {pair.data} | {rows} | {best['best']:.4f}{some} | {_shown(best['settings'])} "
-            f"| {' | '.join(figures)} |"
-        )
-    return "\n".join(lines)
+        start = [f"{pair.model}, {pair.data}", str(rows), f"{best['best']:.4f}{some}", _shown(best["settings"])]
+        lines.append(f"| {' | '.join([*start, *shown])} |")
+    means = [f"{name} {_percent(mean(found))} ({len(found)})" for name, found in regrets.items() if found]
+    return "\n".join([*lines, "", f"On the mean of so many pairs: {', '.join(means)}."])
 
 
 def _percent(share: float) -> str:

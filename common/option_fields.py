@@ -82,7 +82,10 @@ class RecipeFields(BaseModel):
     )
 
     eval_rows: int = in_training(
-        200, "validation rows that are scored, drawn by --seed where there are more; 0: all of them", ge=0
+        200,
+        "validation rows that are scored, drawn by --seed where there are more; 0: all of them. "
+        "Unless given, fewer (40 at least) where that would take much time",
+        ge=0,
     )
     patience: int = in_training(
         4, "validations without a better one after which training ends; 0: it goes through all its steps", ge=0

@@ -207,7 +207,7 @@ def _idle_in_training(flags: Collection[str], options: Options) -> list[str]:
     if options.method == "full":
         faults += [f"{flag} has no effect with --method full: there is no adapter" for flag in given(SHAPE)]
     if "valid_share" in flags and options.valid_share == 0:
-        idle = given(("eval_every", "eval_rows"))
+        idle = given(("eval_every", "eval_rows", "patience", "min_delta", "sample_prompt"))
         faults += [f"{flag} is for validation, and --valid-share 0 keeps no rows for it" for flag in idle]
     folders = options.data and all(user_path(source, "--data").is_dir() for source in options.data)
     if "valid_share" in flags and options.valid_share > 0 and folders:

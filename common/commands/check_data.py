@@ -16,6 +16,7 @@ from common.data.encode import Encoded, Encoder, load_tokenizer, masking_of
 from common.data.encoded_rows import EncodedRows
 from common.data.findings import beyond_context, control_tokens, distinct_count, quality_warnings
 from common.data.mixed_rows import distinct
+from common.data.personal import hidden
 from common.data.sources import named
 from common.data.summary import labeled_parts
 from common.data.text_sample import TextSample, text_sample
@@ -143,7 +144,8 @@ def _more(count: int) -> str:
 def colored(row: Encoded, tokenizer: Any) -> list[tuple[str, str]]:
     """The rendered row in parts, its labeled tokens on green (in brackets where there is no color)."""
     parts = labeled_parts(row, tokenizer)
-    return [(f"[{piece}]", "black on green") if label else (piece, "dim") for label, piece in parts]
+    shown = [(label, hidden(piece)) for label, piece in parts]
+    return [(f"[{piece}]", "black on green") if label else (piece, "dim") for label, piece in shown]
 
 
 def explain_row(examples: Sequence[Example], number: int, encoder: Encoder, display: Display) -> None:

@@ -3,12 +3,13 @@
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from common.commands.arguments import add_llama
 from common.context import Context
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
+from common.data.load import check_fields
 from common.data.sources import encoder_of
 from common.display import Display
 from common.errors import UserError
@@ -35,6 +36,7 @@ class Given:
     subjects: list[Subject]
     encoder: Encoder | None
     folder: Path  # where results go unless --out says
+    fields: dict[str, str] = field(default_factory=dict)  # that rows are read with, as in the run
 
 
 def run_of(path: Path) -> Run | None:
@@ -54,8 +56,12 @@ def given_by(args: argparse.Namespace, run: Run | None, context: Context) -> Giv
             raise UserError("--chat-template: a run has its own.", "Leave it out.")
         targets = targets_of(run, _kinds(args, run), args.quant)
         base = base_of(run, context.display)
-        encoder = encoder_of(base.path, options_over(run.record.options, {}), run.recipe)
-        return Given(subjects_of(run, base, targets, lengths, context), encoder, run.path / "eval" / args.data.stem)
+        options = options_over(run.record.options, {})
+        encoder, subjects = (
+            encoder_of(base.path, options, run.recipe),
+            subjects_of(run, base, targets, lengths, context),
+        )
+        return Given(subjects, encoder, run.path / "eval" / args.data.stem, options.field)
     _refuse_forms(args)
     if path.suffix == ".gguf":
         return Given([gguf_subject(choose(path, None, None), lengths, context)], None, results)
@@ -139,9 +145,11 @@ def suite_of(args: argparse.Namespace, run: Run | None, context: Context) -> Cal
 def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     """On the rows of --data."""
     display, metrics = context.display, metrics_of(args)
+    fields = options_over({}, {"field": args.field}).field
+    check_fields(fields)
     given = given_by(args, run, context)
     with display.stage("read the data"):
-        rows = read_test(args.data, given.encoder, args.limit)
+        rows = read_test(args.data, given.encoder, args.limit, fields or given.fields)
     folder = args.out or given.folder
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
     _check(evaluation, given.subjects, args.data)
@@ -203,6 +211,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="forms of the run to judge: base, adapter, fused, gguf (default: all that it has)",
     )
     parser.add_argument("--quant", nargs="+", metavar="TYPE", help="GGUFs of the run to judge; all unless given")
+    parser.add_argument(
+        "--field",
+        nargs="+",
+        default=[],
+        metavar="PART=COLUMN",
+        help="names that the rows use for the parts of a row, as for train; a run knows its own",
+    )
     parser.add_argument("--limit", type=_count, metavar="N", help="judge the first N rows only")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/eval/NAME of the data)"

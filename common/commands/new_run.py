@@ -3,7 +3,8 @@
 from contextlib import ExitStack
 from dataclasses import replace
 
-from common.commands.prepare import FIRST_FILES, Job, check_unused, free_name
+from common.commands.prepare import Job
+from common.commands.run_folder import FIRST_FILES, check_unused, free_name
 from common.files import atomic_write
 from common.option_sources import absolute_paths
 from common.run_fields import DataRecord, TriedRecord

@@ -1,11 +1,11 @@
 """Everything that is checked and chosen before the first step: what could fail later fails here."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from common.backend import Adapter
 from common.backend_package import Choice
+from common.commands.run_folder import folder_of
 from common.context import Context
 from common.data.dataset import first_texts
 from common.data.encode import Encoder, load_tokenizer
@@ -37,11 +37,9 @@ from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter, wants_experts
 from common.options import Options
-from common.paths import source_name, sources_name
 from common.recipe import VERSION, Parent, Plan, Recipe
 from common.report.tracking import check_trackers
 from common.run_fields import ReportFacts
-from common.run_lock import LOCK
 from common.run_record import Run
 from common.system.hardware import choose_backend
 from common.training.auto_recipe import auto_recipe
@@ -107,7 +105,7 @@ def prepare(
     display = context.display
     check_request(options, display)
     hardware = choose_hardware(options, context)
-    run = resumed or Run(_output(options, hardware.backend.value))
+    run = resumed or Run(folder_of(options, hardware.backend.value))
     base, rows, tokenizer, suspicious = model_and_rows(options, hardware, context, seconds)
     recipe_why = ""
     if not resumed:
@@ -209,7 +207,12 @@ def _recipe(
 ) -> Recipe:
     with display.stage("hash the model") as progress:
         recipe = make_recipe(options, base, rows, precision, progress, parent, version)
-    if options.patience > recipe.patience and rows.scored:
+    if not rows.scored:
+        display.say(
+            "there are no validation rows: training goes through all its steps, the last adapter is exported, and the "
+            "model is not asked in between"
+        )
+    elif options.patience > recipe.patience:
         display.say(
             f"{len(rows.scored)} validation rows are too few to stop by (at least {ENOUGH}): training goes through all "
             "its steps, and the adapter with the lowest validation loss is exported"
@@ -264,45 +267,3 @@ def _warn_of_peak(chosen: ChosenPlan, display: Display) -> None:
             f"training needs about {gigabytes(chosen.prediction.peak)}, and {gigabytes(chosen.budget)} may be taken "
             f"({chosen.why}): it may swap, or fail. Close other programs, lower --max-length or use --quantization 4bit"
         )
-
-
-def _output(options: Options, backend: str) -> Path:
-    if options.output:
-        run = Path(options.output)
-        check_unused(run)
-        if run.exists() and not (run.is_dir() and _unused(run)):
-            raise UserError(f"--output {run} is not an empty folder.", "Give a new or an empty folder.")
-        return run
-    return free_name(Path("runs") / f"{source_name(options.model)}-{sources_name(options.data)}-{backend}")
-
-
-# What a new run writes before its record.
-FIRST_FILES = (
-    *("recipe.yaml", "plan.yaml", "chat_template.jinja", "environment.json", "verify-cases.json"),
-    *("report.json", "report.html"),
-)
-
-
-def _unused(run: Path) -> bool:
-    """Whether the folder is empty, but for what a start that never got a record left: its lock, and what came after."""
-    names = {path.name for path in run.iterdir()}
-    others = {name for name in names - {LOCK, *FIRST_FILES} if not name.startswith(".twintune-")}
-    return not names or (LOCK in names and not others)
-
-
-def check_unused(run: Path) -> None:
-    """Raises UserError where the folder holds a run."""
-    if Run(run).record_file.exists():
-        raise UserError(
-            f"--output {run} holds another run.",
-            f"Continue it (python cli.py train --resume {run}), or give another folder.",
-        )
-
-
-def free_name(run: Path) -> Path:
-    """`run`, or the first of `run-2`, `run-3` ... that does not exist."""
-    name, number = run.name, 1
-    while run.exists():
-        number += 1
-        run = run.with_name(f"{name}-{number}")
-    return run

@@ -14,7 +14,7 @@ from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
 from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.tuned import sample, score_test
-from common.commands.watch import watching
+from common.commands.watch import Collapsed, watching
 from common.context import Context
 from common.data.batching import steps_per_epoch
 from common.display import Display, gigabytes
@@ -284,6 +284,8 @@ def run(args: argparse.Namespace, context: Context) -> int:
             elif options.workers:
                 context = stack.enter_context(workers(options, context))
             run_training(options, context)
+    except Collapsed as stop:
+        raise UserError(*stop.args) from None
     except Interrupted as stop:
         command = f"{PROGRAM} train --resume {stop}"
         context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")

@@ -16,6 +16,7 @@ from common.commands.prepare import Job
 from common.data.sample_prompts import given_prompts, trained_answers
 from common.display import Display
 from common.documents import read_json_lines
+from common.errors import PROGRAM
 from common.evaluation.alarms import Alarm, Alarms
 from common.evaluation.drift import Quiz
 from common.evaluation.samples import LONGEST, Samples
@@ -29,6 +30,10 @@ from common.training.metrics import Metrics
 from common.training.rollback import MOST, RolledBack
 
 FILE = "samples.jsonl"
+
+
+class Collapsed(Interrupted):
+    """Training stopped, after a step that was saved, at a sign of collapse. Of what was seen, and the remedy."""
 
 
 @dataclass
@@ -89,7 +94,17 @@ class Watcher:
                 if isinstance(error, NotFinite):
                     self.warn(error.what)
                 raise self._rolled_back(state.step + 1) from None
+            if isinstance(error, Interrupted) and self.collapse and not self.stops:
+                raise self._collapsed(state) from None
             raise
+
+    def _collapsed(self, state: State) -> Collapsed:
+        first, again = self.collapse[0], f"{PROGRAM} train --resume {self.job.run}"
+        ways = [f"Continue all the same: {again}"]
+        if self.job.options.on_collapse == "stop" and all(alarm.of_rate for alarm in self.collapse):
+            ways.insert(0, f"Continue from the best adapter at half the rate: {again} --on-collapse rollback")
+        what = f"Training was stopped after step {state.step}, and saved, because {first.seen}."
+        return Collapsed(what, f"Start a new run: {first.remedy}. " + ". ".join(ways))
 
     def _can_be_helped(self) -> bool:
         """Whether a lower learning rate may help against all that was seen, and was not tried too often."""
@@ -138,8 +153,9 @@ def watching(
                     texts=not job.options.no_text,
                     trained=trained_answers(job.train, job.encoder.tokenizer),
                 )
-                base_is_there = job.recipe.method != "full"
-                quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking) if base_is_there else None
+                adapted = job.recipe.method != "full"
+                asked = adapted or not state.step  # a weight that has been trained tells nothing of the base's
+                quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking, adapted) if asked else None
                 watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))
         yield watcher
 
@@ -148,7 +164,7 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
     answers = samples.ask(step, watcher.display, watcher.stop_requested)
     watcher.tracking.answers(answers)
     watcher.raise_all(watcher.alarms.answers(step, answers))
-    if answers and quiz:
+    if quiz and (answers or not step) and not watcher.stop_requested():
         began = time.monotonic()
         drift = quiz.ask(backend)
         samples.spend(time.monotonic() - began)
@@ -158,7 +174,7 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
 
 def _alarms_until(job: Job, state: State) -> Alarms:
     """Having seen the lines of a resumed run: what they raised is not raised again."""
-    alarms = Alarms(job.recipe.warmup_steps)
+    alarms = Alarms(job.recipe.warmup_steps, job.recipe.patience)
     lines = [line for name in ("metrics.jsonl", FILE) for line in _lines(job.run.path / name, state.step)]
     for line in lines:
         alarms.see(line)

@@ -18,6 +18,7 @@ _SECRETS = tuple(
         ("Hugging Face token", "hf_", r"\bhf_[A-Za-z]{34}\b"),
         ("Slack token", "xox", r"\bxox[abeoprs]-[\w-]{20,255}"),
         ("Google key", "AIza", r"\bAIza[\w-]{35}"),
+        ("JSON Web Token", "eyJ", r"\beyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]{16,4096}"),
     )
 )
 _MADE_UP = re.compile(r"example|your|test|dummy|sample|placeholder|(.)\1{5}", re.IGNORECASE)
@@ -28,7 +29,7 @@ _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,5}[A-
 _NOBODY = re.compile(r"^git@|[@.]example\.[a-z]+$|\.(?:example|test|invalid|localhost)$|^no-?reply@", re.IGNORECASE)
 _PHONE = re.compile(
     r"(?<![\w.+-])(?:\+[1-9]\d{0,2}(?:[ .-]?\(?\d{1,4}\)?){2,5}"  # international
-    r"|0\d{1,4}-\d{1,4}-\d{4}"  # Japan
+    r"|0\d{1,4}-\d{1,4}-\d{4}|0[5-9]0\d{8}"  # Japan; written together only where it is a mobile's
     r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])",  # North America
     re.ASCII,
 )
@@ -39,23 +40,44 @@ _IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b
 _MY_NUMBER = re.compile(r"(?:マイナンバー|個人番号|[Mm]y ?[Nn]umber)\D{0,20}(\d{4}[ -]?\d{4}[ -]?\d{4})(?!\d)")
 
 
+# Letters that stand for one of ASCII, as a Japanese keyboard writes them; one by one, so that places stay.
+_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("−"): ord("-"), ord("‐"): ord("-")}
+Place = tuple[str, int, int]  # kind, and where it begins and ends
+
+
 def has_secret(text: str) -> bool:
-    return next(secrets(text), None) is not None
+    return next(_secrets(text), None) is not None
 
 
 def secrets(text: str) -> Iterator[tuple[str, str]]:
     """`(kind, masked)` of each key or token."""
-    for kind, sign, pattern in _SECRETS:
-        for match in pattern.finditer(text) if sign in text else ():
-            drawn = len(set(match[0])) >= _FEW and match[0] != match[0].lower() and not _MADE_UP.search(match[0])
-            if drawn or kind == "private key":
-                yield kind, masked(match[0])
+    return ((kind, masked(text[start:stop])) for kind, start, stop in _secrets(text))
 
 
 def personal(text: str) -> Iterator[tuple[str, str]]:
     """`(kind, masked)` of each e-mail address, phone, card, account and individual number."""
+    return ((kind, masked(text[start:stop])) for kind, start, stop in _personal(text.translate(_WIDE)))
+
+
+def hidden(text: str) -> str:
+    """The text with all of these masked."""
+    places = {(start, stop) for find in (_secrets, _personal) for _, start, stop in find(text.translate(_WIDE))}
+    for start, stop in sorted(places, reverse=True):
+        text = text[:start] + masked(text[start:stop]) + text[stop:]
+    return text
+
+
+def _secrets(text: str) -> Iterator[Place]:
+    for kind, sign, pattern in _SECRETS:
+        for match in pattern.finditer(text) if sign in text else ():
+            drawn = len(set(match[0])) >= _FEW and match[0] != match[0].lower() and not _MADE_UP.search(match[0])
+            if drawn or kind == "private key":
+                yield kind, *match.span()
+
+
+def _personal(text: str) -> Iterator[Place]:
     if "@" in text:
-        yield from (("e-mail address", masked(m[0])) for m in _EMAIL.finditer(text) if not _NOBODY.search(m[0]))
+        yield from (("e-mail address", *m.span()) for m in _EMAIL.finditer(text) if not _NOBODY.search(m[0]))
     if not any(digit in text for digit in "0123456789"):
         return
     from stdnum import iban, luhn
@@ -64,14 +86,14 @@ def personal(text: str) -> Iterator[tuple[str, str]]:
     for match in _CARD.finditer(text):
         digits = re.sub(r"\D", "", match[0])
         if luhn.is_valid(digits) and len(set(digits)) > 3:  # test cards repeat two or three
-            yield "card number", masked(match[0])
+            yield "card number", *match.span()
     for match in _IBAN.finditer(text):
         if iban.is_valid(match[0]):
-            yield "IBAN", masked(match[0])
-    yield from (("My Number", masked(m[1])) for m in _MY_NUMBER.finditer(text) if my_number.is_valid(m[1]))
+            yield "IBAN", *match.span()
+    yield from (("My Number", *m.span(1)) for m in _MY_NUMBER.finditer(text) if my_number.is_valid(m[1]))
     for match in _PHONE.finditer(text):
         if 9 <= sum(map(str.isdigit, match[0])) <= 15 and not _FICTION.search(match[0]):
-            yield "phone number", masked(match[0])
+            yield "phone number", *match.span()
 
 
 def masked(text: str) -> str:

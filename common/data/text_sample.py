@@ -3,6 +3,7 @@
 Of a large data set a sample is read, so that a million rows take no longer than twenty thousand.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -52,13 +53,16 @@ def text_sample(rows: Sequence[Example], seed: int, progress: Progress = lambda 
     sample = TextSample(len(chosen), len(rows))
     _, first = np.unique(facts_of(rows).contents[chosen], return_index=True)
     repeats = np.isin(np.arange(len(chosen)), first, invert=True)
+    systems = set[str]()  # one is often that of every row: it is searched once
     alike_rows, alike_answers, answers = _NearDuplicates(), _NearDuplicates(), Counter[str]()
     for at, row in enumerate(take(rows, chosen)):
         progress(at / len(chosen), row.source)
         text, answer = _texts(row)
         if not repeats[at] and len(text) >= _SHORT:
             alike_rows.add(row.source, text)
-        for kind, masked in personal(text):
+        searched = [text, *(part for part in _beside(row) if part not in systems)]
+        systems |= {*searched[1:]}
+        for kind, masked in personal("\n".join(searched)):
             sample.personal.setdefault(kind, Counted()).add(f"{row.source} ({masked})")
         if (script := _script(text if answer is None else answer, text)) is not None:
             sample.scripts.setdefault(script, Counted()).add(row.source)
@@ -89,6 +93,13 @@ def _texts(row: Example) -> tuple[str, str | None]:
     turns = [message for message in row.messages if message["role"] != "system"]
     answer = turns[-1]["content"] if turns[-1]["role"] == "assistant" else ""
     return "\n".join(message["content"] for message in turns), answer.strip() or None
+
+
+def _beside(row: Example) -> list[str]:
+    """What `_texts` leaves out: system turns, and the arguments of calls."""
+    turns = [message for message in row.messages if message["role"] == "system"]
+    calls = [message["tool_calls"] for message in row.messages if message.get("tool_calls")]
+    return [*(turn["content"] for turn in turns), *(json.dumps(call, ensure_ascii=False) for call in calls)]
 
 
 class _NearDuplicates:

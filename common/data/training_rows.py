@@ -26,6 +26,8 @@ from common.options import Options
 from common.paths import shown_path
 
 _SHOWN_COLUMNS = 12
+_SCORED = 0.2  # tokens that one validation computes, of an epoch's: with no backward pass, a tenth of its time
+_FEWEST_SCORED = 40  # rows, whatever time they take: the loss of fewer says too little
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,16 @@ def encode_data(options: Options, data: Dataset, tokenizer: Any, progress: Progr
     kept, valid, test = (filter_by_length(part, options.max_length, options.overflow) for part in parts)
     chats = any(not kind.text for kind, _ in parts[0].kinds())  # plain text does not tell how to prompt
     template = exported_template(tokenizer, masking) if chats else None
-    scored = _drawn(valid.rows, options.eval_rows, options.seed)
+    scored = _drawn(valid.rows, _scored(options, kept.rows, valid.rows), options.seed)
     return TrainingRows(data, kept, valid, scored, test, stop_ids(parts[0]), template, encoder, bad)
+
+
+def _scored(options: Options, train: EncodedRows, valid: EncodedRows) -> int:
+    """How many validation rows are scored: --eval-rows, or fewer where one validation an epoch would take too long."""
+    if "eval_rows" in options.model_fields_set or not valid:
+        return options.eval_rows
+    within = int(_SCORED * train.lengths.sum() / valid.lengths.mean())
+    return min(options.eval_rows, max(_FEWEST_SCORED, within))
 
 
 def _drawn(rows: EncodedRows, limit: int, seed: int) -> EncodedRows:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.data.findings import BROKEN_OFF, LEFT_IN, REPEATS, SEVERAL_ANSWERS, QualityWarning
+from common.data.personal import hidden
 from common.data.text_sample import TextSample
 from common.data.training_rows import TrainingRows
 from common.data.truncation import FilteredRows
@@ -126,7 +127,7 @@ def of_texts(sample: TextSample) -> list[Advice]:
         )
     answer, count = sample.commonest
     if sample.answers >= LEAST_ROWS and count >= ONE_ANSWER * sample.answers:
-        what = f"{count} of {sample.answers} answers are the same ({answer[:40]!r})"
+        what = f"{count} of {sample.answers} answers are the same ({hidden(answer)[:40]!r})"
         to_do = "Add rows with other answers: the model learns to give this one to everything."
         found.append(Advice(what, to_do, count >= ONLY_ANSWER * sample.answers))
     elif len(sample.alike_answers) > ALIKE_ANSWERS * max(sample.answers, LEAST_ROWS):

@@ -31,24 +31,28 @@ class Drift:
 
 @dataclass
 class Quiz:
-    """The questions, as a model reads them. The base's probabilities are computed once."""
+    """The questions, as a model reads them. The base's probabilities are computed once.
+
+    adapted: whether the base is the backend's model without its adapter; else it is the model as it is asked first.
+    """
 
     encoder: Encoder
+    adapted: bool
     _base: list[np.ndarray] = field(default_factory=list)
 
     @staticmethod
-    def of(tokenizer: Any, thinking: str) -> "Quiz":
-        return Quiz(Encoder(tokenizer, MaskingOptions(thinking=thinking)))  # type: ignore[arg-type]
+    def of(tokenizer: Any, thinking: str, adapted: bool = True) -> "Quiz":
+        return Quiz(Encoder(tokenizer, MaskingOptions(thinking=thinking)), adapted)  # type: ignore[arg-type]
 
     def ask(self, backend: Backend) -> Drift:
-        """Of the backend's model with its adapter, against the same without."""
+        """Of the backend's model as it is now, against the base."""
         nats, losses = list[np.ndarray](), list[np.ndarray]()
         for number, (question, answer) in enumerate(QUIZ):
             turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
             row = self.encoder(Example(turns, f"quiz:{number + 1}"))
             positions = np.flatnonzero(row.mask[1:])
             if number == len(self._base):
-                self._base.append(_log_softmax(backend.logits(row.ids[:-1], False, positions)))
+                self._base.append(_log_softmax(backend.logits(row.ids[:-1], not self.adapted, positions)))
             base, tuned = self._base[number], _log_softmax(backend.logits(row.ids[:-1], True, positions))
             nats.append((np.exp(tuned) * (tuned - base)).sum(axis=-1))
             losses.append(-tuned[np.arange(len(positions)), row.ids[1:][positions]])

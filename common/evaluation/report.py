@@ -92,6 +92,8 @@ def write(given: Evaluation, judged: Sequence[Judged], scores: Sequence[Scores],
     for one in scores:
         for name, estimate in one.estimates(given.seed).items():
             content["models"][name][one.name] = estimate.record()
+            if one.name == "loss":
+                content["models"][name]["perplexity"] = estimate.through(perplexity).record()
         for name, estimate in one.differences(given.seed).items():
             content["against_base"].setdefault(name, {})[one.name] = estimate.record()
     with atomic_write(given.folder / "scores.json") as temporary:

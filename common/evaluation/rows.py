@@ -28,10 +28,12 @@ class JudgedRow:
     encoded: Encoded | None = None  # with the labels of training; None where there are none
 
 
-def read_test(path: Path, encoder: Encoder | None, limit: int | None) -> list[JudgedRow]:
+def read_test(
+    path: Path, encoder: Encoder | None, limit: int | None, fields: dict[str, str] | None = None
+) -> list[JudgedRow]:
     """The first `limit` rows of the file, or all. Raises UserError naming the file and its faulty rows.
 
-    encoder: as in training; without one no row has tokens.
+    encoder: as in training; without one no row has tokens. fields: as --field says.
     """
     if not path.is_file():
         raise UserError(f"--data {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
@@ -40,7 +42,7 @@ def read_test(path: Path, encoder: Encoder | None, limit: int | None) -> list[Ju
         if limit is not None and len(found) + len(faults) >= limit:
             break
         try:
-            found.append(_judged(raw, f"{source.name}:{number}", encoder))
+            found.append(_judged(raw, f"{source.name}:{number}", encoder, fields or {}))
         except Fault as fault:
             faults.append(f"{source.place(number)}: {fault}")
         except BadRow as bad:
@@ -56,14 +58,14 @@ def read_test(path: Path, encoder: Encoder | None, limit: int | None) -> list[Ju
     return found
 
 
-def _judged(raw: Any, source: str, encoder: Encoder | None) -> JudgedRow:
+def _judged(raw: Any, source: str, encoder: Encoder | None, fields: dict[str, str]) -> JudgedRow:
     """Raises Fault, or BadRow where it cannot be rendered or labeled exactly."""
     if isinstance(raw, Fault):
         raise raw
     try:
-        example = read_row(raw, source, {})[1]
+        example = read_row(raw, source, fields)[1]
     except Fault:  # without an answer, or one that is not trained
-        return JudgedRow(source, raw, prompt_of_row(raw, source))
+        return JudgedRow(source, raw, prompt_of_row(raw, source, fields))
     encoded = None
     if example.text is None and encoder is not None:
         encoded, conversation, example = encoder.encode_chat(example)

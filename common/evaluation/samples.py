@@ -48,21 +48,31 @@ class Samples:
         self._model, self._prompts, self._file, self._texts, self._seconds = model, prompts, file, texts, seconds
         self._before = _answers_before(file.path)
         self._began, self._spent = time.monotonic(), 0.0
+        self._expected = [0.0] * len(prompts)  # seconds that each answer takes, as far as is known
+        self._beside = 0.0  # seconds that `spend` counted last
 
     def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[dict[str, Any]]:
         """A line for each answer after `step`, kept and the first one shown.
 
-        They end where they would take too much time, or a stop comes: there may be none.
+        There are none before the time that has been saved up is enough for all, by what they took before. They end
+        where they take longer, or a stop comes.
         """
         began = time.monotonic()
         allowed = self._seconds + _SHARE * (began - self._began) - self._spent
+        if sum(self._expected) + self._beside > allowed:
+            return []
         answers: list[Answer] = []
-        for prompt in self._prompts:
+        for number, prompt in enumerate(self._prompts):
+            asked = time.monotonic()
             answer = self._answer(prompt, lambda: stop() or time.monotonic() - began > allowed)
+            taken = time.monotonic() - asked
             if answer is None:
+                longest = max(*self._expected, 2 * taken)  # that those took whose time is not known
+                self._expected[number:] = [longest] * (len(self._prompts) - number)
                 break
+            self._expected[number] = taken
             answers.append(answer)
-        self.spend(time.monotonic() - began)
+        self._spent += time.monotonic() - began
         if not step:
             self._before = {number: answer.text for number, answer in enumerate(answers)}
         lines = [_line(step, number, answer, self._trained) for number, answer in enumerate(answers)]
@@ -73,8 +83,9 @@ class Samples:
         return lines
 
     def spend(self, seconds: float) -> None:
-        """Count seconds that asking has taken."""
+        """Count seconds that something asked beside the answers has taken, and will take the next time."""
         self._spent += seconds
+        self._beside = seconds
 
     def keep(self, line: dict[str, Any]) -> None:
         """Write the line into the file of the answers."""

@@ -6,9 +6,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from importlib.machinery import SourceFileLoader
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import numpy as np
 
 from common.errors import UserError, first_line
 from common.evaluation.metrics import Metric
@@ -33,7 +36,7 @@ def scorer(path: Path) -> Metric:
                 f"{where}: score() failed on {row.source}: {_described(error, path)}",
                 "Correct it and give the same command again: the answers are kept, and none is asked for again.",
             ) from None
-        if not isinstance(found, int | float) or not math.isfinite(found):
+        if not isinstance(found, Real | np.bool_) or not math.isfinite(found):
             raise UserError(f"{where}: score() returned {found!r} for {row.source}, which is not a number.", _FORM)
         return float(found), 1.0
 

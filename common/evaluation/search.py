@@ -77,7 +77,7 @@ class _Watcher:
         tenth = TENTHS * step // self.length
         while self.trial is not None and self._reported < tenth < TENTHS:
             self._reported += 1
-            self.pruned = self.trial.report(self.kept["loss"], self._reported)
+            self.pruned |= self.trial.report(self.kept["loss"], self._reported)
 
     def say(self, text: str) -> None:
         self.shown.say(text)
@@ -106,7 +106,7 @@ class Search:
     def run(self) -> None:
         """Do the trials; then repeat the best and the automatic one with other seeds, where the best seems better.
 
-        Raises UserError where the automatic recipe cannot be trained, or two trials in a row fail.
+        Ends where two trials in a row fail. Raises UserError where the automatic recipe cannot be trained.
         """
         for outcome in self.study.ended():  # their process may have been killed before it did
             self._clean(_name(outcome.number))
@@ -142,7 +142,7 @@ class Search:
         return [best, found[0]] if best and complete and best.beats(found[0], delta) else []
 
     def _do(self, trial: Trial) -> bool:
-        """Train with the trial's settings; False where it was stopped, by the user or the end of the budget."""
+        """Train with the trial's settings; False where the search ends: at a stop, with the budget, failing again."""
         before = self.study.ended()
         named = f"trial {trial.number}{' (the automatic recipe)' if trial.number == 1 else ''}"
         total = f" of {self.limits.trials:.0f}" if self.limits.trials < math.inf else ""
@@ -155,7 +155,7 @@ class Search:
         try:
             how = self._train(trial.settings, 0, _name(trial.number), watcher)
         except UserError as error:
-            if watcher.stop_requested() or not before or before[-1].how == "failed":
+            if watcher.stop_requested() or not before:
                 raise
             self.display.warn(f"{named} failed: {error.what}")
             how = "failed"
@@ -164,6 +164,9 @@ class Search:
         self.study.tell(trial, watcher.kept | {"how": how})
         self._clean(_name(trial.number))
         self._show(named, self.study.outcomes()[-1])
+        if how == "failed" and before[-1].how == "failed":
+            self.display.warn("the search ends: two trials in a row failed")
+            return False
         return True
 
     def _repeat(self, outcome: Outcome, more: int, known: Outcome | None) -> bool:
@@ -178,7 +181,13 @@ class Search:
 
         kept = {"seconds": known.seconds} if known else {}
         watcher = self._watcher(outcome.settings, self.left(), kept, save)
-        how = self._train(outcome.settings, more, _name(outcome.number, more), watcher)
+        try:
+            how = self._train(outcome.settings, more, _name(outcome.number, more), watcher)
+        except UserError as error:
+            if watcher.stop_requested():
+                raise
+            self.display.warn(f"{named} failed: {error.what}")
+            how = "failed"
         if how == "unfinished":
             return False
         save(watcher.kept | {"how": how})

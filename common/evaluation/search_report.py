@@ -40,7 +40,7 @@ def judged(study: Study) -> tuple[Outcome, str]:
             f"no trial beat the automatic recipe by more than noise: {against} of trial {best.number}, "
             f"less than {delta:.1%} lower (--min-delta)"
         )
-    again = {key: each.value for key, each in study.repetitions().items() if each.how != "unfinished"}
+    again = {key: each.value for key, each in study.repetitions().items() if each.how not in ("unfinished", "failed")}
     seeds = [more for more in SEEDS if {(best.number, more), (automatic.number, more)} <= again.keys()]
     if not seeds:
         return best, (

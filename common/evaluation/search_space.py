@@ -68,8 +68,8 @@ def search_space(options: Options, given: Collection[str], base: Base, rows: Enc
     idle = {"rank", "dropout"} if options.method == "full" else {"rank"} if base.given is not None else set()
     idle |= {"epochs"} if options.steps is not None else set()
     names = [name for name in SEARCHED if name not in {*given, *idle}]
-    values = options.model_dump(by_alias=True, exclude_unset=True)
-    written = {name: values.pop(name) for name in names if values.get(name) is not None}
+    values = options.model_dump(by_alias=True, exclude_unset=True, exclude_none=True)
+    written = {name: values.pop(name) for name in names if name in values}
     plain = Options.model_validate(values | {"recipe": "auto"})
     chosen, _ = auto_recipe(plain, base, rows)
     automatic = {name: getattr(chosen, name) for name in names}

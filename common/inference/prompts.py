@@ -56,15 +56,16 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
     ]
 
 
-def prompt_of_row(row: Any, source: str) -> Example:
-    """The prompt of a row, trained or not. Raises Fault where it has none."""
+def prompt_of_row(row: Any, source: str, fields: dict[str, str] | None = None) -> Example:
+    """The prompt of a row, trained or not. fields: as --field says. Raises Fault where it has none."""
+    fields = fields or {}
     if isinstance(row, dict):
         row = {name: value for name, value in row.items() if name not in ("train", "weight", *OTHER_TRAINING)}
     try:
-        example = read_row(row, source, {})[1]
+        example = read_row(row, source, fields)[1]
     except Fault as fault:
         try:  # a prompt alone: a row is read with an answer
-            example = read_row(_answered(row), source, {})[1]
+            example = read_row(_answered(row, fields), source, fields)[1]
         except Fault:
             raise (Fault("asks nothing") if isinstance(fault, Empty) else fault) from None
     messages = list(example.messages) or [{"role": "user", "content": str(example.text)}]
@@ -75,13 +76,17 @@ def prompt_of_row(row: Any, source: str) -> Example:
     return Example(tuple(messages), source, example.tools)
 
 
-def _answered(row: Any) -> Any:
+def _answered(row: Any, fields: dict[str, str]) -> Any:
     if not isinstance(row, dict):
         return row
-    for name in (*NAMES["messages"], *NAMES["conversations"]):
+
+    def names(part: str) -> tuple[str, ...]:
+        return (fields[part],) if part in fields else NAMES[part]
+
+    for name in (*names("messages"), *names("conversations")):
         if isinstance(row.get(name), list):
             return row | {name: [*row[name], {"role": "assistant", "content": "?"}]}
-    return row | {"completion": "?"} if any(row.get(name) for name in NAMES["prompt"]) else row
+    return row | {names("completion")[0]: "?"} if any(row.get(name) for name in names("prompt")) else row
 
 
 def system_text(system: str | None, file: Path | None = None) -> str | None:

@@ -1,7 +1,7 @@
 """`--recipe auto`: hyperparameters chosen for the model and the rows. Every number is here, with where it is from.
 
 Thinking Machines: "LoRA Without Regret" (2025) and the sweeps of its tinker-cookbook. OpenAI: its fine-tuning guide.
-`python -m benchmarks.regret` measures how far all this is from the best of a grid; it has not been run to its end yet.
+Own choices are called so. `python -m benchmarks.regret` measures how far all this is from the best of a grid.
 """
 
 import math
@@ -12,20 +12,24 @@ from common.data.encoded_rows import EncodedRows
 from common.models.training_base import Base
 from common.options import Options
 
-# Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines.
+# Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines. Its sweeps, of 128
+# rows a step, have their best higher: 9e-4 to 1e-3 for Llama-3.2-1B and 3B, where this gives 4.9e-4 and 3.6e-4. With
+# the fewer rows of our steps the best is lower, by the root of their ratio at most.
 _RATE, _WIDTH = 5e-4, 2000
 _EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
 # A family whose exponent is not published takes the one that gives the lower rate: on 60 rows Gemma-3-270M's best
 # validation loss was 0.21 at Llama's 1.2e-3, and 0.08 at 8e-4 (benchmarks/results/regret-gemma3-example-60.json).
 _RATES = {"qwen3_5_text": 3e-4}  # at every size: tinker-cookbook's sweeps have their best at 2.5e-4 to 3e-4
 _MOST_RATE = 2e-3  # for still smaller models. tinker-cookbook: 3e-3 diverges nearly everywhere
+_ALPHA = 32  # of the rates above; with twice that a step is twice as large. Thinking Machines
+# LoRA+ multiplies the rate of B alone: shared out evenly between A, which has less then, and B. Our own choice.
 _FULL = 0.1  # of LoRA's rate, where every weight is trained. Thinking Machines
-# Rows of a step, by how many rows there are at most. A small set needs many steps more than smooth ones.
+# Rows of a step, by how many rows there are at most: a small set needs many steps more than smooth ones. Own choice.
 _BATCHES = ((200, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
 _STEPS = 150  # that a run should have: fewer need a higher rate or more epochs. Thinking Machines
 # Epochs, by how many rows there are at most. OpenAI: 3, fewer for many rows.
 _EPOCHS = ((10_000, 3), (50_000, 2), (math.inf, 1))
-_MOST_EPOCHS = 8  # with fewer than 12 rows 100 / rows, up to 25. OpenAI
+_MOST_EPOCHS = 8  # to have those steps: own choice. With fewer than 12 rows 100 / rows, up to 25: OpenAI
 # A label token holds about a bit, a parameter of an adapter about two. Thinking Machines
 _RANKS = (16, 32, 64)
 _BITS = 2
@@ -49,7 +53,7 @@ def chosen_values(
     reasons: list[str] = []
 
     def choose(name: str, value: float, shown: str) -> None:
-        if name not in options.model_fields_set:
+        if name not in options.model_fields_set or getattr(options, name) is None:  # a key left empty in YAML
             chosen[name] = value
             reasons.append(shown)
 
@@ -58,10 +62,11 @@ def chosen_values(
     if options.steps is None:
         choose("epochs", epochs, f"{epochs} epochs")
     choose("batch_size", batch, f"{batch} rows a step")
-    rate, why = _learning_rate(options, config)
+    chooses_rank = options.method != "full" and size_of_rank_one is not None and "rank" not in options.model_fields_set
+    rank = _rank(labels, size_of_rank_one or 1) if chooses_rank else options.rank
+    rate, why = _learning_rate(options, config, rank)
     choose("learning_rate", rate, f"learning rate {rate:g} ({why})")
-    if options.method != "full" and size_of_rank_one is not None:
-        rank = _rank(labels, size_of_rank_one)
+    if chooses_rank:
         choose("rank", rank, f"rank {rank}")
     result = options.model_copy(update=chosen)
     said = f"{len(rows):,} rows, {labels:,} label tokens: {', '.join(reasons)} (--recipe auto)" if chosen else ""
@@ -78,7 +83,7 @@ def _epochs(rows: int, batch_size: int) -> int:
     return min(most, max(_up_to(_EPOCHS, rows), math.ceil(_STEPS / steps_per_epoch(rows, batch_size))))
 
 
-def _learning_rate(options: Options, config: dict[str, Any]) -> tuple[float, str]:
+def _learning_rate(options: Options, config: dict[str, Any], rank: int) -> tuple[float, str]:
     """`(the rate, in two digits; why)`"""
     hidden, kind = config["hidden_size"], config["model_type"]
     exponents = [_EXPONENTS[kind]] if kind in _EXPONENTS else [*_EXPONENTS.values()]
@@ -86,7 +91,20 @@ def _learning_rate(options: Options, config: dict[str, Any]) -> tuple[float, str
     why = f"{kind} of hidden size {hidden}"
     if options.method == "full":
         rate, why = rate * _FULL, f"{why}, every weight"
+    else:
+        for name, times in _scaled(options, rank).items():
+            rate, why = rate / times, f"{why}, {name}"
     return float(f"{rate:.1e}"), why
+
+
+def _scaled(options: Options, rank: int) -> dict[str, float]:
+    """What makes a step of LoRA larger than the rates are meant for, and how many times: the rate is divided by it."""
+    found = {}
+    if (scale := options.alpha * (rank**0.5 if options.rslora else 1) / _ALPHA) > 1:
+        found[f"alpha {options.alpha:g}{' / sqrt(rank)' if options.rslora else ''}"] = scale
+    if options.lora_plus > 1:
+        found[f"LoRA+ {options.lora_plus:g}"] = options.lora_plus**0.5
+    return found
 
 
 def _rank(labels: int, size_of_rank_one: int) -> int:

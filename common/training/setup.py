@@ -34,7 +34,7 @@ def make_recipe(
     steps, warmup_steps = length(options, len(rows.train.rows))
     as_given = {name: getattr(options, name) for name in RecipeFields.model_fields if name != "targets"}
     return Recipe(
-        **as_given | adapter_options(base.given) | {"patience": options.patience * (len(rows.scored) >= ENOUGH)},
+        **as_given | adapter_options(base.given) | _of_validation(options, rows),
         model=options.model or "",
         data=" + ".join(options.data),
         model_hash=base.model.content_hash(progress, read=options.rehash),
@@ -51,6 +51,15 @@ def make_recipe(
         eval_every=options.eval_every or evaluation_interval(rows.train.rows, rows.scored, options.batch_size),
         parent=parent,
     )
+
+
+def _of_validation(options: Options, rows: TrainingRows) -> dict[str, int]:
+    """What the number of validation rows says: of few no loss to stop by, of many those that are scored."""
+    drawn = len(rows.scored) < len(rows.valid.rows)
+    return {
+        "patience": options.patience * (len(rows.scored) >= ENOUGH),
+        "eval_rows": len(rows.scored) if drawn else options.eval_rows,
+    }
 
 
 def length(options: Options, rows: int) -> tuple[int, int]:

@@ -77,6 +77,11 @@ def test_a_validation_that_rises_while_training_falls() -> None:
     found = [a for loss in (2.7, 2.8) for a in alarms.validation({"step": 30, "valid_loss": loss})]
     assert [a.name for a in found] == ["overfitting"]
     assert found[0].seen == "the validation loss rose from 2.000 to 2.800 at step 30, while the training loss fell"
+    alarms = Alarms(0, patience=4)  # which ends such a training
+    steps(alarms, [2.0] * 10)
+    validations(alarms, 3.0, 2.0)
+    steps(alarms, [1.0] * 20)
+    assert [a for loss in (2.7, 2.8) for a in alarms.validation({"step": 30, "valid_loss": loss})] == []
 
 
 def test_a_validation_worse_than_before_training() -> None:
@@ -121,6 +126,13 @@ def test_drift_from_the_base() -> None:
         "answers less probability than before training"
     )
     assert alarms.drift(15, 5.0, 1.7) == []
+    assert Alarms(0).drift(10, 9.0, 0.5) == []  # nothing is known from before training
+
+
+def test_few_kinds_of_answers_may_be_alike() -> None:
+    lines = [answer | {"reference": own} for answer, own in zip(answers("a", "a", "a"), "aab", strict=True)]
+    alarms = Alarms(0)
+    assert names(alarms, lines) == names(alarms, lines) == []
 
 
 def test_a_line_without_its_figures_is_passed_over() -> None:

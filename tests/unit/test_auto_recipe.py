@@ -62,6 +62,26 @@ def test_the_rate_by_family_hidden_size_and_method(kind: str, hidden: int, metho
     assert options.learning_rate == rate
 
 
+@pytest.mark.parametrize(
+    ("given", "rate", "said"),
+    [
+        ({"alpha": 16}, 4.9e-4, "llama of hidden size 2048)"),
+        ({"alpha": 64}, 2.5e-4, "alpha 64)"),
+        ({"rslora": True}, 1.2e-4, "alpha 32 / sqrt(rank))"),
+        ({"rslora": True, "rank": 64}, 6.1e-5, "alpha 32 / sqrt(rank))"),
+        ({"lora_plus": 16}, 1.2e-4, "LoRA+ 16)"),
+    ],
+)
+def test_larger_steps_of_lora_have_a_lower_rate(given: dict[str, Any], rate: float, said: str) -> None:
+    options, why = chosen(400, model=base("llama", 2048), **given)
+    assert options.learning_rate == rate
+    assert said in why
+
+
+def test_a_key_left_empty_is_not_given() -> None:
+    assert chosen(76, epochs=None)[0].epochs == 8
+
+
 def test_the_rank_holds_the_label_tokens() -> None:
     few, more, most = (chosen(10, labels=count, model=base(hidden=8))[0].rank for count in (40, 80, 4_000))
     assert (few, more, most) == (16, 32, 64)

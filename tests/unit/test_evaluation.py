@@ -225,6 +225,12 @@ def test_a_scorer_that_fails_names_the_row(tmp_path: Path, text: str, words: str
     assert "the answers are kept" in caught.value.fix
 
 
+@pytest.mark.parametrize("returned", ["numpy.bool_(True)", "numpy.float32(1)", "numpy.int64(1)"])
+def test_a_score_may_be_numpys(tmp_path: Path, returned: str) -> None:
+    metric = scorer(scorer_file(tmp_path, f"import numpy\ndef score(row, answer):\n    return {returned}\n"))
+    assert metric.statistics(judged(), "a") == (1.0, 1.0)
+
+
 @pytest.mark.parametrize("returned", ["None", "'good'", "float('nan')"])
 def test_a_scorer_returns_a_number(tmp_path: Path, returned: str) -> None:
     metric = scorer(scorer_file(tmp_path, f"def score(row, answer):\n    return {returned}\n"))
@@ -311,6 +317,15 @@ def test_rows_of_every_shape(
     assert found.reference == reference
     assert (None if found.encoded is None else found.encoded.label_tokens) == labels
     assert found.raw == raw
+
+
+@pytest.mark.parametrize("answer", [{"mine": "yes"}, {}])
+def test_rows_are_read_as_field_says(tmp_path: Path, encoder: Encoder, answer: dict[str, str]) -> None:
+    path = test_file(tmp_path, {"asked": "q", "question": "other"} | answer)
+    (found,) = read_test(path, encoder, None, {"prompt": "asked", "completion": "mine"})
+    assert found.prompt is not None
+    assert [m["content"] for m in found.prompt.messages] == ["q"]
+    assert found.reference == answer.get("mine")
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -4,7 +4,7 @@ from time import perf_counter
 
 import pytest
 
-from common.data.personal import has_secret, personal, secrets
+from common.data.personal import has_secret, hidden, personal, secrets
 
 BODY = "MIIEowIBAAKCAQEAxyzKq3abcdefghijklmnopqrstuvwxyzABCDEF12345"
 
@@ -24,6 +24,10 @@ BODY = "MIIEowIBAAKCAQEAxyzKq3abcdefghijklmnopqrstuvwxyzABCDEF12345"
         ("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", "Hugging Face token"),
         ("xoxb-263594206564-2343594206574-FGqddMF8t08v8N7Oq4i57vs1", "Slack token"),
         ("AIzaSyD-9tSrke72PouQMnMX-a7eZSW0jkFMBWY", "Google key"),
+        (
+            "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP0THsR8U",
+            "JSON Web Token",
+        ),
     ],
 )
 def test_secrets(text: str, kind: str) -> None:
@@ -59,6 +63,8 @@ def test_what_only_looks_like_a_secret(text: str) -> None:
         ("Call +44 20 7946 0958", "phone number", "+44***"),
         ("電話は03-1234-5678です", "phone number", "03-***"),
         ("090-1234-5678", "phone number", "090***"),
+        ("携帯は09012345678", "phone number", "090***"),
+        ("電話：０３−１２３４−５６７８", "phone number", "０３−***"),
         ("(212) 456-7890", "phone number", "(21***"),
         ("4539 1488 0343 6467", "card number", "453***"),
         ("371449635398431", "card number", "371***"),
@@ -98,3 +104,9 @@ def test_a_long_text_is_searched_in_no_time(piece: str) -> None:
     assert not has_secret(text)
     assert list(personal(text)) == []
     assert perf_counter() - start < 2
+
+
+def test_a_text_is_shown_without_them() -> None:
+    text = "Mail jo.smith@gmail.com, or ０９０−１２３４−５６７８, with sk-proj-Ab3dE9fGhIjKlMn0pQrStUvWxYz. Bye"
+    assert hidden(text) == "Mail jo.***, or ０９０***, with sk-***. Bye"
+    assert hidden("nothing to see") == "nothing to see"

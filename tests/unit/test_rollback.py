@@ -247,6 +247,14 @@ def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
     assert [(back.to_step, back.alarms[0].name) for back in record.rollbacks] == [(0, "drift")] * 3
 
 
+def test_a_run_that_was_stopped_or_warned_can_go_back_to_its_best_adapter(given: dict[str, Any]) -> None:
+    with pytest.raises(Interrupted):
+        train(given | {"on_collapse": "stop"})
+    folder = train({"resume": given["output"], "on_collapse": "rollback"})
+    assert [back.to_step for back in Run(folder).record.rollbacks] == [4, 4]
+    assert (Run(folder).record.status, lines(folder)) == ("complete", [*range(1, 11)])
+
+
 def test_without_validations_it_continues_from_the_checkpoint_before(given: dict[str, Any]) -> None:
     class Diverges(Collapses):
         def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> StepResult:

@@ -10,6 +10,7 @@ import pytest
 
 from common.backend import OutOfMemory, StepResult
 from common.commands.train import run_training
+from common.commands.watch import Collapsed
 from common.data.encode import Encoded, load_tokenizer
 from common.data.sample_prompts import SamplePrompt, given_prompts, trained_answers
 from common.display import Display
@@ -128,8 +129,33 @@ def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: py
     clock[0] += 100  # of which 3 % are 3 seconds
     assert samples.ask(5, Display("quiet"), never) == []
     clock[0] += 1000
-    assert [line["answer"] for line in samples.ask(10, Display("quiet"), never)] == ["E", "F", "G"]
+    assert [line["answer"] for line in samples.ask(10, Display("quiet"), never)] == ["D", "E", "F"]
     assert [line["step"] for line in lines(file)] == [0, 0, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("seconds", "between"), [(2, 30), (5, 120), (10, 300)])
+def test_a_slow_machine_saves_up_for_answers_to_all_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, between: float
+) -> None:
+    clock, spent = [0.0], [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    class Slow(Model):
+        def answer(self, *args: Any) -> Any:
+            self.answers.append("A")
+            for piece in super().answer(*args):
+                clock[0] += seconds / 2
+                spent[0] += seconds / 2
+                yield piece
+
+    samples = Samples(Slow(), [*PROMPTS, PROMPTS[0]], opened(tmp_path / "samples.jsonl"))  # type: ignore[arg-type]
+    counts = []
+    for step in range(40):
+        counts.append(len(samples.ask(step, Display("quiet"), never)))
+        clock[0] += between
+    assert set(counts[1:]) == {0, 3}  # all or none
+    assert sum(counts) * seconds > 0.6 * spent[0]
+    assert 0.02 * clock[0] < spent[0] < 8 + 0.03 * clock[0]
 
 
 def test_a_stop_comes_between_two_tokens(tmp_path: Path) -> None:
@@ -217,8 +243,13 @@ def test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for(
 
     given |= {"on_collapse": mode, "warmup": 0.0}
     if mode == "stop":
-        with pytest.raises(Interrupted):
+        with pytest.raises(Collapsed) as caught:
             train(given, Harmed)
+        what, fix = caught.value.args
+        assert what.startswith("Training was stopped after step 4, and saved, because the validation loss is 5.000")
+        again = f"train --resume {given['output']}"
+        assert f"{again} --on-collapse rollback" in fix
+        assert fix.endswith(f"Continue all the same: python cli.py {again}")
     else:
         train(given, Harmed)
     folder = Path(given["output"])
