@@ -37,6 +37,7 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.slow
 def test_the_gpu_that_computes_is_the_current_one_until_the_end(calls):
     device = torch.device("cuda:1")
     settings = DeviceSettings(device, 8 * GB)
@@ -45,18 +46,21 @@ def test_the_gpu_that_computes_is_the_current_one_until_the_end(calls):
     assert calls[2:] == [("set_device", 0)]
 
 
+@pytest.mark.slow
 def test_the_budget_is_a_real_limit_on_mps_until_the_end(calls):
     settings = DeviceSettings(torch.device("mps"), 4 * GB)
     settings.restore()
     assert calls == [("set_per_process_memory_fraction", 0.4), ("set_per_process_memory_fraction", 1.7)]
 
 
+@pytest.mark.slow
 def test_torchs_own_ceiling_is_not_raised(calls):
     DeviceSettings(torch.device("mps"), 100 * GB)
     assert calls == [("set_per_process_memory_fraction", 1.7)]
 
 
 @pytest.mark.parametrize(("budget", "variable"), [(0, None), (4 * GB, "0.5")])
+@pytest.mark.slow
 def test_without_a_budget_or_with_the_users_own_ceiling_nothing_is_set(calls, monkeypatch, budget, variable):
     if variable:
         monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", variable)
@@ -64,6 +68,7 @@ def test_without_a_budget_or_with_the_users_own_ceiling_nothing_is_set(calls, mo
     assert calls == []
 
 
+@pytest.mark.slow
 def test_memory_on_mps_is_what_its_driver_counts(calls, monkeypatch):
     held = iter([3 * GB, 5 * GB, 4 * GB])
     monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: next(held))
@@ -83,6 +88,7 @@ def test_out_of_memory_on_mps_gives_unused_blocks_back(calls, monkeypatch):
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+@pytest.mark.slow
 def test_one_thread_a_core_unless_the_user_says_otherwise(monkeypatch, variable, threads):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -100,6 +106,7 @@ def test_one_thread_a_core_unless_the_user_says_otherwise(monkeypatch, variable,
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("3", 3)])
+@pytest.mark.slow
 def test_a_busy_cpu_gets_fewer_threads_unless_the_user_says_otherwise(monkeypatch, variable, threads):
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

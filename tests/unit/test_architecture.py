@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -77,12 +77,31 @@ def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize("path", modules("common"), ids=place)
+def every(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[[], None]]:
+    """One test of all the files, which names those that fail: as one each they would be thousands."""
+
+    def made(check: Callable[[Path], None]) -> Callable[[], None]:
+        def test() -> None:
+            faults = []
+            for path in paths:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    faults.append(f"{place(path)}: {error}")
+            assert not faults, "\n".join(faults)
+
+        test.__doc__ = check.__doc__
+        return test
+
+    return made
+
+
+@every(modules("common"))
 def test_common_never_imports_a_backend(path: Path) -> None:
     assert not roots(everywhere(path)) & {"mlx_backend", "torch_backend", "cli"}
 
 
-@pytest.mark.parametrize("path", modules("common"), ids=place)
+@every(modules("common"))
 def test_common_needs_only_light_packages_at_import(path: Path) -> None:
     assert roots(at_import(path)) <= set(sys.stdlib_module_names) | LIGHT | {"common"}
 
@@ -94,7 +113,7 @@ FRAMEWORK_USERS = {
 }
 
 
-@pytest.mark.parametrize("path", modules("common"), ids=place)
+@every(modules("common"))
 def test_common_asks_no_framework(path: Path) -> None:
     found = roots(everywhere(path)) & {"torch", "peft", "mlx", "mlx_lm", "bitsandbytes"}
     assert found == FRAMEWORK_USERS.get(place(path), set())
@@ -109,9 +128,7 @@ def test_a_backend_package_is_imported_without_its_framework() -> None:
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize(
-    "path", modules("mlx_backend", "torch_backend"), ids=lambda path: f"{path.parent.name}/{path.name}"
-)
+@every(modules("mlx_backend", "torch_backend"))
 def test_a_backend_imports_neither_the_other_nor_the_display(path: Path) -> None:
     other = {"mlx_backend": "torch_backend", "torch_backend": "mlx_backend"}[path.parent.name]
     names = everywhere(path)
@@ -120,12 +137,12 @@ def test_a_backend_imports_neither_the_other_nor_the_display(path: Path) -> None
     assert "cli" not in roots(names)
 
 
-@pytest.mark.parametrize("path", modules("mlx_backend"), ids=lambda path: path.name)
+@every(modules("mlx_backend"))
 def test_the_mlx_backend_computes_without_torch(path: Path) -> None:
     assert not roots(everywhere(path)) & {"torch", "peft"}
 
 
-@pytest.mark.parametrize("path", modules("torch_backend"), ids=lambda path: path.name)
+@every(modules("torch_backend"))
 def test_the_torch_backend_computes_without_mlx(path: Path) -> None:
     assert not roots(everywhere(path)) & {"mlx", "mlx_lm"}
 
@@ -181,7 +198,7 @@ def parts_of_common(path: Path) -> set[tuple[str, ...]]:
     return found
 
 
-@pytest.mark.parametrize("path", modules("common"), ids=place)
+@every(modules("common"))
 def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
     own = path.relative_to(ROOT / "common").with_suffix("").parts[0]
     for other in parts_of_common(path):
@@ -190,7 +207,7 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
             assert other[1] in SHARED_STEPS, other
 
 
-@pytest.mark.parametrize("path", modules("mlx_backend", "torch_backend"), ids=place)
+@every(modules("mlx_backend", "torch_backend"))
 def test_a_backend_imports_the_contract_and_little_else(path: Path) -> None:
     for other in parts_of_common(path):
         assert other[0] in BACKENDS_MAY or ".".join(other[:2]) in BACKENDS_MAY, other
@@ -206,13 +223,13 @@ NAME_CONFIG = {
 }
 
 
-@pytest.mark.parametrize("path", modules(*FOLDERS), ids=place)
+@every(modules(*FOLDERS))
 def test_only_model_folder_reads_a_models_config(path: Path) -> None:
     named = any(isinstance(node, ast.Constant) and node.value == "config.json" for node in nodes(path))
     assert not named or place(path) in NAME_CONFIG
 
 
-@pytest.mark.parametrize("path", [*modules(*FOLDERS, "examples", "benchmarks"), ROOT / "cli.py"], ids=place)
+@every([*modules(*FOLDERS, "examples", "benchmarks"), ROOT / "cli.py"])
 def test_a_function_fits_a_screen_and_a_file_one_sitting(path: Path) -> None:
     """Complexity and the number of parameters are ruff's to hold (C901, PLR0913)."""
     text = path.read_text(encoding="utf-8")
@@ -262,7 +279,7 @@ def suppressed(path: Path) -> list[str]:
     return [ast.unparse(arg) for arg in given if re.fullmatch(hides, ast.unparse(arg))]
 
 
-@pytest.mark.parametrize("path", [*modules(*FOLDERS), ROOT / "cli.py"], ids=place)
+@every([*modules(*FOLDERS), ROOT / "cli.py"])
 def test_no_error_of_our_own_is_suppressed(path: Path) -> None:
     assert suppressed(path) == []
 
@@ -273,7 +290,7 @@ def is_one_foreign_call(body: list[ast.stmt], ours: set[str]) -> bool:
     return len(body) == len(calls) == 1 and names[0] not in ours
 
 
-@pytest.mark.parametrize("path", [*modules(*FOLDERS), ROOT / "cli.py"], ids=place)
+@every([*modules(*FOLDERS), ROOT / "cli.py"])
 def test_any_error_is_caught_only_around_one_call_of_a_library(path: Path) -> None:
     """An error of our own must not look like a fault of a file."""
     for function, node in broad_handlers(path):
@@ -375,7 +392,7 @@ def written() -> list[Path]:
     return [p for p in found if (p.suffix in kinds or p.name == "Makefile") and p != Path(__file__).resolve()]
 
 
-@pytest.mark.parametrize("path", written(), ids=place)
+@every(written())
 def test_the_fields_own_words_are_used(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for name in QUOTED:

@@ -37,6 +37,7 @@ def printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("name", by_flag())
+@pytest.mark.slow
 def test_every_option_is_a_flag_in_both_spellings_and_a_key_of_yaml(name: str, tmp_path: Path) -> None:
     for flag in (f"--{name}", f"--{name.replace('_', '-')}"):
         assert read_flags([f"{flag}=x"]).keys() == {name}
@@ -216,6 +217,7 @@ def test_a_shell_is_told_how_to_complete(
         ("twintune fuse run --export n", []),
     ],
 )
+@pytest.mark.slow
 def test_the_shell_gets_commands_options_and_values(line: str, wanted: list[str], tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}

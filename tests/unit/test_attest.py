@@ -192,6 +192,7 @@ def test_every_file_of_a_split_gguf_is_hashed(run: Path) -> None:
         (lambda content: content["made"].update(reviewed="by a laboratory"), "the file: made / reviewed"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_left_out_or_added_is_found_under_a_renewed_hash(
     run: Path, change: Callable[[Any], Any], found: str
 ) -> None:

@@ -40,6 +40,7 @@ def test_few_rows_are_seen_often_in_small_steps() -> None:
     ("count", "epochs", "batch_size"),
     [(5, 20, 4), (20, 8, 4), (150, 4, 4), (400, 3, 8), (2_500, 3, 16), (20_000, 2, 16), (60_000, 1, 32)],
 )
+@pytest.mark.slow
 def test_epochs_and_batch_by_rows(count: int, epochs: int, batch_size: int) -> None:
     options, _ = chosen(count, labels=1)
     assert (options.epochs, options.batch_size) == (epochs, batch_size)

@@ -117,6 +117,7 @@ def test_flags_without_effect(
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
+@pytest.mark.slow
 def test_both_backends_are_asked(
     rows: tuple[Path, list[np.ndarray]], tiny_llama: Path, capsys: pytest.CaptureFixture[str], backend: str
 ) -> None:

@@ -138,6 +138,7 @@ def test_too_little_memory_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsys:
 _HOLD = "import numpy, time; held = numpy.ones({bytes} // 8); time.sleep(0.5)"
 
 
+@pytest.mark.slow
 def test_memory_of_this_process_and_of_its_children_counts_whatever_was_held_before() -> None:
     before = np.ones(100 * 10**6 // 8)  # a peak that is over, which a child's ru_maxrss would take over
     del before

@@ -157,6 +157,7 @@ def test_doctor_says_where_a_limit_comes_from(build: Build, capsys: pytest.Captu
     [({"cpu.max": "150000 100000"}, "", 16, "2"), ({}, "3", 16, "3"), ({}, "", 4, "4"), ({}, "", 16, None)],
     ids=["quota", "OMP_NUM_THREADS", "affinity", "nothing"],
 )
+@pytest.mark.slow
 def test_programs_of_llama_cpp_start_no_more_threads_than_are_allowed(
     build: Build,
     tmp_path: Path,

@@ -47,6 +47,7 @@ def test_missing_data(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_holds_another_run(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text("{}")
@@ -140,6 +141,7 @@ def test_what_nobody_expected_is_one_fault_and_no_traceback(
         cli.main()
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it_quietly() -> None:
     command = f"{sys.executable} {ROOT / 'cli.py'} train --help | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)

@@ -123,6 +123,7 @@ RAISES = "{{ raise_exception(" + json.dumps(HOSTILE) + ") }}"
         *("command", "missing", "plan"),
     ],
 )
+@pytest.mark.slow
 def test_no_command_prints_what_steers_a_terminal(
     case: str, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,6 +91,7 @@ def test_an_answer_to_another_request_fails() -> None:
     assert passed == [(i, i) for i in range(len(TEST))]
 
 
+@pytest.mark.slow
 def test_a_training_answer_fails_on_every_test_row() -> None:
     answers = {answer(row) for row in TRAIN + VALID}
     assert not [a for row in TEST for a in answers if not check(prompt(row), a)]
@@ -171,6 +172,7 @@ def test_some_phrasings_are_in_no_training_row() -> None:
     assert len(fresh) >= 12
 
 
+@pytest.mark.slow
 def test_nearest_train_row() -> None:
     index, likeness = nearest_train_row(TRAIN[7], TRAIN)
     assert (index, likeness) == (7, 1.0)

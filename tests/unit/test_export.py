@@ -126,6 +126,7 @@ def test_what_an_export_leaves(export: Callable[..., Run], capsys: pytest.Captur
         ("write_card", "no model card: no luck today"),
     ],
 )
+@pytest.mark.slow
 def test_an_optional_part_that_fails_is_a_warning(
     part: str,
     words: str,

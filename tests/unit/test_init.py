@@ -186,6 +186,7 @@ def test_a_base_is_held_in_4_bits_only_where_it_would_not_fit_otherwise() -> Non
     assert (proposal(0.5).four_bits, proposal(0.5).fits) == (False, False)
 
 
+@pytest.mark.slow
 def test_a_proposal_fits_a_line() -> None:
     assert proposal(2.5).described().startswith(f"{GEMMA}: ")
     assert proposal(2.5).described().endswith(" over a base in 4 bits, fetches 2.00 GB from the hub")

@@ -41,6 +41,7 @@ def address(text: str) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
+@pytest.mark.slow
 def test_a_training_is_shown_while_it_runs(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

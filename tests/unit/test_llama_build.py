@@ -78,6 +78,7 @@ def wait_for(what: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_build_takes_its_compilers_along_before_another_begins(builds: Builds) -> None:
     first = builds.start("build")
     wait_for(lambda: len(builds.pids()) == 2)

@@ -47,6 +47,7 @@ def test_a_request_of_which_a_part_is_taken_is_sent_to_its_end(tool: Path, tmp_p
     np.testing.assert_array_equal(found, np.full((2, 3), 50_000, np.float32))
 
 
+@pytest.mark.slow
 def test_a_tool_that_hangs_is_ended(tool: Path, tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match=r"no logits for .*m\.gguf within 2 s:\nthinking"),

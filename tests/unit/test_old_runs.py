@@ -92,6 +92,7 @@ def test_a_half_trained_run_of_version_0_1_goes_on_to_the_last_bit(given: dict[s
     assert (cut / "verify-cases.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_is_lengthened(given: dict[str, Any], tmp_path: Path) -> None:
     """Its recipe stays of its version, so that it may be stopped and resumed like any other."""
     complete = make_old(run(given | {"steps": 4}, tmp_path / "complete"))
@@ -172,6 +173,7 @@ def test_rows_that_training_dropped_stay_out_when_the_data_are_read_again(
         '{"held_out": true, "texts": [1], "prompts": [], "rows": []}',
     ],
 )
+@pytest.mark.slow
 def test_cases_that_cannot_be_read_are_made_of_the_data(
     given: dict[str, Any], tmp_path: Path, tiny_llama: Path, text: str
 ) -> None:
@@ -221,6 +223,7 @@ def test_a_recipe_of_a_newer_version_is_not_resumed(given: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("change", [{"sparkle": 3}, {"lora_plus": None}], ids=["unknown", "missing"])
+@pytest.mark.slow
 def test_a_recipe_of_another_version_is_fused_and_not_resumed(
     given: dict[str, Any], tmp_path: Path, change: dict[str, Any]
 ) -> None:

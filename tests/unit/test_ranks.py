@@ -195,6 +195,7 @@ def test_of_a_sharded_model_all_ranks_compute_as_many_micro_batches(tmp_path: Pa
     assert min(backend.computed[0] for backend in backends) == 0  # one had nothing but an empty row
 
 
+@pytest.mark.slow
 def test_ranks_that_are_at_odds_end(tmp_path: Path) -> None:
     def work(package: RankedPackage, ranks: Ranks) -> Any:
         with pytest.raises(RankLost):
@@ -249,6 +250,7 @@ def test_what_ranks_are_given_is_told_array_by_array() -> None:
         assert np.array_equal(package.created.get_adapter().weights[LAYER].A, moments[0][f"{LAYER}.lora_A"])
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_read_to_their_end_leave_the_ranks_at_odds() -> None:
     def work(package: RankedPackage, ranks: Ranks) -> Any:
         backend = package.create()

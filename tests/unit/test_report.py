@@ -166,6 +166,7 @@ def test_the_policy_allows_the_pages_two_scripts_and_no_network(tmp_path: Path) 
     assert links == ["#main"]
 
 
+@pytest.mark.slow
 def test_the_page_is_small_however_long_the_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=20_000)
     assert write_report(Run(run)).stat().st_size < 1_500_000
@@ -210,6 +211,7 @@ def test_of_a_run_that_kept_next_to_nothing_the_rest_is_shown(tmp_path: Path) ->
         b'{"step": "1", "loss": []}\n{"step": 1, "loss": NaN, "memory": 1e999, "tokens": 9, "seconds": 1e-999}\n[]\n',
     ],
 )
+@pytest.mark.slow
 def test_a_file_that_is_missing_or_damaged_costs_its_own_part(tmp_path: Path, name: str, content: bytes | None) -> None:
     run = write_run(tmp_path / "run")
     (run / name).unlink()

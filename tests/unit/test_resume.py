@@ -137,6 +137,7 @@ def test_moments_and_the_best_adapter_go_on(given: dict[str, Any]) -> None:
     assert halves.record.best_step == whole.record.best_step
 
 
+@pytest.mark.slow
 def test_there_is_no_second_warm_up(given: dict[str, Any]) -> None:
     """A warm-up of half the steps: it stays of three, through two changes of length and a stop."""
     done = run(given | {"schedule": "constant", "warmup": 0.5})
@@ -211,6 +212,7 @@ def test_a_length_by_which_nothing_was_trained_leaves_no_trace(
     assert done.record.steps == 8
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_two_files_is_made_good(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(run: Run, recipe: Recipe) -> None:
         raise KeyboardInterrupt
@@ -275,6 +277,7 @@ def test_a_finished_run_that_trains_no_further_keeps_its_export(given: dict[str,
         ({"steps": 5}, "--steps 5: {run} has trained 6 steps already (2 epochs)."),
     ],
 )
+@pytest.mark.slow
 def test_no_more_than_is_done_already(given: dict[str, Any], length: dict[str, float], said: str) -> None:
     done = run(given)
     error = fault(done, **length)
@@ -326,6 +329,7 @@ def test_a_lengthened_run_whose_checkpoints_are_gone_does_not_begin_again(given:
         run({"resume": str(cut.path)})
 
 
+@pytest.mark.slow
 def test_only_the_checkpoint_of_the_parents_own_step_is_continued(given: dict[str, Any]) -> None:
     done = run(given)
     cut = stopped({"resume": str(done.path), "steps": 12}, StopsLater())

@@ -98,6 +98,7 @@ def test_it_continues_from_the_best_adapter_until_it_holds(
     assert [backend.closed for backend in Collapses.opened] == [True, True, True]
 
 
+@pytest.mark.slow
 def test_what_was_the_best_is_what_training_continues_from(given: dict[str, Any]) -> None:
     best: list[dict[str, np.ndarray]] = []
     continued: list[dict[str, np.ndarray]] = []
@@ -122,6 +123,7 @@ def test_what_was_the_best_is_what_training_continues_from(given: dict[str, Any]
         np.testing.assert_array_equal(array, continued[1][name])
 
 
+@pytest.mark.slow
 def test_after_three_it_stops_and_says_so(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     class Hopeless(Collapses):
         bearable = 0.0
@@ -170,6 +172,7 @@ def test_what_a_lower_rate_does_not_help_stops(given: dict[str, Any], capsys: py
     assert "a lower learning rate does not help against this" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_point_of_it_leaves_a_run_that_continues(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +231,7 @@ def test_a_kill_between_an_alarm_and_its_rollback_forgets_nothing(
     assert Run(folder).record.status == "complete"
 
 
+@pytest.mark.slow
 def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +276,7 @@ def test_without_validations_it_continues_from_the_checkpoint_before(given: dict
     assert lines(folder) == [*range(1, 11)]
 
 
+@pytest.mark.slow
 def test_a_lengthened_run_can_begin_again(given: dict[str, Any]) -> None:
     class NoBetter(Collapses):
         def eval_step(self, batch: Any) -> StepResult:
@@ -343,6 +348,7 @@ def test_no_text_of_an_answer_is_kept(given: dict[str, Any], capsys: pytest.Capt
         assert (quotes == {""}) == (name == "not")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_rolled_back_can_be_lengthened(given: dict[str, Any]) -> None:
     folder = train(given)
     train({"resume": str(folder), "steps": 14})

@@ -218,6 +218,7 @@ def test_a_model_that_cannot_answer_costs_no_training(
     assert capsys.readouterr().err.count(said) == 1
 
 
+@pytest.mark.slow
 def test_a_stop_in_an_answer_is_saved_and_resumed(given: dict[str, Any]) -> None:
     complete = train(given | {"output": str(Path(given["output"]).with_name("complete"))})
 

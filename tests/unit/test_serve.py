@@ -86,6 +86,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("also", ["", "--no-cors-credentials --cors-origins"])
+@pytest.mark.slow
 def test_the_key_goes_by_the_environment_and_the_flags_that_are_known(
     also: str, served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

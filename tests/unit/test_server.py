@@ -127,6 +127,7 @@ KEYLESS = "\nos.environ.pop('LLAMA_API_KEY', None)\n"  # it answers whatever key
 
 
 @pytest.mark.parametrize("other", ["another key", "no key"])
+@pytest.mark.slow
 def test_another_servers_answers_are_not_taken_for_ours(
     other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +202,7 @@ with Server(llama, folder / "m.gguf", ServerOptions(timeout=60)) as server:
 
 
 @pytest.mark.parametrize("who", ["the command", "the command and its guard"])
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_server(who: str, tmp_path: Path) -> None:
     llama_server(tmp_path, "open('pid', 'w').write(str(os.getpid()))")
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{KILLED}", str(tmp_path)]

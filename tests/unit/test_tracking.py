@@ -216,6 +216,7 @@ def test_without_trackers_nothing_is_started(run: Run, monkeypatch: pytest.Monke
         ("import no_such_module", "pass", "ModuleNotFoundError: No module named 'no_such_module'"),
     ],
 )
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_dropped_with_one_warning_and_said_at_the_end(
     fake: Fake, run: Run, capsys: pytest.CaptureFixture[str], code: str, later: str, why: str
 ) -> None:

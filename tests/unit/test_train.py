@@ -333,6 +333,7 @@ def test_a_row_that_is_dropped_is_in_the_recipes_hash(given: dict[str, Any]) -> 
         ({"targets": ["q_proj"]}, False),
     ],
 )
+@pytest.mark.slow
 def test_the_plan_is_not_in_the_recipes_hash(given: dict[str, Any], changes: dict[str, Any], same: bool) -> None:
     assert (ready(given, **changes).recipe.hash() == ready(given).recipe.hash()) == same
 

@@ -175,6 +175,7 @@ SERIOUS = {"too few", "only one answer", "mostly too long", "refused", "labels",
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_a_finding(name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, settings, expected = CASES[name]
     event = verdict(rows, tiny_llama, tmp_path, capsys, **settings)
@@ -211,6 +212,7 @@ HARMLESS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.slow
 def test_no_finding(name: str, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows, settings = HARMLESS[name]
     assert what(verdict(rows, tiny_llama, tmp_path, capsys, **settings)) == []
