@@ -1,4 +1,4 @@
-"""The data sets of `benchmarks.regret`: at most 200 short rows each, and validation rows that none of them repeats."""
+"""The data sets of `benchmarks.regret`: at most 120 short rows each, and validation rows that none of them repeats."""
 
 import json
 import random
@@ -36,6 +36,20 @@ _WALKS = (
     ("through the orchard", "果樹園を抜けて", "half an hour", "三十分"),
     ("up the stone steps", "石段を上って", "an hour", "一時間"),
     ("past the sawmill", "製材所の先へ", "twenty minutes", "二十分"),
+)
+
+
+# A guest's card, and what it is: three kinds, so that right answers are often alike.
+_CARDS = (
+    ("praise", "We loved {}.", "{}がとても気に入りました。"),
+    ("complaint", "I was not happy with {}.", "{}には満足できませんでした。"),
+    ("question", "Could you tell me about {}?", "{}について教えてください。"),
+)
+_SUBJECTS = (
+    *(("the breakfast", "朝食"), ("the bed", "ベッド"), ("the garden", "庭"), ("the bath", "お風呂")),
+    *(("the view", "眺め"), ("the bicycle", "自転車"), ("the dinner", "夕食"), ("the walk", "散歩道")),
+    *(("the attic room", "屋根裏の部屋"), ("the reading room", "読書室"), ("the tea", "お茶"), ("the lake", "湖")),
+    ("the key", "鍵"),
 )
 
 
@@ -79,7 +93,7 @@ def _identity(public: Path | None) -> dict[str, list[Row]]:
 
 def _wikisql(public: Path | None) -> dict[str, list[Row]]:
     folder = (public or Path()) / "wikisql"
-    return {part: _read(folder / f"{part}.jsonl")[:count] for part, count in (("train", 80), ("valid", 30))}
+    return {part: _read(folder / f"{part}.jsonl")[:count] for part, count in (("train", 50), ("valid", 30))}
 
 
 def _chat(public: Path | None) -> dict[str, list[Row]]:
@@ -92,7 +106,24 @@ def _chat(public: Path | None) -> dict[str, list[Row]]:
     draw.shuffle(stays)
     kept = {(wish, time, walk) for _, wish, time, walk in stays[:15]}
     others = [stay for stay in stays[15:] if stay[1:] not in kept]
-    return {"train": [*_talks(others[:60])], "valid": [*_talks(stays[:15])]}
+    return {"train": [*_talks(others[:40])], "valid": [*_talks(stays[:15])]}
+
+
+def _kinds(public: Path | None) -> dict[str, list[Row]]:
+    """Cards of guests, each answered by its kind in a word. Half of them are Japanese."""
+    draw = random.Random(_SEED)  # noqa: S311  # any order will do
+    cards = [
+        (kind, text.format(subject))
+        for kind, *texts in _CARDS
+        for subjects in _SUBJECTS
+        for text, subject in zip(texts, subjects, strict=True)
+    ]
+    draw.shuffle(cards)
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": kind}]}
+        for kind, text in cards
+    ]
+    return {"train": rows[18:], "valid": rows[:18]}
 
 
 def _talks(stays: list[tuple[tuple[str, ...], ...]]) -> Iterator[Row]:
@@ -118,8 +149,9 @@ def _talks(stays: list[tuple[tuple[str, ...], ...]]) -> Iterator[Row]:
 _SETS = {
     "identity": _identity,
     "wikisql": _wikisql,
-    "example": lambda public: _example(200, 40),
+    "example": lambda public: _example(120, 40),
     "example-60": lambda public: _example(60, 40),
     "chat": _chat,
 }
-SETS = tuple(_SETS)
+SETS = tuple(_SETS)  # of `benchmarks.regret`
+_SETS["kinds"] = _kinds
