@@ -120,12 +120,13 @@ def test_drift_from_the_base() -> None:
     assert alarms.drift(0, 0.0, 1.5) == []
     assert alarms.drift(5, 1.0, 1.6) == []
     assert alarms.drift(5, 4.0, 1.5) == []  # as a base model that learns to answer
-    (alarm,) = alarms.drift(10, 4.0, 1.6)
+    assert alarms.drift(5, 4.0, 2.4) == []  # as good runs on few rows do
+    (alarm,) = alarms.drift(10, 4.0, 2.6)
     assert alarm.seen == (
         "on prompts outside of the data the model is 4.0 nats a token from its base at step 10, and gives their right "
-        "answers less probability than before training"
+        "answers much less probability than before training"
     )
-    assert alarms.drift(15, 5.0, 1.7) == []
+    assert alarms.drift(15, 5.0, 2.7) == []
     assert Alarms(0).drift(10, 9.0, 0.5) == []  # nothing is known from before training
 
 

@@ -154,7 +154,7 @@ def test_every_alarm() -> None:
     for lines in signs:
         for step in (40, 50):
             alarms.answers(step, lines)
-    alarms.drift(0, 0.0, 1.0)
+    alarms.drift(0, 0.0, 0.5)
     alarms.drift(50, 9.0, 2.0)
     made = {alarm.name for alarm in alarms.raised}
     assert made == {
