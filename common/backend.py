@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, SupportsFloat
 
-from common.errors import UserError
+from common.errors import Unable
 from common.memory_terms import MicroBatchShape
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ class OptimizerState:
     exp_avg_sq: Mapping[str, np.ndarray] = field(repr=False)
 
 
-class OutOfMemory(UserError):
+class OutOfMemory(Unable):
     """Raised in place of the framework's own error; the loop repeats the step in smaller micro-batches.
 
     undid_previous: the step before this one is undone too, because the device had not written what it computed.

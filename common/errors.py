@@ -28,6 +28,10 @@ class UserError(Exception):
         return type(self), (self.what, self.fix)
 
 
+class Unable(UserError):
+    """This machine could not do it now: memory ran out, or a program was killed or too slow. It tells of no file."""
+
+
 class AtOdds(UserError):
     """The processes that train together have come to different places: nothing can be agreed upon any more."""
 

@@ -73,6 +73,9 @@ def load_options(
             merged.faults.append(
                 f"{config}: llama_cpp names programs: give it by --llama-cpp or LLAMA_CPP_DIR, not in a file"
             )
+        for name, flag in FLAGS_ONLY.items():
+            if written.pop(name, None):
+                merged.faults.append(f"{config}: {name} {flag}, not in a file")
         if written.pop("config", None) is not None:
             merged.faults.append(f"{config}: config: a file cannot name another one")
         flags = _joined(flags, written)
@@ -85,6 +88,13 @@ def load_options(
             "Leave those out, or start a new run without --resume.",
         )
     return options, merged.notes
+
+
+# What sends rows or a model elsewhere is the user's own to say: the file may be a stranger's.
+FLAGS_ONLY = {
+    "with": "sends the rows to other computers: give it by --with",
+    "push_public": "publishes the model: give it by --push-public",
+}
 
 
 def options_over(

@@ -18,7 +18,7 @@ from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
 from common.models.adapter_files import read_peft
 from common.models.fuse import fuse
-from common.models.lora_init import choose_layers, initial_adapter, layer_count
+from common.models.lora_init import choose_layers, initial_adapter
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header
 from common.models.shapes import linear_shapes
@@ -85,8 +85,9 @@ def create(name: str) -> Backend:
 def start_adapter(folder: Path, recipe: Recipe) -> Adapter | None:
     if recipe.method == "full":
         return None
-    shapes = linear_shapes(ModelFolder(folder), recipe.targets)
-    return initial_adapter(choose_layers(shapes, recipe.layers), layer_count(shapes), recipe)
+    model = ModelFolder(folder)
+    layers = model.config["num_hidden_layers"]
+    return initial_adapter(choose_layers(linear_shapes(model, recipe.targets), recipe.layers, layers), layers, recipe)
 
 
 def load(name: str, folder: Path, recipe: Recipe, **plan) -> Backend:

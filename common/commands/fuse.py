@@ -14,7 +14,7 @@ from common.commands.arguments import add_options
 from common.context import Context
 from common.data.sources import data_of
 from common.display import gigabytes
-from common.errors import UserError
+from common.errors import PROGRAM, Unable, UserError
 from common.export.budget import EXPORT_STEPS, StageMeter, check_disk, needs_llama, warn_of_memory
 from common.export.fused_folder import ServingConfig, write_fused
 from common.export.gguf import kept_matrix, try_gguf, write_ggufs, write_lora
@@ -227,11 +227,15 @@ def _write_card(job: ExportJob) -> None:
 
 
 def _verified(job: ExportJob, meter: StageMeter, bf16_gguf: Path) -> bool:
-    """Verify the GGUFs unless the user said no."""
+    """Verify the GGUFs unless the user said no; whether none is known to be broken."""
     if job.options.no_verify:
         return True
-    with meter.stage("verify", bf16_gguf.with_name("none")):
-        checks = verify_held(job.run, job.base, job.adapter, job.context, bf16_gguf)
+    try:
+        with meter.stage("verify", bf16_gguf.with_name("none")):
+            checks = verify_held(job.run, job.base, job.adapter, job.context, bf16_gguf)
+    except Unable as error:
+        job.display.warn(f"not verified: {error.what}\nTo verify it later: {PROGRAM} verify {job.run}")
+        return True
     _write_card(job)  # again, with the verdict
     return verdict(checks) != "broken"
 

@@ -166,6 +166,8 @@ def model_and_rows(
     if options.try_model:
         try_model(options.model or "", context, wants_experts(options))
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
+    if base.given is not None and base.given.dora:
+        _check_dora("--adapter with DoRA", hardware.scheme)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
@@ -247,12 +249,17 @@ def choose_hardware(options: Options, context: Context) -> Hardware:
     if options.method == "full" and options.precision == "auto":
         precision = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
     scheme = package.quantization_scheme(options.quantization)
-    if options.method == "dora" and scheme == "int8":
-        raise UserError(
-            "--method dora over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
-            "Use --quantization 4bit, or --method lora.",
-        )
+    if options.method == "dora":
+        _check_dora("--method dora", scheme)
     return Hardware(backend, device, precision, scheme)
+
+
+def _check_dora(option: str, scheme: str) -> None:
+    if scheme == "int8":
+        raise UserError(
+            f"{option} over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
+            "Use --quantization 4bit, or LoRA without DoRA.",
+        )
 
 
 def _reasons(hardware: Hardware, chosen: ChosenPlan, recipe: str) -> dict[str, str]:

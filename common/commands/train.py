@@ -266,7 +266,7 @@ def _method(recipe: Recipe, start: Adapter | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--option VALUE ...]"
-    parser.epilog = "All options but --config and --llama-cpp work in a YAML file too, as in configs/quickstart.yaml."
+    parser.epilog = "Most options work in a YAML file too, as in configs/quickstart.yaml; see docs/options.md."
     add_options(parser)
 
 

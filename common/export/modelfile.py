@@ -125,7 +125,9 @@ def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tup
     texts = TurnTexts.of(between, stops, encoder.template.special)
     cases = [{"role": role, "content": content} for role, content in _CASES]
     plain = [{"role": m["role"], "content": m["content"].strip()} for m in split_thinking(sample)]
-    for case in (plain, *(cases[start:count] for start in (0, 1) for count in range(2, len(cases) + 1, 2))):
+    if difference(texts, prompt, plain):  # not quoted: it is a row's, and the file may be published
+        raise Inexpressible("it would write another prompt than the chat template for a row of the data")
+    for case in (cases[start:count] for start in (0, 1) for count in range(2, len(cases) + 1, 2)):
         if fault := difference(texts, prompt, case):
             raise Inexpressible(fault)
     return texts, _notes(texts, prompt, think)

@@ -14,9 +14,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.system.hardware import physical_cores
-from common.system.process import running
+from common.system.process import running, short_of_memory
 
 _REMEDY = "Close other programs where memory is short; see whether llama.cpp runs the file: python cli.py serve RUN"
 
@@ -87,4 +87,5 @@ class GgufLogits:
         self._errors.seek(0)
         lines = self._errors.read().splitlines()[-10:]
         when = f" within {self.seconds:g} s" if late.is_set() else ""
-        return UserError(f"llama.cpp returned no logits for {self.gguf}{when}:\n" + "\n".join(lines), _REMEDY)
+        kind = Unable if late.is_set() or short_of_memory(self._process.returncode, lines) else UserError
+        return kind(f"llama.cpp returned no logits for {self.gguf}{when}:\n" + "\n".join(lines), _REMEDY)

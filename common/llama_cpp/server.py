@@ -18,12 +18,12 @@ from typing import Any
 
 from common.backend import Progress
 from common.data.chat_template import Message
-from common.errors import Refusal, UserError
+from common.errors import Refusal, Unable, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
-from common.system.process import running
+from common.system.process import running, short_of_memory
 
 LOOPBACK = "127.0.0.1"
 RAW = ("--reasoning-format", "none")  # the answer as the model wrote it, reasoning included
@@ -248,8 +248,9 @@ class Server:
         with suppress(subprocess.TimeoutExpired):  # where it has just ended: its last lines come in a moment
             self._process.wait(1)
             self._reader.join(5)
-        lines = "\n".join(list(self._output)[-15:])
-        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n{lines}", _REMEDY)
+        lines, ended = list(self._output)[-15:], self._process.poll()
+        kind = Unable if ended is None or short_of_memory(ended, lines) else UserError
+        return kind(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:

@@ -6,9 +6,9 @@ from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
 from common.backend_package import Backends
 from common.context import Context
 from common.display import Display
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.models.adapter_files import read_trained
-from common.models.lora_init import layer_count, validate
+from common.models.lora_init import validate
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
@@ -31,7 +31,7 @@ def base_of(run: Run, display: Display) -> ModelFolder:
 def adapter_of(run: Run, base: ModelFolder) -> Adapter:
     """What a run has trained. Raises UserError where it is damaged, or does not fit the base model."""
     shapes = linear_shapes(base, run.recipe.targets)
-    adapter = read_trained(run.path, layer_count(shapes))
+    adapter = read_trained(run.path, base.config["num_hidden_layers"])
     validate(adapter, shapes, run.adapter)
     return adapter
 
@@ -54,7 +54,7 @@ def loaded(
     try:
         return backend, backend.load(recipe, plan, folder, adapter)
     except OutOfMemory as error:
-        raise UserError(
+        raise Unable(
             f"{recipe.model} does not fit into memory on {plan.device_name}: {error}",
             "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
         ) from None

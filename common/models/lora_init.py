@@ -24,12 +24,11 @@ def layer_count(shapes: Shapes) -> int:
     return 1 + max(layer_number(module) for module in shapes)
 
 
-def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
+def choose_layers(shapes: Shapes, layers: str | None, count: int) -> Shapes:
     """The modules in the layers that --layers names: `last:N`, or numbers from 0 and inclusive ranges, as `0,4-7`.
 
-    Raises UserError for a layer that the model does not have.
+    count: the model's layers. Raises UserError for a layer that it does not have, or where none of them has a module.
     """
-    count = layer_count(shapes)
     if layers is None:
         return shapes
     chosen: set[int] = set()
@@ -47,7 +46,11 @@ def choose_layers(shapes: Shapes, layers: str | None) -> Shapes:
                     "Count from 0; ranges include both ends.",
                 )
             chosen |= set(range(int(first), int(end or first) + 1))
-    return {module: shape for module, shape in shapes.items() if layer_number(module) in chosen}
+    found = {module: shape for module, shape in shapes.items() if layer_number(module) in chosen}
+    if not found:
+        there = ", ".join(map(str, sorted({*map(layer_number, shapes)})))
+        raise UserError(f"--layers {layers}: none of --targets is in these layers.", f"They are in the layers {there}.")
+    return found
 
 
 def ranks_and_alphas(recipe: Recipe, modules: Sequence[str]) -> dict[str, tuple[int, float]]:

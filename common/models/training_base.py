@@ -11,7 +11,7 @@ from common.models.adapter_files import names_experts, read_any
 from common.models.admitted import Verdict, remembered
 from common.models.experts import target_of
 from common.models.families import is_known
-from common.models.lora_init import Shapes, choose_layers, initial_adapter, layer_count, validate
+from common.models.lora_init import Shapes, choose_layers, initial_adapter, validate
 from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
@@ -93,7 +93,7 @@ def _quantized_base(options: Options, folder: Path, backend: str, scheme: str, d
 def _given_adapter(options: Options, model: ModelFolder, verdict: Verdict | None) -> Adapter:
     """--adapter. Raises UserError where it does not fit the base model."""
     every = linear_shapes(model, ["all-linear", *([EXPERTS] if verdict and EXPERTS in verdict.targets else [])])
-    adapter = read_any(user_path(options.adapter or "", "--adapter"), layer_count(every))
+    adapter = read_any(user_path(options.adapter or "", "--adapter"), model.config["num_hidden_layers"])
     validate(adapter, _adaptable(every, verdict), Path(options.adapter or ""))
     return adapter
 
@@ -117,4 +117,5 @@ def start_adapter(recipe: Recipe, base: Base) -> Adapter | None:
         return None
     if base.given is not None:
         return replace(base.given, base_model=recipe.model, dropout=recipe.dropout)
-    return initial_adapter(choose_layers(base.shapes, recipe.layers), layer_count(base.shapes), recipe)
+    layers = base.model.config["num_hidden_layers"]
+    return initial_adapter(choose_layers(base.shapes, recipe.layers, layers), layers, recipe)

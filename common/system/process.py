@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -22,6 +23,14 @@ def capture(command: list[str], seconds: float, lines: int = 15, env: dict[str, 
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, str(error)
     return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-lines:])
+
+
+def short_of_memory(status: int, lines: Sequence[str]) -> bool:
+    """Whether a program that `running` has run ended for want of memory, by its exit status or its last lines."""
+    return status in (128 + signal.SIGKILL, -signal.SIGKILL) or any(map(_NO_MEMORY.search, lines))
+
+
+_NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad_alloc|cannot allocate memory", re.IGNORECASE)
 
 
 def offline_environment() -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.data.batching import steps_per_epoch
 from common.data.encoded_rows import EncodedRows
-from common.models.training_base import Base
+from common.models.training_base import Base, adapter_options
 from common.options import Options
 
 # Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines. Its sweeps, of 128
@@ -41,13 +41,20 @@ def auto_recipe(options: Options, base: Base, rows: EncodedRows) -> tuple[Option
     rows: of training.
     """
     size = None if base.given else sum(map(sum, base.shapes.values()))
-    return chosen_values(options, base.model.config, size, rows)
+    return chosen_values(options, base.model.config, size, rows, adapter_options(base.given))
 
 
 def chosen_values(
-    options: Options, config: dict[str, Any], size_of_rank_one: int | None, rows: EncodedRows
+    options: Options,
+    config: dict[str, Any],
+    size_of_rank_one: int | None,
+    rows: EncodedRows,
+    given: dict[str, Any] | None = None,
 ) -> tuple[Options, str]:
-    """`auto_recipe` by the model's config. size_of_rank_one: an adapter's parameters; None: the adapter is given."""
+    """`auto_recipe` by the model's config. size_of_rank_one: an adapter's parameters; None: the adapter is given.
+
+    given: what that one determines.
+    """
     labels = int(rows.label_tokens.sum())
     chosen: dict[str, float] = {}
     reasons: list[str] = []
@@ -64,7 +71,7 @@ def chosen_values(
     choose("batch_size", batch, f"{batch} rows a step")
     chooses_rank = options.method != "full" and size_of_rank_one is not None and "rank" not in options.model_fields_set
     rank = _rank(labels, size_of_rank_one or 1) if chooses_rank else options.rank
-    rate, why = _learning_rate(options, config, rank)
+    rate, why = _learning_rate(options.model_copy(update={"rank": rank} | (given or {})), config)
     choose("learning_rate", rate, f"learning rate {rate:g} ({why})")
     if chooses_rank:
         choose("rank", rank, f"rank {rank}")
@@ -83,7 +90,7 @@ def _epochs(rows: int, batch_size: int) -> int:
     return min(most, max(_up_to(_EPOCHS, rows), math.ceil(_STEPS / steps_per_epoch(rows, batch_size))))
 
 
-def _learning_rate(options: Options, config: dict[str, Any], rank: int) -> tuple[float, str]:
+def _learning_rate(options: Options, config: dict[str, Any]) -> tuple[float, str]:
     """`(the rate, in two digits; why)`"""
     hidden, kind = config["hidden_size"], config["model_type"]
     exponents = [_EXPONENTS[kind]] if kind in _EXPONENTS else [*_EXPONENTS.values()]
@@ -92,15 +99,15 @@ def _learning_rate(options: Options, config: dict[str, Any], rank: int) -> tuple
     if options.method == "full":
         rate, why = rate * _FULL, f"{why}, every weight"
     else:
-        for name, times in _scaled(options, rank).items():
+        for name, times in _scaled(options).items():
             rate, why = rate / times, f"{why}, {name}"
     return float(f"{rate:.1e}"), why
 
 
-def _scaled(options: Options, rank: int) -> dict[str, float]:
+def _scaled(options: Options) -> dict[str, float]:
     """What makes a step of LoRA larger than the rates are meant for, and how many times: the rate is divided by it."""
     found = {}
-    if (scale := options.alpha * (rank**0.5 if options.rslora else 1) / _ALPHA) > 1:
+    if (scale := options.alpha * (options.rank**0.5 if options.rslora else 1) / _ALPHA) > 1:
         found[f"alpha {options.alpha:g}{' / sqrt(rank)' if options.rslora else ''}"] = scale
     if options.lora_plus > 1:
         found[f"LoRA+ {options.lora_plus:g}"] = options.lora_plus**0.5

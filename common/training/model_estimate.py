@@ -48,7 +48,7 @@ def estimated_plan(
     shapes = adaptable_shapes(text, options.targets)
     options, _ = chosen_values(options, text, sum(map(sum, shapes.values())), train)
     recipe = _recipe(options, len(train), place)
-    adapter = _adapter(choose_layers(shapes, options.layers), recipe)
+    adapter = _adapter(choose_layers(shapes, options.layers, text["num_hidden_layers"]), recipe)
     plan = Plan(
         backend=place.backend,  # type: ignore[arg-type]  # pydantic checks it
         device="cpu",  # `on` replaces it

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.backend import Adapter, Progress
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.logits import GgufLogits
 from common.llama_cpp.server import Server, ServerOptions
@@ -134,6 +134,8 @@ def _prompts(given: VerifyInput, server: Server) -> Check:
     for prompt in prompts:
         try:
             text = server.prompt(prompt.messages, prompt.tools)
+        except Unable:
+            raise
         except UserError as error:
             return Check("prompt", "broken", f"{prompt.source}: {error.what}")
         ids = server.tokenize(text, add_special=True)
@@ -182,6 +184,8 @@ def _answers(cases: Cases, name: str, server: Server, progress: Progress) -> Che
         greedy = Sampling(temperature=0.0, max_tokens=_ANSWER_TOKENS)
         try:
             reasons = [why for _, why in server.stream(prompt.messages, greedy, prompt.tools) if why]
+        except Unable:
+            raise
         except UserError as error:
             return Check("answers", "broken", f"{prompt.source}: {error.what}")
         ended += reasons[-1:] == ["stop"]

@@ -13,7 +13,7 @@ from common.backend_package import Backends
 from common.context import Context
 from common.data.encode import load_tokenizer
 from common.display import Display
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp, find
@@ -51,7 +51,8 @@ def verify_held(
     """Every check that was made, kept in run.json too. The caller holds the run.
 
     adapter: what was trained. bf16_gguf: made again where there is none. Raises UserError
-    where something that is needed is missing: fused folder, GGUF, the data of an older version's run, a backend.
+    where something that is needed is missing: fused folder, GGUF, the data of an older version's run, a backend; and
+    Unable, with nothing kept, where this machine cannot compute it.
     """
     display, ggufs = context.display, _ggufs_of(run)
     with ExitStack() as stack:
@@ -129,6 +130,8 @@ def _verify(given: VerifyInput, context: Context) -> Found:
         try:
             for check in server_checks(given, progress):
                 checks.append(check)
+        except Unable:
+            raise
         except UserError as error:
             checks.append(Check("llama.cpp", "broken", error.what))
     at = choose_positions(given.cases.rows, given.base.vocabulary_size)
@@ -137,6 +140,8 @@ def _verify(given: VerifyInput, context: Context) -> Found:
         try:
             _compare_trained(given, at, context, links, progress)
             _compare_quants(given, at, links, progress)
+        except Unable:
+            raise
         except UserError as error:
             checks.append(Check("distributions", "broken", error.what))
     if given.adapter.full:

@@ -14,7 +14,7 @@ import pytest
 from common.backend import Adapter
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.llama_cpp.build import own
 from common.llama_cpp.convert import convert, quantize
@@ -151,6 +151,18 @@ def edit(run: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", *arguments, "--force", str(gguf), str(other)]
     subprocess.run(command, check=True, capture_output=True)
     other.replace(gguf)
+
+
+def test_a_machine_that_cannot_compute_it_says_nothing_of_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Run(run).record.verify
+
+    def unable(*given: object) -> None:
+        raise Unable("It does not fit into memory.", "Close other programs.")
+
+    monkeypatch.setattr(verify, "_compare_trained", unable)
+    with pytest.raises(Unable, match="does not fit into memory"):
+        verify_run(run, context())
+    assert Run(run).record.verify == before
 
 
 def test_a_sound_export_is_called_sound(run: Path) -> None:

@@ -6,11 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.backend import Adapter, LoraWeight
 from common.data.encode import Encoded
 from common.data.encoded_rows import EncodedRows
 from common.options import Options
 from common.training.auto_recipe import auto_recipe
 from common.training.setup import evaluation_interval
+
+
+WEIGHT = LoraWeight(np.zeros((8, 4), np.float32), np.zeros((4, 8), np.float32), 160.0)
+GIVEN = Adapter("", 1, 0.0, {"model.layers.0.q": WEIGHT})
 
 
 def rows(count: int, labels: int = 25) -> EncodedRows:
@@ -79,6 +84,10 @@ def test_larger_steps_of_lora_have_a_lower_rate(given: dict[str, Any], rate: flo
     assert said in why
 
 
+def test_a_given_adapters_scale_counts() -> None:
+    assert chosen(400, model=base("llama", 2048, GIVEN))[0].learning_rate == 9.8e-5
+
+
 def test_a_key_left_empty_is_not_given() -> None:
     assert chosen(76, epochs=None)[0].epochs == 8
 
@@ -105,7 +114,7 @@ def test_steps_take_the_place_of_epochs() -> None:
 
 @pytest.mark.parametrize("changes", [{"method": "full"}, {"adapter": "some/adapter"}])
 def test_no_rank_is_chosen_where_it_is_not_free(changes: dict[str, Any]) -> None:
-    options, said = chosen(76, model=base(given=object() if "adapter" in changes else None), **changes)
+    options, said = chosen(76, model=base(given=GIVEN if "adapter" in changes else None), **changes)
     assert options.rank == Options().rank
     assert "rank" not in said
 

@@ -12,7 +12,7 @@ from common.commands import fuse as module
 from common.commands import verify as verify_command
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.export import gguf, modelfile
 from common.export.mlx import most_bits, scheme_of
 from common.export.upload import files_of
@@ -205,6 +205,20 @@ def test_a_broken_verdict_stays_until_its_ggufs_are_replaced(export: Callable[..
         assert verdict is not None
         assert verdict.verdict == "broken"
     assert export(quant=["Q4_K_M", "Q8_0"], no_verify=True).record.verify is None
+
+
+def test_a_machine_that_cannot_verify_calls_no_run_broken(
+    export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unable(*given: Any) -> None:
+        raise Unable("The model does not fit into memory.", "Close other programs.")
+
+    monkeypatch.setattr(module, "verify_held", unable)
+    run = export()
+    assert run.record.verify is None
+    assert run.gguf.is_dir()
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "not verified: The model does not fit into memory. To verify it later: python cli.py verify" in said
 
 
 def test_a_card_that_cannot_be_written_fails_no_verification(

@@ -14,7 +14,7 @@ SHAPES = {
 
 
 def numbers(layers: str | None) -> list[int]:
-    return sorted({int(name.split(".")[2]) for name in choose_layers(SHAPES, layers)})
+    return sorted({int(name.split(".")[2]) for name in choose_layers(SHAPES, layers, 12)})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,16 @@ def test_layers(layers: str | None, chosen: list[int]) -> None:
 )
 def test_layers_that_are_not_there(layers: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        choose_layers(SHAPES, layers)
+        choose_layers(SHAPES, layers, 12)
+
+
+def test_layers_without_any_of_the_targets() -> None:
+    some = {name: shape for name, shape in SHAPES.items() if ".1." in name or ".3." in name}
+    assert numbers("last:12") == list(range(12))
+    assert list(choose_layers(some, "2-3", 12)) == [name for name in some if ".3." in name]
+    with pytest.raises(UserError, match="none of --targets is in these layers") as caught:
+        choose_layers(some, "last:1", 12)
+    assert "They are in the layers 1, 3." in caught.value.fix
 
 
 @pytest.mark.parametrize("text", ["last:0", "last", "4-2", "a", "1,,2", "-1", "", "0-3000000000", "last:" + "9" * 5000])

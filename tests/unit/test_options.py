@@ -289,3 +289,11 @@ def test_a_flag_that_does_something_is_not_refused(tmp_path: Path) -> None:
     assert load_options({"data": str(tmp_path), "valid_share": 0.0})[0].valid_share == 0  # as check-data asks
     flags = ["--export", "lora-gguf", "--llama-cpp", "x", "--push", "me/x", "--push-public", "--valid-share", "0.2"]
     assert load("--model", "x/y", "--data", str(tmp_path / "rows.jsonl"), *flags).push_public
+
+
+@pytest.mark.parametrize("line", ["with: [box:7070]", "push_public: true", "push-public: true"])
+def test_a_file_sends_nothing_elsewhere(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"model: x/y\ndata: rows.jsonl\n{line}\n")
+    with pytest.raises(UserError, match="not in a file"):
+        load("--config", str(file))

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.system.process import run_logged, running
+from common.system.process import run_logged, running, short_of_memory
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(15)"
 
@@ -83,3 +83,18 @@ def test_a_log_that_the_disk_refuses_is_named() -> None:
     with pytest.raises(OSError, match="No space left") as caught:
         run_logged([sys.executable, "-c", ""], Path("/dev/full"), lambda line: None)
     assert caught.value.filename == "/dev/full"
+
+
+@pytest.mark.parametrize(
+    ("status", "lines", "expected"),
+    [
+        (137, [], True),
+        (-9, [], True),
+        (1, ["load", "failed to allocate buffer for kv cache"], True),
+        (1, ["std::bad_alloc"], True),
+        (1, ["unknown model architecture: 'x'"], False),
+        (134, ["GGML_ASSERT failed"], False),
+    ],
+)
+def test_what_ended_for_want_of_memory(status: int, lines: list[str], expected: bool) -> None:
+    assert short_of_memory(status, lines) == expected
