@@ -1,5 +1,6 @@
 """The exception that a user sees, and what may be shown of others."""
 
+import difflib
 import errno
 import re
 import sys
@@ -81,3 +82,9 @@ def device_fault(error: Exception) -> UserError:
         f"The device failed: {first_line(error)}",
         "A run continues with --resume RUN; where it fails again, with a lower --memory-limit.",
     )
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """`did you mean X? ` where something is near, else nothing."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}? " if close else ""

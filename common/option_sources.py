@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from common import documents
-from common.errors import UserError
+from common.errors import UserError, nearest
 from common.option_aliases import FAMILIES, SAME
 from common.option_faults import SHAPE, TAKEN_FROM_ADAPTER
 from common.option_translation import translate
-from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag, nearest
+from common.options import PATHS, QUICKSTART, RESUME_OPTIONS, Options, by_flag
 from common.paths import path_fault, user_path
 from common.presets import preset_file
 
@@ -82,6 +82,8 @@ def load_options(
         merged.add(written, config)
     merged.add(flags, None)
     options = merged.checked(command, allowed)
+    if options.finish and not options.resume:
+        raise UserError("--finish is for a run that was begun.", "Name it: --resume RUN --finish")
     if options.resume and (extra := sorted(key for key in flags if SAME.get(key, key) not in RESUME_OPTIONS)):
         raise UserError(
             f"--resume continues with the run's own recipe and plan; it does not combine with --{', --'.join(extra)}.",
@@ -93,6 +95,7 @@ def load_options(
 # What sends rows or a model elsewhere is the user's own to say: the file may be a stranger's.
 FLAGS_ONLY = {
     "with": "sends the rows to other computers: give it by --with",
+    "finish": "is for --resume RUN: give it by --finish",
     "push_public": "publishes the model: give it by --push-public",
 }
 

@@ -1,12 +1,20 @@
 """Options: what `train` takes. Each is declared once, here or in option_fields, for flags and YAML alike."""
 
-import difflib
 import re
 from typing import Literal
 
-from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    ByteSize,
+    ConfigDict,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
+from common.errors import nearest
 from common.option_faults import faults_of, valid_layers
 from common.option_fields import (
     EXPERTS,
@@ -22,7 +30,7 @@ from common.option_fields import (
     in_output,
     in_training,
 )
-from common.paths import path_fault
+from common.paths import path_fault, user_path
 from common.presets import PRESETS
 from common.recipe import TARGET_GROUPS
 
@@ -138,6 +146,7 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
         "run folder to continue, with its own recipe and plan; to more steps in total with --steps or --epochs",
         value="RUN",
     )
+    finish: bool = in_output(False, "with --resume: train no further, and export the best adapter so far")
     save_every: int = in_output(0, "steps between checkpoints; 0: at the end of each epoch", ge=0)
     no_text: bool = in_output(
         False, "keep no answer of the model and no row in samples.jsonl, report.json and report.html, only figures"
@@ -205,11 +214,12 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
 
     @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "imatrix_file", "output", "resume")
     @classmethod
-    def _possible_path(cls, value: str | list[str] | None) -> str | list[str] | None:
+    def _possible_path(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
         for path in [value] if isinstance(value, str) else value or []:
             if fault := path_fault(path):
                 raise ValueError(f"is not a path: {fault}")
-        return value
+        folder = info.field_name in ("output", "resume") and isinstance(value, str) and value.startswith("~")
+        return str(user_path(str(value), "")) if folder else value  # type: ignore[arg-type]  # of a folder it is a text
 
     @field_validator("mlx_bits", mode="before")
     @classmethod
@@ -294,9 +304,3 @@ def read_size(text: str) -> int:
     if size < 1:
         raise ValueError(f"{text!r} is not a size such as 16GB or 900MB")
     return size
-
-
-def nearest(name: str, known: list[str]) -> str:
-    """`did you mean X? ` where something is near, else nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}? " if close else ""

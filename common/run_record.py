@@ -128,7 +128,10 @@ class Run:
         """The record of a run that is trained to its end. Raises UserError where it is not, and as `record`."""
         record = self.record
         if record.status != "complete":
-            raise UserError(f"{self} has not finished training.", f"Finish it: python cli.py train --resume {self}")
+            raise UserError(
+                f"{self} has not finished training.",
+                f"Finish it, or add --finish to export what it has: python cli.py train --resume {self}",
+            )
         return record
 
     def update(self, **changes: Any) -> None:

@@ -6,18 +6,18 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from common.backend import Adapter, Backend, ModelInfo
+from common.backend import Adapter, Backend
 from common.commands.arguments import add_options, read_options
 from common.commands.experts import ExpertWatch
 from common.commands.fuse import export_run
+from common.commands.header import show_header
 from common.commands.new_run import begin, claimed
 from common.commands.prepare import Job, prepare
 from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.tuned import sample, score_test
 from common.commands.watch import Collapsed, watching
 from common.context import Context
-from common.data.batching import steps_per_epoch
-from common.display import Display, gigabytes
+from common.display import Display
 from common.errors import PROGRAM, AtOdds, UserError, os_fault
 from common.export.job import ExportJob
 from common.export.summary import record_seconds
@@ -27,8 +27,6 @@ from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
 from common.models.shapes import linear_shapes
 from common.options import Options
-from common.paths import shown_path
-from common.recipe import Recipe
 from common.report.kept import keep_shown
 from common.report.live import live_page, reported
 from common.report.tracking import Tracking, tracked
@@ -44,7 +42,6 @@ from common.training.forecast import Forecast
 from common.training.learned_memory import keep
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
-from common.training.planner import described
 from common.training.resume import (
     as_begun,
     change_length,
@@ -52,6 +49,7 @@ from common.training.resume import (
     parent_of,
     resume_run,
     resumed_options,
+    say_finish,
 )
 from common.training.rollback import RolledBack, roll_back
 from common.training.shared_backend import SharedBackend
@@ -139,8 +137,7 @@ def _train(
     estimate = job.chosen.prediction
     job.run.update(predicted_peak_bytes=estimate.peak, predicted_parts=estimate.parts)
     reset_peak_rss()
-    if found:
-        found.require_fit(job.start)
+    _check_found(job, found, display)
     state = found.state if found else State.before_training(job.plan)
     options = job.options
     chosen = options.micro_batch_tokens is None and options.gradient_checkpointing is None and not recipe.dropout
@@ -153,13 +150,12 @@ def _train(
             backend.set_adapter(found.adapter)
             backend.set_optimizer(found.optimizer)
     del found  # as large as what is trained, three times
-    _show_header(job, info, display)
+    show_header(job, info, display)
     with stop_signals(display.stopping) as received, display.training(recipe.steps, state.step):
         try:
             with watching(job, backend, state, display, received, tracking) as observer, observer.rolling_back(state):
-                TrainingLoop(
-                    backend, recipe, job.plan, job.train, job.valid, job.run.path, state, observer, seconds, forecast
-                ).train()
+                rest = state, observer, seconds, forecast, options.finish
+                TrainingLoop(backend, recipe, job.plan, job.train, job.valid, job.run.path, *rest).train()
         except BaseException as error:
             with display.optional("run.json lacks the figures of this process"):
                 _record(job, state, backend, swap_used() - swap)
@@ -187,6 +183,14 @@ def _train(
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())
+
+
+def _check_found(job: Job, found: Checkpoint | None, display: Display) -> None:
+    """Raises UserError where what training is to continue from is not there, or does not fit."""
+    if job.options.finish:
+        say_finish(found, job.run, job.recipe, display)
+    if found:
+        found.require_fit(job.start)
 
 
 def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
@@ -219,48 +223,6 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
             seconds=seconds,
             context=context.after_training(),
         )
-    )
-
-
-def _show_header(job: Job, info: ModelInfo, display: Display) -> None:
-    recipe, plan = job.recipe, job.plan
-    hardware = job.hardware
-    epochs = recipe.steps / steps_per_epoch(len(job.train), recipe.batch_size)
-    display.panel(
-        "Twintune",
-        {
-            "model": f"{recipe.model} ({info.architecture}, {info.layers} layers)",
-            "backend": f"{plan.backend}: {hardware.backend.why}",
-            "device": f"{plan.device_name}: {hardware.device.why}"
-            + (f"; {plan.ranks} devices train together" if plan.ranks > 1 else ""),
-            "precision": f"{recipe.precision}: {hardware.precision.why}",
-            "data": f"{shown_path(recipe.data)}: {len(job.train)} train, {len(job.valid)} valid rows",
-            "recipe": f"{recipe.hash()[:12]}: {recipe.steps} steps of {recipe.batch_size} rows ({epochs:.2f} epochs), "
-            f"learning rate {recipe.learning_rate:g} {recipe.schedule}, {recipe.warmup_steps} warm-up steps"
-            + (f"; it continues {recipe.parent}" if recipe.parent else ""),
-            "method": f"{_method(recipe, job.start)}: "
-            f"{info.trainable:,} of {info.total:,} parameters are trained ({info.trainable / info.total:.2%})",
-            "plan": described(plan),
-            "memory": f"about {gigabytes(job.chosen.prediction.peak)} will be taken of {gigabytes(plan.memory_budget)} "
-            f"({job.chosen.why})"
-            + ("" if job.chosen.prediction.measured else "; on this device not yet measured")
-            + (f"; {job.memory.learned}" if job.memory.learned.observations else ""),
-            "run": str(job.run),
-        },
-    )
-
-
-def _method(recipe: Recipe, start: Adapter | None) -> str:
-    if start is None:
-        return "full fine-tuning"
-    ranks = sorted({weight.rank for weight in start.weights.values()})
-    alphas = sorted({weight.alpha for weight in start.weights.values()})
-    return (
-        f"{'DoRA' if recipe.method == 'dora' else 'LoRA'}, rank {', '.join(map(str, ranks))}, "
-        f"alpha {', '.join(f'{a:g}' for a in alphas)}{' / sqrt(rank)' if recipe.rslora else ''} on "
-        f"{len(start.weights)} layers"
-        + (f" of a {recipe.quantization} base" if recipe.quantization != "none" else "")
-        + (", continuing from a given adapter" if recipe.adapter_hash else "")
     )
 
 

@@ -78,7 +78,7 @@ class Watcher:
 
         At once for a run that was stopped or killed between an alarm and its rollback.
         """
-        if self.job.options.on_collapse == "rollback":
+        if self.job.options.on_collapse == "rollback" and not self.job.options.finish:
             known = self.job.run.record.alarms
             self.collapse = [Alarm(a.name, a.seen, a.cause, a.remedy, a.since, a.quote) for a in known]
             if self.collapse and self._can_be_helped():
@@ -100,7 +100,7 @@ class Watcher:
 
     def _collapsed(self, state: State) -> Collapsed:
         first, again = self.collapse[0], f"{PROGRAM} train --resume {self.job.run}"
-        ways = [f"Continue all the same: {again}"]
+        ways = [f"Export the best adapter as it is: {again} --finish", f"Continue all the same: {again}"]
         if self.job.options.on_collapse == "stop" and all(alarm.of_rate for alarm in self.collapse):
             ways.insert(0, f"Continue from the best adapter at half the rate: {again} --on-collapse rollback")
         what = f"Training was stopped after step {state.step}, and saved, because {first.seen}."

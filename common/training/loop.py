@@ -23,21 +23,13 @@ from common.training.metrics import Metrics, timed
 from common.training.observer import Observer
 from common.training.pending import Pending
 from common.training.planner import Work
+from common.training.schedule import learning_rate
 from common.training.short_memory import ShortMemory
 from common.training.validation import Validation, nothing_to_learn
 
 
 class Interrupted(Exception):
     """Training stopped at the user's wish, after a step that was finished and saved."""
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The learning rate of optimizer step `step`, from 1: linear warm-up, then the schedule, which never reaches 0."""
-    if step <= recipe.warmup_steps:
-        return recipe.learning_rate * step / recipe.warmup_steps
-    share = (step - 1 - recipe.warmup_steps) / (recipe.steps - recipe.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return recipe.learning_rate * factor[recipe.schedule]
 
 
 @dataclass
@@ -61,6 +53,7 @@ class TrainingLoop:
     observer: Observer
     seconds: dict[str, float] = field(default_factory=dict)
     forecast: Forecast = field(default_factory=Forecast)
+    finish: bool = False  # no step more: what has been trained is all
 
     def train(self) -> State:
         """The state after the recipe's last step.
@@ -72,6 +65,7 @@ class TrainingLoop:
         self._pending: Pending | None = None
         self._skipped, self._warm = False, False  # whether a step was; whether this process has finished one
         self._cut = 0  # tokens of a micro-batch when rows were last split
+        last = self.state.step if self.finish else self.recipe.steps
         self._saved_at, self._refused = time.monotonic(), False
         self._busy_cpu = BusyCpu(self.observer)
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)
@@ -80,14 +74,14 @@ class TrainingLoop:
             self.backend, self.recipe, self.plan, self.valid, self.run, self.state, self._memory
         )
         unvalidated = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
-        path = self.run / "metrics.jsonl"
-        with closing(Metrics(path, self.state.step, unvalidated, self.observer.warn)) as self._metrics:
+        metrics = Metrics(self.run / "metrics.jsonl", self.state.step, unvalidated, self.observer.warn)
+        with closing(metrics) as self._metrics:
             if unvalidated:
                 self._validate(saved=True)
             elif not self.state.step and self.valid:
                 self._validate_start()
             ready = self._split(self.state.step + 1)
-            for number in range(self.state.step + 1, self.recipe.steps + 1):
+            for number in range(self.state.step + 1, last + 1):
                 if self._validation.no_better():
                     self._stop_early()
                     break
@@ -109,7 +103,8 @@ class TrainingLoop:
         return self.state
 
     def _evaluates(self, step: int) -> bool:
-        return bool(self.valid) and (step == self.recipe.steps or step % self.recipe.eval_every == 0)
+        last = self.finish or step == self.recipe.steps
+        return bool(self.valid) and (last or step % self.recipe.eval_every == 0)
 
     def _saves(self, step: int) -> bool:
         limit = 60 * self.plan.save_minutes

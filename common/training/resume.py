@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from common.data.batching import steps_per_epoch
+from common.display import Display
 from common.errors import UserError
 from common.option_sources import options_over
 from common.options import RESUME_OPTIONS, Options
@@ -12,7 +13,7 @@ from common.run_record import Run
 from common.system.environment import environment_changes
 from common.training import checkpoint
 from common.training.checkpoint import Checkpoint
-from common.training.loop import learning_rate
+from common.training.schedule import learning_rate
 from common.training.setup import length
 
 
@@ -28,6 +29,8 @@ def resumed_options(options: Options, run: Run) -> Options:
 
     What was `auto` stays what it became, unless the run moves to another backend. Raises UserError where it cannot.
     """
+    if options.finish and (options.steps or options.epochs):
+        raise UserError("--finish and a length cannot be combined.", "Leave out --steps and --epochs, or --finish.")
     recipe, plan = run.resumable_recipe(), run.plan
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
@@ -156,6 +159,13 @@ def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]
         plans = [*plans, {"from_step": from_step} | plan.model_dump()]
     run.update(status="training", plans=plans, attest=None)  # an attest states the run as it was
     return found
+
+
+def say_finish(found: Checkpoint | None, run: Run, recipe: Recipe, display: Display) -> None:
+    """Say where --finish ends the run. Raises UserError where nothing has been trained yet."""
+    if found is None:
+        raise UserError(f"--finish: {run} has no checkpoint yet.", f"Continue it: python cli.py train --resume {run}")
+    display.say(f"--finish: training ends at step {found.state.step} of {recipe.steps}")
 
 
 def _without_budget(plan: Plan) -> Plan:

@@ -82,6 +82,7 @@ ELSEWHERE = {
     "eval_rows": "unit/test_train.py::test_validation_scores_the_rows_that_eval_rows_leaves",
     "export": "e2e/test_commands.py::test_fuse_exports_a_run_that_was_only_trained",
     "fuse_into": "parity/test_options.py::test_what_the_adapter_is_fused_into",
+    "finish": "unit/test_resume.py::test_a_run_is_finished_where_it_stands",
     "imatrix": "gguf/test_verify.py::test_each_type_with_a_matrix_split_and_verified",
     "imatrix_file": "unit/test_export.py::test_a_matrix_that_was_given_is_used_and_not_kept",
     "install": "unit/test_export.py::test_install_alone_makes_nothing_again",

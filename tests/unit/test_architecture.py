@@ -184,7 +184,9 @@ BACKENDS_MAY = {
     # model_folder: config and tensor names of what a backend loads, as everybody else reads them
     *(f"models.{name}" for name in ("families", "model_folder", "mlx_quantized", "shapes", "experts")),
 }
-SHARED_STEPS = {"arguments", "experts", "prepare", "new_run", "run_folder", "several", "tuned", "watch", "fuse", "plan"}
+SHARED_STEPS = {
+    *("arguments", "experts", "header", "prepare", "new_run", "run_folder", "several", "tuned", "watch", "fuse", "plan")
+}
 
 
 def parts_of_common(path: Path) -> set[tuple[str, ...]]:

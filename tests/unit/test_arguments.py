@@ -178,7 +178,14 @@ def test_a_published_command_line() -> None:
 
 def test_the_schema_knows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(printed(capsys, monkeypatch, "schema"))
-    assert found["properties"].keys() == by_flag().keys() - {"config", "llama_cpp", "resume", "with", "push_public"}
+    assert found["properties"].keys() == by_flag().keys() - {
+        "config",
+        "llama_cpp",
+        "resume",
+        "finish",
+        "with",
+        "push_public",
+    }
     assert found["properties"]["rank"]["minimum"] == 1
     assert found["properties"]["export"]["enum"] == ["none", "fused", "gguf", "lora-gguf", "mlx"]
     assert found["additionalProperties"] is False

@@ -13,7 +13,6 @@ from common.options import Options
 from common.training.auto_recipe import auto_recipe
 from common.training.setup import evaluation_interval
 
-
 WEIGHT = LoraWeight(np.zeros((8, 4), np.float32), np.zeros((4, 8), np.float32), 160.0)
 GIVEN = Adapter("", 1, 0.0, {"model.layers.0.q": WEIGHT})
 

@@ -93,6 +93,7 @@ def test_models_are_side_by_side_and_against_the_base(job: Any, capsys: pytest.C
     job(*models(), words=r"--metric exact --regex \d")
     found = scores(job)
     assert found["models"]["base"]["loss"]["value"] == pytest.approx(2.0)
+    assert found["models"]["base"]["perplexity"]["value"] == pytest.approx(7.389, abs=1e-3)
     assert found["models"]["Q4_K_M"]["exact"] == {"value": 1.0, "low": 1.0, "high": 1.0, "rows": 3}
     assert found["models"]["base"]["exact"]["value"] == pytest.approx(1 / 3)
     assert found["models"]["Q4_K_M"]["regex"]["value"] == 0.75
@@ -123,7 +124,7 @@ def test_what_is_kept_is_not_made_again(job: Any, tmp_path: Path) -> None:
     base.answers["e"] = tuned.answers["e"] = "5"
     job(base, tuned)
     assert base.asked[4:] == ["e"]
-    assert len(scores(job)["models"]["base"]) == 2
+    assert len(scores(job)["models"]["base"]) == 3
 
 
 def test_a_scorer_that_fails_keeps_the_answers(job: Any, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_the_loss_alone_asks_nothing(job: Any) -> None:
     base, tuned = models()
     job(base, tuned, words="")
     assert base.asked == []
-    assert scores(job)["models"]["Q4_K_M"].keys() == {"loss"}
+    assert scores(job)["models"]["Q4_K_M"].keys() == {"loss", "perplexity"}
 
 
 def test_long_rows_have_no_loss(job: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

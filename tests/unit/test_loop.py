@@ -21,8 +21,9 @@ from common.models.lora_init import initial_adapter
 from common.recipe import Parent, Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
-from common.training.loop import Interrupted, TrainingLoop, learning_rate
+from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import Metrics
+from common.training.schedule import learning_rate
 from common.training.validation import evaluate, worse_than_start
 from tests.full_disk import full_disk
 from tests.unit.bigram import LAYER, Bigram, plan, recipe, row, rows

@@ -297,3 +297,9 @@ def test_a_file_sends_nothing_elsewhere(line: str, tmp_path: Path) -> None:
     file.write_text(f"model: x/y\ndata: rows.jsonl\n{line}\n")
     with pytest.raises(UserError, match="not in a file"):
         load("--config", str(file))
+
+
+def test_a_folder_in_the_users_home_is_found_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("--model", "x/y", "--data", "a.jsonl", "--output", "~/runs/a").output == str(tmp_path / "runs/a")
+    assert load("--resume", "~/runs/a").resume == str(tmp_path / "runs/a")

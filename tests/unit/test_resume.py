@@ -16,11 +16,13 @@ from common.export.model_card import parts_of
 from common.export.upload import files_of
 from common.inference.chat_models import choose
 from common.models.adapter_files import read_peft
+from common.option_sources import load_options
 from common.options import Options
 from common.recipe import Parent, Recipe
 from common.run_fields import GgufRecord
 from common.run_record import Run
-from common.training.loop import Interrupted, learning_rate
+from common.training.loop import Interrupted
+from common.training.schedule import learning_rate
 from common.verify_record import VerifyRecord
 from tests.contexts import context
 from tests.tiny import write_rows
@@ -340,3 +342,53 @@ def test_only_the_checkpoint_of_the_parents_own_step_is_continued(given: dict[st
     shutil.copytree(earlier.checkpoints / "step-000003", cut.checkpoints / "step-000003")
     with pytest.raises(UserError, match="was made by another recipe"):
         run({"resume": str(cut.path)})
+
+
+# --- ended where it stands
+
+
+class StopsInFour(Bigram):
+    """Stops in step 4, after a validation of step 3 that is the best, by Ctrl-C."""
+
+    def train_step(self, *args: Any) -> Any:
+        found = super().train_step(*args)
+        if args[2] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+
+def test_a_run_is_finished_where_it_stands(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Interrupted):
+        run(given | {"eval_every": 3, "valid_share": 0.2}, StopsInFour())
+    stopped = Run(Path(given["output"]))
+    found = longer(stopped, finish=True)
+    assert f"--finish: training ends at step 4 of {found.recipe.steps}" in capsys.readouterr().out
+    record = found.record
+    assert (record.status, record.steps, record.exported_adapter) == ("complete", 4, "best")
+    assert [line["step"] for line in metrics(found) if "valid_loss" in line] == [0, 3, 4]
+    assert read_peft(found.adapter).weights
+    assert longer(found, steps=9).record.steps == 9
+
+
+def test_a_run_without_validation_is_finished_with_its_last_adapter(given: dict[str, Any]) -> None:
+    with pytest.raises(Interrupted):
+        run(given | {"valid_share": 0.0}, StopsInFour())
+    record = longer(Run(Path(given["output"])), finish=True).record
+    assert (record.status, record.steps, record.exported_adapter) == ("complete", 4, "last")
+
+
+def test_what_cannot_be_finished(given: dict[str, Any]) -> None:
+    class Fails(Bigram):
+        def train_step(self, *args: Any) -> Any:
+            raise UserError("The device failed.", "Look at it.")
+
+    with pytest.raises(UserError, match="The device failed"):
+        run(given, Fails())
+    with pytest.raises(UserError, match=r"--finish: .* has no checkpoint yet"):
+        longer(Run(Path(given["output"])), finish=True)
+    with pytest.raises(UserError, match="--finish and a length cannot be combined"):
+        longer(Run(Path(given["output"])), finish=True, steps=9)
+    for flags in ({"finish": True}, {"config": "a.yaml"}):
+        Path("a.yaml").write_text("finish: true\n")
+        with pytest.raises(UserError, match="--resume RUN|by --finish, not in a file"):
+            load_options(flags)

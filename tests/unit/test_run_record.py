@@ -155,7 +155,7 @@ def test_a_run_that_has_not_finished_is_not_compared(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         compare([one, other], Display("quiet"))
     assert caught.value.what == f"{other} has not finished training."
-    assert caught.value.fix == f"Finish it: python cli.py train --resume {other}"
+    assert caught.value.fix == f"Finish it, or add --finish to export what it has: python cli.py train --resume {other}"
 
 
 # --- the folder
