@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, count, sampling_of
 from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
@@ -229,7 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_system(parser, "system prompt")
     parser.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="most tokens of the conversation (default: 4096)"
+        "--context", type=count, default=4096, metavar="N", help="most tokens of the conversation (default: 4096)"
     )
     add_llama(parser)
     add_sampling(parser)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, count, sampling_of
 from common.context import Context
 from common.data.dataset import Example
 from common.data.load import SHOWN_FAULTS
@@ -43,8 +43,6 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
     prompts: they stand in `wanted.out` without an answer, and the same command asks them again.
     """
     display, rows, out, slots = context.display, wanted.rows, wanted.out, wanted.slots
-    if slots < 1:
-        raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
     part = out.with_name(f"{out.name}.part")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
@@ -172,10 +170,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to make")
     add_system(parser, "system prompt for rows without one")
     parser.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
+        "--context",
+        type=count,
+        default=4096,
+        metavar="N",
+        help="most tokens of a prompt and its answer (default: 4096)",
     )
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="answers that llama.cpp makes at once from a GGUF (default: 4)"
+        "--slots", type=count, metavar="N", help="answers that llama.cpp makes at once from a GGUF (default: 4)"
     )
     add_llama(parser)
     add_sampling(parser)

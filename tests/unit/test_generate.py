@@ -212,12 +212,6 @@ def test_a_full_disk_names_the_part(job: Any) -> None:
     assert [text[0] for text, _ in job.seen] == ["b", "c"]
 
 
-def test_faults_come_before_anything_is_loaded(job: Any) -> None:
-    with pytest.raises(UserError, match="--slots 0"):
-        job(slots=0)
-    assert job.seen == []
-
-
 @pytest.mark.parametrize(
     ("number", "line", "words"),
     [

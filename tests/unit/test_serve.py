@@ -148,7 +148,6 @@ Handler.do_GET = do_GET
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (Wanted(0), "--context and --slots must be 1 or more"),
         (Wanted(gpu_layers="some"), "--gpu-layers 'some' is not a number, auto or all"),
         (Wanted(mmproj=Path()), "has no vision tower"),
         (Wanted(mmproj=Path("none.gguf")), r"--mmproj none\.gguf is not a GGUF file"),
