@@ -44,6 +44,10 @@ class RankLost(AtOdds):
         return type(self), (self.reason,)
 
 
+class Ended(UserError):
+    """The program that runs a model has ended: nothing more can be asked of it."""
+
+
 class Refusal(UserError):
     """A model cannot take these messages; it may take others."""
 

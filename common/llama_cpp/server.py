@@ -18,7 +18,7 @@ from typing import Any
 
 from common.backend import Progress
 from common.data.chat_template import Message
-from common.errors import Refusal, UserError
+from common.errors import Ended, Refusal, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
@@ -222,7 +222,8 @@ class Server:
             except httpx2.HTTPError:
                 pass
             time.sleep(0.1)
-        raise self._dead("did not come up")
+        dead = self._dead("did not come up")
+        raise UserError(dead.what, dead.fix)  # not Ended: nothing was asked of it yet
 
     def _is_ours(self) -> bool:
         """Whether this object's server answers, and not another's that was quicker to take the port: it has the key."""
@@ -249,7 +250,8 @@ class Server:
             self._process.wait(1)
             self._reader.join(5)
         lines = "\n".join(list(self._output)[-15:])
-        return UserError(f"llama-server with {self.gguf} {what}. It ended with:\n{lines}", _REMEDY)
+        kind = UserError if self._process.poll() is None else Ended
+        return kind(f"llama-server with {self.gguf} {what}. It ended with:\n{lines}", _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:

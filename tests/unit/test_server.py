@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.errors import UserError
+from common.errors import Ended, UserError
 from common.llama_cpp import server as server_module
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.server import Server, ServerOptions, free_port
@@ -84,8 +84,9 @@ def test_faults_of_a_stream_are_told_in_the_servers_words(llama: LlamaCpp, tmp_p
         assert next(pieces) == ("港の", None)
         with pytest.raises(UserError, match=r"broke off its answer"):
             list(pieces)  # it ends without [DONE]
-        with pytest.raises(UserError, match=r"broke off its answer.*\n(.*\n)*sorry"):
+        with pytest.raises(UserError, match=r"broke off its answer.*\n(.*\n)*sorry") as caught:
             list(server.stream(ask("die"), Sampling()))
+        assert isinstance(caught.value, Ended)
 
 
 def test_closing_the_stream_stops_the_answer(llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
