@@ -12,11 +12,12 @@ from pathlib import Path
 from common.commands.arguments import add_llama, count
 from common.context import Context
 from common.display import Display
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.inference.chat_models import Target, choose, llama_of
 from common.llama_cpp.install import LlamaCpp, llama_environment
-from common.llama_cpp.server import Server, ServerOptions, free_port, new_key
+from common.llama_cpp.server import Server, ServerOptions, new_key
 from common.models.gguf_import import is_gguf
+from common.system.ports import address_of, free_port
 from common.system.process import capture
 
 # Nobody reads others' prompts, and no web page but this machine's own is given an answer.
@@ -78,7 +79,7 @@ def serve(target: Target, address: Address, wanted: Wanted, context: Context) ->
         log=wanted.log,
     )
     with Server(llama, target.path, options) as up:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
+        url = f"http://{address_of(host, up.port)}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
         head = "-H 'Content-Type: application/json'"
         if key:
@@ -90,7 +91,7 @@ def serve(target: Target, address: Address, wanted: Wanted, context: Context) ->
         else:
             display.say(
                 "no chat page: this build of llama.cpp has none (another may: --llama-cpp DIR); in the terminal: "
-                "python cli.py chat"
+                f"{PROGRAM} chat {target.run or target.path}"
             )
         try:
             up.wait()

@@ -1,9 +1,7 @@
 """llama.cpp's own server, started and stopped, and a client for it."""
 
 import json
-import os
 import secrets
-import socket
 import subprocess
 import threading
 import time
@@ -23,6 +21,7 @@ from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
+from common.system.ports import free_port
 from common.system.process import running
 
 LOOPBACK = "127.0.0.1"
@@ -272,19 +271,6 @@ def _pieces(event: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
             yield text, None
         if choice.get("finish_reason"):
             yield "", choice["finish_reason"]
-
-
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises UserError where it is taken, or `host` is not an address of this machine."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as test:
-            if os.name != "nt":  # a port that was just closed is free; on Windows this would share a taken port
-                test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind((host, port))
-            return int(test.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port} on {host} cannot be used: {error}.", "Give another --port.") from None
 
 
 def _refusal(path: str, answer: bytes) -> Refusal:
