@@ -159,7 +159,15 @@ def _report(error: BaseException) -> int:
     return 1
 
 
+def _reopen() -> None:
+    """Give a standard stream that was closed (`>&-`) a file of nothing: Python has None there."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # until the end
+
+
 def main() -> None:
+    _reopen()
     _handle_signals()
     _show_all()
     try:

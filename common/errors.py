@@ -49,6 +49,14 @@ class RankLost(AtOdds):
         return type(self), (self.reason,)
 
 
+class Ended(UserError):
+    """The program that runs a model has ended: nothing more can be asked of it."""
+
+
+class Starved(Ended, Unable):
+    """It has ended for want of memory."""
+
+
 class Refusal(UserError):
     """A model cannot take these messages; it may take others."""
 

@@ -204,6 +204,13 @@ def read_options(args: argparse.Namespace, context: Context) -> tuple[Options, C
     return options, context
 
 
+def count(text: str) -> int:
+    """The type of an option that takes a number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
 def add_llama(parser: argparse.ArgumentParser) -> None:
     """--llama-cpp, for commands that take none of the other options."""
     parser.add_argument(

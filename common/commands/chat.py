@@ -6,19 +6,19 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, count, sampling_of
 from common.context import Context
 from common.data.chat_template import Message
 from common.data.load import read_rows
 from common.display import Display
-from common.errors import PROGRAM, Refusal, UserError
+from common.errors import PROGRAM, Ended, Refusal, UserError
 from common.files import atomic_write
-from common.inference.chat_models import ChatModels, Target, choose, opened
+from common.inference.chat_models import ChatModels, choose, opened
 from common.inference.prompts import system_text
 from common.paths import user_path
 from common.sampling import Sampling
@@ -28,7 +28,7 @@ HELP = """/system TEXT or @FILE   another system prompt (/system none: without)
 /compare [TEXT]         the base's answer beside the tuned one's, to TEXT or the last question
 /save FILE.jsonl        add this session to FILE as a training row; answers that were cut off carry no loss
 /load FILE.jsonl [N]    continue with row N of FILE, or its last
-/reset                  remove the turns, keep the system prompt
+/reset                  remove the turns and their tools, keep the system prompt
 /quit, or Ctrl-D        end
 Enter sends, Alt-Enter (or Esc, Enter) starts a new line, Ctrl-C stops an answer"""
 
@@ -42,6 +42,7 @@ class ChatSession:
     display: Display
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
+    tools: tuple[dict[str, Any], ...] = ()  # of the row that was loaded
 
     def messages(self) -> list[Message]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
@@ -76,7 +77,7 @@ class ChatSession:
         asked = {"role": "user", "content": question}
         text, finish = "", None
         try:
-            with closing(self.models.tuned.answer([*self.messages(), asked], self.sampling, ())) as pieces:
+            with closing(self.models.tuned.answer([*self.messages(), asked], self.sampling, self.tools)) as pieces:
                 for piece, end in pieces:
                     text, finish = text + piece, end
                     self.display.stream(piece)
@@ -99,14 +100,14 @@ class ChatSession:
         self.display.say(f"system: {self.system}" if self.system else "no system prompt")
 
     def reset(self, rest: str) -> None:
-        self.turns = []
+        self.turns, self.tools = [], ()
         self.display.say("the turns are removed")
 
     def row(self) -> dict[str, Any]:
         """The session as a training row. Raises UserError where no answer is complete."""
         if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in self.turns):
             raise UserError("There is no complete answer yet to train on.", "Ask something first.")
-        return {"messages": self.messages()}
+        return {"messages": self.messages()} | ({"tools": list(self.tools)} if self.tools else {})
 
     def save(self, rest: str) -> None:
         path = user_path(rest, "/save")
@@ -131,7 +132,7 @@ class ChatSession:
             raise UserError(f"/load {rest}: that row is plain text.", "Choose a row with turns.")
         turns = [dict(message) for message in row.messages]
         self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
-        self.turns = turns
+        self.turns, self.tools = turns, row.tools
         for turn in self.messages():
             self.display.say(f"{turn['role']}: {turn['content']}")
 
@@ -147,7 +148,7 @@ class ChatSession:
         with self.display.side_by_side([model.name for model in models]) as update:
             try:
                 for number, model in enumerate(models):
-                    with closing(model.answer(messages, self.sampling, ())) as pieces:
+                    with closing(model.answer(messages, self.sampling, self.tools)) as pieces:
                         for piece, end in pieces:
                             texts[number], finish = texts[number] + piece, end
                             update(texts)
@@ -165,47 +166,65 @@ def add_row(path: Path, row: dict[str, Any]) -> None:
         temporary.write_text(before + ("\n" if before and not before.endswith("\n") else "") + line, encoding="utf-8")
 
 
-def chat(target: Target, system: str | None, length: int, sampling: Sampling, context: Context) -> None:
-    """A chat session until Ctrl-D. length: tokens of prompt and answer together."""
-    with _ended_by_signal(), opened(target, context, length) as models:
-        session = ChatSession(models, sampling, context.display, system)
-        context.display.say(f"{models.tuned.name}; /help lists the commands, Ctrl-D ends")
-        converse(session, _reader())
-
-
 def converse(session: ChatSession, read: Callable[[], str]) -> None:
-    """Handle line after line until the session ends; an error is shown as a warning."""
+    """Handle line after line until the session ends; an error is shown as a warning.
+
+    Raises UserError where nothing more can be read, or asked.
+    """
     while True:
         try:
-            if not session.handle(read()):
-                return
+            line = read()
+            try:
+                if not session.handle(line):
+                    return
+            except Ended:
+                raise
+            except UserError as error:
+                again = " Or start again: /reset" if isinstance(error, Refusal) else ""
+                session.display.warn(f"{error.what}\n  {error.fix}{again}")
         except EOFError:
             return
         except KeyboardInterrupt:
             session.display.say("(Ctrl-D or /quit ends the session)")
-        except UserError as error:
-            again = " Or start again: /reset" if isinstance(error, Refusal) else ""
-            session.display.warn(f"{error.what}\n  {error.fix}{again}")
         except OSError as error:
             session.display.warn(f"{error.strerror or error}: {error.filename or ''}")
 
 
-def _reader() -> Callable[[], str]:
+def _reader(history: bool) -> Callable[[], str]:
     """Lines with editing and a history on a terminal, plain ones elsewhere."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return input
+        return _plain_line
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
     from prompt_toolkit.key_binding import KeyBindings
 
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    history = cache_folder() / "chat-history"
-    history.parent.mkdir(parents=True, exist_ok=True)
-    history.touch(mode=0o600)
-    session: Any = PromptSession(history=FileHistory(str(history)), multiline=True, key_bindings=keys)
+    session: Any = PromptSession(history=history_of(history), multiline=True, key_bindings=keys)
     return lambda: session.prompt("> ", prompt_continuation="  ")
+
+
+def _plain_line() -> str:
+    try:
+        return input()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"Standard input is not UTF-8 text: {error.reason}.", "Convert it, as by iconv -t UTF-8."
+        ) from None
+
+
+def history_of(kept: bool) -> Any:
+    """A history of prompt_toolkit: in the cache folder, or of this session alone where none is wanted, or can be."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    path = cache_folder() / "chat-history"
+    with suppress(OSError):
+        if kept:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            with path.open("a+b"):  # whether it can be read and written
+                return FileHistory(str(path))
+    return InMemoryHistory()
 
 
 @contextmanager
@@ -229,7 +248,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_target(parser)
     add_system(parser, "system prompt")
     parser.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="most tokens of the conversation (default: 4096)"
+        "--context", type=count, default=4096, metavar="N", help="most tokens of the conversation (default: 4096)"
+    )
+    parser.add_argument(
+        "--no-history", "--no_history", action="store_true", help="neither read nor write earlier sessions' questions"
     )
     add_llama(parser)
     add_sampling(parser)
@@ -239,4 +261,7 @@ def run(args: argparse.Namespace, context: Context) -> None:
     sampling = sampling_of(args)
     target, system = choose(args.run, args.kind, args.quant), system_text(args.system, args.system_file)
     check_llama(target.kind == "gguf", context)
-    chat(target, system, args.context, sampling, context)
+    with _ended_by_signal(), opened(target, context, args.context) as models:
+        session = ChatSession(models, sampling, context.display, system)
+        context.display.say(f"{models.tuned.name}; /help lists the commands, Ctrl-D ends")
+        converse(session, _reader(not args.no_history))

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.commands.arguments import add_llama
+from common.commands.arguments import add_llama, count
 from common.context import Context
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.load import check_fields
@@ -218,7 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PART=COLUMN",
         help="names that the rows use for the parts of a row, as for train; a run knows its own",
     )
-    parser.add_argument("--limit", type=_count, metavar="N", help="judge the first N rows only")
+    parser.add_argument("--limit", type=count, metavar="N", help="judge the first N rows only")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the results (default: RUN/eval/NAME of the data)"
     )
@@ -232,25 +232,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--scorer", type=Path, metavar="FILE.py", help="mean of its score(row, answer); the file is run")
     group.add_argument(
-        "--max-tokens", type=_count, default=512, metavar="N", help="most tokens of an answer (default: 512)"
+        "--max-tokens", type=count, default=512, metavar="N", help="most tokens of an answer (default: 512)"
     )
     group.add_argument(
-        "--slots", type=_count, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
+        "--slots", type=count, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
     )
     tasks = parser.add_argument_group("Tasks of lm-evaluation-harness, where that is installed")
     tasks.add_argument("--suite", nargs="+", metavar="NAME", help="tasks for base and fused folder, or those of --with")
     tasks.add_argument("--suite-tasks", type=Path, metavar="DIR", help="folder of your own task files; may hold code")
     more = parser.add_argument_group("More")
-    more.add_argument("--context", type=_count, default=4096, metavar="N", help="most tokens of a row (default: 4096)")
+    more.add_argument("--context", type=count, default=4096, metavar="N", help="most tokens of a row (default: 4096)")
     more.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the intervals (default: 0)")
     more.add_argument("--chat-template", metavar="NAME", help="for a model without one: a built-in template, or a file")
     add_llama(parser)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def _seed(text: str) -> int:

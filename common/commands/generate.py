@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, sampling_of
+from common.commands.arguments import add_llama, add_sampling, add_system, add_target, check_llama, count, sampling_of
 from common.context import Context
 from common.data.dataset import Example
 from common.data.load import SHOWN_FAULTS
@@ -43,8 +43,6 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
     prompts: they stand in `wanted.out` without an answer, and the same command asks them again.
     """
     display, rows, out, slots = context.display, wanted.rows, wanted.out, wanted.slots
-    if slots < 1:
-        raise UserError(f"--slots {slots}: must be 1 or more.", "Leave it out.")
     part = out.with_name(f"{out.name}.part")
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise UserError(f"--out {out}: rows are written as JSONL.", "Give a name that ends in .jsonl")
@@ -52,7 +50,9 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
         raise UserError(f"--out {out}: its folder does not exist, or cannot be written to.", "Make the folder first.")
     asked = _asked_for(target, rows, sampling)
     with _held(part, out) as file:
-        done = _begun(file, part, asked)
+        done = _earlier(file, part, asked)
+        if out.exists() and not done:
+            raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
         left = [number for number in range(len(rows)) if done.get(number, _REFUSED)["finish"] == "error"]
         finished = len(rows) - len(left)
         if finished:
@@ -67,6 +67,8 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
                     nonlocal finished
                     done[number] = row
                     with errors_naming(part):
+                        if not os.fstat(file.fileno()).st_size:
+                            file.write(json.dumps(asked).encode() + b"\n")
                         file.write(json.dumps({"number": number, "row": row}, ensure_ascii=False).encode() + b"\n")
                         file.flush()
                     finished += 1
@@ -78,9 +80,9 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
 
 @contextmanager
 def _held(part: Path, out: Path) -> Iterator[BinaryIO]:
-    """The .part file, locked; it is made where there is none.
+    """The .part file, locked; it is made where there is none, and removed where no answer came.
 
-    Raises UserError where another process has it, or `out` is finished.
+    Raises UserError where another process has it.
     """
     file = part.open("a+b")
     try:
@@ -88,10 +90,11 @@ def _held(part: Path, out: Path) -> Iterator[BinaryIO]:
             # no name is left: the other process has finished since it was opened here
             if not try_lock(file.fileno()) or not os.fstat(file.fileno()).st_nlink:
                 raise UserError(f"Another process is answering into {out}.", "Wait for it, or give another --out.")
-        if out.exists() and not os.fstat(file.fileno()).st_size:  # just made
-            part.unlink()
-            raise UserError(f"--out {out} exists already.", "Give another name, or remove it.")
-        yield file
+        try:
+            yield file
+        finally:
+            if not os.fstat(file.fileno()).st_size:
+                part.unlink()
     finally:
         with errors_naming(part):
             file.close()
@@ -120,43 +123,45 @@ def _finish(out: Path, part: Path, rows: list[Example], answers: list[dict[str, 
     )
 
 
-def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> str:
-    """A hash of everything that the answers depend on; a .part with another hash cannot be continued.
+def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> dict[str, str]:
+    """The first line of a .part: a hash of all that the answers depend on. With another it cannot be continued.
 
     --context is not among it: with a larger one refused prompts are asked again, and answers are kept.
     """
-    file = target.path if target.kind == "gguf" else Run(target.path).record_file
-    model = [target.kind, str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns]
+    model: list[Any] = [target.kind, str(target.path.resolve())]
+    if target.kind == "gguf":
+        model += [target.path.stat().st_size, target.path.stat().st_mtime_ns]
+    else:  # not run.json as a file: verify, push and attest write into it
+        record = Run(target.path).record
+        model += [record.recipe_hash, record.exported_step]
+        model += [record.export.fused, record.export.fuse_into] if target.kind == "fused" else []
     asked = [model, asdict(sampling), [[row.messages, row.tools] for row in rows]]
-    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()
+    return {"asked": hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()}
 
 
-def _begun(file: BinaryIO, part: Path, asked: str) -> dict[int, dict[str, Any]]:
-    """The answers that an earlier process has written, by row; -1 holds what was asked. The file is begun, or repaired.
+def _earlier(file: BinaryIO, part: Path, asked: dict[str, str]) -> dict[int, dict[str, Any]]:
+    """The answers that an earlier process has written, by row. The file is repaired; without answers it is emptied.
 
     Raises UserError where it was asked for something else, or a line is damaged.
     """
     file.seek(0)
     *lines, torn = file.read().split(b"\n")
-    head, remedy, found = {"asked": asked}, "Remove it, or give another --out.", {}
+    remedy, found = "Remove it, or give another --out.", dict[int, dict[str, Any]]()
     for number, line in enumerate(lines, 1):
         try:
             content = parse_json(line, allow_nan=True)
         except ValueError as error:
             raise UserError(f"{part} line {number} is {error}", remedy) from None
         if number == 1:
-            if content != head:
+            if content != asked and (len(lines) > 1 or content.keys() != asked.keys()):
                 raise UserError(f"{part} holds answers to other prompts, or other settings.", remedy)
         elif isinstance(content.get("number"), int) and "finish" in (content.get("row") or ()):
             found[content["number"]] = content["row"]
         else:
             raise UserError(f"{part} line {number} holds no answer.", remedy)
     with errors_naming(part):
-        file.truncate(file.tell() - len(torn))
-        if not lines:
-            file.write(json.dumps(head).encode() + b"\n")
-            file.flush()
-    return {-1: head, **found}
+        file.truncate(file.tell() - len(torn) if found else 0)
+    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,10 +177,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSONL file to make")
     add_system(parser, "system prompt for rows without one")
     parser.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
+        "--context",
+        type=count,
+        default=4096,
+        metavar="N",
+        help="most tokens of a prompt and its answer (default: 4096)",
     )
     parser.add_argument(
-        "--slots", type=int, metavar="N", help="answers that llama.cpp makes at once from a GGUF (default: 4)"
+        "--slots", type=count, metavar="N", help="answers that llama.cpp makes at once from a GGUF (default: 4)"
     )
     add_llama(parser)
     add_sampling(parser)

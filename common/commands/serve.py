@@ -9,14 +9,15 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.commands.arguments import add_llama
+from common.commands.arguments import add_llama, count
 from common.context import Context
 from common.display import Display
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.inference.chat_models import Target, choose, llama_of
 from common.llama_cpp.install import LlamaCpp, llama_environment
-from common.llama_cpp.server import Server, ServerOptions, free_port, new_key
+from common.llama_cpp.server import Server, ServerOptions, new_key
 from common.models.gguf_import import is_gguf
+from common.system.ports import address_of, free_port
 from common.system.process import capture
 
 # Nobody reads others' prompts, and no web page but this machine's own is given an answer.
@@ -78,7 +79,7 @@ def serve(target: Target, address: Address, wanted: Wanted, context: Context) ->
         log=wanted.log,
     )
     with Server(llama, target.path, options) as up:
-        url = f"http://{f'[{host}]' if ':' in host else host}:{up.port}"
+        url = f"http://{address_of(host, up.port)}"
         body = json.dumps({"messages": [{"role": "user", "content": "Hello"}]})
         head = "-H 'Content-Type: application/json'"
         if key:
@@ -90,7 +91,7 @@ def serve(target: Target, address: Address, wanted: Wanted, context: Context) ->
         else:
             display.say(
                 "no chat page: this build of llama.cpp has none (another may: --llama-cpp DIR); in the terminal: "
-                "python cli.py chat"
+                f"{PROGRAM} chat {target.run or target.path}"
             )
         try:
             up.wait()
@@ -100,8 +101,6 @@ def serve(target: Target, address: Address, wanted: Wanted, context: Context) ->
 
 def _checked(target: Target, wanted: Wanted) -> Path | None:
     """The vision tower to serve. Raises UserError for what would fail later."""
-    if wanted.length < 1 or wanted.slots < 1:
-        raise UserError("--context and --slots must be 1 or more.", "Leave them out.")
     if wanted.gpu_layers and not re.fullmatch(r"auto|all|\d{1,4}", wanted.gpu_layers, re.ASCII):
         raise UserError(f"--gpu-layers {wanted.gpu_layers!r} is not a number, auto or all.", "Give one of these.")
     mmproj = wanted.mmproj
@@ -173,9 +172,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="address to listen on; for any but this machine's own give a key or --no-auth (default: 127.0.0.1)",
     )
     parser.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="most tokens of a prompt and its answer (default: 4096)"
+        "--context",
+        type=count,
+        default=4096,
+        metavar="N",
+        help="most tokens of a prompt and its answer (default: 4096)",
     )
-    parser.add_argument("--slots", type=int, default=1, metavar="N", help="requests answered at once (default: 1)")
+    parser.add_argument("--slots", type=count, default=1, metavar="N", help="requests answered at once (default: 1)")
     parser.add_argument(
         "--mmproj",
         type=Path,

@@ -8,6 +8,7 @@ from common.commands.several import base_folder
 from common.context import Context
 from common.errors import UserError
 from common.system.hardware import choose_backend
+from common.system.ports import address_of, free_port
 from common.training.transport import secret, serve
 from common.training.worker import Worker
 
@@ -33,12 +34,15 @@ def run(args: argparse.Namespace, context: Context) -> None:
     shared, display = secret(), context.display
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port {args.port}: must be between 0 and 65535.", "Give another.")
+    free_port(args.host, args.port)  # the error of gRPC lacks the reason
     name = choose_backend(args.backend, context.backends).value
     package = cast(RankPackage, context.backends(name))
     device = package.choose_device(args.device)
     worker = Worker(package, name, device.value, lambda recipe: base_folder(args.model, recipe, name), display.say)
-    server, port = serve(worker.answer, f"{args.host}:{args.port}", shared)
-    display.say(f"a worker on {name} ({device.value}: {device.why}) listens on {args.host}:{port}; Ctrl-C ends it")
+    server, port = serve(worker.answer, address_of(args.host, args.port), shared)
+    display.say(
+        f"a worker on {name} ({device.value}: {device.why}) listens on {address_of(args.host, port)}; Ctrl-C ends it"
+    )
     if args.host not in _LOCAL:
         display.warn("rows and the secret are sent unencrypted: use a network that you trust, or a tunnel")
     try:

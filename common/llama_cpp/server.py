@@ -1,9 +1,7 @@
 """llama.cpp's own server, started and stopped, and a client for it."""
 
 import json
-import os
 import secrets
-import socket
 import subprocess
 import threading
 import time
@@ -18,11 +16,12 @@ from typing import Any
 
 from common.backend import Progress
 from common.data.chat_template import Message
-from common.errors import Refusal, Unable, UserError
+from common.errors import Ended, Refusal, Starved, Unable, UserError
 from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
+from common.system.ports import free_port
 from common.system.process import running, short_of_memory
 
 LOOPBACK = "127.0.0.1"
@@ -222,7 +221,8 @@ class Server:
             except httpx2.HTTPError:
                 pass
             time.sleep(0.1)
-        raise self._dead("did not come up")
+        dead = self._dead("did not come up")
+        raise (Unable if isinstance(dead, Unable) else UserError)(dead.what, dead.fix)  # nothing was asked of it yet
 
     def _is_ours(self) -> bool:
         """Whether this object's server answers, and not another's that was quicker to take the port: it has the key."""
@@ -249,8 +249,10 @@ class Server:
             self._process.wait(1)
             self._reader.join(5)
         lines, ended = list(self._output)[-15:], self._process.poll()
-        kind = Unable if ended is None or short_of_memory(ended, lines) else UserError
-        return kind(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _REMEDY)
+        kind = Unable if ended is None else Starved if short_of_memory(ended, lines) else Ended
+        return kind(f"llama-server with {self.gguf} {what}. It ended with:
+" + "
+".join(lines), _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:
@@ -271,19 +273,6 @@ def _pieces(event: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
             yield text, None
         if choice.get("finish_reason"):
             yield "", choice["finish_reason"]
-
-
-def free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. Raises UserError where it is taken, or `host` is not an address of this machine."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family) as test:
-            if os.name != "nt":  # a port that was just closed is free; on Windows this would share a taken port
-                test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            test.bind((host, port))
-            return int(test.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port} on {host} cannot be used: {error}.", "Give another --port.") from None
 
 
 def _refusal(path: str, answer: bytes) -> Refusal:

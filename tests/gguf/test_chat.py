@@ -17,8 +17,9 @@ from common.errors import UserError
 from common.llama_cpp.build import ensure
 from common.llama_cpp.convert import convert, quantize
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server, ServerOptions, free_port
+from common.llama_cpp.server import Server, ServerOptions
 from common.sampling import Sampling
+from common.system.ports import free_port
 from tests import ROOT
 from tests.gguf.test_gguf import TEMPLATE, model  # noqa: F401  # the fixture
 from tests.progress import silent

@@ -56,6 +56,14 @@ def test_a_model_may_stand_anywhere_among_plans_options() -> None:
         assert (args.named, args.flags["rank"], extra) == ("x/y", "2", [])
 
 
+@pytest.mark.parametrize("command", ["chat RUN", "generate RUN --prompts p --out o", "serve RUN", "eval RUN"])
+@pytest.mark.parametrize("given", ["0", "-5", "x"])
+def test_a_context_is_a_number_from_1_on(command: str, given: str) -> None:
+    words = [*command.split(), "--context", given]
+    with pytest.raises(UserError, match=f"--context: '{given}' is not a number from 1 on"):
+        cli.build_parser(words[0]).parse_args(words)
+
+
 def test_help_comes_under_headings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, monkeypatch, "train", "--help")
     places = [text.index(f"\n{heading}:") for heading in HEADINGS]

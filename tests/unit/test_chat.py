@@ -1,15 +1,18 @@
 """A chat session: its commands, what it keeps, and Ctrl-C."""
 
+import io
 import json
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
-from common.commands.chat import ChatSession, converse
+from common.commands import chat as module
+from common.commands.chat import ChatSession, converse, history_of
 from common.data.load import read_rows
 from common.display import Display
-from common.errors import Refusal, UserError
+from common.errors import Ended, Refusal, UserError
 from common.inference.backend_chat import ChatModel
 from common.inference.chat_models import ChatModels
 from common.inference.prompts import system_text
@@ -21,11 +24,13 @@ class Echo:
 
     def __init__(self, name: str, finish: str = "stop") -> None:
         self.asked: list[list[dict]] = []
+        self.tools: list[tuple] = []
         self.finish, self.interrupted_at, self.closed = finish, -1, 0
         self.model = ChatModel(name, self.answer)
 
     def answer(self, messages, sampling, tools):
         self.asked.append([dict(message) for message in messages])
+        self.tools.append(tuple(tools))
         try:
             for number, word in enumerate(f"{self.model.name} heard {messages[-1]['content']}".split(" ")):
                 if number == self.interrupted_at:
@@ -113,6 +118,25 @@ def test_a_saved_session_is_a_training_row_and_loads_again(session: ChatSession,
         with pytest.raises(UserError, match=why):
             session.handle(line)
     assert session.messages() == [turn("user", "p"), turn("assistant", "c")]
+
+
+def test_a_loaded_row_keeps_its_tools(session: ChatSession, tuned: Echo, base: Echo, tmp_path: Path) -> None:
+    path, tool = tmp_path / "a.jsonl", {"type": "function", "function": {"name": "tide", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "tide", "arguments": {}}}
+    turns = [turn("user", "Tide?"), turn("assistant", "", tool_calls=[call]), turn("tool", "high")]
+    row = {"messages": [*turns, turn("assistant", "High.")], "tools": [tool]}
+    path.write_text(json.dumps(row) + "\n")
+    session.handle(f"/load {path}")
+    session.handle("And now?")
+    session.handle("/compare")
+    assert tuned.tools == [(tool,), (tool,)]
+    assert base.tools == [(tool,)]
+    session.handle(f"/save {path}")
+    assert read_rows(path)[1].tools == (tool,)
+    session.handle("/reset")
+    session.handle("Hello")
+    assert tuned.tools[-1] == ()
+    assert "tools" not in session.row()
 
 
 def test_what_cannot_be_saved_is_reported(session: ChatSession, tmp_path: Path) -> None:
@@ -206,6 +230,38 @@ def test_an_error_is_shown_and_nothing_is_kept(
     converse(session, lambda: next(lines, "/quit"))
     assert session.turns == []
     assert "warning: llama-server refused: too long\n  Start again." in capsys.readouterr().out
+
+
+def test_a_server_that_has_died_ends_the_session(session: ChatSession) -> None:
+    def dead(messages, sampling, tools):
+        raise Ended("llama-server with m.gguf broke off its answer.", "Look.")
+        yield
+
+    session.models = ChatModels(ChatModel("dead", dead), session.models.base)
+    lines = iter(["one", "two"])
+    with pytest.raises(Ended, match="broke off its answer"):
+        converse(session, lambda: next(lines))
+    assert list(lines) == ["two"]
+
+
+def test_piped_lines_must_be_utf_8(session: ChatSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="Standard input is not UTF-8 text: invalid continuation byte"):
+        converse(session, module._reader(True))
+
+
+def test_the_history_is_kept_where_it_can_be_and_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cache_folder", lambda: tmp_path / "cache")
+    history_of(False).append_string("secret")
+    assert list(tmp_path.iterdir()) == []
+    history_of(True).append_string("hello")
+    kept = tmp_path / "cache" / "chat-history"
+    assert "hello" in kept.read_text()
+    assert kept.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setattr(module, "cache_folder", lambda: kept)  # no folder: nothing can be written there
+    history = history_of(True)
+    history.append_string("again")
+    assert history.get_strings() == ["again"]
 
 
 def test_an_answer_cannot_steer_the_terminal(session: ChatSession, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,14 @@ def test_help_answers(tmp_path: Path) -> None:
     assert "check-data" in done.stdout
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_standard_stream_may_be_closed(tmp_path: Path, closed: str) -> None:
+    words = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, str(ROOT / "cli.py"), "schema"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) == (closed != ">&-")
+
+
 def test_missing_data(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "--data", "nosuch.jsonl", "--model", "x/y", *HERE)
     assert done.returncode == 1

@@ -15,8 +15,9 @@ from common.data.load import read_rows
 from common.errors import Refusal, UserError
 from common.inference import answers as inference
 from common.inference.backend_chat import ChatModel
-from common.inference.chat_models import ChatModels, choose
+from common.inference.chat_models import ChatModels, Target, choose
 from common.inference.prompts import read_prompts
+from common.run_record import Run
 from common.sampling import Sampling
 from tests.contexts import context
 
@@ -137,6 +138,38 @@ def test_a_stopped_job_goes_on(job: Any) -> None:
     assert not part.exists()
 
 
+def test_a_job_without_an_answer_leaves_nothing_and_binds_nobody(job: Any) -> None:
+    part = job.folder / "out.jsonl.part"
+    with pytest.raises(UserError, match="the server died"):
+        job(fail_at="a")
+    assert not part.exists()
+    part.write_text('{"asked": "by a process that was killed at its start"}\n')
+    (job.folder / "out.jsonl").write_text("mine")
+    with pytest.raises(UserError, match="exists already"):
+        job()
+    (job.folder / "out.jsonl").unlink()
+    part.write_text('{"asked": "by a process that was killed at its start"}\n')
+    job()
+    assert len(read_rows(job.folder / "out.jsonl")) == 3
+
+
+@pytest.mark.parametrize("kind", ["adapter", "fused", "base"])
+def test_a_runs_answers_outlive_what_is_put_on_record(kind: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.update(status="complete", recipe_hash="r", model_hash="m", options={}, stop_ids=[], exported_step=5)
+
+    def key() -> dict[str, str]:
+        return answers._asked_for(Target(kind, run.path, run, ""), [], Sampling())
+
+    before = key()
+    run.update(pushed={"repo": "me/pip"}, stage_seconds={"verify": 1.0})
+    assert key() == before
+    run.update_export(fuse_into="dequantized")
+    assert (key() == before) == (kind != "fused")
+    run.update(exported_step=7)
+    assert key() != before
+
+
 @pytest.mark.parametrize("slots", [1, 3])
 def test_a_refused_prompt_stops_no_job_and_a_larger_context_asks_it_alone(job: Any, slots: int) -> None:
     with pytest.raises(UserError) as caught:
@@ -210,12 +243,6 @@ def test_a_full_disk_names_the_part(job: Any) -> None:
     job.seen.clear()
     job()
     assert [text[0] for text, _ in job.seen] == ["b", "c"]
-
-
-def test_faults_come_before_anything_is_loaded(job: Any) -> None:
-    with pytest.raises(UserError, match="--slots 0"):
-        job(slots=0)
-    assert job.seen == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from common.commands import serve as module
 from common.commands.serve import Address, Wanted, is_loopback, key_of, serve
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.inference.chat_models import choose
 from common.llama_cpp import server_log
 from tests.contexts import context
@@ -129,6 +129,7 @@ def test_what_was_asked_for_reaches_the_server(served: Any, tmp_path: Path) -> N
     assert "--gpu-layers all" in flags
     assert "--no-webui" not in flags
     assert "no chat page: this build of llama.cpp has none" in said
+    assert f"in the terminal: {PROGRAM} chat {tmp_path / 'm.gguf'}" in said
 
 
 def test_a_build_with_a_page_is_named_by_its_address(
@@ -148,7 +149,6 @@ Handler.do_GET = do_GET
 @pytest.mark.parametrize(
     ("wanted", "words"),
     [
-        (Wanted(0), "--context and --slots must be 1 or more"),
         (Wanted(gpu_layers="some"), "--gpu-layers 'some' is not a number, auto or all"),
         (Wanted(mmproj=Path()), "has no vision tower"),
         (Wanted(mmproj=Path("none.gguf")), r"--mmproj none\.gguf is not a GGUF file"),

@@ -12,11 +12,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.errors import UserError
+from common.errors import Ended, UserError
 from common.llama_cpp import server as server_module
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server, ServerOptions, free_port
+from common.llama_cpp.server import Server, ServerOptions
 from common.sampling import Sampling
+from common.system.ports import address_of, free_port
 from tests import ROOT
 from tests.llama_server import llama_server
 
@@ -84,8 +85,9 @@ def test_faults_of_a_stream_are_told_in_the_servers_words(llama: LlamaCpp, tmp_p
         assert next(pieces) == ("港の", None)
         with pytest.raises(UserError, match=r"broke off its answer"):
             list(pieces)  # it ends without [DONE]
-        with pytest.raises(UserError, match=r"broke off its answer.*\n(.*\n)*sorry"):
+        with pytest.raises(UserError, match=r"broke off its answer.*\n(.*\n)*sorry") as caught:
             list(server.stream(ask("die"), Sampling()))
+        assert isinstance(caught.value, Ended)
 
 
 def test_closing_the_stream_stops_the_answer(llama: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +102,13 @@ def test_closing_the_stream_stops_the_answer(llama: LlamaCpp, tmp_path: Path, mo
         assert (tmp_path / "note").exists()
 
 
+@pytest.mark.parametrize(("host", "why"), [("192.0.2.1", "Cannot assign requested address"), ("a..b", "label")])
+def test_a_host_that_is_not_this_machine_is_refused_with_the_reason(host: str, why: str) -> None:
+    with pytest.raises(UserError, match=rf"--port 0 on {host} cannot be used: .*{why}") as caught:
+        free_port(host, 0)
+    assert "--host 127.0.0.1" in caught.value.fix
+
+
 def test_a_taken_port_is_refused_and_a_free_one_given() -> None:
     assert free_port("127.0.0.1", 0) > 0
     with socket.socket() as other:
@@ -108,6 +117,8 @@ def test_a_taken_port_is_refused_and_a_free_one_given() -> None:
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port} on 127\.0\.0\.1 cannot be used"):
             free_port("127.0.0.1", port)
+    assert address_of("::1", 7070) == "[::1]:7070"
+    assert address_of("127.0.0.1", 7070) == "127.0.0.1:7070"
     assert free_port("127.0.0.1", port) == port
     with pytest.raises(UserError, match="--port 99999"):
         free_port("127.0.0.1", 99999)

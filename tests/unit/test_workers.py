@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import cli
 from common.backend import Batch, OutOfMemory
+from common.commands import worker as command
 from common.data.batching import micro_batches, single_rows
 from common.errors import UserError
 from common.options import Options
@@ -21,6 +23,7 @@ from common.training.shared_backend import SharedPackage
 from common.training.transport import SECRET, Line, secret, serve
 from common.training.worker import Worker
 from tests.backends import Quiet
+from tests.contexts import context
 from tests.unit.bigram import LAYER, Bigram, PartBigram, plan, recipe, rows
 from tests.unit.test_ranks import start
 
@@ -279,6 +282,13 @@ def test_what_workers_cannot_help_with() -> None:
         Options.model_validate({"with": ["box:1"], "devices": "2"})
     with pytest.raises(ValueError, match="with cannot be combined with method full"):
         Options.model_validate({"with": ["box:1"], "method": "full"})
+
+
+def test_a_host_that_is_not_this_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SECRET, SHARED)
+    args = cli.build_parser("worker").parse_args(["worker", "--host", "192.0.2.1"])
+    with pytest.raises(UserError, match=r"--port 7070 on 192\.0\.2\.1 cannot be used: .*Cannot assign"):
+        command.run(args, context())
 
 
 def test_a_port_that_is_taken_is_said(worker: Callable[..., Here]) -> None:
