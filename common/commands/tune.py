@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.commands.arguments import add_options
+from common.commands.arguments import add_options, display_of
 from common.commands.prepare import Hardware, check_request, choose_hardware, model_and_rows
 from common.context import Context
 from common.data.sources import named
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     else:
         options, given = _resumed(args.resume, args.flags)
         notes = []
-    context = replace(context, display=Display(options.mode()))
+    context = replace(context, display=display_of(options))
     for note in notes:
         context.display.say(note)
     return tune(options, given, limits, args.resume, context)
