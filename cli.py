@@ -1,11 +1,15 @@
 """Twintune's front door: parses, runs one command, turns a UserError into text and an exit status."""
 
+import sys
+
+if sys.platform == "win32":  # before the imports that need fcntl
+    sys.exit("error: Twintune runs on Linux and macOS, not on Windows itself.\nfix:   Install and start it in WSL.")
+
 import argparse
 import importlib
 import logging
 import os
 import signal
-import sys
 import traceback
 from importlib import metadata
 from typing import Any

@@ -61,6 +61,11 @@ class Refusal(UserError):
     """A model cannot take these messages; it may take others."""
 
 
+def install_extra(name: str) -> str:
+    """The command that installs an extra of pyproject.toml."""
+    return f'pip install "twintune[{name}]", or in a checkout: pip install -e ".[{name}]"'
+
+
 def masked(text: str) -> str:
     """`text` without the hub's token and without the user and password of a URL, such as a proxy's or a mirror's."""
     hub = sys.modules.get("huggingface_hub")  # a token of which nobody has asked is in no text

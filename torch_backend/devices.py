@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.backend_package import Choice
-from common.errors import UserError
+from common.errors import UserError, install_extra
 from common.memory_terms import ModelDims
 from common.system.hardware import (
     apple_precision,
@@ -150,7 +150,7 @@ def quantization_scheme(wanted: str) -> str:
     if wanted == "none":
         return "none"
     if not installed("bitsandbytes"):
-        raise UserError(f"--quantization {wanted}: bitsandbytes is not installed.", 'pip install -e ".[bitsandbytes]"')
+        raise UserError(f"--quantization {wanted}: bitsandbytes is not installed.", install_extra("bitsandbytes"))
     return {"4bit": "nf4", "8bit": "int8"}[wanted]
 
 

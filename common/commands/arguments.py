@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import types
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -195,10 +196,17 @@ def read_flags(argv: list[str]) -> dict[str, Any]:
     return namespace.flags | unknown(extra)
 
 
+def display_of(options: Options) -> Display:
+    """The display that the options ask for. With --quiet and --json the hub's library shows no bars beside it."""
+    if options.mode() is not None:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the library is imported, later
+    return Display(options.mode())
+
+
 def read_options(args: argparse.Namespace, context: Context) -> tuple[Options, Context]:
     """The options of `args.flags`, and the context that they ask for. Prints what was translated."""
     options, notes = load_options(args.flags, args.command)
-    context = replace(context, display=Display(options.mode()), llama_cpp=options.llama_cpp)
+    context = replace(context, display=display_of(options), llama_cpp=options.llama_cpp)
     for note in notes:
         context.display.say(note)
     return options, context

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.commands.arguments import add_options
+from common.commands.arguments import add_options, display_of
 from common.commands.prepare import Hardware, check_request, choose_hardware, model_and_rows
 from common.context import Context
 from common.data.sources import named
 from common.data.training_rows import TrainingRows
 from common.display import Display
 from common.documents import read_json
-from common.errors import PROGRAM, UserError
+from common.errors import PROGRAM, UserError, install_extra
 from common.evaluation.search import Limits, Search
 from common.evaluation.search_report import judged, show_table, write_best, write_plot
 from common.evaluation.search_space import SEARCHED, Space, described, search_space
@@ -231,7 +231,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, context: Context) -> int:
     for package in ("optuna", "matplotlib"):
         if not installed(package):
-            raise UserError(f"tune needs {package}, which is not installed.", 'pip install -e ".[tune]"')
+            raise UserError(f"tune needs {package}, which is not installed.", install_extra("tune"))
     if args.budget is None and args.trials is None:
         raise UserError("Neither --budget nor --trials is given.", "Say how long: --budget 30m, or --trials 20.")
     limits = Limits(args.trials or math.inf, args.budget or math.inf)
@@ -241,7 +241,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     else:
         options, given = _resumed(args.resume, args.flags)
         notes = []
-    context = replace(context, display=Display(options.mode()))
+    context = replace(context, display=display_of(options))
     for note in notes:
         context.display.say(note)
     return tune(options, given, limits, args.resume, context)

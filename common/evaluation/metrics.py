@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from common.documents import read_json, refuse_constant
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, install_extra
 from common.evaluation.bootstrap import FromSums, mean
 from common.evaluation.rows import JudgedRow
 from common.system.hardware import installed
@@ -47,7 +47,7 @@ def require(name: str) -> None:
         option = f"--metric {name}" if name in REFERENCE else f"--{name}"
         raise UserError(
             f"{option} needs {module.replace('_', '-')}, which is not installed.",
-            'pip install "twintune[eval]", or in a checkout: pip install -e ".[eval]"',
+            install_extra("eval"),
         )
 
 

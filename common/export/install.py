@@ -1,5 +1,6 @@
 """`--install`: the GGUF put where Ollama or LM Studio finds it. A failure is a warning: the export is complete."""
 
+import hashlib
 import os
 import re
 import shlex
@@ -27,9 +28,14 @@ def install(run: Run, programs: list[str], display: Display) -> None:
 
 
 def model_name(run: Run) -> str:
-    """What the programs call the model: the run's name, in letters that both take."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", run.path.resolve().name.lower()).strip("._-")
-    return name[:80] or "model"
+    """What the programs call the model: the run's name, in letters that both take.
+
+    Where other letters are left out, digits of the name's hash make it differ from other names.
+    """
+    folder = run.path.resolve().name
+    plain = re.sub(r"\s+", "-", folder.lower())
+    name = re.sub(r"[^a-z0-9._-]+", "-", plain).strip("._-")[:80]
+    return name if name == plain else f"{name or 'model'}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
 
 
 def _into_ollama(run: Run, display: Display) -> None:
@@ -68,14 +74,14 @@ def _into_lm_studio(run: Run, display: Display) -> None:
         )
     folder = root / _PUBLISHER / model_name(run)
     folder.mkdir(parents=True, exist_ok=True)
-    if earlier := [*folder.glob("*.gguf")]:  # of a run of this name, which has its own
+    if earlier := {*folder.glob("*.gguf")}:  # of a run of this name, which has its own
         display.say(f"{folder}: what an earlier run or export of this name put there is replaced")
-    for old in earlier:
-        old.unlink()
     for file in files:
         with atomic_write(folder / Path(file).name) as temporary:
             try:
                 os.link(run.path / file, temporary)
             except OSError:  # another disk
                 shutil.copyfile(run.path / file, temporary)
+    for old in earlier - {folder / Path(file).name for file in files}:
+        old.unlink()
     display.say(f"in LM Studio: {_PUBLISHER}/{folder.name}, in {folder}")

@@ -5,10 +5,12 @@ requests; it goes nowhere else.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.backend import Progress
 from common.display import Display, gigabytes
 from common.documents import read_json
 from common.errors import UserError, first_line, masked
@@ -21,6 +23,7 @@ from common.run_record import Run
 
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
+_WEIGHTS = (".safetensors", ".gguf")
 _PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
 
@@ -68,8 +71,8 @@ def push(run: Path, repo: str, asked: Upload, display: Display) -> None:
         options = "".join(f" {word}" for word in ("--what", *asked.what) if asked.what)
         options += f"{'' if asked.private else ' --public'}{' --anyway' if asked.anyway else ''}"
         again = f"The run in {found} is complete. Try again: python cli.py push {found} {repo}{options}"
-        with display.stage(f"upload {total} to {repo}"):
-            url = _upload(files, repo, asked.private, again)
+        with _stage(f"upload {total} to {repo}", display) as progress:
+            url = _upload(files, repo, asked.private, again, progress)
         found.update(pushed={"repo": repo, "files": [file.target for file in files]})
         display.say(f"uploaded: {url}")
 
@@ -115,7 +118,7 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
         else:
             names = list(_FUSED if part == "fused" else _ADAPTER)
         paths = {path for name in names for path in (run.path / part).glob(name)}
-        if not any(path.suffix in (".safetensors", ".gguf") for path in paths):
+        if not any(path.suffix in _WEIGHTS for path in paths):
             raise UserError(f"{run.path / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
         head = "" if part == "fused" else f"{part}/"
         found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
@@ -194,13 +197,23 @@ def check_push(repo: str, private: bool, display: Display) -> str:
     return f"{owner}/{name}"
 
 
-def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+@contextmanager
+def _stage(name: str, display: Display) -> Iterator[Progress]:
+    """On a terminal the hub's own bars, which count bytes; elsewhere lines that count files."""
     from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()  # our own display says how far it is
-    api = HfApi()
-    additions = [CommitOperationAdd(file.target, file.source) for file in files]
+    if display.mode == "rich":
+        display.say(name)
+        yield lambda share, text: None
+    else:
+        with disable_progress_bars(), display.stage(name) as progress:
+            yield progress
+
+
+def _upload(files: list[File], repo: str, private: bool, again: str, progress: Progress) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api, additions = HfApi(), []
 
     def failed(error: Exception) -> UserError:
         return UserError(f"the upload to {repo} failed: {first_line(error)}", again)
@@ -209,6 +222,17 @@ def _upload(files: list[File], repo: str, private: bool, again: str) -> str:
         made = api.create_repo(repo, private=private, exist_ok=True)
     except Exception as error:  # as above
         raise failed(error) from None
+    done, total = 0, sum(file.size for file in files)
+    for file in files:
+        progress(done / total, file.target)
+        done += file.size
+        additions.append(CommitOperationAdd(file.target, file.source))
+        if not file.target.endswith(_WEIGHTS):
+            continue  # small: within the commit
+        try:
+            api.preupload_lfs_files(repo, additions[-1:])
+        except Exception as error:  # as above
+            raise failed(error) from None
     try:
         api.create_commit(repo, additions, commit_message="Fine-tuned by Twintune")
     except Exception as error:  # as above

@@ -7,6 +7,7 @@ proxy, certificate) and checks it against a hash, so neither git nor a second do
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import sys
 import tarfile
@@ -27,7 +28,7 @@ from common.llama_cpp.install import (
     own_build,
     which,
 )
-from common.system.cache import artifact_lock
+from common.system.cache import artifact_lock, pip_remedy
 from common.system.disk import require_disk
 from common.system.hardware import cores
 from common.system.process import capture, fraction, run_logged
@@ -227,7 +228,8 @@ def missing_build_tools() -> list[str]:
     """What `build` needs and this machine lacks, each with how to install it."""
     mac = sys.platform == "darwin"
     missing = []
-    how = ("brew install cmake" if mac else "apt install cmake") + ", or: python -m pip install cmake"
+    python = shlex.quote(sys.executable)
+    how = f"{'brew' if mac else 'apt'} install cmake, or: {python} -m pip install cmake"
     cmake = which("cmake")
     version = re.search(r"version (\d+)\.(\d+)", capture([cmake, "--version"], 60)[1]) if cmake else None
     if version is None:
@@ -243,11 +245,8 @@ def missing_build_tools() -> list[str]:
         if not (which("ninja") or which("make")):
             missing.append("make or ninja (apt install make)")
     if capture([sys.executable, "-P", "-m", "pip", "--version"], 60)[0] != 0:
-        missing.append(f"pip in this environment ({_PIP_REMEDY})")
+        missing.append(f"pip in this environment ({pip_remedy()})")
     return missing
-
-
-_PIP_REMEDY = "python -m ensurepip, or in an environment made by uv: uv pip install pip"
 
 
 def _has_cuda() -> bool:

@@ -250,9 +250,7 @@ class Server:
             self._reader.join(5)
         lines, ended = list(self._output)[-15:], self._process.poll()
         kind = Unable if ended is None else Starved if short_of_memory(ended, lines) else Ended
-        return kind(f"llama-server with {self.gguf} {what}. It ended with:
-" + "
-".join(lines), _REMEDY)
+        return kind(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:

@@ -8,18 +8,17 @@ from typing import Any
 
 from common.documents import read_json
 from common.errors import UserError
-from common.model_files import HUB_FILES, HUB_IGNORED, LINK_REMEDY, stray_links
+from common.model_files import LINK_REMEDY, stray_links
 from common.models import granite4, mlx_quantized
 from common.models.admitted import remembered
 from common.models.config_faults import config_faults, unsupported
 from common.models.families import hf_name, is_known, text_name
 from common.models.gguf_import import MIRRORS, Mirror, from_gguf, is_gguf, mirror_gguf
+from common.models.hub import WANTED, Unreachable, download, hub_answers, is_repository
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import DTYPES, StoredTensor
 from common.models.shapes import tensor_shapes
 from common.paths import user_path
-
-_WANTED: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": HUB_IGNORED}
 
 _LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 Say = Callable[[str], None]
@@ -40,7 +39,7 @@ def resolve(name: str, say: Say, tried: bool = False) -> ModelFolder:
         if not path.exists():
             raise UserError(f"--model {name}: no such file.", "Check the path.")
         model = ModelFolder(from_gguf(path, say))
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
+    elif name.startswith((".", "/", "~")) or not is_repository(name):
         raise UserError(
             f"--model {name}: no such folder.", "Give a folder, a GGUF file, or a hub name like owner/name."
         )
@@ -159,19 +158,16 @@ def _differ(one: StoredTensor, other: StoredTensor) -> bool:
     return one.size != other.size or any(a != b for a, b in zip(one.chunks(), other.chunks(), strict=True))
 
 
-class _Unreachable(Exception):
-    """Why nothing comes from the hub."""
-
-
 def _from_hub(name: str, say: Say) -> ModelFolder:
     if (cached := _in_hub_cache(name)) is not None:
         return cached
     mirror = MIRRORS.get(name)
     try:
-        if mirror is not None and not _hub_answers():
-            raise _Unreachable("the hub cannot be reached")
-        return _download(name, say)
-    except _Unreachable as reason:
+        if mirror is not None and not hub_answers():
+            raise Unreachable("the hub cannot be reached")
+        say(f"{name}: fetching it from the hub ...")
+        return ModelFolder(download(name))
+    except Unreachable as reason:
         if mirror is not None:
             return _from_mirror(name, mirror, str(reason), say)
         raise UserError(
@@ -185,33 +181,11 @@ def _in_hub_cache(name: str) -> ModelFolder | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        cached = ModelFolder(Path(snapshot_download(name, **_WANTED, local_files_only=True)))
+        cached = ModelFolder(Path(snapshot_download(name, **WANTED, local_files_only=True)))
     except LocalEntryNotFoundError:
         return None
     # the hub's library cannot always tell a part of a model from all of it
     return None if _file_faults(cached) else cached
-
-
-def _download(name: str, say: Say) -> ModelFolder:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    say(f"{name}: fetching it from the hub ...")
-    try:
-        fetched = snapshot_download(name, **_WANTED)
-    except GatedRepoError:
-        raise UserError(
-            f"--model {name}: this model is gated, and no token of yours has access to it.",
-            "Accept the terms on the model's page, then log in: `hf auth login` (or set HF_TOKEN).",
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"--model {name}: the hub has no such model, or it is private.",
-            "Check the spelling; for a private model log in with `hf auth login`.",
-        ) from None
-    except Exception as error:  # the HTTP client's own errors come through: no network, a timeout, a proxy's refusal
-        raise _Unreachable(f"the hub cannot be reached ({type(error).__name__})") from None
-    return ModelFolder(Path(fetched))
 
 
 def _from_mirror(name: str, mirror: Mirror, reason: str, say: Say) -> ModelFolder:
@@ -224,24 +198,3 @@ def _from_mirror(name: str, mirror: Mirror, reason: str, say: Say) -> ModelFolde
     if mirror.terms:
         say(f"{name}: {mirror.terms}")
     return ModelFolder(folder)
-
-
-def _hub_answers() -> bool:
-    """Whether the hub's host accepts a connection within five seconds: snapshot_download alone retries for minutes.
-
-    Behind a proxy only the download itself can tell.
-    """
-    import socket
-    from urllib.parse import urlsplit
-    from urllib.request import getproxies
-
-    from huggingface_hub import constants
-
-    if "https" in getproxies():
-        return True
-    parts = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((parts.hostname or "", parts.port or 443), timeout=5).close()
-    except OSError:
-        return False
-    return True

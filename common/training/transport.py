@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from common.errors import UserError
+from common.errors import UserError, install_extra
 
 SECRET = "TWINTUNE_SECRET"  # noqa: S105  # the variable's name
 _LEAST = 16  # characters
@@ -41,7 +41,7 @@ def grpc() -> Any:
     try:
         import grpc
     except ImportError:
-        raise UserError("grpcio is not installed.", 'pip install -e ".[workers]"') from None
+        raise UserError("grpcio is not installed.", install_extra("workers")) from None
     return grpc
 
 

@@ -1,6 +1,8 @@
 """The cache: one process at a time makes an artifact, and another artifact does not wait for it."""
 
+import shlex
 import shutil
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from common.display import Display
 from common.errors import UserError
 from common.llama_cpp import convert
 from common.llama_cpp.install import LlamaCpp
-from common.system.cache import artifact_lock, cache_folder
+from common.system.cache import artifact_lock, cache_folder, pip_download
 from tests.unit.base_folder import write_base
 
 
@@ -121,3 +123,20 @@ def test_a_waiting_process_says_so_again_and_again() -> None:
     assert len(set(texts)) == 1
     with artifact_lock(cache_folder() / "a", never):
         pass
+
+
+@pytest.mark.parametrize(
+    ("printed", "fix"),
+    [
+        ("No module named pip", f"Install pip: {shlex.quote(sys.executable)} -m ensurepip, or with uv: uv pip install"),
+        ("ERROR: Could not find a version", "Check the network and pip's settings (pip config list), or give a local"),
+    ],
+)
+def test_an_environment_without_pip_is_told_from_a_want_of_network(
+    printed: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.system.cache.run_logged", lambda *given: (1, f"/bin/python3: {printed}\n"))
+    with pytest.raises(UserError) as caught:
+        pip_download("a==1", "f00d", tmp_path)
+    assert caught.value.what == f"pip could not download a==1:\n/bin/python3: {printed}"
+    assert caught.value.fix.startswith(fix)

@@ -45,6 +45,17 @@ def test_a_standard_stream_may_be_closed(tmp_path: Path, closed: str) -> None:
     assert bool(done.stdout) == (closed != ">&-")
 
 
+def test_windows_is_told_in_two_lines(tmp_path: Path) -> None:
+    """There is no fcntl, and nothing that needs it may be imported before."""
+    start = (
+        f"import sys; sys.platform, sys.modules['fcntl'] = 'win32', None; sys.path.insert(0, {str(ROOT)!r}); import cli"
+    )
+    done = subprocess.run([sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    error, fix = done.stderr.splitlines()
+    assert (done.returncode, error) == (1, "error: Twintune runs on Linux and macOS, not on Windows itself.")
+    assert fix == "fix:   Install and start it in WSL."
+
+
 def test_missing_data(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "--data", "nosuch.jsonl", "--model", "x/y", *HERE)
     assert done.returncode == 1

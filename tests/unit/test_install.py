@@ -1,6 +1,7 @@
 """`--install`: a program in place of Ollama that keeps its arguments, and a models folder in place of LM Studio's."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -107,8 +108,39 @@ def test_without_lm_studio_there_is_a_warning(run: Run, capsys: pytest.CaptureFi
     assert "lms import" in found
 
 
+def test_what_lm_studio_has_stays_where_the_new_file_cannot_be_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / ".lmstudio" / "models" / "twintune" / "my-run" / "model-Q8_0.gguf"
+    old.parent.mkdir(parents=True)
+    old.write_text("of an earlier export")
+
+    def refuse(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "link", refuse)
+    monkeypatch.setattr(module.shutil, "copyfile", refuse)
+    assert "not put into lmstudio" in said(run, "lmstudio", capsys)
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
+
+
 @pytest.mark.parametrize(
-    ("folder", "name"), [("Pip 2", "pip-2"), ("日本", "model"), ("-x", "x"), ("a.b_c-d", "a.b_c-d")]
+    ("folder", "name"),
+    [
+        ("Pip 2", "pip-2"),
+        ("a.b_c-d", "a.b_c-d"),
+        ("日本", "model-"),
+        ("Pip é", "pip-"),
+        ("-x", "x-"),
+        ("x" * 90, "x" * 80 + "-"),
+    ],
 )
 def test_the_name_is_one_that_both_take(folder: str, name: str, tmp_path: Path) -> None:
-    assert model_name(Run(tmp_path / folder)) == name
+    found = model_name(Run(tmp_path / folder))
+    assert re.fullmatch(re.escape(name) + ("[0-9a-f]{8}" if name.endswith("-") else ""), found)
+    assert found == model_name(Run(tmp_path / "elsewhere" / folder))
+
+
+def test_names_of_letters_that_are_left_out_differ(tmp_path: Path) -> None:
+    folders = ["日本 語", "日本語", "別の子", "model", "a+b", "a-b", "a" * 81, "a" * 82]
+    assert len({model_name(Run(tmp_path / folder)) for folder in folders}) == len(folders)

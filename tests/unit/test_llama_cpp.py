@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -122,6 +123,10 @@ def test_a_named_folder_whose_converter_is_broken_is_refused(tmp_path: Path) -> 
 # --- build
 
 
+PYTHON = shlex.quote(sys.executable)  # another environment's pip would not be found
+PIP = [f"{PYTHON} -m ensurepip", f"uv pip install --python {PYTHON} pip", "uv tool install --with pip ."]
+
+
 @pytest.fixture
 def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "which", lambda name: None)
@@ -133,8 +138,8 @@ def no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("platform", "words"),
     [
-        ("darwin", ["CMake", "brew install cmake", "python -m pip install cmake", "xcode-select --install"]),
-        ("linux", ["CMake", "apt install cmake", "python -m pip install cmake", "apt install g++", "apt install make"]),
+        ("darwin", ["CMake", "brew install cmake", "-m pip install cmake", "xcode-select --install"]),
+        ("linux", ["CMake", "apt install cmake", "-m pip install cmake", "apt install g++", "apt install make"]),
     ],
 )
 def test_missing_tools_are_named_with_their_remedy(
@@ -142,7 +147,7 @@ def test_missing_tools_are_named_with_their_remedy(
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
     text = "; ".join(missing_build_tools())
-    assert [word for word in [*words, "uv pip install pip"] if word not in text] == []
+    assert [word for word in [*words, *PIP] if word not in text] == []
 
 
 def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +155,7 @@ def test_an_old_cmake_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build_module, "which", lambda name: f"/bin/{name}")
     monkeypatch.setattr(build_module, "capture", lambda command, seconds: (0, "cmake version 3.9.1"))
     assert missing_build_tools() == [
-        "CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: python -m pip install cmake)"
+        f"CMake 3.14 or newer, this one is 3.9 (apt install cmake, or: {PYTHON} -m pip install cmake)"
     ]
 
 

@@ -1,10 +1,12 @@
 """A model's name becomes a checked folder; what is missing is said; the hash sees contents, not names."""
 
+import errno
 import json
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -303,7 +305,9 @@ def test_hashing_a_file_that_was_not_fetched_to_its_end_comes_to_an_end(tmp_path
 # --- names
 
 
-@pytest.mark.parametrize("name", ["./no-such", "/no/such", "no-such", "~/no-such", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["./no-such", "/no/such", "no-such", "~/no-such", "a/b/c", "a b/c", "日本/語", "a/b c/d", "a/b--c"]
+)
 def test_a_missing_folder(name: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve(name, quiet)
@@ -320,9 +324,14 @@ def test_a_missing_gguf(tmp_path: Path) -> None:
 class Hub:
     """`huggingface_hub.snapshot_download`: the cache's answer, then the hub's."""
 
+    sizes = (("config.json", 10), ("model.safetensors", None), ("pytorch_model.bin", 10**18))  # the last is not fetched
+
     def __init__(self, cached: Path | Exception, online: Path | Exception) -> None:
         self.answers = {True: cached, False: online}
         self.asked: list[bool] = []
+
+    def model_info(self, name: str, files_metadata: bool) -> SimpleNamespace:
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=size) for name, size in self.sizes])
 
     def __call__(
         self, name: str, allow_patterns: list[str], ignore_patterns: list[str], local_files_only: bool = False
@@ -338,13 +347,27 @@ def errors() -> dict[str, Exception]:
     import httpx2
     from huggingface_hub import errors
 
-    response = httpx2.Response(401, request=httpx2.Request("GET", "https://hub.example"))
+    request = httpx2.Request("GET", "https://hub.example")
+    response, forbidden = httpx2.Response(401, request=request), httpx2.Response(403, request=request)
     return {
         "not cached": errors.LocalEntryNotFoundError("not there"),
         "gated": errors.GatedRepoError("gated", response=response),
         "unknown": errors.RepositoryNotFoundError("unknown", response=response),
         "no network": ConnectionError("no network"),
+        "no route": OSError(errno.ENETUNREACH, "Network is unreachable"),
+        "full": OSError(errno.ENOSPC, "No space left on device"),
+        "unwritable": PermissionError(errno.EACCES, "Permission denied", "/cache/models--owner--name"),
+        "refused": errors.HfHubHTTPError("\n\n401 Unauthorized.\nmore", response=response),
+        "forbidden": _because(
+            errors.LocalEntryNotFoundError("Got: ..."), errors.HfHubHTTPError("403", response=forbidden)
+        ),
+        "xet": RuntimeError("Data processing error"),
     }
+
+
+def _because(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
 
 
 def ask(
@@ -353,6 +376,7 @@ def ask(
     known = errors()
     hub = Hub(*(known[answer] if isinstance(answer, str) else answer for answer in (cached, online)))
     monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    monkeypatch.setattr("huggingface_hub.model_info", hub.model_info)
     said: list[str] = []
     try:
         return hub, said, resolve(name, said.append).path
@@ -398,17 +422,70 @@ def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_that_the_hub_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     _, _, error = ask(monkeypatch, "not cached", "unknown", "owner/nmae")
     assert error.what == "--model owner/nmae: the hub has no such model, or it is private."
 
 
 @pytest.mark.parametrize(
-    ("online", "why"), [("no network", "ConnectionError"), ("not cached", "LocalEntryNotFoundError")]
+    ("online", "why"),
+    [
+        ("no network", "ConnectionError: no network"),
+        ("no route", f"OSError: [Errno {errno.ENETUNREACH}] Network is unreachable"),
+        ("not cached", "LocalEntryNotFoundError: not there"),
+        ("refused", "HfHubHTTPError: 401 Unauthorized."),  # there is no token to be refused
+    ],
 )
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, online: str, why: str) -> None:
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     _, _, error = ask(monkeypatch, "not cached", online, "owner/name")
     assert error.what == f"--model owner/name: it is not in the hub's cache, and the hub cannot be reached ({why})."
     assert error.fix == "Connect to the network, or give a local model folder or GGUF file."
+
+
+@pytest.mark.parametrize(
+    ("online", "what", "fix"),
+    [
+        ("full", "No space left on device: CACHE", "Free space on that disk, then give the command again. HF_HOME"),
+        ("unwritable", "Permission denied: /cache/models--owner--name", "Look at that path, then give the command"),
+        (
+            "refused",
+            "--model NAME: the hub does not accept your token: 401 Unauth",
+            "Log in again with `hf auth login`",
+        ),
+        ("unknown", "--model NAME: the hub does not accept your token: unknown", "Log in again with `hf auth login`"),
+        ("forbidden", "--model NAME: the hub does not accept your token: 403", "Log in again with `hf auth login`"),
+        ("xet", "--model NAME: the download failed: RuntimeError: Data processing error", "Give the command again"),
+    ],
+)
+def test_what_is_no_want_of_a_connection_is_called_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, online: str, what: str, fix: str
+) -> None:
+    """Of a model with a mirror, which would be downloaded in vain."""
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_expired")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/cache")
+    monkeypatch.setattr(models, "hub_answers", lambda: True)
+    _, said, error = ask(monkeypatch, "not cached", online, name)
+    assert said == [f"{name}: fetching it from the hub ..."]
+    assert error.what.startswith(what.replace("NAME", name).replace("CACHE", "/cache"))
+    assert error.fix.startswith(fix)
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("common.system.disk.shutil.disk_usage", lambda path: SimpleNamespace(free=10**9))
+    monkeypatch.setattr(Hub, "sizes", (("model.safetensors", 2 * 10**9),))
+    hub, _, error = ask(monkeypatch, "not cached", tmp_path, "owner/name")
+    assert error.what == f"{tmp_path} has 1.0 GB free, and this run will write up to 2.0 GB (owner/name 2.0)."
+    assert error.fix.startswith("Free some space, or move the cache: HF_HOME")
+    assert hub.asked == [True]
+    part = tmp_path / "models--owner--name" / "blobs" / "f00d.incomplete"
+    part.parent.mkdir(parents=True)
+    with part.open("wb") as file:
+        file.truncate(11 * 10**8)
+    hub, _, folder = ask(monkeypatch, "not cached", write_base(tmp_path / "base"), "owner/name")
+    assert (folder, hub.asked) == (tmp_path / "base", [True, False])
 
 
 @pytest.mark.parametrize("answers", [True, False])
@@ -417,7 +494,7 @@ def test_without_the_hub_the_examples_model_comes_from_its_mirror(
 ) -> None:
     name = "HuggingFaceTB/SmolLM2-135M-Instruct"
     base = write_base(tmp_path / "base")
-    monkeypatch.setattr(models, "_hub_answers", lambda: answers)
+    monkeypatch.setattr(models, "hub_answers", lambda: answers)
     monkeypatch.setattr(models, "mirror_gguf", lambda mirror, say: tmp_path / "some.gguf")
     monkeypatch.setattr(models, "from_gguf", lambda path, say: base)
     hub, said, folder = ask(monkeypatch, "not cached", "no network", name)

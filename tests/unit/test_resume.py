@@ -390,5 +390,5 @@ def test_what_cannot_be_finished(given: dict[str, Any]) -> None:
         longer(Run(Path(given["output"])), finish=True, steps=9)
     for flags in ({"finish": True}, {"config": "a.yaml"}):
         Path("a.yaml").write_text("finish: true\n")
-        with pytest.raises(UserError, match="--resume RUN|by --finish, not in a file"):
+        with pytest.raises(UserError, match=r"--resume RUN|by --finish, not in a file"):
             load_options(flags)

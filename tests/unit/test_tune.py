@@ -80,7 +80,8 @@ def test_better_than_noise(found: list[Outcome], again: dict[tuple[int, int], fl
 def test_the_extra_is_named_where_it_is_missing(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "installed", lambda name: name != "optuna")
     error = fault(words, "--trials", 2)
-    assert (error.what, error.fix) == ("tune needs optuna, which is not installed.", 'pip install -e ".[tune]"')
+    assert error.what == "tune needs optuna, which is not installed."
+    assert error.fix == 'pip install "twintune[tune]", or in a checkout: pip install -e ".[tune]"'
 
 
 def test_limits_are_asked_for(words: list[str]) -> None:

@@ -1,18 +1,21 @@
 """Uploading, to a stand-in for the hub: which files arrive with which bytes, and where the token goes."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import cli
+from common.display import Display, Mode
 from common.errors import UserError
-from common.export.upload import files_of
+from common.export.upload import _stage, files_of
 from common.files import file_digest
 from common.models.license import KNOWN
 from common.options import Options
@@ -115,6 +118,37 @@ def test_the_token_goes_into_the_header_and_nowhere_else(uploaded: Uploaded) -> 
     assert [path for path in kept if secret in path.read_bytes()] == []
     assert len(hub.asked) > 5
     assert len(kept) > 12
+
+
+def test_each_large_file_is_told_as_it_goes(hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.display._PLAIN_SECONDS", -1)
+    done = push("me/model", "--what", "gguf")
+    told = re.findall(r"^upload .* to me/model +(\d+)%  (.*)$", done.stdout, re.MULTILINE)
+    assert {name for _, name in told} == GGUF | {"README.md", "LICENSE"}
+    shares = [int(share) for share, _ in told]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1] > 50, done.stderr) == (0, True, "")
+
+
+@pytest.mark.parametrize("mode", ["rich", "plain", "json", "quiet"])
+def test_the_hubs_own_bars_are_for_a_terminal(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    with _stage("upload", Display(mode)):
+        assert are_progress_bars_disabled() is (mode != "rich")
+    assert not are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(("given", "shown"), [("{}", True), ("{'quiet': True}", False), ("{'json': True}", False)])
+def test_quiet_and_json_show_no_bars_of_a_download(given: str, shown: bool, hub: Hub, tmp_path: Path) -> None:
+    program = (
+        "from common.commands.arguments import display_of\nfrom common.options import Options\n"
+        f"display_of(Options.model_validate({given}))\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled\nprint(are_progress_bars_disabled())"
+    )
+    run = partial(subprocess.run, [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run(env=hub.environment(tmp_path)).stdout == f"{not shown}\n"
 
 
 def test_no_option_holds_a_token() -> None:

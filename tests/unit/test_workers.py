@@ -1,6 +1,7 @@
 """One training on several computers: coordinator and workers in one process, over a real line."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from common.training.dealing import deal_by_speed, regrouped
 from common.training.loop import TrainingLoop
 from common.training.messages import adapter_parts, batch_arrays, decoded, encoded
 from common.training.shared_backend import SharedPackage
-from common.training.transport import SECRET, Line, secret, serve
+from common.training.transport import SECRET, Line, grpc, secret, serve
 from common.training.worker import Worker
 from tests.backends import Quiet
 from tests.contexts import context
@@ -294,3 +295,10 @@ def test_a_host_that_is_not_this_machine_is_said(monkeypatch: pytest.MonkeyPatch
 def test_a_port_that_is_taken_is_said(worker: Callable[..., Here]) -> None:
     with pytest.raises(UserError, match="is not free"):
         serve(lambda data: data, worker().address, SHARED)
+
+
+def test_the_extra_is_named_where_grpc_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(UserError, match="grpcio is not installed") as caught:
+        grpc()
+    assert caught.value.fix == 'pip install "twintune[workers]", or in a checkout: pip install -e ".[workers]"'
