@@ -51,7 +51,10 @@ def fuse_run(run: Path, options: dict[str, Any], context: Context) -> None:
     with held(run):
         try:
             if options.keys() == {"install"} and "gguf" in parts_of(Run(run)):  # made already
-                install_made(Run(run), _merged_options(Run(run), Run(run).record, options), context)
+                failed = install_made(Run(run), _merged_options(Run(run), Run(run).record, options), context)
+                if failed:  # all that was asked for
+                    what = f"--install: {Run(run)} was not put into {' and '.join(failed)}; the warning says why."
+                    raise UserError(what, f"Then again: python cli.py fuse {Run(run)} --install {' '.join(failed)}")
                 return
             merged = _fuse_held(Run(run), options, context)
         finally:
@@ -168,12 +171,12 @@ def export_run(job: ExportJob) -> None:
     install_made(run, job.options, job.context)
 
 
-def install_made(run: Run, options: Options, context: Context) -> None:
-    """What --install asks for. Raises UserError where the GGUF is known not to be what was trained."""
+def install_made(run: Run, options: Options, context: Context) -> list[str]:
+    """What --install asks for; what failed of it. Raises UserError where the GGUF is known to be another model."""
     verified = run.record.verify
     if options.install and verified is not None and verified.verdict == "broken":
         raise UserError(f"--install: `verify` calls {run} broken.", f"See why: python cli.py verify {run}")
-    install(run, options.install, context.display)
+    return install(run, options.install, context.display)
 
 
 def _record_base(job: ExportJob) -> Terms:

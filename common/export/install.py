@@ -19,12 +19,14 @@ from common.system.process import offline_environment, run_logged
 _PUBLISHER = "twintune"  # before the name in both programs, so that no model of the user's own is replaced
 
 
-def install(run: Run, programs: list[str], display: Display) -> None:
-    """Put the run's first GGUF into each program that was asked for."""
-    into = {"ollama": _into_ollama, "lmstudio": _into_lm_studio}
+def install(run: Run, programs: list[str], display: Display) -> list[str]:
+    """Put the run's first GGUF into each program that was asked for. Returns those that it could not be put into."""
+    into, failed = {"ollama": _into_ollama, "lmstudio": _into_lm_studio}, [*programs]
     for program in programs:
         with display.optional(f"not put into {program}; the export is complete"):
             into[program](run, display)
+            failed.remove(program)
+    return failed
 
 
 def model_name(run: Run) -> str:

@@ -338,12 +338,21 @@ def test_a_split_bf16_gguf_leaves_no_whole_one(export: Callable[..., Run]) -> No
 
 def test_install_alone_makes_nothing_again(export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     put: list[list[str]] = []
-    monkeypatch.setattr(module, "install", lambda run, programs, display: put.append(programs))
+
+    def install(run: Run, programs: list[str], display: Any) -> list[str]:
+        put.append(programs)
+        return failed
+
+    failed: list[str] = []
+    monkeypatch.setattr(module, "install", install)
     run = export(install=["ollama"])
     monkeypatch.setattr(gguf, "convert", fail)
     fuse_run(run.path, {"install": ["lmstudio"]}, context())
     export("fused")
     assert put == [["ollama"], ["lmstudio"], []]
+    failed.append("lmstudio")
+    with pytest.raises(UserError, match="was not put into lmstudio"):
+        fuse_run(run.path, {"install": ["lmstudio"]}, context())
     run.update(verify=VerifyRecord(verdict="broken"))
     with pytest.raises(UserError, match=r"`verify` calls .* broken"):
         fuse_run(run.path, {"install": ["lmstudio"]}, context())
