@@ -11,14 +11,15 @@ import logging
 import os
 import signal
 import traceback
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
+from common import strict_json
 from common.commands.arguments import Parser, joined, unknown
 from common.context import Context
 from common.display import Display, shown
-from common.errors import PROGRAM, UserError, first_line, masked, os_fault
-from common.options import nearest
+from common.errors import PROGRAM, UserError, first_line, masked, nearest, os_fault
 
 _ABOUT = "Fine-tune a language model with LoRA on your own machine, and export it as a Q4 GGUF."
 # Each is a module of common/commands with `add_arguments(parser)` and `run(args, context)`.
@@ -158,6 +159,9 @@ def _report(error: BaseException) -> int:
         what = f"this is a bug: {type(error).__name__}: {first_line(error)}"
         fix = "Report it. TWINTUNE_TRACEBACK=1 shows where."
     _complain(f"error: {what}\nfix:   {fix}")
+    if "--json" in sys.argv:
+        with suppress(OSError):
+            print(strict_json.dumps({"event": "error", "what": shown(what), "fix": shown(fix)}), flush=True)
     if os.environ.get("TWINTUNE_TRACEBACK"):
         raise error
     return 1

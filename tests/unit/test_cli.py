@@ -56,6 +56,15 @@ def test_windows_is_told_in_two_lines(tmp_path: Path) -> None:
     assert fix == "fix:   Install and start it in WSL."
 
 
+def test_an_error_is_an_event_too(tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "cli.py"), "plan", "--json", "--model", "x/y", "--data", "nope.jsonl"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    event = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, event["event"]) == (1, "error")
+    assert "nope.jsonl" in event["what"]
+    assert f"error: {event['what']}\nfix:   {event['fix']}\n" == done.stderr
+
+
 def test_missing_data(tmp_path: Path) -> None:
     done = command(tmp_path, "train", "--data", "nosuch.jsonl", "--model", "x/y", *HERE)
     assert done.returncode == 1
