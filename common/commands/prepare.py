@@ -167,7 +167,7 @@ def model_and_rows(
         try_model(options.model or "", context, wants_experts(options))
     base = find_base(options, hardware.backend.value, hardware.scheme, display)
     if base.given is not None and base.given.dora:
-        _check_dora("--adapter with DoRA", hardware.scheme)
+        _check_dora(hardware.scheme)
     tokenizer = load_tokenizer(base.model.path, options.chat_template)
     with timed(seconds, "tokenize"), display.stage("tokenize the data") as progress:
         rows = encode_data(options, data, tokenizer, progress)
@@ -250,14 +250,14 @@ def choose_hardware(options: Options, context: Context) -> Hardware:
         precision = Choice("fp32", "every weight is trained: in bf16 small updates would be lost")
     scheme = package.quantization_scheme(options.quantization)
     if options.method == "dora":
-        _check_dora("--method dora", scheme)
+        _check_dora(scheme)
     return Hardware(backend, device, precision, scheme)
 
 
-def _check_dora(option: str, scheme: str) -> None:
+def _check_dora(scheme: str) -> None:
     if scheme == "int8":
         raise UserError(
-            f"{option} over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
+            "DoRA over bitsandbytes' int8 base: bitsandbytes cannot give the rows' lengths on every device.",
             "Use --quantization 4bit, or LoRA without DoRA.",
         )
 

@@ -1,5 +1,6 @@
 """Signs that a training collapses: each with what was seen, the usual cause and the remedy."""
 
+import math
 import re
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,7 @@ _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of 
 _QUOTED = 40  # characters of an answer
 _MARKER = re.compile(r"<\|[^|<>\s]{2,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
 _DRIFT = 3.5  # nats of KL divergence a token, from the base, on prompts outside of the data
+_HIGHER, _HIGHER_NATS = 1.05, 0.01  # a validation loss so many times the best, and so much above that
 _FORGOTTEN = 1.0  # nats a token by which their right answers are less likely than before training
 
 _RATE = "lower --learning-rate to a third"
@@ -67,6 +69,8 @@ class Alarms:
     _spikes: int = 0
     _steep: int = 0
     _best: tuple[float, float] | None = None  # the best validation loss, and the training loss then
+    _last: float = 0.0  # validation loss
+    _forgot: int = 0  # since which step the quiz has been so
     _risen: int = 0
     _signs: dict[str, int] = field(default_factory=dict)  # in the last answers, and since which step
     _before: tuple[float, float] | None = None  # drift and loss of the quiz before the first step
@@ -115,6 +119,7 @@ class Alarms:
         if self._best is None or loss < self._best[0]:
             self._best = loss, trained
         best, then = self._best
+        self._last = loss
         self._risen = self._risen + 1 if loss > _RISEN * best and trained < then else 0
         found = []
         if self._risen == 2 and not self.patience:
@@ -168,19 +173,27 @@ class Alarms:
     def drift(self, step: int, nats: float, quiz_loss: float) -> list[Alarm]:
         """See `common.evaluation.drift.Drift`.
 
-        A base model that learns to answer moves far too; but then right answers become more likely. Nothing is known
-        where the quiz was not asked before the first step.
+        A base model that learns to answer moves far too, but then right answers become more likely. One that learns a
+        narrow task forgets, but then its validation loss is at its best. Nothing is known where the quiz was not asked
+        before the first step.
         """
         if not step:
             self._before = nats, quiz_loss  # a given adapter has moved already
             return []
         if self._before is None or nats <= _DRIFT + self._before[0] or quiz_loss <= _FORGOTTEN + self._before[1]:
+            self._forgot = 0
             return []
+        self._forgot = self._forgot or step
+        if self._best is not None:
+            best = min(self._best[0], math.inf if self.start_valid_loss is None else self.start_valid_loss)
+            if self._last <= _HIGHER * best + _HIGHER_NATS:
+                return []
         seen = (
             f"on prompts outside of the data the model is {nats:.1f} nats a token from its base at step {step}, and "
             "gives their right answers much less probability than before training"
         )
-        return self._raise([Alarm("drift", seen, "a learning rate that is too high, or too many steps", _RATE, step)])
+        cause = "a learning rate that is too high, or too many steps"
+        return self._raise([Alarm("drift", seen, cause, _RATE, self._forgot)])
 
     def _raise(self, found: Iterable[Alarm]) -> list[Alarm]:
         new = [alarm for alarm in found if alarm.name not in self.known]

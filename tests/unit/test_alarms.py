@@ -127,6 +127,12 @@ def test_drift_from_the_base() -> None:
         "answers much less probability than before training"
     )
     assert alarms.drift(15, 5.0, 2.7) == []
+    alarms = Alarms(0)
+    alarms.drift(0, 0.0, 1.5)
+    validations(alarms, 2.0, 1.0)
+    assert alarms.drift(10, 9.0, 6.0) == []  # a narrow task that is learned better and better
+    alarms.validation({"step": 20, "valid_loss": 1.2})
+    assert [(alarm.name, alarm.since) for alarm in alarms.drift(20, 9.0, 6.0)] == [("drift", 10)]
     assert Alarms(0).drift(10, 9.0, 0.5) == []  # nothing is known from before training
 
 
