@@ -49,7 +49,7 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
 
     Raises BadRow where the template refuses it, or its turns cannot be located exactly.
     """
-    messages = split_thinking([dict(message) for message in example.messages])
+    messages = split_thinking([dict(message) for message in example.messages], template.has_think_tags)
     notes: list[str] = []
     if template.thinking == "off" and any(message.get("reasoning_content") for message in messages):
         notes.append("reasoning left out (--thinking off)")

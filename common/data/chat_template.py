@@ -68,6 +68,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, thinking: str) -> None:
         self.tokenizer, self.thinking = tokenizer, thinking
         self.source = str(tokenizer.chat_template)
+        self.has_think_tags = "<think>" in self.source or "</think>" in self.source
         self.has_generation_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source))
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)

@@ -8,18 +8,21 @@ from common.data.chat_template import Message
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
-def split_thinking(messages: list[Message]) -> list[Message]:
-    """Reasoning at the start of an answer becomes `reasoning_content`: data sets write it either way."""
+def split_thinking(messages: list[Message], unopened: bool) -> list[Message]:
+    """Reasoning at the start of an answer becomes `reasoning_content`: data sets write it either way.
+
+    unopened: also where the first tag is lacking.
+    """
     result = []
     for message in messages:
-        found = _split(message["content"]) if message["role"] == "assistant" else None
+        found = _split(message["content"], unopened) if message["role"] == "assistant" else None
         if found and not message.get("reasoning_content"):
             message = message | {"content": found[1], "reasoning_content": found[0]}
         result.append(message)
     return result
 
 
-def _split(content: str) -> tuple[str, str] | None:
+def _split(content: str, unopened: bool = True) -> tuple[str, str] | None:
     """`(reasoning, the answer after it)` of `<think>...</think>` at the start; None without reasoning.
 
     Where the prompt opens the block, data sets lack the first tag; the other then stands on a line of its own.
@@ -29,7 +32,7 @@ def _split(content: str) -> tuple[str, str] | None:
     before, _, after = content.partition(_CLOSE)
     if (opened := before.lstrip()).startswith(_OPEN):
         return opened.removeprefix(_OPEN).strip(), after.lstrip()
-    alone = before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
+    alone = unopened and before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
     return (before.strip(), after.lstrip()) if alone else None
 
 

@@ -262,6 +262,16 @@ def test_several_turns_where_the_last_alone_gets_a_thinking_block(tokenizer: Any
     assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", END, "N", "o", END]
 
 
+def test_a_closing_tag_alone_ends_reasoning_only_where_the_template_has_such_tags(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Close it with\n</think>\nand go on."))
+    encoded = encode(row, tokenizer)
+    assert (said(encoded, tokenizer), encoded.notes) == (f"Close it with\n</think>\nand go on.{END}", ())
+    tokenizer.chat_template = OPEN
+    encoded = encode(row, tokenizer)
+    assert said(encoded, tokenizer) == f"and go on.{END}"
+    assert encoded.notes == ("reasoning left out (--thinking off)",)
+
+
 # --- what cannot be labeled
 
 
