@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 
 from common.data.chat_template import Message
 
@@ -50,9 +51,25 @@ def without_reasoning(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 
 
+def reasoning_of(messages: list[Message]) -> dict[int, str]:
+    """By number, what the assistant thinks in the turns that have reasoning."""
+    answers = (pair for pair in enumerate(messages) if pair[1]["role"] == "assistant")
+    return {number: reasoning for number, message in answers if (reasoning := message.get("reasoning_content"))}
+
+
 def ends_with_reasoning(messages: list[Message]) -> bool:
-    """Whether the row is one with reasoning: its last answer decides."""
+    """Whether the last answer has reasoning."""
     return bool(next((m.get("reasoning_content") for m in reversed(messages) if m["role"] == "assistant"), None))
+
+
+def with_inline_reasoning(messages: list[Message], numbers: Iterable[int]) -> list[Message]:
+    """Reasoning at the start of these answers, for templates that have no field for it."""
+    result = list(messages)
+    for number in numbers:
+        (message,) = without_reasoning([messages[number]])
+        reasoning, content = messages[number]["reasoning_content"], message["content"] or ""
+        result[number] = message | {"content": f"{_OPEN}\n{reasoning}\n{_CLOSE}\n\n{content}"}
+    return result
 
 
 def fold_system(messages: list[Message]) -> list[Message] | None:
