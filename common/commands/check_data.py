@@ -193,6 +193,8 @@ def explain(example: Example, encoder: Encoder) -> list[str]:
             ends = starts[at] >= turn.stop
             if turn.message in trained:
                 reasons[at] = f"{name}: its end, where the model must stop" if ends else f"{name}: the assistant's"
+            elif turn.message in conversation.unreasoned:
+                reasons[at] = f"{name}: not trained, as the template leaves out its reasoning"
             elif example.messages[turn.message].get("train", True):
                 reasons[at] = f"{name}: not the last assistant turn (--train-on last)"
             else:

@@ -14,8 +14,10 @@ from common.data.dataset import Example
 from common.data.message_forms import (
     ends_with_reasoning,
     fold_system,
+    reasoning_of,
     split_thinking,
     tool_call_forms,
+    with_inline_reasoning,
     without_reasoning,
 )
 from common.data.placeholders import Filled, Placeholders
@@ -42,6 +44,7 @@ class Conversation:
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
     generation_spans: tuple[tuple[int, int], ...] | None = None  # by the template's own tags, where it has them
     messages: tuple[Message, ...] = ()  # the row's, in the form that the template was given
+    unreasoned: frozenset[int] = frozenset()  # messages whose reasoning the template leaves out: they are not trained
 
 
 def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
@@ -49,7 +52,7 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
 
     Raises BadRow where the template refuses it, or its turns cannot be located exactly.
     """
-    messages = split_thinking([dict(message) for message in example.messages])
+    messages = split_thinking([dict(message) for message in example.messages], template.has_think_tags)
     notes: list[str] = []
     if template.thinking == "off" and any(message.get("reasoning_content") for message in messages):
         notes.append("reasoning left out (--thinking off)")
@@ -64,11 +67,13 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
             except (Refused, Unlabeled) as error:
                 refusal = refusal or error
                 continue
-            turns = found.turns
+            if found.unreasoned:
+                notes.append("reasoning of earlier turns left out by the template: these turns are not trained")
             if folded:
-                turns = [replace(turn, message=turn.message + 1) for turn in turns]
+                turns = [replace(turn, message=turn.message + 1) for turn in found.turns]
+                found = replace(found, turns=turns, unreasoned=frozenset(n + 1 for n in found.unreasoned))
                 notes.append("system text put into the first user turn")
-            return replace(found, turns=turns, notes=tuple(notes), messages=tuple(given))
+            return replace(found, notes=tuple(notes), messages=tuple(given))
     if isinstance(refusal, Unlabeled):
         reason, fix = f"this row cannot be labeled exactly: {refusal}.", REMEDY
     else:
@@ -88,12 +93,13 @@ def _locate(messages: list[Message], tools: Any, template: ChatTemplate) -> Conv
 
 
 def _located(messages: list[Message], tools: Any, template: ChatTemplate, every: bool) -> Conversation:
-    think = ends_with_reasoning(messages)
     placeholders = Placeholders(messages, every)
     masked = placeholders.messages
-    if think and (inline := _inlined(messages, masked, tools, template)):
-        messages, masked = inline
-    row = MaskedRow(template, tools, think, masked)
+    reasoned = reasoning_of(masked)
+    inline = _inline(masked, reasoned, tools, template)
+    messages, masked = with_inline_reasoning(messages, inline), with_inline_reasoning(masked, inline)
+    think = ends_with_reasoning(placeholders.messages) or _writes_reasoning(masked, reasoned, tools, template)
+    row = MaskedRow(template, tools, think, reasoned, masked)
     text = row.render(masked)
     written = {place[0] for place in placeholders.found(text)}
     for number, message in enumerate(masked):
@@ -103,7 +109,9 @@ def _located(messages: list[Message], tools: Any, template: ChatTemplate, every:
     rendered = row.render(messages)
     contents = placeholders.contents(text, rendered)
     text, spans, inferred = _turns(row, text, placeholders if every else None)
-    if think and not any(place[0].endswith(f"q{len(masked) - 1}qr") for place in placeholders.found(text)):
+    written = {place[0] for place in placeholders.found(text)}
+    unreasoned = frozenset(number for number, reasoning in reasoned.items() if reasoning not in written)
+    if len(masked) - 1 in unreasoned:
         raise Unlabeled("the template leaves out the reasoning of the last turn (--thinking off trains without it)")
     filled = Filled(text, placeholders, placeholders.originals | contents)
     text = filled.text
@@ -111,7 +119,7 @@ def _located(messages: list[Message], tools: Any, template: ChatTemplate, every:
     _check_prompts(row, messages, text, [turn for turn in turns if turn.message in inferred])
     _check_complete(messages, tools, text, turns)
     generated = template.generation_spans(messages, tools, think, rendered) if text == rendered else None
-    return Conversation(text, turns, generation_spans=generated)
+    return Conversation(text, turns, generation_spans=generated, unreasoned=unreasoned)
 
 
 def _turns(row: MaskedRow, text: str, placeholders: Placeholders | None) -> tuple[str, list[Turn], set[int]]:
@@ -132,21 +140,31 @@ def _turns(row: MaskedRow, text: str, placeholders: Placeholders | None) -> tupl
             spans.append(Turn(number, start + len(edges.head), stop, stop + edges.token))
             inferred.add(number)
             continue
-        prompt = row.template.prompt(row.messages[:number], row.tools, row.think)
-        at, start, block = find_start(text, prompt, number)
-        if block and row.is_last(number):  # the served prompt has a block that the rendering leaves out
-            reasoning = message.get("reasoning_content")
-            if row.think and reasoning:
-                opened = OPEN_BLOCK.search(block)
-                block += f"{reasoning}{closing(opened[1] if opened else '<think>')}"
-            text = text[:at] + block + text[start:]
-            start = len(prompt)
+        at, start, block = find_start(row, text, number)
+        lacks = _lacking_block(row, text, number, block)
+        if lacks:
+            text = text[:at] + lacks + text[start:]
+            start = at + len(block if number in row.reasoned else lacks)
         stop, end, lacking = find_end(row, text, start, number)
         text += lacking
         spans.append(Turn(number, start, stop, end))
-        if number in regions and not block and not lacking:
+        if number in regions and not block and not lacks and not lacking:
             row.learn_edges(number, text, regions[number], (start, stop, end))
     return text, spans, inferred
+
+
+def _lacking_block(row: MaskedRow, text: str, number: int, served: str) -> str:
+    """The thinking block that the rendering leaves out of the last turn. served: what the prompt has of it."""
+    if not row.is_last(number):
+        return ""
+    reasoning, opened = row.messages[number].get("reasoning_content", ""), OPEN_BLOCK.search(served)
+    if number not in row.reasoned:
+        return served + closing(opened[1]) if opened else served
+    if not reasoning or reasoning in text:
+        return served
+    if not served:
+        return row.template.own_block(reasoning)
+    return f"{served}{reasoning}{closing(opened[1] if opened else '<think>')}"
 
 
 def _regions(row: MaskedRow, text: str, placeholders: Placeholders) -> dict[int, tuple[int, int]]:
@@ -170,25 +188,28 @@ def _check_prompts(row: MaskedRow, messages: list[Message], text: str, turns: li
     for number, turn in enumerate(turns, 1):
         if number & (number - 1) and number < len(turns):
             continue
-        prompt = row.template.prompt(messages[: turn.message], row.tools, row.think)
-        between = text[len(prompt) : turn.start]
-        if not text.startswith(prompt) or len(prompt) > turn.start or (between and not EMPTY_BLOCK.fullmatch(between)):
+        if not any(_leads_to(text, prompt, turn.start) for prompt in row.prompts(messages, turn.message)):
             raise Unlabeled(f"turn {turn.message + 1} renders differently with and without what follows it")
 
 
-def _inlined(
-    messages: list[Message], masked: list[Message], tools: Any, template: ChatTemplate
-) -> tuple[list[Message], list[Message]] | None:
-    """The last turn's reasoning within its answer, where the template has no field for it; None where it has."""
-    placeholder = masked[-1].get("reasoning_content", "")
-    if not placeholder or placeholder in template.render(masked, tools, False, True):
-        return None
-    both = []
-    for rows in (messages, masked):
-        last = {key: value for key, value in rows[-1].items() if key != "reasoning_content"}
-        last["content"] = f"<think>\n{rows[-1]['reasoning_content']}{closing('<think>')}{rows[-1]['content']}"
-        both.append([*rows[:-1], last])
-    return (both[0], both[1]) if placeholder in template.render(both[1], tools, False, True) else None
+def _leads_to(text: str, prompt: str, start: int) -> bool:
+    """Whether `text` has the prompt before position `start`, with at most an empty thinking block between."""
+    between = text[len(prompt) : start]
+    return text.startswith(prompt) and len(prompt) <= start and (not between or bool(EMPTY_BLOCK.fullmatch(between)))
+
+
+def _inline(masked: list[Message], reasoned: dict[int, str], tools: Any, template: ChatTemplate) -> list[int]:
+    """The turns whose reasoning stands within the answer, where the template has no other way to write it."""
+    if not reasoned or template.takes_reasoning or template.own_block("q"):
+        return []
+    text = template.render(with_inline_reasoning(masked, reasoned), tools, False, True)
+    return [number for number, reasoning in reasoned.items() if reasoning in text]
+
+
+def _writes_reasoning(masked: list[Message], reasoned: dict[int, str], tools: Any, template: ChatTemplate) -> bool:
+    """Whether the row's text has the reasoning of any turn; some templates keep that of the last alone."""
+    text = template.render(masked, tools, False, True) if reasoned else ""
+    return any(reasoning in text for reasoning in reasoned.values())
 
 
 def _check_complete(messages: list[Message], tools: Any, text: str, turns: list[Turn]) -> None:

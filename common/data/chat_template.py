@@ -12,6 +12,7 @@ _DAY = datetime(2024, 7, 26)
 _DATE = f"{_DAY:%d %b %Y}"
 PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
+_CALL: dict[str, Any] = {"id": "q00000001", "type": "function", "function": {"name": "q", "arguments": {"q": "q"}}}
 _TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -30,11 +31,14 @@ _TAGS = {
 }
 _PLAIN = {"role", "content", "train", "weight"}  # keys of a message whose rendering is known by roles and placeholders
 _SHAPES = 1000  # of conversations that are remembered
+_THOUGHT = PLACEHOLDER.format("", 1, "r")
 _OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
 EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
 OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
 # What a generation prompt may have and a finished turn may lack: a thinking block, opened or empty, or its end.
 THINKING_REST = re.compile(rf"\s*{_OPEN}?\s*{_SHUT}?\s*")
+# A block with reasoning in it.
+_FULL_BLOCK = re.compile(rf"{_OPEN}\s*{_THOUGHT}\s*{_SHUT}")
 
 
 def closing(opened: str) -> str:
@@ -68,6 +72,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, thinking: str) -> None:
         self.tokenizer, self.thinking = tokenizer, thinking
         self.source = str(tokenizer.chat_template)
+        self.has_think_tags = "<think>" in self.source or "</think>" in self.source
         self.has_generation_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source))
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
@@ -90,6 +95,29 @@ class ChatTemplate:
             return name in self.render([HELLO], (_TOOL,), True, False)
         except Refused:
             return False
+
+    @cached_property
+    def takes_reasoning(self) -> bool:
+        """Whether it writes the reasoning of an answer from a field of its own."""
+        return _THOUGHT in self._with_thought({"content": "q"})
+
+    @cached_property
+    def _block_of_calls(self) -> str:
+        """The block in which it writes the reasoning before a tool's call; "" where it writes none."""
+        forms = ({"content": "", "tool_calls": [_CALL]}, {"content": None, "tool_calls": [_CALL]})
+        blocks = (_FULL_BLOCK.search(self._with_thought(form)) for form in forms)
+        return next((block[0] for block in blocks if block), "")
+
+    def _with_thought(self, answer: dict[str, Any]) -> str:
+        message = {"role": "assistant", "reasoning_content": _THOUGHT, **answer}
+        try:
+            return self.render([HELLO, message], (), False, True)
+        except Refused:
+            return ""
+
+    def own_block(self, reasoning: str) -> str:
+        """The reasoning as the template writes it before calls alone, so in tags of its own; "" where it does not."""
+        return "" if self.takes_reasoning else self._block_of_calls.replace(_THOUGHT, reasoning)
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         """The messages as text. prompt: with the generation prompt behind them. Raises Refused.

@@ -240,7 +240,7 @@ class Encoder:
         """The indices of the messages whose turns are trained, and what their tokens weigh in the loss."""
         turns = [turn.message for turn in conversation.turns]
         selected = turns[-1:] if self.masking.train_on == "last" else turns
-        given = ((number, example.messages[number]) for number in selected)
+        given = ((number, example.messages[number]) for number in selected if number not in conversation.unreasoned)
         return {n: example.weight * message.get("weight", 1.0) for n, message in given if message.get("train", True)}
 
     def _within_generation(

@@ -2,24 +2,28 @@
 
 import itertools
 import json
+from collections.abc import Iterable
 
 from common.data.chat_template import Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
-def split_thinking(messages: list[Message]) -> list[Message]:
-    """Reasoning at the start of an answer becomes `reasoning_content`: data sets write it either way."""
+def split_thinking(messages: list[Message], unopened: bool) -> list[Message]:
+    """Reasoning at the start of an answer becomes `reasoning_content`: data sets write it either way.
+
+    unopened: also where the first tag is lacking.
+    """
     result = []
     for message in messages:
-        found = _split(message["content"]) if message["role"] == "assistant" else None
+        found = _split(message["content"], unopened) if message["role"] == "assistant" else None
         if found and not message.get("reasoning_content"):
             message = message | {"content": found[1], "reasoning_content": found[0]}
         result.append(message)
     return result
 
 
-def _split(content: str) -> tuple[str, str] | None:
+def _split(content: str, unopened: bool = True) -> tuple[str, str] | None:
     """`(reasoning, the answer after it)` of `<think>...</think>` at the start; None without reasoning.
 
     Where the prompt opens the block, data sets lack the first tag; the other then stands on a line of its own.
@@ -29,7 +33,7 @@ def _split(content: str) -> tuple[str, str] | None:
     before, _, after = content.partition(_CLOSE)
     if (opened := before.lstrip()).startswith(_OPEN):
         return opened.removeprefix(_OPEN).strip(), after.lstrip()
-    alone = before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
+    alone = unopened and before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
     return (before.strip(), after.lstrip()) if alone else None
 
 
@@ -47,9 +51,25 @@ def without_reasoning(messages: list[Message]) -> list[Message]:
     return [{key: value for key, value in message.items() if key != "reasoning_content"} for message in messages]
 
 
+def reasoning_of(messages: list[Message]) -> dict[int, str]:
+    """By number, what the assistant thinks in the turns that have reasoning."""
+    answers = (pair for pair in enumerate(messages) if pair[1]["role"] == "assistant")
+    return {number: reasoning for number, message in answers if (reasoning := message.get("reasoning_content"))}
+
+
 def ends_with_reasoning(messages: list[Message]) -> bool:
-    """Whether the row is one with reasoning: its last answer decides."""
+    """Whether the last answer has reasoning."""
     return bool(next((m.get("reasoning_content") for m in reversed(messages) if m["role"] == "assistant"), None))
+
+
+def with_inline_reasoning(messages: list[Message], numbers: Iterable[int]) -> list[Message]:
+    """Reasoning at the start of these answers, for templates that have no field for it."""
+    result = list(messages)
+    for number in numbers:
+        (message,) = without_reasoning([messages[number]])
+        reasoning, content = messages[number]["reasoning_content"], message["content"] or ""
+        result[number] = message | {"content": f"{_OPEN}\n{reasoning}\n{_CLOSE}\n\n{content}"}
+    return result
 
 
 def fold_system(messages: list[Message]) -> list[Message] | None:

@@ -1,6 +1,7 @@
 """Where an assistant turn starts and ends in a rendered conversation that has placeholders for the answers."""
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +30,18 @@ class MaskedRow:
 
     template: ChatTemplate
     tools: Any
-    think: bool
+    think: bool  # whether it is rendered with thinking on
+    reasoned: Collection[int]  # the numbers of the messages with reasoning
     messages: list[Message]
 
     def render(self, messages: list[Message]) -> str:
         return self.template.render(messages, self.tools, False, self.think)
+
+    def prompts(self, messages: list[Message], number: int) -> Iterator[str]:
+        """What may stand before a turn: first with thinking off where it is the last, and the one without reasoning."""
+        if self.think and self.is_last(number) and number not in self.reasoned:
+            yield self.template.prompt(messages[:number], self.tools, False)
+        yield self.template.prompt(messages[:number], self.tools, self.think)
 
     def is_last(self, number: int) -> bool:
         return number == len(self.messages) - 1
@@ -57,7 +65,7 @@ class MaskedRow:
         message = self.messages[number]
         roles = [self.messages[n]["role"] if 0 <= n < len(self.messages) else "" for n in (number - 1, number + 1)]
         has = [bool(message.get(key)) for key in ("content", "reasoning_content", "tool_calls")]
-        return (*roles, *has, self.think, bool(self.tools))
+        return (*roles, *has, self.think, number in self.reasoned, bool(self.tools))
 
 
 _KNOWN_EDGES = 8  # of one kind
@@ -77,15 +85,22 @@ class Edges:
         return inside and not EMPTY_BLOCK.match(text, start + len(self.head))
 
 
-def find_start(text: str, prompt: str, number: int) -> tuple[int, int, str]:
-    """Where `prompt` ends in `text`, where the turn starts, and the thinking block that only the prompt has."""
+def find_start(row: MaskedRow, text: str, number: int) -> tuple[int, int, str]:
+    """Where a turn's prompt ends in `text`, where the turn starts, and the thinking block that only the prompt has."""
+    for prompt in row.prompts(row.messages, number):
+        if found := _end_of(prompt, text):
+            return found
+    raise Unlabeled(f"turn {number + 1} renders differently with and without what follows it")
+
+
+def _end_of(prompt: str, text: str) -> tuple[int, int, str] | None:
     if text.startswith(prompt):
         return len(prompt), _after_block(text, len(prompt)), ""
     same = len(common_prefix(text, prompt))
     for at in range(same, max(same - len("</think>\n"), -1), -1):  # both block and answer may begin with "<"
         if prompt[at:].strip() and THINKING_REST.fullmatch(prompt[at:]):
             return at, _after_block(text, at), prompt[at:]
-    raise Unlabeled(f"turn {number + 1} renders differently with and without what follows it")
+    return None
 
 
 def _after_block(text: str, at: int) -> int:

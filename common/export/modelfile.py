@@ -124,7 +124,8 @@ def turn_texts(encoder: Encoder, stops: list[str], sample: list[Message]) -> tup
                 raise Inexpressible("the chat template renders a turn otherwise in a longer conversation")
     texts = TurnTexts.of(between, stops, encoder.template.special)
     cases = [{"role": role, "content": content} for role, content in _CASES]
-    plain = [{"role": m["role"], "content": m["content"].strip()} for m in split_thinking(sample)]
+    parted = split_thinking(sample, encoder.template.has_think_tags)
+    plain = [{"role": m["role"], "content": m["content"].strip()} for m in parted]
     if difference(texts, prompt, plain):  # not quoted: it is a row's, and the file may be published
         raise Inexpressible("it would write another prompt than the chat template for a row of the data")
     for case in (cases[start:count] for start in (0, 1) for count in range(2, len(cases) + 1, 2)):

@@ -127,10 +127,13 @@ def _check_unchanged(run: Run, recipe: Recipe) -> None:
     if run.record.recipe_hash != recipe.hash():
         old, new = run.recipe.hashed(), recipe.hashed()
         changed = ", ".join(name for name in new if new[name] != old.get(name))
-        raise UserError(
-            f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).",
-            "Restore the old files, or start a new run.",
-        )
+        fix = "Restore the old files, or start a new run."
+        if changed == "rows_hash":
+            fix = (
+                "If no file has changed, this version labels some rows otherwise: resume the run with the version that "
+                "began it (environment.json names it), or start a new run."
+            )
+        raise UserError(f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).", fix)
 
 
 def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]) -> Checkpoint | None:

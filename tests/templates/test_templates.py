@@ -12,7 +12,7 @@ from common.data.tool_text import tools_as_text
 from common.data.turn_edges import BadRow
 from tests.encoding import encode
 from tests.templates import report as proof
-from tests.templates.conversations import CONVERSATIONS
+from tests.templates.conversations import CONVERSATIONS, THOUGHTS
 from tests.templates.families import build, families
 from tests.templates.report import LABELED, WRONG
 from tests.templates.vocabularies import agreement
@@ -174,6 +174,24 @@ def test_the_proof_finds_a_second_bos():
     ids = np.append(np.int32(tokenizer.bos_token_id), encoded.ids)
     doubled = dataclasses.replace(encoded, ids=ids, loss_weights=np.append(False, encoded.mask))
     assert proof.find_fault(row, tokenizer, doubled)
+
+
+@pytest.mark.parametrize("source", ["reasoning", "think text"])
+def test_with_thinking_kept_a_turn_is_trained_with_its_reasoning_or_not_at_all(source):
+    row = next(row for row in CONVERSATIONS if row.source == source)
+    found = {}
+    for family in families():
+        encoder = Encoder(build(family), MaskingOptions(thinking="keep"))
+        with contextlib.suppress(BadRow):
+            _, located, _ = encoder.encode_chat(row)
+            trained = encoder.trained(row, located)
+            texts = {turn.message: located.text[turn.start : turn.stop] for turn in located.turns}
+            assert all(THOUGHTS[number // 2] in texts[number] for number in trained), family.name
+            assert len(row.messages) - 1 in trained
+            found[family.name] = texts
+    assert found.keys() >= NAMED
+    for name in ("google-gemma-4-31B-it", "google-gemma-4-31B-it-interleaved"):
+        assert found[name][3].startswith(f"<|channel>thought\n{THOUGHTS[1]}")
 
 
 @pytest.mark.parametrize(("name", "kept"), [("Qwen3.6", False), ("Qwen3.8", True)])

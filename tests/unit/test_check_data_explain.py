@@ -41,6 +41,18 @@ def test_turns_that_are_not_trained_say_why(tokenizer: Any) -> None:
     )
 
 
+def test_a_turn_whose_reasoning_is_left_out_says_so(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "m['content'] +", "(m.reasoning_content or '' if loop.last else '') + m['content'] +"
+    )
+    row = example(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    for number in (1, 3):
+        row.messages[number]["reasoning_content"] = "e"
+    reasons = explain(row, Encoder(tokenizer, MaskingOptions(thinking="keep")))
+    assert reasons.count("turn 2: not trained, as the template leaves out its reasoning") == 2
+    assert reasons.count("turn 4: the assistant's") == 2  # what it thinks, and what it says
+
+
 def test_plain_text(tokenizer: Any) -> None:
     row = Example((), "a.txt:1", text="Hi")
     assert explain(row, Encoder(tokenizer, MaskingOptions())) == [

@@ -184,7 +184,7 @@ def test_reasoning_whose_first_tag_stood_in_the_prompt(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", *(turns(("user", "Hi"), ("assistant", answer)) for answer in answers))
     data = load_data(str(path), 0, 0)
     assert {kind: rows.first for kind, rows in data.left_out.items()} == {"rows without an answer": ["a.jsonl:2"]}
-    split = [split_thinking([dict(message) for message in row.messages])[1] for row in data.train]
+    split = [split_thinking([dict(message) for message in row.messages], True)[1] for row in data.train]
     assert split[0] == {"role": "assistant", "content": "Four", "reasoning_content": "2 + 2 is"}
     assert [message["content"] for message in split[1:]] == list(answers[2:])
 

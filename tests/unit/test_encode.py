@@ -262,6 +262,103 @@ def test_several_turns_where_the_last_alone_gets_a_thinking_block(tokenizer: Any
     assert labels(encode(row, tokenizer), tokenizer) == ["Y", "o", END, "N", "o", END]
 
 
+KEEP = MaskingOptions(thinking="keep")
+LEFT_OUT = "reasoning of earlier turns left out by the template: these turns are not trained"
+
+
+def reasoning_row(*turns: tuple[str, str, str]) -> Example:
+    """Of (role, content, reasoning)."""
+    messages = [{"role": role, "content": content} for role, content, _ in turns]
+    for message, (_, _, reasoning) in zip(messages, turns, strict=True):
+        if reasoning:
+            message["reasoning_content"] = reasoning
+    return Example(tuple(messages), "train.jsonl:17")
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "all"])
+def test_a_turn_whose_reasoning_the_template_drops_is_not_trained(tokenizer: Any, train_on: Any) -> None:
+    tokenizer.chat_template = SWITCH
+    row = reasoning_row(("user", "Hi", ""), ("assistant", "Yo", "Hm"), ("user", "So", ""), ("assistant", "No", "Oh"))
+    encoded = encode(row, tokenizer, replace(KEEP, train_on=train_on))
+    assert "<|im_start|>assistant\nYo<|im_end|>" in said(encoded, tokenizer, labeled=False)
+    assert "Yo" not in said(encoded, tokenizer)
+    assert said(encoded, tokenizer).endswith("<think>\nOh\n</think>\n\nNo<|im_end|>" + "\n" * (train_on == "all"))
+    assert encoded.notes == (LEFT_OUT,)
+    assert len(encoded.ends) == 1
+
+
+def test_a_dropped_turn_is_the_same_one_where_the_system_text_is_folded(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No') }}{% endif %}" + SWITCH
+    row = reasoning_row(
+        *(("system", "Be", ""), ("user", "Hi", ""), ("assistant", "Yo", "Hm")),
+        *(("user", "So", ""), ("assistant", "No", "Oh")),
+    )
+    encoded = encode(row, tokenizer, KEEP)
+    assert said(encoded, tokenizer) == "<think>\nOh\n</think>\n\nNo<|im_end|>"
+    assert encoded.notes == (LEFT_OUT, "system text put into the first user turn")
+
+
+def test_the_thinking_block_of_an_earlier_turn_is_labeled_from_its_tag_on(tokenizer: Any) -> None:
+    """As Qwen3's template writes the reasoning before a call, and an empty block before the answer to its result."""
+    tokenizer.chat_template = SWITCH.replace("m.reasoning_content and loop.last", "m.reasoning_content").replace(
+        "else '')", "else '<think>\n\n</think>\n\n' if m.role == 'assistant' else '')"
+    )
+    row = reasoning_row(("user", "Hi", ""), ("assistant", "Yo", "Hm"), ("user", "So", ""), ("assistant", "No", ""))
+    encoded = encode(row, tokenizer, KEEP)
+    assert said(encoded, tokenizer) == "<think>\nHm\n</think>\n\nYo<|im_end|>No<|im_end|>"
+    assert "assistant\n<think>\n\n</think>\n\nNo" in said(encoded, tokenizer, labeled=False)
+
+
+def test_a_block_that_the_prompt_opens_is_closed_before_a_last_answer_without_reasoning(tokenizer: Any) -> None:
+    """As under poolside's Laguna, whose system turn says whether to reason: thinking is on for the whole row."""
+    tokenizer.chat_template = (
+        "{{ '<|im_start|>system\nReason: ' + enable_thinking | string + '<|im_end|>\n' }}"
+        + CHATML.replace(
+            "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n' + ('<think>' if enable_thinking else '')"
+        ).replace(
+            "m['content'] +",
+            "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m['content'] +",
+        )
+    )
+    row = reasoning_row(("user", "Hi", ""), ("assistant", "Yo", "Hm"), ("user", "So", ""), ("assistant", "No", ""))
+    encoded = encode(row, tokenizer, KEEP)
+    assert said(encoded, tokenizer) == "Hm</think>Yo<|im_end|>No<|im_end|>"
+    assert "assistant\n<think>\n</think>\n\nNo" in said(encoded, tokenizer, labeled=False)
+
+
+def test_reasoning_of_every_turn_stands_in_its_answer_where_the_template_has_no_field(tokenizer: Any) -> None:
+    tokenizer.chat_template = CHATML
+    answers = "<think>\nHm\n</think>\n\nYo", "<think>\nOh\n</think>\n\nNo"
+    row = example(("user", "Hi"), ("assistant", answers[0]), ("user", "So"), ("assistant", answers[1]), ("user", "Bye"))
+    encoded = encode(row, tokenizer, KEEP)
+    assert said(encoded, tokenizer) == "".join(f"{answer}<|im_end|>" for answer in answers)
+    assert encoded.notes == ()
+
+
+@pytest.mark.parametrize("line", ["", "\n"])
+def test_reasoning_stands_in_the_tags_that_the_template_writes_before_calls(tokenizer: Any, line: str) -> None:
+    """As Gemma 4's do, in two versions, which write no reasoning before answers."""
+    block = f"'<|channel>thought\n' + m.reasoning_content + '{line}<channel|>'"
+    tokenizer.chat_template = CHATML.replace(
+        "m['content'] +", f"({block} if m.reasoning_content and m.tool_calls else '') + m['content'] +"
+    )
+    encoded = encode(thoughtful("in the answer"), tokenizer, KEEP)
+    assert said(encoded, tokenizer) == f"<|channel>thought\nHm{line}<channel|>Yo<|im_end|>"
+    row = reasoning_row(("user", "Hi", ""), ("assistant", "Yo", "Hm"), ("user", "So", ""), ("assistant", "No", ""))
+    encoded = encode(row, tokenizer, KEEP)
+    assert (said(encoded, tokenizer), encoded.notes) == ("No<|im_end|>", (LEFT_OUT,))
+
+
+def test_a_closing_tag_alone_ends_reasoning_only_where_the_template_has_such_tags(tokenizer: Any) -> None:
+    row = example(("user", "Hi"), ("assistant", "Close it with\n</think>\nand go on."))
+    encoded = encode(row, tokenizer)
+    assert (said(encoded, tokenizer), encoded.notes) == (f"Close it with\n</think>\nand go on.{END}", ())
+    tokenizer.chat_template = OPEN
+    encoded = encode(row, tokenizer)
+    assert said(encoded, tokenizer) == f"and go on.{END}"
+    assert encoded.notes == ("reasoning left out (--thinking off)",)
+
+
 # --- what cannot be labeled
 
 

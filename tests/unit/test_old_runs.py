@@ -215,6 +215,16 @@ def test_weight_decay_is_not_changed_within_a_run(given: dict[str, Any], tmp_pat
     assert caught.value.what.endswith("which differs in weight_decay, which fell on every parameter.")
 
 
+def test_a_run_whose_rows_this_version_labels_otherwise_is_not_resumed(given: dict[str, Any], tmp_path: Path) -> None:
+    cut = half_trained(given, tmp_path / "cut")
+    edit_yaml(cut / "recipe.yaml", {"rows_hash": "cafe"})
+    edit_record(cut, recipe_hash=Run(cut).recipe.hash())
+    with pytest.raises(UserError) as caught:
+        resume(cut)
+    assert caught.value.what == f"{cut}: its recipe has changed since it began (changed: rows_hash)."
+    assert "resume the run with the version that began it (environment.json names it)" in caught.value.fix
+
+
 def test_a_recipe_of_a_newer_version_is_not_resumed(given: dict[str, Any], tmp_path: Path) -> None:
     cut = half_trained(given, tmp_path / "cut")
     edit_yaml(cut / "recipe.yaml", {"version": VERSION + 1})
