@@ -117,7 +117,7 @@ FAULTS = [
     ),
     Fault(
         "the warm-up is a step late",
-        "common/training/loop.py",
+        "common/training/schedule.py",
         "recipe.learning_rate * step / recipe.warmup_steps",
         "recipe.learning_rate * (step - 1) / recipe.warmup_steps",
         "unit/test_loop.py",
