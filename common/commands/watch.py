@@ -89,7 +89,7 @@ class Watcher:
         except (Interrupted, NotFinite) as error:
             diverged = isinstance(error, NotFinite) and not isinstance(error, Unwritten)
             diverged = diverged and (state.step > 0 or state.start_valid_loss is not None)
-            asked = self.job.options.on_collapse == "rollback" and not self.stops
+            asked = self.job.options.on_collapse == "rollback" and not (self.stops or self.job.options.finish)
             if asked and (self.collapse or diverged) and self._can_be_helped():
                 if isinstance(error, NotFinite):
                     self.warn(error.what)
@@ -176,6 +176,7 @@ def _alarms_until(job: Job, state: State) -> Alarms:
     """Having seen the lines of a resumed run: what they raised is not raised again."""
     alarms = Alarms(job.recipe.warmup_steps, job.recipe.patience)
     lines = [line for name in ("metrics.jsonl", FILE) for line in _lines(job.run.path / name, state.step)]
+    lines.sort(key=lambda line: line["step"])  # as they came: of a step, its figures before its answers
     for line in lines:
         alarms.see(line)
     kinds = {"answer": str, "reference": str, "ended": bool}

@@ -8,7 +8,11 @@ _SECRETS = tuple(
     (kind, sign, re.compile(pattern, re.ASCII))
     for kind, sign, pattern in (
         # the key itself, not only its first line; in JSON a line break is written as \n
-        ("private key", "-----BEGIN", r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY[A-Z ]{0,10}-----(?:\\n|\s)*[\w+/=]{40,}"),
+        (
+            "private key",
+            "-----BEGIN",
+            r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY[A-Z ]{0,10}-----(?:\\n|\s)*[\w+/=]{40,}(?:(?:\\n|\s)+[\w+/=]{16,})*",
+        ),
         ("AWS key", "IA", r"\bA(?:KIA|SIA)[A-Z2-7]{16}\b"),
         ("GitHub token", "gh", r"\bgh[pousr]_[A-Za-z0-9]{36,255}\b"),
         ("GitHub token", "github_pat_", r"\bgithub_pat_\w{50,255}"),
@@ -61,10 +65,13 @@ def personal(text: str) -> Iterator[tuple[str, str]]:
 
 def hidden(text: str) -> str:
     """The text with all of these masked."""
-    places = {(start, stop) for find in (_secrets, _personal) for _, start, stop in find(text.translate(_WIDE))}
-    for start, stop in sorted(places, reverse=True):
-        text = text[:start] + masked(text[start:stop]) + text[stop:]
-    return text
+    spans = sorted({(start, stop) for find in (_secrets, _personal) for _, start, stop in find(text.translate(_WIDE))})
+    parts, end = list[str](), 0
+    for start, stop in spans:
+        if start >= end:  # a span within another is masked with it
+            parts += [text[end:start], masked(text[start:stop])]
+        end = max(end, stop)
+    return "".join([*parts, text[end:]])
 
 
 def _secrets(text: str) -> Iterator[Place]:

@@ -110,3 +110,5 @@ def test_a_text_is_shown_without_them() -> None:
     text = "Mail jo.smith@gmail.com, or ０９０−１２３４−５６７８, with sk-proj-Ab3dE9fGhIjKlMn0pQrStUvWxYz. Bye"
     assert hidden(text) == "Mail jo.***, or ０９０***, with sk-***. Bye"
     assert hidden("nothing to see") == "nothing to see"
+    assert hidden(f"a\n-----BEGIN RSA PRIVATE KEY-----\n{BODY}\n{BODY[::-1]}\n{BODY[:20]}==\nb") == "a\n---***\nb"
+    assert hidden("09012345678@docomo.ne.jp is mine") == "090*** is mine"
