@@ -87,7 +87,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             job = replace(job, recipe=as_begun(resumed, job.recipe))
             if given.steps or given.epochs:
                 display.say(change_length(resumed, job.recipe, options))
-            found = resume_run(resumed, job.recipe, job.plan, display.warn)
+            found = resume_run(resumed, job.recipe, job.plan, display.warn, options.finish)
             keep_shown(resumed, options)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
@@ -249,7 +249,9 @@ def run(args: argparse.Namespace, context: Context) -> int:
     except Collapsed as stop:
         raise UserError(*stop.args) from None
     except Interrupted as stop:
-        command = f"{PROGRAM} train --resume {stop}"
+        command = f"{PROGRAM} train --resume {stop}{' --finish' if options.finish else ''}"
+        if options.resume and "on_collapse" in options.model_fields_set:  # not on the run's record
+            command += f" --on-collapse {options.on_collapse}"
         context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")
         return 130
     return 0

@@ -136,14 +136,18 @@ def _check_unchanged(run: Run, recipe: Recipe) -> None:
         raise UserError(f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).", fix)
 
 
-def resume_run(run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None]) -> Checkpoint | None:
+def resume_run(
+    run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None], finish: bool = False
+) -> Checkpoint | None:
     """The checkpoint to continue from, None before the first; the record is brought up to date.
 
     recipe, plan: as prepared now. Another plan than the run's takes its place. `warn` hears of a checkpoint that is
-    passed over, and of another environment. Raises UserError for another recipe.
+    passed over, and of another environment. Raises UserError for another recipe, and where there is nothing to `finish`.
     """
     record = run.record
     _check_unchanged(run, recipe)
+    if finish and checkpoint.latest_recipe(run.path, record.recipe_hash) is None:  # before anything is written
+        raise UserError(f"--finish: {run} has no checkpoint.", f"Continue it: python cli.py train --resume {run}")
     if run.recipe.hash() != recipe.hash():  # killed while its length was changed
         run.write_recipe(recipe)
     if changes := environment_changes(run.path):

@@ -384,7 +384,7 @@ def test_what_cannot_be_finished(given: dict[str, Any]) -> None:
 
     with pytest.raises(UserError, match="The device failed"):
         run(given, Fails())
-    with pytest.raises(UserError, match=r"--finish: .* has no checkpoint yet"):
+    with pytest.raises(UserError, match=r"--finish: .* has no checkpoint"):
         longer(Run(Path(given["output"])), finish=True)
     with pytest.raises(UserError, match="--finish and a length cannot be combined"):
         longer(Run(Path(given["output"])), finish=True, steps=9)
@@ -392,3 +392,11 @@ def test_what_cannot_be_finished(given: dict[str, Any]) -> None:
         Path("a.yaml").write_text("finish: true\n")
         with pytest.raises(UserError, match=r"--resume RUN|by --finish, not in a file"):
             load_options(flags)
+
+
+def test_a_complete_run_without_checkpoints_stays_complete(given: dict[str, Any]) -> None:
+    done = run(given)
+    shutil.rmtree(done.path / "checkpoints")
+    with pytest.raises(UserError, match=r"--finish: .* has no checkpoint"):
+        longer(done, finish=True)
+    assert done.record.status == "complete"

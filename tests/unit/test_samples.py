@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from common.backend import OutOfMemory, StepResult
+from common.commands import watch
 from common.commands.train import run_training
 from common.commands.watch import Collapsed
 from common.data.encode import Encoded, load_tokenizer
@@ -263,6 +265,22 @@ def test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for(
         train({"resume": str(folder)}, Harmed)
         assert "above 2.000" not in capsys.readouterr().err  # it was said
         assert Run(folder).record.status == "complete"
+
+
+def test_a_resumed_run_has_seen_its_alarms_in_their_order(tmp_path: Path) -> None:
+    """A quiz that was no sign while the validation loss was at its best is none when a later loss is known."""
+    figures = {"metrics.jsonl": "valid_loss", "samples.jsonl": "drift"}
+    validations, drifts = {0: 3.0, 10: 1.0, 20: 2.0}, {0: 0.0, 10: 9.0}
+    for file, values in zip(figures, (validations, drifts), strict=True):
+        made = [{"step": step, figures[file]: value, "quiz_loss": value} for step, value in values.items()]
+        (tmp_path / file).write_text("".join(json.dumps(line) + "\n" for line in made))
+    job = SimpleNamespace(
+        run=SimpleNamespace(path=tmp_path, record=SimpleNamespace(alarms=[])),
+        recipe=SimpleNamespace(warmup_steps=0, patience=0),
+    )
+    alarms = watch._alarms_until(job, SimpleNamespace(step=20))  # type: ignore[arg-type]
+    assert alarms.known == set()
+    assert [alarm.name for alarm in alarms.drift(30, 9.0, 9.0)] == ["drift"]
 
 
 def test_a_prompt_needs_its_text() -> None:
