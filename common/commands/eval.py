@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -149,7 +149,7 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     check_fields(fields)
     given = given_by(args, run, context)
     with display.stage("read the data"):
-        rows = read_test(args.data, given.encoder, args.limit, fields or given.fields)
+        rows = _read(args, given, fields)
     folder = args.out or given.folder
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
     _check(evaluation, given.subjects, args.data)
@@ -159,6 +159,18 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     write(evaluation, judged, scores, {"model": args.model, "data": str(args.data)})
     show(evaluation, judged, scores, display)
     display.say(f"Answers and figures: {folder}/rows.jsonl, {folder}/scores.json")
+
+
+def _read(args: argparse.Namespace, given: Given, fields: dict[str, str]) -> list[JudgedRow]:
+    """By --field; without one as the run's rows were read, else by the usual names. Raises UserError as read_test."""
+    try:
+        return read_test(args.data, given.encoder, args.limit, fields or given.fields)
+    except UserError:
+        if fields or not given.fields:
+            raise
+        with suppress(UserError):
+            return read_test(args.data, given.encoder, args.limit)
+        raise
 
 
 def _check(evaluation: Evaluation, subjects: Sequence[Subject], data: Path) -> None:

@@ -33,8 +33,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "tools": ("tools",),
 }
-_ALPACA = {"instruction": "prompt", "output": "completion"}  # two names for one part
-PARTS = (*NAMES, *_ALPACA)
+ALPACA = {"instruction": "prompt", "output": "completion"}  # two names for one part
+PARTS = (*NAMES, *ALPACA)
 # Parts that only one format has: naming one of them in --field determines the format.
 _FORMAT_OF = {"messages": "messages", "conversations": "conversations", "text": "text"} | dict.fromkeys(
     ("prompt", "input", "completion", "history"), "pair"
@@ -103,7 +103,7 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         raise Fault("is not an object with named fields")
     if not fields and (media := [name for name in _MEDIA if row.get(name) not in _NOTHING]):
         raise Fault(f"has `{media[0]}`, and only text is trained")
-    columns = _Columns(row, {_ALPACA.get(part, part): column for part, column in fields.items()})
+    columns = _Columns(row, {ALPACA.get(part, part): column for part, column in fields.items()})
     weight = loss_weight(row, "") if columns.chat else 1.0  # elsewhere a `weight` may be a product's
     if not weight:
         raise Untrained("has train: false or weight: 0")
@@ -165,10 +165,10 @@ def _read_text(row: Row, name: str) -> str:
 
 def clashing(fields: dict[str, str]) -> str | None:
     """How --field contradicts itself; None where it does not."""
-    for alias, part in _ALPACA.items():
+    for alias, part in ALPACA.items():
         if alias in fields and part in fields:
             return f"{alias} and {part} are the same part"
-    formats = {_FORMAT_OF[name]: part for part in fields if (name := _ALPACA.get(part, part)) in _FORMAT_OF}
+    formats = {_FORMAT_OF[name]: part for part in fields if (name := ALPACA.get(part, part)) in _FORMAT_OF}
     return f"{' and '.join(formats.values())} belong to different formats" if len(formats) > 1 else None
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.dataset import Example
-from common.data.formats import NAMES, read_row
+from common.data.formats import ALPACA, NAMES, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
@@ -79,6 +79,8 @@ def prompt_of_row(row: Any, source: str, fields: dict[str, str] | None = None) -
 def _answered(row: Any, fields: dict[str, str]) -> Any:
     if not isinstance(row, dict):
         return row
+
+    fields = {ALPACA.get(part, part): column for part, column in fields.items()}
 
     def names(part: str) -> tuple[str, ...]:
         return (fields[part],) if part in fields else NAMES[part]

@@ -142,7 +142,7 @@ def resume_run(
     """The checkpoint to continue from, None before the first; the record is brought up to date.
 
     recipe, plan: as prepared now. Another plan than the run's takes its place. `warn` hears of a checkpoint that is
-    passed over, and of another environment. Raises UserError for another recipe, and where there is nothing to `finish`.
+    passed over, and of another environment. Raises UserError for another recipe, and where nothing is there to finish.
     """
     record = run.record
     _check_unchanged(run, recipe)

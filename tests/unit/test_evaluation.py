@@ -326,6 +326,8 @@ def test_rows_are_read_as_field_says(tmp_path: Path, encoder: Encoder, answer: d
     assert found.prompt is not None
     assert [m["content"] for m in found.prompt.messages] == ["q"]
     assert found.reference == answer.get("mine")
+    (found,) = read_test(path, encoder, None, {"instruction": "asked", "output": "mine"})  # Alpaca's names of the same
+    assert found.reference == answer.get("mine")
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
