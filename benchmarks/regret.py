@@ -125,7 +125,7 @@ class Pair(Results):
             pass
         except NotFinite as error:
             ended = error.what
-        step, best = min((entry for entry in watcher.losses if entry[0]), key=lambda entry: entry[1], default=(0, 1e9))
+        step, best = min((entry for entry in watcher.losses if entry[0]), key=lambda entry: entry[1], default=(0, None))
         run = {
             **{"settings": settings, "seed": seed, "best": best, "step": step, "losses": watcher.losses},
             **({"ended": ended} if ended else {}),

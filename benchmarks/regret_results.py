@@ -72,7 +72,7 @@ class Results:
 
     def best(self) -> dict[str, Any] | None:
         """The best run of the grid; None before there is one."""
-        done = [run for settings in self.grid if (run := self.of(settings))]
+        done = [run for settings in self.grid if (run := self.of(settings)) and run["best"] is not None]
         return min(done, key=lambda run: run["best"], default=None)
 
     def complete(self) -> bool:
@@ -80,13 +80,13 @@ class Results:
         return bool(self.runs) and all(self.of(settings) for settings in self.grid)
 
     def regret(self, settings: Settings) -> float:
-        """How far the run is above the grid's best, as a share; not a number where one of them was not made."""
+        """How far the run is above the grid's best, as a share; not a number where one was not made or diverged."""
         run, best = self.of(settings), self.best()
-        return run["best"] / best["best"] - 1 if run and best else math.nan
+        return run["best"] / best["best"] - 1 if run and run["best"] is not None and best else math.nan
 
     def seeds(self, settings: Settings) -> list[float]:
         """The validation losses of the runs with these settings, by seed."""
-        return [run["best"] for seed in (0, *SEEDS) if (run := self.of(settings, seed))]
+        return [run["best"] for seed in (0, *SEEDS) if (run := self.of(settings, seed)) and run["best"] is not None]
 
     def add(self, run: dict[str, Any]) -> None:
         """Keep a run, in the file too."""
@@ -105,7 +105,10 @@ def left_out(pair: Results, pairs: list[Results]) -> tuple[Settings, float] | No
     others = [other for other in pairs if other.model == pair.model and other is not pair and other.complete()]
     if not others or not pair.complete():
         return None
-    place = min(range(len(pair.grid)), key=lambda number: mean(other.regret(other.grid[number]) for other in others))
+    place = min(
+        range(len(pair.grid)),
+        key=lambda number: mean(_or_infinite(other.regret(other.grid[number])) for other in others),
+    )
     return pair.grid[place], pair.regret(pair.grid[place])
 
 
@@ -138,6 +141,10 @@ def table(pairs: list[Results]) -> str:
         lines.append(f"| {' | '.join([*start, *shown])} |")
     means = [f"{name} {_percent(mean(found))} ({len(found)})" for name, found in regrets.items() if found]
     return "\n".join([*lines, "", f"On the mean of so many pairs: {', '.join(means)}."])
+
+
+def _or_infinite(regret: float) -> float:
+    return math.inf if math.isnan(regret) else regret
 
 
 def _percent(share: float) -> str:

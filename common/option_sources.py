@@ -92,7 +92,8 @@ def load_options(
     return options, merged.notes
 
 
-# What sends rows or a model elsewhere is the user's own to say: the file may be a stranger's.
+# What sends rows or a model elsewhere is the user's own to say, as the file may be a stranger's; and what a file of a
+# new run cannot mean.
 FLAGS_ONLY = {
     "with": "sends the rows to other computers: give it by --with",
     "finish": "is for --resume RUN: give it by --finish",

@@ -3,15 +3,7 @@
 import re
 from typing import Literal
 
-from pydantic import (
-    ByteSize,
-    ConfigDict,
-    TypeAdapter,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import ByteSize, ConfigDict, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from common.errors import nearest
@@ -214,12 +206,16 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
 
     @field_validator("model", "adapter", "chat_template", "data", "llama_cpp", "imatrix_file", "output", "resume")
     @classmethod
-    def _possible_path(cls, value: str | list[str] | None, info: ValidationInfo) -> str | list[str] | None:
+    def _possible_path(cls, value: str | list[str] | None) -> str | list[str] | None:
         for path in [value] if isinstance(value, str) else value or []:
             if fault := path_fault(path):
                 raise ValueError(f"is not a path: {fault}")
-        folder = info.field_name in ("output", "resume") and isinstance(value, str) and value.startswith("~")
-        return str(user_path(str(value), "")) if folder else value  # type: ignore[arg-type]  # of a folder it is a text
+        return value
+
+    @field_validator("output", "resume")
+    @classmethod
+    def _at_home(cls, value: str | None) -> str | None:
+        return str(user_path(value, "")) if value and value.startswith("~") else value
 
     @field_validator("mlx_bits", mode="before")
     @classmethod

@@ -108,13 +108,13 @@ def pack(batch: Batch, device: torch.device, flash: bool, pad_multiple: int = 1)
     labeled = loss_weights.nonzero()[0]
     row, column = real.nonzero()
     extra = np.arange(-len(row) % pad_multiple)  # at the end of the last row: no token before them sees these
-    places = np.append(column, np.zeros_like(extra))  # theirs tell RoPE of no longer row
+    rope_positions = np.append(column, np.zeros_like(extra))  # 0 for padding, which lengthens no range of RoPE
     row, column = np.append(row, np.full_like(extra, row[-1])), np.append(column, batch.lengths[-1] + extra)
 
     def padded(array: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return to_device(np.append(array, np.zeros(-len(array) % pad_multiple, array.dtype)), device, dtype)
 
-    ids, positions = padded(batch.input_ids[real]), to_device(places, device)
+    ids, positions = padded(batch.input_ids[real]), to_device(rope_positions, device)
     label_positions, targets = padded(labeled), padded(batch.targets[real][labeled])
     weights = padded(loss_weights[labeled], torch.float32)
     count, width = len(batch.lengths), -(-int(column.max() + 1) // pad_multiple) * pad_multiple

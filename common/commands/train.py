@@ -17,7 +17,6 @@ from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.tuned import sample, score_test
 from common.commands.watch import Collapsed, watching
 from common.context import Context
-from common.display import Display
 from common.errors import PROGRAM, AtOdds, UserError, os_fault
 from common.export.job import ExportJob
 from common.export.summary import record_seconds
@@ -49,7 +48,6 @@ from common.training.resume import (
     parent_of,
     resume_run,
     resumed_options,
-    say_finish,
 )
 from common.training.rollback import RolledBack, roll_back
 from common.training.shared_backend import SharedBackend
@@ -101,7 +99,8 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             experts = ExpertWatch(job, display, seconds)
             backend, adapter = _train(job, found, tracking, context, experts)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
-            adapter = adapters.write_both(job.run.path, adapter)
+            layers = job.base.model.config["num_hidden_layers"]  # an older version's checkpoint may have counted fewer
+            adapter = adapters.write_both(job.run.path, replace(adapter, layers=layers))
             experts.tell_of_peft(adapter)
             job.run.update(status="complete")
         except BaseException as error:
@@ -137,7 +136,8 @@ def _train(
     estimate = job.chosen.prediction
     job.run.update(predicted_peak_bytes=estimate.peak, predicted_parts=estimate.parts)
     reset_peak_rss()
-    _check_found(job, found, display)
+    if found:
+        found.require_fit(job.start)
     state = found.state if found else State.before_training(job.plan)
     options = job.options
     chosen = options.micro_batch_tokens is None and options.gradient_checkpointing is None and not recipe.dropout
@@ -183,14 +183,6 @@ def _train(
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())
-
-
-def _check_found(job: Job, found: Checkpoint | None, display: Display) -> None:
-    """Raises UserError where what training is to continue from is not there, or does not fit."""
-    if job.options.finish:
-        say_finish(found, job.run, job.recipe, display)
-    if found:
-        found.require_fit(job.start)
 
 
 def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:

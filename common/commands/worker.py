@@ -34,14 +34,15 @@ def run(args: argparse.Namespace, context: Context) -> None:
     shared, display = secret(), context.display
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port {args.port}: must be between 0 and 65535.", "Give another.")
-    free_port(args.host, args.port)  # the error of gRPC lacks the reason
+    host = args.host.removeprefix("[").removesuffix("]")  # of an IPv6 address
+    free_port(host, args.port)  # the error of gRPC lacks the reason
     name = choose_backend(args.backend, context.backends).value
     package = cast(RankPackage, context.backends(name))
     device = package.choose_device(args.device)
     worker = Worker(package, name, device.value, lambda recipe: base_folder(args.model, recipe, name), display.say)
-    server, port = serve(worker.answer, address_of(args.host, args.port), shared)
+    server, port = serve(worker.answer, address_of(host, args.port), shared)
     display.say(
-        f"a worker on {name} ({device.value}: {device.why}) listens on {address_of(args.host, port)}; Ctrl-C ends it"
+        f"a worker on {name} ({device.value}: {device.why}) listens on {address_of(host, port)}; Ctrl-C ends it"
     )
     if args.host not in _LOCAL:
         display.warn("rows and the secret are sent unencrypted: use a network that you trust, or a tunnel")

@@ -31,14 +31,14 @@ _TAGS = {
 }
 _PLAIN = {"role", "content", "train", "weight"}  # keys of a message whose rendering is known by roles and placeholders
 _SHAPES = 1000  # of conversations that are remembered
-_THOUGHT = PLACEHOLDER.format("", 1, "r")
+_REASONING = PLACEHOLDER.format("", 1, "r")
 _OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
 EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
 OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
 # What a generation prompt may have and a finished turn may lack: a thinking block, opened or empty, or its end.
 THINKING_REST = re.compile(rf"\s*{_OPEN}?\s*{_SHUT}?\s*")
 # A block with reasoning in it.
-_FULL_BLOCK = re.compile(rf"{_OPEN}\s*{_THOUGHT}\s*{_SHUT}")
+_FULL_BLOCK = re.compile(rf"{_OPEN}\s*{_REASONING}\s*{_SHUT}")
 
 
 def closing(opened: str) -> str:
@@ -99,17 +99,17 @@ class ChatTemplate:
     @cached_property
     def takes_reasoning(self) -> bool:
         """Whether it writes the reasoning of an answer from a field of its own."""
-        return _THOUGHT in self._with_thought({"content": "q"})
+        return _REASONING in self._with_reasoning({"content": "q"})
 
     @cached_property
     def _block_of_calls(self) -> str:
         """The block in which it writes the reasoning before a tool's call; "" where it writes none."""
         forms = ({"content": "", "tool_calls": [_CALL]}, {"content": None, "tool_calls": [_CALL]})
-        blocks = (_FULL_BLOCK.search(self._with_thought(form)) for form in forms)
+        blocks = (_FULL_BLOCK.search(self._with_reasoning(form)) for form in forms)
         return next((block[0] for block in blocks if block), "")
 
-    def _with_thought(self, answer: dict[str, Any]) -> str:
-        message = {"role": "assistant", "reasoning_content": _THOUGHT, **answer}
+    def _with_reasoning(self, answer: dict[str, Any]) -> str:
+        message = {"role": "assistant", "reasoning_content": _REASONING, **answer}
         try:
             return self.render([HELLO, message], (), False, True)
         except Refused:
@@ -117,7 +117,7 @@ class ChatTemplate:
 
     def own_block(self, reasoning: str) -> str:
         """The reasoning as the template writes it before calls alone, so in tags of its own; "" where it does not."""
-        return "" if self.takes_reasoning else self._block_of_calls.replace(_THOUGHT, reasoning)
+        return "" if self.takes_reasoning else self._block_of_calls.replace(_REASONING, reasoning)
 
     def render(self, messages: list[Message], tools: Any, prompt: bool, think: bool) -> str:
         """The messages as text. prompt: with the generation prompt behind them. Raises Refused.

@@ -46,7 +46,7 @@ _MY_NUMBER = re.compile(r"(?:マイナンバー|個人番号|[Mm]y ?[Nn]umber)\D
 
 # Letters that stand for one of ASCII, as a Japanese keyboard writes them; one by one, so that places stay.
 _WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)} | {ord("−"): ord("-"), ord("‐"): ord("-")}
-Place = tuple[str, int, int]  # kind, and where it begins and ends
+Span = tuple[str, int, int]  # kind, and where it begins and ends
 
 
 def has_secret(text: str) -> bool:
@@ -74,7 +74,7 @@ def hidden(text: str) -> str:
     return "".join([*parts, text[end:]])
 
 
-def _secrets(text: str) -> Iterator[Place]:
+def _secrets(text: str) -> Iterator[Span]:
     for kind, sign, pattern in _SECRETS:
         for match in pattern.finditer(text) if sign in text else ():
             drawn = len(set(match[0])) >= _FEW and match[0] != match[0].lower() and not _MADE_UP.search(match[0])
@@ -82,7 +82,7 @@ def _secrets(text: str) -> Iterator[Place]:
                 yield kind, *match.span()
 
 
-def _personal(text: str) -> Iterator[Place]:
+def _personal(text: str) -> Iterator[Span]:
     if "@" in text:
         yield from (("e-mail address", *m.span()) for m in _EMAIL.finditer(text) if not _NOBODY.search(m[0]))
     if not any(digit in text for digit in "0123456789"):

@@ -26,7 +26,8 @@ from common.options import Options
 from common.paths import shown_path
 
 _SHOWN_COLUMNS = 12
-_SCORED = 0.2  # tokens that one validation computes, of an epoch's: with no backward pass, a tenth of its time
+EVALUATION_SHARE = 0.1  # of the time of training, that validation takes at most
+EVALUATED_COST = 0.5  # of a token that is trained on: its backward pass is left out
 _FEWEST_SCORED = 40  # rows, whatever time they take: the loss of fewer says too little
 
 
@@ -100,7 +101,7 @@ def _scored(options: Options, train: EncodedRows, valid: EncodedRows) -> int:
     """How many validation rows are scored: --eval-rows, or fewer where one validation an epoch would take too long."""
     if "eval_rows" in options.model_fields_set or not valid:
         return options.eval_rows
-    within = int(_SCORED * train.lengths.sum() / valid.lengths.mean())
+    within = int(EVALUATION_SHARE / EVALUATED_COST * train.lengths.sum() / valid.lengths.mean())
     return min(options.eval_rows, max(_FEWEST_SCORED, within))
 
 

@@ -22,7 +22,6 @@ _EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
 _RATES = {"qwen3_5_text": 3e-4}  # at every size: tinker-cookbook's sweeps have their best at 2.5e-4 to 3e-4
 _MOST_RATE = 2e-3  # for still smaller models. tinker-cookbook: 3e-3 diverges nearly everywhere
 _ALPHA = 32  # of the rates above; with twice that a step is twice as large. Thinking Machines
-# LoRA+ multiplies the rate of B alone: shared out evenly between A, which has less then, and B. Our own choice.
 _FULL = 0.1  # of LoRA's rate, where every weight is trained. Thinking Machines
 # Rows of a step, by how many rows there are at most: a small set needs many steps more than smooth ones. Own choice.
 _BATCHES = ((200, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
@@ -109,7 +108,7 @@ def _scaled(options: Options) -> dict[str, float]:
     found = {}
     if (scale := options.alpha * (options.rank**0.5 if options.rslora else 1) / _ALPHA) > 1:
         found[f"alpha {options.alpha:g}{' / sqrt(rank)' if options.rslora else ''}"] = scale
-    if options.lora_plus > 1:
+    if options.lora_plus > 1:  # B has so much more: shared out evenly between A, which has less then, and B. Own choice
         found[f"LoRA+ {options.lora_plus:g}"] = options.lora_plus**0.5
     return found
 

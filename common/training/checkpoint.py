@@ -97,7 +97,8 @@ class Checkpoint(NamedTuple):
         if not fits or any(shapes_of(m) != trained for m in (self.optimizer.exp_avg, self.optimizer.exp_avg_sq)):
             raise UserError(
                 f"The checkpoint of step {self.state.step} holds other tensors than the recipe trains.",
-                "Remove its folder to continue from the checkpoint before it; or start a new run.",
+                "Remove its folder to continue from the checkpoint before it; or start a new run. A run with --layers "
+                "that an older version began may need that version (environment.json names it).",
             )
 
 

@@ -66,6 +66,8 @@ class TrainingLoop:
         self._skipped, self._warm = False, False  # whether a step was; whether this process has finished one
         self._cut = 0  # tokens of a micro-batch when rows were last split
         last = self.state.step if self.finish else self.recipe.steps
+        if self.finish:
+            self.observer.say(f"--finish: training ends at step {last} of {self.recipe.steps}")
         self._saved_at, self._refused = time.monotonic(), False
         self._busy_cpu = BusyCpu(self.observer)
         self._memory = ShortMemory(self.backend, self.plan, self.state, self.observer)

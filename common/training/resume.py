@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 from common.data.batching import steps_per_epoch
-from common.display import Display
 from common.errors import UserError
 from common.option_sources import options_over
 from common.options import RESUME_OPTIONS, Options
@@ -146,8 +145,6 @@ def resume_run(
     """
     record = run.record
     _check_unchanged(run, recipe)
-    if finish and checkpoint.latest_recipe(run.path, record.recipe_hash) is None:  # before anything is written
-        raise UserError(f"--finish: {run} has no checkpoint.", f"Continue it: python cli.py train --resume {run}")
     if run.recipe.hash() != recipe.hash():  # killed while its length was changed
         run.write_recipe(recipe)
     if changes := environment_changes(run.path):
@@ -157,6 +154,8 @@ def resume_run(
     found, plans = checkpoint.latest(run.path, recipe.hash(), warn, recipe.parent), record.plans
     if found is None and recipe.parent is not None and recipe.parent.step:
         raise _no_checkpoint(run)
+    if finish and found is None:  # before anything is written
+        raise UserError(f"--finish: {run} has no checkpoint.", f"Continue it: python cli.py train --resume {run}")
     if _without_budget(plan) != _without_budget(run.plan):
         if found:
             found.state.micro_batch_tokens = plan.micro_batch_tokens
@@ -166,13 +165,6 @@ def resume_run(
         plans = [*plans, {"from_step": from_step} | plan.model_dump()]
     run.update(status="training", plans=plans, attest=None)  # an attest states the run as it was
     return found
-
-
-def say_finish(found: Checkpoint | None, run: Run, recipe: Recipe, display: Display) -> None:
-    """Say where --finish ends the run. Raises UserError where nothing has been trained yet."""
-    if found is None:
-        raise UserError(f"--finish: {run} has no checkpoint yet.", f"Continue it: python cli.py train --resume {run}")
-    display.say(f"--finish: training ends at step {found.state.step} of {recipe.steps}")
 
 
 def _without_budget(plan: Plan) -> Plan:

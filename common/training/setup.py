@@ -7,7 +7,7 @@ from common.data.batching import steps_per_epoch
 from common.data.encode import template_hash
 from common.data.encoded_rows import EncodedRows, rows_hash
 from common.data.facts import data_hash
-from common.data.training_rows import TrainingRows
+from common.data.training_rows import EVALUATED_COST, EVALUATION_SHARE, TrainingRows
 from common.models.adapter_files import adapter_hash
 from common.models.shapes import target_names
 from common.models.training_base import Base, adapter_options
@@ -16,8 +16,6 @@ from common.options import Options
 from common.recipe import VERSION, Parent, Plan, Recipe
 
 _EVALUATIONS = 4  # an epoch, at most
-_EVALUATION_SHARE = 0.1  # of the time of training
-_EVALUATED_COST = 0.5  # of a token in training
 ENOUGH = 10  # validation rows; the mean loss of fewer says too little to stop by
 
 
@@ -77,7 +75,7 @@ def evaluation_interval(train: EncodedRows, valid: EncodedRows, batch_size: int)
     """
     per_epoch = steps_per_epoch(len(train), batch_size)
     step_tokens = batch_size * train.lengths.mean()
-    within_a_tenth = math.ceil(_EVALUATED_COST * valid.lengths.sum() / (_EVALUATION_SHARE * step_tokens))
+    within_a_tenth = math.ceil(EVALUATED_COST * valid.lengths.sum() / (EVALUATION_SHARE * step_tokens))
     return max(1, min(per_epoch, max(round(per_epoch / _EVALUATIONS), within_a_tenth)))
 
 

@@ -285,9 +285,10 @@ def test_what_workers_cannot_help_with() -> None:
         Options.model_validate({"with": ["box:1"], "method": "full"})
 
 
-def test_a_host_that_is_not_this_machine_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("host", ["192.0.2.1", "[192.0.2.1]"])
+def test_a_host_that_is_not_this_machine_is_said(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SECRET, SHARED)
-    args = cli.build_parser("worker").parse_args(["worker", "--host", "192.0.2.1"])
+    args = cli.build_parser("worker").parse_args(["worker", "--host", host])
     with pytest.raises(UserError, match=r"--port 7070 on 192\.0\.2\.1 cannot be used: .*Cannot assign"):
         command.run(args, context())
 
