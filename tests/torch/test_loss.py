@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from common.data.batching import micro_batches
+from common.data.encode import Encoded
 from tests.backends import DEVICE, plain_loss
 from torch_backend import matmul
-from torch_backend.loss import LinearCrossEntropy
+from torch_backend.loss import LinearCrossEntropy, pack
 
 N, H, V = 23, 16, 301
 
@@ -95,3 +97,11 @@ def test_no_array_of_tokens_by_vocabulary_exists():
         with Sizes() as sizes:
             run(*given, 1.0, 5.0, chunk)
         assert sizes.largest == max(chunk * V, given[0].size, given[1].size)
+
+
+def test_padding_lengthens_no_position() -> None:
+    """By the highest one some RoPE chooses its frequencies, for every row."""
+    rows = [Encoded(np.arange(1, count + 2, dtype=np.int32), np.arange(count + 1) > 0, "a:1") for count in (3, 6)]
+    (batch,) = micro_batches(rows, 100, "cpu")
+    packed = pack(batch, torch.device("cpu"), False, 8)
+    assert packed.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, *[0] * 7]
