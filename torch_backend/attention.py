@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+_aten = torch.ops.aten
 NAME = "twintune"  # under which transformers finds `attend`; it makes masks only for names that it knows
 
 
@@ -73,13 +74,49 @@ def attend(  # noqa: PLR0913  # as transformers calls it
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     if softcap is None:
         causal, grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
-        result = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
-        )
+        if query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad:
+            result = CpuAttention.apply(query, key, value, mask, causal, scaling)
+        else:
+            result = functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+            )
     else:  # Gemma 2: torch has no kernel that caps the scores
         scores = ((query @ key.mT) * (scaling / softcap)).tanh() * softcap + mask
         result = scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
     return (result.transpose(1, 2) if rows is None else rows.unpad(result)), None
+
+
+class CpuAttention(torch.autograd.Function):
+    """torch's flash attention on a CPU in bf16, with its backward pass in float32.
+
+    In bf16 that pass takes three times as long: 18 ms instead of 6 for 4 rows of 160 tokens with SmolLM2's 9 heads.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        causal: bool,
+        scaling: float,
+    ) -> torch.Tensor:
+        result, sums = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, attn_mask=mask, scale=scaling
+        )
+        ctx.save_for_backward(query, key, value, result, sums, mask)
+        ctx.causal, ctx.scaling = causal, scaling
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, result, sums, mask = ctx.saved_tensors
+        exact = [x.float() for x in (outputs[0], query, key, value, result)]
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *exact, sums, 0.0, ctx.causal, attn_mask=None if mask is None else mask.float(), scale=ctx.scaling
+        )
+        return *(grad.to(query.dtype) for grad in grads), None, None, None
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from torch_backend.matmul import linear, linear_grad_input
+from torch_backend.matmul import cpu_computes, linear, linear_grad_input
 
 
 class LoraLinear(torch.autograd.Function):
@@ -44,8 +44,11 @@ class LoraLinear(torch.autograd.Function):
 
 
 def _lora_type(x: torch.Tensor) -> torch.dtype:
-    """The type of the adapter's products: float32, except on a GPU, where that would cost more than the base's do."""
-    return x.dtype if x.is_cuda else torch.float32
+    """The type of the adapter's products: the activations', unless this CPU multiplies it slowly; then float32.
+
+    On a fast one, float32 would cost more than the base's products do.
+    """
+    return x.dtype if x.is_cuda or cpu_computes(x) else torch.float32
 
 
 def lora_low(flat: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -72,8 +75,10 @@ def lora_grads(
 
 
 def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right` accumulated in float32, whatever their type."""
-    return left @ right if left.dtype == torch.float32 else torch.mm(left, right, out_dtype=torch.float32)
+    """`left @ right` added up in float32, whatever their type; on a CPU the sum of bf16 products is then rounded."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def lora_grad_input(

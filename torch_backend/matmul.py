@@ -33,6 +33,11 @@ def pad_multiple(device: torch.device, dtype: torch.dtype) -> int:
 _scratch = threading.local()  # the memory of a block: a new one for each product would cost page faults
 
 
+def cpu_computes(x: torch.Tensor) -> bool:
+    """Whether `x` is bf16 on a CPU that multiplies bf16."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _cpu_computes_bf16()
+
+
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether products take the stored 16-bit `weight` in float32. dtype: the activations' type."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):

@@ -140,8 +140,11 @@ def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("lengths", [(7, 4, 7), (5, 5)])
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packed):
+@pytest.mark.parametrize(
+    ("packed", "dtype"),
+    [(False, torch.float32), (False, torch.bfloat16), pytest.param(True, torch.bfloat16, marks=pytest.mark.gpu)],
+)
+def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packed, dtype):
     if packed and softcap:
         return  # never asked for
     heads, groups, d = 4, 2, 8
@@ -169,7 +172,6 @@ def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packe
     def ours(query, key, value):
         return attend(None, query, key, value, None, 0.3, rows, softcap, window)[0]
 
-    dtype = torch.bfloat16 if packed else torch.float32
     compared(ours, eager, *((part, None) for part in (query, key, value)), dtype=dtype)
 
 
