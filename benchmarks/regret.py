@@ -1,4 +1,4 @@
-"""How far the automatic recipe is from the best of a grid, by validation loss; and the old default, and others' rules.
+"""How far the automatic recipe is from the best of a grid and all rules, by validation loss; and the old default, and others' rules.
 
     python -m benchmarks.regret --from DIR                    # all pairs of model and data that are not done yet
     python -m benchmarks.regret --models smollm2 --data chat --minutes 30
@@ -45,6 +45,7 @@ MODELS = {
     "gemma3": {"model": "google/gemma-3-270m", "chat_template": "gemma"},
 }
 AUTO = ("learning_rate", "epochs", "batch_size", "rank")  # what the automatic recipe chooses
+PRECISION = "bf16"  # of a pair that is begun
 _OVER, _TIMES = 1.05, 3  # a run ends when its loss is so many times its best, so often in a row
 
 
@@ -86,6 +87,12 @@ class Pair(Results):
                 self._add_all(trials, [auto, best["settings"]] if best else [], seed, ends)
             trials.close()
 
+    @property
+    def precision(self) -> str:
+        """Of all runs of the pair."""
+        found: str = self.about.get("precision", PRECISION)
+        return found
+
     def _add_all(self, trials: Trials, settings: list[Settings], seed: int, ends: float) -> None:
         for some in settings:
             if self.of(some, seed) is None and time.monotonic() < ends:
@@ -93,7 +100,7 @@ class Pair(Results):
                     self._add(trials, some, seed, Path(folder))
 
     def _options(self, **more: Any) -> Options:
-        return Options(**MODELS[self.model], precision="fp32", eval_rows=0, **more)
+        return Options(**MODELS[self.model], precision=self.precision, eval_rows=0, **more)
 
     def _trials(self, folder: str) -> Trials:
         context = Context(backend_named, Display("quiet"))
@@ -109,9 +116,10 @@ class Pair(Results):
             "valid rows": len(rows.scored),
             "tokens": int(train.lengths.sum()),
             "label tokens": int(train.label_tokens.sum()),
+            "precision": self.precision,
             "auto": auto_recipe(options, base, train)[0].model_dump(include={*AUTO}),
         }
-        return Trials(context, base, rows, backend, device, "fp32")
+        return Trials(context, base, rows, backend, device, self.precision)
 
     def _add(self, trials: Trials, settings: Settings, seed: int, folder: Path) -> None:
         rows, watcher, began = trials.rows.train.rows, _Watcher(), time.perf_counter()
