@@ -7,7 +7,6 @@ float32 products at 120.
 
 import threading
 from collections.abc import Iterator
-from functools import cache
 
 import torch
 
@@ -16,18 +15,13 @@ from common.system.hardware import cpu_bf16
 _BLOCK = 2**20  # weights widened at a time: 4 MB in float32
 
 
-@cache
-def _cpu_computes_bf16() -> bool:
-    return bool(cpu_bf16())
-
-
 def pad_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """The number to whose multiples the rows of products should be padded.
 
     oneDNN compiles a CPU's bf16 products for every new shape and keeps them. Rows of varied length took 360 MB after 40
     steps and growing; with multiples of 16 they took 110 MB, in steps of the same time.
     """
-    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and _cpu_computes_bf16() else 1
+    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and cpu_bf16() else 1
 
 
 _scratch = threading.local()  # the memory of a block: a new one for each product would cost page faults
@@ -35,14 +29,14 @@ _scratch = threading.local()  # the memory of a block: a new one for each produc
 
 def cpu_computes(x: torch.Tensor) -> bool:
     """Whether `x` is bf16 on a CPU that multiplies bf16."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and _cpu_computes_bf16()
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(cpu_bf16())
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether products take the stored 16-bit `weight` in float32. dtype: the activations' type."""
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return dtype != weight.dtype or not _cpu_computes_bf16()
+    return dtype != weight.dtype or not cpu_bf16()
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

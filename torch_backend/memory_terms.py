@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
 from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, ShardedBytes, StepMemory
 from common.recipe import Plan, Recipe
+from common.system.hardware import cpu_bf16
 from torch_backend.host_memory import KEPT_BLOCKS, TRIM_EVERY
 
 _MEGA = 10**6
@@ -22,7 +23,8 @@ _COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
 _PROCESSORS = 132  # of the H200
 _COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
 _GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
-_GAPS = {"fp32": 0.25, "bf16": 0.55}  # share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36
+# Share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36; on a CPU that widens bf16 for its products
+_GAPS, _GAPS_WIDENED = 0.25, 0.55
 
 
 def packs_attention(head_dim: int, padded: bool, device: str, precision: str) -> bool:
@@ -127,6 +129,8 @@ class _Kernels:
     """How a micro-batch is computed, which decides what is kept of it."""
 
     item: int  # bytes of an activation
+    low: int  # bytes of a value of `x @ A.T`
+    widened: bool  # 16-bit products in float32
     packed: bool  # attention reads packed rows
     general: bool  # by PEFT's and transformers' own layers
     repeated: bool  # key heads are repeated for each of their queries
@@ -141,8 +145,12 @@ class _Kernels:
         tokens, labels = shape.tokens, shape.labels
         if packed and not general:  # as CUDA graphs round them
             tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
+        item = 4 if recipe.precision == "fp32" else 2
+        widened = device == "cpu" and item == 2 and not cpu_bf16()
         return _Kernels(
-            item=4 if recipe.precision == "fp32" else 2,
+            item=item,
+            low=4 if general or widened or device == "mps" else item,
+            widened=widened,
             packed=packed,
             general=general,
             repeated=device == "cuda" and not packed,
@@ -155,7 +163,7 @@ class _Kernels:
 def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
     kernels = _Kernels.of(dims, recipe, plan.device, shape)
     kept, small = _kept_values(dims, kernels)
-    layer = kept * kernels.item + 28 * recipe.rank
+    layer = kept * kernels.item + 7 * recipe.rank * kernels.low
     attention = 18 * dims.delta.computed(shape.positions) * 4 / kernels.tokens if dims.delta else 0.0
     if dims.capped:  # else scores are not written out
         attention = 3 * dims.heads * shape.width * kernels.padding * 4
@@ -168,7 +176,7 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     if dims.layer_inputs:  # with checkpointing their projection has a backward pass too
         saved += dims.layers * dims.layer_inputs.width * kernels.item * (4 if plan.gradient_checkpointing else 1)
     if plan.device == "cpu":
-        saved += _GAPS[recipe.precision] * gaps * small * kernels.item
+        saved += (_GAPS_WIDENED if kernels.widened else _GAPS) * gaps * small * kernels.item
     saved, working = saved * kernels.tokens + _mask_bytes(dims, kernels, shape.width), working * kernels.tokens
     if kernels.packed and not plan.gradient_checkpointing:
         working += _deterministic_sums(dims, kernels.tokens, shape.rows)

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from common.backend_package import Backends, Choice
@@ -86,6 +87,7 @@ def nvidia_precision(name: str, capability: tuple[int, int]) -> Choice:
     return Choice("fp32", f"{name} is older than Ampere and has no bf16")
 
 
+@cache
 def cpu_bf16() -> str:
     """The CPU's bf16 instructions, or nothing. Linux only: elsewhere nobody trains on the CPU in bf16."""
     try:

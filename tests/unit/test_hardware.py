@@ -429,7 +429,7 @@ def test_what_the_cpu_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text
     (tmp_path / "cpuinfo").write_text(text)
     real = open
     monkeypatch.setattr(hardware, "open", lambda path, **how: real(tmp_path / "cpuinfo", **how), raising=False)
-    assert hardware.cpu_bf16() == flag
+    assert hardware.cpu_bf16.__wrapped__() == flag
 
 
 class Nvml:
