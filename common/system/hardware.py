@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from common.backend_package import Backends, Choice
-from common.errors import UserError
+from common.errors import UserError, install_extra
 from common.system.cgroup import core_limit
 
 
@@ -132,7 +132,7 @@ def mlx_install() -> str:
     if sys.platform == "darwin":
         return "pip install mlx mlx-lm"
     if sys.platform.startswith("linux"):
-        return 'pip install -e ".[mlx-cpu]" (or mlx-cuda12, mlx-cuda13 with an NVIDIA GPU)'
+        return f"{install_extra('mlx-cpu')} (with an NVIDIA GPU mlx-cuda12 or mlx-cuda13)"
     return "use --backend torch: MLX has no build for this system"
 
 

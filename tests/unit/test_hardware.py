@@ -28,6 +28,10 @@ NO_GPU = "no Apple silicon and no NVIDIA GPU that torch can use: the CPU"
 AMPERE = Card("NVIDIA A100", (8, 0), "a100")
 TURING = Card("Tesla T4", (7, 5), "t4")
 HOPPER = Card("NVIDIA H100", (9, 0), "h100")
+PART = (
+    'pip install "twintune[mlx-cpu]", or in a checkout: pip install -e ".[mlx-cpu]"'
+    " (with an NVIDIA GPU mlx-cuda12 or mlx-cuda13)"
+)
 
 
 class Machine:
@@ -130,8 +134,8 @@ def test_a_backend_that_is_asked_for(machine: Machine, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("system", "missing", "fix"),
     [
-        ("linux", "mlx", 'pip install -e ".[mlx-cpu]" (or mlx-cuda12, mlx-cuda13 with an NVIDIA GPU)'),
-        ("linux", "mlx_lm", 'pip install -e ".[mlx-cpu]" (or mlx-cuda12, mlx-cuda13 with an NVIDIA GPU)'),
+        ("linux", "mlx", PART),
+        ("linux", "mlx_lm", PART),
         ("darwin", "mlx", "pip install mlx mlx-lm"),
         ("win32", "mlx", "use --backend torch: MLX has no build for this system"),
     ],
@@ -152,9 +156,6 @@ def test_torch_that_is_missing_says_what_to_install(machine: Machine) -> None:
     with pytest.raises(UserError, match="torch is not installed") as caught:
         choose_backend("torch", packages)
     assert caught.value.fix == "pip install torch"
-
-
-PART = 'pip install -e ".[mlx-cpu]" (or mlx-cuda12, mlx-cuda13 with an NVIDIA GPU)'
 
 
 @pytest.fixture
