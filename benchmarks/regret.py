@@ -1,4 +1,4 @@
-"""How far the automatic recipe is from the best of a grid, by validation loss; and the old default, and others' rules.
+"""How far the automatic recipe is from the best run of a grid and of others' rules, by validation loss.
 
     python -m benchmarks.regret --from DIR                    # all pairs of model and data that are not done yet
     python -m benchmarks.regret --models smollm2 --data chat --minutes 30

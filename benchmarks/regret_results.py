@@ -70,8 +70,11 @@ class Results:
         return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
 
     def best(self) -> dict[str, Any] | None:
-        """The best run of all with seed 0, of the grid, by a rule or the automatic recipe; None before there is one."""
-        done = [run for run in self.runs if run["seed"] == 0 and run["best"] is not None]
+        """The best run of the grid, the rules and the automatic recipe; None before there is one."""
+        if not self.about:
+            return None
+        tried = [*self.grid, *rules(self.about["train rows"]).values(), self.about["auto"]]
+        done = [run for settings in tried if (run := self.of(settings)) and run["best"] is not None]
         return min(done, key=lambda run: run["best"], default=None)
 
     def complete(self) -> bool:
@@ -112,7 +115,7 @@ def left_out(pair: Results, pairs: list[Results]) -> tuple[Settings, float] | No
 
 
 def table(pairs: list[Results]) -> str:
-    """Markdown: of every pair the best run, and how many percent above it each rule is; their means.
+    """Markdown: of every pair the best run, and how many percent above it each rule is; means of complete grids.
 
     "by the others": the place of the grid that is best for the other data sets of the model.
     """
@@ -131,7 +134,7 @@ def table(pairs: list[Results]) -> str:
             other[1] if other else math.nan,
         ]
         for name, regret in zip(names, found, strict=True):
-            regrets[name] += [] if math.isnan(regret) else [regret]
+            regrets[name] += [regret] if pair.complete() and not math.isnan(regret) else []
         shown = [*map(_percent, found), *(_spread(pair.seeds(settings)) for settings in [auto, best["settings"]])]
         shown[len(names) - 1] += f" ({_shown(other[0])})" if other else ""
         count = sum(pair.of(settings) is not None for settings in pair.grid)
@@ -139,7 +142,7 @@ def table(pairs: list[Results]) -> str:
         start = [f"{pair.model}, {pair.data}", str(rows), f"{best['best']:.4f}{some}", _shown(best["settings"])]
         lines.append(f"| {' | '.join([*start, *shown])} |")
     means = [f"{name} {_percent(mean(found))} ({len(found)})" for name, found in regrets.items() if found]
-    return "\n".join([*lines, "", f"On the mean of so many pairs: {', '.join(means)}."])
+    return "\n".join([*lines, "", f"On the mean of so many complete pairs: {', '.join(means)}."] if means else lines)
 
 
 def _or_infinite(regret: float) -> float:

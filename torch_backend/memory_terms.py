@@ -23,7 +23,7 @@ _COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
 _PROCESSORS = 132  # of the H200
 _COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
 _GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
-# Share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36; on a CPU that widens bf16 for its products
+# Share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36; where LoRA's products widen bf16 activations
 _GAPS, _GAPS_WIDENED = 0.25, 0.55
 
 
@@ -130,7 +130,8 @@ class _Kernels:
 
     item: int  # bytes of an activation
     low: int  # bytes of a value of `x @ A.T`
-    widened: bool  # 16-bit products in float32
+    widened: bool  # 16-bit activations, but products in float32
+    copied: bool  # the backward pass of attention in float32
     packed: bool  # attention reads packed rows
     general: bool  # by PEFT's and transformers' own layers
     repeated: bool  # key heads are repeated for each of their queries
@@ -146,11 +147,12 @@ class _Kernels:
         if packed and not general:  # as CUDA graphs round them
             tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
         item = 4 if recipe.precision == "fp32" else 2
-        widened = device == "cpu" and item == 2 and not cpu_bf16()
+        widened = device == "cpu" and item == 2 and (general or not cpu_bf16())
         return _Kernels(
             item=item,
             low=4 if general or widened or device == "mps" else item,
             widened=widened,
+            copied=device == "cpu" and item == 2 and not (dims.plain or dims.capped),
             packed=packed,
             general=general,
             repeated=device == "cuda" and not packed,
@@ -168,7 +170,9 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     if dims.capped:  # else scores are not written out
         attention = 3 * dims.heads * shape.width * kernels.padding * 4
         layer += attention
-    working = max(dims.widest * 4 * 4, attention)  # float32 whatever the weights are in
+    elif kernels.copied:  # float32 copies in `CpuAttention`
+        attention = max(attention, 16 * (dims.queries + dims.keys) * kernels.padding)
+    working = max(dims.widest * 4 * 4, attention)
     gaps, saved = dims.layers, dims.layers * layer
     if plan.gradient_checkpointing:
         saved, working = dims.layers * dims.hidden * kernels.item, layer + working
@@ -209,9 +213,9 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
 
 
 def _mask_bytes(dims: ModelDims, kernels: _Kernels, width: int) -> int:
-    """The layers share a mask for each window."""
+    """The layers share a mask for each window; a backward pass of `CpuAttention` has a float32 copy."""
     windows = {w for w in dims.windows if w is not None and w < width} if not kernels.packed else set()
-    return width**2 * kernels.item * (len(windows) + dims.capped)
+    return width**2 * (kernels.item * (len(windows) + dims.capped) + 4 * (kernels.copied and bool(windows)))
 
 
 def _deterministic_sums(dims: ModelDims, tokens: int, rows: int) -> int:

@@ -16,7 +16,7 @@ from tests import backends
 from tests.backends import METHODS
 from tests.tiny import FAMILIES, write_family, write_model, write_rows
 from torch_backend import backend as backend_module
-from torch_backend import layers, matmul, trained
+from torch_backend import layers, linear, matmul, trained
 from torch_backend.attention import RaggedRows, attend, cu_seqlens
 from torch_backend.linear import FrozenLinear, LoraLinear
 from torch_backend.mlp import Gated, GatedDown, recomputing
@@ -90,6 +90,7 @@ def test_gated(dtype, gelu):
 def test_lora_linear(dtype, widened, bias, monkeypatch):
     monkeypatch.setattr(matmul, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
     monkeypatch.setattr(matmul, "_BLOCK", 50)  # several blocks
+    monkeypatch.setattr(linear, "cpu_computes", lambda x: not widened and x.dtype == torch.bfloat16)
     base = torch.nn.Linear(12, 20, bias=bias).to(dtype).requires_grad_(False)
     A, B = torch.randn(4, 12), torch.randn(20, 4)
 
