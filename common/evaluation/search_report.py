@@ -21,7 +21,7 @@ _LEFT_OUT = {"config", "recipe", "rehash"} | {
     for name, field in by_flag().items()
     if extra_of(field)["heading"] in ("Memory and device", "Export", "Output") and name != "precision"
 }
-_COLUMNS = {"learning_rate": "rate", "batch_size": "batch"}
+_COLUMNS = {"learning_rate": "rate", "batch_size": "batch", "dropout": "drop"}  # short: a table has 80 columns
 _COLORS = {"complete": "tab:blue", "pruned": "tab:gray"}
 
 
@@ -73,7 +73,7 @@ def show_table(study: Study, chosen: Outcome, display: Display) -> None:
     for each in found:
         figures = ["" if each.loss is None else f"{each.loss:.4f}", str(each.steps), f"{each.seconds:.0f} s"]
         marks = {each.how: each.how != "complete", "auto": each.number == 1, "best": each.number == chosen.number}
-        cells = [str(each.number), *(f"{each.settings[name]:.3g}" for name in names), *figures]
+        cells = [str(each.number), *(f"{each.settings[name]:.2g}" for name in names), *figures]
         cells.append(", ".join(mark for mark, is_so in marks.items() if is_so))
         style = "bold green" if each.number == chosen.number else "" if each.how == "complete" else "dim"
         rows.append([(cell, style) for cell in cells])
