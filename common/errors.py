@@ -54,7 +54,7 @@ class Ended(UserError):
 
 
 class Starved(Ended, Unable):
-    """It has ended for want of memory."""
+    """It has ended for want of memory, or by an instruction that this CPU refuses."""
 
 
 class Refusal(UserError):

@@ -36,6 +36,8 @@ def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         stored = module.weight.data
         made = Linear4bit(module.in_features, module.out_features, False, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(stored.to(dtype), requires_grad=False, quant_type="nf4").to(device)
+        # It would lay out the weight anew when it evaluates on a CPU, by a product that has no gradient.
+        made.support_avx512bf16_for_cpu = False
         made.bias = module.bias
         release_pages(stored)
         setattr(model.get_submodule(parent), last, made)

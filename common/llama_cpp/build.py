@@ -23,6 +23,7 @@ from common.llama_cpp.install import (
     VERSION,
     LlamaCpp,
     cache_root,
+    compiler_flags,
     complete_marker,
     find,
     own_build,
@@ -186,6 +187,9 @@ def _compile(root: Path, lock: int, progress: Progress) -> None:
     for cuda in (True, False) if _has_cuda() else (False,):
         configure = [cmake, "-S", str(root / "source"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-D{name}=OFF" for name in _OFF] + [f"-DGGML_CUDA={'ON' if cuda else 'OFF'}"]
+        for language, name in (("C", "CFLAGS"), ("CXX", "CXXFLAGS")):
+            if flags := compiler_flags():
+                configure.append(f"-DCMAKE_{language}_FLAGS={' '.join([*flags, os.environ.get(name, '')]).strip()}")
         configure.append(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={tool / 'logits.cmake'}")
         if cuda:
             configure.append("-DCMAKE_CUDA_ARCHITECTURES=native")

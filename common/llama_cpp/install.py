@@ -12,6 +12,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.paths import user_path
 from common.system.cache import artifact_lock, cache_folder
+from common.system.hardware import cpu_bf16
 from common.system.process import capture, offline_environment
 
 VERSION = "0.3.36"
@@ -19,6 +20,10 @@ TARGETS = ("llama-quantize", "llama-server")
 OURS = ("llama-imatrix", "twintune-logits")  # what our own build has besides; the second is from logits_tool/
 LOGITS = Path(__file__).with_name("logits_tool")
 CONVERTER = "convert_hf_to_gguf.py"
+OF_ANOTHER_CPU = (  # remedy where it ended by SIGILL
+    "This CPU refuses an instruction of this llama.cpp. Build it here: python cli.py llama clean, then "
+    "python cli.py llama build; or name another: --llama-cpp DIR."
+)
 
 _EXE = ".exe" if os.name == "nt" else ""
 
@@ -115,9 +120,18 @@ def own_build() -> LlamaCpp | None:
 
 
 def complete_marker() -> str:
-    """The text that marks a build as complete; it changes with the programs and with our tool's source."""
+    """The text that marks a build as complete; it changes with the programs, our tool's source and the flags."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(LOGITS.iterdir()))).hexdigest()
-    return f"{', '.join((*TARGETS, *OURS))} of llama-cpp-python {VERSION}; twintune-logits {digest[:12]}\n"
+    flags = "".join(f"; {flag}" for flag in compiler_flags())
+    return f"{', '.join((*TARGETS, *OURS))} of llama-cpp-python {VERSION}; twintune-logits {digest[:12]}{flags}\n"
+
+
+def compiler_flags() -> list[str]:
+    """Without the AMX kernels on a CPU that has these instructions: with GCC 12 they end by SIGILL.
+
+    GCC's `_tile_loadconfig` names 8 of the configuration's 64 bytes, so the compiler drops the stores to all others.
+    """
+    return ["-U__AMX_INT8__"] if cpu_bf16() == "amx_bf16" else []
 
 
 def _short(path: Path) -> str:

@@ -17,12 +17,12 @@ from typing import Any
 from common.backend import Progress
 from common.data.chat_template import Message
 from common.errors import Ended, Refusal, Starved, Unable, UserError
-from common.llama_cpp.install import LlamaCpp, llama_environment
+from common.llama_cpp.install import OF_ANOTHER_CPU, LlamaCpp, llama_environment
 from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
 from common.system.ports import free_port
-from common.system.process import running, short_of_memory
+from common.system.process import of_another_cpu, running, short_of_memory
 
 LOOPBACK = "127.0.0.1"
 RAW = ("--reasoning-format", "none")  # the answer as the model wrote it, reasoning included
@@ -249,8 +249,11 @@ class Server:
             self._process.wait(1)
             self._reader.join(5)
         lines, ended = list(self._output)[-15:], self._process.poll()
-        kind = Unable if ended is None else Starved if short_of_memory(ended, lines) else Ended
-        return kind(f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines), _REMEDY)
+        foreign = ended is not None and of_another_cpu(ended)
+        starved = ended is not None and (foreign or short_of_memory(ended, lines))
+        kind = Unable if ended is None else Starved if starved else Ended
+        text = f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines)
+        return kind(text, OF_ANOTHER_CPU if foreign else _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:

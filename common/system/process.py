@@ -30,6 +30,11 @@ def short_of_memory(status: int, lines: Sequence[str]) -> bool:
     return status in (128 + signal.SIGKILL, -signal.SIGKILL) or any(map(_NO_MEMORY.search, lines))
 
 
+def of_another_cpu(status: int) -> bool:
+    """Whether it ended by an instruction that this CPU refuses, by its exit status."""
+    return status in (128 + signal.SIGILL, -signal.SIGILL)
+
+
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad_alloc|cannot allocate memory", re.IGNORECASE)
 
 

@@ -78,6 +78,14 @@ def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> N
     assert found.version == "9.9 (fake)"
 
 
+@pytest.mark.parametrize(("flag", "flags"), [("amx_bf16", ["-U__AMX_INT8__"]), ("avx512_bf16", []), ("", [])])
+def test_a_cpu_with_amx_has_a_build_of_its_own(flag: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "cpu_bf16", lambda: flag)
+    assert install.compiler_flags() == flags
+    assert all(each in install.complete_marker() for each in flags)
+    assert ("AMX" in install.complete_marker()) == bool(flags)
+
+
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find(None) is None
     root = fake(install.cache_root(), "build/bin", "source")
