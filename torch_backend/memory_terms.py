@@ -19,12 +19,12 @@ _MEASURED = {
     "cuda": MeasuredTerms(180 * _MEGA, 0.0, True),  # on an H200: cuBLAS's memory, with graphs and without
     "mps": MeasuredTerms(500 * _MEGA, 0.1, False),
 }
-_COMPILED = 30 * _MEGA  # oneDNN's bf16 products, where shapes vary
+_COMPILED = 100 * _MEGA  # oneDNN's bf16 products, where shapes vary: some 25 MB for each
 _PROCESSORS = 132  # of the H200
 _COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
 _GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
-# Share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36; where LoRA's products widen bf16 activations
-_GAPS, _GAPS_WIDENED = 0.25, 0.55
+# Share of what lies in blocks below twice KEPT_BLOCKS, with glibc 2.36. widened: products widen bf16 activations.
+_GAPS = {"fp32": 0.25, "bf16": 0.15, "widened": 0.55}
 
 
 def packs_attention(head_dim: int, padded: bool, device: str, precision: str) -> bool:
@@ -180,7 +180,7 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     if dims.layer_inputs:  # with checkpointing their projection has a backward pass too
         saved += dims.layers * dims.layer_inputs.width * kernels.item * (4 if plan.gradient_checkpointing else 1)
     if plan.device == "cpu":
-        saved += (_GAPS_WIDENED if kernels.widened else _GAPS) * gaps * small * kernels.item
+        saved += _GAPS["widened" if kernels.widened else recipe.precision] * gaps * small * kernels.item
     saved, working = saved * kernels.tokens + _mask_bytes(dims, kernels, shape.width), working * kernels.tokens
     if kernels.packed and not plan.gradient_checkpointing:
         working += _deterministic_sums(dims, kernels.tokens, shape.rows)
