@@ -36,7 +36,7 @@ def quantize_nf4(model: Any, dtype: torch.dtype, device: torch.device) -> None:
         stored = module.weight.data
         made = Linear4bit(module.in_features, module.out_features, False, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(stored.to(dtype), requires_grad=False, quant_type="nf4").to(device)
-        # It would lay out the weight anew when it evaluates on a CPU, by a product that has no gradient.
+        # When it evaluates on a CPU it would change the layout of the weight, for a product without a gradient.
         made.support_avx512bf16_for_cpu = False
         made.bias = module.bias
         release_pages(stored)
