@@ -181,7 +181,7 @@ class Display:
         table = Table(title=_text(title), title_justify="left", title_style="bold")
         for number, column in enumerate(columns):
             figures = all(_FIGURE.fullmatch(row[number]) for row in texts)
-            table.add_column(_text(column), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
+            table.add_column(_text(column), justify="right" if figures else "left", overflow="fold")
         for row in rows:
             table.add_row(*map(_text, row))
         self.console.print(table)

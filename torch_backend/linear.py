@@ -44,9 +44,9 @@ class LoraLinear(torch.autograd.Function):
 
 
 def _lora_type(x: torch.Tensor) -> torch.dtype:
-    """The type of the adapter's products: the activations', unless this CPU multiplies it slowly; then float32.
+    """The type of the adapter's products: float32 on a CPU, unless that multiplies the activations' bf16 itself.
 
-    On a fast one, float32 would cost more than the base's products do.
+    There, and on a GPU, float32 would take more time than the base's own products.
     """
     return x.dtype if x.is_cuda or cpu_computes(x) else torch.float32
 

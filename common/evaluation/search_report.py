@@ -73,7 +73,8 @@ def show_table(study: Study, chosen: Outcome, display: Display) -> None:
     for each in found:
         figures = ["" if each.loss is None else f"{each.loss:.4f}", str(each.steps), f"{each.seconds:.0f} s"]
         marks = {each.how: each.how != "complete", "auto": each.number == 1, "best": each.number == chosen.number}
-        cells = [str(each.number), *(f"{each.settings[name]:.2g}" for name in names), *figures]
+        values = (each.settings[name] for name in names)
+        cells = [str(each.number), *(f"{v:.2g}" if isinstance(v, float) else str(v) for v in values), *figures]
         cells.append(", ".join(mark for mark, is_so in marks.items() if is_so))
         style = "bold green" if each.number == chosen.number else "" if each.how == "complete" else "dim"
         rows.append([(cell, style) for cell in cells])

@@ -187,9 +187,9 @@ def _compile(root: Path, lock: int, progress: Progress) -> None:
     for cuda in (True, False) if _has_cuda() else (False,):
         configure = [cmake, "-S", str(root / "source"), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release"]
         configure += [f"-D{name}=OFF" for name in _OFF] + [f"-DGGML_CUDA={'ON' if cuda else 'OFF'}"]
-        for language, name in (("C", "CFLAGS"), ("CXX", "CXXFLAGS")):
-            if flags := compiler_flags():
-                configure.append(f"-DCMAKE_{language}_FLAGS={' '.join([*flags, os.environ.get(name, '')]).strip()}")
+        if flags := compiler_flags():  # before the user's own, which CMake would not read beside these
+            own = {language: os.environ.get(f"{language}FLAGS", "") for language in ("C", "CXX")}
+            configure += [f"-DCMAKE_{language}_FLAGS={flags} {more}" for language, more in own.items()]
         configure.append(f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={tool / 'logits.cmake'}")
         if cuda:
             configure.append("-DCMAKE_CUDA_ARCHITECTURES=native")

@@ -122,16 +122,16 @@ def own_build() -> LlamaCpp | None:
 def complete_marker() -> str:
     """The text that marks a build as complete; it changes with the programs, our tool's source and the flags."""
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(LOGITS.iterdir()))).hexdigest()
-    flags = "".join(f"; {flag}" for flag in compiler_flags())
-    return f"{', '.join((*TARGETS, *OURS))} of llama-cpp-python {VERSION}; twintune-logits {digest[:12]}{flags}\n"
+    parts = (f"llama-cpp-python {VERSION}", f"twintune-logits {digest[:12]}", compiler_flags())
+    return f"{', '.join((*TARGETS, *OURS))} of {'; '.join(filter(None, parts))}\n"
 
 
-def compiler_flags() -> list[str]:
-    """Without the AMX kernels on a CPU that has these instructions: with GCC 12 they end by SIGILL.
+def compiler_flags() -> str:
+    """What leaves out llama.cpp's AMX kernels on a CPU that would run them: compiled by GCC 12 they end by SIGILL.
 
-    GCC's `_tile_loadconfig` names 8 of the configuration's 64 bytes, so the compiler drops the stores to all others.
+    Its `_tile_loadconfig` reads 8 of the configuration's 64 bytes, so the compiler drops what is stored in the others.
     """
-    return ["-U__AMX_INT8__"] if cpu_bf16() == "amx_bf16" else []
+    return "-U__AMX_INT8__" if cpu_bf16() == "amx_bf16" else ""
 
 
 def _short(path: Path) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from common.errors import Unable, UserError
 from common.llama_cpp.install import OF_ANOTHER_CPU
 from common.system.hardware import physical_cores
-from common.system.process import of_another_cpu, running, short_of_memory
+from common.system.process import failed_by_machine, of_another_cpu, running
 
 _REMEDY = "Close other programs where memory is short; see whether llama.cpp runs the file: python cli.py serve RUN"
 
@@ -88,7 +88,7 @@ class GgufLogits:
         self._errors.seek(0)
         lines = self._errors.read().splitlines()[-10:]
         when = f" within {self.seconds:g} s" if late.is_set() else ""
-        foreign = of_another_cpu(self._process.returncode)
-        unable = late.is_set() or foreign or short_of_memory(self._process.returncode, lines)
+        status = self._process.returncode
+        kind = Unable if late.is_set() or failed_by_machine(status, lines) else UserError
         text = f"llama.cpp returned no logits for {self.gguf}{when}:\n" + "\n".join(lines)
-        return (Unable if unable else UserError)(text, OF_ANOTHER_CPU if foreign else _REMEDY)
+        return kind(text, OF_ANOTHER_CPU if of_another_cpu(status) else _REMEDY)

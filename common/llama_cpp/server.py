@@ -22,7 +22,7 @@ from common.llama_cpp.server_log import bounded_log
 from common.sampling import Sampling
 from common.system.hardware import thread_limit
 from common.system.ports import free_port
-from common.system.process import of_another_cpu, running, short_of_memory
+from common.system.process import failed_by_machine, of_another_cpu, running
 
 LOOPBACK = "127.0.0.1"
 RAW = ("--reasoning-format", "none")  # the answer as the model wrote it, reasoning included
@@ -249,11 +249,9 @@ class Server:
             self._process.wait(1)
             self._reader.join(5)
         lines, ended = list(self._output)[-15:], self._process.poll()
-        foreign = ended is not None and of_another_cpu(ended)
-        starved = ended is not None and (foreign or short_of_memory(ended, lines))
-        kind = Unable if ended is None else Starved if starved else Ended
+        kind = Unable if ended is None else Starved if failed_by_machine(ended, lines) else Ended
         text = f"llama-server with {self.gguf} {what}. It ended with:\n" + "\n".join(lines)
-        return kind(text, OF_ANOTHER_CPU if foreign else _REMEDY)
+        return kind(text, OF_ANOTHER_CPU if of_another_cpu(ended) else _REMEDY)
 
 
 def _authorization(key: str | None) -> dict[str, str]:

@@ -30,9 +30,14 @@ def short_of_memory(status: int, lines: Sequence[str]) -> bool:
     return status in (128 + signal.SIGKILL, -signal.SIGKILL) or any(map(_NO_MEMORY.search, lines))
 
 
-def of_another_cpu(status: int) -> bool:
-    """Whether it ended by an instruction that this CPU refuses, by its exit status."""
+def of_another_cpu(status: int | None) -> bool:
+    """Whether it ended by an instruction that this CPU refuses, by its exit status; None: it has not ended."""
     return status in (128 + signal.SIGILL, -signal.SIGILL)
+
+
+def failed_by_machine(status: int, lines: Sequence[str]) -> bool:
+    """Whether one of the two ended it, so that the file that it read may be right."""
+    return of_another_cpu(status) or short_of_memory(status, lines)
 
 
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad_alloc|cannot allocate memory", re.IGNORECASE)

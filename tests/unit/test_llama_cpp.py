@@ -78,12 +78,11 @@ def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> N
     assert found.version == "9.9 (fake)"
 
 
-@pytest.mark.parametrize(("flag", "flags"), [("amx_bf16", ["-U__AMX_INT8__"]), ("avx512_bf16", []), ("", [])])
-def test_a_cpu_with_amx_has_a_build_of_its_own(flag: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "cpu_bf16", lambda: flag)
+@pytest.mark.parametrize(("has", "flags"), [("amx_bf16", "-U__AMX_INT8__"), ("avx512_bf16", ""), ("", "")])
+def test_a_cpu_with_amx_has_a_build_of_its_own(has: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "cpu_bf16", lambda: has)
     assert install.compiler_flags() == flags
-    assert all(each in install.complete_marker() for each in flags)
-    assert ("AMX" in install.complete_marker()) == bool(flags)
+    assert install.complete_marker().endswith(f"; {flags}\n") == bool(flags)
 
 
 def test_the_order_of_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

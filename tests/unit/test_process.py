@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.system.process import of_another_cpu, run_logged, running, short_of_memory
+from common.system.process import failed_by_machine, of_another_cpu, run_logged, running, short_of_memory
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(15)"
 
@@ -100,6 +100,11 @@ def test_what_ended_for_want_of_memory(status: int, lines: list[str], expected: 
     assert short_of_memory(status, lines) == expected
 
 
-@pytest.mark.parametrize(("status", "expected"), [(132, True), (-4, True), (137, False), (1, False)])
-def test_what_ended_by_an_instruction_that_the_cpu_refuses(status: int, expected: bool) -> None:
-    assert of_another_cpu(status) == expected
+@pytest.mark.parametrize(
+    ("status", "foreign", "blameless"),
+    [(132, True, True), (-4, True, True), (137, False, True), (1, False, False), (None, False, False)],
+)
+def test_what_ended_by_an_instruction_that_the_cpu_refuses(status: int | None, foreign: bool, blameless: bool) -> None:
+    assert of_another_cpu(status) == foreign
+    if status is not None:
+        assert failed_by_machine(status, []) == blameless
