@@ -174,7 +174,8 @@ def _answered(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def alarms_of(found: dict[str, Any]) -> list[str]:
     """The names of the alarms that the run raises, in order."""
     options = next(case.options for case in CASES if case.name == found["case"])
-    alarms = Alarms(found["warmup"], options.get("patience", Options.model_fields["patience"].default))
+    patience = options.get("patience", Options.model_fields["patience"].default)
+    alarms = Alarms(found["warmup"], overfitting=not patience)
     for line in found["lines"]:
         if "loss" in line:
             alarms.step(line)

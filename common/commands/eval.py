@@ -15,7 +15,7 @@ from common.display import Display
 from common.errors import UserError
 from common.evaluation.judge import Evaluation, compared, judge, scores_of
 from common.evaluation.metrics import REFERENCE, Metric, comparing, json_schema, regex
-from common.evaluation.report import show, write
+from common.evaluation.report import folder_of, show, write
 from common.evaluation.rows import JudgedRow, read_test
 from common.evaluation.scorer import scorer
 from common.evaluation.subjects import KINDS, Lengths, Subject, gguf_subject, model_subject, subjects_of, targets_of
@@ -150,7 +150,8 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     given = given_by(args, run, context)
     with display.stage("read the data"):
         rows = _read(args, given, fields)
-    folder = args.out or given.folder
+    about = {"data": str(args.data)} if run is not None else {"data": str(args.data), "model": args.model}
+    folder = args.out or folder_of(given.folder, about)
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
     _check(evaluation, given.subjects, args.data)
     _say_rows(evaluation, display)

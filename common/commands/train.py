@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from common.backend import Adapter, Backend
 from common.commands.arguments import add_options, read_options
@@ -54,6 +55,13 @@ from common.training.shared_backend import SharedBackend
 from common.training.short_memory import SWAP_GROWTH
 from common.training.validation import worse_than_start
 from common.verify.cases import write_cases
+
+# What the record says of the adapter that is exported, before anything is known.
+_OF_ADAPTER: dict[str, Any] = {
+    **{"verify": None, "experts": None, "export": ExportRecord()},
+    **{"test_loss": None, "test_perplexity": None, "test_rows": None},
+    **{"test_loss_interval": [], "test_perplexity_interval": []},
+}
 
 
 def run_training(options: Options, context: Context) -> Path:
@@ -112,15 +120,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             if isinstance(error, AtOdds) or not isinstance(error, (Interrupted, UserError)):
                 display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
             raise
-        try:
-            experts.end(backend, adapter)
-            score_test(job, backend, adapter, seconds, display)
-            _export(job, backend, adapter, seconds, context)
-        except BaseException as error:
-            display.warn(f"training is complete and kept. To export it: {PROGRAM} fuse {job.run}")
-            if isinstance(error, OSError):
-                raise os_fault(error, f"export again: {PROGRAM} fuse {job.run}") from None
-            raise
+        _after_training(job, backend, adapter, context, experts)
     if job.left_out:
         display.warn(job.left_out)
     if job.options.push:
@@ -179,7 +179,7 @@ def _train(
     exported = "best" if state.best is not None else "last"
     step = state.best_step if state.best is not None else state.step
     # What was made of another adapter is no longer this run's, wherever this process ends.
-    stale = {"verify": None, "experts": None, "export": ExportRecord()} if job.run.record.exported_step != step else {}
+    stale = _OF_ADAPTER if job.run.record.exported_step != step else {}
     job.run.update(exported_adapter=exported, exported_step=step, **stale)
     display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
     return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())
@@ -196,6 +196,21 @@ def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
         swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
     )
+
+
+def _after_training(job: Job, backend: Backend, adapter: Adapter, context: Context, experts: ExpertWatch) -> None:
+    """Score and export the adapter. Where that fails, the command that does it later is said."""
+    try:
+        experts.end(backend, adapter)
+        score_test(job, backend, adapter, experts.seconds, context.display)
+        _export(job, backend, adapter, experts.seconds, context)
+    except BaseException as error:
+        unscored = job.test and job.run.record.test_loss is None  # which `fuse` would not do
+        again = f"{PROGRAM} {'train --resume' if unscored else 'fuse'} {job.run}"
+        context.display.warn(f"training is complete and kept. To export it: {again}")
+        if isinstance(error, OSError):
+            raise os_fault(error, f"export again: {again}") from None
+        raise
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:

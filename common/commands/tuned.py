@@ -37,7 +37,7 @@ def sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> No
     prompt = job.prompts[0]
     with display.optional("no sample"):
         restore(job, backend, adapter)
-        model = backend_chat_model(backend, chat_format(job, prompt.tokens + SAMPLE_TOKENS), "", True)
+        model = backend_chat_model(backend, chat_format(job), "", True)
         pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
         answer = "".join(text for text, _ in pieces)
         job.run.update_export(sample={"prompt": prompt.messages, "answer": answer})

@@ -19,7 +19,7 @@ from common.documents import read_json_lines
 from common.errors import PROGRAM
 from common.evaluation.alarms import Alarm, Alarms
 from common.evaluation.drift import Quiz
-from common.evaluation.samples import LONGEST, Samples
+from common.evaluation.samples import Samples
 from common.inference.backend_chat import ChatFormat, backend_chat_model
 from common.report.tracking import Tracking
 from common.run_fields import AlarmRecord
@@ -28,6 +28,8 @@ from common.training.faults import NotFinite, Unwritten
 from common.training.loop import Interrupted
 from common.training.metrics import Metrics
 from common.training.rollback import MOST, RolledBack
+from common.training.setup import ENOUGH
+from common.training.validation import no_better
 
 FILE = "samples.jsonl"
 
@@ -81,7 +83,8 @@ class Watcher:
         if self.job.options.on_collapse == "rollback" and not self.job.options.finish:
             known = self.job.run.record.alarms
             self.collapse = [Alarm(a.name, a.seen, a.cause, a.remedy, a.since, a.quote) for a in known]
-            if self.collapse and self._can_be_helped():
+            over = state.step >= self.job.recipe.steps or no_better(state, self.job.recipe)  # only the export is left
+            if self.collapse and not over and self._can_be_helped():
                 raise self._rolled_back()
             self.collapse = []
         try:
@@ -137,13 +140,11 @@ def watching(
 ) -> Iterator[Watcher]:
     """The observer of the loop that continues from `state`."""
     watcher = Watcher(job, display, stops, _alarms_until(job, state), tracking)
-    given = given_prompts(job.options.sample_prompt, job.prompts)
-    prompts = [*given, *job.prompts[: max(0, len(job.prompts) - len(given))]]
+    prompts = [*given_prompts(job.options.sample_prompt, job.prompts), *job.prompts]
     with ExitStack() as stack:
         if prompts and job.valid:
             with display.optional("the model is not asked during training"):
-                longest = max(prompt.tokens for prompt in prompts) + 2 * LONGEST
-                model = backend_chat_model(backend, chat_format(job, longest), "", True)
+                model = backend_chat_model(backend, chat_format(job), "", True)
                 lines = Metrics(job.run.path / FILE, state.step, state.step > state.evaluated, display.warn)
                 stack.enter_context(closing(lines))
                 samples = Samples(
@@ -158,6 +159,16 @@ def watching(
                 quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking, adapted) if asked else None
                 watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))
         yield watcher
+        _say_forgotten(watcher.alarms.quiz, state.best_step or state.step, display)
+
+
+def _say_forgotten(quiz: dict[int, float], step: int, display: Display) -> None:
+    """How well the model of that step knows the quiz, where that was asked for and before the first step."""
+    if {0, step} <= quiz.keys():
+        display.say(
+            f"Common knowledge, outside of the data: its right answers have a loss of {quiz[step]:.2f} at step {step}, "
+            f"and had {quiz[0]:.2f} before training"
+        )
 
 
 def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher) -> None:
@@ -174,7 +185,7 @@ def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watch
 
 def _alarms_until(job: Job, state: State) -> Alarms:
     """Having seen the lines of a resumed run: what they raised is not raised again."""
-    alarms = Alarms(job.recipe.warmup_steps, job.recipe.patience)
+    alarms = Alarms(job.recipe.warmup_steps, not job.recipe.patience and len(job.valid) >= ENOUGH)
     lines = [line for name in ("metrics.jsonl", FILE) for line in _lines(job.run.path / name, state.step)]
     lines.sort(key=lambda line: line["step"])  # as they came: of a step, its figures before its answers
     for line in lines:
@@ -193,7 +204,7 @@ def _lines(file: Path, step: int) -> list[dict[str, Any]]:
     return [line for line in found if isinstance(line.get("step"), int) and line["step"] <= step]
 
 
-def chat_format(job: Job, context: int) -> ChatFormat:
-    """How the model is prompted, as it is trained. context: tokens of prompt and answer together."""
+def chat_format(job: Job) -> ChatFormat:
+    """How the model is prompted, as it is trained."""
     served, think = job.served, job.recipe.thinking == "keep"
-    return ChatFormat(job.base.model.path, served.template, served.stops, think, context, job.encoder.tokenizer)
+    return ChatFormat(job.base.model.path, served.template, served.stops, think, tokenizer=job.encoder.tokenizer)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -83,6 +83,12 @@ def first_texts(rows: Iterable[Example], characters: int) -> list[str]:
 def content_key(row: Example) -> str:
     """The row's contents as one text: equal for equal rows, whatever their source and weights."""
     return json.dumps([_unweighted(row.messages), row.tools, row.text], sort_keys=True, ensure_ascii=False)
+
+
+def beginning_keys(row: Example) -> list[str]:
+    """The `content_key` of the row up to its first answer, and up to the one before its last; none with one answer."""
+    ends = [turn + 1 for turn, message in enumerate(row.messages) if message["role"] == "assistant"]
+    return [content_key(replace(row, messages=row.messages[:end])) for end in (ends[0], ends[-2])] if ends[1:] else []
 
 
 def prompt_key(row: Example) -> str:

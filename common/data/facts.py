@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from common.data.dataset import Dataset, Example, content_key, prompt_key
+from common.data.dataset import Dataset, Example, beginning_keys, content_key, prompt_key
 from common.data.personal import has_secret
 from common.data.quality import breaks_off, placeholder
 from common.recipe import VERSION
@@ -23,6 +23,7 @@ class Facts:
     """Of N rows. Two rows with one key of 64 bits are taken for equal: among a million others, 1 time in 10^13."""
 
     contents: np.ndarray  # [N] uint64: equal for equal rows, whatever their weights
+    beginnings: np.ndarray  # [N, 2] uint64: contents up to the first answer and up to the one before the last; or all
     prompts: np.ndarray  # [N] uint64: equal for rows that ask the same
     digests: np.ndarray  # [N, 32] uint8: SHA-256 of contents and weights
     flags: np.ndarray  # [N] uint8: TEXT, PLACEHOLDER, BREAKS_OFF, SECRET
@@ -30,9 +31,10 @@ class Facts:
     @staticmethod
     def of(rows: Iterable[Example]) -> "Facts":
         found = [_facts(row) for row in rows]
-        contents, prompts, digests, flags = zip(*found, strict=True) if found else ((), (), (), ())
+        contents, beginnings, prompts, digests, flags = zip(*found, strict=True) if found else ((),) * 5
         return Facts(
             np.frombuffer(b"".join(contents), "<u8"),
+            np.frombuffer(b"".join(beginnings), "<u8").reshape(-1, 2),
             np.frombuffer(b"".join(prompts), "<u8"),
             np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32),
             np.array(flags, np.uint8),
@@ -51,16 +53,21 @@ class Facts:
         return (self.flags & flag) > 0
 
 
-def _facts(row: Example) -> tuple[bytes, bytes, bytes, int]:
+def _facts(row: Example) -> tuple[bytes, bytes, bytes, bytes, int]:
     key = content_key(row)
     digest = hashlib.sha256(key.encode())
     content = digest.digest()[:8]
+    beginnings = b"".join(map(_short, beginning_keys(row))) or 2 * content
     if (weights := _weights(row)) is not None:
         digest.update(weights)
     text = row.text if row.text is not None else "\n".join(message["content"] for message in row.messages)
     flags = TEXT * (row.text is not None) | PLACEHOLDER * bool(placeholder(text)) | BREAKS_OFF * breaks_off(row)
     flags |= SECRET * has_secret(key)
-    return content, hashlib.sha256(prompt_key(row).encode()).digest()[:8], digest.digest(), flags
+    return content, beginnings, _short(prompt_key(row)), digest.digest(), flags
+
+
+def _short(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()[:8]
 
 
 def _weights(row: Example) -> bytes | None:

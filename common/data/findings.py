@@ -36,6 +36,8 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
     train, held_out, every = parts[0], _Part.joined(parts[1:]), _Part.joined(parts)
     shared = np.isin(held_out.facts.contents, train.facts.contents)
     asked = np.isin(held_out.facts.prompts, train.facts.prompts[~train.facts.are(TEXT)])
+    one = np.isin(held_out.facts.contents, train.facts.beginnings)
+    one |= np.isin(held_out.facts.beginnings, train.facts.contents).any(axis=1)
     found = [
         every.warning(
             "rows with an API key, a token or a private key in their text",
@@ -51,6 +53,11 @@ def quality_warnings(data: Dataset) -> list[QualityWarning]:
             "validation or test rows whose prompt is in training, with another answer",
             asked & ~shared,
             "Keep the rows of one prompt on one side.",
+        ),
+        held_out.warning(
+            "validation or test rows that are the beginning or the continuation of a training row",
+            one & ~shared & ~asked,
+            "Keep the rows of one conversation on one side.",
         ),
         *(
             QualityWarning(f"{kind}, left out", len(rows), rows.first, "Give them an answer that is trained.")

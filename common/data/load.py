@@ -14,7 +14,7 @@ import numpy as np
 from common.backend import Progress
 from common.data.arrow_rows import hub_rows
 from common.data.dataset import Counted, Dataset, Example
-from common.data.facts import facts_of, take
+from common.data.facts import Facts, facts_of, take
 from common.data.file_rows import read_all, read_file
 from common.data.formats import KNOWN, PARTS, clashing
 from common.data.readers import file_source
@@ -61,9 +61,10 @@ def load_data(
     """The rows of a file, of a folder with train and maybe valid and test files, or of a data set on the hub.
 
     A hub name is `owner/name` or `owner/name:config@revision#split`; a path that exists comes first. Without a
-    validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt
-    stay together. fields: {part of a format: its column here}. Rows in which nothing is trained are listed
-    in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one UserError.
+    validation file or split, `valid_share` of the training rows become one, drawn by `seed`; rows with the same prompt,
+    or of one conversation, stay together. fields: {part of a format: its column here}. Rows in which nothing is trained
+    are listed in `Dataset.left_out`. Faulty rows are listed in `Dataset.bad` with on_bad_row `drop`, else raise one
+    UserError.
     prefix: stands before the source of each row.
     """
     path, reading = user_path(source, "--data"), _Reading(fields or {}, on_bad_row, progress, prefix)
@@ -98,11 +99,11 @@ def _file_of(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _split_validation(rows: Sequence[Example], share: float, seed: int) -> tuple[Sequence[Example], Sequence[Example]]:
-    """`(train, valid)`. Rows with one prompt stay together: its answers in training would lower the validation loss."""
+    """`(train, valid)`. What would lower the validation loss if it were trained on stays together, as of `_groups`."""
     count = min(len(rows) - 1, max(1, round(len(rows) * share))) if share else 0
     if not count:
         return rows, []
-    _, group, sizes = np.unique(facts_of(rows).prompts, return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(_groups(facts_of(rows)), return_inverse=True, return_counts=True)
     order = group[np.random.default_rng([seed, 1]).permutation(len(rows))]
     shuffled = order[np.sort(np.unique(order, return_index=True)[1])]  # each group where its first row came
     fitting, left = [], count
@@ -116,6 +117,28 @@ def _split_validation(rows: Sequence[Example], share: float, seed: int) -> tuple
         fitting = [shuffled[np.argmin(sizes[shuffled])]]
     chosen = np.isin(group, fitting)
     return take(rows, np.flatnonzero(~chosen)), take(rows, np.flatnonzero(chosen))
+
+
+def _groups(facts: Facts) -> np.ndarray:
+    """[N] by row the number of its group: rows with one prompt, and rows that continue another.
+
+    By their prompts alone where all rows would be one group.
+    """
+    _, prompt = np.unique(facts.prompts, return_inverse=True)
+    contents, at = np.unique(facts.contents, return_index=True)
+    place = np.minimum(np.searchsorted(contents, facts.beginnings), len(contents) - 1)
+    longer, which = np.nonzero((contents[place] == facts.beginnings) & (facts.beginnings != facts.contents[:, None]))
+    group = np.arange(prompt.max() + 1)  # by prompt a member of its group, its own number in one of them
+
+    def first(number: int) -> int:
+        while group[number] != number:
+            group[number] = number = group[group[number]]
+        return number
+
+    for row, begun in zip(longer, at[place[longer, which]], strict=True):
+        group[first(prompt[row])] = first(prompt[begun])
+    found = np.array([first(number) for number in group])[prompt]
+    return found if np.ptp(found) else prompt
 
 
 def read_rows(path: Path) -> Sequence[Example]:

@@ -10,7 +10,7 @@ from typing import Any
 
 # Thresholds. _RISEN and _DRIFT lie between good runs and faults of SmolLM2-135M, _FORGOTTEN between those of
 # Gemma-3-270M: `python -m benchmarks.collapse`.
-_WINDOW = 16  # steps that a step is compared with
+_WINDOW = 16  # steps that a step is compared with; before there are so many, with the first _IN_A_ROW
 _SPIKE, _SPIKE_NATS = 1.5, 1.0  # a loss so many times the median of those, and so much above it
 _GRADIENT = 20.0  # a gradient norm so many times their median
 _IN_A_ROW = 3  # steps
@@ -55,15 +55,17 @@ class Alarm:
 class Alarms:
     """What a run has shown so far. Every alarm is raised once.
 
-    warmup: steps whose figures say little. patience: as in the recipe; where it ends a training, that is no news.
-    known: names of alarms that were raised before this process.
+    warmup: steps whose figures say little. overfitting: whether it is news that the validation loss rises; not where
+    patience ends the training then, nor of a few rows. known: names of alarms that were raised before this process.
     """
 
     warmup: int
-    patience: int = 0
+    overfitting: bool = True
     known: set[str] = field(default_factory=set)
     start_valid_loss: float | None = None
     raised: list[Alarm] = field(default_factory=list)
+    quiz: dict[int, float] = field(default_factory=dict)  # by step the loss of its right answers
+    _first: list[float] = field(default_factory=list)  # losses
     _losses: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _norms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _spikes: int = 0
@@ -89,19 +91,22 @@ class Alarms:
         """Of a step's line in metrics.jsonl."""
         loss, norm, step = line["loss"], line["grad_norm"], line["step"]
         full = len(self._losses) == _WINDOW
-        spike = full and loss > max(_SPIKE * median(self._losses), median(self._losses) + _SPIKE_NATS)
+        usual = median(self._losses if full else self._first) if len(self._first) == _IN_A_ROW else math.inf
+        spike = step > self.warmup and loss > max(_SPIKE * usual, usual + _SPIKE_NATS)
         steep = full and norm > _GRADIENT * median(self._norms)
         self._spikes, self._steep = (
             count + 1 if seen else 0 for count, seen in ((self._spikes, spike), (self._steep, steep))
         )
         found = []
         if self._spikes == _IN_A_ROW:
-            seen = f"the loss jumped to {loss:.2f} at step {step}, from about {median(self._losses):.2f}"
+            seen = f"the loss jumped to {loss:.2f} at step {step}, from about {usual:.2f}"
             found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE, step - _IN_A_ROW + 1))
         if self._steep == _IN_A_ROW:
             seen = f"the gradient norm is {norm:.3g} at step {step}, and was about {median(self._norms):.3g}"
             cause = "a learning rate that is too high, or faulty rows"
             found.append(Alarm("gradient", seen, cause, _RATE, step - _IN_A_ROW + 1))
+        if len(self._first) < _IN_A_ROW:
+            self._first.append(loss)
         if step > self.warmup:
             if not spike:
                 self._losses.append(loss)
@@ -122,7 +127,7 @@ class Alarms:
         self._last = loss
         self._risen = self._risen + 1 if loss > _RISEN * best and trained < then else 0
         found = []
-        if self._risen == 2 and not self.patience:
+        if self._risen == 2 and self.overfitting:
             seen = (
                 f"the validation loss rose from {best:.3f} to {loss:.3f} at step {step}, while the training loss fell"
             )
@@ -177,6 +182,7 @@ class Alarms:
         narrow task forgets, but then its validation loss is at its best. Nothing is known where the quiz was not asked
         before the first step.
         """
+        self.quiz[step] = quiz_loss
         if not step:
             self._before = nats, quiz_loss  # a given adapter has moved already
             return []

@@ -67,7 +67,7 @@ def judge(subject: Subject, given: Evaluation, display: Display) -> Judged:
     found, folder = Judged(subject), given.folder / "answers"
     with answer_file(folder / f"{subject.name.translate(_SAFE)}.jsonl") as kept:
         losses = {n: _loss_key(subject, row) for n, row in given.with_loss.items() if subject.has_loss}
-        answers = {n: _answer_key(subject, prompt, given.max_tokens) for n, prompt in given.asked.items()}
+        answers = {n: _answer_key(subject, prompt, given) for n, prompt in given.asked.items()}
         left = [n for n, key in losses.items() if kept.get(key) is None]
         unanswered = [n for n, key in answers.items() if kept.get(key) is None]
         if left or unanswered:
@@ -87,8 +87,8 @@ def _loss_key(subject: Subject, row: Encoded) -> str:
     return key_of(subject.identity, "loss", row_digest(row).hex())
 
 
-def _answer_key(subject: Subject, prompt: Example, max_tokens: int) -> str:
-    return key_of(subject.identity, "answer", max_tokens, prompt.messages, prompt.tools)
+def _answer_key(subject: Subject, prompt: Example, given: Evaluation) -> str:
+    return key_of(subject.identity, "answer", given.max_tokens, given.context, prompt.messages, prompt.tools)
 
 
 def _take_losses(

@@ -1,10 +1,15 @@
 """An evaluation as tables, and as files: every row with its answers, and the figures."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import chain, count
+from pathlib import Path
 from typing import Any
 
 from common import strict_json
 from common.display import Display
+from common.documents import read_json
+from common.errors import UserError
 from common.evaluation.bootstrap import Estimate, perplexity
 from common.evaluation.judge import Evaluation, Judged, Scores
 from common.files import atomic_write
@@ -75,6 +80,23 @@ def _change(estimate: Estimate | None, scores: Scores) -> str:
     if estimate is None:
         return "-"
     return _two_lines(format(estimate, "+.0%" if scores.is_share else "+.4f" if scores.name == "loss" else "+.2f"))
+
+
+def folder_of(folder: Path, about: dict[str, str]) -> Path:
+    """The folder, or the first of NAME-2, NAME-3 ..., whose figures are not of other data or of another model."""
+    names = chain([folder.name], (f"{folder.name}-{number}" for number in count(2)))
+    for found in map(folder.with_name, names):
+        known: dict[str, Any] = {}
+        with suppress(UserError, OSError):  # none, or damaged
+            known = read_json(found / "scores.json", "")
+        if all(_same(str(known.get(name, given)), given) for name, given in about.items()):
+            return found
+    raise AssertionError  # numbers do not end
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names are equal, or paths of one file."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def write(given: Evaluation, judged: Sequence[Judged], scores: Sequence[Scores], about: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class _Watcher:
     """
 
     shown: DisplayObserver
-    ends: float  # by the monotonic clock
+    seconds: float  # after which it ends
     length: int  # steps of the recipe
     kept: dict[str, Any]  # as of Outcome
     save: Callable[[dict[str, Any]], None]
@@ -52,9 +52,13 @@ class _Watcher:
     pruned: bool = False
 
     def __post_init__(self) -> None:
-        self._began = self._kept_at = time.monotonic()
+        self.begin()
         self._before = self.kept.get("seconds", 0.0)
         self._reported = self.trial.reported if self.trial else 0
+
+    def begin(self) -> None:
+        """Its time is counted from here on."""
+        self._began = self._kept_at = time.monotonic()
 
     def keep(self, **figures: Any) -> None:
         self._kept_at = time.monotonic()
@@ -86,7 +90,7 @@ class _Watcher:
         self.shown.warn(text)
 
     def stop_requested(self) -> bool:
-        return self.pruned or self.shown.stop_requested() or time.monotonic() > self.ends
+        return self.pruned or self.shown.stop_requested() or time.monotonic() > self._began + self.seconds
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,7 @@ class Search:
         trial: Trial | None = None,
     ) -> _Watcher:
         length = self.trials.recipe(self.study.space.with_settings(settings)).steps
-        return _Watcher(
-            DisplayObserver(self.display, self.stops), time.monotonic() + seconds, length, kept, save, trial
-        )
+        return _Watcher(DisplayObserver(self.display, self.stops), seconds, length, kept, save, trial)
 
     def _train(self, settings: Settings, more: int, name: str, watcher: _Watcher) -> str:
         """How the training ended, as of Outcome. more: added to the seed."""
@@ -214,7 +216,7 @@ class Search:
         options = options.model_copy(update={"seed": options.seed + more})
         try:
             with self.display.training(watcher.length, 0):
-                state = self.trials.train(options, self.folder / name, watcher)
+                state = self.trials.train(options, self.folder / name, watcher, watcher.begin)
         except Interrupted:
             return "pruned" if watcher.pruned else "unfinished"
         except NotFinite as error:

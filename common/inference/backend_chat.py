@@ -1,5 +1,6 @@
 """A chat model that a backend computes, prompted as it was trained."""
 
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class ChatFormat:
     template: str | None  # in place of the tokenizer's own
     stops: list[int]  # the ids that end trained turns
     think: bool  # whether it was trained with reasoning
-    context: int  # tokens of prompt and answer together
+    context: int = sys.maxsize  # tokens of prompt and answer together
     tokenizer: Any = None  # the folder's, where it is loaded already: Gemma's takes 250 MB
 
 

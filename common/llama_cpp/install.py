@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import sys
@@ -12,7 +13,6 @@ from pathlib import Path
 from common.errors import UserError
 from common.paths import user_path
 from common.system.cache import artifact_lock, cache_folder
-from common.system.hardware import cpu_bf16
 from common.system.process import capture, offline_environment
 
 VERSION = "0.3.36"
@@ -127,11 +127,12 @@ def complete_marker() -> str:
 
 
 def compiler_flags() -> str:
-    """What leaves out llama.cpp's AMX kernels on a CPU that would run them: compiled by GCC 12 they end by SIGILL.
+    """What leaves out llama.cpp's AMX kernels, on every x86 CPU: compiled by GCC 12 they end by SIGILL.
 
     Its `_tile_loadconfig` reads 8 of the configuration's 64 bytes, so the compiler drops what is stored in the others.
+    Not by what this CPU has: machines that share the cache would build for each other.
     """
-    return "-U__AMX_INT8__" if cpu_bf16() == "amx_bf16" else ""
+    return "-U__AMX_INT8__" if platform.machine().lower() in ("x86_64", "amd64") else ""
 
 
 def _short(path: Path) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 from common.backend import Progress
 from common.errors import UserError
 from common.files import atomic_write
-from common.system.process import fraction, run_logged
+from common.llama_cpp.install import OF_ANOTHER_CPU
+from common.system.process import fraction, of_another_cpu, run_logged
 
 OUT = "<out>"  # in a command: where the path of the file to write belongs
 
@@ -41,6 +42,7 @@ def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
         command = [str(temporary) if word == OUT else word for word in run.command]
         code, tail = run_logged(command, log, advance, run.env, run.cwd)
         if code != 0 or not temporary.is_file():
-            raise UserError(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", run.remedy)
+            remedy = OF_ANOTHER_CPU if of_another_cpu(code) else run.remedy
+            raise UserError(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
     log.unlink(missing_ok=True)
     progress(1.0, run.title)

@@ -25,7 +25,7 @@ from common.training.pending import Pending
 from common.training.planner import Work
 from common.training.schedule import learning_rate
 from common.training.short_memory import ShortMemory
-from common.training.validation import Validation, nothing_to_learn
+from common.training.validation import Validation, no_better, nothing_to_learn
 
 
 class Interrupted(Exception):
@@ -84,7 +84,7 @@ class TrainingLoop:
                 self._validate_start()
             ready = self._split(self.state.step + 1)
             for number in range(self.state.step + 1, last + 1):
-                if self._validation.no_better():
+                if no_better(self.state, self.recipe):
                     self._stop_early()
                     break
                 ready = self._launch(number, *self._as_cut_now(number, *ready))

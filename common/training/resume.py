@@ -61,7 +61,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
     if given.steps is None and given.epochs is None:
         return record.parent
     parent = checkpoint.latest_recipe(run.path, record.recipe_hash)
-    if parent is None and (record.status == "complete" or record.parent):
+    if parent is None and (record.status == "complete" or (record.parent and record.parent.step)):
         raise _no_checkpoint(run)
     what = f"--steps {given.steps}" if given.steps else f"--epochs {given.epochs:g}"
     steps = length(options, record.data.train_rows)[0]
@@ -75,7 +75,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
         raise UserError(
             f"{what}: {run} goes to {steps} steps already.", "Leave it out to finish the run; or give more."
         )
-    return parent
+    return parent or record.parent
 
 
 def as_begun(run: Run, recipe: Recipe) -> Recipe:
@@ -127,10 +127,10 @@ def _check_unchanged(run: Run, recipe: Recipe) -> None:
         old, new = run.recipe.hashed(), recipe.hashed()
         changed = ", ".join(name for name in new if new[name] != old.get(name))
         fix = "Restore the old files, or start a new run."
-        if changed == "rows_hash":
+        if "rows_hash" in changed:
             fix = (
-                "If no file has changed, this version labels some rows otherwise: resume the run with the version that "
-                "began it (environment.json names it), or start a new run."
+                f"{fix} If no file has changed, this version divides or labels some rows otherwise: resume the run "
+                "with the version that began it (environment.json names it)."
             )
         raise UserError(f"{run}: its recipe has changed since it began (changed: {changed or 'its recipe.yaml'}).", fix)
 

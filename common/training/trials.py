@@ -1,5 +1,6 @@
 """Trainings of one model on the same rows, one after another, that differ in their hyperparameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,9 +48,12 @@ class Trials:
     def recipe(self, options: Options) -> Recipe:
         return make_recipe(options, self.base, self.rows, self.precision)
 
-    def train(self, options: Options, folder: Path, observer: Observer) -> State:
+    def train(
+        self, options: Options, folder: Path, observer: Observer, began: Callable[[], None] = lambda: None
+    ) -> State:
         """The state after a training whose metrics and checkpoints lie in `folder`; it continues from the latest.
 
+        began: called once the model is loaded.
         Raises what `TrainingLoop.train` does.
         """
         recipe, package = self.recipe(options), self.context.backends(self.backend)
@@ -63,6 +67,7 @@ class Trials:
         folder.mkdir(parents=True, exist_ok=True)
         found = checkpoint.latest(folder, recipe.hash(), observer.warn)
         backend = self._ready(recipe, plan, start)
+        began()
         state = State.before_training(plan)
         if found:
             found.require_fit(start)

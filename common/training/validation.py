@@ -66,12 +66,13 @@ class Validation:
         if state.best_valid_loss is None or loss < state.best_valid_loss * (1 - self.recipe.min_delta):
             state.best_valid_loss, state.best_step, state.best = loss, state.step, self.backend.get_adapter().copied()
 
-    def no_better(self) -> bool:
-        """Whether the last validations, as many as --patience says, were no better than the best before them."""
-        if not self.recipe.patience or self.state.best_step is None:
-            return False
-        since = max(self.state.best_step, self.recipe.parent.step if self.recipe.parent else 0)
-        return self.state.evaluated - since >= self.recipe.patience * self.recipe.eval_every
+
+def no_better(state: State, recipe: Recipe) -> bool:
+    """Whether the last validations, as many as --patience says, were no better than the best before them."""
+    if not recipe.patience or state.best_step is None:
+        return False
+    since = max(state.best_step, recipe.parent.step if recipe.parent else 0)
+    return state.evaluated - since >= recipe.patience * recipe.eval_every
 
 
 def worse_than_start(state: State) -> bool:

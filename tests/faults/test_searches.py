@@ -17,6 +17,7 @@ from common.commands.prepare import prepare
 from common.errors import UserError
 from common.evaluation import search as search_module
 from common.option_sources import load_options
+from common.training.trials import Trials
 from tests.contexts import context
 from tests.searches import QUICK, Backends, fault, losses, run, trials, without
 from tests.tiny import write_rows
@@ -211,8 +212,8 @@ def test_ctrl_c_saves_shows_and_names_the_command(
 # --- the budget
 
 
-def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-    """Every step takes so long, by the clock that the budget is counted by."""
+def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[float]:
+    """Every step takes so long, by the clock that the budget is counted by; returned."""
     now = [0.0]
     monkeypatch.setattr(search_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     plain = Bigram.train_step
@@ -222,6 +223,20 @@ def slow(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         return plain(self, *given)
 
     monkeypatch.setattr(Bigram, "train_step", train_step)
+    return now
+
+
+def test_loading_takes_nothing_of_the_budget(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ready = slow(monkeypatch, 20), Trials._ready
+
+    def loads(self: Trials, *given: Any) -> Any:
+        now[0] += 600
+        return ready(self, *given)
+
+    monkeypatch.setattr(Trials, "_ready", loads)
+    assert run(words, "--budget", "6m", *QUICK) == 0
+    first, second = trials(Path("found"))
+    assert (first["state"], second["steps"]) == ("COMPLETE", 7)
 
 
 def test_the_budget_ends_a_trial_which_continues_with_more(

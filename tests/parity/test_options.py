@@ -92,7 +92,7 @@ ELSEWHERE = {
     "llama_cpp": "unit/test_llama_cpp.py::test_a_folder_in_each_layout",
     "min_delta": "unit/test_loop.py::test_training_stops_when_validations_get_no_better",
     "mlx_bits": "unit/test_export.py::test_the_bits_of_an_mlx_folder",
-    "no_text": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",
+    "no_text": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_ones_first",
     "no_verify": "gguf/test_strangers.py::test_what_is_made_of_their_run_holds_no_code",
     "on_collapse": "unit/test_samples.py::test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for",
     "output": "unit/test_train.py::test_an_output_folder_that_holds_another_run",
@@ -109,7 +109,7 @@ ELSEWHERE = {
     "try_model": "parity/test_admission.py::test_it_trains_and_is_exported_and_generates",
     "recipe": "unit/test_train.py::test_recipe_auto_chooses_what_was_not_given_and_resume_keeps_it",
     "rehash": "unit/test_hash_memory.py::test_unchanged_weights_are_read_once",
-    "sample_prompt": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_one_first",
+    "sample_prompt": "unit/test_samples.py::test_every_validation_asks_three_prompts_and_the_given_ones_first",
     "resume": "unit/test_train.py::test_ctrl_c_saves_and_resume_ends_where_an_uninterrupted_run_ends",
 }
 

@@ -61,6 +61,13 @@ def test_a_gradient_that_explodes() -> None:
     assert steps(Alarms(2), [1.0] * 30, [1.0] * 27 + [10.0] * 3) == []
 
 
+def test_a_loss_that_jumps_at_once() -> None:
+    alarms = Alarms(2)
+    assert steps(alarms, [3.8, 4.9, 3.6, 4.6, 7.0, 9.3, 11.0]) == ["loss"]
+    assert alarms.raised[0].seen == "the loss jumped to 11.00 at step 7, from about 3.80"
+    assert steps(Alarms(2), [3.8, 4.9, 3.6, 5.6, 5.6, 5.6, 5.6]) == []
+
+
 def test_the_steps_of_the_warm_up_say_little() -> None:
     assert steps(Alarms(30), [1.0] * 20 + [9.0] * 10) == []
 
@@ -77,7 +84,7 @@ def test_a_validation_that_rises_while_training_falls() -> None:
     found = [a for loss in (2.7, 2.8) for a in alarms.validation({"step": 30, "valid_loss": loss})]
     assert [a.name for a in found] == ["overfitting"]
     assert found[0].seen == "the validation loss rose from 2.000 to 2.800 at step 30, while the training loss fell"
-    alarms = Alarms(0, patience=4)  # which ends such a training
+    alarms = Alarms(0, overfitting=False)
     steps(alarms, [2.0] * 10)
     validations(alarms, 3.0, 2.0)
     steps(alarms, [1.0] * 20)

@@ -14,6 +14,7 @@ from common.commands import eval as command
 from common.commands.eval import Given, evaluate
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.errors import Refusal, UserError
+from common.evaluation.report import folder_of
 from common.evaluation.subjects import Opened, Subject
 from common.inference.backend_chat import ChatModel
 from tests.contexts import context
@@ -125,6 +126,28 @@ def test_what_is_kept_is_not_made_again(job: Any, tmp_path: Path) -> None:
     job(base, tuned)
     assert base.asked[4:] == ["e"]
     assert len(scores(job)["models"]["base"]) == 3
+    job(base, tuned, words="--metric exact --context 9000")  # some may have been cut by the smaller one
+    assert base.asked[5:] == ["a", "b", "c", "d", "a", "e"]
+
+
+def test_another_file_of_the_same_name_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, english = tmp_path / "eval" / "test", {"data": "en/test.jsonl"}
+
+    def kept(found: Path, about: dict[str, str]) -> Path:
+        found.mkdir(parents=True)
+        (found / "scores.json").write_text(json.dumps(about))
+        return found
+
+    assert kept(folder_of(folder, english), english) == folder
+    assert folder_of(folder, {"data": str(tmp_path / "en" / "test.jsonl")}) == folder
+    japanese = {"data": "ja/test.jsonl"}
+    assert kept(folder_of(folder, japanese), japanese) == tmp_path / "eval" / "test-2"
+    assert folder_of(folder, japanese) == tmp_path / "eval" / "test-2"
+    assert folder_of(folder, english) == folder
+    assert folder_of(folder, {"data": "test.jsonl", "model": "m"}) == tmp_path / "eval" / "test-3"
+    (folder / "scores.json").write_text("{")
+    assert folder_of(folder, japanese) == folder
 
 
 def test_a_scorer_that_fails_keeps_the_answers(job: Any, tmp_path: Path) -> None:

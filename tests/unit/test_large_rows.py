@@ -190,7 +190,7 @@ def test_a_cache_that_is_damaged_is_made_again(
     wanted, count = [shown(part) for part in parts], len([*cache.rglob("part-*/record.json")])
     assert count == 2 * 5
     files = sorted(cache.rglob("part-000001/*"))
-    assert len(files) == 6 + 10
+    assert len(files) == 7 + 10
     for file in files:
         content = file.read_bytes()
         damage(file)
@@ -442,7 +442,14 @@ def test_what_is_known_of_rows_is_looked_through_in_linear_time(tmp_path: Path) 
         random = np.random.default_rng(count)
         keys = random.integers(0, count // 2, (2, count)).astype(np.uint64)
         keys[1, : count // 2] = 7  # one prompt of many rows
-        facts = Facts(*keys, random.integers(0, 256, (count, 32), np.uint8), random.integers(0, 8, count, np.uint8))
+        begun = random.integers(0, count // 2, (count, 2)).astype(np.uint64)
+        facts = Facts(
+            keys[0],
+            begun,
+            keys[1],
+            random.integers(0, 256, (count, 32), np.uint8),
+            random.integers(0, 8, count, np.uint8),
+        )
         numbers = np.arange(count)
         rows = FileRows(file_source(tmp_path / "a.jsonl"), {}, facts, numbers, np.array([count]), numbers)
         lengths = random.integers(5, 60, count).astype(np.int32)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import platform
 import shlex
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, che
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
 from common.llama_cpp.server import Server, ServerOptions
 from common.llama_cpp.split import check_split, split
+from common.llama_cpp.tool import ToolRun, write_file
 from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.system.process import fraction, run_logged, running
@@ -78,9 +80,9 @@ def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> N
     assert found.version == "9.9 (fake)"
 
 
-@pytest.mark.parametrize(("has", "flags"), [("amx_bf16", "-U__AMX_INT8__"), ("avx512_bf16", ""), ("", "")])
-def test_a_cpu_with_amx_has_a_build_of_its_own(has: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "cpu_bf16", lambda: has)
+@pytest.mark.parametrize(("machine", "flags"), [("x86_64", "-U__AMX_INT8__"), ("aarch64", ""), ("arm64", "")])
+def test_amx_is_left_out_of_every_build_for_x86(machine: str, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     assert install.compiler_flags() == flags
     assert install.complete_marker().endswith(f"; {flags}\n") == bool(flags)
 
@@ -306,6 +308,13 @@ def test_a_running_program_ends_with_its_block() -> None:
         assert process.poll() is None
     assert process.returncode == 128 + 9
     assert process.stdout.closed
+
+
+def test_a_program_that_this_cpu_refuses_says_so(tmp_path: Path) -> None:
+    refused = script(tmp_path / "llama-imatrix", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
+    with pytest.raises(UserError, match="exit status 132") as caught:
+        write_file(ToolRun("weigh", [str(refused)], "Close other programs."), tmp_path / "out", lambda *_: None)
+    assert caught.value.fix == install.OF_ANOTHER_CPU
 
 
 def test_run_logged_leaves_no_process_behind(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import json
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.commands.arguments import read_flags
+from common.data.findings import quality_warnings
 from common.data.load import check_fields, load_data, read_rows
 from common.errors import UserError
 from common.option_sources import load_options
@@ -271,6 +273,24 @@ def test_rows_of_one_prompt_are_held_out_together(tmp_path: Path) -> None:
     assert len(load_data(str(path), 0.05, 0).valid) == 4  # two rows were asked for, no prompt has so few
     path.write_text("".join(json.dumps(chat("Q", f"A{i}")) + "\n" for i in range(4)))
     assert len(load_data(str(path), 0.5, 0).valid) == 0  # all or nothing, and training needs rows
+
+
+def test_rows_of_one_conversation_are_held_out_together(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+
+    def turns(talk: int, count: int) -> dict[str, Any]:
+        return {"messages": [m for n in range(count) for m in chat(f"Q{talk}.{n}", f"A{n}")["messages"]]}
+
+    rows = [turns(talk, count) for talk in range(20) for count in (1, 2, 3, 4) if (talk, count) != (3, 3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(5):
+        data = load_data(str(path), 0.1, seed)
+        begun = [{row.messages[0]["content"] for row in part} for part in (data.train, data.valid)]
+        assert (begun[0] & begun[1], len(data.valid)) == (set(), 8)
+        assert quality_warnings(data) == []
+    greeting = [turns(0, 1), *({"messages": [*turns(0, 1)["messages"], *turns(n, 1)["messages"]]} for n in range(9))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in greeting))
+    assert len(load_data(str(path), 0.2, 0).valid) == 2  # all begin alike: by their prompts
 
 
 # --- the hub, with the library's call substituted: no network here

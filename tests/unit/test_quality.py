@@ -129,6 +129,21 @@ def test_duplicates_contradictions_and_leakage() -> None:
     }
 
 
+def test_rows_of_one_conversation_on_both_sides() -> None:
+    def talk(source: str, *turns: str) -> Example:
+        roles = ("user", "assistant") * 4
+        return Example(tuple({"role": r, "content": c} for r, c in zip(roles, turns, strict=False)), source)
+
+    train = [talk("a:1", "Q", "A", "R", "B", "S", "C"), talk("a:2", "T", "D")]
+    valid = [
+        *(talk("v:1", "Q", "A"), talk("v:2", "Q", "A", "R", "B"), talk("v:3", "T", "D", "U", "E")),
+        *(talk("v:4", "Q", "Z"), talk("v:5", "Q", "Z", "R", "B"), talk("v:6", "T", "X", "U", "E")),
+    ]
+    assert found(train, valid) == {
+        "validation or test rows that are the beginning or the continuation of a training row": ["v:1", "v:2", "v:3"],
+    }
+
+
 def test_good_rows_raise_no_alarm() -> None:
     assert quality_warnings(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
 

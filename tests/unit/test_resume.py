@@ -268,6 +268,30 @@ def test_a_finished_run_that_trains_no_further_keeps_its_export(given: dict[str,
     assert (after["export"]["gguf"], after["verify"]) == (before["export"]["gguf"], before["verify"])
 
 
+def test_the_loss_of_test_rows_is_of_the_adapter_that_is_exported(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(given["output"]).with_name("data")
+    folder.mkdir()
+    for name in ("train", "valid", "test"):
+        write_rows(folder / f"{name}.jsonl")
+    done = run(given | {"data": str(folder)})
+    assert done.record.test_rows
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "score_test", killed)
+        with pytest.raises(KeyboardInterrupt):
+            longer(done, epochs=3)
+    record = done.record
+    assert (record.status, record.test_loss, record.test_loss_interval) == ("complete", None, [])
+    assert f"To export it: python cli.py train --resume {done}" in " ".join(capsys.readouterr().out.split())
+    run({"resume": str(done.path)})
+    assert done.record.test_loss is not None
+
+
 # --- what is refused
 
 

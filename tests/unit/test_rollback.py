@@ -308,6 +308,39 @@ def test_a_stop_during_a_rollback_is_a_stop(given: dict[str, Any], monkeypatch: 
     assert len(Run(Path(given["output"])).record.rollbacks) == 2
 
 
+class CollapsesLast(Collapses):
+    def eval_step(self, batch: Any) -> StepResult:
+        loss = 9.0 if self.trained == 10 else 5.0 - 0.1 * self.trained
+        return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
+
+
+class CollapsesSlowly(Collapses):
+    def eval_step(self, batch: Any) -> StepResult:
+        loss = {2: 4.0, 4: 4.1, 6: 9.0}.get(self.trained, 5.0)
+        return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "best"), [(CollapsesLast, {}, 8), (CollapsesSlowly, {"patience": 2}, 2)], ids=["steps", "patience"]
+)
+def test_a_training_that_was_over_does_not_begin_again(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, kind: type[Collapses], more: dict[str, Any], best: int
+) -> None:
+    """Its last validation raised an alarm, and it was killed before the adapter was written."""
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "validate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(given | more, kind)
+    monkeypatch.undo()
+    folder = train({"resume": given["output"]}, kind)
+    record = Run(folder).record
+    assert ([alarm.name for alarm in record.alarms], record.rollbacks) == (["worse"], [])
+    assert (record.status, record.exported_step) == ("complete", best)
+
+
 def test_damaged_answers_of_a_run_cost_no_resume(given: dict[str, Any]) -> None:
     class Good(Collapses):
         bearable = 1.0

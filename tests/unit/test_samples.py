@@ -192,19 +192,26 @@ def train(given: dict[str, Any], backend: type[Bigram] = Bigram) -> Path:
     return run_training(Options.model_validate(given), context(create=backend))
 
 
-def test_every_validation_asks_three_prompts_and_the_given_one_first(given: dict[str, Any]) -> None:
-    folder = train(given | {"sample_prompt": ["What now?"]})
+def test_every_validation_asks_three_prompts_and_the_given_ones_first(given: dict[str, Any]) -> None:
+    folder = train(given | {"sample_prompt": [long := "What now? " * 200]})
     found, drift = [], []
     for line in lines(folder / "samples.jsonl"):
         (found if "answer" in line else drift).append(line)
     assert [line["step"] for line in drift] == [0, 3, 6]
     assert drift[0]["drift"] == 0.0
-    assert [(line["step"], line["number"]) for line in found] == [(step, n) for step in (0, 3, 6) for n in range(3)]
-    assert [line["prompt"] for line in found[:3]].index("What now?") == 0
-    assert all(line["reference"] for line in found[1:3])
+    assert [(line["step"], line["number"]) for line in found] == [(step, n) for step in (0, 3, 6) for n in range(4)]
+    assert found[0]["prompt"] == long
+    assert all(line["reference"] for line in found[1:4])
     plain = train(given | {"output": str(folder.with_name("plain")), "no_text": True, "eval_every": 2})
     assert lines(plain / "samples.jsonl")[0].keys() == {"step", "drift", "quiz_loss"}
     assert Run(plain).recipe.steps == 6
+
+
+def test_what_training_has_cost_elsewhere_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    watch._say_forgotten({0: 3.1, 3: 3.414, 6: 4.0}, 3, Display("plain"))
+    assert "a loss of 3.41 at step 3, and had 3.10 before training" in " ".join(capsys.readouterr().out.split())
+    watch._say_forgotten({0: 3.1, 6: 4.0}, 3, Display("plain"))  # it was not asked then
+    assert capsys.readouterr().out == ""
 
 
 def test_a_model_that_cannot_answer_costs_no_training(
@@ -277,6 +284,7 @@ def test_a_resumed_run_has_seen_its_alarms_in_their_order(tmp_path: Path) -> Non
     job = SimpleNamespace(
         run=SimpleNamespace(path=tmp_path, record=SimpleNamespace(alarms=[])),
         recipe=SimpleNamespace(warmup_steps=0, patience=0),
+        valid=range(10),
     )
     alarms = watch._alarms_until(job, SimpleNamespace(step=20))  # type: ignore[arg-type]
     assert alarms.known == set()

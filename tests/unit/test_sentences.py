@@ -177,7 +177,7 @@ def test_every_warning_about_rows() -> None:
         if called(node) == "warning":
             what, _, to_do = (constants.get(getattr(one, "id", ""), one) for one in node.args)
             made.append(f"7 {what.value}. {to_do.value}")
-    assert len(made) == 7
+    assert len(made) == 8
     left_out = ("rows without an answer", "rows with train: false or weight: 0")
     made += [f"7 {kind}, left out. Give them an answer that is trained." for kind in left_out]
     for text in made:

@@ -874,7 +874,9 @@ def test_resume_refuses_data_that_changed(given: dict[str, Any]) -> None:
     assert caught.value.what.startswith(
         f"{given['output']}: its recipe has changed since it began (changed: data_hash, rows_hash)"
     )
-    assert caught.value.fix == "Restore the old files, or start a new run."
+    assert caught.value.fix.startswith(
+        "Restore the old files, or start a new run. If no file has changed, this version"
+    )
 
 
 def test_nan_loss_leaves_an_interrupted_run_that_can_go_on(given: dict[str, Any]) -> None:
