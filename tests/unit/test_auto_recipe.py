@@ -35,7 +35,7 @@ def test_few_rows_are_seen_often_in_small_steps() -> None:
     options, said = chosen(76)
     assert (options.epochs, options.batch_size, options.rank) == (8, 4, 16)
     assert said == (
-        "76 rows, 1,900 label tokens: 8 epochs, 4 rows a step, "
+        "76 rows, 1,900 label tokens: 8 epochs (152 steps), 4 rows a step, "
         "learning rate 0.0013 (llama of hidden size 576), rank 16 (--recipe auto)"
     )
 
@@ -48,6 +48,11 @@ def test_few_rows_are_seen_often_in_small_steps() -> None:
 def test_epochs_and_batch_by_rows(count: int, epochs: int, batch_size: int) -> None:
     options, _ = chosen(count, labels=1)
     assert (options.epochs, options.batch_size) == (epochs, batch_size)
+
+
+@pytest.mark.parametrize(("labels", "epochs"), [(20, 8), (30, 8), (65, 4), (300, 3)])
+def test_long_answers_are_seen_less_often(labels: int, epochs: int) -> None:
+    assert chosen(76, labels=labels)[0].epochs == epochs
 
 
 @pytest.mark.parametrize(

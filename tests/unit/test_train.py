@@ -122,7 +122,9 @@ def test_recipe_auto_chooses_what_was_not_given_and_resume_keeps_it(
     with pytest.raises(Interrupted):
         run_training(options, context("plain", create=Stops))
     folder = Path(given["output"])
-    said = "22 rows, 385 label tokens: 8 epochs, 4 rows a step, learning rate 0.002 (llama of hidden size 64), rank 16"
+    said = (
+        "22 rows, 385 label tokens: 8 epochs (48 steps), 4 rows a step, learning rate 0.002 (llama of hidden size 64)"
+    )
     assert said in capsys.readouterr().out.replace("\n", " ")
     recipe = Run(folder).recipe
     chosen = (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.rank)
