@@ -1,4 +1,4 @@
-"""How far the automatic recipe is from the best run of a grid and of others' rules, by validation loss.
+"""How far the automatic recipe and others' rules are from the best run of a grid, by validation loss.
 
     python -m benchmarks.regret --from DIR                    # all pairs of model and data that are not done yet
     python -m benchmarks.regret --models smollm2 --data chat --minutes 30
@@ -6,8 +6,8 @@
 
 Every run is written as soon as it ends, to benchmarks/results/regret-MODEL-DATA.json, and a run that is written is not
 done again: stop it at any time, and start it again. A run whose validation loss is 5 % above its best three times in a
-row ends there, as its best will not change. --from: folder of the public sets, with identity/identity.json
-(LLaMA-Factory's, Apache-2.0) and wikisql/{train,valid}.jsonl (mlx-examples', BSD-3-Clause).
+row ends there, as its best will not change; --patience holds as in train. --from: folder of the public sets, with
+identity/identity.json (LLaMA-Factory's, Apache-2.0) and wikisql/{train,valid}.jsonl (mlx-examples', BSD-3-Clause).
 """
 
 import argparse

@@ -11,6 +11,7 @@ from common.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 RATES, BATCHES, SMALL_BATCH = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (4, 8), 2
+ENOUGH = 24  # runs of a grid that is counted
 SEEDS = (1, 2)  # of the best and the automatic run, besides 0
 Settings = dict[str, Any]
 
@@ -70,19 +71,21 @@ class Results:
         return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
 
     def best(self) -> dict[str, Any] | None:
-        """The best run of the grid, the rules and the automatic recipe; None before there is one."""
-        if not self.about:
-            return None
-        tried = [*self.grid, *rules(self.about["train rows"]).values(), self.about["auto"]]
-        done = [run for settings in tried if (run := self.of(settings)) and run["best"] is not None]
+        """The best run of the grid; None before there is one."""
+        done = [run for settings in self.grid if (run := self.of(settings)) and run["best"] is not None]
         return min(done, key=lambda run: run["best"], default=None)
 
+    @property
+    def done(self) -> int:
+        """How many runs of the grid were made."""
+        return sum(self.of(settings) is not None for settings in self.grid)
+
     def complete(self) -> bool:
-        """Whether every run of the grid was made."""
-        return bool(self.runs) and all(self.of(settings) for settings in self.grid)
+        """Whether enough runs of the grid were made."""
+        return self.done >= ENOUGH
 
     def regret(self, settings: Settings) -> float:
-        """How far the run is above the best, as a share; not a number where one was not made or diverged."""
+        """How far the run is above the grid's best, as a share; not a number where one was not made or diverged."""
         run, best = self.of(settings), self.best()
         return run["best"] / best["best"] - 1 if run and run["best"] is not None and best else math.nan
 
@@ -115,14 +118,14 @@ def left_out(pair: Results, pairs: list[Results]) -> tuple[Settings, float] | No
 
 
 def table(pairs: list[Results]) -> str:
-    """Markdown: of every pair the best run, and how many percent above it each rule is; means of complete grids.
+    """Markdown: the best of every pair's grid, how many percent above it each rule is; means of complete grids.
 
-    "by the others": the place of the grid that is best for the other data sets of the model.
+    nats: by how much the automatic recipe's loss is higher. "by the others": the place of the grid that is best for
+    the other data sets of the model.
     """
     names = ["auto", *rules(100), "by the others"]
-    more = ["auto, three seeds", "best, three seeds"]
-    lines = [f"| model, data | rows | best | at | {' | '.join([*names, *more])} |"]
-    lines.append(f"|{' --- |' * (4 + len(names) + len(more))}")
+    heads = ["model, data", "rows", "best", "at", "nats", *names, "auto, three seeds", "best, three seeds"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     regrets: dict[str, list[float]] = {name: [] for name in names}
     for pair in pairs:
         best = pair.best()
@@ -137,9 +140,9 @@ def table(pairs: list[Results]) -> str:
             regrets[name] += [regret] if pair.complete() and not math.isnan(regret) else []
         shown = [*map(_percent, found), *(_spread(pair.seeds(settings)) for settings in [auto, best["settings"]])]
         shown[len(names) - 1] += f" ({_shown(other[0])})" if other else ""
-        count = sum(pair.of(settings) is not None for settings in pair.grid)
-        some = "" if pair.complete() else f" ({count} of {len(pair.grid)} runs)"
+        some = "" if pair.done == len(pair.grid) else f" ({pair.done} of {len(pair.grid)} runs)"
         start = [f"{pair.model}, {pair.data}", str(rows), f"{best['best']:.4f}{some}", _shown(best["settings"])]
+        start.append("" if math.isnan(found[0]) else f"{best['best'] * found[0]:+.3f}")
         lines.append(f"| {' | '.join([*start, *shown])} |")
     means = [f"{name} {_percent(mean(found))} ({len(found)})" for name, found in regrets.items() if found]
     return "\n".join([*lines, "", f"On the mean of so many complete pairs: {', '.join(means)}."] if means else lines)

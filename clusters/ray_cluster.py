@@ -1,6 +1,7 @@
 """Several machines of a Ray cluster: one torchrun on each, a rank for each GPU.
 
-    ray job submit --working-dir . -- python clusters/ray_cluster.py --model Qwen/Qwen3-4B --data /shared/my.jsonl
+    ray job submit --working-dir . -- python clusters/ray_cluster.py --model Qwen/Qwen3-4B --data /shared/my.jsonl \
+        --output /shared/run
 
 Ray Train would make a process group of its own, so these are plain tasks. MACHINES and GPUS say how many. Rows and run
 folder are on a file system that all machines share.

@@ -30,7 +30,10 @@ class UserError(Exception):
 
 
 class Unable(UserError):
-    """This machine could not do it now: memory ran out, or a program was killed or too slow. It tells of no file."""
+    """This machine could not do it now: it failed or ran out of memory, or a program was killed or too slow.
+
+    It tells of no file.
+    """
 
 
 class AtOdds(UserError):
@@ -89,9 +92,9 @@ def os_fault(error: OSError, afterwards: str) -> UserError:
     return UserError(f"{reason}: {error.filename or 'no file is named'}", f"{first}, then {afterwards}")
 
 
-def device_fault(error: Exception) -> UserError:
+def device_fault(error: Exception) -> Unable:
     """For a device that failed, and not for want of memory."""
-    return UserError(
+    return Unable(
         f"The device failed: {first_line(error)}",
         "A run continues with --resume RUN; where it fails again, with a lower --memory-limit.",
     )

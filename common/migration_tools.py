@@ -91,10 +91,7 @@ def _mlx_lm(work: Migration, path: Path) -> None:
         values["num_layers"] = values.pop("lora_layers")
     if not values.pop("mask_prompt", False):
         work.put("train_on", "all", "mask_prompt is off: mlx_lm trains on prompts too. assistant is usually better")
-    if str(values.get("optimizer", "adam")) == "adam":
-        values.pop("optimizer", None)
-        work.put("weight_decay", 0.0, "optimizer adam: AdamW without weight decay; mlx_lm's corrects no bias at first")
-    values.pop("optimizer_config", None)
+    _mlx_optimizer(work)
     batches, batch = values.pop("val_batches"), values.get("batch_size")
     if isinstance(batches, int) and isinstance(batch, int):
         rows = 0 if batches < 0 else batches * batch
@@ -109,6 +106,29 @@ def _mlx_lm(work: Migration, path: Path) -> None:
     values.pop("config", None)
 
 
+def _mlx_optimizer(work: Migration) -> None:
+    """mlx_lm's `optimizer`, with the arguments in `optimizer_config: {name: {...}}`."""
+    name = str(work.values.get("optimizer", "adam"))
+    configs = work.values.pop("optimizer_config", None)
+    config = configs.get(name) if isinstance(configs, dict) else None
+    config = {**config} if isinstance(config, dict) else {}
+    if name == "adam":
+        work.values.pop("optimizer", None)
+        work.put("weight_decay", 0.0, "optimizer adam: AdamW without weight decay; mlx_lm's corrects no bias at first")
+    if name == "adamw":
+        work.put("weight_decay", config.pop("weight_decay", 0.01), "optimizer adamw; MLX's has 0.01 by default")
+    if name in ("adam", "adamw"):
+        betas = config.pop("betas", None)
+        given = dict(zip(("beta1", "beta2"), betas, strict=False)) if isinstance(betas, list) else {}
+        given |= {"epsilon": config.pop("eps")} if "eps" in config else {}
+        for option, value in given.items():
+            work.put(option, value, f"optimizer_config's of {name}")
+        config.pop("bias_correction", None)
+    work.left += [
+        f"optimizer_config, {name}: {short(key)} {short(value)}: not offered" for key, value in config.items()
+    ]
+
+
 def _mlx_schedule(work: Migration) -> None:
     """mlx_lm's `lr_schedule: {name, warmup, arguments}`, counted in its micro-batches."""
     given = work.values.pop("lr_schedule", None)
@@ -121,15 +141,25 @@ def _mlx_schedule(work: Migration) -> None:
     if name not in names:
         work.left.append(f"lr_schedule {short(given)}: not offered; schedule is cosine, linear or constant")
         return
-    work.put("schedule", names[name], f"lr_schedule {name}; here it always ends near 0")
     arguments = given.get("arguments")
-    if isinstance(arguments, list) and arguments:
-        work.values["learning_rate"] = arguments[0]
+    rates = arguments if isinstance(arguments, list) else []
+    if rates:  # it counts, and not mlx_lm's default
+        work.values["learning_rate"] = rates[0]
+        work.beware = [line for line in work.beware if not line.startswith("learning_rate ")]
+    if len(rates) > 1 and name == "linear_schedule" and _rises(rates[0], rates[1]):
+        work.values["learning_rate"] = rates[1]
+        work.put("schedule", "constant", "not lr_schedule's rise, which is not offered but as warmup; its last rate")
+    else:
+        work.put("schedule", names[name], f"lr_schedule {name}; here it always ends near 0")
     accumulate = work.values.get("grad_accumulation_steps") or 1
     warmup, steps = given.get("warmup") or 0, 1
     if isinstance(warmup, int) and isinstance(accumulate, int):
         steps = math.ceil(warmup / accumulate)
     work.put("warmup", steps, f"lr_schedule's warmup {short(warmup)}, in optimizer steps")
+
+
+def _rises(first: Any, last: Any) -> bool:
+    return isinstance(first, int | float) and isinstance(last, int | float) and first < last
 
 
 def _axolotl(work: Migration, path: Path) -> None:
@@ -165,9 +195,12 @@ def _datasets(work: Migration, path: Path) -> None:
 def _llama_factory(work: Migration, path: Path) -> None:
     values = work.values
     values.pop("stage", None)
-    files = dataset_files(values, path.parent)
-    if files:
-        work.put("data", files, f"dataset {short(values['dataset'])}, by dataset_info.json")
+    found = dataset_files(values, path.parent)
+    if found.sources:
+        work.put("data", found.sources, f"dataset {short(values['dataset'])}, by dataset_info.json")
+        if found.fields:
+            work.put("field", found.fields, "the columns that dataset_info.json names")
+        work.left += found.left
         values.pop("dataset")
         values.pop("dataset_dir", None)
     work.drop("dataset", "a name in dataset_info.json, which is not beside the file; give the rows under data")

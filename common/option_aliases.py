@@ -69,7 +69,7 @@ EXPLAINED = {
 _RECORDED = "every step is shown and written to metrics.jsonl in the run folder"
 _RUN_FOLDER = "the run folder, which output names, holds the logs and names the run"
 _ATTENTION = "the fastest exact attention of the device is used"
-_LOADING = "all rows lie in memory, encoded"
+_LOADING = "rows are encoded before training, and large files are mapped into memory"
 # What changes nothing that Twintune would do otherwise, and why.
 NEEDLESS = {
     **dict.fromkeys(("steps_per_report", "logging_steps", "logging_strategy", "logging_first_step"), _RECORDED),
@@ -105,7 +105,7 @@ NEEDLESS = {
     **dict.fromkeys(("model_type", "tokenizer_type", "is_llama_derived_model"), "the model's config names them"),
     **dict.fromkeys(("ddp_timeout", "save_safetensors", "save_only_model", "strict"), "nothing here depends on it"),
     **dict.fromkeys(("evals_per_epoch", "saves_per_epoch"), "validation and checkpoints have intervals that fit"),
-    **dict.fromkeys(("eval_sample_packing", "neat_packing", "eval_packing"), "rows are not packed"),
+    **dict.fromkeys(("eval_sample_packing", "neat_packing", "eval_packing"), "sequences are not concatenated"),
     "loftq_config": "the adapter starts as LoRA's authors say",
     "lora_fan_in_fan_out": "the families here have no such layers",
     "fan_in_fan_out": "the families here have no such layers",

@@ -98,6 +98,8 @@ FLAGS_ONLY = {
     "with": "sends the rows to other computers: give it by --with",
     "finish": "is for --resume RUN: give it by --finish",
     "push_public": "publishes the model: give it by --push-public",
+    "track_text": "sends rows and answers to trackers: give it by --track-text",
+    "track_artifacts": "sends the adapter or the report to trackers: give it by --track-artifacts",
 }
 
 

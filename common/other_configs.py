@@ -3,9 +3,11 @@
 import ast
 import json
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common.config_values import short
 from common.documents import YAML_BYTES, key_lines, parse_json, read_yaml
 from common.errors import UserError
 from common.other_scripts import CALLS, Unread, code_of, keyword_lines, settings_of
@@ -127,8 +129,29 @@ def _tree(path: Path) -> ast.Module:
         raise UserError(f"{path}{line} is not Python: {getattr(error, 'msg', error)}", _FIX) from None
 
 
-def dataset_files(values: dict[str, Any], folder: Path) -> list[str]:
-    """The files that LLaMA-Factory's `dataset` means, by the dataset_info.json in its `dataset_dir`; else none."""
+@dataclass
+class NamedData:
+    """What `dataset` means. sources: for --data. fields: of --field. left: a line for what is not said by them."""
+
+    sources: list[str] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+
+_OF_HUB = ("subset", "split")
+_PLACE = {"file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "formatting"}
+# By the name of a column in dataset_info.json the part of a row that it is here, and what is known without a word.
+_PARTS = {
+    "prompt": ("prompt", {"prompt", "instruction"}),
+    "query": ("input", {"input"}),
+    "response": ("completion", {"completion", "output", "response"}),
+    "messages": ("messages", {"messages", "conversations"}),
+    **{name: (name, {name}) for name in ("history", "system", "tools")},
+}
+
+
+def dataset_files(values: dict[str, Any], folder: Path) -> NamedData:
+    """What LLaMA-Factory's `dataset` means, by the dataset_info.json in its `dataset_dir`; empty without one."""
     given = values.get("dataset")
     names = given if isinstance(given, list) else str(given or "").split(",")
     directory = Path(str(values.get("dataset_dir") or "data"))
@@ -138,11 +161,30 @@ def dataset_files(values: dict[str, Any], folder: Path) -> list[str]:
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError, UserError):
             continue
         known = info if isinstance(info, dict) else {}
-        entries = [known.get(str(name).strip()) for name in names]
-        files = [_source(entry, place) for entry in entries if isinstance(entry, dict)]
+        entries = {str(name).strip(): known.get(str(name).strip()) for name in names}
+        files = [_source(entry, place) for entry in entries.values() if isinstance(entry, dict)]
         if len(files) == len(names) and all(files):
-            return files
-    return []
+            return _named(entries, files)
+    return NamedData()
+
+
+def _named(entries: dict[str, Any], sources: list[str]) -> NamedData:
+    found = NamedData(sources)
+    for name, entry in entries.items():
+        said = {*_PLACE, *(_OF_HUB if "file_name" not in entry else ())}
+        columns = entry.get("columns")
+        if isinstance(columns, dict) and columns.keys() <= _PARTS.keys():
+            others = {part: str(column) for part, column in columns.items() if column not in _PARTS[part][1]}
+            if len(entries) == 1 or not others:
+                of_chat = entry.get("formatting") == "sharegpt"
+                names = {"messages": "conversations"} if of_chat else {}
+                found.fields |= {names.get(part, _PARTS[part][0]): column for part, column in others.items()}
+                said.add("columns")
+        for key, value in entry.items():
+            if key not in said and value not in (None, False, ""):
+                what = f"dataset {short(name)}, {short(str(key))} {short(value)}"
+                found.left.append(f"{what}: not read; give such rows as a file under data, and their columns by field")
+    return found
 
 
 def _source(entry: dict[str, Any], place: Path) -> str:
@@ -150,4 +192,5 @@ def _source(entry: dict[str, Any], place: Path) -> str:
     file = entry.get("file_name")
     if isinstance(file, str):
         return str(place / file) if (place / file).exists() else file
-    return str(entry.get("hf_hub_url") or "")
+    name, subset, split = (str(entry.get(key) or "") for key in ("hf_hub_url", *_OF_HUB))
+    return f"{name}{subset and f':{subset}'}{split and f'#{split}'}" if name else ""

@@ -23,8 +23,9 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
     table = dims.table * (item if recipe.method == "full" else min(item, dims.stored))
     if not recipe.quantization.startswith("mlx-"):
         return (dims.linear + other) * item + table
-    _, bits, group = recipe.quantization.split("-")
-    quantized = int(bits.removesuffix("bit")) / 8 + 2 * item / int(group)  # a scale and a bias for each group
+    _, bits, group, *mixed = recipe.quantization.split("-")
+    each = 8 if mixed else int(bits.removesuffix("bit"))  # at most
+    quantized = each / 8 + 2 * item / int(group)  # a scale and a bias for each group
     return table + round((dims.linear + other) * quantized)  # other embeddings are counted as quantized too
 
 

@@ -121,11 +121,14 @@ class CpuAttention(torch.autograd.Function):
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """The array as a tensor on the device; from pinned memory on a GPU, so that nothing waits for the copy."""
+    """The array as a tensor on the device; from pinned memory on CUDA, so that nothing waits for the copy.
+
+    Not on MPS, which may copy after the array is gone (PyTorch's issue 189690).
+    """
     tensor = torch.from_numpy(array).to(dtype)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def has_flash(device: torch.device) -> bool:

@@ -117,20 +117,30 @@ def _keep_wider(model: Any, base: ModelFolder) -> None:
 
 
 def _config(base: ModelFolder) -> Any:
-    """transformers' config of the language model. Of an unknown architecture as it reads the file, but for dropout."""
+    """transformers' config of the language model, without dropout of its own: no seed of ours would hold it."""
+    config = _known_config(base) if is_known(base.config) else _read_config(base)
+    for name in config.to_dict():
+        if name.endswith(("dropout", "_pdrop", "jitter_noise")):  # mlx-lm has none of these
+            setattr(config, name, 0.0)
+    return config
+
+
+def _known_config(base: ModelFolder) -> Any:
     from transformers import AutoConfig
 
-    if is_known(base.config):
-        return AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NOT_SETTINGS})
+    return AutoConfig.for_model(**{key: value for key, value in base.config.items() if key not in _NOT_SETTINGS})
+
+
+def _read_config(base: ModelFolder) -> Any:
+    """Of an unknown architecture, as transformers reads the file."""
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(base.path, trust_remote_code=False)
     except Exception as error:  # whatever a config's code makes of a value that it does not expect
         raise UserError(f"transformers cannot read this config: {first_line(error)}", "Update transformers.") from None
     config = config.get_text_config()
     config.tie_word_embeddings = base.config.get("tie_word_embeddings", config.tie_word_embeddings)
-    for name in config.to_dict():
-        if name.endswith(("dropout", "_pdrop", "jitter_noise")):  # mlx-lm has none of these
-            setattr(config, name, 0.0)
     return config
 
 

@@ -20,8 +20,15 @@ from common.data.personal import hidden
 from common.data.sources import named
 from common.data.summary import labeled_parts
 from common.data.text_sample import TextSample, text_sample
-from common.data.training_rows import TrainingRows, encode_data, load, note_counts, warn_of_plain_text
-from common.data.truncation import FilteredRows
+from common.data.training_rows import (
+    TrainingRows,
+    encode_data,
+    load,
+    note_counts,
+    refuse_nothing_left,
+    warn_of_plain_text,
+)
+from common.data.truncation import FilteredRows, filter_by_length
 from common.data.verdict import Advice, of_base, of_rows, of_texts, of_warnings, ordered, verdict
 from common.display import Display, Styled
 from common.errors import UserError
@@ -77,6 +84,10 @@ def check_data(options: Options, explain: int | None, display: Display, asked: C
     found = of_warnings([*warnings, *([context] if context else [])], distinct_count(data))
     known = _ask_base(options, rows, asked) if asked is not None and rows.train.rows else []
     _show_verdict(ordered([*found, *of_rows(options, rows), *of_texts(sample), *known]), sample, display)
+    refuse_nothing_left(options, rows)
+    if options.overflow == "error":
+        for part in parts.values():
+            filter_by_length(part.every, options.max_length, "error")
 
 
 def _ask_base(options: Options, rows: TrainingRows, context: Context) -> list[Advice]:

@@ -119,7 +119,8 @@ def prepare(
     memory = TrainingMemory(package, dims_of(base.model), recipe, start, len(options.workers))
     if not resumed:  # a run that was planned before it was learned continues by its plan
         memory = memory.with_learned(plan)
-    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored)
+    as_begun = resumed is not None and options.micro_batch_tokens is not None
+    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored, as_begun)
     _warn_of_peak(chosen, display)
     stages = export_stages(options, base.model, start, memory)
     checkpoints = checkpoints_disk(trained_bytes(start, base.model), options.keep_checkpoints)

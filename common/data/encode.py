@@ -158,7 +158,7 @@ class Encoder:
         if example.text is not None:
             return example
         try:
-            return None if self._without_tools(example) else self.locate_turns(example)
+            return None if self.without_tools(example) else self.locate_turns(example)
         except BadRow as why:
             return why
 
@@ -182,7 +182,7 @@ class Encoder:
 
         Spaces around its answers may have been stripped, and its tools written as text. Raises BadRow as `__call__`.
         """
-        if changed := self._without_tools(example):
+        if changed := self.without_tools(example):
             row, conversation, rendered = self.encode_chat(changed)
             where = "left out" if self.masking.tools == "drop" else "written as text"
             note = f"tools {where}, which the template does not take (--tools {self.masking.tools})"
@@ -198,7 +198,7 @@ class Encoder:
                 return replace(row, notes=(*row.notes, "spaces around answers taken off")), conversation, stripped
             raise BadRow(example.source, f"this row cannot be labeled exactly: {why}.", REMEDY) from None
 
-    def _without_tools(self, example: Example) -> Example | None:
+    def without_tools(self, example: Example) -> Example | None:
         """The row as --tools asks for it, where the template takes no tools and that is another row."""
         mode = self.masking.tools
         if mode == "error" or not uses_tools(example) or self.template is None or self.template.takes_tools:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ class Facts:
         return (self.flags & flag) > 0
 
 
+_BREAK = re.compile(r"\\[nrt]")  # in JSON: its letter would be taken for the first of a key
+
+
 def _facts(row: Example) -> tuple[bytes, bytes, bytes, bytes, int]:
     key = content_key(row)
     digest = hashlib.sha256(key.encode())
@@ -62,7 +66,7 @@ def _facts(row: Example) -> tuple[bytes, bytes, bytes, bytes, int]:
         digest.update(weights)
     text = row.text if row.text is not None else "\n".join(message["content"] for message in row.messages)
     flags = TEXT * (row.text is not None) | PLACEHOLDER * bool(placeholder(text)) | BREAKS_OFF * breaks_off(row)
-    flags |= SECRET * has_secret(key)
+    flags |= SECRET * has_secret(_BREAK.sub(" ", key))
     return content, beginnings, _short(prompt_key(row)), digest.digest(), flags
 
 

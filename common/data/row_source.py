@@ -122,14 +122,14 @@ def not_utf8(path: Path) -> UserError:
             at += len(raw)
     return UserError(
         f"{path} is not UTF-8 text (line {line}, byte {at}){f'; it looks like {guess}' if guess else ''}.",
-        f"Convert it: iconv -f {guess or 'ITS-ENCODING'} -t UTF-8 {path.name} > utf8.jsonl",
+        f"Convert it: iconv -f {guess or 'ITS-ENCODING'} -t UTF-8 {path.name} > utf8{path.suffix}",
     )
 
 
 def _guess_encoding(raw: bytes) -> str | None:
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return "UTF-16"
-    for codec, name in (("euc_jp", "EUC-JP"), ("cp932", "SHIFT_JIS"), ("gb18030", "GB18030")):
+    for codec, name in (("euc_jp", "EUC-JP"), ("cp932", "CP932"), ("gb18030", "GB18030")):
         decoder = codecs.getincrementaldecoder(codec)()
         try:
             text = decoder.decode(raw)  # its last character may be cut

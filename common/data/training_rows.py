@@ -130,6 +130,17 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
     if unlabeled := [part.unlabeled for part in parts if part.unlabeled]:
         count = sum(map(len, unlabeled))
         display.warn(f"{count} rows without a label token are left out: {unlabeled[0][0].source} ...")
+    refuse_nothing_left(options, rows)
+    if len(rows.scored) < len(rows.valid.rows):
+        share = f"{len(rows.scored)} of {len(rows.valid.rows)} rows"
+        display.say(f"validation scores {share}, drawn by --seed (--eval-rows)")
+    if rows.data.valid and not rows.valid.rows:
+        display.warn("no validation row is left, so the last adapter is exported, not the best")
+    _report_long(options, parts, display)
+
+
+def refuse_nothing_left(options: Options, rows: TrainingRows) -> None:
+    """Raises UserError where nothing is left to train on."""
     if not rows.train.every:
         raise UserError(
             f"--on-bad-row drop: no row of {named(options)} is left to train on.", "Look at it with check-data."
@@ -145,12 +156,6 @@ def report_rows(options: Options, rows: TrainingRows, display: Display) -> None:
             f"(the shortest has {rows.train.every.lengths.min()} tokens).",
             "Raise --max-length.",
         )
-    if len(rows.scored) < len(rows.valid.rows):
-        share = f"{len(rows.scored)} of {len(rows.valid.rows)} rows"
-        display.say(f"validation scores {share}, drawn by --seed (--eval-rows)")
-    if rows.data.valid and not rows.valid.rows:
-        display.warn("no validation row is left, so the last adapter is exported, not the best")
-    _report_long(options, parts, display)
 
 
 def note_counts(parts: Sequence[EncodedRows]) -> dict[str, int]:

@@ -78,7 +78,7 @@ def of_rows(options: Options, rows: TrainingRows) -> list[Advice]:
     count = len(np.unique(every.rows)) - len(np.unique(rows.train.unlabeled.rows))
     found = []
     more = "Add rows, such as other ways to ask the same."
-    if all(kind.text for kind, _ in every.kinds()):
+    if every and all(kind.text for kind, _ in every.kinds()):
         if (labels := int(every.label_tokens.sum())) < FEW_TEXT_TOKENS:
             found.append(Advice(f"{labels:,} tokens of text are few", "Add text."))
     elif count < FEW_ROWS:

@@ -65,7 +65,8 @@ def _judged(raw: Any, source: str, encoder: Encoder | None, fields: dict[str, st
     try:
         example = read_row(raw, source, fields)[1]
     except Fault:  # without an answer, or one that is not trained
-        return JudgedRow(source, raw, prompt_of_row(raw, source, fields))
+        asked = prompt_of_row(raw, source, fields)
+        return JudgedRow(source, raw, (encoder.without_tools(asked) if encoder else None) or asked)
     encoded = None
     if example.text is None and encoder is not None:
         encoded, conversation, example = encoder.encode_chat(example)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from common.backend import Adapter, Backend
 from common.context import Context
 from common.data.chat_template import Message
+from common.data.dataset import Example
+from common.data.tool_text import tools_as_text, uses_tools
 from common.errors import UserError
 from common.inference.backend_chat import ChatFormat, ChatModel, Pieces, adapt_messages, backend_chat_model
 from common.llama_cpp.build import build
@@ -109,9 +111,26 @@ def opened(
     """Load what `target` names, and free it at the end. length: tokens of prompt and answer together."""
     with ExitStack() as stack:
         if target.run is None or target.kind == "gguf":
-            yield _in_llama_cpp(target, context, ServerOptions(length, slots, flags=flags), stack)
+            models = _in_llama_cpp(target, context, ServerOptions(length, slots, flags=flags), stack)
         else:
-            yield _in_backend(target.run, target.kind, context, length, stack)
+            models = _in_backend(target.run, target.kind, context, length, stack)
+        if target.run is not None and writes_tools(target.run):
+            tuned, base = _with_tools_as_text(models.tuned), models.base
+            models = ChatModels(tuned, lambda: _with_tools_as_text(base()))
+        yield models
+
+
+def writes_tools(run: Run) -> bool:
+    """Whether tools were text in training, as the chat template takes none (`--tools system`)."""
+    return run.recipe.tools == "system" and "tools" not in (run.read_template() or "")
+
+
+def _with_tools_as_text(model: ChatModel) -> ChatModel:
+    def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
+        row = Example(tuple(messages), "", tuple(tools))
+        return model.answer(tools_as_text(row).messages if uses_tools(row) else messages, sampling, ())
+
+    return ChatModel(model.name, answer)
 
 
 def llama_of(target: Target, context: Context) -> LlamaCpp:

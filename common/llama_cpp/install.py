@@ -13,7 +13,7 @@ from pathlib import Path
 from common.errors import UserError
 from common.paths import user_path
 from common.system.cache import artifact_lock, cache_folder
-from common.system.process import capture, offline_environment
+from common.system.process import capture, not_started, offline_environment
 
 VERSION = "0.3.36"
 TARGETS = ("llama-quantize", "llama-server")
@@ -81,6 +81,12 @@ def _from_folder(folder: Path, where: str) -> LlamaCpp:
         )
     beside = quantize.with_name(OURS[0] + _EXE)
     imatrix = beside if beside.is_file() else None
+    code, tail = capture([str(server), "--version"], 60)
+    if not_started(code, tail.splitlines()):
+        raise UserError(
+            f"{where} {folder}: {server.name} does not start:\n{tail}",
+            "Build it again in that folder, or leave it out: Twintune then builds its own.",
+        )
     return LlamaCpp(converter, quantize, server, f"{where} {folder}", _version(server), imatrix)
 
 

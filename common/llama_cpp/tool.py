@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.backend import Progress
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.files import atomic_write
 from common.llama_cpp.install import OF_ANOTHER_CPU
-from common.system.process import fraction, of_another_cpu, run_logged
+from common.system.process import failed_by_machine, fraction, of_another_cpu, run_logged
 
 OUT = "<out>"  # in a command: where the path of the file to write belongs
 
@@ -42,7 +42,8 @@ def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
         command = [str(temporary) if word == OUT else word for word in run.command]
         code, tail = run_logged(command, log, advance, run.env, run.cwd)
         if code != 0 or not temporary.is_file():
+            kind = Unable if failed_by_machine(code, tail.splitlines()) else UserError
             remedy = OF_ANOTHER_CPU if of_another_cpu(code) else run.remedy
-            raise UserError(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
+            raise kind(f"{run.title} failed (exit status {code}). Its log, {log}, ends with:\n{tail}", remedy)
     log.unlink(missing_ok=True)
     progress(1.0, run.title)

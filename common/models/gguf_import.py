@@ -108,11 +108,14 @@ def from_gguf(path: Path, say: Say) -> Path:
 def _make_folder(path: Path, folder: Path, say: Say) -> None:
     say(f"{path.name}: converting the GGUF to a model folder, once (up to 90 s) ...")
     with atomic_folder(folder) as temporary:
+        check_readable(path)
         _dequantize(path, temporary, gguf_pre_tokenizer(path))
     say(f"{path.name}: its weights keep the precision that the GGUF's quantization left; the folder is {folder}")
 
 
 _REMEDY = "Give the model's Hugging Face folder or name instead."
+_KEEPS_SCALING, _KEEPS_FACTORS = ("gpt-oss",), ("gpt-oss", "gemma4")  # of which transformers reads them
+_LAYERS_OF_GEMMA_27B = 62
 # The pre-tokenizer to set for a GGUF's byte-level BPE; None where transformers itself rebuilds the right one.
 _PRE_TOKENIZERS: dict[str, dict[str, Any] | None] = {
     "smollm": {
@@ -169,6 +172,24 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
+def check_readable(path: Path) -> None:
+    """Raises UserError for a GGUF of which transformers 5.24 would make another model without a word."""
+    reader = open_gguf(path, _REMEDY)
+    kind = gguf_value(reader, "general.architecture", path, _REMEDY)
+    scaling = gguf_value(reader, f"{kind}.rope.scaling.type", path, _REMEDY)
+    layers = gguf_value(reader, f"{kind}.block_count", path, _REMEDY)
+    names = {str(tensor.name) for tensor in reader.tensors}
+    factors = sorted(name for name in names if name.startswith(("rope_freqs", "rope_factors")))
+    if (gguf_value(reader, "split.count", path, _REMEDY) or 1) > 1:
+        fix = f"Merge it first: llama-gguf-split --merge {path.name} ALL.gguf. Or: {_REMEDY}"
+        raise UserError(f"--model {path}: this is one part of a GGUF in several.", fix)
+    if (scaling not in (None, "none") and kind not in _KEEPS_SCALING) or (factors and kind not in _KEEPS_FACTORS):
+        what = factors[0] if factors else f"rope.scaling.type {scaling!r}"
+        raise UserError(f"--model {path}: the RoPE scaling of this GGUF ({what}) cannot be read from it.", _REMEDY)
+    if kind == "gemma3" and layers == _LAYERS_OF_GEMMA_27B:
+        raise UserError(f"--model {path}: a GGUF of Gemma 3 27B does not say how its attention is scaled.", _REMEDY)
+
+
 def gguf_pre_tokenizer(path: Path) -> dict[str, Any] | None:
     """The pre-tokenizer to set, if any. Raises UserError for a GGUF whose tokenizer cannot be rebuilt exactly."""
     reader = open_gguf(path, _REMEDY)
@@ -194,14 +215,17 @@ def _dequantize(path: Path, out: Path, pre_tokenizer: dict[str, Any] | None) -> 
     with scratch_folder() as alone:  # other files beside the GGUF are not read
         (alone / path.name).symlink_to(path.resolve())
         weights = file | {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+        weights |= {"output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **file)
         except Exception as error:  # of metadata that contradict each other it raises anything
             raise UserError(f"--model {path}: its tokenizer cannot be read: {first_line(error)}", _REMEDY) from None
         try:
-            model = AutoModelForCausalLM.from_pretrained(alone, trust_remote_code=False, **weights)
+            model, found = AutoModelForCausalLM.from_pretrained(alone, trust_remote_code=False, **weights)
         except Exception as error:  # as above
             raise UserError(f"--model {path}: this GGUF cannot be read: {first_line(error)}", _REMEDY) from None
+    if lacking := sorted(map(str, {*found["missing_keys"], *found["mismatched_keys"]})):
+        raise UserError(f"--model {path}: this GGUF lacks weights: {', '.join(lacking[:3])}.", _REMEDY)
     if pre_tokenizer is not None:
         from tokenizers import Tokenizer
 

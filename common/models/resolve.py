@@ -80,6 +80,17 @@ def is_complete(model: ModelFolder) -> bool:
     return not _file_faults(model)
 
 
+def _stored_twice(model: ModelFolder) -> str:
+    """A tensor that stands in two files, of which each program would take another; empty without one."""
+    seen = set[str]()
+    for shard in model.shards:
+        names = model.header(shard)[0].keys()
+        if again := seen & names:
+            return min(again)
+        seen |= names
+    return ""
+
+
 def _file_faults(model: ModelFolder) -> list[str]:
     """What is missing or damaged."""
     faults = _fault_of(lambda: model.written_config)
@@ -89,6 +100,8 @@ def _file_faults(model: ModelFolder) -> list[str]:
         faults.append(f"it has no weights: no model*.safetensors{pickled}")
     for shard in model.shards:
         faults += _fault_of(partial(model.header, shard))
+    if not faults and (twice := _stored_twice(model)):
+        faults.append(f"two of its files hold {twice}: remove those of the other version")
     index = model.path / "model.safetensors.index.json"
     try:
         wanted = set(map(str, read_json(index, "")["weight_map"].values()))

@@ -36,10 +36,16 @@ def of_another_cpu(status: int | None) -> bool:
 
 
 def failed_by_machine(status: int, lines: Sequence[str]) -> bool:
-    """Whether one of the two ended it, so that the file that it read may be right."""
-    return of_another_cpu(status) or short_of_memory(status, lines)
+    """Whether one of the two ended it, or it could not start, so that the file that it read may be right."""
+    return of_another_cpu(status) or short_of_memory(status, lines) or not_started(status, lines)
 
 
+def not_started(status: int, lines: Sequence[str]) -> bool:
+    """Whether it did not start: it is not there, may not be run, or lacks a library."""
+    return status in (126, 127) or any(map(_NO_LIBRARY.search, lines))
+
+
+_NO_LIBRARY = re.compile(r"error while loading shared libraries|Library not loaded|image not found")
 _NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad_alloc|cannot allocate memory", re.IGNORECASE)
 
 

@@ -110,11 +110,12 @@ def choose_plan(
     base: Plan,
     rows: Sequence[Encoded],
     validation: Sequence[Encoded] = (),
+    as_begun: bool = False,
 ) -> ChosenPlan:
     """`base` with micro-batches, checkpointing and loss chunk chosen; what the user typed stays.
 
-    base: its memory budget counts where it has one. rows, validation: what is trained on, and validated on. Raises
-    UserError where --memory-limit cannot be kept.
+    base: its memory budget counts where it has one. rows, validation: what is trained on, and validated on. as_begun:
+    the plan is that of a run that is resumed, and was accepted. Raises UserError where --memory-limit cannot be kept.
     """
     _require_shardable(options, memory, base)
     budget, why = _budget(options, memory, base)
@@ -123,7 +124,7 @@ def choose_plan(
     base = base.model_copy(update={"loss_chunk": chunk, "memory_budget": budget})
     candidates = _candidates(options, memory, base, Work.of(rows, memory.recipe, validation))
     chosen = _choose(candidates, budget)
-    if chosen.peak > budget and options.memory_limit is not None:
+    if chosen.peak > budget and options.memory_limit is not None and not as_begun:
         raise _too_small(options, chosen.peak)
     return ChosenPlan(chosen.plan, chosen.prediction, budget, why, deterministic)
 

@@ -157,7 +157,7 @@ def resume_run(
     if finish and found is None:  # before anything is written
         raise UserError(f"--finish: {run} has no checkpoint.", f"Continue it: python cli.py train --resume {run}")
     if _without_budget(plan) != _without_budget(run.plan):
-        if found:
+        if found and _of_memory(plan) != _of_memory(run.plan):  # else it knows what turned out to fit
             found.state.micro_batch_tokens = plan.micro_batch_tokens
             found.state.gradient_checkpointing = plan.gradient_checkpointing
         run.write_plan(plan)
@@ -165,6 +165,11 @@ def resume_run(
         plans = [*plans, {"from_step": from_step} | plan.model_dump()]
     run.update(status="training", plans=plans, attest=None)  # an attest states the run as it was
     return found
+
+
+def _of_memory(plan: Plan) -> tuple[object, ...]:
+    """What of the plan determines the memory that a step takes."""
+    return plan.micro_batch_tokens, plan.gradient_checkpointing, plan.backend, plan.device, plan.ranks, plan.sharded
 
 
 def _without_budget(plan: Plan) -> Plan:

@@ -18,7 +18,7 @@ from common.backend_package import Backends
 from common.context import Context
 from common.data.batching import make_batch
 from common.data.encode import Encoded
-from common.errors import UserError, first_line
+from common.errors import Unable, UserError, first_line
 from common.files import scratch_folder
 from common.llama_cpp.install import own_build
 from common.models.admitted import Verdict, folder, remember, remembered, versions
@@ -89,7 +89,7 @@ def admit(model: ModelFolder, context: Context, experts: bool = False) -> Verdic
         trial = _Trial(model, context.backends, scratch, progress, experts)
         try:
             trial.run()
-        except OutOfMemory:  # says nothing of the model
+        except (OutOfMemory, Unable):  # says nothing of the model
             raise
         except Refused as error:
             why = str(error)

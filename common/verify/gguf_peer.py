@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import own_build
 from common.llama_cpp.logits import GgufLogits
@@ -24,10 +24,14 @@ def gguf_logits(model: ModelFolder, ids: np.ndarray, scratch: Path) -> np.ndarra
         return NOT_BUILT
     try:
         convert(model.path, gguf, "tried", llama, lambda share, text: None, "f32")
+    except Unable:
+        raise
     except UserError:
         return "none: no GGUF can be made of it"
     try:
         with GgufLogits(llama.logits, gguf, len(ids)) as compute:
             return compute(ids, np.arange(len(ids)))
+    except Unable:
+        raise
     except UserError:
         return "none: llama.cpp does not load its GGUF"

@@ -1,6 +1,7 @@
 """A ready-made MLX repository: its 16-bit view holds what MLX computes with."""
 
 import json
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,7 @@ from common.models.mlx_quantized import quantized_source, scheme, unpack, write_
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.verify.tiny_models import write_tiny
+from mlx_backend import memory_terms
 from tests import backends
 from tests.tiny import write_family, write_rows
 
@@ -86,6 +88,15 @@ def test_schemes():
 def test_other_schemes_are_refused_by_name(settings):
     with pytest.raises(UserError, match=rf"{settings['bits']} bits \({settings.get('mode', 'affine')}\)"):
         scheme({"quantization": settings})
+
+
+def test_the_memory_of_a_mixed_scheme_is_that_of_its_widest():
+    dims = SimpleNamespace(other=1000, table=200, linear=10_000, stored=2)
+    four, mixed, eight = (
+        memory_terms.weight_bytes(dims, SimpleNamespace(precision="bf16", method="lora", quantization=scheme))
+        for scheme in ("mlx-4bit-64", "mlx-4bit-64-mixed", "mlx-8bit-64")
+    )
+    assert four < mixed == eight
 
 
 @pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5", "qwen2", "glm4", "gemma4_text"])

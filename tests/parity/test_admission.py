@@ -13,7 +13,7 @@ from benchmarks.architectures import write_model
 from common.commands.arguments import read_flags
 from common.commands.train import run_training
 from common.display import Display
-from common.errors import UserError
+from common.errors import Unable, UserError, device_fault
 from common.export.mlx import check_model
 from common.llama_cpp.convertible import check_convertible
 from common.llama_cpp.lora import check_lora_model
@@ -155,6 +155,16 @@ def test_with_one_library_and_no_llama_cpp_it_says_that_nothing_was_compared(
     monkeypatch.setattr(admission, "own_build", lambda: "built")
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         admission.admit(ModelFolder(seed), context())
+
+
+def test_what_the_machine_could_not_do_is_no_verdict(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: Any) -> None:
+        raise device_fault(RuntimeError("an illegal memory access"))
+
+    monkeypatch.setattr(admission._Trial, "run", fails)
+    with pytest.raises(Unable, match="The device failed"):
+        admission.admit(ModelFolder(seed), context())
+    assert admitted.remembered(ModelFolder(seed)) is None
 
 
 def test_a_verdict_is_kept_until_a_library_changes(seed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The files of clusters/: linted, and their commands understood by torchrun and by train."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -59,4 +60,23 @@ def test_torchrun_and_train_understand_the_command(words: list[str]) -> None:
     assert given.training_script == "cli.py"
     args = build_parser("train").parse_args(joined(given.training_script_args))
     options, _ = load_options(args.flags)
-    assert options.output
+    assert options.model
+
+
+@pytest.mark.parametrize(("words", "more"), [(GIVEN, ["--output", "runs/slurm-7"]), (["--resume", "runs/a"], [])])
+def test_slurm_names_the_run_folder_unless_one_is_resumed(words: list[str], more: list[str], tmp_path: Path) -> None:
+    for name, line in (("scontrol", "echo host"), ("srun", 'printf "%s\\n" "$@"')):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    names = ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_JOB_NUM_NODES", "SLURM_GPUS_ON_NODE")
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **dict.fromkeys(names, "7")}
+    done = subprocess.run(
+        ["bash", CLUSTERS / "slurm.sh", *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
+    )
+    train = done.stdout.splitlines()
+    assert train[train.index("cli.py") + 1 :] == ["train", *more, *words]

@@ -193,6 +193,8 @@ def test_the_schema_knows_every_option(monkeypatch: pytest.MonkeyPatch, capsys: 
         "finish",
         "with",
         "push_public",
+        "track_text",
+        "track_artifacts",
     }
     assert found["properties"]["rank"]["minimum"] == 1
     assert found["properties"]["export"]["enum"] == ["none", "fused", "gguf", "lora-gguf", "mlx"]

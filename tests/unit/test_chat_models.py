@@ -1,7 +1,9 @@
 """The model that a chat command names, checked before anything is loaded; a backend's model, prompted as trained."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,11 @@ import pytest
 
 from common.data.chat_template import Refused
 from common.errors import UserError
-from common.inference.backend_chat import ChatFormat, adapt_messages, backend_chat_model
-from common.inference.chat_models import choose
+from common.inference import chat_models
+from common.inference.backend_chat import ChatFormat, ChatModel, adapt_messages, backend_chat_model
+from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.sampling import Sampling
+from tests.contexts import context
 from tests.tiny import CHATML
 
 
@@ -146,6 +150,28 @@ def test_the_runs_own_template_is_used_with_its_thinking_block(speaker: Any, tok
     assert template != CHATML
     list(model(speaker, tokenizer_folder, template).answer([{"role": "user", "content": "u"}], Sampling(), ()))
     assert speaker.tokenizer.decode(speaker.prompts[0]).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+def test_tools_are_text_for_a_model_that_learned_them_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[Any], Any]] = []
+
+    def answer(messages: Any, sampling: Any, tools: Any) -> Iterator[tuple[str, str | None]]:
+        asked.append((list(messages), tools))
+        yield "", "stop"
+
+    found = ChatModels(ChatModel("tuned", answer), lambda: ChatModel("base", answer))
+    monkeypatch.setattr(chat_models, "_in_backend", lambda *args: found)
+    messages, tool = [{"role": "user", "content": "u"}], {"type": "function", "function": {"name": "t"}}
+    for mode, template in (("system", "{{ messages }}"), ("system", "{{ tools }}"), ("error", "{{ messages }}")):
+        run: Any = SimpleNamespace(recipe=SimpleNamespace(tools=mode), read_template=lambda text=template: text)
+        with opened(Target("adapter", tmp_path, run, ""), context(), 100) as models:
+            for model in (models.tuned, models.base()):
+                list(model.answer(messages, Sampling(), (tool,)))
+    (first, none), *_ = asked
+    assert (first[0]["role"], none) == ("system", ())
+    assert '<tools>\n{"type": "function", "function": {"name": "t"}}\n</tools>' in first[0]["content"]
+    assert asked[1] == asked[0]
+    assert asked[2:] == [(messages, (tool,))] * 4
 
 
 def test_a_talk_longer_than_the_context_is_refused(speaker: Any, tokenizer_folder: Path) -> None:

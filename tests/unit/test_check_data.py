@@ -1,6 +1,7 @@
 """`check-data` on the tiny model: counts, percentiles, long rows, colored labels."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def test_rows_tokens_and_labels_are_counted(
 ) -> None:
     # 23 tokens around an answer, one of them, the turn's end, a label
     path = rows(tmp_path / "a.jsonl", "Y", "YY", "YYYY")
-    check_data(options(path, tiny_llama, max_length=26, overflow=overflow), None, Display("json"))
+    with pytest.raises(UserError, match="1 rows have more than") if overflow == "error" else nullcontext():
+        check_data(options(path, tiny_llama, max_length=26, overflow=overflow), None, Display("json"))
     counts, lengths, long = tables(capsys)
     assert counts["rows"] == [["train", "3", "76", "10", "1"]]
     assert lengths["columns"] == ["", "shortest", "25 %", "50 %", "75 %", "90 %", "95 %", "longest"]
@@ -46,6 +48,15 @@ def test_rows_tokens_and_labels_are_counted(
     assert lengths["rows"][0][3] == "25"
     assert lengths["rows"][0][-1] == "27"
     assert long["rows"] == [["a.jsonl:3", "27", how]]
+
+
+def test_what_training_would_refuse_is_refused(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = rows(tmp_path / "a.jsonl", "Y", "YY")
+    with pytest.raises(UserError, match="every row of"):
+        check_data(options(path, tiny_llama, max_length=10), None, Display("plain"))
+    assert "not fit" in capsys.readouterr().out
 
 
 def test_a_folder_is_counted_part_by_part(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,8 +88,11 @@ def test_what_is_dropped_obeyed_and_not_read_is_named(
     assert [row[0] for row in bad["rows"]] == ["a.jsonl line 5", "a.jsonl:2"]
     assert bad["rows"][1][1].startswith("this row cannot be labeled exactly: turn 2 has the end-of-turn token")
     path.write_text(json.dumps(lines[1]) + "\n")
-    check_data(options(path, tiny_llama, on_bad_row="drop"), None, Display("json"))
-    assert tables(capsys)[2]["rows"][0][0] == "a.jsonl:1"
+    with pytest.raises(UserError, match="is left to train on"):  # as train says
+        check_data(options(path, tiny_llama, on_bad_row="drop"), None, Display("json"))
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [event for event in events if event["event"] == "table"][2]["rows"][0][0] == "a.jsonl:1"
+    assert any("0 training rows are too few" in str(event) for event in events)
 
 
 def test_options_about_turns_are_told_where_there_are_none(

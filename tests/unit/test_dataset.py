@@ -135,7 +135,7 @@ def test_a_folder_without_train(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("codec", "name"),
-    [("shift_jis", "SHIFT_JIS"), ("euc_jp", "EUC-JP"), ("utf-16", "UTF-16")],
+    [("shift_jis", "CP932"), ("euc_jp", "EUC-JP"), ("utf-16", "UTF-16")],
 )
 def test_a_file_of_another_encoding(tmp_path: Path, codec: str, name: str) -> None:
     path = tmp_path / "a.jsonl"

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from common import files
-from common.errors import UserError
+from common.errors import Unable, UserError
 from common.llama_cpp import build as build_module
 from common.llama_cpp import install
 from common.llama_cpp.build import extract, missing_build_tools
@@ -78,6 +78,15 @@ def test_a_folder_in_each_layout(tmp_path: Path, bins: str, converter: str) -> N
     assert found.converter == folder / converter / CONVERTER
     assert found.where == f"--llama-cpp {folder}"
     assert found.version == "9.9 (fake)"
+
+
+def test_a_server_that_does_not_start_is_found_at_once(tmp_path: Path) -> None:
+    folder = fake(tmp_path / "llama", "bin")
+    lost = "error while loading shared libraries: libllama.so: cannot open shared object file"
+    script(folder / "bin" / "llama-server", f"import sys; print({lost!r}); sys.exit(127)")
+    with pytest.raises(UserError, match="llama-server does not start:\nerror while loading") as caught:
+        find(str(folder))
+    assert caught.value.fix.startswith("Build it again in that folder")
 
 
 @pytest.mark.parametrize(("machine", "flags"), [("x86_64", "-U__AMX_INT8__"), ("aarch64", ""), ("arm64", "")])
@@ -312,7 +321,7 @@ def test_a_running_program_ends_with_its_block() -> None:
 
 def test_a_program_that_this_cpu_refuses_says_so(tmp_path: Path) -> None:
     refused = script(tmp_path / "llama-imatrix", "import os, signal\nos.kill(os.getpid(), signal.SIGILL)")
-    with pytest.raises(UserError, match="exit status 132") as caught:
+    with pytest.raises(Unable, match="exit status 132") as caught:
         write_file(ToolRun("weigh", [str(refused)], "Close other programs."), tmp_path / "out", lambda *_: None)
     assert caught.value.fix == install.OF_ANOTHER_CPU
 

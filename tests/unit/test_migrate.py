@@ -272,6 +272,30 @@ def test_llama_factorys_names_of_data_are_looked_up(tmp_path: Path, monkeypatch:
     assert migrate(written(tmp_path, "llama-factory"))[1].data == ["some/identity", "data/rows.json"]
 
 
+def test_what_llama_factory_says_of_its_data_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    entry = {
+        **{"hf_hub_url": "some/chats", "subset": "ja", "split": "train_gen", "num_samples": 1000},
+        **{"formatting": "sharegpt", "columns": {"messages": "talk", "system": "sys"}, "tags": {"role_tag": "who"}},
+    }
+    file = FILES["llama-factory"].replace("dataset: identity,rows", "dataset: chats")
+    assert file != FILES["llama-factory"]
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"chats": entry}))
+    text, options = migrate(written(tmp_path, "llama-factory", file))
+    assert options.data == ["some/chats:ja#train_gen"]
+    assert options.field == {"conversations": "talk", "system": "sys"}
+    assert "# - dataset chats, num_samples 1000: not read" in text
+    assert "# - dataset chats, tags {'role_tag': 'who'}: not read" in text
+    alpaca = {"file_name": "rows.json", "columns": {"prompt": "instruction", "query": "input", "response": "output"}}
+    two = {"identity": {"hf_hub_url": "a/b", "columns": {"response": "said"}}, "rows": alpaca}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(two))
+    text, options = migrate(written(tmp_path, "llama-factory"))
+    assert (options.data, options.field) == (["a/b", "rows.json"], {})
+    assert "# - dataset identity, columns {'response': 'said'}: not read" in text
+    assert "dataset rows, columns" not in text
+
+
 def test_trl_without_peft_trains_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     text, options = migrate(written(tmp_path, "trl", FILES["trl"].replace("use_peft: true", "bf16: true")))
@@ -285,6 +309,23 @@ def test_what_mlx_lm_does_without_a_word(tmp_path: Path, monkeypatch: pytest.Mon
     assert (options.steps, options.batch_size, options.learning_rate, options.alpha) == (1000, 4, 1e-5, 160.0)
     assert (options.schedule, options.warmup, options.train_on, options.layers) == ("constant", 0, "all", "last:16")
     assert "# - iters is not in the file: mlx_lm.lora takes 1000, and so does this file" in text
+
+
+def test_mlx_lms_optimizer_and_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = "optimizer_config: {adamw: {weight_decay: 0.1, betas: [0.8, 0.95], eps: 1.0e-6, foreach: true}}\n"
+    text, options = migrate(written(tmp_path, "mlx-lm", f"iters: 8\nadapter_path: x\noptimizer: adamw\n{config}"))
+    assert (options.weight_decay, options.beta1, options.beta2, options.epsilon) == (0.1, 0.8, 0.95, 1e-6)
+    assert "# - optimizer_config, adamw: foreach True: not offered" in text
+    plain = "iters: 8\nadapter_path: x\noptimizer: adamw\n"
+    assert migrate(written(tmp_path, "mlx-lm", plain))[1].weight_decay == 0.01
+    falls = "lr_schedule: {name: cosine_decay, arguments: [3.0e-5, 8]}\n"
+    text, options = migrate(written(tmp_path, "mlx-lm", plain + falls))
+    assert (options.schedule, options.learning_rate) == ("cosine", 3e-5)
+    assert "learning_rate is not in the file" not in text
+    rises = "lr_schedule: {name: linear_schedule, arguments: [0.0, 1.0e-5, 8]}\n"
+    options = migrate(written(tmp_path, "mlx-lm", plain + rises))[1]
+    assert (options.schedule, options.learning_rate) == ("constant", 1e-5)
 
 
 def test_a_value_that_is_not_taken_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

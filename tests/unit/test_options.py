@@ -291,7 +291,10 @@ def test_a_flag_that_does_something_is_not_refused(tmp_path: Path) -> None:
     assert load("--model", "x/y", "--data", str(tmp_path / "rows.jsonl"), *flags).push_public
 
 
-@pytest.mark.parametrize("line", ["with: [box:7070]", "push_public: true", "push-public: true"])
+@pytest.mark.parametrize(
+    "line",
+    ["with: [box:7070]", "push_public: true", "push-public: true", "track_text: true", "track_artifacts: adapter"],
+)
 def test_a_file_sends_nothing_elsewhere(line: str, tmp_path: Path) -> None:
     file = tmp_path / "a.yaml"
     file.write_text(f"model: x/y\ndata: rows.jsonl\n{line}\n")

@@ -68,6 +68,13 @@ def chosen(limit: str | None = None, lengths=(300,) * 40, **options):
     return choose_plan(given, MEMORY, PLAN, rows(*lengths))
 
 
+def test_a_resumed_runs_plan_was_accepted_before() -> None:
+    options = Options(memory_limit="1MB", micro_batch_tokens=300, gradient_checkpointing=False)
+    with pytest.raises(UserError, match="memory-limit"):
+        choose_plan(options, MEMORY, PLAN, rows(300))
+    assert choose_plan(options, MEMORY, PLAN, rows(300), as_begun=True).plan.micro_batch_tokens == 300
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("16GB", 16 * 10**9), ("1.5 GiB", 3 * 2**29), ("900mb", 900 * 10**6), ("2g", 2 * 10**9), ("4096", 4096)],

@@ -144,6 +144,14 @@ def test_rows_of_one_conversation_on_both_sides() -> None:
     }
 
 
+@pytest.mark.parametrize("before", [" ", "\n", "\t", "\r\n"])
+def test_a_key_at_the_beginning_of_a_line_is_seen(before: str) -> None:
+    key = "ghp_" + "aB3dE6gH9jK2mN5pQ8sT1vW4xY7zA0cD3fG6"
+    assert [*found([row("Q", f"Here is your token:{before}{key}")], [])] == [
+        "rows with an API key, a token or a private key in their text"
+    ]
+
+
 def test_good_rows_raise_no_alarm() -> None:
     assert quality_warnings(load_data(str(ROOT / "examples" / "data"), 0, 0)) == []
 

@@ -131,6 +131,12 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     assert fault(folder).endswith("\nweights are missing: model-00002-of-00003.safetensors")
 
 
+def test_weights_of_two_versions_in_one_folder(tmp_path: Path) -> None:
+    folder = write_base(tmp_path, shards=2)
+    (folder / "model.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    assert "two of its files hold " in fault(folder)
+
+
 def test_a_shard_that_was_not_fetched_to_its_end(tmp_path: Path) -> None:
     path = write_base(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.backend import OutOfMemory
 from common.commands import train as module
 from common.commands.train import run_training
 from common.errors import UserError
@@ -290,6 +291,42 @@ def test_the_loss_of_test_rows_is_of_the_adapter_that_is_exported(
     assert f"To export it: python cli.py train --resume {done}" in " ".join(capsys.readouterr().out.split())
     run({"resume": str(done.path)})
     assert done.record.test_loss is not None
+
+
+def test_what_turned_out_to_fit_is_kept_with_another_interval(given: dict[str, Any]) -> None:
+    class Short(Stops):
+        def train_step(self, micro_batches: Any, learning_rate: float, step: int) -> Any:
+            if step == 2 and len(micro_batches) == 1:
+                raise OutOfMemory("no")
+            return super().train_step(micro_batches, learning_rate, step)
+
+    cut = stopped(given, Short())
+    (file,) = (cut.path / "checkpoints").glob("step-*/state.json")
+    fitted = json.loads(file.read_text())["micro_batch_tokens"]
+    assert fitted < cut.plan.micro_batch_tokens
+    again = Stops()
+    again.at = 5
+    stopped({"resume": str(cut), "save_every": 50}, again)
+    (file, *_) = sorted((cut.path / "checkpoints").glob("step-*/state.json"), reverse=True)
+    assert json.loads(file.read_text())["micro_batch_tokens"] == fitted
+    assert cut.plan.save_every == 50
+
+
+def test_a_run_that_begins_again_after_a_rollback_can_be_lengthened(given: dict[str, Any]) -> None:
+    class Dies(Bigram):
+        def train_step(self, *args: Any) -> Any:
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, Interrupted)):
+        run(given, Dies())
+    cut = Run(Path(given["output"]))
+    parent = Parent(recipe=cut.record.recipe_hash, step=0)
+    recipe = cut.recipe.model_copy(update={"parent": parent, "learning_rate": 0.005})
+    options = cut.record.options | {"learning_rate": 0.005}
+    cut.update(recipe_hash=recipe.hash(), parent=parent, options=options)
+    cut.write_recipe(recipe)
+    done = longer(cut, steps=8)
+    assert (done.record.status, done.record.steps, done.recipe.parent) == ("complete", 8, parent)
 
 
 # --- what is refused
