@@ -10,6 +10,7 @@ from common.export.budget import EXPORT_STEPS, Stage, estimate_stages, needs_lla
 from common.export.fused_folder import trained_bytes
 from common.export.mlx import check_installed, check_model, most_bits, scheme_of
 from common.llama_cpp.build import ensure, missing_build_tools, own
+from common.llama_cpp.convert import check_vocabulary
 from common.llama_cpp.convertible import check_convertible, lost_window
 from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, imatrix_tool
 from common.llama_cpp.install import LlamaCpp, find
@@ -69,7 +70,7 @@ def tools_for(
             )
         with display.stage("build llama.cpp, once") as progress:
             llama = ensure(options.llama_cpp, progress)
-    _check_tools(options, llama, display)
+    _check_tools(options, base, llama, display)
     display.say(f"llama.cpp: {llama.where}")
     return llama
 
@@ -104,13 +105,15 @@ def _check_form(options: Options, method: str, base: ModelFolder, display: Displ
         check_split(read_size(options.split_size), options.quant, base)
 
 
-def _check_tools(options: Options, llama: LlamaCpp, display: Display) -> None:
+def _check_tools(options: Options, base: ModelFolder, llama: LlamaCpp, display: Display) -> None:
     """The programs beside the converter, built where they are missing."""
     through = EXPORT_STEPS[options.export]
     if "lora" in through:
         lora_script(llama)
     if "convert" not in through:
         return
+    with display.stage("ask llama.cpp's converter about the tokenizer"):
+        check_vocabulary(base.path, llama)
     if options.imatrix:
         imatrix_tool(llama)
     if options.split_size:

@@ -24,6 +24,7 @@ from common.run_record import Run
 _FUSED = ("model*.safetensors", "config.json", "generation_config.json", *COPIED)
 _ADAPTER = ("adapter_model.safetensors", "adapter_config.json")
 _WEIGHTS = (".safetensors", ".gguf")
+_NAMED = 5  # files in a warning
 _PATH_KEYS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 _LOGIN = "Log in with `hf auth login`, or set HF_TOKEN, with a token that may write."
 
@@ -75,6 +76,22 @@ def push(run: Path, repo: str, asked: Upload, display: Display) -> None:
             url = _upload(files, repo, asked.private, again, progress)
         found.update(pushed={"repo": repo, "files": [file.target for file in files]})
         display.say(f"uploaded: {url}")
+        _warn_of_others({file.target for file in files}, repo, display)
+
+
+def _warn_of_others(written: set[str], repo: str, display: Display) -> None:
+    """Of weights and figures that an earlier upload left there."""
+    from huggingface_hub import HfApi
+
+    with display.optional("not looked at what else the repository holds"):
+        kinds = (*_WEIGHTS, ".safetensors.index.json", "attest.json", "attest.html")
+        others = sorted(name for name in HfApi().list_repo_files(repo) if name not in written and name.endswith(kinds))
+        if others:
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            display.warn(
+                f"{repo} also holds {', '.join(others[:_NAMED])}{more}, which this upload has not written: remove them "
+                "there where they are of another run"
+            )
 
 
 def _checked_files(run: Run, asked: Upload) -> list[File]:

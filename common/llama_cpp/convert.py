@@ -3,6 +3,7 @@
 Both write under a temporary name and rename at the end: a file under its final name is complete.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -10,13 +11,15 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from common.backend import Progress
 from common.display import Display
-from common.files import atomic_write
+from common.errors import UserError
+from common.files import atomic_write, file_digest
 from common.llama_cpp.convertible import check_convertible
 from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
@@ -106,6 +109,38 @@ def convert(
             "export again."
         )
         write_file(ToolRun("converting to GGUF", command, remedy, offline_environment()), out, progress)
+
+
+def check_vocabulary(folder: Path, llama: LlamaCpp) -> None:
+    """UserError where the converter does not know how the model's tokenizer splits text; it needs no weights for that.
+
+    Each tokenizer is asked about once. Where the converter fails otherwise, nothing is said: that may not be its last
+    word.
+    """
+    with scrubbed(folder) as clean:
+        complete_config(clean / CONFIG_FILE)
+        if not (clean / sentencepiece.NAME).is_file() and sentencepiece.read_state(clean) is not None:
+            sentencepiece.write(clean)
+        made = hashlib.sha256(f"{llama.converter} {llama.version} {ModelFolder(clean).model_type}".encode())
+        for file in sorted(clean.glob("*token*")):
+            made.update(file_digest(file).encode())
+        known = cache_folder() / "vocabularies" / made.hexdigest()[:32]
+        if known.exists():
+            return
+        command = [sys.executable, str(llama.converter), str(clean), "--vocab-only"]
+        code, tail = capture([*command, "--outfile", str(clean / "vocab.gguf")], 300, env=offline_environment())
+    if code and _UNKNOWN.search(tail):
+        raise UserError(
+            f"{folder}: llama.cpp's converter does not know its tokenizer:\n{tail.splitlines()[-1]}",
+            "Use --export fused; or a llama.cpp that knows it: --llama-cpp DIR.",
+        )
+    if code == 0:
+        with suppress(OSError):
+            known.parent.mkdir(parents=True, exist_ok=True)
+            known.touch()
+
+
+_UNKNOWN = re.compile("pre-tokenizer was not recognized|NotImplementedError")
 
 
 def complete_config(file: Path) -> None:

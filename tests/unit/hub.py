@@ -35,6 +35,7 @@ class Hub:
     stored: dict[str, bytes] = field(default_factory=dict)
     repos: list[dict[str, Any]] = field(default_factory=list)
     commits: list[dict[str, bytes]] = field(default_factory=list)
+    before: list[str] = field(default_factory=list)  # files that were in the repository
 
     def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
@@ -78,6 +79,9 @@ class Hub:
         if "/commit/" in path:
             self.commits.append(self._committed([json.loads(line) for line in body.decode().splitlines()]))
             return {"commitUrl": f"{self.url}/me/model/commit/{'a' * 40}", "commitOid": "a" * 40}
+        if "/tree/main" in path:
+            names = {**{name: b"" for name in self.before}, **{k: v for made in self.commits for k, v in made.items()}}
+            return [{"type": "file", "path": name, "size": 1, "oid": "a"} for name in names]
         raise AssertionError(f"{path} is not a part of this stand-in")
 
     def _committed(self, lines: list[dict[str, Any]]) -> dict[str, bytes]:

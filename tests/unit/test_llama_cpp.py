@@ -4,6 +4,7 @@ import io
 import os
 import platform
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from common.errors import Unable, UserError
 from common.llama_cpp import build as build_module
 from common.llama_cpp import install
 from common.llama_cpp.build import extract, missing_build_tools
+from common.llama_cpp.convert import check_vocabulary
 from common.llama_cpp.gguf_file import read_tensors
 from common.llama_cpp.imatrix import check_imatrix_base, check_imatrix_file, check_imatrix_rows
 from common.llama_cpp.install import CONVERTER, LlamaCpp, find
@@ -464,3 +466,27 @@ def test_few_rows_have_no_importance() -> None:
     check_imatrix_rows(96)
     with pytest.raises(UserError, match="the training rows have 95 tokens, too few"):
         check_imatrix_rows(95)
+
+
+# --- the converter and the tokenizer
+
+
+def test_a_tokenizer_that_the_converter_does_not_know_is_refused_before_training(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    llama = find(str(fake(tmp_path / "llama", "bin")))
+    assert llama is not None
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer_folder, folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    failing = 'print("NotImplementedError: BPE pre-tokenizer was not recognized - update it"); sys.exit(1)'
+    script(llama.converter, f"import sys\n{failing}")
+    with pytest.raises(UserError, match="does not know its tokenizer:\nNotImplementedError: BPE") as caught:
+        check_vocabulary(folder, llama)
+    assert caught.value.fix.startswith("Use --export fused")
+    script(llama.converter, "import sys; sys.exit('no such option')")  # may know it all the same
+    check_vocabulary(folder, llama)
+    script(llama.converter, "import sys; assert '--vocab-only' in sys.argv")
+    check_vocabulary(folder, llama)
+    script(llama.converter, f"import sys\n{failing}")
+    check_vocabulary(folder, llama)  # is known

@@ -105,6 +105,13 @@ def test_everything_arrives_in_one_commit(uploaded: Uploaded) -> None:
     assert f"uploaded: {hub.url}/team/model" in done.stdout
 
 
+def test_what_another_upload_left_there_is_named(hub: Hub, push: Push) -> None:
+    assert "also holds" not in push().stderr
+    hub.before = ["gguf/model-Q8_0.gguf", "notes.txt", "attest.json"]
+    said = " ".join(push().stderr.split())
+    assert "also holds attest.json, gguf/model-Q8_0.gguf, which this upload has not written" in said
+
+
 def test_the_token_goes_into_the_header_and_nowhere_else(uploaded: Uploaded) -> None:
     hub, run, done = uploaded
     for asked, headers in zip(hub.asked, hub.headers, strict=True):
