@@ -106,9 +106,9 @@ def test_everything_arrives_in_one_commit(uploaded: Uploaded) -> None:
 
 
 def test_what_another_upload_left_there_is_named(hub: Hub, push: Push) -> None:
-    assert "also holds" not in push("team/model").stderr
+    assert "also holds" not in push("team/model").stdout
     hub.before = ["gguf/model-Q8_0.gguf", "notes.txt", "attest.json"]
-    said = " ".join(push("team/model").stderr.split())
+    said = " ".join(push("team/model").stdout.split())
     assert "also holds attest.json, gguf/model-Q8_0.gguf, which this upload has not written" in said
 
 
