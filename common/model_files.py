@@ -35,8 +35,8 @@ TOKENIZER_FILES = (
 )
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 _REMEDY = "Fetch the model's files again."
-_INDEX = "model.safetensors.index.json"
-COPIED = (_INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
+INDEX = "model.safetensors.index.json"
+COPIED = (INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
 _CODE = ("auto_map", "model_file")  # keys that name code, for transformers and for mlx-lm
 # The files in which they stand.
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", *_PROCESSOR_FILES)

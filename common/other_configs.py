@@ -174,10 +174,12 @@ def _named(entries: dict[str, Any], sources: list[str]) -> NamedData:
         said = {*_PLACE, *(_OF_HUB if "file_name" not in entry else ())}
         columns = entry.get("columns")
         if isinstance(columns, dict) and columns.keys() <= _PARTS.keys():
-            others = {part: str(column) for part, column in columns.items() if column not in _PARTS[part][1]}
+            columns = {part: str(column) for part, column in columns.items() if column}
+            names = {"messages": "conversations"} if entry.get("formatting") == "sharegpt" else {}
+            if columns.keys() == {"prompt"}:  # plain text
+                names, columns = {"prompt": "text"}, {k: v for k, v in columns.items() if v != "text"}
+            others = {part: column for part, column in columns.items() if column not in _PARTS[part][1]}
             if len(entries) == 1 or not others:
-                of_chat = entry.get("formatting") == "sharegpt"
-                names = {"messages": "conversations"} if of_chat else {}
                 found.fields |= {names.get(part, _PARTS[part][0]): column for part, column in others.items()}
                 said.add("columns")
         for key, value in entry.items():

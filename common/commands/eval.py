@@ -150,16 +150,21 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     given = given_by(args, run, context)
     with display.stage("read the data"):
         rows = _read(args, given, fields)
-    about = {"data": str(args.data)} if run is not None else {"data": str(args.data), "model": args.model}
+    about = {"data": str(args.data.resolve())} | ({} if run is not None else {"model": _named(args.model)})
     folder = args.out or folder_of(given.folder, about)
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
     _check(evaluation, given.subjects, args.data)
     _say_rows(evaluation, display)
     judged = [judge(subject, evaluation, display) for subject in given.subjects]
     scores = scores_of(evaluation, judged)
-    write(evaluation, judged, scores, {"model": args.model, "data": str(args.data)})
+    write(evaluation, judged, scores, {"model": _named(args.model)} | about)
     show(evaluation, judged, scores, display)
     display.say(f"Answers and figures: {folder}/rows.jsonl, {folder}/scores.json")
+
+
+def _named(model: str) -> str:
+    """A path in full, as the record may be read from another folder; a name of the hub as it is."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
 
 
 def _read(args: argparse.Namespace, given: Given, fields: dict[str, str]) -> list[JudgedRow]:

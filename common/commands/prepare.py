@@ -36,6 +36,7 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora
 from common.models.families import context_length
 from common.models.training_base import Base, find_base, start_adapter, wants_experts
+from common.option_sources import options_over
 from common.options import Options
 from common.recipe import VERSION, Parent, Plan, Recipe
 from common.report.tracking import check_trackers
@@ -119,8 +120,7 @@ def prepare(
     memory = TrainingMemory(package, dims_of(base.model), recipe, start, len(options.workers))
     if not resumed:  # a run that was planned before it was learned continues by its plan
         memory = memory.with_learned(plan)
-    as_begun = resumed is not None and options.micro_batch_tokens is not None
-    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored, as_begun)
+    chosen = choose_plan(options, memory, plan, rows.train.rows, rows.scored, _as_begun(options, plan, resumed))
     _warn_of_peak(chosen, display)
     stages = export_stages(options, base.model, start, memory)
     checkpoints = checkpoints_disk(trained_bytes(start, base.model), options.keep_checkpoints)
@@ -152,6 +152,15 @@ def prepare(
             data=data_facts(options, rows, suspicious, tokenizer), reasons=_reasons(hardware, chosen, recipe_why)
         ),
     )
+
+
+def _as_begun(options: Options, plan: Plan, resumed: Run | None) -> bool:
+    """Whether the plan's memory is that of a run that is resumed."""
+    if resumed is None:
+        return False
+    before, limit = resumed.plan, options_over(resumed.record.options, {}).memory_limit
+    given = (options.micro_batch_tokens, options.gradient_checkpointing, options.memory_limit, plan.device)
+    return given == (before.micro_batch_tokens, before.gradient_checkpointing, limit, before.device)
 
 
 def model_and_rows(

@@ -83,8 +83,7 @@ class Watcher:
         if self.job.options.on_collapse == "rollback" and not self.job.options.finish:
             known = self.job.run.record.alarms
             self.collapse = [Alarm(a.name, a.seen, a.cause, a.remedy, a.since, a.quote) for a in known]
-            over = state.step >= self.job.recipe.steps or no_better(state, self.job.recipe)  # only the export is left
-            if self.collapse and not over and self._can_be_helped():
+            if self.collapse and not self._is_over(state) and self._can_be_helped():
                 raise self._rolled_back()
             self.collapse = []
         try:
@@ -100,6 +99,11 @@ class Watcher:
             if isinstance(error, Interrupted) and self.collapse and not self.stops:
                 raise self._collapsed(state) from None
             raise
+
+    def _is_over(self, state: State) -> bool:
+        """Whether only the export is left. Of the last step an alarm may be from the validation before it."""
+        complete = state.step >= self.job.recipe.steps and (state.evaluated >= state.step or not self.job.valid)
+        return complete or no_better(state, self.job.recipe)
 
     def _collapsed(self, state: State) -> Collapsed:
         first, again = self.collapse[0], f"{PROGRAM} train --resume {self.job.run}"

@@ -103,7 +103,7 @@ def _split_validation(rows: Sequence[Example], share: float, seed: int) -> tuple
     count = min(len(rows) - 1, max(1, round(len(rows) * share))) if share else 0
     if not count:
         return rows, []
-    _, group, sizes = np.unique(_groups(facts_of(rows)), return_inverse=True, return_counts=True)
+    _, group, sizes = np.unique(_groups(facts_of(rows), 2 * count), return_inverse=True, return_counts=True)
     order = group[np.random.default_rng([seed, 1]).permutation(len(rows))]
     shuffled = order[np.sort(np.unique(order, return_index=True)[1])]  # each group where its first row came
     fitting, left = [], count
@@ -119,10 +119,10 @@ def _split_validation(rows: Sequence[Example], share: float, seed: int) -> tuple
     return take(rows, np.flatnonzero(~chosen)), take(rows, np.flatnonzero(chosen))
 
 
-def _groups(facts: Facts) -> np.ndarray:
+def _groups(facts: Facts, most: int) -> np.ndarray:
     """[N] by row the number of its group: rows with one prompt, and rows that continue another.
 
-    By their prompts alone where all rows would be one group.
+    By their prompts alone where all rows would be one group, or each group would have more than `most` rows.
     """
     _, prompt = np.unique(facts.prompts, return_inverse=True)
     contents, at = np.unique(facts.contents, return_index=True)
@@ -138,7 +138,8 @@ def _groups(facts: Facts) -> np.ndarray:
     for row, begun in zip(longer, at[place[longer, which]], strict=True):
         group[first(prompt[row])] = first(prompt[begun])
     found = np.array([first(number) for number in group])[prompt]
-    return found if np.ptp(found) else prompt
+    sizes = np.unique(found, return_counts=True)[1]
+    return found if len(sizes) > 1 and sizes.min() <= most else prompt
 
 
 def read_rows(path: Path) -> Sequence[Example]:

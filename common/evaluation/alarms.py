@@ -13,7 +13,7 @@ from typing import Any
 _WINDOW = 16  # steps that a step is compared with; before there are so many, with the first _IN_A_ROW
 _SPIKE, _SPIKE_NATS = 1.5, 1.0  # a loss so many times the median of those, and so much above it
 _GRADIENT = 20.0  # a gradient norm so many times their median
-_IN_A_ROW = 3  # steps
+_IN_A_ROW, _AT_FIRST = 3, 5  # steps; so many where the comparison is with the first ones
 _RISEN = 1.3  # a validation loss so many times the best
 _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
@@ -98,9 +98,9 @@ class Alarms:
             count + 1 if seen else 0 for count, seen in ((self._spikes, spike), (self._steep, steep))
         )
         found = []
-        if self._spikes == _IN_A_ROW:
+        if self._spikes == (needed := _IN_A_ROW if full else _AT_FIRST):
             seen = f"the loss jumped to {loss:.2f} at step {step}, from about {usual:.2f}"
-            found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE, step - _IN_A_ROW + 1))
+            found.append(Alarm("loss", seen, "a learning rate that is too high", _RATE, step - needed + 1))
         if self._steep == _IN_A_ROW:
             seen = f"the gradient norm is {norm:.3g} at step {step}, and was about {median(self._norms):.3g}"
             cause = "a learning rate that is too high, or faulty rows"

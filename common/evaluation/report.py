@@ -89,14 +89,9 @@ def folder_of(folder: Path, about: dict[str, str]) -> Path:
         known: dict[str, Any] = {}
         with suppress(UserError, OSError):  # none, or damaged
             known = read_json(found / "scores.json", "")
-        if all(_same(str(known.get(name, given)), given) for name, given in about.items()):
+        if all(known.get(name, given) == given for name, given in about.items()):
             return found
     raise AssertionError  # numbers do not end
-
-
-def _same(one: str, other: str) -> bool:
-    """Whether two names are equal, or paths of one file."""
-    return one == other or Path(one).resolve() == Path(other).resolve()
 
 
 def write(given: Evaluation, judged: Sequence[Judged], scores: Sequence[Scores], about: dict[str, Any]) -> None:

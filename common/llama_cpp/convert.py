@@ -24,7 +24,7 @@ from common.llama_cpp.convertible import check_convertible
 from common.llama_cpp.gguf_file import damaged, read_tensors
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.tool import OUT, ToolRun, write_file
-from common.model_files import scrubbed
+from common.model_files import INDEX, scrubbed
 from common.models import sentencepiece
 from common.models.model_folder import CONFIG_FILE, ModelFolder
 from common.option_fields import NEED_IMATRIX
@@ -118,6 +118,7 @@ def check_vocabulary(folder: Path, llama: LlamaCpp) -> None:
     word.
     """
     with scrubbed(folder) as clean:
+        (clean / INDEX).unlink(missing_ok=True)  # of weights that are not there
         complete_config(clean / CONFIG_FILE)
         if not (clean / sentencepiece.NAME).is_file() and sentencepiece.read_state(clean) is not None:
             sentencepiece.write(clean)

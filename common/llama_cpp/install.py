@@ -56,7 +56,8 @@ def find(llama_cpp: str | None) -> LlamaCpp | None:
     on_path = [shutil.which(name) for name in (CONVERTER, *TARGETS)]
     if all(on_path):
         converter, quantize, server = (Path(str(path)) for path in on_path)
-        if converter.parent == quantize.parent == server.parent and not _converter_fault(converter):
+        beside = converter.parent == quantize.parent == server.parent
+        if beside and not _converter_fault(converter) and not _start_fault(server):
             imatrix = shutil.which(OURS[0])
             where = f"on PATH, in {quantize.parent}"
             return LlamaCpp(converter, quantize, server, where, _version(server), Path(imatrix) if imatrix else None)
@@ -81,10 +82,9 @@ def _from_folder(folder: Path, where: str) -> LlamaCpp:
         )
     beside = quantize.with_name(OURS[0] + _EXE)
     imatrix = beside if beside.is_file() else None
-    code, tail = capture([str(server), "--version"], 60)
-    if not_started(code, tail.splitlines()):
+    if fault := _start_fault(server):
         raise UserError(
-            f"{where} {folder}: {server.name} does not start:\n{tail}",
+            f"{where} {folder}: {server.name} does not start:\n{fault}",
             "Build it again in that folder, or leave it out: Twintune then builds its own.",
         )
     return LlamaCpp(converter, quantize, server, f"{where} {folder}", _version(server), imatrix)
@@ -103,6 +103,12 @@ def _converter_fault(converter: Path) -> str:
     """Why the converter cannot start, or "". It is tried before training, not after hours of it."""
     code, tail = capture([sys.executable, str(converter), "--help"], 180)
     return "" if code == 0 else tail or f"exit status {code}"
+
+
+def _start_fault(server: Path) -> str:
+    """Why the program cannot start on this machine, or ""."""
+    code, tail = capture([str(server), "--version"], 60)
+    return (tail or f"exit status {code}") if not_started(code, tail.splitlines()) else ""
 
 
 def _version(server: Path) -> str:

@@ -98,7 +98,7 @@ def _download(mirror: Mirror, target: Path) -> None:
 def from_gguf(path: Path, say: Say) -> Path:
     """A model folder in bf16 from a GGUF file, made once and cached by the file's contents."""
     digest = file_digest(path)
-    folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}"
+    folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}-{_CHECKS}"
     with artifact_lock(folder, say):
         if not folder.is_dir():
             _make_folder(path, folder, say)
@@ -114,6 +114,7 @@ def _make_folder(path: Path, folder: Path, say: Say) -> None:
 
 
 _REMEDY = "Give the model's Hugging Face folder or name instead."
+_CHECKS = 2  # raised where a GGUF is refused that was not: its folder is not taken from the cache
 _KEEPS_SCALING, _KEEPS_FACTORS = ("gpt-oss",), ("gpt-oss", "gemma4")  # of which transformers reads them
 _LAYERS_OF_GEMMA_27B = 62
 # The pre-tokenizer to set for a GGUF's byte-level BPE; None where transformers itself rebuilds the right one.

@@ -66,6 +66,8 @@ def check_folder(model: ModelFolder, name: str, tried: bool = False) -> None:
         faults = (unknown or config_faults(model.written_config)) + _quantized(model.written_config) + faults
     if not faults and (mlx_quantized.is_mlx_layout(model) or granite4.is_divided(model.model_type, model.tensors)):
         faults.append("its weights are laid out as mlx-lm saves them; give the model that they were made from")
+    if not faults and (twice := _stored_twice(model)):
+        faults.append(f"two of its files hold {twice}: remove those of the other version")
     if not faults:
         faults += _weight_faults(model) if is_known(model.written_config) else _type_faults(model)
     if faults:
@@ -100,8 +102,6 @@ def _file_faults(model: ModelFolder) -> list[str]:
         faults.append(f"it has no weights: no model*.safetensors{pickled}")
     for shard in model.shards:
         faults += _fault_of(partial(model.header, shard))
-    if not faults and (twice := _stored_twice(model)):
-        faults.append(f"two of its files hold {twice}: remove those of the other version")
     index = model.path / "model.safetensors.index.json"
     try:
         wanted = set(map(str, read_json(index, "")["weight_map"].values()))

@@ -20,7 +20,9 @@ def capture(command: list[str], seconds: float, lines: int = 15, env: dict[str, 
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=env
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
+        return 126, str(error)  # as a shell says where a program cannot be run
+    except subprocess.TimeoutExpired as error:
         return 1, str(error)
     return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-lines:])
 

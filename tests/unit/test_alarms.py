@@ -63,9 +63,10 @@ def test_a_gradient_that_explodes() -> None:
 
 def test_a_loss_that_jumps_at_once() -> None:
     alarms = Alarms(2)
-    assert steps(alarms, [3.8, 4.9, 3.6, 4.6, 7.0, 9.3, 11.0]) == ["loss"]
-    assert alarms.raised[0].seen == "the loss jumped to 11.00 at step 7, from about 3.80"
-    assert steps(Alarms(2), [3.8, 4.9, 3.6, 5.6, 5.6, 5.6, 5.6]) == []
+    assert steps(alarms, [3.8, 4.9, 3.6, 4.6, 7.0, 9.3, 11.0, 9.9, 10.5]) == ["loss"]
+    assert (alarms.raised[0].seen, alarms.raised[0].since) == ("the loss jumped to 10.50 at step 9, from about 3.80", 5)
+    assert steps(Alarms(2), [3.8, 4.9, 3.6, *[5.6] * 9]) == []
+    assert steps(Alarms(2), [3.8, 4.9, 3.6, 7.0, 9.3, 11.0, 9.9, 4.0]) == []
 
 
 def test_the_steps_of_the_warm_up_say_little() -> None:

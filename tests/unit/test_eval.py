@@ -132,7 +132,7 @@ def test_what_is_kept_is_not_made_again(job: Any, tmp_path: Path) -> None:
 
 def test_another_file_of_the_same_name_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    folder, english = tmp_path / "eval" / "test", {"data": "en/test.jsonl"}
+    folder, english = tmp_path / "eval" / "test", {"data": "/en/test.jsonl"}
 
     def kept(found: Path, about: dict[str, str]) -> Path:
         found.mkdir(parents=True)
@@ -140,11 +140,10 @@ def test_another_file_of_the_same_name_has_a_folder_of_its_own(tmp_path: Path, m
         return found
 
     assert kept(folder_of(folder, english), english) == folder
-    assert folder_of(folder, {"data": str(tmp_path / "en" / "test.jsonl")}) == folder
-    japanese = {"data": "ja/test.jsonl"}
+    assert folder_of(folder, english) == folder
+    japanese = {"data": "/ja/test.jsonl"}
     assert kept(folder_of(folder, japanese), japanese) == tmp_path / "eval" / "test-2"
     assert folder_of(folder, japanese) == tmp_path / "eval" / "test-2"
-    assert folder_of(folder, english) == folder
     assert folder_of(folder, {"data": "test.jsonl", "model": "m"}) == tmp_path / "eval" / "test-3"
     (folder / "scores.json").write_text("{")
     assert folder_of(folder, japanese) == folder

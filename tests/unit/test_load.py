@@ -291,6 +291,9 @@ def test_rows_of_one_conversation_are_held_out_together(tmp_path: Path) -> None:
     greeting = [turns(0, 1), *({"messages": [*turns(0, 1)["messages"], *turns(n, 1)["messages"]]} for n in range(9))]
     path.write_text("".join(json.dumps(row) + "\n" for row in greeting))
     assert len(load_data(str(path), 0.2, 0).valid) == 2  # all begin alike: by their prompts
+    long = [turns(talk, count) for talk in range(3) for count in range(1, 31)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in long))
+    assert len(load_data(str(path), 0.1, 0).valid) == 9  # not a third
 
 
 # --- the hub, with the library's call substituted: no network here

@@ -294,6 +294,11 @@ def test_what_llama_factory_says_of_its_data_is_not_lost(tmp_path: Path, monkeyp
     assert (options.data, options.field) == (["a/b", "rows.json"], {})
     assert "# - dataset identity, columns {'response': 'said'}: not read" in text
     assert "dataset rows, columns" not in text
+    plain = {"file_name": "rows.json", "columns": {"prompt": "text", "query": None, "history": ""}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"chats": plain}))
+    assert migrate(written(tmp_path, "llama-factory", file))[1].field == {}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"chats": plain | {"columns": {"prompt": "body"}}}))
+    assert migrate(written(tmp_path, "llama-factory", file))[1].field == {"text": "body"}
 
 
 def test_trl_without_peft_trains_every_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -542,6 +542,6 @@ def test_a_gguf_that_was_turned_into_a_folder_before_is_not_turned_again(
     gguf = tmp_path / "some.gguf"
     gguf.write_bytes(b"GGUF and more")
     digest = hashlib.sha256(b"GGUF and more").hexdigest()[:12]
-    base = write_base(tmp_path / "cache" / "models" / f"some-{digest}")
+    base = write_base(tmp_path / "cache" / "models" / f"some-{digest}-{gguf_import._CHECKS}")
     assert resolve(str(gguf), quiet).path == base
     shutil.rmtree(base)
