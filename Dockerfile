@@ -33,7 +33,7 @@ COPY torch_backend /source/torch_backend
 
 FROM base AS cpu
 RUN pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
-RUN --mount=type=bind,from=source,source=/source,target=/source,rw pip install /source
+RUN --mount=type=bind,from=source,source=/source,target=/source,rw pip install "/source[bitsandbytes]"
 USER 1000
 
 FROM base AS cuda

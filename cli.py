@@ -7,6 +7,7 @@ if sys.platform == "win32":  # before the imports that need fcntl
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import signal
@@ -174,8 +175,20 @@ def _reopen() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115  # until the end
 
 
+def _flush() -> None:
+    """What a full disk has refused is given up: Python would end with an error of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def main() -> None:
     _reopen()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # in a locale that lacks a letter
     _handle_signals()
     _show_all()
     try:
@@ -188,6 +201,7 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # it ends anyhow, and all is cleaned up
+    _flush()
     if status:
         sys.exit(status)
 

@@ -75,7 +75,7 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     output = Path(job["output"])
     options = ["--steps", str(job["steps"]), "--batch-size", str(job["batch"]), "--rank", str(job["rank"])]
     options += ["--alpha", str(2 * job["rank"]), "--learning-rate", str(job["learning_rate"]), "--schedule", "constant"]
-    options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "assistant", "--quiet"]
+    options += ["--warmup", "0", "--valid-share", "0", "--export", "none", "--train-on", "last", "--quiet"]
     options += ["--backend", "mlx" if job["peer"] == "twintune-mlx" else "torch", "--output", str(output)]
     options += ["--device", job["device"]]
     options += ["--precision", job["precision"]] if job["peer"] != "twintune-mlx" else []

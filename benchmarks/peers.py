@@ -45,6 +45,8 @@ from common.system.environment import chip
 from common.system.hardware import nvidia_gpus
 from common.training.validation import evaluate
 
+_HELD = 40  # rows, the last of the file
+
 
 def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, device: str) -> float:
     """By Twintune's torch backend in float32, for every adapter alike."""
@@ -59,17 +61,20 @@ def valid_loss(folder: Path, adapter: Path, rows: list[Encoded], rank: int, devi
 
 def prepare(arguments: argparse.Namespace, folder: Path, work: Path) -> tuple[list[Encoded], list[Encoded]]:
     """The rows of every run, as each peer reads them; `(training rows, rows held out)` in tokens."""
-    lines = Path(arguments.data).read_text(encoding="utf-8").splitlines()
+    every = Path(arguments.data).read_text(encoding="utf-8").splitlines()
     count = arguments.steps * arguments.batch
-    held = lines[count : count + 40]
-    (work / "rows.jsonl").write_text("\n".join(lines[:count]) + "\n", encoding="utf-8")
+    held, left = every[-_HELD:], every[:-_HELD]
+    if not left:
+        raise SystemExit(f"{arguments.data} has {len(every)} rows: more than {_HELD} are needed.")
+    lines = [left[number % len(left)] for number in range(count)]
+    (work / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (work / "held.jsonl").write_text("\n".join(held) + "\n", encoding="utf-8")
-    rows = [json.loads(line) for line in lines[:count]]
+    rows = [json.loads(line) for line in lines]
     split = [
         row if "text" in row else {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in rows
     ]
     (work / "split.jsonl").write_text("\n".join(map(json.dumps, split)) + "\n", encoding="utf-8")
-    encoder = Encoder(load_tokenizer(folder, None), MaskingOptions())
+    encoder = Encoder(load_tokenizer(folder, None), MaskingOptions(train_on="last"))  # as TRL trains a completion
     (rows, held), _ = encode_parts([read_rows(work / f"{name}.jsonl") for name in ("rows", "held")], encoder, "error")
     return rows, held
 

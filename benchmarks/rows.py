@@ -111,12 +111,12 @@ def _wait_for(process: "subprocess.Popen[str]", word: str, meanwhile: Callable[[
 
 
 def _resident(pid: int) -> int:
-    """Bytes of the process and its children."""
+    """Bytes of the process and its children, on Linux pages that several share counted once."""
     total = 0
     try:
         process = psutil.Process(pid)
         for one in [process, *process.children(recursive=True)]:
-            total += one.memory_info().rss
+            total += getattr(one.memory_full_info(), "pss", 0) or one.memory_info().rss
     except psutil.NoSuchProcess:  # between two looks
         pass
     return total

@@ -1,7 +1,9 @@
 """Commands of this repository run one after another on a machine to be measured; their output in one JSON file."""
 
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -60,22 +62,29 @@ def _run(arguments: list[str], seconds: float) -> dict[str, Any]:
     result: dict[str, Any] = {"command": " ".join(["python", *arguments])}
     if seconds <= 0:
         return result | {"status": "not begun: the time was over", "seconds": 0.0}
-    try:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-            timeout=None if seconds == float("inf") else seconds,
-        )
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = "ended: the time was over", (error.stdout or b"").decode(errors="replace")
+    code, output = _within(seconds, arguments)
     return result | {
-        "status": status,
+        "status": "ended: the time was over" if code is None else code,
         "seconds": round(time.monotonic() - started, 1),
         "swap_growth": swap_used() - swap,
         "output": output[-_KEPT:],
     }
+
+
+def _within(seconds: float, arguments: list[str]) -> tuple[int | None, str]:
+    """`(status, what was printed)`; no status where the time was over: all that the command has started is killed."""
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=None if seconds == float("inf") else seconds)
+            return process.returncode, output
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            return None, process.communicate()[0]

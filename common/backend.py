@@ -82,7 +82,7 @@ class Memory:
     used: int
     peak: int
     total: int
-    kind: Literal["unified", "cuda", "rss"]
+    kind: Literal["unified", "cuda", "rss", "sampled"]  # sampled: a resident set whose peak may have been missed
     swap: int
 
 

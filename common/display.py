@@ -48,7 +48,8 @@ def _text(given: Styled) -> Text:
 class _Lasting:
     """stdout or stderr, which survives its terminal or reader: once that is gone, what is written is discarded.
 
-    A job that trains for hours must not fail because its terminal was closed.
+    A job that trains for hours must not fail because its terminal was closed, nor because its log's disk is full: what
+    could not be written is kept, and written when there is space again.
     """
 
     def __init__(self, name: Literal["stdout", "stderr"]) -> None:
@@ -74,6 +75,8 @@ class _Lasting:
 
     def _discard(self, error: OSError) -> None:
         """Point the stream's descriptor at nothing, so that what it has buffered can be written at exit."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return
         if error.errno not in (errno.EIO, errno.EPIPE):
             raise error
         nothing = os.open(os.devnull, os.O_WRONLY)

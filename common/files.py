@@ -104,6 +104,11 @@ def _named(error: OSError, path: Path, temporary: Path | None) -> object:
     return name
 
 
+def tree_bytes(folder: Path) -> int:
+    """What the files in the folder take; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of its bytes."""
     with path.open("rb") as file:

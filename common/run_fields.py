@@ -264,6 +264,7 @@ class RunRecord(_Record):
     test_perplexity: float | None = None
     test_perplexity_interval: list[float] = []
     test_rows: int | None = None
+    test_hash: str | None = None  # of these rows as encoded
     exported_adapter: str | None = None  # best or last
     exported_step: int | None = None
     predicted_peak_bytes: int | None = None

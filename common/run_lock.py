@@ -1,5 +1,6 @@
 """Who may write into a run folder: one process at a time, and only inside of it."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ def held(run: Path) -> Iterator[None]:
         raise UserError(
             f"{run} is being trained, exported or verified by another process.", "Wait for it, or stop it first."
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        fix = "Give an --output on another file system, or mount this one with locks."
+        raise UserError(f"{run}: its file system cannot lock files ({error.strerror}).", fix) from None
     try:
         sweep(run, LOCK)
         yield

@@ -48,9 +48,12 @@ def _rows(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> 
         ("final train loss", "final_train_loss", "{:.4f}"),
         ("best valid loss", "best_valid_loss", "{:.4f}"),
         ("test loss", "test_loss", "{:.4f}"),
+        ("test rows", "test_rows", "{}"),
         ("best step", "best_step", "{}"),
     ):
-        rows.append([label, *_with_ratios([getattr(record, key) for record in records], show)])
+        tested = {record.test_hash for record in records}
+        compares = key != "test_loss" or (len(tested) == 1 and None not in tested)
+        rows.append([label, *_with_ratios([getattr(record, key) for record in records], show, compares)])
     shares = [stage_shares(record) for record in records]
     for stage in dict.fromkeys(name for share in shares for name in share):
         rows.append([f"time: {stage}", *[f"{share[stage]:.1%}" if stage in share else "-" for share in shares]])
@@ -102,7 +105,7 @@ def stage_shares(record: RunRecord) -> dict[str, float]:
     return {name: value / total for name, value in record.stage_seconds.items()} if total else {}
 
 
-def _with_ratios(values: list[float | None], show: str) -> list[str]:
+def _with_ratios(values: list[float | None], show: str, compares: bool = True) -> list[str]:
     cells = []
     for value in values:
         if value is None:
@@ -110,7 +113,7 @@ def _with_ratios(values: list[float | None], show: str) -> list[str]:
             continue
         text = gigabytes(value) if show == "GB" else show.format(value)
         first = values[0]
-        cells.append(f"{text}  ({value / first:.2f}x)" if cells and first and show != "{}" else text)
+        cells.append(f"{text}  ({value / first:.2f}x)" if cells and first and show != "{}" and compares else text)
     return cells
 
 

@@ -30,6 +30,7 @@ from common.export.fused_folder import ServingConfig, checkpoints_disk, trained_
 from common.export.mlx import check_installed
 from common.export.preflight import export_stages, tools_for
 from common.export.upload import check_push
+from common.files import tree_bytes
 from common.llama_cpp.build import build_bytes
 from common.llama_cpp.imatrix import check_imatrix_rows
 from common.llama_cpp.install import LlamaCpp
@@ -124,6 +125,7 @@ def prepare(
     _warn_of_peak(chosen, display)
     stages = export_stages(options, base.model, start, memory)
     checkpoints = checkpoints_disk(trained_bytes(start, base.model), options.keep_checkpoints)
+    checkpoints = max(0, checkpoints - tree_bytes(run.path / "checkpoints"))  # those of a run that is resumed
     build = build_bytes(needs_llama(options.export), options.llama_cpp)
     check_disk(run.path, [Stage("checkpoints", 0, checkpoints), *stages], build)
     warn_of_memory(stages, display)

@@ -59,7 +59,7 @@ from common.verify.cases import write_cases
 # What the record says of the adapter that is exported, before anything is known.
 _OF_ADAPTER: dict[str, Any] = {
     **{"verify": None, "experts": None, "export": ExportRecord()},
-    **{"test_loss": None, "test_perplexity": None, "test_rows": None},
+    **dict.fromkeys(("test_loss", "test_perplexity", "test_rows", "test_hash")),
     **{"test_loss_interval": [], "test_perplexity_interval": []},
 }
 
@@ -167,7 +167,9 @@ def _train(
             raise
         _record(job, state, backend, swap_used() - swap)
         with display.optional("later estimates of memory do not learn from this run"):
-            if (seen := forecast.observation(backend.memory().peak)) and swap_used() - swap < SWAP_GROWTH:
+            memory = backend.memory()
+            learns = memory.kind != "sampled" and swap_used() - swap < SWAP_GROWTH
+            if (seen := forecast.observation(memory.peak)) and learns:
                 keep(seen)
     if received:  # after the last step: the export is left for later too
         raise Interrupted(job.run)

@@ -3,6 +3,7 @@
 from common.backend import Adapter, Backend
 from common.commands.prepare import Job
 from common.commands.watch import chat_format
+from common.data.encoded_rows import rows_hash
 from common.display import Display
 from common.evaluation.bootstrap import estimate, mean, perplexity
 from common.evaluation.losses import grouped_losses
@@ -28,6 +29,7 @@ def score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, 
             test_perplexity=of_tokens.value,
             test_perplexity_interval=of_tokens.interval,
             test_rows=len(job.test),
+            test_hash=rows_hash(job.test),
         )
         display.say(f"test loss {loss:.4f}, perplexity {of_tokens:.3f} over {len(job.test)} rows")
 

@@ -20,7 +20,7 @@ from common.data.array_folder import read_arrays, write_arrays
 from common.data.row_source import RowSource
 from common.errors import UserError, os_fault
 from common.files import scratch_folder
-from common.system.cache import artifact_lock, cache_folder
+from common.system.cache import artifact_lock, cache_folder, try_lock
 
 Kept = tuple[dict[str, np.ndarray], dict[str, Any]]  # arrays and a record, which is JSON
 _KEPT = 20 << 30  # bytes; the folders that were not used for the longest time go first
@@ -71,8 +71,8 @@ def _rows_folder(caches: Path) -> tuple[Path, str]:
     try:
         for used in (folder, caches / "locks"):
             used.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=used):
-                pass
+            with tempfile.TemporaryFile(dir=used) as file:
+                try_lock(file.fileno())
     except OSError as error:
         stack = ExitStack()
         atexit.register(stack.close)

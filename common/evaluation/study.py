@@ -136,7 +136,7 @@ class Study:
 
     def untried(self) -> list[Settings]:
         """Where the learning rate is not searched, there are finitely many settings: those that no trial had."""
-        tried = [trial.params for trial in self._trials()]
+        tried = [trial.params for trial in self._trials() if trial.state.name != "RUNNING"]  # one that was stopped
         every = (dict(zip(self.space.choices, values, strict=True)) for values in product(*self.space.choices.values()))
         return [settings for settings in every if settings not in tried]
 

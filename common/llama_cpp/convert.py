@@ -43,7 +43,8 @@ def base_gguf(base: Path, model_hash: str, quant: str, llama: LlamaCpp, display:
         plain = "Q3_K_S" if quant.startswith("IQ3") else "Q2_K"
         display.say(f"the untuned model is shown as {plain}: it has no importance matrix, which {quant} needs")
         quant = plain
-    folder = cache_folder() / "base-gguf" / model_hash[:16]
+    by = hashlib.sha256(llama.version.encode()).hexdigest()[:8]
+    folder = cache_folder() / "base-gguf" / f"{model_hash[:16]}-{by}"
     target = folder / f"{quant}.gguf"
     if target.exists():
         return target

@@ -286,6 +286,12 @@ def hashes(kept: Kept, t: Texts) -> Table:
 
 
 def _best(kept: Kept) -> tuple[float, float] | None:
-    """The step and loss of the best validation after the first step."""
-    trained = [point for point in kept.points("valid_loss") if point[0]]
-    return min(trained, key=lambda point: point[1]) if trained else None
+    """The step and loss of the best validation after the first step, as training chooses it."""
+    record, best = kept.record, None
+    if record.best_step is not None and record.best_valid_loss is not None:
+        return record.best_step, record.best_valid_loss
+    delta = kept.recipe.min_delta if kept.recipe else 0.0
+    for step, loss in kept.points("valid_loss"):
+        if step and (best is None or loss < best[1] * (1 - delta)):
+            best = step, loss
+    return best

@@ -65,8 +65,8 @@ class Tensorboard:
         self.id, folder = "", Path(begin.folder) / "tensorboard"
         self.place = f"tensorboard --logdir {Path(begin.folder).parent}"
         self._writer = EventFileWriter(str(folder))
-        if begin.step:  # TensorBoard hides what an earlier process wrote of the steps from here on
-            self._add(begin.step + 1, session_log=SessionLog(status=SessionLog.START))
+        # TensorBoard hides what an earlier process wrote of the steps from here on.
+        self._add(begin.step + 1, session_log=SessionLog(status=SessionLog.START))
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in begin.config.items()}
         self._add(begin.step, summary=hparams_pb(plain))
         self._text(begin.step, "config", "\n".join(f"    {key}: {value}" for key, value in begin.config.items()))

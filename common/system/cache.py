@@ -36,7 +36,7 @@ def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = mat
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
     due = -math.inf
     try:
-        while not try_lock(descriptor):
+        while not _locked(descriptor, lock):
             if time.monotonic() >= due:
                 say(f"waiting for another process, which is making {what or artifact.name}")
                 due = time.monotonic() + every
@@ -44,6 +44,14 @@ def artifact_lock(artifact: Path, say: Callable[[str], None], every: float = mat
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int, lock: Path) -> bool:
+    try:
+        return try_lock(descriptor)
+    except OSError as error:
+        fix = "Name a folder of this machine for the cache: XDG_CACHE_HOME."
+        raise UserError(f"{lock}: its file system cannot lock files ({error.strerror}).", fix) from None
 
 
 def try_lock(descriptor: int) -> bool:

@@ -90,6 +90,6 @@ def _mounts(proc: Path, controller: str) -> Iterator[tuple[str, Path]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return ""

@@ -3,6 +3,7 @@
 import resource
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from common.backend import Memory
@@ -29,7 +30,7 @@ class ResidentSet:
         return max(0, peak_rss() - self._start) if self._exact else max(self._highest, self.used())
 
     def memory(self) -> Memory:
-        return Memory(self.used(), self.peak(), total(), "rss", swap_used())
+        return Memory(self.used(), self.peak(), total(), "rss" if self._exact else "sampled", swap_used())
 
 
 def rss() -> int:
@@ -39,7 +40,15 @@ def rss() -> int:
 
 
 def peak_rss() -> int:
-    """The resident set's peak, which getrusage counts in kilobytes on Linux and in bytes on macOS."""
+    """The resident set's peak; on Linux since it was last reset.
+
+    getrusage counts in kilobytes on Linux and in bytes on macOS. Its peak survives `exec`: on Linux it may be that of
+    the program that started this one.
+    """
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

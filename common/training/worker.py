@@ -42,7 +42,9 @@ class Worker:
                 raise UserError("it helps another training now", "Start another worker.")
             self._asked = time.monotonic()
             if message.kind == "gradients":
-                return self._gradients(message, self._model)
+                found = self._gradients(message, self._model)
+                self._asked = time.monotonic()  # a share may have taken longer than it takes to be forgotten
+                return found
             self.say("that training has ended; waiting for the next")
             self.close()
             return encoded("closed", {}, {})

@@ -86,6 +86,15 @@ def test_what_is_given_on_the_command_line_is_fixed(words: list[str], capsys: py
     assert "searched: batch size 2, 4 or 8, dropout 0, 0.05 or 0.1\n" in capsys.readouterr().out
 
 
+def test_the_last_of_few_settings_is_finished_after_a_stop(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    slow(monkeypatch, 20)
+    few = ("--learning-rate", 0.003, "--rank", 2, "--steps", 4, "--batch-size", 4)
+    run(words, "--budget", "3m", *few)  # nine steps: the third trial is stopped
+    assert [each["state"] for each in trials(Path("found"))] == ["COMPLETE", "COMPLETE", "RUNNING"]
+    run(words, "--budget", "2h", *few)
+    assert [each["state"] for each in trials(Path("found"))] == ["COMPLETE"] * 3
+
+
 def test_a_search_of_few_settings_ends_when_each_was_tried(words: list[str]) -> None:
     run(words, "--budget", "1h", "--learning-rate", 0.003, "--rank", 2, "--steps", 4, "--batch-size", 4)
     tried = [each["params"]["dropout"] for each in trials(Path("found"))]

@@ -11,7 +11,17 @@ import pytest
 
 from tests import ROOT
 
-SOURCES = ("cli.py", "common", "mlx_backend", "torch_backend", "configs", "examples", "tests", "pyproject.toml")
+SOURCES = (
+    "cli.py",
+    "common",
+    "mlx_backend",
+    "torch_backend",
+    "configs",
+    "examples",
+    "benchmarks",
+    "tests",
+    "pyproject.toml",
+)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.system import disk
 from common.system.memory import PeakMemory
+from tests import ROOT
 from tests.unit.base_folder import write_base
 
 PARAMETERS = 5 * 8 + 8 * 8 + 8 + 8 * 12 + 8
@@ -169,3 +170,14 @@ def test_a_ledger_keeps_the_highest_memory_and_all_that_was_written(tmp_path: Pa
     with again.stage("fuse", tmp_path / "folder"):
         pass
     assert again.record()["fuse"]["disk"] == 9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there getrusage's peak survives exec")
+def test_the_peak_is_not_that_of_the_program_that_started_this_one() -> None:
+    child = "from common.system.memory import ResidentSet; print(ResidentSet().peak())"
+    parent = (
+        "import os, sys; held = bytearray(300_000_000); held[::4096] = bytes(len(held[::4096])); del held\n"
+        f"os.execv(sys.executable, [sys.executable, '-c', {child!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 50_000_000

@@ -64,7 +64,12 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
-    monkeypatch.setattr(convert, "convert", lambda base, out, *rest, **more: out.write_bytes(b"bf16"))
+
+    def write(base: Path, out: Path, *rest: object, **more: object) -> None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(b"bf16")
+
+    monkeypatch.setattr(convert, "convert", write)
 
     def quantize(source: Path, out: Path, quant: str, *rest: object) -> None:
         made.append(quant)
@@ -73,7 +78,6 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
 
     monkeypatch.setattr(convert, "quantize", quantize)
     llama = LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "1")
-    (cache_folder() / "base-gguf" / "f00d").mkdir(parents=True)
     for quant in ("Q4_K_M", "Q4_K_M", "Q8_0"):
         found = convert.base_gguf(tmp_path, "f00d", quant, llama, Display("quiet"))
         assert found.read_text() == quant
@@ -84,6 +88,8 @@ def test_a_base_gguf_is_made_once_and_no_lock_is_asked_for_after(
     assert not found.with_name("BF16.gguf").exists()
     with artifact_lock(found.parent, never):  # what is there is served while another type is made
         assert convert.base_gguf(tmp_path, "f00d", "Q8_0", llama, Display("quiet")) == found
+    newer = LlamaCpp(tmp_path, tmp_path, tmp_path, "test", "2")
+    assert convert.base_gguf(tmp_path, "f00d", "Q8_0", newer, Display("quiet")) != found
 
 
 @pytest.mark.parametrize("fails", ["convert", "quantize"])

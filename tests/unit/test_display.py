@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import cli
 from common.display import Display, shown
 from common.errors import AtOdds
 from common.models.adapter_files import write_peft
+from tests import ROOT
 from tests.tiny import chat, write_model
 from tests.unit.hub import finished_run
 from tests.unit.test_adapter_files import adapter
@@ -208,3 +210,19 @@ def test_a_terminal_that_is_gone_fails_nothing(name: str, monkeypatch: pytest.Mo
 def test_ranks_that_are_at_odds_end_even_in_an_optional_part() -> None:
     with pytest.raises(AtOdds), Display("quiet").optional("no sample"):
         raise AtOdds("memory ran out", "Continue.")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is full")
+@pytest.mark.parametrize("mode", ["plain", "json", "rich"])
+def test_a_log_on_a_full_disk_fails_nothing(mode: str, tmp_path: Path) -> None:
+    """Its text is given up at the end; a program of its own, as Python flushes when it ends."""
+    done = tmp_path / "done"
+    program = (
+        "import sys; from pathlib import Path; import cli; from common.display import Display\n"
+        f"display = Display({mode!r})\n"
+        "for number in range(9): display.say('x' * 9000); display.warn('y')\n"
+        f"Path({str(done)!r}).touch(); cli._flush()"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE)
+    assert (ended.returncode, ended.stderr, done.exists()) == (0, b"", True)

@@ -288,3 +288,12 @@ def test_a_chat_template_that_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"\x82")
     with pytest.raises(UserError, match=r"chat_template\.jinja is not UTF-8 text"):
         Run(tmp_path).read_template()
+
+
+def test_test_losses_compare_over_the_same_rows_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for other, cell in (("a", "1.0000  (0.50x)"), ("b", "1.0000"), (None, "1.0000")):
+        runs = [
+            write_run(tmp_path / f"{other}-{number}", test_loss=loss, test_rows=5, test_hash=digest)
+            for number, (loss, digest) in enumerate(((2.0, "a"), (1.0, other)))
+        ]
+        assert compared(capsys, *runs)[0]["test loss"][-1] == cell
