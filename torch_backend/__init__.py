@@ -25,10 +25,11 @@ from torch_backend.devices import (
 # By this package transformers and bitsandbytes fetch compiled code from the hub, without a hash, and run it.
 sys.modules["kernels"] = None  # type: ignore[assignment]
 
-# oneDNN keeps 1,024 compiled products, of each length of a micro-batch others, and 64 are as fast: a run of 63 steps of
-# varied lengths took 1.15 GB with these and 1.37 GB with all, at 275 and 271 tokens/s (SmolLM2-135M in bf16, an Intel
-# Xeon with amx_bf16, 30 November 2026, commit 28edcb9). oneDNN reads it when the first one is made.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+# oneDNN keeps 1,024 compiled products, of each length of a micro-batch others. 256 were as fast (290 to 301 tokens/s on
+# the example, 298 to 300 with all; 64 were a tenth slower), and took 1.29 GB in 63 steps of varied lengths in place of
+# 1.35 (SmolLM2-135M in bf16, an Intel Xeon with amx_bf16, 30 November 2026, commit 5107211). It is read when the first
+# one is made.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 __all__ = [
     "choose_device",
