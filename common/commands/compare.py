@@ -37,6 +37,7 @@ def _rows(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> 
         rows.append([name, *[str(getattr(record, name)) for record in records]])
     rows.append(["devices", *[str(Run(run).plan.ranks) for run in runs]])
     rows.append(["precision", *[recipe.precision for recipe in recipes]])
+    tested = {record.test_hash for record in records}
     for label, key, show in (
         ("tokens/s", "tokens_per_second", "{:.1f}"),
         ("label tokens/s", "label_tokens_per_second", "{:.1f}"),
@@ -51,7 +52,6 @@ def _rows(runs: list[Path], records: list[RunRecord], recipes: list[Recipe]) -> 
         ("test rows", "test_rows", "{}"),
         ("best step", "best_step", "{}"),
     ):
-        tested = {record.test_hash for record in records}
         compares = key != "test_loss" or (len(tested) == 1 and None not in tested)
         rows.append([label, *_with_ratios([getattr(record, key) for record in records], show, compares)])
     shares = [stage_shares(record) for record in records]

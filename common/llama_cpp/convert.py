@@ -121,14 +121,14 @@ def check_vocabulary(folder: Path, llama: LlamaCpp) -> None:
     with scrubbed(folder) as clean:
         (clean / INDEX).unlink(missing_ok=True)  # of weights that are not there
         complete_config(clean / CONFIG_FILE)
-        if not (clean / sentencepiece.NAME).is_file() and sentencepiece.read_state(clean) is not None:
-            sentencepiece.write(clean)
         made = hashlib.sha256(f"{llama.converter} {llama.version} {ModelFolder(clean).model_type}".encode())
         for file in sorted(clean.glob("*token*")):
             made.update(file_digest(file).encode())
         known = cache_folder() / "vocabularies" / made.hexdigest()[:32]
         if known.exists():
             return
+        if not (clean / sentencepiece.NAME).is_file() and sentencepiece.read_state(clean) is not None:
+            sentencepiece.write(clean)
         command = [sys.executable, str(llama.converter), str(clean), "--vocab-only"]
         code, tail = capture([*command, "--outfile", str(clean / "vocab.gguf")], 300, env=offline_environment())
     if code and _UNKNOWN.search(tail):
