@@ -8,6 +8,7 @@ another. Each case is a `train` of its own; tokens/s as its run.json says.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,8 @@ def _speed(backend: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         train = [sys.executable, str(ROOT / "cli.py"), "train", "--backend", backend, "--steps", str(steps)]
-        subprocess.run([*train, *_OPTIONS, "--output", str(run)], check=True, stdout=subprocess.DEVNULL)
+        env = os.environ | {"TWINTUNE_LEARN_MEMORY": "0"}  # nothing of this machine's other runs
+        subprocess.run([*train, *_OPTIONS, "--output", str(run)], check=True, stdout=subprocess.DEVNULL, env=env)
         return float(json.loads((run / "run.json").read_text())["tokens_per_second"])
 
 

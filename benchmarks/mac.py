@@ -1,20 +1,23 @@
 """All that only a Mac can tell, in one command; writes one JSON file to send back.
 
     python -m benchmarks.mac                    # every stage
-    python -m benchmarks.mac --only peers       # one of: facts tests example peers memory sizes
+    python -m benchmarks.mac --only peers       # one of: facts tests parity example peers memory sizes
     python -m benchmarks.mac --device cpu       # elsewhere, to see that the stages run
 
 Each stage is a command of this repository with its output; one that fails is noted, and the next begins. docs/metal.md
-says what to look at. The file holds no user name, no path and no environment variable.
+says what to look at. Exits with status 1 where a stage failed. The file holds no environment variable, and in place of
+the paths of the user's folder, the checkout, the cache and CMake it has words.
 """
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 
-from benchmarks.stages import Stages, run_stages
+from benchmarks.stages import Stages, hidden_paths, run_stages
 
+_SMOL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SHAPE = {"backend": "mlx", "precision": "bf16", "rows": 4, "width": 256, "steps": 3}
 _SIZES = [
     {"model": "gemma-3-1b"},
@@ -29,8 +32,10 @@ def stages(device: str, folder: Path) -> Stages:
     train = ["cli.py", "train", "--backend", "mlx", "--device", device, "--output", str(folder / "example")]
     step = ["-m", "benchmarks.one_step"]
     return {
-        "facts": [["cli.py", "doctor"]],
+        # on a GPU this has max_recommended_working_set_size
+        "facts": [["cli.py", "doctor"], ["-c", f"import mlx.core as mx; print(mx.device_info(mx.{device}))"]],
         "tests": [["-m", "pytest", "-q", "tests/mlx", "tests/parity"]],
+        "parity": [["cli.py", "doctor", "--parity", model] for model in ("llama", "gemma3_text", _SMOL)],
         "example": [train, ["-m", "examples.score", str(folder / "example")]],
         "peers": [["-m", "benchmarks.peers", "--device", device, "--steps", "200", "--batch", "8", "--rounds", "1"]],
         "memory": [["-m", "benchmarks.memory", "--device", device, "--only", "mlx"]],
@@ -50,7 +55,10 @@ def main() -> None:
             for name, commands in stages(arguments.device, Path(folder)).items()
             if not arguments.only or name in arguments.only
         }
-        run_stages(wanted, arguments.out, {folder: "FOLDER", str(Path.home()): "~"})
+        os.environ["TWINTUNE_TEST_MLX_DEVICE"] = arguments.device  # doctor takes the GPU where there is one
+        good = run_stages(wanted, arguments.out, hidden_paths() | {folder: "FOLDER"})
+    if not good:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

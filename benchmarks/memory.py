@@ -9,7 +9,8 @@
 Every configuration runs in a process of its own: load, then three steps of one micro-batch. The peak does not change
 after those (AdamW's moments are touched at the end of the first). Real sizes take one step on MLX, two on torch.
 Measured is what the backend counts: MLX's or CUDA's allocator, or the growth of torch's process (anonymous and mapped)
-since before loading. On a GPU one process runs them all, and the most that its allocator had reserved is printed too.
+since before loading. On CUDA one process runs them all, and the most that its allocator had reserved is printed too.
+A configuration that fails is a row with its fault; exits with status 1 at the end.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks.one_step import measure
 from benchmarks.random_model import CONFIGS
+from common.errors import UserError, first_line
 
 ROOT = Path(__file__).resolve().parent.parent
 _SMOL, _QWEN, _SMALL, _ONE = "smollm2-135m", "qwen3-0.6b", "gemma-3-270m", "gemma-3-1b"
@@ -131,34 +133,62 @@ def real_sizes(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for case in cases:
         case = {"width": 512, "gradient_checkpointing": True} | case
-        layers = CONFIGS[case["model"]]["num_hidden_layers"]
-        limit, depths, most = case.pop("limit"), case.pop("depths", [layers]), case.pop("most", 4)
-        for rows in [rows for rows in (4, 2, 1) if rows <= most]:
-            estimate = run(case | {"rows": rows, "predict_only": True})
-            if estimate["predicted"] <= limit * 1e9:
-                break
-        steps = 2 if case["backend"] == "torch" else 1
-        peaks = [run(case | {"rows": rows, "layers": depth, "steps": steps}) for depth in depths]
-        found += peaks
-        peak, how = peaks[-1]["peak"], f"one step of {peaks[-1]['seconds']:.0f} s"
-        if len(depths) == 2:
-            per_layer = (peaks[1]["peak"] - peaks[0]["peak"]) / (depths[1] - depths[0])
-            peak = peaks[1]["peak"] + per_layer * (layers - depths[1])
-            how = f"the line through {depths[0]} and {depths[1]} of {layers} layers"
-        print(
-            f"| {described(case | {'rows': rows})} | {limit} | {estimate['predicted'] / 1e9:.2f} "
-            f"| {peak / 1e9:.2f} | {how} |",
-            flush=True,
-        )
+        try:
+            found += _real_size(case.copy())
+        except Failed as failed:
+            found.append(_failed(case | {"rows": case.get("most", 4)}, failed, 3))
     return found
 
 
+def _real_size(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """Print a row. Raises Failed."""
+    layers = CONFIGS[case["model"]]["num_hidden_layers"]
+    limit, depths, most = case.pop("limit"), case.pop("depths", [layers]), case.pop("most", 4)
+    for rows in [rows for rows in (4, 2, 1) if rows <= most]:
+        estimate = run(case | {"rows": rows, "predict_only": True})
+        if estimate["predicted"] <= limit * 1e9:
+            break
+    steps = 2 if case["backend"] == "torch" else 1
+    peaks = [run(case | {"rows": rows, "layers": depth, "steps": steps}) for depth in depths]
+    peak, how = peaks[-1]["peak"], f"one step of {peaks[-1]['seconds']:.0f} s"
+    if len(depths) == 2:
+        per_layer = (peaks[1]["peak"] - peaks[0]["peak"]) / (depths[1] - depths[0])
+        peak = peaks[1]["peak"] + per_layer * (layers - depths[1])
+        how = f"the line through {depths[0]} and {depths[1]} of {layers} layers"
+    print(
+        f"| {described(case | {'rows': rows})} | {limit} | {estimate['predicted'] / 1e9:.2f} "
+        f"| {peak / 1e9:.2f} | {how} |",
+        flush=True,
+    )
+    return peaks
+
+
+class Failed(Exception):
+    """A configuration that could not be measured, by its fault."""
+
+
+def _failed(case: dict[str, Any], failed: Failed, columns: int) -> dict[str, Any]:
+    print(f"| {described(case)} |{' |' * columns} failed: {str(failed).replace('|', '/')} |", flush=True)
+    return {"case": case, "fault": str(failed)}
+
+
 def run(case: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own. Raises Failed."""
     command = [sys.executable, "-m", "benchmarks.one_step", json.dumps(case)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{case}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        print(done.stderr[-2000:], file=sys.stderr)
+        lines = (done.stderr.strip() or f"status {done.returncode}").splitlines()
+        raise Failed(next((line for line in reversed(lines) if "Error" in line), lines[-1]))
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _run_here(case: dict[str, Any]) -> dict[str, Any]:
+    """Raises Failed."""
+    try:
+        return measure(case)
+    except (UserError, RuntimeError) as error:
+        raise Failed(first_line(error)) from error
 
 
 def described(case: dict[str, Any]) -> str:
@@ -181,7 +211,11 @@ def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     print(f"| {' | '.join(names)} |\n|{' --- |' * len(names)}")
     found = []
     for case in cases:
-        result = (measure if case.get("device") == "cuda" else run)(case | {"steps": 3})
+        try:
+            result = (_run_here if case.get("device") == "cuda" else run)(case | {"steps": 3})
+        except Failed as failed:
+            found.append(_failed(case, failed, len(names) - 2))
+            continue
         found.append(result)
         parts = {name: size for name, size in result["parts"].items() if name != "weights"}
         name = max(parts, key=lambda part: parts[part])
@@ -209,10 +243,13 @@ def main() -> None:
         if arguments.device == "gpu":
             cases = [case | {"device": "gpu", "precision": "bf16"} for case in CASES if case["backend"] == "mlx"]
         found = table([case for case in cases if arguments.only in described(case)])
-        worst = max(abs(result["predicted"] / result["peak"] - 1) for result in found)
-        print(f"\n{len(found)} configurations, the worst {worst:.1%} away")
+        measured = [result for result in found if "fault" not in result]
+        worst = max((abs(result["predicted"] / result["peak"] - 1) for result in measured), default=0.0)
+        print(f"\n{len(measured)} of {len(found)} configurations measured, the worst {worst:.1%} away")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+    if any("fault" in result for result in found):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

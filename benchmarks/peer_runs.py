@@ -41,6 +41,7 @@ RUN_ON = {
     "gpu": ("twintune-mlx", "mlx_lm.lora"),
     "cpu": tuple(peer for peer in PEERS if "unsloth" not in peer),
 }
+QUANTIZED = ("twintune-torch", "twintune-lean", "unsloth", "unsloth-lean")  # that take --quantization
 
 
 def environment(peer: str, device: str) -> str:
@@ -80,8 +81,9 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options += ["--device", job["device"]]
     options += ["--precision", job["precision"]] if job["peer"] != "twintune-mlx" else []
     options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
+    options += ["--quantization", "4bit"] if job["quantization"] == "nf4" else []
     command = [sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options]
-    _, peak = run(command, **_cold(output))
+    _, peak = run(command, TWINTUNE_LEARN_MEMORY="0", **_cold(output))  # nothing of this machine's other runs
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {

@@ -4,18 +4,17 @@
     python -m benchmarks.peers --data wikisql.jsonl --model google/gemma-3-270m
 
 Each peer has an environment of its own in the user's cache, made once. Everyone sees the same rows once, in steps of
-the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps but the
-first, which warms up; steady: over the second half of the steps. peak: the resident set of the whole process, as the
-system counts it for everyone. The validation loss after equal data is computed by Twintune for every adapter alike;
-exits with status 1 where Twintune's is worse than a peer's by more than 0.01. `twintune-lean` is the torch backend with
-gradient checkpointing.
+the same size; runs go in turn, A B C A B C. tokens/s: real tokens of those rows over the time of all steps; after the
+first: of all steps but that one, which warms up; steady: of the second half of the steps. peak: the resident set of the
+whole process, as the system counts it for everyone. The validation loss after equal data is computed by Twintune for
+every adapter alike; exits with status 1 where Twintune's is worse than a peer's by more than 0.01. `twintune-lean` is
+the torch backend with gradient checkpointing.
 
     python -m benchmarks.peers --device cuda --peers twintune-torch trl trl-best unsloth
 
     python -m benchmarks.peers --device gpu --steps 200 --batch 8   # MLX's GPU: Twintune and mlx_lm.lora
 
-On a GPU the peak is what the framework's allocator had given out at the most. MLX begins without compiled kernels,
-and its first step counts.
+On a GPU the peak is what the framework's allocator had given out at the most. MLX begins without compiled kernels.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from typing import Any
 
 import torch_backend
 from benchmarks.one_step import recipe_of
-from benchmarks.peer_runs import PEERS, ROOT, RUN_ON, RUNNERS, environment
+from benchmarks.peer_runs import PEERS, QUANTIZED, ROOT, RUN_ON, RUNNERS, environment
 from common.data.batching import micro_batches
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
 from common.data.encode_rows import encode_parts
@@ -95,9 +94,14 @@ def main() -> None:
         choices=["fp32", "bf16"],
         help="of Twintune on torch and of trl-best; as a rule what the device computes fastest",
     )
+    parser.add_argument("--quantization", choices=["none", "nf4"], default="none", help="of Twintune on torch, Unsloth")
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
     arguments.peers = arguments.peers or list(RUN_ON[arguments.device])
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2, because the first one is slower.")
+    if arguments.quantization != "none" and (others := {*arguments.peers} - {*QUANTIZED}):
+        parser.error(f"--quantization is for --peers {' '.join(QUANTIZED)} alone, not {', '.join(sorted(others))}.")
     torch_device = arguments.device if arguments.device != "gpu" else "cpu"  # of the validation losses
     arguments.precision = arguments.precision or torch_backend.choose_precision("auto", torch_device).value
     pythons = {peer: environment(peer, arguments.device) for peer in arguments.peers}
@@ -143,29 +147,29 @@ def machine(device: str) -> str:
 def report(arguments: argparse.Namespace, results: dict[str, list[dict[str, Any]]], tokens: int, labels: int) -> None:
     figures = {}
     for peer, runs in results.items():
-        skipped = 0 if arguments.device == "gpu" else 1
-        speed, steady = (
-            statistics.median(speed_of(tokens, r["seconds"], first) for r in runs)
-            for first in (skipped, len(runs[0]["seconds"]) // 2)
-        )
-        step = statistics.median(second for r in runs for second in r["seconds"][skipped:])
-        figures[peer] = (speed, steady, step, statistics.median(r["peak"] for r in runs), runs[0]["loss"])
-    base = figures[arguments.peers[0]]
+        halfway = len(runs[0]["seconds"]) // 2
+        speeds = [statistics.median(speed_of(tokens, r["seconds"], first) for r in runs) for first in (0, 1, halfway)]
+        step = statistics.median(second for r in runs for second in r["seconds"][1:])
+        figures[peer] = (speeds, step, statistics.median(r["peak"] for r in runs), runs[0]["loss"])
+    first = arguments.peers[0]
+    base_speeds, _, base_peak, _ = figures[first]
     print(
         f"{arguments.model}, {Path(arguments.data).name}: {arguments.steps} steps of {arguments.batch} rows, "
         f"{tokens} tokens, {labels} of them labels; rank {arguments.rank}; "
-        f"Twintune on torch and trl-best in {arguments.precision}; {arguments.rounds} rounds in turn. "
-        f"{machine(arguments.device)}\n"
+        f"Twintune on torch and trl-best in {arguments.precision}, quantization {arguments.quantization}; "
+        f"{arguments.rounds} rounds in turn. {machine(arguments.device)}\n"
     )
-    first = arguments.peers[0]
     print(
-        f"| | tokens/s | {first} is faster by | steady | by | median step | peak memory | its share of it | "
-        "validation loss |"
+        f"| | tokens/s | {first} is faster by | after the first step | by | steady | by | median step | peak memory "
+        "| its share of it | validation loss |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for peer, (speed, steady, step, peak, loss) in figures.items():
-        speeds = f"{speed:.1f} | {base[0] / speed:.2f}x | {steady:.1f} | {base[1] / steady:.2f}x"
-        print(f"| {peer} | {speeds} | {step:.3f} s | {peak / 1e9:.2f} GB | {base[3] / peak:.2f} | {loss:.4f} |")
+    print(f"|{' --- |' * 11}")
+    for peer, (speeds, step, peak, loss) in figures.items():
+        compared = [f"{own:.1f} | {base / own:.2f}x" for own, base in zip(speeds, base_speeds, strict=True)]
+        print(
+            f"| {peer} | {' | '.join(compared)} | {step:.3f} s | {peak / 1e9:.2f} GB | {base_peak / peak:.2f} "
+            f"| {loss:.4f} |"
+        )
     if arguments.json:
         content = {"arguments": {k: str(v) for k, v in vars(arguments).items()}, "tokens": tokens, "runs": results}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,8 +1,13 @@
-"""A model of a real size with random weights, for memory and speed: what these depend on is its config alone."""
+"""A model of a real size with random weights, for memory and speed: what these depend on is its config alone.
 
+python -m benchmarks.random_model qwen3-4b    # writes it, with SmolLM2's tokenizer, whose ids all of them know
+"""
+
+import argparse
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from common.models.families import architecture_alone
+from common.models.resolve import resolve
 from common.models.shapes import tensor_shapes
 from common.presets import published_configs
 from common.system.cache import cache_folder
@@ -44,11 +50,17 @@ def _cut(config: dict[str, Any], layers: int) -> dict[str, Any]:
     return config | {key: value for key, value in cut.items() if key in config or key == "num_hidden_layers"}
 
 
+def folder_of(name: str, layers: int | None = None, dtype: str = "bfloat16", vocabulary: int | None = None) -> Path:
+    """Where `random_model` writes."""
+    depth, size = layers or CONFIGS[name]["num_hidden_layers"], vocabulary or CONFIGS[name]["vocab_size"]
+    return cache_folder() / "random-models" / f"{name}-{depth}-{size}-{dtype}"
+
+
 def random_model(name: str, layers: int | None = None, dtype: str = "bfloat16", vocabulary: int | None = None) -> Path:
     """A folder in the user's cache with `name`'s config, `layers` deep; written once, tensor by tensor."""
     config = _cut(CONFIGS[name], layers or CONFIGS[name]["num_hidden_layers"])
     config["vocab_size"] = vocabulary or config["vocab_size"]
-    folder = cache_folder() / "random-models" / f"{name}-{config['num_hidden_layers']}-{config['vocab_size']}-{dtype}"
+    folder = folder_of(name, layers, dtype, vocabulary)
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,3 +82,17 @@ def random_model(name: str, layers: int | None = None, dtype: str = "bfloat16", 
                 file.write(tile[: min(left, len(tile))].tobytes())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}, indent=2) + "\n")
     return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(CONFIGS))
+    folder = random_model(parser.parse_args().model)
+    source = resolve("HuggingFaceTB/SmolLM2-135M-Instruct", print).path
+    for file in (*source.glob("tokenizer*"), *source.glob("*.jinja"), *source.glob("*tokens*.json")):
+        shutil.copyfile(file, folder / file.name)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peer_runs import ROOT
+from common.llama_cpp.install import which
+from common.system.cache import cache_folder
 from common.system.environment import environment
 from common.system.hardware import nvidia_gpus
 from common.system.memory import swap_used
@@ -35,12 +37,19 @@ def _commit() -> str:
     return branch.read_text(encoding="utf-8").strip() if branch.is_file() else name
 
 
-def run_stages(stages: Stages, out: Path, hidden: dict[str, str], minutes: float = float("inf")) -> None:
-    """Run every command, and write what is known to `out` after each stage; one that fails does not stop the others.
+def hidden_paths() -> dict[str, str]:
+    """Paths that name a user or say how a machine is arranged, and what is written for them."""
+    cmake = {path: "cmake" for path in [which("cmake")] if path}
+    return {str(cache_folder()): "CACHE", str(ROOT): "CHECKOUT", str(Path.home()): "~"} | cmake
 
-    hidden: words that must not stand in the report, and what is written for them. minutes: no command begins after
-    them, and none runs on.
+
+def run_stages(stages: Stages, out: Path, hidden: dict[str, str], minutes: float = float("inf")) -> bool:
+    """Run every command, and write what is known to `out` after each stage. Returns whether none failed.
+
+    One that fails does not stop the others; one that the time does not allow has not failed. hidden: words that must
+    not stand in the report, and what is written for them. minutes: no command begins after them, and none runs on.
     """
+    good = True
     ends = time.monotonic() + 60 * minutes
     report: dict[str, Any] = {"machine": facts(), "stages": {}}
     for name, commands in stages.items():
@@ -48,12 +57,14 @@ def run_stages(stages: Stages, out: Path, hidden: dict[str, str], minutes: float
         done = [_run(command, ends - time.monotonic()) for command in commands]
         for result in done:
             print(f"    {'FAILED' if result['status'] else 'ok'} in {result['seconds']} s", flush=True)
+            good = good and (result["status"] == 0 or isinstance(result["status"], str))
         report["stages"][name] = done
-        text = json.dumps(report, indent=2) + "\n"
-        for word, instead in hidden.items():
-            text = text.replace(word, instead)
+        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+        for word in sorted(hidden, key=len, reverse=True):  # the cache is within the home folder
+            text = text.replace(word, hidden[word])
         out.write_text(text, encoding="utf-8")
     print(f"Written: {out}")
+    return good
 
 
 def _run(arguments: list[str], seconds: float) -> dict[str, Any]:
@@ -80,6 +91,7 @@ def _within(seconds: float, arguments: list[str]) -> tuple[int | None, str]:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        env=os.environ | {"COLUMNS": "200"},  # or tables would break paths in two, which could not be hidden
         start_new_session=True,
     ) as process:
         try:

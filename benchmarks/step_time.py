@@ -1,39 +1,76 @@
-"""Where a step's time goes on torch, beside the machine's own product rate in the same run.
+"""Where a step's time goes on torch, beside the device's own product rate in the same run.
 
-python -m benchmarks.step_time --data rows.jsonl [--model MODEL]
+python -m benchmarks.step_time --data rows.jsonl [--model MODEL] [--device cuda] [--precision bf16]
 """
 
 import argparse
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 from benchmarks.one_step import recipe_of
+from common.backend import Batch
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.encode_rows import encode_parts
 from common.data.load import read_rows
+from common.memory_terms import ModelDims
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
 from common.training.memory_estimate import model_dims
 from torch_backend.backend import TorchBackend
+from torch_backend.memory_terms import loss_chunk
 
 ROOT = Path(__file__).resolve().parent.parent
+_MEASURED = range(2, 6)  # steps
 
 
-def peak_rate(rows: int, hidden: int, inner: int) -> float:
-    """FLOP/s of the model's largest product in float32, the best of five runs."""
-    x, weight = torch.randn(rows, hidden), torch.randn(inner, hidden)
+def peak_rate(rows: int, hidden: int, inner: int, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the model's largest product, the best of five runs."""
+    x, weight = (torch.randn(size, hidden, device=device, dtype=dtype) for size in (rows, inner))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(6 if device == "cpu" else 50):  # a GPU raises its clock first
         started = time.perf_counter()
         for _ in range(10):
-            x @ weight.T
+            found = x @ weight.T
+        float(found[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - started)
     return 10 * 2 * rows * hidden * inner / best
+
+
+def step_flops(sizes: ModelDims, lengths: list[int]) -> float:
+    """4 x parameters x tokens, and what attention computes: of a frozen model, forward and backward.
+
+    Attention's two products of each pair of tokens are four operations a value, and its backward pass takes twice as
+    many as the forward pass.
+    """
+    pairs = 0.0
+    for window in sizes.windows or (None,) * sizes.layers:
+        for length in lengths:
+            seen = min(length, window or length)
+            pairs += length * seen - seen**2 / 2
+    return 4.0 * (sizes.linear + sizes.other) * sum(lengths) + 3 * 4 * sizes.queries * pairs
+
+
+def profile(backend: TorchBackend, batches: list[Batch], device: str) -> None:
+    """Print what a step's time goes into: by operation on a CPU, by kernel on a GPU."""
+    activities = torch.profiler.ProfilerActivity
+    activity, counted = (
+        (activities.CPU, "self_cpu_time_total") if device == "cpu" else (activities.CUDA, "self_device_time_total")
+    )
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        float(backend.train_step(batches, 1e-4, 6).loss_sum)
+    events = {event.key: getattr(event, counted) for event in profiler.key_averages()}
+    total = sum(events.values())
+    if device == "cpu":
+        products = sum(events.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
+        print(f"share of a step's time in all products: {products / total:.0%}; then:")
+    for name, microseconds in sorted(events.items(), key=lambda item: -item[1])[:12]:
+        print(f"  {name[:50]:50} {microseconds / total:6.1%}")
 
 
 def main() -> None:
@@ -41,40 +78,43 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", default=str(ROOT / "examples" / "data" / "train.jsonl"))
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     arguments = parser.parse_args()
+    device, dtype = arguments.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = resolve(arguments.model, print)
-    recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": "fp32"})
+    recipe = recipe_of({"rows": arguments.batch, "width": 1023, "precision": arguments.precision})
     encoder = Encoder(load_tokenizer(model.path, None), MaskingOptions())
     (rows,), _ = encode_parts([read_rows(Path(arguments.data))], encoder, "error")
-    shapes = linear_shapes(model, ["all-linear"])
+    shapes, sizes = linear_shapes(model, ["all-linear"]), model_dims(model.config)
+    rate = peak_rate(800 if device == "cpu" else 8192, sizes.hidden, sizes.inner, device, dtype)
     backend = TorchBackend()
-    plan = Plan(backend="torch", device="cpu", micro_batch_tokens=2048, save_every=1)
+    chunk = loss_chunk(sizes.vocabulary, device)
+    plan = Plan(backend="torch", device=device, micro_batch_tokens=2048, loss_chunk=chunk, save_every=1)
     backend.load(recipe, plan, model.path, initial_adapter(shapes, layer_count(shapes), recipe))
-    sizes = model_dims(model.config)
-    rate = peak_rate(800, sizes.hidden, sizes.inner)
+    steps = {n: [rows[i] for i in step_rows(len(rows), arguments.batch, 0, n)] for n in range(1, 7)}
+    batches = {n: micro_batches(chosen, 2048, device) for n, chosen in steps.items()}
+    backend.expect(lambda: Counter({batch.shape: 100 for step in batches.values() for batch in step}))
 
-    def step(number: int) -> tuple[int, int]:
-        chosen = [rows[i] for i in step_rows(len(rows), arguments.batch, 0, number)]
-        result = backend.train_step(micro_batches(chosen, 2048), 1e-4, number)
-        return result.tokens, result.label_tokens
+    def run(number: int) -> int:
+        result = backend.train_step(batches[number], 1e-4, number)
+        float(result.loss_sum)  # waits for the device
+        return result.label_tokens
 
-    step(1)
+    for number in [1] if device == "cpu" else [*batches] * 2:  # until all CUDA graphs are recorded
+        run(number)
     started = time.perf_counter()
-    counts = [step(number) for number in range(2, 6)]
+    labels = sum(map(run, _MEASURED))
     seconds = time.perf_counter() - started
-    tokens, labels = (sum(column) for column in zip(*counts, strict=True))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(6)
-    events = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    total = sum(events.values())
-    products = sum(events.get(name, 0) for name in ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"))
+    lengths = [len(row.ids) - 1 for number in _MEASURED for row in steps[number]]
+    tokens = sum(lengths)
     # forward, and the gradient of the input: four operations a weight; the head's at labels only
     work = 4 * sizes.linear * tokens + 4 * sizes.vocabulary * sizes.hidden * labels
+    flops = step_flops(sizes, lengths)
     print(f"{tokens / seconds:.1f} tokens/s, {labels / seconds:.1f} label tokens/s")
     print(f"the base's products: {work / seconds / 1e9:.0f} of {rate / 1e9:.0f} GFLOP/s ({work / seconds / rate:.0%})")
-    print(f"share of a step's time in all products: {products / total:.0%}; then:")
-    for name, microseconds in sorted(events.items(), key=lambda item: -item[1])[:12]:
-        print(f"  {name:50} {microseconds / total:6.1%}")
+    print(f"utilization, by 4 x parameters x tokens and attention: {flops / seconds / rate:.0%} of that rate")
+    profile(backend, batches[6], device)
 
 
 if __name__ == "__main__":

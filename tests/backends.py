@@ -28,6 +28,7 @@ from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop
 
 DEVICE = os.environ.get("TWINTUNE_TEST_DEVICE", "cpu")  # cuda: for tests/torch on a machine with an NVIDIA GPU
+MLX_DEVICE = os.environ.get("TWINTUNE_TEST_MLX_DEVICE", DEVICE)  # gpu: for tests/mlx and tests/parity on a Mac
 # How far adapters may be apart under 20 steps, and 1e-3 from then on. AdamW's first steps are of one size whatever the
 # gradient, so an entry whose gradient is rounding differs by whole steps.
 FIRST_STEPS = 2e-2
@@ -75,7 +76,8 @@ def make_recipe(folder: Path, **changes) -> Recipe:
 
 
 def make_plan(name: str, **changes) -> Plan:
-    return Plan(**({"backend": name, "device": DEVICE, "micro_batch_tokens": 300, "save_every": 3} | changes))
+    device = MLX_DEVICE if name == "mlx" else DEVICE
+    return Plan(**({"backend": name, "device": device, "micro_batch_tokens": 300, "save_every": 3} | changes))
 
 
 def create(name: str) -> Backend:

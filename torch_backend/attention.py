@@ -1,7 +1,9 @@
 """Attention over packed rows of unequal length: padding exists inside it only, nowhere else."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -149,6 +151,11 @@ def _flash(
     """[1, heads, tokens, d] -> [1, tokens, heads, d], without padding or mask (Dao 2023, FlashAttention-2)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    options: dict[str, Any] = {}
+    if query.shape[1] != key.shape[1] and _takes_groups(varlen_attn):
+        options["enable_gqa"] = True
+    elif (repeats := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]
     return varlen_attn(
         *flat,
@@ -158,8 +165,14 @@ def _flash(
         rows.width,
         scale=scaling,
         window_size=((window or 0) - 1, 0),  # tokens before and after; the token itself counts to a window; -1: all
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )[None]
+
+
+@cache
+def _takes_groups(kernel: Callable[..., torch.Tensor]) -> bool:
+    """Whether it can be told of fewer key heads; torch 2.11's cannot."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _mask(length: int, window: int | None, query: torch.Tensor, rows: RaggedRows | None) -> torch.Tensor:

@@ -28,9 +28,9 @@ from common.models.families import forward_config, is_known
 from common.models.model_folder import ModelFolder
 from common.recipe import Plan, Recipe
 from common.sampling import Sampler, generate_tokens
-from torch_backend.cuda_graphs import Graphs, Layout, can_graph
+from torch_backend.cuda_graphs import Graphs, can_graph
 from torch_backend.device_errors import device_errors
-from torch_backend.device_settings import DeviceSettings, empty_cache
+from torch_backend.device_settings import DeviceSettings
 from torch_backend.experts import counted
 from torch_backend.forward import Forward, PackedForward, PlainForward
 from torch_backend.group import sum_over_ranks
@@ -39,7 +39,7 @@ from torch_backend.layers import mlp_of
 from torch_backend.lora import set_arrays
 from torch_backend.loss import PackedBatch, loss_of
 from torch_backend.mlp import recomputing
-from torch_backend.model import import_libraries, load_model
+from torch_backend.model import check_checkpointing, import_libraries, load_model
 from torch_backend.optimizer import MOMENTS, Optimizer, to_numpy
 from torch_backend.quantize import dequantized
 from torch_backend.shards import together
@@ -97,7 +97,7 @@ class TorchBackend:
             )
             self.outer.to(self.device)
         graphed = self.forward.flash and can_graph(self.model, recipe.method, recipe.dropout, recipe.quantization)
-        self.graphed = graphed and not plan.sharded
+        self.graphs = Graphs(self._micro_step, self.device) if graphed and not plan.sharded else None
         self.apply_plan(plan)
         with device_errors():
             self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
@@ -123,16 +123,17 @@ class TorchBackend:
                 return compute()
         except OutOfMemory:
             if self.graphs is not None:
-                self.graphs = Graphs(self._micro_step, self.device)
-                empty_cache()
+                self.graphs.drop()
             if not held:
                 raise
         return self._with_memory(compute)
 
     def apply_plan(self, plan: Plan) -> None:
         self.plan = plan
-        self.graphs = Graphs(self._micro_step, self.device) if self.graphed else None
+        if self.graphs is not None:
+            self.graphs.drop()
         if plan.gradient_checkpointing:
+            check_checkpointing(self.model)
             settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": bool(self.recipe.dropout)}
             if self.known:
                 settings["context_fn"] = lambda: (nullcontext(), recomputing())
@@ -149,7 +150,8 @@ class TorchBackend:
             malloc_trim()
 
     def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
-        """Nothing is chosen by them."""
+        if self.graphs is not None:
+            self.graphs.expect(shapes())
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
         padded = self.accumulate(micro_batches, weight_sum(micro_batches), step)
@@ -199,7 +201,7 @@ class TorchBackend:
         return self.total.clone(), norm
 
     def _padded_tokens(self, batch: Batch) -> int:
-        return self.forward.padded_tokens(batch) if self.graphs is None else Layout.of(batch).tokens
+        return self.forward.padded_tokens(batch) if self.graphs is None else self.graphs.layout(batch).tokens
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         return self._computed(lambda: self.forward.loss(batch, self.plan.loss_chunk))
@@ -221,7 +223,7 @@ class TorchBackend:
         self.outer.eval()
         self.settings.adapt_threads()
         loss = self._with_memory(lambda: self._loss(batch))
-        return StepResult.of([batch], loss, 0.0, self._padded_tokens(batch))
+        return StepResult.of([batch], loss, 0.0, self.forward.padded_tokens(batch))
 
     def get_adapter(self) -> Adapter:
         arrays = self._arrays(self.parameters.__getitem__)

@@ -1,12 +1,13 @@
-"""A micro-batch's forward and backward pass as one CUDA graph, recorded once for every rounded shape.
+"""A micro-batch's forward and backward pass as one CUDA graph, recorded once for each of at most eight sizes.
 
 On a small model a GPU waits for the program that starts its kernels: some 200 a layer. A graph starts them all at
 once. Its shapes and addresses are fixed, so a micro-batch is copied into memory that stays, its sizes rounded up. The
 tokens that are added are a row of their own without labels; labels that are added weigh 0, and change no loss.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,15 @@ import torch
 
 from common.backend import Batch
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
+from common.memory_terms import MicroBatchShape
 from torch_backend.attention import RaggedRows
+from torch_backend.device_settings import empty_cache
 from torch_backend.loss import PackedBatch
 
-_KEPT = 64  # graphs at the most; the least recently used one is dropped
+_MOST = 8  # layouts of a run
+_RECORDING = 4000  # tokens trained while a graph is recorded: on an H200 10,000 of SmolLM2-135M, of larger models fewer
+_COSTS = np.array([1.0, 0.5, 64.0])  # of one more token, label and row, in tokens
+_KEPT = 64  # graphs of a run whose sizes are not known before; the least recently used one is dropped
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,21 @@ class Layout:
     tokens: int
     labels: int
     rows: int
-    width: int  # tokens of the longest row
+    width: int  # tokens of the longest row, or of the row of added ones
 
     @staticmethod
-    def of(batch: Batch, width: int = 0) -> "Layout":
-        """The layout for `batch`, its width no less than `width`; batches of varied rows have few different ones.
+    def of(own: MicroBatchShape, width: int = 0) -> "Layout":
+        """Its sizes rounded up, the width no less than `width`; batches of varied rows have few different ones.
 
         Rows that are added cost attention's backward pass some of the processors; a larger width costs nothing.
         """
-        tokens = rounded(batch.tokens, *TOKEN_STEPS)
-        widest = max(int(batch.lengths.max()), tokens - batch.tokens, width)
-        labels, rows = rounded(batch.label_tokens, *LABEL_STEPS), rounded(len(batch.lengths), 8, 1)
-        return Layout(tokens, labels, rows, rounded(widest, 512, 1))
+        tokens = rounded(own.tokens, *TOKEN_STEPS)
+        labels, rows = rounded(own.labels, *LABEL_STEPS), rounded(own.rows, 8, 1)
+        return Layout(tokens, labels, rows, rounded(max(own.width, tokens - own.tokens, width), 512, 1))
+
+    def holds(self, own: MicroBatchShape) -> bool:
+        fits = own.tokens <= self.tokens and own.labels <= self.labels and own.rows <= self.rows
+        return fits and max(own.width, self.tokens - own.tokens) <= self.width
 
     def sizes(self) -> tuple[int, ...]:
         """Of `PackedBatch`'s arrays, in order; the last is cu_seqlens, with a row for the added tokens."""
@@ -72,22 +81,75 @@ def _padded(array: np.ndarray, size: int, value: int) -> np.ndarray:
     return np.concatenate([array, np.full(size - len(array), value)])
 
 
+def choose_layouts(shapes: Counter[MicroBatchShape]) -> list[Layout]:
+    """At most eight layouts that hold all of a run's micro-batches, those first that hold most; all have one width.
+
+    shapes: how many micro-batches have which. Again and again the two layouts are joined whose padding then costs
+    least: until there are few enough, and as long as it costs less than recording one more.
+    """
+    counts = Counter[Layout]()
+    for own, count in shapes.items():
+        counts[replace(Layout.of(own), width=0)] += count
+    sizes = np.array([(layout.tokens, layout.labels, layout.rows) for layout in counts]).reshape(-1, 3)
+    number = np.array([*counts.values()], float)
+    while len(sizes) > 1:
+        joined = np.maximum(sizes[:, None], sizes)  # [N, N, 3]
+        more = number[:, None] * ((joined - sizes[:, None]) @ _COSTS)
+        more += more.T
+        np.fill_diagonal(more, np.inf)
+        one, other = np.unravel_index(np.argmin(more), more.shape)
+        if len(sizes) <= _MOST and more[one, other] > _RECORDING:
+            break
+        sizes[one], number[one] = joined[one, other], number[one] + number[other]
+        sizes, number = np.delete(sizes, other, 0), np.delete(number, other)
+    any_width = int(sizes[:, 0].max(initial=0))
+    ordered = sizes[np.argsort(-number, kind="stable")].tolist()
+    layouts = [Layout(tokens, labels, rows, any_width) for tokens, labels, rows in ordered]
+    width = max((max(own.width, layout_for(own, layouts).tokens - own.tokens) for own in shapes), default=0)
+    return [replace(layout, width=rounded(width, 512, 1)) for layout in layouts]
+
+
+def layout_for(own: MicroBatchShape, layouts: Sequence[Layout], width: int = 0) -> Layout:
+    """The layout that holds the micro-batch at the least cost; where none does, its own sizes rounded."""
+    fitting = [layout for layout in layouts if layout.holds(own)]
+    cost = {layout: float(_COSTS @ (layout.tokens, layout.labels, layout.rows)) for layout in fitting}
+    return min(fitting, key=cost.__getitem__) if fitting else Layout.of(own, width)
+
+
 class Graphs:
-    """`run(batch)`: what `step(packed)` does, which may allocate but must not wait for the device."""
+    """`run(batch)`: what `step(packed)` does, which may allocate but must not wait for the device.
+
+    layouts: of the graphs, where they are known before; what fits none of them runs without a graph.
+    """
 
     def __init__(self, step: Callable[[PackedBatch], None], device: torch.device) -> None:
         self.step, self.device = step, device
+        self.layouts: Sequence[Layout] = ()
+        self.drop()
+
+    def expect(self, shapes: Counter[MicroBatchShape]) -> None:
+        """shapes: of the micro-batches to come, and how many there are of each."""
+        self.drop()
+        self.layouts = choose_layouts(shapes)
+
+    def drop(self) -> None:
+        """Drop all graphs, and the memory that only they can use."""
         self.graphs: dict[Layout, tuple[torch.Tensor, Any]] = {}
         self.pool: Any = None
         self.width = 0  # of the widest so far: a graph of another width would be recorded for nothing
+        empty_cache()
+
+    def layout(self, batch: Batch) -> Layout:
+        return layout_for(batch.shape, self.layouts, self.width)
 
     def run(self, batch: Batch) -> None:
-        layout = Layout.of(batch, self.width)
+        layout = self.layout(batch)
         self.width = layout.width
         array = torch.from_numpy(layout.pack(batch)).pin_memory()
-        if self.pool is None:  # the first goes without a graph: libraries set up what they need, which no graph may do
+        unexpected = bool(self.layouts) and layout not in self.layouts
+        if unexpected or self.pool is None:  # the first lets libraries set up what they need, which no graph may do
             self.step(layout.unpack(array.to(self.device, non_blocking=True)))
-            self.pool = torch.cuda.graph_pool_handle()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
             return
         if layout not in self.graphs and len(self.graphs) == _KEPT:
             del self.graphs[next(iter(self.graphs))]

@@ -144,6 +144,15 @@ def _read_config(base: ModelFolder) -> Any:
     return config
 
 
+def check_checkpointing(model: Any) -> None:
+    """UserError where transformers' code of the model cannot compute its layers a second time."""
+    if not model.supports_gradient_checkpointing:
+        raise UserError(
+            f"transformers has no gradient checkpointing for {type(model).__name__}.",
+            "Use --gradient-checkpointing false and a lower --micro-batch-tokens.",
+        )
+
+
 def plain_layers(base: ModelFolder) -> dict[str, tuple[int, int]]:
     """See `common.backend_package.BackendPackage`."""
     from transformers import AutoModelForCausalLM

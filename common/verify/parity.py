@@ -127,10 +127,10 @@ def loaded(
     """`(a backend, its recipe of `steps` steps, the seeded adapter)`, in float32. Raises UserError."""
     shapes = linear_shapes(ModelFolder(folder), [*targets])
     recipe = _recipe(folder, max(steps, 1), target_names(shapes))
-    plan: dict[str, Any] = {"backend": name, "device": backends(name).choose_device("auto").value}
+    plan = Plan(backend=name, device="cpu", micro_batch_tokens=1024, save_every=max(steps, 1))  # type: ignore[arg-type]
     backend = backends(name).create()
     start = initial_adapter(shapes, layer_count(shapes), recipe)
-    backend.load(recipe, Plan(**plan, micro_batch_tokens=1024, save_every=max(steps, 1)), folder, start)
+    backend.load(recipe, plan.on(backends(name).choose_device("auto").value), folder, start)
     try:
         yield backend, recipe, start
     finally:

@@ -1,13 +1,16 @@
 """`doctor --parity`: two backends side by side, or one against the record that is kept with the project."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import mlx_backend
 import torch_backend
+from common.backend_package import Choice
 from common.errors import UserError
 from common.verify import parity
-from common.verify.tiny_models import TINY
+from common.verify.tiny_models import TINY, write_tiny
 from tests.contexts import context
 
 
@@ -50,6 +53,17 @@ def test_a_backend_that_computes_otherwise_is_told(capsys, monkeypatch):
     assert not parity.parity("llama", context("plain"))
     table = found(capsys)
     assert (table["logits"][2], table["step losses"][2]) == ("yes", "NO")
+
+
+def test_a_named_gpu_is_computed_on(monkeypatch, tmp_path):
+    """As of several NVIDIA GPUs the freest one is chosen."""
+    loaded = []
+    backend = SimpleNamespace(load=lambda recipe, plan, *rest: loaded.append(plan), close=lambda: None)
+    here = context(create=lambda: backend)
+    monkeypatch.setattr(torch_backend, "choose_device", lambda wanted: Choice("cuda:1", "the freest"))
+    with parity.loaded("torch", here.backends, write_tiny(tmp_path, "llama"), ["all-linear"]):
+        pass
+    assert [plan.device_name for plan in loaded] == ["cuda:1"]
 
 
 def test_without_a_backend_nothing_is_checked(monkeypatch):

@@ -1,5 +1,8 @@
 """Micro-batches padded for CUDA graphs and a CPU's bf16 products, and what is replayed on a GPU."""
 
+from collections import Counter
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,12 @@ from torch.nn import functional
 
 from common.backend import Batch, OutOfMemory
 from common.data.batching import make_batch, micro_batches, step_rows
+from common.memory_terms import MicroBatchShape as Shape
+from common.training.planner import Work
 from tests import backends
 from tests.tiny import write_family, write_rows
+from tests.unit.bigram import RECIPE
+from tests.unit.test_layouts import chat_rows, encoded
 from torch_backend import attention, cuda_graphs
 from torch_backend import forward as forward_module
 from torch_backend.cuda_graphs import Layout
@@ -48,7 +55,7 @@ def test_what_a_graph_is_padded_with_adds_nothing(model, rows, monkeypatch):
     for parameter in backend.parameters.values():
         parameter.data += 0.05 * torch.randn_like(parameter)
     batch = make_batch(backends.weighted(rows[:3]))
-    layout = Layout.of(batch)
+    layout = Layout.of(batch.shape)
     assert layout.tokens > batch.tokens
     assert layout.labels > batch.label_tokens
     assert layout.rows > 3
@@ -119,6 +126,60 @@ def test_the_first_micro_batch_warms_up_and_graphs_are_few(unrecorded, monkeypat
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("spread", [0.5, 1.0])
+def test_a_run_records_at_most_eight_graphs_and_pads_little(unrecorded, spread):
+    rows, recipe = chat_rows(400, spread), RECIPE.model_copy(update={"steps": 1000, "batch_size": 16})
+    shapes = Work.of(rows, recipe).shapes_of(1000, 4096, "cuda")
+    assert len({Layout.of(own) for own in shapes}) > 25
+    unrecorded.expect(shapes)
+    tokens = padded = 0
+    for step in range(1, 101):
+        chosen = [rows[i] for i in step_rows(len(rows), 16, recipe.seed, step)]
+        for batch in micro_batches(chosen, 4096, "cuda"):
+            unrecorded.run(batch)
+            tokens, padded = tokens + batch.tokens, padded + unrecorded.layout(batch).tokens
+    assert len(unrecorded.recorded) <= 8
+    assert len(unrecorded.stepped) == 1, "the first one alone runs without a graph"
+    assert padded < 1.2 * tokens
+    unrecorded.run(make_batch(encoded(np.full(40, 500))))
+    assert len(unrecorded.stepped) == 2, "nor does one that is larger than all that were expected"
+    assert len(unrecorded.recorded) <= 8
+
+
+def test_a_short_run_records_fewer_graphs():
+    few, many = Counter({Shape(8, 200, 1000, 400): 3, Shape(8, 400, 2000, 800): 3}), Counter[Shape]()
+    for own in few:
+        many[own] = 1000
+    assert cuda_graphs.choose_layouts(few) == [Layout(2048, 1024, 8, 2048)]
+    assert len(cuda_graphs.choose_layouts(many)) == 2
+    assert cuda_graphs.choose_layouts(Counter()) == []
+
+
+class Replayed(cuda_graphs.Graphs):
+    """Whose graphs compute again what they are recorded with."""
+
+    def _record(self, layout):
+        memory = torch.zeros(sum(layout.sizes()), dtype=torch.int64)
+        return memory, SimpleNamespace(replay=lambda: self.step(layout.unpack(memory)))
+
+
+@pytest.mark.cpu
+def test_padding_to_the_sizes_of_a_run_changes_no_loss(model, rows, unrecorded, monkeypatch):
+    monkeypatch.setattr(attention, "_flash", row_by_row)
+    recipe, losses = backends.make_recipe(model), []
+    for graphed in (True, False):
+        backend = backends.load("torch", model, recipe)
+        if graphed:
+            graphs = backend.graphs = Replayed(backend._micro_step, backend.device)
+            backend.expect(lambda: Work.of(rows, recipe).shapes_of(recipe.steps, 300, "cpu"))
+        losses.append(backends.run_steps(backend, recipe, rows, recipe.steps))
+        backend.close()
+    assert 0 < len(graphs.graphs) <= 8
+    assert len(graphs.layouts) <= 8
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("held", [False, True])
 def test_validation_is_tried_again_without_the_graphs_memory(model, rows, monkeypatch, held):
     backend = backends.load("torch", model, backends.make_recipe(model))
@@ -155,9 +216,10 @@ def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quanti
     monkeypatch.setattr(cuda_graphs.Graphs, "_record", lambda *a: recorded.append(1) or real(*a))
     for graphed in (True, True, False):
         backend = backends.load("torch", model, recipe, gradient_checkpointing=checkpointing)
-        assert backend.graphed
-        backend.graphed = graphed
-        backend.apply_plan(backend.plan)
+        assert backend.graphs is not None
+        backend.expect(lambda: Work.of(rows, recipe).shapes_of(8, 300, "cpu"))
+        if not graphed:
+            backend.graphs = None
         losses = []
         for step in range(1, 9):
             chosen = [rows[i] for i in step_rows(len(rows), 4, 0, step)]
@@ -165,7 +227,7 @@ def test_a_graph_computes_what_the_model_does(model, rows, checkpointing, quanti
             losses.append(float(result.loss_sum) / result.weight_sum)
         found.append((losses, backends.matrices(backend)))
         backend.close()
-    assert 0 < len(recorded) < 16, "graphs are few, and replayed"
+    assert 0 < len(recorded) <= 16, "at most eight in each of two runs"
     assert found[0][0] == found[1][0]
     assert backends.relative_difference(found[0][1], found[1][1]) == 0, "the same run twice, to the last bit"
     np.testing.assert_allclose(found[0][0], found[2][0], rtol=1e-2)
@@ -185,11 +247,11 @@ def test_out_of_memory_while_a_graph_is_recorded_is_told_and_the_step_can_be_don
         real(packed)
         torch.empty(2**50, device="cuda")
 
-    backend._micro_step = backend.graphs.step = fails
+    backend.graphs.step = fails
     with pytest.raises(OutOfMemory):
         backend.train_step(batches, 1e-3, 2)
     assert calls
-    backend._micro_step = real
+    backend.graphs.step = real
     backend.apply_plan(backend.plan)
     result = backend.train_step(batches, 1e-3, 2)
     assert np.isfinite(float(result.loss_sum))

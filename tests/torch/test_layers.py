@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.batching import make_batch
@@ -174,6 +175,29 @@ def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packe
         return attend(None, query, key, value, None, 0.3, rows, softcap, window)[0]
 
     compared(ours, eager, *((part, None) for part in (query, key, value)), dtype=dtype)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_kernel_that_takes_no_groups_gets_repeated_key_heads(monkeypatch, heads):
+    """torch 2.11's; newer ones are told of them."""
+
+    def newer(query, key, value, starts, ends, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert query.shape[1] == key.shape[1] or enable_gqa
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
+        return found[0].transpose(0, 1)
+
+    def older(query, key, value, starts, ends, max_q, max_k, *, scale, window_size):
+        return newer(query, key, value, starts, ends, max_q, max_k, scale=scale, window_size=window_size)
+
+    query, key, value = (torch.randn(1, n, 6, 8) for n in (heads, 2, 2))
+    rows = RaggedRows(1, 6, None, cu_seqlens(np.array([6]), torch.device("cpu")))
+    found = []
+    for kernel in (newer, older):
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        found.append(attend(None, query, key, value, None, 0.3, rows)[0])
+    torch.testing.assert_close(*found)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import torch_backend.backend as backend_module
 import torch_backend.forward as forward_module
@@ -34,6 +35,15 @@ def test_how_a_step_is_cut_does_not_change_it(model, rows):
 
 def test_loss_and_gradient_of_weighted_labels_are_those_of_a_plain_loop(model, rows):
     backends.check_loss_weights("torch", model, rows)
+
+
+def test_checkpointing_of_a_model_that_has_none_is_an_error(model, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    recipe = backends.make_recipe(model)
+    with pytest.raises(UserError, match="no gradient checkpointing for LlamaForCausalLM") as error:
+        backends.load("torch", model, recipe, gradient_checkpointing=True)
+    assert "--gradient-checkpointing false" in error.value.fix
+    backends.load("torch", model, recipe).close()
 
 
 def test_only_the_ratio_of_weights_counts(model, rows):
