@@ -3,6 +3,7 @@
 `BackendPackage` says what each name here answers. MLX is imported by `create`, or by what must look at a device.
 """
 
+import os
 from pathlib import Path
 
 from common.backend_package import Group
@@ -19,6 +20,10 @@ from mlx_backend.devices import (
     quantization_scheme,
     rank_device,
 )
+
+# On NVIDIA MLX else rounds the inputs of float32 products to TF32's ten bits, where torch's are exact. It is read when
+# the first one is computed.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 __all__ = [
     "choose_device",

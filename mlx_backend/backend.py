@@ -21,6 +21,7 @@ from common.backend import (  # noqa: E402
     Memory,
     ModelInfo,
     OptimizerState,
+    OutOfMemory,
     StepResult,
     weight_sum,
 )
@@ -31,7 +32,7 @@ from common.models.mlx_quantized import is_quantized  # noqa: E402
 from common.models.model_folder import ModelFolder  # noqa: E402
 from common.recipe import Plan, Recipe  # noqa: E402
 from common.sampling import Sampler, generate_tokens  # noqa: E402
-from common.system.memory import swap_used, total  # noqa: E402
+from common.system.memory import swap_used  # noqa: E402
 from mlx_backend.checkpointing import checkpoint_layers  # noqa: E402
 from mlx_backend.confirmation import Confirmation, device_errors  # noqa: E402
 from mlx_backend.device_settings import DeviceSettings  # noqa: E402
@@ -66,7 +67,7 @@ class MlxBackend:
         known = is_known(base.config)
         dtype = DTYPES[recipe.precision]
         self.model: Any = load_base(base, dtype, recipe.method == "full") if known else load_plain(base, dtype)
-        self.forward = PackedForward(self.model) if known else PlainForward(self.model, plan.device)
+        self.forward = PackedForward(self.model, plan.device) if known else PlainForward(self.model, plan.device)
         self.names = base.full_names
         with device_errors():
             if recipe.quantization != "none" and not is_quantized(base):
@@ -222,11 +223,16 @@ class MlxBackend:
 
     def eval_step(self, batch: Batch) -> StepResult:
         self._end_step()
-        self.shown = []
-        with device_errors():
-            inputs = self.forward.inputs(batch, self.layouts)
-            loss = sum((self.loss(self.tensors, some) for some in inputs), mx.array(0.0))
-            self.confirmation.settle(loss)  # here, where running out of memory is still caught
+        loss, self.shown = mx.array(0.0), []
+        try:
+            with device_errors():
+                for inputs in self.forward.inputs(batch, self.layouts):
+                    loss = loss + self.loss(self.tensors, inputs)
+                    mx.async_eval(loss)  # one after the other
+                self.confirmation.settle(loss)  # here, where running out of memory is still caught
+        except OutOfMemory:
+            self.layouts = []  # in which smaller micro-batches would take as much, until others are expected
+            raise
         return StepResult.of([batch], loss, 0.0, batch.input_ids.size)
 
     def get_adapter(self) -> Adapter:
@@ -293,7 +299,7 @@ class MlxBackend:
         return choices.complete()
 
     def memory(self) -> Memory:
-        return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), total(), "unified", swap_used())
+        return Memory(mx.get_active_memory(), self.confirmation.peak_memory(), *self.settings.memory, swap_used())
 
     def cpu_threads(self) -> None:
         """None: beside a busy program OpenBLAS's threads do not wait for each other for long."""

@@ -1,10 +1,14 @@
 """What of MLX is set for the process while a model is loaded."""
 
+import os
 from collections.abc import Callable
+from typing import Literal
 
 import mlx.core as mx
 
 from common.recipe import Plan
+from common.system.memory import total
+from mlx_backend.devices import card_memory
 
 
 def _set_limits(plan: Plan) -> list[tuple[Callable[[int], int], int]]:
@@ -25,8 +29,11 @@ class DeviceSettings:
     def __init__(self, plan: Plan) -> None:
         self._device = mx.default_device()
         mx.set_default_device(mx.gpu if plan.device == "gpu" else mx.cpu)
-        if plan.device == "cpu":
+        self._turned_off = plan.device == "cpu" and "MLX_DISABLE_COMPILE" not in os.environ
+        if self._turned_off:
             mx.disable_compile()  # on a CPU it calls a C++ compiler for every new shape
+        card = card_memory(plan.device)
+        self.memory: tuple[int, Literal["unified", "cuda"]] = (card, "cuda") if card else (total(), "unified")
         mx.reset_peak_memory()
         self._limits = _set_limits(plan)
 
@@ -35,5 +42,6 @@ class DeviceSettings:
         mx.clear_cache()
         for set_limit, before in self._limits:
             set_limit(before)
-        mx.enable_compile()
+        if self._turned_off:
+            mx.enable_compile()
         mx.set_default_device(self._device)

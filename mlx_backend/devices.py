@@ -88,6 +88,15 @@ def free_memory(device: str) -> tuple[int, str]:
     return min(int(card["max_recommended_working_set_size"]), available_to_gpu()), "what a GPU may take of the memory"
 
 
+def card_memory(device: str) -> int | None:
+    """Bytes of the NVIDIA GPU that computes; None on another device, which shares the computer's memory."""
+    if device == "cpu":
+        return None
+    mx = import_mlx()
+    card = mx.device_info(mx.gpu)
+    return int(card["total_memory"]) if {"free_memory", "total_memory"} <= card.keys() else None  # CUDA's keys
+
+
 def quantization_scheme(wanted: str) -> str:
     """MLX's own affine quantization: `mlx-4bit-64`."""
     return "none" if wanted == "none" else f"mlx-{wanted}-{_GROUP_SIZE}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.backend import Batch
 from common.data.batching import rounded, single_rows, split_batch
-from common.data.layouts import layout_for
+from common.data.layouts import fitted, layout_for, smallest_layout
 from common.memory_terms import MicroBatchShape
 from mlx_backend.attention import RaggedRows
 from mlx_backend.linear_attention import LinearCache
@@ -43,12 +43,24 @@ class Forward(Protocol):
 class PackedForward:
     """Of a known architecture: rows are packed, and padded inside attention only. The model is load_base's."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(self, model: Any, device: str) -> None:
+        self.model, self.rounds = model, device == "gpu"  # which compiles each shape
 
     def inputs(self, batch: Batch, layouts: Sequence[MicroBatchShape]) -> list[Inputs]:
-        parts = split_batch(batch, self.model.forward_config.rope_split)
-        return [inputs_of(part, layout_for(part.shape, layouts)) for part in parts if part.label_tokens]
+        parts = [
+            part
+            for rows in split_batch(batch, self.model.forward_config.rope_split)
+            for part in fitted(rows, layouts)
+            if part.label_tokens
+        ]
+        return [inputs_of(part, self._layout(part.shape, layouts)) for part in parts]
+
+    def _layout(self, shape: MicroBatchShape, layouts: Sequence[MicroBatchShape]) -> MicroBatchShape:
+        if layouts:
+            return layout_for(shape, layouts)
+        limit = self.model.forward_config.rope_split
+        within = limit is not None and shape.width <= limit  # a wider layout would rotate by other frequencies
+        return smallest_layout(shape, widest=limit if within else None) if self.rounds else shape
 
     def loss(self, inputs: Inputs, chunk: int) -> mx.array:
         return loss_sum(self.model, inputs, chunk)

@@ -38,7 +38,7 @@ class Trained:
         stacks: of names that are not canonical, those of the array's parts.
         """
         modules = dict(model.named_modules())
-        self.join, self._stacks = join, stacks
+        self.join, self._stacks, self._held = join, stacks, True
         self._places: dict[str, tuple[Any, str]] = {}  # by name: the module, and its attribute
         for name, path in paths.items():
             module, _, attribute = path.rpartition(".")
@@ -100,12 +100,18 @@ class Trained:
         return found
 
     def release(self) -> None:
-        """Have the model hold none: those of a step would lie beside those of the next."""
-        for module, attribute in self._places.values():
-            setattr(module, attribute, _NOTHING)
+        """Have the model hold none: those of a step would lie beside those of the next.
+
+        A compiled step puts some there only while it is traced.
+        """
+        if self._held:
+            for module, attribute in self._places.values():
+                setattr(module, attribute, _NOTHING)
+        self._held = False
 
     def put(self, tensors: Sequence[mx.array]) -> None:
         """Have the model compute with these tensors."""
+        self._held = True
         for name, array in self.cut(tensors).items():
             module, attribute = self._places[name]
             setattr(module, attribute, array)

@@ -63,7 +63,7 @@ def setup(args: argparse.Namespace, context: Context) -> None:
     _show(file, chosen, context)
     measure = args.measure
     if measure is None and chosen.model.is_here and can_ask():
-        measure = confirm("Load the model now, and measure memory and time in two steps?")
+        measure = confirm("Load the model now, and measure memory and time by a few steps?")
     if measure:
         estimate_run(load_options({"config": str(file)}, "plan")[0], True, context)
 
@@ -216,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--measure",
         action=argparse.BooleanOptionalAction,
-        help="then load the model and measure memory and time in two steps, as plan does; fetches what is not here",
+        help="then load the model and measure memory and time by a few steps, as plan does; fetches what is not here",
     )
 
 

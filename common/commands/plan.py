@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from functools import cache
 
 from common.backend import OutOfMemory
 from common.commands.arguments import add_options, heading_of, read_options
@@ -11,7 +12,6 @@ from common.context import Context
 from common.data.batching import micro_batches, step_rows
 from common.display import gigabytes
 from common.errors import UserError
-from common.memory_terms import MicroBatchShape
 from common.models.load import loaded
 from common.options import Options
 from common.training.learned_memory import forget, summary
@@ -54,40 +54,44 @@ def estimate_run(options: Options, probe: bool, context: Context) -> None:
 
 
 def _probe(job: Job, context: Context) -> dict[str, float]:
-    """Measure two steps on the real rows; the first warms up, the second counts. Nothing is kept."""
+    """Measure a step on the real rows, repeated: the first warm up, the last counts. Nothing is kept.
+
+    A GPU compiles or records in the first two what it then repeats.
+    """
     recipe, plan, display = job.recipe, job.plan, context.display
+    count, many = (2, "two") if plan.device == "cpu" else (3, "three")
+    work = Work.of(job.train, recipe, job.valid)
+    expected = cache(lambda: work.expected(recipe.steps, plan, plan.micro_batch_tokens))
     started = time.perf_counter()
     with display.stage("load the model"):
         backend, _ = loaded(context, recipe, plan, job.base.training_base, job.start)
-    seconds, tokens = time.perf_counter() - started, 0
-    shapes: set[MicroBatchShape] = set()
+    seconds = time.perf_counter() - started
+    chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, 1)]
+    batches = micro_batches(chosen, plan.micro_batch_tokens, plan.device)
     try:
-        with display.stage("two steps to measure") as progress:
-            for step in (1, 2):
-                chosen = [job.train[i] for i in step_rows(len(job.train), recipe.batch_size, recipe.seed, step)]
+        backend.expect(expected)
+        with display.stage(f"{many} steps to measure") as progress:
+            for step in range(1, count + 1):
                 started = time.perf_counter()
-                batches = micro_batches(chosen, plan.micro_batch_tokens, plan.device)
-                result = backend.train_step(batches, recipe.learning_rate, step)
-                float(result.loss_sum)
-                second, tokens = time.perf_counter() - started, result.tokens
-                shapes.update(batch.shape for batch in batches)
-                progress(step / 2, f"step {step}")
+                float(backend.train_step(batches, recipe.learning_rate, step).loss_sum)
+                second = time.perf_counter() - started
+                progress(step / count, f"step {step}")
         peak = backend.memory().peak
     except OutOfMemory as error:
-        display.warn(f"the two steps ran out of memory ({error}): train would continue with smaller micro-batches")
+        display.warn(f"the {many} steps ran out of memory ({error}): train would continue with smaller micro-batches")
         return {}
     finally:
         backend.close()
     epoch = int((job.train.lengths - 1).sum())
     trained = epoch * recipe.steps * recipe.batch_size / len(job.train)
     evaluations = recipe.steps / recipe.eval_every * int((job.valid.lengths - 1).sum()) / 3
-    speed = tokens / second
+    speed = sum(batch.tokens for batch in batches) / second
     estimated = seconds + (trained + evaluations) / speed
-    work = Work.of(job.train, recipe, job.valid)
-    seen = job.memory.observed(plan, shapes, None, max(1, peak))
+    memory = job.memory.expecting(plan, expected)
+    seen = memory.observed(plan, {batch.shape for batch in batches}, None, max(1, peak))
     corrected = prediction(job.memory.corrected(seen), plan, work).peak
     display.say(
-        f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} in two steps, by which training takes "
+        f"measured: {speed:.0f} tokens/s, peak {gigabytes(peak)} in {many} steps, by which training takes "
         f"{gigabytes(corrected)}; {recipe.steps} steps would take about {_duration(estimated)}, export not counted"
     )
     measured = {"tokens_per_second": speed, "expected_seconds": estimated, "probe_peak_bytes": peak}
@@ -104,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Example: {parser.prog} google/gemma-3-1b-it --data rows.jsonl --rank 32 --memory-limit 8GB"
     parser.add_argument("named", nargs="?", metavar="MODEL", help="the same as --model MODEL")
     parser.add_argument(
-        "--no-probe", action="store_true", help="only compute; else two steps are taken to measure the speed"
+        "--no-probe", action="store_true", help="only compute; else a few steps are taken to measure the speed"
     )
     parser.add_argument(
         "--forget",

@@ -111,11 +111,16 @@ def learned(kind: str, estimate: str, model: str) -> LearnedMemory:
 
 
 def observations() -> list[Observation]:
-    """All that were kept, the oldest first. A file that cannot be read holds none, nor does a damaged line."""
-    found: list[Observation] = []
+    """All that were kept, the oldest first."""
     path = _file()
+    return _read(path) if path else []
+
+
+def _read(path: Path) -> list[Observation]:
+    """A file that cannot be read holds none, nor does a damaged line."""
+    found: list[Observation] = []
     with suppress(OSError, UserError):
-        for line in read_json_lines(path, "") if path else []:
+        for line in read_json_lines(path, ""):
             with suppress(ValidationError):
                 found.append(Observation.model_validate(line))
     return found
@@ -131,13 +136,17 @@ def keep(seen: Observation) -> None:
 
 
 def forget() -> list[Observation]:
-    """Remove all observations, and return them. Raises OSError where they cannot be removed."""
-    found = observations()
-    if path := _file():
-        path.unlink(missing_ok=True)
+    """Remove all observations, and return them: the cache's, while none is used. Raises OSError if that fails."""
+    path = _file() or _cached()
+    found = _read(path)
+    path.unlink(missing_ok=True)
     return found
 
 
 def _file() -> Path | None:
     given = os.environ.get(_FILE)
-    return None if given == "0" else Path(given) if given else cache_folder() / "memory.jsonl"
+    return None if given == "0" else Path(given) if given else _cached()
+
+
+def _cached() -> Path:
+    return cache_folder() / "memory.jsonl"

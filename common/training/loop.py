@@ -2,17 +2,16 @@
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 from common.backend import Backend, Batch, OutOfMemory, StepResult, weight_sum
 from common.data.batching import micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import AtOdds, UserError
-from common.memory_terms import MicroBatchShape
 from common.recipe import Plan, Recipe
 from common.training import checkpoint
 from common.training.busy_cpu import BusyCpu
@@ -65,6 +64,7 @@ class TrainingLoop:
         self._pending: Pending | None = None
         self._skipped, self._warm = False, False  # whether a step was; whether this process has finished one
         self._cut = 0  # tokens of a micro-batch when rows were last split
+        self._expected: tuple[int, bool] | None = None  # these, and whether layers were computed twice
         last = self.state.step if self.finish else self.recipe.steps
         if self.finish:
             self.observer.say(f"--finish: training ends at step {last} of {self.recipe.steps}")
@@ -78,6 +78,7 @@ class TrainingLoop:
         unvalidated = self.state.step > self.state.evaluated and self._evaluates(self.state.step)
         metrics = Metrics(self.run / "metrics.jsonl", self.state.step, unvalidated, self.observer.warn)
         with closing(metrics) as self._metrics:
+            self._expect()
             if unvalidated:
                 self._validate(saved=True)
             elif not self.state.step and self.valid:
@@ -114,26 +115,27 @@ class TrainingLoop:
         return late or step == self.recipe.steps or step % self.plan.save_every == 0
 
     def _expect(self) -> None:
-        """Tell the backend what is to come, now that the size of micro-batches is known, or is another."""
-
-        def shapes() -> Counter[MicroBatchShape]:
-            work, size = Work.of(self.rows, self.recipe), self.state.micro_batch_tokens
-            return work.shapes_of(self.recipe.steps, size, self.plan.device, self.plan.ranks)
-
+        """Tell the backend what is to come, once the size of micro-batches is known, or where memory was short."""
+        size, twice = self.state.micro_batch_tokens, self.state.gradient_checkpointing
+        if self._expected == (size, twice):
+            return
+        self._expected = size, twice
+        shapes = cache(lambda: Work.of(self.rows, self.recipe, self.valid).expected(self.recipe.steps, self.plan, size))
         self.backend.expect(shapes)
+        if self.forecast.memory is not None:
+            self.forecast.memory = self.forecast.memory.expecting(self.plan, shapes)
 
     def _split(self, step: int) -> tuple[list[Encoded], list[Batch]]:
         """The step's rows, and the same as micro-batches; none beyond the last step."""
         if step > self.recipe.steps:
             return [], []
-        if self._cut != self.state.micro_batch_tokens:
-            self._cut = self.state.micro_batch_tokens
-            self._expect()
+        self._cut = self.state.micro_batch_tokens
         indices = step_rows(len(self.rows), self.recipe.batch_size, self.recipe.seed, step)
         rows = [self.rows[i] for i in indices]
         return rows, self._micro_batches(rows)
 
     def _micro_batches(self, rows: Sequence[Encoded]) -> list[Batch]:
+        self._expect()
         return micro_batches(rows, self.state.micro_batch_tokens, self.plan.device, self.plan.ranks)
 
     def _launch(self, step: int, rows: list[Encoded], batches: list[Batch]) -> tuple[list[Encoded], list[Batch]]:
@@ -268,14 +270,14 @@ class TrainingLoop:
 
     def _validate_start(self) -> None:
         """Validate before the first step, unless that is known: what training is to improve on."""
-        loss = self.state.start_valid_loss
-        if loss is None:
-            with timed(self.seconds, "evaluate"):
+        with timed(self.seconds, "evaluate"):
+            loss = self.state.start_valid_loss
+            if loss is None:
                 loss = self._validation.loss(self.observer.stop_requested)
-        if loss is None:
-            raise Interrupted(self.run)
-        self.state.start_valid_loss = loss
-        self._report_validation(loss)
+            if loss is None:
+                raise Interrupted(self.run)
+            self.state.start_valid_loss = loss
+            self._report_validation(loss)
 
     def _evaluate(self) -> bool:
         """Validate after `state.step`, keep the adapter if it is the best; False where a stop was asked for."""

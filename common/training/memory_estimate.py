@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from statistics import mean
@@ -15,6 +15,7 @@ from typing import Any
 
 from common.backend import Adapter
 from common.backend_package import BackendPackage
+from common.data.layouts import choose_layouts, layout_for
 from common.memory_terms import DeltaDims, LayerInputs, MicroBatchShape, ModelDims
 from common.models import gemma4, lfm2
 from common.models.experts import target_of
@@ -172,25 +173,43 @@ class TrainingMemory:
     adapter: Adapter | None  # None: full fine-tuning
     workers: int = 0  # that help this computer
     learned: LearnedMemory = field(default_factory=LearnedMemory)
+    layouts: tuple[MicroBatchShape, ...] = ()  # that the training computes which is observed
 
     def with_learned(self, plan: Plan) -> "TrainingMemory":
         """The same, corrected by what was observed on the plan's device of trainings of this kind."""
         packages, recipe = environment()["packages"], self.recipe
-        gpus = sorted({gpu.name for gpu in nvidia_gpus()}) if plan.device != "cpu" else []
         try:
             sources = inspect.getsource(self.package.memory_terms) + inspect.getsource(sys.modules[__name__])  # type: ignore[arg-type]
         except OSError:  # an installation without sources: nobody knows which version of the estimate it is
             return self
-        device = f"{plan.device_name} of {', '.join(gpus) or chip()}"
+        device = f"{plan.device} of {self._processor(plan)}"
         how = f"{recipe.precision} {recipe.quantization} {recipe.method}{' with dropout' * bool(recipe.dropout)}"
         kind = f"{plan.backend} {packages[plan.backend]}, {device}, {how}"
         return replace(self, learned=learned(kind, sha256(sources.encode()).hexdigest()[:12], recipe.model_hash))
+
+    def _processor(self, plan: Plan) -> str:
+        """The name of the GPU that computes where it is NVIDIA's, else of the machine's processor."""
+        names = {gpu.name for gpu in nvidia_gpus()} if plan.device != "cpu" else set()
+        if len(names) < 2:
+            return names.pop() if names else chip()
+        why = self.package.choose_precision("auto", plan.device_name).why  # it begins with the name of that GPU
+        return max((name for name in names if why.startswith(name)), key=len, default=why)
+
+    def joins_layouts(self, plan: Plan) -> bool:
+        """Whether micro-batches are computed in a few layouts that are chosen beforehand: by MLX on a GPU."""
+        return plan.device == "gpu" and not (self.dims.splits or self.dims.plain or self.workers)
+
+    def expecting(self, plan: Plan, shapes: Callable[[], Counter[MicroBatchShape]]) -> "TrainingMemory":
+        """The same for a training that was told to expect these shapes, which will be observed."""
+        return replace(self, layouts=tuple(choose_layouts(shapes())) if self.joins_layouts(plan) else ())
 
     def observed(
         self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None, peak: int
     ) -> Observation:
         """What the measured peak of these micro-batches, in bytes above 0, says of their estimate."""
-        counted = self.estimate(plan, shapes, validation)
+        if self.layouts:
+            shapes = {layout_for(shape, self.layouts) for shape in shapes}
+        counted = self._estimate(plan, shapes, (self.layouts or (validation,)) if validation else ())
         return self.learned.observation(plan.gradient_checkpointing, counted.fixed, counted.step, peak)
 
     def corrected(self, seen: Observation) -> "TrainingMemory":
@@ -200,7 +219,21 @@ class TrainingMemory:
     def estimate(
         self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: MicroBatchShape | None = None
     ) -> MemoryEstimate:
-        """The peak over micro-batches of `shapes` in training, and of `validation`, which has no backward pass."""
+        """The peak over micro-batches of `shapes` in training, and of `validation`, which has no backward pass.
+
+        shapes: where they are computed in a few layouts, a counter of them. validation: then of any row alone.
+        """
+        held_out = [validation] if validation else []
+        if not self.joins_layouts(plan):
+            return self._estimate(plan, shapes, held_out)
+        counts = Counter(shapes)
+        layouts = choose_layouts(counts + Counter(held_out))
+        return self._estimate(plan, {layout_for(shape, layouts) for shape in counts}, layouts if held_out else [])
+
+    def _estimate(
+        self, plan: Plan, shapes: Iterable[MicroBatchShape], validation: Sequence[MicroBatchShape]
+    ) -> MemoryEstimate:
+        """The same of shapes as they are computed."""
         terms, dims, recipe = self.package.memory_terms, self.dims, self.recipe
         beside, moments = training_state_bytes(self.adapter, dims)
         weights = terms.held_bytes(dims, recipe, plan.device)
@@ -215,8 +248,7 @@ class TrainingMemory:
         if self.adapter is None and validation and plan.device == "cpu":
             parts["best weights"] = 4 * (dims.linear + dims.other)  # of the validations so far
         steps = [self._step(plan, shape, dims) for shape in shapes]
-        if validation:
-            steps.append(self._validation(plan, validation))
+        steps += [self._validation(plan, shape) for shape in validation]
         if sharded:
             steps.append({"gathering of shards": sharded.gathering})
         if copies := terms.update_copies(recipe, plan.device):

@@ -71,8 +71,25 @@ class Work:
 
     def shapes_of(self, steps: int, micro_batch_tokens: int, device: str, ranks: int = 1) -> Counter[MicroBatchShape]:
         """How many micro-batches of which shapes so many steps have, by those that are looked at."""
-        shapes, share = self.cut(micro_batch_tokens, device, ranks)[0], steps / len(self.steps)
+        return self.over(steps, self.cut(micro_batch_tokens, device, ranks)[0])
+
+    def over(self, steps: int, shapes: Counter[MicroBatchShape]) -> Counter[MicroBatchShape]:
+        """The shapes of so many steps, by those of the steps that are looked at."""
+        share = steps / len(self.steps)
         return Counter({shape: round(count * share) for shape, count in shapes.items()})
+
+    def expected(self, steps: int, plan: Plan, micro_batch_tokens: int) -> Counter[MicroBatchShape]:
+        """What a backend is told to expect. On MLX's GPU a layout is to hold each validation row too."""
+        shapes, row = self.shapes_of(steps, micro_batch_tokens, plan.device, plan.ranks), self.any_validation_row
+        return shapes + Counter([row] if row and plan.device == "gpu" else [])
+
+    @property
+    def any_validation_row(self) -> MicroBatchShape | None:
+        """The sizes that hold each validation row alone; None where there are none."""
+        if not self.validation:
+            return None
+        longest = self.validation[-1][0]
+        return MicroBatchShape(1, longest, longest, max(labels for _, labels in self.validation))
 
     def longest_validation(self, micro_batch_tokens: int) -> MicroBatchShape | None:
         """The micro-batch of the longest validation rows; None where there are none."""
@@ -144,8 +161,15 @@ def leaner_plan(memory: TrainingMemory, plan: Plan, work: Work) -> Plan | None:
 
 def prediction(memory: TrainingMemory, plan: Plan, work: Work) -> MemoryEstimate:
     """What `plan` will take at its peak."""
-    shapes, _, _ = work.cut(plan.micro_batch_tokens, plan.device, plan.ranks)
-    return memory.estimate(plan, shapes, work.longest_validation(plan.micro_batch_tokens))
+    shapes = work.shapes_of(memory.recipe.steps, plan.micro_batch_tokens, plan.device, plan.ranks)
+    return memory.estimate(plan, shapes, _validation(memory, plan, work))
+
+
+def _validation(memory: TrainingMemory, plan: Plan, work: Work) -> MicroBatchShape | None:
+    """The largest micro-batch of a validation, where layouts of training's do not hold all but a longer row."""
+    if memory.joins_layouts(plan):
+        return work.any_validation_row
+    return work.longest_validation(plan.micro_batch_tokens)
 
 
 def _choose(candidates: Sequence[_Candidate], budget: int) -> _Candidate:
@@ -170,12 +194,13 @@ def _candidates(options: Options, memory: TrainingMemory, base: Plan, work: Work
     found = []
     for size in sizes:
         shapes, tokens, count = work.cut(size, base.device, base.ranks)
+        shapes = work.over(memory.recipe.steps, shapes)
         for recompute, shard in product(checkpointing, sharded):
             plan = base.model_copy(
                 update={"micro_batch_tokens": size, "gradient_checkpointing": recompute, "sharded": shard}
             )
             cost = (tokens + START_COST[plan.device] * count) * (_RECOMPUTE if recompute else 1)
-            prediction = memory.estimate(plan, shapes, work.longest_validation(size))
+            prediction = memory.estimate(plan, shapes, _validation(memory, plan, work))
             found.append(_Candidate(plan, prediction, cost))
     return found
 

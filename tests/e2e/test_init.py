@@ -57,7 +57,7 @@ def test_from_the_first_question_to_the_measured_time(
     terminal.send(ERASE + "mine" + ENTER)
     terminal.wait_for("mine.yaml is written")
     terminal.wait_for("train --config mine.yaml")
-    terminal.wait_for("measure memory and time in two steps? [y/N]")
+    terminal.wait_for("measure memory and time by a few steps? [y/N]")
     terminal.send("y" + ENTER)
     terminal.wait_for("estimated peak")
     terminal.wait_for("steps would take about", 120)

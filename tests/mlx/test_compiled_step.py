@@ -1,6 +1,8 @@
 """A step as a GPU computes it: two compiled functions, few shapes, few operations beside the model's own."""
 
 import io
+import json
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,17 +10,21 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from common.data.batching import make_batch, micro_batches, step_rows
-from common.data.encode import Encoded
-from common.data.layouts import choose_layouts
+from common.backend import OutOfMemory
+from common.data.batching import make_batch, micro_batches
+from common.data.layouts import _chosen
 from common.memory_terms import MicroBatchShape
-from common.training.planner import Work
+from common.training.checkpoint import State
+from common.training.loop import TrainingLoop
+from common.training.validation import evaluate
 from mlx_backend.trained import Trained
-from tests import backends
-from tests.tiny import write_model, write_rows
+from tests import ROOT, backends
+from tests.tiny import write_family, write_model, write_rows
+from tests.unit.bigram import row
 
 pytestmark = pytest.mark.slow
 
+EXAMPLE = ROOT / "examples" / "data"
 LAYOUT = MicroBatchShape(5, 128, 512, 256)
 
 
@@ -50,8 +56,6 @@ def trained(backend, rows, steps=3):
 def test_layouts_and_compiling_change_no_figure(model, rows, changes, checkpointing, compiled):
     recipe, found = backends.make_recipe(model, **changes), []
     for layouts, compile_ in (([], False), ([LAYOUT], False), ([], True)):
-        if compile_ and changes.get("method") == "dora":
-            continue
         backend = backends.load("mlx", model, recipe, gradient_checkpointing=checkpointing)
         backend.layouts = layouts if not changes.get("dropout") else []  # the masks of other shapes are others
         if compile_:
@@ -99,6 +103,52 @@ def test_the_operations_of_a_gradient_do_not_grow(model, rows):
     backend.close()
 
 
+def test_a_compiled_step_puts_arrays_into_the_model_only_while_it_is_traced(model, rows, compiled, monkeypatch):
+    backend = backends.load("mlx", model, backends.make_recipe(model))
+    compiled()
+    put = []
+    monkeypatch.setattr(
+        "mlx_backend.trained.setattr", lambda *given: put.append(given) or setattr(*given), raising=False
+    )
+    trained(backend, rows, 1)
+    assert put
+    put.clear()
+    for step in (2, 3):
+        backend.train_step(micro_batches(rows[:4], 300), 1e-2, step)
+    assert len(put) == len(backend.trained.cut(backend.tensors)), "what the validation was traced with is let go, once"
+    backend.close()
+
+
+def test_a_gpu_computes_rounded_shapes_without_layouts_too(gpu, tmp_path):
+    """Of a model whose longer rows rotate by other frequencies: rounding makes no row such a one."""
+    model = write_family(tmp_path / "phi3", "phi3")
+    rows = backends.encode_rows(model, write_rows(tmp_path / "rows.jsonl"))
+    found = []
+    for device in ("cpu", "gpu"):
+        backend = backends.load("mlx", model, backends.make_recipe(model), device=device)
+        limit = backend.model.forward_config.rope_split
+        batch = make_batch([*rows[:4], row([5] * (limit - 10), 9)])
+        parts = backend.forward.inputs(batch, backend.layouts)
+        rounded = [part.width % 128 == 0 or part.width == limit for part in parts]
+        assert (all(rounded), len(parts)) == (device == "gpu", 2)
+        found.append(float(backend.eval_step(batch).loss_sum))
+        backend.close()
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+def test_a_validation_that_runs_out_of_memory_is_repeated_in_smaller_shapes(model, rows, monkeypatch):
+    def fails(*given):
+        raise RuntimeError("[malloc_or_wait] Unable to allocate 9 bytes.")
+
+    backend = backends.load("mlx", model, backends.make_recipe(model))
+    backend.layouts = [LAYOUT]
+    monkeypatch.setattr(backend, "loss", fails)
+    with pytest.raises(OutOfMemory):
+        backend.eval_step(make_batch(rows[:2]))
+    assert backend.layouts == []
+    backend.close()
+
+
 def test_the_gradient_of_a_joined_tensor_is_concatenated(model):
     """MLX makes more than ten parts by slicing: the gradient of each slice would be as long as the tensor."""
     names = [f"{number}" for number in range(420)]
@@ -116,20 +166,67 @@ def test_the_gradient_of_a_joined_tensor_is_concatenated(model):
     assert np.array_equal(np.array(gradient), np.repeat([weights[name] for name in names], 6))
 
 
-def test_two_hundred_steps_are_traced_at_most_eight_times(model, compiled):
-    lengths = np.clip(np.random.default_rng(0).lognormal(3.6, 0.6, 400), 6, 120).astype(int)
-    rows = [Encoded(np.arange(n, dtype=np.int32) % 250, np.arange(n) > n // 2, f"a:{n}") for n in lengths.tolist()]
-    recipe = backends.make_recipe(model, batch_size=2, steps=200)
-    backend = backends.load("mlx", model, recipe)
-    compiled()
-    shapes = Work.of(rows, recipe).shapes_of(200, 256, "gpu")
-    backend.layouts = choose_layouts(shapes)
-    traces, loss = list[MicroBatchShape](), backend._training_loss
-    backend._training_loss = lambda tensors, inputs, key: traces.append(inputs.shape) or loss(tensors, inputs, key)
+@pytest.fixture
+def gpu(monkeypatch):
+    """MLX's CPU takes the part of its GPU: steps are compiled, and their errors come late."""
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    _chosen.cache_clear()
+    yield
+    _chosen.cache_clear()
+
+
+def counted(backend):
+    """By compiled function, the shapes that it was traced for; of an update None."""
+    traces = {"gradient": [], "loss": [], "update": []}
+    loss, update = backend._loss, backend.optimizer.update
+
+    def traced_loss(tensors, inputs):
+        traces["gradient" if backend.model.training else "loss"].append(inputs.shape)
+        return loss(tensors, inputs)
+
+    def traced_update(*given):
+        traces["update"].append(None)
+        return update(*given)
+
+    backend._loss, backend.optimizer.update = traced_loss, traced_update
     backend.apply_plan(backend.plan)
-    for step in range(1, 201):
-        chosen = [rows[i] for i in step_rows(len(rows), 2, recipe.seed, step)]
-        float(backend.train_step(micro_batches(chosen, 256, "gpu"), 1e-3, step).loss_sum)
-    assert len(shapes) > 100
-    assert len(traces) == len({*traces}) <= 8
+    return traces
+
+
+@pytest.fixture(scope="module")
+def example(model):
+    """The built-in example's rows, to train on and to validate on; of these one is three times as long as any."""
+    rows, valid = (backends.encode_rows(model, EXAMPLE / f"{name}.jsonl") for name in ("train", "valid"))
+    ids, loss_weights = (np.tile(array, 3) for array in (rows[0].ids, rows[0].loss_weights))
+    return rows, [*valid, replace(rows[0], ids=ids, loss_weights=loss_weights)]
+
+
+def test_each_function_of_a_run_is_traced_once_for_each_of_few_layouts(model, example, gpu, tmp_path, monkeypatch):
+    """Validations too, of which the first is before the first step: their micro-batches have many times a step's rows.
+
+    Nor does that change their losses.
+    """
+    monkeypatch.setattr("common.data.layouts._LAYOUT_COST", 300)  # of so few steps few layouts would be chosen
+    recipe = backends.make_recipe(model, steps=16, eval_every=8, learning_rate=1e-3, rank=2)
+    plan = backends.make_plan("mlx", device="gpu", micro_batch_tokens=4000)
+    backend = backends.load("mlx", model, recipe, device="gpu")
+    traces, (rows, valid) = counted(backend), example
+    state = State.before_training(plan)
+    TrainingLoop(backend, recipe, plan, rows, valid, tmp_path, state, backends.Quiet()).train()
+    layouts, adapter = backend.layouts, backend.get_adapter().copied()
     backend.close()
+    assert 2 < len(layouts) <= 8
+    for name in ("gradient", "loss"):
+        assert 1 < len(traces[name]) == len({*traces[name]})
+        assert {*traces[name]} <= {*layouts}
+    assert traces["update"] == [None]
+    plain = backends.load("mlx", model, recipe)
+    batches = micro_batches(valid, 4000)
+    assert max(len(batch.lengths) for batch in batches) > 2 * max(layout.rows for layout in layouts)
+    assert evaluate(plain, batches) == pytest.approx(state.start_valid_loss, rel=1e-5)
+    plain.set_adapter(adapter)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert evaluate(plain, batches) == pytest.approx(
+        [e["valid_loss"] for e in lines if "valid_loss" in e][-1], rel=1e-5
+    )
+    plain.close()

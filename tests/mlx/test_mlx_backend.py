@@ -1,13 +1,17 @@
 """The mlx backend on a tiny random model."""
 
 import gc
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
 
 from common.data.batching import make_batch
+from common.system.memory import total
 from mlx_backend import backend as backend_module
-from tests import backends
+from tests import ROOT, backends
 from tests.backends import METHODS, QUANTIZED
 from tests.tiny import write_family, write_model, write_rows, write_tiny
 from tests.unit.bigram import row
@@ -189,6 +193,47 @@ def test_a_load_that_fails_leaves_mlx_as_it_was(model, monkeypatch):
     with pytest.raises(RuntimeError, match="Unable to allocate"):
         backends.load("mlx", model, backends.make_recipe(model), memory_budget=10**9)
     assert (mx.get_memory_limit(), mx.default_device()) == before
+
+
+@pytest.mark.parametrize("off", [False, True])
+def test_compiling_is_turned_on_again_only_where_it_was_on(model, monkeypatch, off):
+    turned = []
+    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
+    if off:
+        monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    monkeypatch.setattr(mx, "disable_compile", lambda: turned.append("off"))
+    monkeypatch.setattr(mx, "enable_compile", lambda: turned.append("on"))
+    backends.load("mlx", model, backends.make_recipe(model)).close()
+    assert turned == ([] if off else ["off", "on"])
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    backends.load("mlx", model, backends.make_recipe(model), device="gpu").close()
+    assert turned == ([] if off else ["off", "on"])
+
+
+def test_of_an_nvidia_gpu_its_own_memory_is_told(model, monkeypatch):
+    def memory():
+        backend = backends.load("mlx", model, backends.make_recipe(model), device="gpu")
+        found = backend.memory()
+        backend.close()
+        return found.total, found.kind
+
+    monkeypatch.setattr(mx, "gpu", mx.cpu)
+    assert memory() == (total(), "unified")
+    monkeypatch.setattr(mx, "device_info", lambda device: {"total_memory": 141 * 10**9, "free_memory": 10**9})
+    assert memory() == (141 * 10**9, "cuda")
+    monkeypatch.setattr(mx, "device_info", lambda device: {"memory_size": 36 * 2**30})  # Metal's
+    assert memory() == (total(), "unified")
+
+
+def test_tf32_is_off_unless_the_user_wants_it():
+    code = "import mlx_backend, os; print(os.environ['MLX_ENABLE_TF32'])"
+    for given, found in ((None, "0"), ("1", "1")):
+        env = {name: value for name, value in os.environ.items() if name != "MLX_ENABLE_TF32"}
+        env |= {} if given is None else {"MLX_ENABLE_TF32": given}
+        ran = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT, check=True
+        )
+        assert ran.stdout.strip() == found
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

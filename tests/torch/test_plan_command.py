@@ -2,18 +2,22 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 import cli
 from common.commands.arguments import read_flags
-from common.commands.plan import estimate_run
+from common.commands.plan import _probe, estimate_run
+from common.commands.prepare import prepare
 from common.commands.train import run_training
 from common.errors import UserError
 from common.option_sources import load_options
 from common.run_record import Run
+from common.training.learned_memory import LearnedMemory, keep
 from tests.contexts import context
 from tests.tiny import write_rows
+from tests.unit.bigram import Bigram
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +72,35 @@ def test_a_limit_that_cannot_be_kept_is_told_before_anything_is_loaded(flags):
     options = load_options(read_flags([*flags, "--memory-limit", "3MB"]))[0]
     with pytest.raises(UserError, match=r"--memory-limit 3MB: training needs about .* at least"):
         estimate_run(options, True, context("quiet"))
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", "two"), ("cuda", "three")])
+def test_the_probe_times_a_step_that_was_computed_before(flags, monkeypatch, capsys, device, count):
+    """In the shapes that training would be told to expect."""
+    job = prepare(load_options(read_flags([*flags, "--export", "none"]))[0], None, context())
+    job = replace(job, chosen=replace(job.chosen, plan=job.plan.model_copy(update={"device": device})))
+    backend, told = Bigram(), []
+    backend.load(job.recipe, job.plan, job.base.training_base, job.start)
+    monkeypatch.setattr("common.commands.plan.loaded", lambda *given: (backend, None))
+    monkeypatch.setattr(backend, "expect", lambda shapes: told.append((len(backend.calls), shapes())))
+    assert _probe(job, context("json"))["tokens_per_second"] > 0
+    shapes = [[batch.shape for batch in batches] for batches in backend.calls]
+    assert shapes == shapes[:1] * {"two": 2, "three": 3}[count]
+    ((before, expected),) = told
+    assert before == 0
+    assert {*shapes[0]} <= {*expected}
+    assert f"in {count} steps" in capsys.readouterr().out
+
+
+def test_what_was_learned_is_forgotten_while_nothing_of_it_is_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("common.training.learned_memory.cache_folder", lambda: tmp_path)
+    monkeypatch.delenv("TWINTUNE_LEARN_MEMORY", raising=False)
+    keep(LearnedMemory("torch cpu", "v1", "model").observation(False, 1, 2, 3))
+    monkeypatch.setenv("TWINTUNE_LEARN_MEMORY", "0")
+    monkeypatch.setattr("sys.argv", ["twintune", "plan", "--forget"])
+    cli.main()
+    assert capsys.readouterr().out.startswith("forgotten: learned on this machine from 1 run")
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_runs_teach_the_estimate_until_it_is_told_to_forget(flags, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded
-from common.data.layouts import _cost, choose_layouts, layout_for
+from common.data.layouts import _cost, choose_layouts, fitted, layout_for, smallest_layout
 from common.memory_terms import MicroBatchShape as Shape
 from common.training.planner import Work
 from tests.unit.bigram import RECIPE
@@ -68,6 +68,26 @@ def test_no_layout_takes_more_than_the_largest_micro_batch() -> None:
         assert layout.tokens <= 1536
 
 
+def test_joined_layouts_have_no_more_attention_scores_than_the_largest_micro_batch() -> None:
+    """The narrow ones allow 4,096 positions; in rows of 512 these would have four times the scores of any."""
+    shapes = Counter({Shape(32, 120, 3000, 1000): 500, Shape(8, 250, 1000, 300): 10, Shape(2, 500, 1000, 300): 10})
+    assert max(layout.width * layout.positions for layout in choose_layouts(shapes)) == 8 * 256**2
+
+
+def test_a_validations_micro_batch_is_cut_to_fit_the_layouts() -> None:
+    rows = encoded(np.arange(20, 140, 3))
+    batch, layouts = make_batch([*rows, *encoded(np.array([300]))]), [Shape(8, 128, 1024, 512), Shape(3, 256, 512, 256)]
+    parts = fitted(batch, layouts)
+    assert [*np.concatenate([part.lengths for part in parts])] == [*batch.lengths]
+    assert [layout_for(part.shape, layouts) in layouts for part in parts] == [True] * (len(parts) - 1) + [False]
+    assert [len(part.lengths) for part in parts[:3]] == [8, 8, 8]
+    assert parts[-1].shape == Shape(1, 300, 300, 150)
+    for name in ("input_ids", "targets", "loss_weights"):
+        assert sum(getattr(part, name).sum() for part in parts) == getattr(batch, name).sum()
+    assert fitted(batch, []) == [batch]
+    assert fitted(parts[0], layouts) == [parts[0]]
+
+
 def test_few_micro_batches_share_a_layout_and_many_have_their_own() -> None:
     one, other = Shape(8, 100, 700, 300), Shape(8, 250, 1800, 900)
     (shared,) = choose_layouts(Counter({one: 10, other: 10}))
@@ -78,4 +98,9 @@ def test_few_micro_batches_share_a_layout_and_many_have_their_own() -> None:
 def test_a_micro_batch_that_was_not_expected_is_rounded() -> None:
     own = make_batch(encoded(np.array([150, 201]))).shape
     assert layout_for(own, [Shape(1, 128, 128, 64)]) == Shape(2, 256, 384, 192)
-    assert layout_for(own, []) == own
+    assert layout_for(own, []) == Shape(2, 256, 384, 192)
+
+
+def test_a_width_is_not_rounded_beyond_a_limit() -> None:
+    assert smallest_layout(Shape(2, 60, 110, 30), widest=64) == Shape(2, 64, 128, 64)
+    assert smallest_layout(Shape(1, 60, 60, 30), widest=60) == Shape(2, 60, 64, 64)

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,14 @@ from common.backend import Adapter, Batch, Memory, OutOfMemory, StepResult, weig
 from common.data.batching import make_batch, micro_batches, step_rows
 from common.data.encode import Encoded
 from common.errors import UserError
+from common.memory_terms import MicroBatchShape
 from common.models.lora_init import initial_adapter
 from common.recipe import Parent, Plan, Recipe
 from common.training import checkpoint
 from common.training.checkpoint import State
 from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import Metrics
+from common.training.planner import Work
 from common.training.schedule import learning_rate
 from common.training.validation import evaluate, worse_than_start
 from tests.full_disk import full_disk
@@ -367,6 +370,42 @@ def test_after_out_of_memory_the_finer_cut_stays(tmp_path: Path) -> None:
     assert state.micro_batch_tokens == widest // 2
     assert watch.warnings == [f"step 1 ran out of memory; micro-batches now have at most {widest // 2} tokens"]
     assert all(b.input_ids.size <= widest // 2 or len(b.lengths) == 1 for call in backend.calls[1:] for b in call)
+
+
+class Told(Bigram):
+    """Notes after how many calls it is told what to expect. fails: the first step runs out of memory."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails, self.told = fails, list[tuple[int, Counter[MicroBatchShape]]]()
+
+    def expect(self, shapes: Callable[[], Counter[MicroBatchShape]]) -> None:
+        self.told.append((len(self.calls), shapes()))
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float, step: int) -> StepResult:
+        if self.fails:
+            self.fails = False
+            self.calls.append(list(micro_batches))
+            raise OutOfMemory
+        return super().train_step(micro_batches, learning_rate, step)
+
+
+def test_a_backend_is_told_what_to_expect_before_the_first_validation(tmp_path: Path) -> None:
+    backend, the_plan = Told(), plan(device="gpu")
+    run(tmp_path, backend, the_plan=the_plan)
+    expected = Work.of(TRAIN, recipe(), VALID).expected(8, the_plan, the_plan.micro_batch_tokens)
+    assert backend.told == [(0, expected)]
+    longest = max(len(row.ids) - 1 for row in VALID)
+    assert any(shape[:3] == (1, longest, longest) for shape in expected)
+
+
+def test_a_step_is_repeated_after_smaller_micro_batches_are_expected(tmp_path: Path) -> None:
+    backend = Told(fails=True)
+    run(tmp_path, backend, the_plan=plan(micro_batch_tokens=1000), valid=[])
+    (first, large), (second, small) = backend.told
+    assert (first, second) == (0, 1)
+    assert max(shape.positions for shape in small) < max(shape.positions for shape in large)
+    assert {batch.shape for batches in backend.calls[1:] for batch in batches} == {*small}
 
 
 def test_where_no_cut_is_left_gradients_are_checkpointed_and_the_step_done_again(tmp_path: Path) -> None:

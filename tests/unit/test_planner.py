@@ -1,13 +1,16 @@
 """What is estimated of memory, and the plan chosen by it."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mlx_backend
 import torch_backend
+from common.data.layouts import choose_layouts, layout_for
 from common.errors import UserError
 from common.memory_terms import MicroBatchShape, key_heads_at_once
 from common.models.families import text_config
@@ -17,7 +20,7 @@ from common.models.shapes import tensor_shapes
 from common.options import Options, read_size
 from common.recipe import Plan
 from common.training.memory_estimate import MemoryEstimate, TrainingMemory, model_dims
-from common.training.planner import Work, choose_plan, largest
+from common.training.planner import Work, choose_plan, largest, prediction
 from common.verify.tiny_models import tiny_config
 from tests.backends import make_recipe
 from tests.unit.bigram import row
@@ -361,3 +364,37 @@ def test_messages_with_workers_are_counted_where_the_peak_has_them() -> None:
     assert tiny["gradients of workers"] == 9 * copy
     cuda = replace(MEMORY, workers=1).estimate(PLAN.model_copy(update={"device": "cuda"}), [USUAL]).parts
     assert cuda["messages to workers"] == 0
+
+
+GPU = PLAN.model_copy(update={"backend": "mlx", "device": "gpu", "micro_batch_tokens": 2048})
+
+
+def varied(count: int):
+    return rows(*np.random.default_rng(0).integers(20, 600, count).tolist())
+
+
+def test_on_mlxs_gpu_the_layouts_are_estimated_in_which_the_run_is_computed() -> None:
+    memory, work = replace(MEMORY, package=mlx_backend), Work.of(varied(48), recipe(), varied(20))
+    expected = work.expected(6, GPU, 2048)
+    shapes = work.shapes_of(6, 2048, "gpu")
+    assert expected - shapes == Counter([work.any_validation_row])
+    layouts = choose_layouts(expected)
+    assert len(layouts) < 5
+    found = prediction(memory, GPU, work)
+    assert found.peak == max(memory.estimate(GPU, [layout]).peak for layout in layouts)
+    dense, wide = MicroBatchShape(8, 250, 2000, 900), MicroBatchShape(8, 380, 1000, 400)  # are computed in one layout
+    both, *each = (memory.estimate(GPU, some).peak for some in (Counter({dense: 5, wide: 5}), [dense], [wide]))
+    assert both > max(each)
+    watched = memory.expecting(GPU, lambda: expected)
+    for shape in shapes:  # is observed in the layout that holds it
+        step = watched.observed(GPU, [shape], None, 10**9).step
+        assert step == memory.estimate(GPU, [layout_for(shape, layouts)]).step >= memory.estimate(GPU, [shape]).step
+    for device in ("cpu", "cuda"):
+        assert memory.expecting(GPU.model_copy(update={"device": device}), lambda: 1 / 0).layouts == ()
+
+
+def test_a_longer_validation_row_has_a_layout_of_its_own_without_a_backward_pass() -> None:
+    memory, short = replace(MEMORY, package=mlx_backend), rows(*[50] * 40)
+    alone, longer = (prediction(memory, GPU, Work.of(short, recipe(), rows(length))) for length in (50, 6000))
+    trained = prediction(memory, GPU, Work.of([*short, *rows(6000)], recipe()))
+    assert alone.peak < longer.peak < trained.peak
