@@ -15,6 +15,7 @@ from common.context import Context
 from common.errors import UserError
 from common.llama_cpp.convert import convert
 from common.llama_cpp.install import LlamaCpp, find, own_build
+from common.llama_cpp.tool import without_log
 from common.models.license import is_hub_name
 from common.models.load import adapter_of, base_of, runnable
 from common.models.model_folder import ModelFolder
@@ -81,7 +82,10 @@ class Subject:
         made, llama = self.scratch / "model-BF16.gguf", self.require_llama()
         require_disk([(self.scratch, "the bf16 GGUF", 2 * self.fused.parameter_count)], "Free some space.")
         with self.context.display.stage("the bf16 GGUF again") as progress:
-            convert(self.run.fused, made, source_name(record.options.get("model") or ""), llama, progress)
+            try:
+                convert(self.run.fused, made, source_name(record.options.get("model") or ""), llama, progress)
+            except UserError as error:
+                raise without_log(error, made) from None
         return made
 
     def made(self) -> dict[str, Any]:

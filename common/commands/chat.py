@@ -18,7 +18,6 @@ from common.data.load import read_rows
 from common.display import Display
 from common.errors import PROGRAM, Ended, Refusal, UserError
 from common.files import atomic_write
-from common.inference.answers import AS_WRITTEN
 from common.inference.chat_models import ChatModels, choose, opened
 from common.inference.prompts import system_text
 from common.paths import user_path
@@ -262,7 +261,7 @@ def run(args: argparse.Namespace, context: Context) -> None:
     sampling = sampling_of(args)
     target, system = choose(args.run, args.kind, args.quant), system_text(args.system, args.system_file)
     check_llama(target.kind == "gguf", context)
-    with _ended_by_signal(), opened(target, context, args.context, flags=AS_WRITTEN) as models:
+    with _ended_by_signal(), opened(target, context, args.context) as models:
         session = ChatSession(models, sampling, context.display, system)
         context.display.say(f"{models.tuned.name}; /help lists the commands, Ctrl-D ends")
         converse(session, _reader(not args.no_history))

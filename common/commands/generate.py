@@ -18,7 +18,7 @@ from common.display import Display
 from common.documents import parse_json
 from common.errors import UserError
 from common.files import atomic_write, errors_naming
-from common.inference.answers import AS_WRITTEN, ask_all
+from common.inference.answers import ask_all
 from common.inference.chat_models import Target, choose, opened
 from common.inference.prompts import read_prompts, system_text
 from common.run_record import Run
@@ -59,7 +59,7 @@ def generate(target: Target, wanted: Answers, sampling: Sampling, context: Conte
             display.say(f"{part}: {finished} of {len(rows)} answers exist already")
         if left:
             with (
-                opened(target, context, wanted.length, slots, AS_WRITTEN) as models,
+                opened(target, context, wanted.length, slots) as models,
                 display.stage("answers") as progress,
             ):
 

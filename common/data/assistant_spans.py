@@ -44,6 +44,7 @@ class Conversation:
     notes: tuple[str, ...] = ()  # what was changed so that the template takes the row
     generation_spans: tuple[tuple[int, int], ...] | None = None  # by the template's own tags, where it has them
     messages: tuple[Message, ...] = ()  # the row's, in the form that the template was given
+    think: bool = False  # whether it was told that the model thinks
     unreasoned: frozenset[int] = frozenset()  # messages whose reasoning the template leaves out: they are not trained
 
 
@@ -73,7 +74,7 @@ def locate_turns(example: Example, template: ChatTemplate) -> Conversation:
                 turns = [replace(turn, message=turn.message + 1) for turn in found.turns]
                 found = replace(found, turns=turns, unreasoned=frozenset(n + 1 for n in found.unreasoned))
                 notes.append("system text put into the first user turn")
-            return replace(found, notes=tuple(notes), messages=tuple(given))
+            return replace(found, notes=tuple(notes))
     if isinstance(refusal, Unlabeled):
         reason, fix = f"this row cannot be labeled exactly: {refusal}.", REMEDY
     else:
@@ -119,7 +120,7 @@ def _located(messages: list[Message], tools: Any, template: ChatTemplate, every:
     _check_prompts(row, messages, text, [turn for turn in turns if turn.message in inferred])
     _check_complete(messages, tools, text, turns)
     generated = template.generation_spans(messages, tools, think, rendered) if text == rendered else None
-    return Conversation(text, turns, generation_spans=generated, unreasoned=unreasoned)
+    return Conversation(text, turns, (), generated, tuple(messages), think, unreasoned)
 
 
 def _turns(row: MaskedRow, text: str, placeholders: Placeholders | None) -> tuple[str, list[Turn], set[int]]:

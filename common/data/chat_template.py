@@ -10,6 +10,20 @@ Message = dict[str, Any]
 # Some templates write today's date: the same recipe would have other tokens tomorrow.
 _DAY = datetime(2024, 7, 26)
 _DATE = f"{_DAY:%d %b %Y}"
+# By these llama.cpp's server has templates keep the reasoning of earlier turns. In training they are not defined.
+_NOT_GIVEN = ("preserve_thinking", "clear_thinking", "truncate_history_thinking", "drop_thinking")
+# The function that gives a template the date, in its own language.
+_STRFTIME = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f" | replace('%{letter}', '{_DAY:%{letter}}')" for letter in "YmdbBHMSyAaj")
+    + " -}}{%- endmacro -%}"
+)
+# As `fold_system` does it.
+_FOLD_SYSTEM = (
+    "{%- if messages | length > 1 and messages[0].role == 'system' and messages[1].role == 'user' -%}"
+    "{%- set messages = [{'role': 'user', 'content': messages[0].content + '\n\n' + messages[1].content}]"
+    " + messages[2:] -%}{%- endif -%}"
+)
 PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
 _CALL: dict[str, Any] = {"id": "q00000001", "type": "function", "function": {"name": "q", "arguments": {"q": "q"}}}
@@ -22,7 +36,7 @@ _TOOL: dict[str, Any] = {
     },
 }
 # How model families write the start and the end of a thinking block.
-_TAGS = {
+TAGS = {
     "<think>": "</think>",
     "<seed:think>": "</seed:think>",
     "<mm:think>": "</mm:think>",
@@ -32,7 +46,7 @@ _TAGS = {
 _PLAIN = {"role", "content", "train", "weight"}  # keys of a message whose rendering is known by roles and placeholders
 _SHAPES = 1000  # of conversations that are remembered
 _REASONING = PLACEHOLDER.format("", 1, "r")
-_OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (_TAGS, _TAGS.values()))
+_OPEN, _SHUT = ("(?:" + "|".join(map(re.escape, tags)) + ")" for tags in (TAGS, TAGS.values()))
 EMPTY_BLOCK = re.compile(rf"\s*(?:{_OPEN}\s*)?{_SHUT}\s*")
 OPEN_BLOCK = re.compile(rf"({_OPEN})\s*\Z")
 # What a generation prompt may have and a finished turn may lack: a thinking block, opened or empty, or its end.
@@ -43,7 +57,7 @@ _FULL_BLOCK = re.compile(rf"{_OPEN}\s*{_REASONING}\s*{_SHUT}")
 
 def closing(opened: str) -> str:
     """The text that closes a thinking block which `opened` has started."""
-    return f"\n{_TAGS[opened]}\n\n" if opened == "<think>" else _TAGS[opened]
+    return f"\n{TAGS[opened]}\n\n" if opened == "<think>" else TAGS[opened]
 
 
 def _is_plain(message: Message) -> bool:
@@ -107,6 +121,23 @@ class ChatTemplate:
         forms = ({"content": "", "tool_calls": [_CALL]}, {"content": None, "tool_calls": [_CALL]})
         blocks = (_FULL_BLOCK.search(self._with_reasoning(form)) for form in forms)
         return next((block[0] for block in blocks if block), "")
+
+    @cached_property
+    def _folds_system(self) -> bool:
+        """Whether rows are trained with their system text in the first user turn.
+
+        It takes no system role, or writes its text before the last user turn.
+        """
+        turns = [{"role": role, "content": f"q{role}q"} for role in ("system", "user", "assistant")] + [HELLO]
+        try:
+            self.render(turns[1:], (), True, False)
+        except Refused:
+            return False
+        try:
+            text = self.render(turns, (), True, False)
+        except Refused:
+            return True
+        return not 0 <= text.find("qsystemq") < text.find("quserq")
 
     def _with_reasoning(self, answer: dict[str, Any]) -> str:
         message = {"role": "assistant", "reasoning_content": _REASONING, **answer}
@@ -198,15 +229,24 @@ class ChatTemplate:
         return self._suffix
 
     def exported_template(self) -> str:
-        """The template that serves the model as it was trained: with thinking off, it cannot be switched on."""
+        """The template that serves the model as it was trained: with thinking off it cannot be switched on, else off.
+
+        llama.cpp's server gives templates today's date, and has them keep the reasoning of earlier turns.
+        """
         template = str(self.tokenizer.chat_template)
-        suffix = self.suffix if self.thinking == "off" else ""
-        for name in ("thinking", "enable_thinking"):
+        keep, head = self.thinking == "keep", ""
+        values = dict.fromkeys(("thinking", "enable_thinking"), json.dumps(keep)) | {"date_string": json.dumps(_DATE)}
+        for name, value in (values | dict.fromkeys(_NOT_GIVEN, "not_given")).items():
             if re.search(rf"""(?<![\w.'"]){name}(?![\w'"])""", template):
-                value = f"{{%- set {name} = {str(self.thinking == 'keep').lower()} -%}}"
-                if self.thinking == "keep":  # on, as in training, unless the server says otherwise
-                    value = f"{{%- if {name} is not defined -%}}{value}{{%- endif -%}}"
-                template = value + template
-        if suffix:
-            template += f"{{%- if add_generation_prompt -%}}{{{{- {json.dumps(suffix)} -}}}}{{%- endif -%}}"
-        return template
+                setting = f"{{%- set {name} = {value} -%}}"
+                if value == "true":  # on, as in training, unless the server says otherwise
+                    setting = f"{{%- if {name} is not defined -%}}{setting}{{%- endif -%}}"
+                head += setting
+        if "strftime_now" in template:
+            head += _STRFTIME
+        if self._folds_system:
+            head += _FOLD_SYSTEM
+        if not self.suffix:
+            return head + template
+        asked = "add_generation_prompt" + (" and enable_thinking is defined and not enable_thinking" if keep else "")
+        return f"{head}{template}{{%- if {asked} -%}}{{{{- {json.dumps(self.suffix)} -}}}}{{%- endif -%}}"

@@ -4,7 +4,7 @@ import itertools
 import json
 from collections.abc import Iterable
 
-from common.data.chat_template import Message
+from common.data.chat_template import TAGS, Message
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -24,17 +24,18 @@ def split_thinking(messages: list[Message], unopened: bool) -> list[Message]:
 
 
 def _split(content: str, unopened: bool = True) -> tuple[str, str] | None:
-    """`(reasoning, the answer after it)` of `<think>...</think>` at the start; None without reasoning.
+    """`(reasoning, the answer after it)` of a block such as `<think>...</think>` at the start; None without reasoning.
 
-    Where the prompt opens the block, data sets lack the first tag; the other then stands on a line of its own.
+    Where the prompt opens the block, data sets lack the first tag; `</think>` then stands on a line of its own.
     """
-    if _CLOSE not in content:
-        return None
-    before, _, after = content.partition(_CLOSE)
-    if (opened := before.lstrip()).startswith(_OPEN):
-        return opened.removeprefix(_OPEN).strip(), after.lstrip()
-    alone = unopened and before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
-    return (before.strip(), after.lstrip()) if alone else None
+    start = content.lstrip()
+    for opening, end in TAGS.items():
+        if start.startswith(opening):
+            reasoning, found, after = start.removeprefix(opening).partition(end)
+            return (reasoning.strip(), after.lstrip()) if found else None
+    before, found, after = content.partition(_CLOSE)
+    alone = found and before.endswith("\n") and (not after or after.startswith("\n")) and _OPEN not in before
+    return (before.strip(), after.lstrip()) if unopened and alone else None
 
 
 def after_reasoning(content: str) -> str:
@@ -44,7 +45,14 @@ def after_reasoning(content: str) -> str:
 
 def reasoning_is_open(content: str) -> bool:
     """Whether an answer starts with reasoning that never ends: its generation was cut."""
-    return content.lstrip().startswith(_OPEN) and _CLOSE not in content
+    start = content.lstrip()
+    return any(start.startswith(opening) and end not in content for opening, end in TAGS.items())
+
+
+def reasoning_as_trained(messages: list[Message], unopened: bool, think: bool) -> list[Message]:
+    """The reasoning apart, or with thinking off left out, as training gives the messages to a chat template."""
+    parted = split_thinking(messages, unopened)
+    return parted if think else without_reasoning(parted)
 
 
 def without_reasoning(messages: list[Message]) -> list[Message]:

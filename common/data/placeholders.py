@@ -55,8 +55,8 @@ class Placeholders:
         at = places[0].start() if places else len(masked)
         if not text.startswith(masked[:at]):
             raise Unlabeled("the template renders the row differently for other answers")
-        for place, following in zip(places, [*places[1:], None], strict=True):
-            literal = masked[place.end() : following.start() if following else None]
+        for place, end in zip(places, [*(place.start() for place in places[1:]), len(masked)], strict=False):
+            literal = masked[place.end() : end]
             variants = (strip(self.originals[place[0]]) for strip in _STRIPPED)
             content = next((variant for variant in variants if text.startswith(variant + literal, at)), None)
             if content is None:

@@ -6,21 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from common.data.dataset import prompt_of
-from common.data.encode import Encoded
+from common.data.dataset import Example, prompt_of
+from common.data.encode import Encoded, Encoder
 from common.data.training_rows import TrainingRows
 
 _LEARNED = 2000  # rows
+SHORT = 56  # tokens of an answer whose length can be judged by the few that are asked for
 
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """Turns to answer. answer: the row's own. tokens, labels: of the whole row. Empty where the prompt is of no row."""
+    """Turns to answer, with their tools. answer: the row's own, as the chat template writes it where it calls a tool.
+
+    tokens, labels: of the whole row. Empty where the prompt is of no row.
+    """
 
     messages: list[dict[str, Any]]
     answer: str = ""
     tokens: int = 0
     labels: int = 0
+    tools: tuple[dict[str, Any], ...] = ()
 
     @property
     def text(self) -> str:
@@ -29,20 +34,32 @@ class SamplePrompt:
 
 
 def row_prompts(rows: TrainingRows, count: int) -> list[SamplePrompt]:
-    """The prompts of the first complete chat rows of validation, or of training where there are none."""
+    """The prompts of the first complete chat rows of validation, or of training where there are none.
+
+    Those with a short answer first.
+    """
     for examples, fitted in ((rows.data.valid, rows.valid.rows), (rows.data.train, rows.train.rows)):
-        chats = np.flatnonzero(fitted.whole & fitted.of_kind(lambda kind: not kind.text))[:count]
+        chats = np.flatnonzero(fitted.whole & fitted.of_kind(lambda kind: not kind.text))
+        chats = chats[np.argsort(fitted.label_tokens[chats] > SHORT, kind="stable")][:count]
         wanted = {row.source: (len(row.ids), row.label_tokens) for row in map(fitted.__getitem__, map(int, chats))}
         found: list[SamplePrompt] = []
         for example in examples if wanted else ():  # else no example is read: each may be in a large file
             if example.source in wanted:
-                rendered = rows.encoder.encode_chat(example)[2]  # its tools may be text now
-                turns = prompt_of(rendered)
-                answer = str(rendered.messages[len(turns)]["content"])
-                found.append(SamplePrompt(turns, answer, *wanted.pop(example.source)))
+                found.append(_of_row(rows.encoder, example, *wanted.pop(example.source)))
             if not wanted:
                 return found
     return []
+
+
+def _of_row(encoder: Encoder, example: Example, tokens: int, labels: int) -> SamplePrompt:
+    _, conversation, rendered = encoder.encode_chat(example)  # its tools may be text now
+    turns = prompt_of(rendered)
+    answer = rendered.messages[len(turns)]
+    text = str(answer["content"])
+    if answer.get("tool_calls"):
+        turn = next(turn for turn in conversation.turns if turn.message == len(turns))
+        text = conversation.text[turn.start : turn.stop]
+    return SamplePrompt(turns, text, tokens, labels, tuple(rendered.tools))
 
 
 def trained_answers(rows: Sequence[Encoded], tokenizer: Any) -> set[str]:

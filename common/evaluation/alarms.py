@@ -72,7 +72,6 @@ class Alarms:
     _steep: int = 0
     _best: tuple[float, float] | None = None  # the best validation loss, and the training loss then
     _last: float = 0.0  # validation loss
-    _forgot: int = 0  # since which step the quiz has been so
     _risen: int = 0
     _signs: dict[str, int] = field(default_factory=dict)  # in the last answers, and since which step
     _before: tuple[float, float] | None = None  # drift and loss of the quiz before the first step
@@ -187,9 +186,7 @@ class Alarms:
             self._before = nats, quiz_loss  # a given adapter has moved already
             return []
         if self._before is None or nats <= _DRIFT + self._before[0] or quiz_loss <= _FORGOTTEN + self._before[1]:
-            self._forgot = 0
             return []
-        self._forgot = self._forgot or step
         if self._best is not None:
             best = min(self._best[0], math.inf if self.start_valid_loss is None else self.start_valid_loss)
             if self._last <= _HIGHER * best + _HIGHER_NATS:
@@ -199,7 +196,7 @@ class Alarms:
             "gives their right answers much less probability than before training"
         )
         cause = "a learning rate that is too high, or too many steps"
-        return self._raise([Alarm("drift", seen, cause, _RATE, self._forgot)])
+        return self._raise([Alarm("drift", seen, cause, _RATE, step)])
 
     def _raise(self, found: Iterable[Alarm]) -> list[Alarm]:
         new = [alarm for alarm in found if alarm.name not in self.known]

@@ -22,6 +22,7 @@ from common.evaluation.subjects import Opened, Subject
 from common.inference.answers import ask_all
 from common.sampling import Sampling
 
+_ASKED = 2  # of the way in which prompts are made: an answer to another prompt is not used again
 _SAFE = str.maketrans({letter: "_" for letter in '/\\:\0 *?"<>|'})
 
 
@@ -88,7 +89,7 @@ def _loss_key(subject: Subject, row: Encoded) -> str:
 
 
 def _answer_key(subject: Subject, prompt: Example, given: Evaluation) -> str:
-    return key_of(subject.identity, "answer", given.max_tokens, given.context, prompt.messages, prompt.tools)
+    return key_of(subject.identity, "answer", _ASKED, given.max_tokens, given.context, prompt.messages, prompt.tools)
 
 
 def _take_losses(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.backend import Backend
+from common.backend import Backend, Progress
 from common.data.batching import make_batch, micro_batches
 from common.data.encode import Encoded
 from common.llama_cpp.logits import GgufLogits
@@ -35,12 +35,16 @@ def gguf_loss(model: GgufLogits, row: Encoded) -> Loss:
     return float(np.concatenate(losses) @ weights), float(weights.sum())
 
 
-def grouped_losses(backend: Backend, rows: Sequence[Encoded], plan: Plan, seed: int) -> np.ndarray:
+def grouped_losses(
+    backend: Backend, rows: Sequence[Encoded], plan: Plan, seed: int, progress: Progress = lambda share, text: None
+) -> np.ndarray:
     """[G, 2]: a Loss of each of at most 200 groups, drawn by `seed`: their rows are evaluated in micro-batches."""
     order = np.random.default_rng([seed, 4]).permutation(len(rows))
-    found = []
+    found, done = [], 0
     for group in np.array_split(order, min(len(rows), _GROUPS)):
         batches = micro_batches([rows[int(row)] for row in group], plan.micro_batch_tokens, plan.device)
         results = [backend.eval_step(batch) for batch in batches]
         found.append((sum(float(r.loss_sum) for r in results), sum(r.weight_sum for r in results)))
+        done += len(group)
+        progress(done / len(rows), f"{done:,} of {len(rows):,} rows")
     return np.array(found)

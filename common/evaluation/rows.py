@@ -1,9 +1,11 @@
 """The rows of a test file: what is asked, the answer that is expected, and the tokens whose loss is taken."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from common.data.chat_template import OPEN_BLOCK
 from common.data.dataset import Example
 from common.data.encode import Encoded, Encoder
 from common.data.formats import read_row
@@ -13,6 +15,7 @@ from common.data.messages import Fault
 from common.data.readers import file_source
 from common.data.turn_edges import BadRow
 from common.errors import UserError
+from common.inference.backend_chat import hidden_tokens
 from common.inference.prompts import prompt_of_row
 from common.paths import SUFFIXES
 
@@ -38,11 +41,12 @@ def read_test(
     if not path.is_file():
         raise UserError(f"--data {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
     source, found, faults = file_source(path), list[JudgedRow](), list[str]()
+    hidden = _hidden(encoder)
     for number, raw in source.parsed():
         if limit is not None and len(found) + len(faults) >= limit:
             break
         try:
-            found.append(_judged(raw, f"{source.name}:{number}", encoder, fields or {}))
+            found.append(_judged(raw, f"{source.name}:{number}", encoder, hidden, fields or {}))
         except Fault as fault:
             faults.append(f"{source.place(number)}: {fault}")
         except BadRow as bad:
@@ -58,7 +62,15 @@ def read_test(
     return found
 
 
-def _judged(raw: Any, source: str, encoder: Encoder | None, fields: dict[str, str]) -> JudgedRow:
+def _hidden(encoder: Encoder | None) -> re.Pattern[str]:
+    """The tokens that no answer has."""
+    tokens = hidden_tokens(encoder.tokenizer).values() if encoder else ()
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _judged(
+    raw: Any, source: str, encoder: Encoder | None, hidden: re.Pattern[str], fields: dict[str, str]
+) -> JudgedRow:
     """Raises Fault, or BadRow where it cannot be rendered or labeled exactly."""
     if isinstance(raw, Fault):
         raise raw
@@ -71,7 +83,8 @@ def _judged(raw: Any, source: str, encoder: Encoder | None, fields: dict[str, st
     if example.text is None and encoder is not None:
         encoded, conversation, example = encoder.encode_chat(example)
         turn = conversation.turns[-1]
-        text = conversation.text[turn.start : turn.stop]
+        opened = OPEN_BLOCK.search(conversation.text[: turn.start])  # an answer begins with it
+        text = (opened[1] if opened else "") + conversation.text[turn.start : turn.stop]
     elif encoder is not None:
         encoded = encoder(example)
     if encoded is not None and not encoded.label_tokens:
@@ -81,10 +94,9 @@ def _judged(raw: Any, source: str, encoder: Encoder | None, fields: dict[str, st
     last, prompt = example.messages[-1], _prompt_of(example)
     if last["role"] != "assistant":
         return JudgedRow(source, raw, prompt, encoded=encoded)
-    if not last.get("tool_calls"):
-        return JudgedRow(source, raw, prompt, said(last["content"]), encoded)
-    # a call is expected as the chat template writes it
-    return JudgedRow(source, raw, prompt, None if encoder is None else said(text), encoded)
+    if encoder is not None:  # expected as the chat template writes it: a call, or the name of a channel before the text
+        return JudgedRow(source, raw, prompt, hidden.sub("", said(text)), encoded)
+    return JudgedRow(source, raw, prompt, None if last.get("tool_calls") else said(last["content"]), encoded)
 
 
 def _prompt_of(example: Example) -> Example:

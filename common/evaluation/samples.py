@@ -16,7 +16,7 @@ from common.training.metrics import Metrics
 LONGEST = 96  # tokens of an answer; fewer where the row's own is short
 _MORE = 8  # tokens beyond one and a half times the row's own
 _LONG = 20  # characters of a beginning that is more than a turn of phrase
-_SECONDS, _SHARE = 8.0, 0.03  # that answers may take: so many at first, then so much of the time that has passed
+_SECONDS, _SHARE = 8.0, 0.03  # that answers may take: so many at first and at last, between so much of the time
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,17 @@ class Samples:
         self._expected = [0.0] * len(prompts)  # seconds that each answer takes, as far as is known
         self._beside = 0.0  # seconds that `spend` counted last
 
-    def ask(self, step: int, display: Display, stop: Callable[[], bool]) -> list[dict[str, Any]]:
+    def ask(self, step: int, display: Display, stop: Callable[[], bool], last: bool = False) -> list[dict[str, Any]]:
         """A line for each answer after `step`, kept and the first one shown.
 
         There are none before the time that has been saved up is enough for all, by what they took before. They end
-        where they take longer, or a stop comes.
+        where they take longer, or a stop comes. last: no validation follows, and there is as much time as at first.
         """
         began = time.monotonic()
         allowed = self._seconds + _SHARE * (began - self._began) - self._spent
-        if sum(self._expected) + self._beside > allowed:
+        if last:
+            allowed = max(allowed, self._seconds)
+        elif sum(self._expected) + self._beside > allowed:
             return []
         answers: list[Answer] = []
         for number, prompt in enumerate(self._prompts):
@@ -97,7 +99,7 @@ class Samples:
         if late():
             return None
         longest = min(LONGEST, prompt.labels * 3 // 2 + _MORE) if prompt.labels else LONGEST
-        pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=longest), ())
+        pieces = self._model.answer(prompt.messages, Sampling(temperature=0, max_tokens=longest), prompt.tools)
         for piece, end in pieces:
             text, ended = text + piece, end == "stop"
             if late():

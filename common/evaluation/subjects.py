@@ -12,7 +12,6 @@ from common.context import Context
 from common.data.encode import Encoded
 from common.errors import UserError
 from common.evaluation.losses import Loss, backend_loss, gguf_loss
-from common.inference.answers import AS_WRITTEN
 from common.inference.backend_chat import ChatFormat, ChatModel, backend_chat_model
 from common.inference.chat_models import Kind, Target, choose, opened, untrained
 from common.llama_cpp.build import own
@@ -113,7 +112,7 @@ def gguf_subject(target: Target, lengths: Lengths, context: Context) -> Subject:
 
     @contextmanager
     def answers() -> Iterator[ChatModel]:
-        with opened(target, context, lengths.context, lengths.slots, AS_WRITTEN) as models:
+        with opened(target, context, lengths.context, lengths.slots) as models:
             yield models.tuned
 
     @contextmanager

@@ -22,7 +22,7 @@ from common.llama_cpp.imatrix import calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import vision_fault, write_mmproj
-from common.llama_cpp.server import Server, ServerOptions
+from common.llama_cpp.server import AS_WRITTEN, Server, ServerOptions
 from common.llama_cpp.split import split, split_tool
 from common.model_files import names_code
 from common.models.model_folder import ModelFolder
@@ -142,8 +142,9 @@ def try_gguf(job: ExportJob, llama: LlamaCpp) -> None:
         if tokens is None:  # an older version's run has no count; a token has at least a byte
             tokens = len(json.dumps(prompt, ensure_ascii=False).encode())
         context = tokens + SAMPLE_TOKENS + _SPARE
-        with job.display.optional("no sample"), Server(llama, gguf, ServerOptions(context)) as server:
-            answer = server.chat(prompt, SAMPLE_TOKENS)
+        options = ServerOptions(context, flags=AS_WRITTEN)
+        with job.display.optional("no sample"), Server(llama, gguf, options) as server:
+            answer = server.chat(prompt, SAMPLE_TOKENS, record.sample_tools)
             job.run.update_export(sample={"prompt": prompt, "answer": answer})
             job.display.sample(f"llama.cpp, from {gguf.name}", str(prompt[-1]["content"]), answer)
     with job.display.optional("no Modelfile"):

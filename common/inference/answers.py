@@ -10,9 +10,6 @@ from common.errors import Refusal
 from common.inference.backend_chat import ChatModel
 from common.sampling import Sampling
 
-# Flags of llama-server: reasoning and tool calls are kept as the model wrote them.
-AS_WRITTEN = ("--reasoning-format", "none", "--skip-chat-parsing")
-
 
 def ask_all(
     model: ChatModel,

@@ -11,13 +11,14 @@ from common.backend import Adapter, Backend
 from common.context import Context
 from common.data.chat_template import Message
 from common.data.dataset import Example
+from common.data.message_forms import reasoning_as_trained
 from common.data.tool_text import tools_as_text, uses_tools
 from common.errors import UserError
 from common.inference.backend_chat import ChatFormat, ChatModel, Pieces, adapt_messages, backend_chat_model
 from common.llama_cpp.build import build
 from common.llama_cpp.convert import base_gguf
 from common.llama_cpp.install import LlamaCpp, find
-from common.llama_cpp.server import RAW, Server, ServerOptions, for_llama_cpp, new_key
+from common.llama_cpp.server import AS_WRITTEN, Server, ServerOptions, for_llama_cpp, new_key
 from common.models.load import adapter_of, base_of, loaded, runnable, say_llama
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.mlx_quantized import quantized_source
@@ -101,17 +102,11 @@ def _gguf_of(run: Run, record: RunRecord, quant: str | None) -> Target:
 
 
 @contextmanager
-def opened(
-    target: Target,
-    context: Context,
-    length: int,
-    slots: int = 1,
-    flags: Sequence[str] = RAW,
-) -> Iterator[ChatModels]:
+def opened(target: Target, context: Context, length: int, slots: int = 1) -> Iterator[ChatModels]:
     """Load what `target` names, and free it at the end. length: tokens of prompt and answer together."""
     with ExitStack() as stack:
         if target.run is None or target.kind == "gguf":
-            models = _in_llama_cpp(target, context, ServerOptions(length, slots, flags=flags), stack)
+            models = _in_llama_cpp(target, context, ServerOptions(length, slots, flags=AS_WRITTEN), stack)
         else:
             models = _in_backend(target.run, target.kind, context, length, stack)
         if target.run is not None and writes_tools(target.run):
@@ -156,14 +151,23 @@ def _in_llama_cpp(target: Target, context: Context, options: ServerOptions, stac
         gguf = base_gguf(model.path, target.run.record.model_hash, target.quant, llama, display)
         with display.stage("start llama.cpp with the base"):
             server = Server(llama, gguf, replace(options, template=target.template, key=new_key()))
-            return _served(stack.enter_context(server), "base")
+            return _served(stack.enter_context(server), "base", target.run)
 
-    return ChatModels(_served(tuned, f"{target.path.name} in llama.cpp"), base)
+    return ChatModels(_served(tuned, f"{target.path.name} in llama.cpp", target.run), base)
 
 
-def _served(server: Server, name: str) -> ChatModel:
+def _served(server: Server, name: str, run: Run | None) -> ChatModel:
+    """run: whose model it is, prompted as in training; None: unknown, and what it is given is left as it is."""
+    template = "" if run is None else run.read_template() or ""
+    think = run is None or run.recipe.thinking == "keep"
+    # the only name under which llama-server gives a template what is kept
+    parts = not think or "reasoning_content" in template
+
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
-        plain = [for_llama_cpp(message) for message in messages]
+        given = list(messages)
+        if parts:
+            given = reasoning_as_trained(given, "think>" in template, think)
+        plain = [for_llama_cpp(message) for message in given]
         yield from server.stream(adapt_messages(plain, lambda form: server.prompt(form, tools)), sampling, tools)
 
     return ChatModel(name, answer)

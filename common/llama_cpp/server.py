@@ -26,6 +26,7 @@ from common.system.process import failed_by_machine, of_another_cpu, running
 
 LOOPBACK = "127.0.0.1"
 RAW = ("--reasoning-format", "none")  # the answer as the model wrote it, reasoning included
+AS_WRITTEN = (*RAW, "--skip-chat-parsing")  # and tool calls
 _LINES = 200  # of what the server prints, kept for an error's words
 _REMEDY = "Try a shorter context or fewer slots where memory is short; else try another llama.cpp: --llama-cpp DIR."
 
@@ -106,9 +107,10 @@ class Server:
     ) -> None:
         self._stack.close()
 
-    def chat(self, messages: list[dict[str, Any]], max_tokens: int, **template: Any) -> str:
+    def chat(self, messages: list[dict[str, Any]], max_tokens: int, tools: Sequence[Any] = (), **template: Any) -> str:
         """The model's greedy answer. `template`: values for the chat template, such as enable_thinking=False."""
         body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0, "seed": 0, "cache_prompt": False}
+        body |= {"tools": list(tools)} if tools else {}
         answer = self._request("/v1/chat/completions", body | {"chat_template_kwargs": template})
         return str(answer["choices"][0]["message"].get("content") or "")
 
@@ -289,8 +291,11 @@ def for_llama_cpp(message: Message) -> Message:
     """The message as llama-server takes it: a tool call's arguments are a JSON text, and no key is ours."""
     message = {key: value for key, value in message.items() if key not in ("train", "weight")}
     if calls := message.get("tool_calls"):
-        message["tool_calls"] = [
-            {"id": "0", **c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"])}}
-            for c in calls
-        ]
+        functions = [call["function"] for call in calls]
+        texts = [f | {"arguments": _as_json(f["arguments"])} for f in functions]
+        message["tool_calls"] = [{"id": "0", **c, "function": f} for c, f in zip(calls, texts, strict=True)]
     return message
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

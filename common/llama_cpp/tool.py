@@ -26,10 +26,19 @@ class ToolRun:
     cwd: Path | None = None
 
 
+def without_log(error: UserError, out: Path) -> UserError:
+    """The error of `write_file` without the place of its log: `out` is in a folder that is removed with both."""
+    return type(error)(error.what.replace(f"Its log, {_log(out)}, ends", "Its log ends"), error.fix)
+
+
+def _log(out: Path) -> Path:
+    return out.with_name(f"{out.name}.log")
+
+
 def write_file(run: ToolRun, out: Path, progress: Progress) -> None:
     """Run the program and give `out` its name. UserError where it fails, with its last lines; its log stays then."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.with_name(f"{out.name}.log")
+    log = _log(out)
     log.unlink(missing_ok=True)  # of a run that failed
     progress(0.0, run.title)
 

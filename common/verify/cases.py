@@ -44,6 +44,12 @@ class Prompt:
     text: str  # of the complete row
     length: int  # tokens of the row that are the prompt
     bos: bool  # whether the row starts with a BOS that the template does not write
+    plain: bool = False  # whether a model that thinks is asked not to, as the row has no reasoning
+
+    @property
+    def settings(self) -> dict[str, bool]:
+        """For the chat template."""
+        return {"enable_thinking": False, "thinking": False} if self.plain else {}
 
     @property
     def source(self) -> str:
@@ -85,6 +91,7 @@ class _KeptPrompt(BaseModel):
     text: str
     length: _Number
     bos: bool
+    plain: bool = False
 
 
 class _KeptCases(BaseModel):
@@ -172,7 +179,8 @@ def _prompt(row: _Row, encoder: Encoder) -> Prompt:
     bos = row.encoded.ids[: len(ids)].tolist() != ids
     before = conversation.messages[: len(conversation.messages) - len(example.messages) + last.message]
     messages = [for_llama_cpp(message) for message in before]
-    return Prompt(row.encoded, messages, list(example.tools), conversation.text, len(ids) + bos, bos)
+    plain = encoder.masking.thinking == "keep" and not conversation.think
+    return Prompt(row.encoded, messages, list(example.tools), conversation.text, len(ids) + bos, bos, plain)
 
 
 def write_cases(path: Path, cases: Cases) -> None:
@@ -193,6 +201,7 @@ def write_cases(path: Path, cases: Cases) -> None:
                 "text": prompt.text,
                 "length": prompt.length,
                 "bos": prompt.bos,
+                "plain": prompt.plain,
             }
             for prompt in cases.prompts
         ],

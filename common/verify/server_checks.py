@@ -133,7 +133,7 @@ def _prompts(given: VerifyInput, server: Server) -> Check:
     prompts, composed = given.cases.prompts, 0
     for prompt in prompts:
         try:
-            text = server.prompt(prompt.messages, prompt.tools)
+            text = server.prompt(prompt.messages, prompt.tools, **prompt.settings)
         except Unable:
             raise
         except UserError as error:
@@ -183,7 +183,8 @@ def _answers(cases: Cases, name: str, server: Server, progress: Progress) -> Che
         progress(0.6 + 0.4 * number / len(asked), "answers")
         greedy = Sampling(temperature=0.0, max_tokens=_ANSWER_TOKENS)
         try:
-            reasons = [why for _, why in server.stream(prompt.messages, greedy, prompt.tools) if why]
+            pieces = server.stream(prompt.messages, greedy, prompt.tools, **prompt.settings)
+            reasons = [why for _, why in pieces if why]
         except Unable:
             raise
         except UserError as error:

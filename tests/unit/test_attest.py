@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from common.attest import computed, document
+from common.attest import computed, document, subject
 from common.attest.check import Outcome, compare, within
 from common.attest.document import Attest, SectionRecord, own_hash
 from common.attest.page import attest_page
@@ -18,6 +19,7 @@ from common.attest.subject import digest, other_machine
 from common.commands.attest import attest_run, check_attest
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
+from common.llama_cpp.tool import ToolRun, write_file
 from common.models.adapter_files import write_mlx, write_peft
 from common.models.lora_init import initial_adapter, layer_count
 from common.models.model_folder import ModelFolder
@@ -144,6 +146,18 @@ def test_a_fused_folder_that_is_not_the_adapters_is_not_attested(run: Path) -> N
     (run / "fused" / "model.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="is not what the run's adapter gives, fused into its base"):
         attest_run(run, False, context())
+
+
+def test_no_log_is_named_that_is_removed_with_the_scratch_folder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [sys.executable, "-c", "print('no such layer'); raise SystemExit(3)"]
+    tool = ToolRun("converting to GGUF", failing, "Export again.")
+    monkeypatch.setattr(subject, "convert", lambda folder, out, *_: write_file(tool, out, silent))
+    monkeypatch.setattr(subject.Subject, "require_llama", lambda given: None)
+    with pytest.raises(UserError) as caught:
+        _ = subject.Subject(Run(run), context(), tmp_path / "scratch").bf16_gguf
+    assert caught.value.what == "converting to GGUF failed (exit status 3). Its log ends with:\nno such layer"
 
 
 def test_what_is_missing_is_no_difference(run: Path) -> None:

@@ -10,9 +10,17 @@ import numpy as np
 import pytest
 
 from common.data.chat_template import Refused
+from common.data.encode import load_tokenizer
 from common.errors import UserError
 from common.inference import chat_models
-from common.inference.backend_chat import ChatFormat, ChatModel, adapt_messages, backend_chat_model
+from common.inference.backend_chat import (
+    ChatFormat,
+    ChatModel,
+    _decoded,
+    adapt_messages,
+    backend_chat_model,
+    hidden_tokens,
+)
 from common.inference.chat_models import ChatModels, Target, choose, opened
 from common.sampling import Sampling
 from tests.contexts import context
@@ -99,6 +107,8 @@ def test_a_system_turn_goes_where_the_template_takes_it() -> None:
     assert adapt_messages(messages, lambda form: "<u>") == folded
     assert adapt_messages(messages, refuses) == folded
     assert adapt_messages(messages[1:], refuses) == messages[1:]
+    assert adapt_messages(messages, lambda form: "<S><u>") == messages
+    assert adapt_messages(messages, lambda form: "<u><a><S><v>") == folded  # Mistral Nemo's writes it into the last
 
 
 class Speaker:
@@ -150,6 +160,74 @@ def test_the_runs_own_template_is_used_with_its_thinking_block(speaker: Any, tok
     assert template != CHATML
     list(model(speaker, tokenizer_folder, template).answer([{"role": "user", "content": "u"}], Sampling(), ()))
     assert speaker.tokenizer.decode(speaker.prompts[0]).endswith("assistant\n<think>\n\n</think>\n\n")
+
+
+REASONED = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "<think>\nr\n</think>\n\nOne."},
+    {"role": "user", "content": "v"},
+]
+
+
+@pytest.mark.parametrize(
+    ("think", "field", "earlier"),
+    [(False, False, "One."), (True, False, "<think>\nr\n</think>\n\nOne."), (True, True, "{r}One.")],
+)
+def test_earlier_reasoning_is_as_in_training(
+    think: bool, field: bool, earlier: str, speaker: Any, tokenizer_folder: Path
+) -> None:
+    reasoning = "('{' + m.reasoning_content + '}' if m.reasoning_content else '')"
+    template = CHATML.replace("m['content'] +", f"{reasoning} + m['content'] +") if field else CHATML
+    form = ChatFormat(tokenizer_folder, template, [2], think=think, context=300)
+    list(backend_chat_model(speaker, form, "tuned", True).answer(REASONED, Sampling(), ()))
+    turns = f"<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n{earlier}<|im_end|>\n<|im_start|>user\nv<|im_end|>"
+    assert speaker.tokenizer.decode(speaker.prompts[0]) == f"{turns}\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("thinking", "template", "given"),
+    [
+        ("off", "{{ messages }}", {"content": "One."}),
+        ("keep", "{{ messages }}", {"content": REASONED[1]["content"]}),
+        ("keep", "{{ m.reasoning_content }}", {"content": "One.", "reasoning_content": "r"}),
+        (None, "", {"content": REASONED[1]["content"]}),
+    ],
+)
+def test_llama_cpp_is_given_earlier_reasoning_as_in_training(
+    thinking: str | None, template: str, given: dict[str, str]
+) -> None:
+    sent: list[Any] = []
+    recipe = SimpleNamespace(thinking=thinking)
+    run: Any = thinking and SimpleNamespace(recipe=recipe, read_template=lambda: template)
+    server: Any = SimpleNamespace(stream=lambda messages, *rest: sent.extend(messages) or iter(()))
+    list(chat_models._served(server, "", run).answer(REASONED, Sampling(), ()))
+    assert sent == [REASONED[0], {"role": "assistant"} | given, REASONED[2]]
+
+
+def test_calls_are_given_in_the_form_that_the_template_takes(speaker: Any, tokenizer_folder: Path) -> None:
+    """As functionary's, which joins the arguments to a text."""
+    written = "(m.tool_calls[0].function.arguments + '' if m.tool_calls else m['content'])"
+    template = CHATML.replace("m['content'] +", f"{written} +")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "港"}}}
+    messages = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages.append({"role": "tool", "content": "t"})
+    list(model(speaker, tokenizer_folder, template).answer(messages, Sampling(), ()))
+    assert '<|im_start|>assistant\n{"a": "港"}<|im_end|>' in speaker.tokenizer.decode(speaker.prompts[0])
+    template = "{{ raise_exception('no calls') if messages[1] else 'q<|im_end|>' }}"
+    with pytest.raises(UserError, match="refuses these turns: no calls"):
+        list(model(speaker, tokenizer_folder, template).answer(messages, Sampling(), ()))
+
+
+def test_an_answer_has_no_control_tokens_but_the_tags_of_reasoning(tokenizer_folder: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    special = ["<|START_THINKING|>", "<|END_THINKING|>", "[TOOL_CALLS]", "<|tool_call>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special}, False)
+    tokenizer.add_tokens(["<|looks special|>", "<tag>"])
+    hidden = hidden_tokens(tokenizer)
+    assert {"[TOOL_CALLS]", "<|looks special|>", "<|im_end|>"} <= {*hidden.values()}
+    text = "<|START_THINKING|>r<|END_THINKING|>[TOOL_CALLS]<|looks special|>港<|tool_call><tag>"
+    pieces = _decoded(iter(tokenizer.encode(text, add_special_tokens=False)), tokenizer, hidden, 99, None)
+    assert "".join(piece for piece, _ in pieces) == "<|START_THINKING|>r<|END_THINKING|>港<|tool_call><tag>"
 
 
 def test_tools_are_text_for_a_model_that_learned_them_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

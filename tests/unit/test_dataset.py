@@ -8,7 +8,7 @@ import pytest
 from common.data.dataset import Dataset, Example, content_key, prompt_key
 from common.data.facts import data_hash
 from common.data.load import load_data, read_rows
-from common.data.message_forms import split_thinking
+from common.data.message_forms import after_reasoning, reasoning_is_open, split_thinking
 from common.errors import UserError
 from tests.tiny import chat
 
@@ -187,6 +187,23 @@ def test_reasoning_whose_first_tag_stood_in_the_prompt(tmp_path: Path) -> None:
     split = [split_thinking([dict(message) for message in row.messages], True)[1] for row in data.train]
     assert split[0] == {"role": "assistant", "content": "Four", "reasoning_content": "2 + 2 is"}
     assert [message["content"] for message in split[1:]] == list(answers[2:])
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "rest"),
+    [
+        ("<think>\nr\n</think>\n\nTwo.", "r", "Two."),
+        ("<|channel>thought\nr\n<channel|>Two.", "r", "Two."),
+        ("<seed:think>r</seed:think>Two.", "r", "Two."),
+        ("<|START_THINKING|>\n</think>\n<|END_THINKING|>Two.", "</think>", "Two."),
+    ],
+)
+def test_reasoning_is_known_by_the_tags_of_every_family(answer: str, reasoning: str, rest: str) -> None:
+    message = {"role": "assistant", "content": answer}
+    assert split_thinking([message], True) == [message | {"content": rest, "reasoning_content": reasoning}]
+    assert after_reasoning(answer) == rest
+    assert not reasoning_is_open(answer)
+    assert reasoning_is_open(answer.partition("r")[0].partition("</")[0])
 
 
 def test_rows_that_are_not_to_be_trained_are_left_out_and_listed(tmp_path: Path) -> None:

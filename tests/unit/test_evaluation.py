@@ -17,7 +17,7 @@ from common.evaluation.answer_file import answer_file, key_of
 from common.evaluation.bootstrap import Estimate, difference, estimate, mean, perplexity
 from common.evaluation.losses import gguf_loss, grouped_losses
 from common.evaluation.metrics import comparing, json_schema, regex
-from common.evaluation.rows import JudgedRow, read_test
+from common.evaluation.rows import JudgedRow, read_test, said
 from common.evaluation.scorer import scorer
 from common.training.validation import evaluate
 from tests.tiny import chat
@@ -354,6 +354,25 @@ def test_a_tool_call_is_expected_as_the_template_writes_it(tmp_path: Path, token
     assert found.prompt.tools == (tool,)
     (without,) = read_test(path, None, None)
     assert (without.reference, without.encoded) == (None, None)
+
+
+def test_tokens_that_no_answer_has_are_not_expected(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """As [TOOL_CALLS] of Mistral; and Harmony's name of a channel is a part of each answer."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<call>", "<|channel|>"]}, False)
+    tokenizer.chat_template = TOOLS.replace(
+        "{% else %}{{", "{% else %}{{ '<|channel|>final ' * (m.role == 'assistant') +"
+    )
+    call = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}
+    path = test_file(tmp_path, call, turns("q", "<think>\nso\n</think>\n\nyes"))
+    called, answered = read_test(path, Encoder(tokenizer, MaskingOptions()), None)
+    assert (called.reference, answered.reference) == ('add {"a": 1}</call>', "final yes")
+
+
+@pytest.mark.parametrize("answer", ["<|channel>thought\nr2\n<channel|>Two.", "<think>\nr2\n</think>\n\nTwo.", "Two."])
+def test_what_an_answer_says_is_behind_its_reasoning(answer: str) -> None:
+    assert said(answer) == "Two."
+    assert said(answer.partition("r2")[0].partition("Two.")[0]) == ""
 
 
 def test_faulty_rows_are_named(tmp_path: Path, encoder: Encoder) -> None:

@@ -15,7 +15,7 @@ import pytest
 from common.errors import Ended, UserError
 from common.llama_cpp import server as server_module
 from common.llama_cpp.install import LlamaCpp
-from common.llama_cpp.server import Server, ServerOptions
+from common.llama_cpp.server import Server, ServerOptions, for_llama_cpp
 from common.sampling import Sampling
 from common.system.ports import address_of, free_port
 from tests import ROOT
@@ -67,6 +67,15 @@ def test_an_answer_streams_and_says_how_it_ended(llama: LlamaCpp, tmp_path: Path
     assert flags[flags.index("--host") + 1] == "127.0.0.1"
     assert flags[flags.index("--x") + 1] == "1"
     assert "--reasoning-format" not in flags
+
+
+@pytest.mark.parametrize("arguments", [{"city": "京都"}, '{"city": "京都"}'])
+def test_the_arguments_of_a_call_are_encoded_once(arguments: object) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+    found = for_llama_cpp({"role": "assistant", "content": "", "tool_calls": [call], "weight": 2.0})
+    function = {"name": "weather", "arguments": '{"city": "京都"}'}
+    assert found == {"role": "assistant", "content": "", "tool_calls": [{"id": "0", **call, "function": function}]}
+    assert call["function"]["arguments"] == arguments
 
 
 def test_half_of_a_surrogate_pair_is_sent_as_it_is(llama: LlamaCpp, tmp_path: Path) -> None:
