@@ -196,8 +196,7 @@ def main() -> None:
             _complete()
         status = _run(sys.argv[1:])
     except BrokenPipeError:  # the reader has seen enough: `train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        status = 0  # and _flush gives up the rest
     except (Exception, KeyboardInterrupt) as error:
         status = _report(error)
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # it ends anyhow, and all is cleaned up

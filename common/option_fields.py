@@ -65,7 +65,9 @@ class RecipeFields(BaseModel):
         "given",
         value="X [X ...]",
     )
-    max_length: int = in_data(1024, "most tokens of a row; --overflow says what becomes of longer rows", ge=2)
+    max_length: int = in_data(
+        1024, "maximum sequence length in tokens; --overflow says what becomes of longer rows", ge=2
+    )
     overflow: Literal["drop", "truncate", "split", "error"] = in_data(
         "drop",
         "rows longer than --max-length: leave them out and count them, cut off their ends, cut plain text into blocks "
@@ -87,15 +89,13 @@ class RecipeFields(BaseModel):
         "Unless given, fewer (40 at least) where that would take much time",
         ge=0,
     )
-    patience: int = in_training(
-        4, "validations without a better one after which training ends; 0: it goes through all its steps", ge=0
-    )
+    patience: int = in_training(4, "stop after N validations without improvement (0: no early stopping)", ge=0)
     min_delta: float = in_training(
-        0.002, "share of the best validation loss by which another must be below it to be better", ge=0, lt=1
+        0.002, "minimum relative improvement in validation loss that counts as one", ge=0, lt=1
     )
-    batch_size: int = in_training(8, "rows of an optimizer step; chosen by --recipe auto unless given", ge=1)
+    batch_size: int = in_training(8, "rows of an optimizer step; unless given, chosen for model and rows", ge=1)
     learning_rate: float = in_training(
-        2e-4, "highest learning rate of the schedule; chosen by --recipe auto unless given", gt=0
+        2e-4, "highest learning rate of the schedule; unless given, chosen for model and rows", gt=0
     )
     schedule: Literal["cosine", "linear", "constant"] = in_training("cosine", "learning rate after the warm-up")
     weight_decay: float = in_training(
@@ -114,11 +114,12 @@ class RecipeFields(BaseModel):
     method: Literal["lora", "dora", "full"] = in_adapter(
         "lora", "LoRA; DoRA, which also learns the length of each weight row; or every weight of a small model"
     )
-    rank: int = in_adapter(16, "rank of the LoRA matrices; chosen by --recipe auto unless given", ge=1)
+    rank: int = in_adapter(16, "rank of the LoRA matrices; unless given, chosen for model and rows", ge=1)
     alpha: float = in_adapter(32.0, "LoRA's update is multiplied by alpha / rank", gt=0)
     targets: list[str] = in_adapter(
         ["all-linear"],
-        "layers to adapt: all-linear, attention, mlp, experts (in none of the others), or names such as q_proj",
+        "linear layers to adapt: all-linear, attention, mlp, or names such as q_proj; experts, which no other name "
+        "includes, are those of a mixture",
     )
     dropout: float = in_adapter(0.0, "share of the adapter's inputs that is dropped in training", ge=0, lt=1)
     rslora: bool = in_adapter(
@@ -210,4 +211,6 @@ class ExportFields(BaseModel):
     push: str | None = in_export(
         None, "hub repository (owner/name) to upload the result to at the end", value="OWNER/NAME"
     )
-    push_public: bool = in_export(False, "make the repository of --push public; a new one is private otherwise")
+    push_public: bool = in_export(
+        False, "with --push: make a new repository public; an existing one keeps its visibility"
+    )

@@ -110,7 +110,9 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
         value="N",
         choices=("all",),
     )
-    shard: bool | None = in_memory(None, "each device holds a part of the model (FSDP2); by itself where it must")
+    shard: bool | None = in_memory(
+        None, "shard the model over the devices (FSDP2); unless given, only where it does not fit on one of them"
+    )
     workers: list[str] = in_memory(
         [],
         "other computers on which `worker` runs and helps; each computes a part of every step by its speed",
@@ -132,7 +134,9 @@ class Options(RecipeFields, PlanFields, ExportFields, TrackFields):
         "Unless given, only where memory is short",
     )
 
-    output: str | None = in_output(None, "run folder to make; runs/<model>-<data>-<backend> unless given", value="DIR")
+    output: str | None = in_output(
+        None, "folder to make; unless given, in runs/, named after model, data and backend", value="DIR"
+    )
     resume: str | None = in_output(
         None,
         "run folder to continue, with its own recipe and plan; to more steps in total with --steps or --epochs",

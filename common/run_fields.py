@@ -157,6 +157,7 @@ class AlarmRecord(_Record):
     cause: str = ""
     remedy: str = ""
     since: int = 0  # the step from which on it was seen
+    step: int = 0  # at which the alarm was raised
     quote: str = ""  # from an answer
 
 
@@ -232,6 +233,7 @@ class RunRecord(_Record):
     deterministic: dict[str, str] = {}
     sample_prompt: list[dict[str, Any]] = []
     sample_tokens: int | None = None
+    sample_tools: list[dict[str, Any]] = []
     data: DataRecord = DataRecord()
     tried: TriedRecord | None = None  # --try-model
     base: BaseRecord | None = None

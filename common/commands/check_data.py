@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import Any
 
 import numpy as np
 
-from common.commands.arguments import add_options
+from common.commands.arguments import add_options, display_of
 from common.commands.prepare import choose_hardware
 from common.context import Context
 from common.data.dataset import LISTED, Example
@@ -219,7 +219,7 @@ _DEFAULTS = {"model": "HuggingFaceTB/SmolLM2-135M-Instruct", "valid_share": 0.0}
 _OF_MODEL = ("backend", "device")
 _OPTIONS = (
     *("model", "chat_template", "valid_share", "weights", "field", "train_on", "thinking", "tools"),
-    *("max_length", "overflow", "on_bad_row", "seed"),
+    *("max_length", "overflow", "on_bad_row", "seed", "json"),
     *_OF_MODEL,
 )
 
@@ -248,6 +248,7 @@ def run(args: argparse.Namespace, context: Context) -> None:
         raise UserError("--with-model: --explain shows one row, and asks no model.", "Leave one of them out.")
     given = _DEFAULTS | args.flags | {"data": args.data}
     options, notes = load_options(given, "check-data", [*args.allowed, "data"])
+    context = replace(context, display=display_of(options))
     for note in notes:
         context.display.say(note)
     check_data(options, args.explain, context.display, context if args.with_model else None)

@@ -55,6 +55,7 @@ def begin(job: Job) -> None:
         stop_ids=job.served.stops,
         sample_prompt=job.prompts[0].messages if job.prompts else [],
         sample_tokens=job.prompts[0].tokens if job.prompts else 0,
+        sample_tools=list(job.prompts[0].tools) if job.prompts else [],
         data=DataRecord(
             train_rows=len(job.train),
             valid_rows=len(job.valid),

@@ -210,10 +210,12 @@ def _show_result(chosen: Outcome, why: str, folder: Path, display: Display) -> N
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = "%(prog)s (--budget TIME | --trials N) [--option VALUE ...]"
+    parser.usage = "%(prog)s [--budget TIME] [--trials N] [--option VALUE ...]"
     parser.epilog = (
-        f"Searched are {_flags(SEARCHED)}; what is given of these on the command line is fixed. Example: "
-        f"{parser.prog} --model google/gemma-3-270m-it --data rows.jsonl --budget 30m"
+        "--budget or --trials must be given; of both, the first that is reached ends the search. "
+        f"Searched are {_flags(SEARCHED)}; what is given of these on the command line is fixed. Without --output the "
+        f"folder is runs/<model>-<data>-<backend>-tune. Example: {parser.prog} --model google/gemma-3-270m-it --data "
+        "rows.jsonl --budget 30m"
     )
     parser.add_argument("--budget", type=seconds_of, metavar="TIME", help="time that all trials may take: 30m, 2h")
     parser.add_argument(

@@ -19,8 +19,8 @@ def score_test(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, 
         return
     with display.optional("the test rows are not scored"), timed(seconds, "test"):
         restore(job, backend, adapter)
-        with display.stage("score the test rows"):
-            losses = grouped_losses(backend, job.test, job.plan, job.recipe.seed)
+        with display.stage("score the test rows") as progress:
+            losses = grouped_losses(backend, job.test, job.plan, job.recipe.seed, progress)
         loss = estimate(losses, mean, job.recipe.seed)
         of_tokens = loss.through(perplexity)
         job.run.update(
@@ -40,7 +40,7 @@ def sample(job: Job, backend: Backend, adapter: Adapter, display: Display) -> No
     with display.optional("no sample"):
         restore(job, backend, adapter)
         model = backend_chat_model(backend, chat_format(job), "", True)
-        pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), ())
+        pieces = model.answer(prompt.messages, Sampling(temperature=0, max_tokens=SAMPLE_TOKENS), prompt.tools)
         answer = "".join(text for text, _ in pieces)
         job.run.update_export(sample={"prompt": prompt.messages, "answer": answer})
         display.sample(job.plan.backend, prompt.text, answer)

@@ -29,7 +29,7 @@ from common.training.loop import Interrupted
 from common.training.metrics import Metrics
 from common.training.rollback import MOST, RolledBack
 from common.training.setup import ENOUGH
-from common.training.validation import no_better
+from common.training.validation import no_better, worse_than_start
 
 FILE = "samples.jsonl"
 
@@ -53,12 +53,12 @@ class Watcher:
     def step(self, line: dict, memory: Memory) -> None:
         self.display.step(line, memory)
         self.tracking.step(line, memory)
-        self.raise_all(self.alarms.step(line))
+        self.raise_all(line["step"], self.alarms.step(line))
 
     def evaluation(self, line: dict) -> None:
         self.display.evaluation(line)
         self.tracking.evaluation(line)
-        self.raise_all(self.alarms.validation(line))
+        self.raise_all(line["step"], self.alarms.validation(line))
         for ask in [*self.ask]:
             self.ask.remove(ask)
             with self.display.optional("the model is not asked any more during training"):
@@ -81,9 +81,9 @@ class Watcher:
         At once for a run that was stopped or killed between an alarm and its rollback.
         """
         if self.job.options.on_collapse == "rollback" and not self.job.options.finish:
-            known = self.job.run.record.alarms
+            known = [alarm for alarm in self.job.run.record.alarms if not _recovered(alarm, state)]
             self.collapse = [Alarm(a.name, a.seen, a.cause, a.remedy, a.since, a.quote) for a in known]
-            if self.collapse and not self._is_over(state) and self._can_be_helped():
+            if self.collapse and not self.is_over(state) and self._can_be_helped():
                 raise self._rolled_back()
             self.collapse = []
         try:
@@ -100,7 +100,7 @@ class Watcher:
                 raise self._collapsed(state) from None
             raise
 
-    def _is_over(self, state: State) -> bool:
+    def is_over(self, state: State) -> bool:
         """Whether only the export is left. Of the last step an alarm may be from the validation before it."""
         complete = state.step >= self.job.recipe.steps and (state.evaluated >= state.step or not self.job.valid)
         return complete or no_better(state, self.job.recipe)
@@ -126,7 +126,7 @@ class Watcher:
     def _rolled_back(self, since: int = sys.maxsize) -> RolledBack:
         return RolledBack(self.job.run, min([since, *(alarm.since for alarm in self.collapse)]))
 
-    def raise_all(self, alarms: list[Alarm]) -> None:
+    def raise_all(self, step: int, alarms: list[Alarm]) -> None:
         for alarm in alarms:
             self.display.warn(str(alarm))
         if self.job.options.on_collapse != "warn":
@@ -135,7 +135,14 @@ class Watcher:
             with self.display.optional("run.json lacks an alarm"):
                 quotes = {"quote": ""} if self.job.options.no_text else {}
                 before = self.job.run.record.alarms
-                self.job.run.update(alarms=[*before, *(AlarmRecord(**vars(alarm) | quotes) for alarm in alarms)])
+                self.job.run.update(
+                    alarms=[*before, *(AlarmRecord(step=step, **vars(alarm) | quotes) for alarm in alarms)]
+                )
+
+
+def _recovered(alarm: AlarmRecord, state: State) -> bool:
+    """Whether training went on after the alarm, and a better validation followed."""
+    return state.step > alarm.step and (state.best_step or 0) >= alarm.since and not worse_than_start(state)
 
 
 @contextmanager
@@ -161,30 +168,31 @@ def watching(
                 adapted = job.recipe.method != "full"
                 asked = adapted or not state.step  # a weight that has been trained tells nothing of the base's
                 quiz = Quiz.of(job.encoder.tokenizer, job.recipe.thinking, adapted) if asked else None
-                watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher))
+                watcher.ask.append(lambda step: _ask(step, samples, quiz, backend, watcher, state))
         yield watcher
         _say_forgotten(watcher.alarms.quiz, state.best_step or state.step, display)
 
 
 def _say_forgotten(quiz: dict[int, float], step: int, display: Display) -> None:
-    """How well the model of that step knows the quiz, where that was asked for and before the first step."""
-    if {0, step} <= quiz.keys():
+    """How well the model of that step knows the quiz, or of the last one that was asked; not without one before."""
+    step = step if step in quiz else max(quiz, default=0)
+    if step and 0 in quiz:
         display.say(
             f"Common knowledge, outside of the data: its right answers have a loss of {quiz[step]:.2f} at step {step}, "
             f"and had {quiz[0]:.2f} before training"
         )
 
 
-def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher) -> None:
-    answers = samples.ask(step, watcher.display, watcher.stop_requested)
+def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher, state: State) -> None:
+    answers = samples.ask(step, watcher.display, watcher.stop_requested, watcher.is_over(state))
     watcher.tracking.answers(answers)
-    watcher.raise_all(watcher.alarms.answers(step, answers))
+    watcher.raise_all(step, watcher.alarms.answers(step, answers))
     if quiz and (answers or not step) and not watcher.stop_requested():
         began = time.monotonic()
         drift = quiz.ask(backend)
         samples.spend(time.monotonic() - began)
         samples.keep({"step": step, "drift": drift.nats, "quiz_loss": drift.loss})
-        watcher.raise_all(watcher.alarms.drift(step, drift.nats, drift.loss))
+        watcher.raise_all(step, watcher.alarms.drift(step, drift.nats, drift.loss))
 
 
 def _alarms_until(job: Job, state: State) -> Alarms:

@@ -14,7 +14,7 @@ from common.options import Options
 
 # Learning rate of LoRA: _RATE * (_WIDTH / hidden size) ** exponent of the family. Thinking Machines. Its sweeps, of 128
 # rows a step, have their best higher: 9e-4 to 1e-3 for Llama-3.2-1B and 3B, where this gives 4.9e-4 and 3.6e-4. With
-# the fewer rows of our steps the best is lower, by the root of their ratio at most.
+# the fewer rows of our steps the best is lower. Where other rows a step are given, the rate grows with their root.
 _RATE, _WIDTH = 5e-4, 2000
 _EXPONENTS = {"llama": 0.781, "qwen2": 0.0775, "qwen3": 0.0775}
 _MOST_RATE = 2e-3  # for still smaller models. tinker-cookbook: 3e-3 diverges nearly everywhere
@@ -27,7 +27,7 @@ _BATCHES = ((200, 4), (2_000, 8), (20_000, 16), (math.inf, 32))
 _STEPS = 150  # that a run should have: fewer need a higher rate or more epochs. Thinking Machines
 # Epochs, by how many rows there are at most. OpenAI: 3, fewer for many rows.
 _EPOCHS = ((10_000, 3), (50_000, 2), (math.inf, 1))
-_MOST_EPOCHS = 8  # to have those steps: own choice. With fewer than 12 rows 100 / rows, up to 25: OpenAI
+_MOST_EPOCHS = 8  # to have those steps: own choice. At least 100 / rows, of them up to 25: OpenAI
 # Label tokens, seen again in each epoch, that more epochs are not to exceed. Own choice: SmolLM2-135M overfits in 8
 # epochs on 4,400 label tokens of WikiSQL and on 5,000 of an identity, and learns 900 of the example to the end.
 _SEEN_LABELS = 16_000
@@ -65,7 +65,8 @@ def chosen_values(
             chosen[name] = value
             reasons.append(shown)
 
-    batch = options.batch_size if "batch_size" in options.model_fields_set else _up_to(_BATCHES, len(rows))
+    usual = _up_to(_BATCHES, len(rows))
+    batch = options.batch_size if "batch_size" in options.model_fields_set else usual
     epochs = _epochs(len(rows), labels, int(batch))
     if options.steps is None:
         steps = epochs * steps_per_epoch(len(rows), int(batch))
@@ -73,7 +74,8 @@ def chosen_values(
     choose("batch_size", batch, f"{batch} rows a step")
     chooses_rank = options.method != "full" and size_of_rank_one is not None and "rank" not in options.model_fields_set
     rank = _rank(labels, size_of_rank_one or 1) if chooses_rank else options.rank
-    rate, why = _learning_rate(options.model_copy(update={"rank": rank} | (given or {})), config)
+    known = options.model_copy(update={"rank": rank, "batch_size": batch} | (given or {}))
+    rate, why = _learning_rate(known, config, usual)
     choose("learning_rate", rate, f"learning rate {rate:g} ({why})")
     if chooses_rank:
         choose("rank", rank, f"rank {rank}")
@@ -89,17 +91,19 @@ def _up_to(steps: tuple[tuple[float, int], ...], size: int) -> int:
 
 def _epochs(rows: int, labels: int, batch_size: int) -> int:
     """labels: tokens of an epoch."""
-    most = max(_MOST_EPOCHS, min(25, round(100 / rows)))
     more = min(math.ceil(_STEPS / steps_per_epoch(rows, batch_size)), math.ceil(_SEEN_LABELS / max(1, labels)))
-    return min(most, max(_up_to(_EPOCHS, rows), more))
+    return max(_up_to(_EPOCHS, rows), min(25, round(100 / rows)), min(_MOST_EPOCHS, more))
 
 
-def _learning_rate(options: Options, config: dict[str, Any]) -> tuple[float, str]:
-    """`(the rate, in two digits; why)`"""
+def _learning_rate(options: Options, config: dict[str, Any], usual: int) -> tuple[float, str]:
+    """`(the rate, in two digits; why)`. usual: rows a step, where none are given."""
     hidden, kind = config["hidden_size"], config["model_type"]
     exponent = _EXPONENTS.get(kind)
-    rate = min(_MOST_RATE, _RATE * (_WIDTH / hidden) ** exponent) if exponent else _OTHER_RATE
+    rate = _RATE * (_WIDTH / hidden) ** exponent if exponent else _OTHER_RATE
+    rate = min(_MOST_RATE, rate * math.sqrt(options.batch_size / usual))
     why = f"{kind} of hidden size {hidden}"
+    if options.batch_size != usual:
+        why += f", {options.batch_size} rows a step instead of {usual}"
     if options.method == "full":
         rate, why = rate * _FULL, f"{why}, every weight"
     else:

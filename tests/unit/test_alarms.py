@@ -140,7 +140,7 @@ def test_drift_from_the_base() -> None:
     validations(alarms, 2.0, 1.0)
     assert alarms.drift(10, 9.0, 6.0) == []  # a narrow task that is learned better and better
     alarms.validation({"step": 20, "valid_loss": 1.2})
-    assert [(alarm.name, alarm.since) for alarm in alarms.drift(20, 9.0, 6.0)] == [("drift", 10)]
+    assert [(alarm.name, alarm.since) for alarm in alarms.drift(20, 9.0, 6.0)] == [("drift", 20)]
     assert Alarms(0).drift(10, 9.0, 0.5) == []  # nothing is known from before training
 
 

@@ -88,6 +88,17 @@ def test_larger_steps_of_lora_have_a_lower_rate(given: dict[str, Any], rate: flo
     assert said in why
 
 
+@pytest.mark.parametrize(("batch_size", "rate"), [(4, 1.3e-3), (8, 1.9e-3), (1, 6.6e-4), (64, 2e-3)])
+def test_the_rate_grows_with_the_root_of_given_rows_a_step(batch_size: int, rate: float) -> None:
+    options, said = chosen(76, batch_size=batch_size)
+    assert options.learning_rate == rate
+    assert (f"{batch_size} rows a step instead of 4" in said) == (batch_size != 4)
+
+
+def test_very_few_rows_are_seen_often_however_long() -> None:
+    assert chosen(5, labels=1000)[0].epochs == 20
+
+
 def test_a_given_adapters_scale_counts() -> None:
     assert chosen(400, model=base("llama", 2048, GIVEN))[0].learning_rate == 9.8e-5
 
@@ -107,7 +118,7 @@ def test_what_was_given_stays() -> None:
     assert said == ""
     options, said = chosen(76, batch_size=19)
     assert (options.batch_size, options.epochs) == (19, 8)
-    assert "rows a step" not in said
+    assert ", 19 rows a step, " not in said
 
 
 def test_steps_take_the_place_of_epochs() -> None:

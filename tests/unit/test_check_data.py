@@ -1,11 +1,13 @@
 """`check-data` on the tiny model: counts, percentiles, long rows, colored labels."""
 
 import json
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+import cli
 from common.commands.check_data import check_data, colored
 from common.data.dataset import Example
 from common.data.encode import load_tokenizer
@@ -119,6 +121,17 @@ def test_with_json_the_rows_are_events_too(
     texts = [event["text"] for event in events if event["event"] == "note"]
     assert "\na.jsonl:1: 24 tokens, 2 of them labels" in texts
     assert any("[A<|im_end|>]" in text for text in texts)
+
+
+def test_the_command_prints_its_verdict_as_an_event(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = rows(tmp_path / "a.jsonl", "A")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "check-data", str(path), "--model", str(tiny_llama), "--json"])
+    cli.main()
+    verdict = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert verdict["event"] == "verdict"
+    assert verdict["advice"][0]["what"] == "1 training rows are too few"
 
 
 def test_with_quiet_the_rows_are_shown(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

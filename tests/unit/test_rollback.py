@@ -15,7 +15,7 @@ from common.commands import train as command
 from common.commands.train import run_training
 from common.documents import read_json_lines
 from common.errors import UserError
-from common.evaluation.drift import Drift, Quiz
+from common.evaluation import alarms
 from common.options import Options
 from common.recipe import Parent, Recipe
 from common.run_record import Run
@@ -235,22 +235,28 @@ def test_a_kill_between_an_alarm_and_its_rollback_forgets_nothing(
 def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
     given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Drifts(Collapses):
+    class Repeats(Collapses):
         def eval_step(self, batch: Any) -> StepResult:
             loss = 4.8 if self.trained > 2 else 5.0 - self.trained / 2
             return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
 
-    ask = Quiz.ask
-
-    def far(quiz: Quiz, backend: Any) -> Drift:
-        """From the base, and wrong, as soon as anything is trained."""
-        return Drift(9.0, 2.0) if ask(quiz, backend).nats else Drift(0.0, 0.0)
-
-    monkeypatch.setattr(Quiz, "ask", far)
+    monkeypatch.setattr(alarms, "repetition", lambda text: 1.0)
     with pytest.raises(Interrupted):
-        train(given, Drifts)
+        train(given, Repeats)
     record = Run(Path(given["output"])).record
-    assert [(back.to_step, back.alarms[0].name) for back in record.rollbacks] == [(0, "drift")] * 3
+    assert [(back.to_step, back.alarms[0].name) for back in record.rollbacks] == [(0, "repetition")] * 3
+
+
+def test_a_run_that_has_recovered_is_not_rolled_back(given: dict[str, Any]) -> None:
+    class Recovers(Collapses):
+        def eval_step(self, batch: Any) -> StepResult:
+            loss = 9.0 if self.trained == 2 else 5.0 - 0.1 * self.trained
+            return StepResult.of([batch], loss * batch.label_tokens, 0.0, 0)
+
+    folder = train(given | {"on_collapse": "warn", "steps": 8}, Recovers)
+    assert [(alarm.name, alarm.step) for alarm in Run(folder).record.alarms] == [("worse", 2)]
+    train({"resume": str(folder), "steps": 10, "on_collapse": "rollback"}, Recovers)
+    assert (Run(folder).record.rollbacks, lines(folder)) == ([], [*range(1, 11)])
 
 
 def test_a_run_that_was_stopped_or_warned_can_go_back_to_its_best_adapter(given: dict[str, Any]) -> None:

@@ -135,6 +135,23 @@ def test_answers_that_take_too_long_are_left_out(tmp_path: Path, monkeypatch: py
     assert [line["step"] for line in lines(file)] == [0, 0, 10, 10, 10]
 
 
+def test_at_the_last_validation_there_is_as_much_time_as_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    class Slow(Model):
+        def answer(self, *args: Any) -> Any:
+            clock[0] += 3
+            yield from super().answer(*args)
+
+    samples = Samples(Slow(*"ABCDEF"), [*PROMPTS, PROMPTS[0]], opened(tmp_path / "samples.jsonl"))  # type: ignore[arg-type]
+    assert len(samples.ask(0, Display("quiet"), never)) == 2
+    assert samples.ask(5, Display("quiet"), never) == []
+    assert len(samples.ask(9, Display("quiet"), never, last=True)) == 2
+
+
 @pytest.mark.parametrize(("seconds", "between"), [(2, 30), (5, 120), (10, 300)])
 def test_a_slow_machine_saves_up_for_answers_to_all_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, between: float
@@ -211,6 +228,8 @@ def test_what_training_has_cost_elsewhere_is_said(capsys: pytest.CaptureFixture[
     watch._say_forgotten({0: 3.1, 3: 3.414, 6: 4.0}, 3, Display("plain"))
     assert "a loss of 3.41 at step 3, and had 3.10 before training" in " ".join(capsys.readouterr().out.split())
     watch._say_forgotten({0: 3.1, 6: 4.0}, 3, Display("plain"))  # it was not asked then
+    assert "a loss of 4.00 at step 6" in " ".join(capsys.readouterr().out.split())
+    watch._say_forgotten({0: 3.1}, 3, Display("plain"))
     assert capsys.readouterr().out == ""
 
 

@@ -191,12 +191,13 @@ def test_the_reasons_of_the_recipe() -> None:
         def __len__(self) -> int:
             return 400
 
-    for given in ({}, {"method": "full"}, {"rank": 4}):
+    for given in ({}, {"method": "full"}, {"rank": 4}, {"batch_size": 2}):
         options = Options.model_validate({"model": "m", "data": "d"} | given)
         _, why = chosen_values(options, {"hidden_size": 576, "model_type": "llama"}, 1000, Rows())  # type: ignore[arg-type]
         said = in_japanese(why)
         assert "400 行、ラベル 70 トークン" in said
         assert "隠れ次元 576" in said
+        assert ("1 ステップ 2 行(通常は 8 行)" in said) == ("batch_size" in given)
 
 
 def test_the_reasons_of_the_hardware() -> None:

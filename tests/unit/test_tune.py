@@ -1,5 +1,6 @@
 """`tune`: what its arguments mean, when a trial is better than another, and every error by its words."""
 
+import argparse
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,15 @@ pytest_plugins = ("tests.searches",)  # its fixtures
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("1.5h", 5400)])
 def test_times(text: str, seconds: float) -> None:
     assert seconds_of(text) == seconds
+
+
+def test_the_help_says_what_holds_for_tune() -> None:
+    parser = argparse.ArgumentParser(prog="tune")
+    module.add_arguments(parser)
+    text = " ".join(parser.format_help().split())
+    assert "[--budget TIME] [--trials N]" in text
+    assert "runs/<model>-<data>-<backend>-tune" in text
+    assert "--recipe" not in text
 
 
 def outcome(number: int, loss: float, how: str = "complete") -> Outcome:
