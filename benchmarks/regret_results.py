@@ -14,6 +14,7 @@ RATES, BATCHES, SMALL_BATCH = (3e-4, 8e-4, 1.6e-3, 3.2e-3), (4, 8), 2
 ENOUGH = 24  # runs of a grid that is counted
 SEEDS = (1, 2)  # of the best and the automatic run, besides 0
 Settings = dict[str, Any]
+_DEFAULTS: Settings = {"rank": 16}  # a rule may state it
 
 
 def epoch_counts(rows: int) -> tuple[int, ...]:
@@ -68,7 +69,8 @@ class Results:
 
     def of(self, settings: Settings, seed: int = 0) -> dict[str, Any] | None:
         """The run with these settings, where it was made."""
-        return next((run for run in self.runs if run["settings"] == settings and run["seed"] == seed), None)
+        wanted = _DEFAULTS | settings, seed
+        return next((run for run in self.runs if (_DEFAULTS | run["settings"], run["seed"]) == wanted), None)
 
     def best(self) -> dict[str, Any] | None:
         """The best run of the grid; None before there is one."""

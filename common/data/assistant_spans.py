@@ -98,7 +98,7 @@ def _located(messages: list[Message], tools: Any, template: ChatTemplate, every:
     masked = placeholders.messages
     reasoned = reasoning_of(masked)
     inline = _inline(masked, reasoned, tools, template)
-    messages, masked = with_inline_reasoning(messages, inline), with_inline_reasoning(masked, inline)
+    messages, masked = (with_inline_reasoning(some, inline, template.block) for some in (messages, masked))
     think = ends_with_reasoning(placeholders.messages) or _writes_reasoning(masked, reasoned, tools, template)
     row = MaskedRow(template, tools, think, reasoned, masked)
     text = row.render(masked)
@@ -203,7 +203,7 @@ def _inline(masked: list[Message], reasoned: dict[int, str], tools: Any, templat
     """The turns whose reasoning stands within the answer, where the template has no other way to write it."""
     if not reasoned or template.takes_reasoning or template.own_block("q"):
         return []
-    text = template.render(with_inline_reasoning(masked, reasoned), tools, False, True)
+    text = template.render(with_inline_reasoning(masked, reasoned, template.block), tools, False, True)
     return [number for number, reasoning in reasoned.items() if reasoning in text]
 
 

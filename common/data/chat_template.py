@@ -42,6 +42,7 @@ TAGS = {
     "<mm:think>": "</mm:think>",
     "<|START_THINKING|>": "<|END_THINKING|>",
     "<|channel>thought": "<channel|>",
+    "[THINK]": "[/THINK]",
 }
 _PLAIN = {"role", "content", "train", "weight"}  # keys of a message whose rendering is known by roles and placeholders
 _SHAPES = 1000  # of conversations that are remembered
@@ -109,6 +110,12 @@ class ChatTemplate:
             return name in self.render([HELLO], (_TOOL,), True, False)
         except Refused:
             return False
+
+    @cached_property
+    def block(self) -> str:
+        """How reasoning is written at the start of an answer, where the template has no field for it."""
+        own = "[THINK]" in self.source and not self.has_think_tags
+        return "[THINK]{}[/THINK]" if own else "<think>\n{}\n</think>\n\n"
 
     @cached_property
     def takes_reasoning(self) -> bool:

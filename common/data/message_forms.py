@@ -70,13 +70,13 @@ def ends_with_reasoning(messages: list[Message]) -> bool:
     return bool(next((m.get("reasoning_content") for m in reversed(messages) if m["role"] == "assistant"), None))
 
 
-def with_inline_reasoning(messages: list[Message], numbers: Iterable[int]) -> list[Message]:
-    """Reasoning at the start of these answers, for templates that have no field for it."""
+def with_inline_reasoning(messages: list[Message], numbers: Iterable[int], block: str) -> list[Message]:
+    """Reasoning at the start of these answers in such a block, for templates that have no field for it."""
     result = list(messages)
     for number in numbers:
         (message,) = without_reasoning([messages[number]])
         reasoning, content = messages[number]["reasoning_content"], message["content"] or ""
-        result[number] = message | {"content": f"{_OPEN}\n{reasoning}\n{_CLOSE}\n\n{content}"}
+        result[number] = message | {"content": block.format(reasoning) + content}
     return result
 
 

@@ -102,9 +102,10 @@ def _with_reasoning(template: ChatTemplate, messages: list[Message], tools: Sequ
     reasoned = reasoning_of(messages)
     if not reasoned or template.takes_reasoning or template.own_block("q"):
         return messages
-    answered = [*with_inline_reasoning(messages, reasoned), {"role": "assistant", "content": "q"}]
+    answered = [*with_inline_reasoning(messages, reasoned, template.block), {"role": "assistant", "content": "q"}]
     text = template.render(answered, tools, False, True)
-    return with_inline_reasoning(messages, [n for n, said in reasoned.items() if f"\n{said}\n</think>" in text])
+    kept = [number for number, said in reasoned.items() if template.block.format(said).strip() in text]
+    return with_inline_reasoning(messages, kept, template.block)
 
 
 def backend_chat_model(backend: Backend, form: ChatFormat, name: str, adapter: bool) -> ChatModel:

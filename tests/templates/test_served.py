@@ -16,6 +16,7 @@ SOON = {
     *("meta-llama-Llama-3.2-3B-Instruct", "Qwen-Qwen3-0.6B", "HuggingFaceTB-SmolLM3-3B", "google-gemma-2-2b-it"),
     *("mistralai-Mistral-Nemo-Instruct-2407", "LFM2.5-8B-A1B", "Gemma 3 layout", "Qwen3.6"),
     *("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", "ibm-granite-granite-3.3-2B-Instruct"),
+    "mistralai-Ministral-3-14B-Reasoning-2512",
 }
 KNOWN = {
     # results of tools go into a field of their own, which the published template no longer needs
