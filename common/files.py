@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# A temporary name is prefix, host, process, random digits, final name. Of another host no process can be asked, nor of
-# a container with its own process numbers.
+# A temporary name is prefix, host, process, random digits, final name, which is cut where it would be too long. Of
+# another host no process can be asked, nor of a container with its own process numbers.
 _PREFIX, _REPLACED = ".twintune-", ".twintune-old-"
+_LONGEST = 255  # bytes of a name that file systems take
 _NUMBERS = Path("/proc/self/ns/pid")
 _HOST = hashlib.sha256(
     f"{platform.node()} {os.readlink(_NUMBERS) if _NUMBERS.is_symlink() else ''}".encode()
@@ -140,8 +141,18 @@ def _abandoned(name: str) -> bool:
 
 def _beside(path: Path, prefix: str) -> Path:
     """A name that nobody else uses, on the same disk."""
-    # the suffix stays: some tools choose the format by it
-    return path.with_name(f"{prefix}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
+    start = f"{prefix}{_HOST}-{os.getpid()}-{secrets.token_hex(4)}-"
+    return path.with_name(start + _cut(path.name, _LONGEST - len(start)))
+
+
+def _cut(name: str, most: int) -> str:
+    """The name in at most so many bytes. Its suffix stays, unless that is most of it: some tools choose by it."""
+    if len(os.fsencode(name)) <= most:
+        return name
+    suffix = os.fsencode(Path(name).suffix)
+    suffix = suffix if len(suffix) <= most // 2 else b""
+    stem = os.fsencode(name)[: most - len(suffix)].decode(errors="ignore")  # no half of a letter
+    return stem + os.fsdecode(suffix)
 
 
 def _clean(parent: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.documents import read_json
 from common.errors import UserError, first_line
-from common.files import scratch_folder
+from common.files import atomic_write, scratch_folder
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -22,6 +22,7 @@ def shard_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("model*.safetensors"))
 
 
+TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,10 +31,10 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
 )
-_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _REMEDY = "Fetch the model's files again."
 INDEX = "model.safetensors.index.json"
 COPIED = (INDEX, *TOKENIZER_FILES, *_PROCESSOR_FILES)  # into a fused folder, unchanged
@@ -118,6 +119,13 @@ def copy_file(source: Path, out: Path) -> None:
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     else:
         shutil.copyfile(source, out)
+
+
+def copy_template(run: Path, folder: Path) -> None:
+    """Copy a run's chat template into one of its folders, where it has one."""
+    if (template := run / TEMPLATE_FILE).is_file():
+        with atomic_write(folder / TEMPLATE_FILE) as temporary:
+            shutil.copyfile(template, temporary)
 
 
 def _check_link(path: Path) -> None:

@@ -287,8 +287,8 @@ def by_flag() -> dict[str, FieldInfo]:
 
 
 PATHS = [name for name, field in by_flag().items() if extra_of(field)["path"]]
-# What a resumed run may be given again; all else is its own recipe and plan.
-RESUME_OPTIONS = {"steps", "epochs", "on_collapse"} | {
+# What a resumed run may be given again, files only where they have moved; all else is its own recipe and plan.
+RESUME_OPTIONS = {"steps", "epochs", "on_collapse", "model", "data", "adapter", "chat_template"} | {
     name
     for name, field in by_flag().items()
     if extra_of(field)["heading"] in ("Memory and device", "Export", "Output") and name not in ("precision", "output")

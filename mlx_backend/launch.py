@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common.errors import RankLost
 from common.system.launch import share_cores
+from common.system.process import rank_arguments
 from common.system.signals import heeded
 
 _GRACE, _POLL = 30.0, 0.1  # seconds
@@ -44,7 +45,8 @@ def launch(count: int, command: list[str]) -> int:
         try:
             for rank in range(count):
                 place = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-                ranks.append(subprocess.Popen([sys.executable, *command], env=env | place, start_new_session=True))
+                guarded = [sys.executable, *rank_arguments(command)]
+                ranks.append(subprocess.Popen(guarded, env=env | place, start_new_session=True))
             return _wait(ranks)
         finally:
             for process in ranks:

@@ -1,7 +1,7 @@
 """The part of Go's text/template that our Modelfiles use: what the tests execute in Ollama's place.
 
 Source: Go's package text/template (actions, trim markers, range with an index, variables, eq, ne, not, and, or, len,
-slice) and Ollama's template.go: dot holds `Messages`, each with `Role` and `Content`.
+index, slice) and Ollama's template.go: dot holds `Messages`, each with `Role` and `Content`.
 """
 
 import ast
@@ -18,6 +18,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": lambda *values: next((value for value in values if not value), values[-1]),
     "or": lambda *values: next((value for value in values if value), values[-1]),
     "len": len,
+    "index": lambda value, at: value[at],
     "slice": lambda value, start: value[start:],
 }
 Scope = dict[str, Any]
@@ -116,7 +117,10 @@ def _value(words: list[str], dot: Any, scope: Scope) -> Any:
                 word = rest.pop(0)
                 depth += (word == "(") - (word == ")")
                 inner.append(word)
-            values.append(_value(inner[:-1], dot, scope))
+            value = _value(inner[:-1], dot, scope)
+            if rest and rest[0].startswith("."):  # a field of it
+                value = value[rest.pop(0)[1:]]
+            values.append(value)
         elif word in _FUNCTIONS and not values:
             values.append(_FUNCTIONS[word])
         else:

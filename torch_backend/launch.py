@@ -7,6 +7,7 @@ import sys
 
 from common.errors import RankLost
 from common.system.launch import share_cores
+from common.system.process import rank_arguments
 from common.system.signals import heeded
 
 _GRACE = 300  # seconds in which a rank that is told to end may finish and save its step
@@ -33,7 +34,7 @@ def launch(count: int, command: list[str]) -> int:
         shutdown_timeout=_GRACE,
     )
     try:
-        elastic_launch(config, sys.executable)(*command)
+        elastic_launch(config, sys.executable)(*rank_arguments(command))
     except SignalException:
         for rank in psutil.Process().children():  # of a second Ctrl-C
             rank.kill()

@@ -16,6 +16,7 @@ from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import check_lora_model, holds_experts, read_gguf_lora, write_gguf_lora
 from common.models.adapter_files import read_any, write_mlx, write_peft
 from common.models.experts import has_experts, stack_of
+from common.models.families import is_multimodal
 from common.models.lora_init import layer_count, layer_number, validate
 from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
@@ -73,7 +74,8 @@ def convert_adapter(path: Path, out: Path, to: str, model: str | None, context: 
         check_lora_model(ModelFolder(base))
         write_gguf_lora(adapter, base, out, _llama(context))
     else:
-        (write_peft if to == "peft" else write_mlx)(out, adapter)
+        multimodal = base is not None and is_multimodal(ModelFolder(base).written_config)
+        (write_peft if to == "peft" else write_mlx)(out, adapter, multimodal)
     context.display.say(f"{len(adapter.weights)} modules of {path} -> {out} ({to})")
 
 

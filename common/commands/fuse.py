@@ -40,6 +40,7 @@ from common.run_record import Run
 from common.system.hardware import choose_backend
 from common.training.memory_estimate import TrainingMemory, dims_of
 from common.training.metrics import timed
+from common.training.resume import check_places, keep_model
 from common.verify.cases import cases_of
 from common.verify.judge import verdict
 from common.verify.verify import verify_held
@@ -69,6 +70,9 @@ def _fuse_held(run: Run, options: dict[str, Any], context: Context) -> Options:
     merged = _merged_options(run, record, options)
     if merged.push:
         check_push(merged.push, not merged.push_public, display)
+    check_places(run, merged, options, ("model",))
+    if merged.model and "model" in options:
+        keep_model(run, merged.model, display.say)
     base = base_of(run, display)
     adapter = adapter_of(run, base)
     if "convert" in EXPORT_STEPS[merged.export]:
@@ -281,7 +285,7 @@ def _replaced(job: ExportJob) -> Iterator[dict[str, Callable[[], np.ndarray]]]:
 _FOR_GGUF = {"quant", "imatrix", "imatrix_file", "split_size", "no_verify", "install"}
 _OPTIONS = (
     *("llama_cpp", "export", "quant", "imatrix", "imatrix_file", "split_size", "mlx_bits", "fuse_into", "no_verify"),
-    *("install", "push", "push_public"),
+    *("install", "push", "push_public", "model"),
 )
 
 

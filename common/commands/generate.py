@@ -136,7 +136,7 @@ def _asked_for(target: Target, rows: list[Example], sampling: Sampling) -> dict[
         model += [record.recipe_hash, record.exported_step]
         model += [record.export.fused, record.export.fuse_into] if target.kind == "fused" else []
     asked = [model, asdict(sampling), [[row.messages, row.tools] for row in rows]]
-    return {"asked": hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()}
+    return {"asked": hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode(errors="surrogatepass")).hexdigest()}
 
 
 def _earlier(file: BinaryIO, part: Path, asked: dict[str, str]) -> dict[int, dict[str, Any]]:

@@ -34,15 +34,20 @@ def claimed(job: Job, lock: ExitStack) -> Job:
     return job
 
 
+def write_template(job: Job) -> None:
+    """The chat template that the model is served with; where an older version began the run it may have had another."""
+    if job.served.template is not None:
+        with atomic_write(job.run.template) as temporary:
+            temporary.write_text(job.served.template, encoding="utf-8")
+
+
 def begin(job: Job) -> None:
     """Write a new run's files, its record last, in its folder that is held."""
     run = job.run
     verdict = job.base.verdict
     run.write_recipe(job.recipe)
     run.write_plan(job.plan)
-    if job.served.template is not None:
-        with atomic_write(run.template) as temporary:
-            temporary.write_text(job.served.template, encoding="utf-8")
+    write_template(job)
     write_environment(run.path)
     write_cases(run.verify_cases, job.cases)
     run.write_report_facts(job.facts)

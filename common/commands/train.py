@@ -12,7 +12,7 @@ from common.commands.arguments import add_options, read_options
 from common.commands.experts import ExpertWatch
 from common.commands.fuse import export_run
 from common.commands.header import show_header
-from common.commands.new_run import begin, claimed
+from common.commands.new_run import begin, claimed, write_template
 from common.commands.prepare import Job, prepare
 from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.tuned import sample, score_test
@@ -23,8 +23,10 @@ from common.export.job import ExportJob
 from common.export.summary import record_seconds
 from common.export.upload import Upload, push
 from common.models import adapter_files as adapters
+from common.models.families import is_multimodal
 from common.models.load import loaded, say_llama
 from common.models.lora_init import validate
+from common.models.model_folder import ModelFolder
 from common.models.shapes import linear_shapes
 from common.options import Options
 from common.report.kept import keep_shown
@@ -36,7 +38,7 @@ from common.run_record import Run
 from common.system.launch import launched
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
-from common.training.checkpoint import Checkpoint, State, outlasting
+from common.training.checkpoint import Checkpoint, State, latest_step, outlasting
 from common.training.faults import unsaved
 from common.training.forecast import Forecast
 from common.training.learned_memory import keep
@@ -44,11 +46,13 @@ from common.training.loop import Interrupted, TrainingLoop
 from common.training.metrics import figures, timed
 from common.training.resume import (
     as_begun,
+    asked,
     change_length,
     options_to_resume,
     parent_of,
     resume_run,
     resumed_options,
+    say_asked,
 )
 from common.training.rollback import RolledBack, roll_back
 from common.training.shared_backend import SharedBackend
@@ -85,6 +89,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             lock.enter_context(held(resumed.path))
             say_llama(record, context.llama_cpp, display)
             options = resumed_options(given, resumed)
+            say_asked(record, given, display.say)
             parent = parent_of(given, options, resumed)
         with timed(seconds, "prepare"):
             job = prepare(options, resumed, context, seconds, parent)
@@ -93,8 +98,9 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             job = replace(job, recipe=as_begun(resumed, job.recipe))
             if given.steps or given.epochs:
                 display.say(change_length(resumed, job.recipe, options))
-            found = resume_run(resumed, job.recipe, job.plan, display.warn, options.finish)
+            found = resume_run(resumed, job.recipe, job.plan, display.warn, options.finish, given)
             keep_shown(resumed, options)
+            write_template(job)
             if not resumed.verify_cases.exists():  # an older version's run
                 write_cases(resumed.verify_cases, job.cases)
         else:
@@ -108,9 +114,10 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             backend, adapter = _train(job, found, tracking, context, experts)
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
             layers = job.base.model.config["num_hidden_layers"]  # an older version's checkpoint may have counted fewer
-            adapter = adapters.write_both(job.run.path, replace(adapter, layers=layers))
+            multimodal = is_multimodal(job.base.model.written_config)
+            adapter = adapters.write_both(job.run.path, replace(adapter, layers=layers), multimodal)
             experts.tell_of_peft(adapter)
-            job.run.update(status="complete")
+            job.run.update(status="complete", finished_step=job.run.record.steps if options.finish else None)
         except BaseException as error:
             with display.optional("run.json is not up to date"):
                 job.run.update(status="interrupted")
@@ -118,7 +125,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             if isinstance(error, OSError):
                 raise unsaved(job.run.path, error) from None
             if isinstance(error, AtOdds) or not isinstance(error, (Interrupted, UserError)):
-                display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {job.run}")
+                display.warn(f"training was stopped. To continue: {_resume(job.run, given)}")
             raise
         _after_training(job, backend, adapter, context, experts)
     if job.left_out:
@@ -192,6 +199,7 @@ def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
     before, memory = job.run.record, backend.memory()
     job.run.update(
         **figures(state, job.recipe, job.plan),
+        saved_recipe=job.recipe.hash() if latest_step(job.run.path) else "",
         shares=backend.shares() if isinstance(backend, SharedBackend) else [],
         memory_kind=memory.kind,
         peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
@@ -208,11 +216,17 @@ def _after_training(job: Job, backend: Backend, adapter: Adapter, context: Conte
         _export(job, backend, adapter, experts.seconds, context)
     except BaseException as error:
         unscored = job.test and job.run.record.test_loss is None  # which `fuse` would not do
-        again = f"{PROGRAM} {'train --resume' if unscored else 'fuse'} {job.run}"
+        pushed = asked(job.options.model_dump(), ("push", "push_public"))
+        again = _resume(job.run, job.options) if unscored else f"{PROGRAM} fuse {job.run}{pushed}"
         context.display.warn(f"training is complete and kept. To export it: {again}")
         if isinstance(error, OSError):
             raise os_fault(error, f"export again: {again}") from None
         raise
+
+
+def _resume(run: object, options: Options) -> str:
+    """The command that resumes the run, with what it does not take from the record."""
+    return f"{PROGRAM} train --resume {run}{asked(options.model_dump(by_alias=True))}"
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:
@@ -220,6 +234,8 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
         with timed(seconds, "try"):
             sample(job, backend, adapter, context.display)
     backend.close()
+    if job.options.export != "none" and ModelFolder(job.base.model.path).content_hash() != job.recipe.model_hash:
+        raise UserError(f"{job.base.model.path} has changed since training began.", "Restore that model.")
     export_run(
         ExportJob(
             run=job.run,
@@ -258,7 +274,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     except Collapsed as stop:
         raise UserError(*stop.args) from None
     except Interrupted as stop:
-        command = f"{PROGRAM} train --resume {stop}{' --finish' if options.finish else ''}"
+        command = _resume(stop, options)
         if options.resume and "on_collapse" in options.model_fields_set:  # not on the run's record
             command += f" --on-collapse {options.on_collapse}"
         context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")

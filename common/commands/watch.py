@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from common.errors import PROGRAM
 from common.evaluation.alarms import Alarm, Alarms
 from common.evaluation.drift import Quiz
 from common.evaluation.samples import Samples
-from common.inference.backend_chat import ChatFormat, backend_chat_model
+from common.inference.backend_chat import ChatFormat, backend_chat_model, without_hidden
 from common.report.tracking import Tracking
 from common.run_fields import AlarmRecord
 from common.training.checkpoint import State
@@ -141,8 +141,8 @@ class Watcher:
 
 
 def _recovered(alarm: AlarmRecord, state: State) -> bool:
-    """Whether training went on after the alarm, and a better validation followed."""
-    return state.step > alarm.step and (state.best_step or 0) >= alarm.since and not worse_than_start(state)
+    """Whether a better validation followed the alarm."""
+    return (state.best_step or 0) > max(alarm.step, alarm.since) and not worse_than_start(state)
 
 
 @contextmanager
@@ -151,7 +151,9 @@ def watching(
 ) -> Iterator[Watcher]:
     """The observer of the loop that continues from `state`."""
     watcher = Watcher(job, display, stops, _alarms_until(job, state), tracking)
-    prompts = [*given_prompts(job.options.sample_prompt, job.prompts), *job.prompts]
+    shown = without_hidden(job.encoder.tokenizer)
+    rows = [replace(prompt, answer=shown(prompt.answer)) for prompt in job.prompts]
+    prompts = [*given_prompts(job.options.sample_prompt, rows), *rows]
     with ExitStack() as stack:
         if prompts and job.valid:
             with display.optional("the model is not asked during training"):

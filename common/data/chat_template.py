@@ -12,18 +12,16 @@ _DAY = datetime(2024, 7, 26)
 _DATE = f"{_DAY:%d %b %Y}"
 # By these llama.cpp's server has templates keep the reasoning of earlier turns. In training they are not defined.
 _NOT_GIVEN = ("preserve_thinking", "clear_thinking", "truncate_history_thinking", "drop_thinking")
-# The function that gives a template the date, in its own language.
-_STRFTIME = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(f" | replace('%{letter}', '{_DAY:%{letter}}')" for letter in "YmdbBHMSyAaj")
-    + " -}}{%- endmacro -%}"
-)
+_ON = "enable_thinking if enable_thinking is defined else true"  # llama.cpp's server knows that name alone
 # As `fold_system` does it.
 _FOLD_SYSTEM = (
     "{%- if messages | length > 1 and messages[0].role == 'system' and messages[1].role == 'user' -%}"
     "{%- set messages = [{'role': 'user', 'content': messages[0].content + '\n\n' + messages[1].content}]"
     " + messages[2:] -%}{%- endif -%}"
 )
+# Around what is added to an exported template: a fused model that is trained again has the template of before.
+_MARKED = "{{#- as trained -#}}{}{{#- until here -#}}"
+_AS_TRAINED = re.compile(r"\{#- as trained -#\}.*?\{#- until here -#\}", re.DOTALL)
 PLACEHOLDER = "qTWINTUNE{}q{}q{}"
 HELLO: Message = {"role": "user", "content": "q"}
 _CALL: dict[str, Any] = {"id": "q00000001", "type": "function", "function": {"name": "q", "arguments": {"q": "q"}}}
@@ -56,6 +54,11 @@ THINKING_REST = re.compile(rf"\s*{_OPEN}?\s*{_SHUT}?\s*")
 _FULL_BLOCK = re.compile(rf"{_OPEN}\s*{_REASONING}\s*{_SHUT}")
 
 
+def has_think_tags(template: str) -> bool:
+    """Whether its reasoning stands between these; then the first tag may be lacking in a row."""
+    return "<think>" in template or "</think>" in template
+
+
 def closing(opened: str) -> str:
     """The text that closes a thinking block which `opened` has started."""
     return f"\n{TAGS[opened]}\n\n" if opened == "<think>" else TAGS[opened]
@@ -77,6 +80,13 @@ def _as_given(message: Message) -> Message:
     return {"thinking": reasoning, **message} | ({"reasoning": reasoning} if reasoning else {})
 
 
+def _strftime(template: str) -> str:
+    """The function that gives a template the date, in its own language, for the directives that the template names."""
+    given = {name: _DAY.strftime(name) for name in re.findall(r"%-?[A-Za-z]", template)}
+    replaced = "".join(f" | replace({json.dumps(name)}, {json.dumps(text)})" for name, text in given.items())
+    return f"{{%- macro strftime_now(format) -%}}{{{{- format{replaced} -}}}}{{%- endmacro -%}}"
+
+
 class Refused(Exception):
     """Why a chat template does not render what it is given."""
 
@@ -86,8 +96,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, thinking: str) -> None:
         self.tokenizer, self.thinking = tokenizer, thinking
-        self.source = str(tokenizer.chat_template)
-        self.has_think_tags = "<think>" in self.source or "</think>" in self.source
+        self.source = _AS_TRAINED.sub("", str(tokenizer.chat_template))
+        self.has_think_tags = has_think_tags(self.source)
         self.has_generation_tags = bool(re.search(r"\{%-?\s*generation\s*-?%\}", self.source))
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
@@ -236,24 +246,25 @@ class ChatTemplate:
         return self._suffix
 
     def exported_template(self) -> str:
-        """The template that serves the model as it was trained: with thinking off it cannot be switched on, else off.
+        """The template that serves the model as it was trained.
 
-        llama.cpp's server gives templates today's date, and has them keep the reasoning of earlier turns.
+        With thinking off it cannot be switched on; else it can be switched off. llama.cpp's server gives templates
+        today's date, and has them keep the reasoning of earlier turns.
         """
-        template = str(self.tokenizer.chat_template)
+        template = self.source
         keep, head = self.thinking == "keep", ""
-        values = dict.fromkeys(("thinking", "enable_thinking"), json.dumps(keep)) | {"date_string": json.dumps(_DATE)}
-        for name, value in (values | dict.fromkeys(_NOT_GIVEN, "not_given")).items():
+        values = {"thinking": _ON if keep else "false", "enable_thinking": json.dumps(keep)}
+        values |= {"date_string": json.dumps(_DATE)} | dict.fromkeys(_NOT_GIVEN, "not_given")
+        for name, value in values.items():
             if re.search(rf"""(?<![\w.'"]){name}(?![\w'"])""", template):
                 setting = f"{{%- set {name} = {value} -%}}"
-                if value == "true":  # on, as in training, unless the server says otherwise
+                if keep and name.endswith("thinking") and name not in _NOT_GIVEN:  # unless the server says otherwise
                     setting = f"{{%- if {name} is not defined -%}}{setting}{{%- endif -%}}"
                 head += setting
         if "strftime_now" in template:
-            head += _STRFTIME
+            head += _strftime(template)
         if self._folds_system:
             head += _FOLD_SYSTEM
-        if not self.suffix:
-            return head + template
         asked = "add_generation_prompt" + (" and enable_thinking is defined and not enable_thinking" if keep else "")
-        return f"{head}{template}{{%- if {asked} -%}}{{{{- {json.dumps(self.suffix)} -}}}}{{%- endif -%}}"
+        tail = f"{{%- if {asked} -%}}{{{{- {json.dumps(self.suffix)} -}}}}{{%- endif -%}}" if self.suffix else ""
+        return template.join(_MARKED.format(part) if part else "" for part in (head, tail))

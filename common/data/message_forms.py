@@ -3,6 +3,8 @@
 import itertools
 import json
 from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
 
 from common.data.chat_template import TAGS, Message
 
@@ -96,12 +98,19 @@ def tool_call_forms(messages: list[Message]) -> list[list[Message]]:
     return [[_with_calls(message, none, text) for message in messages] for none, text in forms]
 
 
+def _parsed(arguments: str) -> Any:
+    with suppress(ValueError):
+        return json.loads(arguments)
+    return arguments
+
+
 def _with_calls(message: Message, none: bool, text: bool) -> Message:
     if not (calls := message.get("tool_calls")):
         return message
     calls = [{**call, "function": {**call["function"]}} for call in calls]
     for call in calls:
         arguments = call["function"]["arguments"]
-        call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False) if text else arguments
+        if isinstance(arguments, str) != text:
+            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False) if text else _parsed(arguments)
     content = None if none and not message["content"] else message["content"]
     return message | {"tool_calls": calls, "content": content}

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from common.data.message_forms import after_reasoning
+
 # Thresholds. _RISEN and _DRIFT lie between good runs and faults of SmolLM2-135M, _FORGOTTEN between those of
 # Gemma-3-270M: `python -m benchmarks.collapse`.
 _WINDOW = 16  # steps that a step is compared with; before there are so many, with the first _IN_A_ROW
@@ -224,7 +226,7 @@ def _unlike(line: dict[str, Any]) -> bool:
 
 def _marker(line: dict[str, Any]) -> str:
     """A chat template's marker that the answer shows as text; empty without one, or where the row's own has one."""
-    found = _MARKER.search(line["answer"])
+    found = _MARKER.search(after_reasoning(line["answer"]))  # whose tags are no such markers
     return "" if found is None or _MARKER.search(line["reference"] or "") else found[0]
 
 

@@ -15,7 +15,8 @@ from common.system.cache import try_lock
 
 def key_of(*asked: Any) -> str:
     """Of all that an answer depends on."""
-    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:32]
+    text = json.dumps(asked, ensure_ascii=False).encode(errors="surrogatepass")  # a path may be no UTF-8
+    return hashlib.sha256(text).hexdigest()[:32]
 
 
 class AnswerFile:

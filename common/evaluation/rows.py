@@ -1,6 +1,6 @@
 """The rows of a test file: what is asked, the answer that is expected, and the tokens whose loss is taken."""
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from common.data.messages import Fault
 from common.data.readers import file_source
 from common.data.turn_edges import BadRow
 from common.errors import UserError
-from common.inference.backend_chat import hidden_tokens
+from common.inference.backend_chat import without_hidden
 from common.inference.prompts import prompt_of_row
 from common.paths import SUFFIXES
 
@@ -41,12 +41,12 @@ def read_test(
     if not path.is_file():
         raise UserError(f"--data {path}: no such file.", f"Give one that ends in {', '.join(SUFFIXES)}.")
     source, found, faults = file_source(path), list[JudgedRow](), list[str]()
-    hidden = _hidden(encoder)
+    shown = without_hidden(encoder.tokenizer) if encoder else str
     for number, raw in source.parsed():
         if limit is not None and len(found) + len(faults) >= limit:
             break
         try:
-            found.append(_judged(raw, f"{source.name}:{number}", encoder, hidden, fields or {}))
+            found.append(_judged(raw, f"{source.name}:{number}", encoder, shown, fields or {}))
         except Fault as fault:
             faults.append(f"{source.place(number)}: {fault}")
         except BadRow as bad:
@@ -62,14 +62,8 @@ def read_test(
     return found
 
 
-def _hidden(encoder: Encoder | None) -> re.Pattern[str]:
-    """The tokens that no answer has."""
-    tokens = hidden_tokens(encoder.tokenizer).values() if encoder else ()
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-
-
 def _judged(
-    raw: Any, source: str, encoder: Encoder | None, hidden: re.Pattern[str], fields: dict[str, str]
+    raw: Any, source: str, encoder: Encoder | None, shown: Callable[[str], str], fields: dict[str, str]
 ) -> JudgedRow:
     """Raises Fault, or BadRow where it cannot be rendered or labeled exactly."""
     if isinstance(raw, Fault):
@@ -95,7 +89,7 @@ def _judged(
     if last["role"] != "assistant":
         return JudgedRow(source, raw, prompt, encoded=encoded)
     if encoder is not None:  # expected as the chat template writes it: a call, or the name of a channel before the text
-        return JudgedRow(source, raw, prompt, hidden.sub("", said(text)), encoded)
+        return JudgedRow(source, raw, prompt, shown(said(text)), encoded)
     return JudgedRow(source, raw, prompt, None if last.get("tool_calls") else said(last["content"]), encoded)
 
 

@@ -76,7 +76,7 @@ class Samples:
             answers.append(answer)
         self._spent += time.monotonic() - began
         if not step:
-            self._before = {number: answer.text for number, answer in enumerate(answers)}
+            self._before = {(number, answer.prompt.text): answer.text for number, answer in enumerate(answers)}
         lines = [_line(step, number, answer, self._trained) for number, answer in enumerate(answers)]
         for line in lines if self._texts else []:
             self.keep(line)
@@ -108,7 +108,7 @@ class Samples:
         return Answer(prompt, text, ended)
 
     def _show(self, step: int, answer: Answer, display: Display) -> None:
-        before = self._before.get(0)
+        before = self._before.get((0, answer.prompt.text))
         display.sample(
             f"step {step}" if step else "before the first step",
             answer.prompt.text,
@@ -129,9 +129,8 @@ def _line(step: int, number: int, answer: Answer, trained: Set[str]) -> dict[str
     return line | {"answer": answer.text, "ended": answer.ended, "copied": copied}
 
 
-def _answers_before(file: Path) -> dict[int, str]:
-    """The answers from before the first step, by number of the prompt."""
+def _answers_before(file: Path) -> dict[tuple[Any, Any], str]:
+    """The answers from before the first step, by number and text of the prompt."""
     lines = read_json_lines(file, "Remove it: no result depends on it.")
-    return {
-        line.get("number", 0): str(line.get("answer")) for line in lines if line.get("step") == 0 and "answer" in line
-    }
+    found = [line for line in lines if line.get("step") == 0 and "answer" in line]
+    return {(line.get("number", 0), line.get("prompt")): str(line.get("answer")) for line in found}

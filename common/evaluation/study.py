@@ -1,6 +1,7 @@
 """The trials of a search, in an SQLite file that optuna keeps: what was drawn, and what each came to."""
 
 import math
+import sqlite3
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from common.errors import UserError, first_line
+from common.errors import PROGRAM, UserError, first_line
 from common.evaluation.search_space import Settings, Space
+from common.run_record import Run
 
 _FILE = "trials.sqlite3"
 _RANDOM_TRIALS = 8  # before what they came to counts
@@ -71,16 +73,24 @@ class Study:
     """The trials of one search, of all its processes."""
 
     def __init__(self, folder: Path, space: Space) -> None:
-        """Raises UserError where the file is damaged."""
+        """Raises UserError where the file is damaged, or cannot be written; every other method where it cannot be."""
         import optuna
+        from sqlalchemy import event
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path = folder.resolve() / _FILE
+        # not by its URL, in which letters of a folder's name may mean something
+        settings = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
         try:
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+            storage = optuna.storages.RDBStorage(f"sqlite:///{_FILE}", settings)
         except Exception as error:
-            fix = "Give another --output folder, or remove this one to start again."
-            raise UserError(f"{path} cannot be read: {first_line(error)}", fix) from None
+            raise _fault(folder / _FILE, error) from None
+
+        def replaced(found: Any) -> UserError | None:
+            expected = isinstance(found.original_exception, sqlite3.IntegrityError)  # by optuna: a study that exists
+            return None if expected else _fault(folder / _FILE, found.original_exception)
+
+        event.listen(storage.engine, "handle_error", replaced)
         pruner = optuna.pruners.MedianPruner(_UNPRUNED_TRIALS, _UNPRUNED_TENTHS)
         self.space, self._seed = space, space.options.seed
         self._study: Any = optuna.create_study(storage=storage, pruner=pruner, study_name="tune", load_if_exists=True)
@@ -154,6 +164,19 @@ class Study:
     def _trials(self) -> list[Any]:
         found: list[Any] = self._study.get_trials(deepcopy=False)
         return found
+
+
+def _fault(path: Path, error: BaseException) -> UserError:
+    """For an error of SQLite, for sqlalchemy's or optuna's error of one, or for that of a file that is not optuna's."""
+    cause = error.__cause__ if hasattr(error.__cause__, "orig") else error
+    cause = getattr(cause, "orig", cause)
+    code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the primary one
+    if code in (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        fix = "Give another --output folder, or remove this one to start again."
+        return UserError(f"{path} cannot be read: {first_line(error)}", fix)
+    first = "Free space on that disk" if code == sqlite3.SQLITE_FULL else "Look at that file and its disk"
+    again = f"{PROGRAM} tune --resume {Run(path.parent)} and a --budget or --trials"
+    return UserError(f"{path} cannot be written: {cause}", f"{first}, then continue with: {again}")
 
 
 def _waits(trial: Any) -> bool:

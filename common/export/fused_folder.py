@@ -21,6 +21,7 @@ from common.models import sentencepiece
 from common.models.families import normalize_config
 from common.models.fuse import fuse
 from common.models.model_folder import ModelFolder
+from common.models.rope_config import for_transformers_4
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def write_fused(
         for name in (*COPIED, *license_files(base.path)):
             if (base.path / name).is_file():
                 copy_file(base.path / name, temporary / name)
-        config = normalize_config(without_code(base.written_config))
+        config = for_transformers_4(normalize_config(without_code(base.written_config)))
         _write_json(temporary / "config.json", config)
         generation = dict(base.generation_config) or {"bos_token_id": config.get("bos_token_id")}
         known = generation.get("eos_token_id", config.get("eos_token_id"))

@@ -12,19 +12,22 @@ from typing import Any
 from common.backend import Progress
 from common.data.sources import data_of, encoder_of
 from common.display import Display
+from common.errors import UserError
 from common.export.budget import StageMeter
 from common.export.job import ExportJob
 from common.export.modelfile import write_modelfile
 from common.files import scratch_folder
 from common.llama_cpp.convert import QuantReport, advice, convert, quantize
 from common.llama_cpp.convert import report as read_report
+from common.llama_cpp.convertible import check_convertible
 from common.llama_cpp.imatrix import calibration_of, make_imatrix
 from common.llama_cpp.install import LlamaCpp
 from common.llama_cpp.lora import write_gguf_lora
 from common.llama_cpp.mmproj import vision_fault, write_mmproj
 from common.llama_cpp.server import AS_WRITTEN, Server, ServerOptions
 from common.llama_cpp.split import split, split_tool
-from common.model_files import names_code
+from common.model_files import copy_template, names_code
+from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.option_fields import NEED_IMATRIX, UNGUIDED
 from common.options import read_size
@@ -164,19 +167,33 @@ def write_lora(job: ExportJob, llama: LlamaCpp, meter: StageMeter) -> None:
     base = model if model.endswith(".gguf") else "BASE.gguf"
     command = [llama.server, "-m", base, "--lora", out]
     if job.served.template is not None:  # the base's own may give other prompts than training had
+        copy_template(job.run.path, out.parent)
         command += ["--jinja", "--chat-template-file", job.run.template]
     display.say(f"run it with the base model's GGUF: {shlex.join(map(str, command))}")
     if base == "BASE.gguf" and names_code(folder):
         display.warn(f"{folder} holds or names code of its own, which llama.cpp's converter may run: review it first")
+    elif base == "BASE.gguf" and (fault := _vocabulary_fault(folder)):
+        display.warn(f"that GGUF cannot be made of {folder} as it is: {fault}")
     elif base == "BASE.gguf":
         command = ["python", llama.converter, folder, "--outfile", base]
         display.say(f"make that GGUF by: {shlex.join(map(str, command))}")
 
 
+def _vocabulary_fault(folder: Path) -> str:
+    """Why llama.cpp's converter would make another tokenizer of the folder, which it takes as it is; or ""."""
+    try:
+        check_convertible(folder)
+        needed = not (folder / sentencepiece.NAME).is_file() and sentencepiece.rebuild_checked(folder) is not None
+    except UserError as error:
+        return f"{error.what} {error.fix}"
+    return f"it has no {sentencepiece.NAME}, from which llama.cpp reads this tokenizer." if needed else ""
+
+
 def _write_modelfile(job: ExportJob, of: GgufRecord, prompt: list[dict[str, Any]]) -> None:
     gguf = job.run.gguf / f"model-{of.name}.gguf"  # of one that is split, the file that Ollama needs
     parts = [Path(part).name for part in of.parts]
-    made = write_modelfile(job.run.fused, gguf, job.served.stops, job.run.recipe.thinking, prompt, parts)
+    longest, thinking = job.options.max_length, job.run.recipe.thinking
+    made = write_modelfile(job.run.fused, gguf, job.served.stops, thinking, prompt, parts, longest)
     if made.missing:
         job.display.warn(f"{gguf.parent / 'Modelfile'} has no TEMPLATE for Ollama: {made.missing}")
     for note in made.notes:

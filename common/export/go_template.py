@@ -56,7 +56,10 @@ class TurnTexts:
         )
 
     def prompt(self, messages: list[Message]) -> str:
-        """The prompt for `messages`, whose roles are an optional system, then user and assistant in turn."""
+        """The prompt for `messages`, whose roles are an optional system, then user and assistant in turn.
+
+        The first may be an assistant: Ollama leaves out the oldest of a conversation that has become too long.
+        """
         parts = []
         for number, message in enumerate(messages):
             last = number == len(messages) - 1
@@ -64,7 +67,8 @@ class TurnTexts:
                 start, end = self.system_start, self.system_end
             elif message["role"] == "user":
                 start = self.opening if number == 0 else ""
-                start += self.user_start if number != 1 or self.system_turn else ""
+                follows = number == 1 and messages[0]["role"] == "system"
+                start += "" if follows and not self.system_turn else self.user_start
                 end = self.user_end + (self.generation if last else "")
             else:
                 start = self.generation if last else self.assistant_start
@@ -74,7 +78,8 @@ class TurnTexts:
 
     def go_template(self) -> str:
         """The same as a Go template over Ollama's `Messages`."""
-        user_start = _literal(self.user_start) if self.system_turn else _when("ne $i 1", self.user_start)
+        begins = 'or (ne $i 1) (ne (index $.Messages 0).Role "system")'
+        user_start = _literal(self.user_start) if self.system_turn else _when(begins, self.user_start)
         return (
             "{{- range $i, $_ := .Messages }}\n"
             "{{- $last := eq (len (slice $.Messages $i)) 1 -}}\n"

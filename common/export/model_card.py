@@ -21,18 +21,24 @@ from common.verify_record import COMPARED, VerifyRecord
 
 PARTS = ("fused", "adapter", "gguf")
 _SHAPE = ("rank", "alpha", "rslora", "dropout", "layers", "rank_pattern", "alpha_pattern", "lora_plus", "targets")
+_BY_MLX = "Its weights had been quantized by MLX"
 _LEFT_OUT = {"model", "data", "model_hash", "data_hash", "template_hash", "rows_hash", "adapter_hash"}
 
 
 def base_form(folder: Path, model: str) -> str:
     """How the base's weights were stored, where that was not their authors' 16 bits; else ""."""
     if found := quantized_source(folder):
-        return f"Its weights had been quantized by MLX ({found[1]}): the precision lost then is not restored."
+        return f"{_BY_MLX} ({found[1]}): the precision lost then is not restored."
     if (mirror := MIRRORS.get(model)) and folder.name.startswith(Path(mirror.file).stem):
         return f"Its weights come from a GGUF file, in which they had been quantized to 4 bits ({mirror.quantization})."
     if model.endswith(".gguf"):
         return "Its weights come from a GGUF file: the precision that its quantization lost is not restored."
     return ""
+
+
+def _is_of_quantized(record: RunRecord) -> bool:
+    """Whether the base has the name of weights that MLX quantized, over which no other program puts an adapter."""
+    return record.base is not None and record.base.form.startswith(_BY_MLX)
 
 
 def parts_of(run: Run) -> list[str]:
@@ -72,7 +78,7 @@ def card(run: Run, parts: list[str]) -> str:
         "## Verification\n\n" + _verification(record.verify),
         *(["## Attest\n\n" + _attest(record, record.attest)] if record.attest else []),
         "## Files\n\n" + _files(record, parts),
-        "## How to run it\n\n" + usage(record, recipe, parts, base),
+        "## How to run it\n\n" + usage(run, parts, "" if _is_of_quantized(record) else base),
         "## License\n\n" + _license(terms, base),
     ]
     return "\n\n".join(sections) + "\n"
@@ -252,7 +258,8 @@ def _files(record: RunRecord, parts: list[str]) -> str:
         )
     if "adapter" in parts:
         part = ", of which PEFT 0.21.2 loads a part only: use the complete model" if record.left_out_by_peft else ""
-        lines.append(f"- `adapter/`: the adapter alone, for PEFT{part}")
+        of = ", over the base in 16 bits, which the named one was quantized from" if _is_of_quantized(record) else ""
+        lines.append(f"- `adapter/`: the adapter alone, for PEFT{part}{of}")
     if "gguf" in parts:
         for report in record.export.gguf:
             larger = f", {report.fallbacks} tensors in a larger type than its name says" if report.fallbacks else ""
@@ -261,6 +268,8 @@ def _files(record: RunRecord, parts: list[str]) -> str:
                 f"- `{report.file}`{others}: for llama.cpp, {report.bytes / 1e6:.1f} MB, "
                 f"{report.bits_per_weight:.2f} bits per weight{larger}"
             )
+        if record.export.mmproj:
+            lines.append(f"- `{record.export.mmproj}`: its vision tower, for llama.cpp")
         if record.export.gguf:
             lines.append("- `gguf/Modelfile`: for Ollama")
         if record.export.lora_gguf:

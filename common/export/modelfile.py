@@ -21,8 +21,9 @@ from common.files import atomic_write
 from common.models.model_folder import ModelFolder
 
 RenderPrompt = Callable[[list[Message]], str]
-_CONTEXT = 8192  # the most that Ollama may take memory for by itself; less where the model has less
-_TEMPERATURE = 0.7
+_CONTEXT = 8192  # that Ollama takes memory for: more where training had more, less where the model has less
+# Where the model names no other. Ollama's own repeat_penalty, 1.1 until August 2026, is none that was trained for.
+_SAMPLING = {"temperature": 0.7, "repetition_penalty": 1.0}
 SPLIT_NOTE = "Ollama reads no split GGUF. First make one file of it:"
 _NAMES = {"repetition_penalty": "repeat_penalty"}  # by which Ollama knows a setting of generation_config.json
 _CASES = (
@@ -52,13 +53,20 @@ class Modelfile:
 
 
 def write_modelfile(
-    fused: Path, gguf: Path, stops: list[int], thinking: Thinking, sample: list[Message], parts: Sequence[str] = ()
+    fused: Path,
+    gguf: Path,
+    stops: list[int],
+    thinking: Thinking,
+    sample: list[Message],
+    parts: Sequence[str] = (),
+    trained: int = 0,
 ) -> Modelfile:
     """Write `Modelfile` beside `gguf` for the fused model. `stops`: ids that end a turn; `sample`: a prompt to try.
 
     parts: the files' names, where `gguf` is split: Ollama reads only one file, which its user makes of them.
+    trained: how many tokens a row of training may have.
     """
-    result = modelfile(fused, gguf.name, stops, thinking, sample)
+    result = modelfile(fused, gguf.name, stops, thinking, sample, trained)
     if parts:
         head, rest = result.text.split("\n", 1)
         made = f"# {SPLIT_NOTE} {merge_command(parts[0], gguf.name)}"
@@ -73,7 +81,9 @@ def merge_command(first: str, whole: str) -> str:
     return f"llama-gguf-split --merge {first} {whole}"
 
 
-def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, sample: list[Message]) -> Modelfile:
+def modelfile(
+    fused: Path, gguf: str, stops: list[int], thinking: Thinking, sample: list[Message], trained: int = 0
+) -> Modelfile:
     """The file's text for `gguf`, a file name; see write_modelfile."""
     encoder = Encoder(load_tokenizer(fused), MaskingOptions(thinking=thinking))
     tokenizer = encoder.tokenizer
@@ -99,8 +109,8 @@ def modelfile(fused: Path, gguf: str, stops: list[int], thinking: Thinking, samp
     lost = [f"The stop text {text!a} is missing: a Modelfile cannot hold it." for text in unheld]
     lines += [f"# {note}" for note in lost]
     longest = (config.get("text_config") or config).get("max_position_embeddings") or _CONTEXT
-    lines.append(f"PARAMETER num_ctx {min(longest, _CONTEXT)}")
-    sampling = {"temperature": _TEMPERATURE} | settings_in(model.generation_config)
+    lines.append(f"PARAMETER num_ctx {min(longest, max(_CONTEXT, trained))}")
+    sampling = _SAMPLING | settings_in(model.generation_config)
     lines += [f"PARAMETER {_NAMES.get(name, name)} {value:g}" for name, value in sampling.items()]
     return Modelfile("\n".join(lines) + "\n", missing, (*notes, *lost))
 

@@ -16,7 +16,7 @@ from common.documents import read_json
 from common.errors import UserError, first_line, masked
 from common.export.model_card import PARTS, card, parts_of
 from common.files import file_digest
-from common.model_files import COPIED, license_files, read_config
+from common.model_files import COPIED, TEMPLATE_FILE, license_files, read_config
 from common.models.license import is_hub_name, terms_of
 from common.run_lock import held, refuse_links
 from common.run_record import Run
@@ -138,6 +138,8 @@ def files_of(run: Run, what: Collection[str]) -> list[File]:
         if not any(path.suffix in _WEIGHTS for path in paths):
             raise UserError(f"{run.path / part} holds no weights.", f"Make it: python cli.py fuse {run} --export gguf")
         head = "" if part == "fused" else f"{part}/"
+        if part == "adapter" or (part == "gguf" and run.record.export.lora_gguf):
+            found += _template(run, head)
         found += [File(f"{head}{path.name}", _public(path)) for path in sorted(paths)]
         found += [File(f"{head}{name}", run.path / part / name) for name in license_files(run.path / part)]
     if "fused" not in parts:  # the license must be at the root in any case
@@ -160,7 +162,12 @@ def _attest(run: Run) -> list[File]:
 
 def adapter_files(run: Run) -> list[File]:
     """The run's adapter as it may be published, each file under its own name."""
-    return [File(name, _public(run.adapter / name)) for name in _ADAPTER]
+    return [*(File(name, _public(run.adapter / name)) for name in _ADAPTER), *_template(run)]
+
+
+def _template(run: Run, head: str = "") -> list[File]:
+    """The chat template that an adapter is served with: its base's may be another. None for plain text."""
+    return [File(f"{head}{TEMPLATE_FILE}", run.template)] if run.template.is_file() else []
 
 
 def _public(path: Path) -> Path | bytes:

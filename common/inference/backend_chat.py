@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,12 @@ def hidden_tokens(tokenizer: Any) -> dict[int, str]:
     kept, added = {*_VISIBLE, *TAGS, *TAGS.values()}, tokenizer.added_tokens_decoder.items()
     control = {number: str(token) for number, token in added if token.special or _CONTROL.fullmatch(str(token))}
     return {number: text for number, text in control.items() if text not in kept}
+
+
+def without_hidden(tokenizer: Any) -> Callable[[str], str]:
+    """A function that takes the tokens out of a text that no answer has."""
+    texts = sorted(hidden_tokens(tokenizer).values(), key=len, reverse=True)
+    return partial(re.compile("|".join(map(re.escape, texts)) or "(?!)").sub, "")
 
 
 def _prompt(template: ChatTemplate, messages: list[Message], tools: Sequence[Any], think: bool) -> str:

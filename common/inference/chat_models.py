@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from common.backend import Adapter, Backend
 from common.context import Context
-from common.data.chat_template import Message
+from common.data.chat_template import Message, has_think_tags
 from common.data.dataset import Example
 from common.data.message_forms import reasoning_as_trained
 from common.data.tool_text import tools_as_text, uses_tools
@@ -166,7 +166,7 @@ def _served(server: Server, name: str, run: Run | None) -> ChatModel:
     def answer(messages: Sequence[Message], sampling: Sampling, tools: Sequence[Any] = ()) -> Pieces:
         given = list(messages)
         if parts:
-            given = reasoning_as_trained(given, "think>" in template, think)
+            given = reasoning_as_trained(given, has_think_tags(template), think)
         plain = [for_llama_cpp(message) for message in given]
         yield from server.stream(adapt_messages(plain, lambda form: server.prompt(form, tools)), sampling, tools)
 

@@ -22,7 +22,7 @@ from common.errors import UserError
 from common.files import atomic_write, file_digest
 from common.llama_cpp.convertible import check_convertible
 from common.llama_cpp.gguf_file import damaged, read_tensors
-from common.llama_cpp.install import LlamaCpp
+from common.llama_cpp.install import LlamaCpp, llama_environment
 from common.llama_cpp.tool import OUT, ToolRun, write_file
 from common.model_files import INDEX, scrubbed
 from common.models import sentencepiece
@@ -179,13 +179,15 @@ def quantize(
         matrix, cwd = (["--imatrix", imatrix.name], imatrix.parent) if imatrix else ([], None)
         threads = [str(number) for number in [thread_limit()] if number]
         command = [str(llama.quantize), *matrix, str(source.absolute()), OUT, quant, *threads]
-        write_file(ToolRun(f"quantizing to {quant}", command, remedy, cwd=cwd), out, progress)
+        write_file(ToolRun(f"quantizing to {quant}", command, remedy, llama_environment(), cwd), out, progress)
     return report(out, quant)
 
 
 def estimated_bpw(source: Path, quant: str, llama: LlamaCpp) -> float | None:
     """Bits per weight that `quant` would take, by llama-quantize's dry run; None where an older one has no such run."""
-    code, tail = capture([str(llama.quantize), "--dry-run", str(source.absolute()), quant], 120)
+    code, tail = capture(
+        [str(llama.quantize), "--dry-run", str(source.absolute()), quant], 120, env=llama_environment()
+    )
     match = re.search(r"quant size .*\(([\d.]+) BPW\)", tail)
     return float(match[1]) if code == 0 and match else None
 

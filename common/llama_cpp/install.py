@@ -101,18 +101,18 @@ def _locate(sources: list[Path], bins: list[Path]) -> dict[str, Path | None]:
 @cache
 def _converter_fault(converter: Path) -> str:
     """Why the converter cannot start, or "". It is tried before training, not after hours of it."""
-    code, tail = capture([sys.executable, str(converter), "--help"], 180)
+    code, tail = capture([sys.executable, str(converter), "--help"], 180, env=offline_environment())
     return "" if code == 0 else tail or f"exit status {code}"
 
 
 def _start_fault(server: Path) -> str:
     """Why the program cannot start on this machine, or ""."""
-    code, tail = capture([str(server), "--version"], 60)
+    code, tail = capture([str(server), "--version"], 60, env=llama_environment())
     return (tail or f"exit status {code}") if not_started(code, tail.splitlines()) else ""
 
 
 def _version(server: Path) -> str:
-    match = re.search(r"version: (.+)", capture([str(server), "--version"], 60)[1])
+    match = re.search(r"version: (.+)", capture([str(server), "--version"], 60, env=llama_environment())[1])
     return match.group(1).strip() if match else "unknown version"
 
 

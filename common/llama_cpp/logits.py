@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import numpy as np
 
 from common.errors import Unable, UserError
-from common.llama_cpp.install import OF_ANOTHER_CPU
+from common.llama_cpp.install import OF_ANOTHER_CPU, llama_environment
 from common.system.hardware import physical_cores
 from common.system.process import failed_by_machine, of_another_cpu, running
 
@@ -37,9 +37,10 @@ class GgufLogits:
     def __enter__(self) -> "GgufLogits":
         command = [str(self.tool), str(self.gguf), str(self.context), str(physical_cores())]
         with ExitStack() as stack:
-            self._errors = stack.enter_context(tempfile.TemporaryFile("w+"))
+            self._errors = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
             pipe = subprocess.PIPE
             options: dict[str, Any] = {"stdin": pipe, "stdout": pipe, "stderr": self._errors, "bufsize": 0}
+            options["env"] = llama_environment()  # no token
             self._process = stack.enter_context(running(command, **options))
             self.vocabulary = int(np.frombuffer(self._exchange(b"", 4), np.int32)[0])
             self._stack = stack.pop_all()

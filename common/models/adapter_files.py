@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -14,7 +13,10 @@ from common.backend import Adapter, LoraWeight
 from common.documents import read_json
 from common.errors import UserError
 from common.files import atomic_folder
+from common.model_files import copy_template
 from common.models import granite4
+from common.models.adapter_compare import is_same
+from common.models.adapter_names import as_in_base, as_in_libraries
 from common.models.adapter_settings import by_pattern, check_peft_settings, dropout_of, number, refused
 from common.models.experts import by_stack, expert_names, has_experts, mlx_stack, stack_in_mlx, stacked_in_mlx
 from common.models.families import hf_name
@@ -33,8 +35,12 @@ _DIVIDED = "divided"  # in mlx-lm's layout: whether gate_proj and up_proj are ro
 _IN_LAYERS = re.compile(r"\.layers\.\d+\.")
 
 
-def write_peft(folder: Path, adapter: Adapter) -> None:
-    """Write PEFT's layout: A as [r, in], B as [out, r]. `PeftModel.from_pretrained` loads the folder as it is."""
+def write_peft(folder: Path, adapter: Adapter, multimodal: bool = False) -> None:
+    """Write PEFT's layout: A as [r, in], B as [out, r]. `PeftModel.from_pretrained` loads the folder as it is.
+
+    multimodal: whether the base is. Its modules then have the names that libraries know, whatever its files call them.
+    """
+    adapter, metadata = as_in_libraries(adapter, multimodal)
     tensors = {
         f"{_PEFT_PREFIX}{name}.{_PEFT_NAMES[part]}": np.ascontiguousarray(array)
         for name, weight in adapter.weights.items()
@@ -57,7 +63,7 @@ def write_peft(folder: Path, adapter: Adapter) -> None:
         "use_rslora": next(iter(adapter.weights.values())).rslora,
         "use_dora": adapter.dora,
     }
-    _write(folder, PEFT_FILE, tensors, config)
+    _write(folder, PEFT_FILE, tensors, config, metadata)
 
 
 def _targets(adapter: Adapter) -> list[str]:
@@ -72,11 +78,13 @@ def _targets(adapter: Adapter) -> list[str]:
     return sorted(adapter.weights)
 
 
-def write_mlx(folder: Path, adapter: Adapter) -> None:
+def write_mlx(folder: Path, adapter: Adapter, multimodal: bool = False) -> None:
     """Write mlx-lm's layout: matrices transposed, one rank and one scale. `mlx_lm.generate --adapter-path` loads it.
 
     Smaller ranks are padded with zeros and other scales multiplied into B, so that every product stays the same.
+    multimodal: as in write_peft.
     """
+    adapter, metadata = as_in_libraries(adapter, multimodal)
     rank = max(weight.rank for weight in adapter.weights.values())
     scales = Counter(weight.scale for weight in adapter.weights.values() if weight.scale)  # an alpha may be 0
     scale = scales.most_common(1)[0][0] if scales else 0.0
@@ -102,7 +110,7 @@ def write_mlx(folder: Path, adapter: Adapter) -> None:
         "model": adapter.base_model,
         **({} if weights.keys() == adapter.weights.keys() else {_DIVIDED: True}),
     }
-    _write(folder, MLX_FILE, tensors, config)
+    _write(folder, MLX_FILE, tensors, config, metadata)
 
 
 def times(B: np.ndarray, factor: float, name: str) -> np.ndarray:
@@ -142,6 +150,7 @@ def read_peft(folder: Path, layers: int = 0) -> Adapter:
             raise refused(where, f"it says rank {ranks[name]} for {name}, whose lora_A has {A.shape[0]} rows")
         alpha = number(where, "alpha", alphas[name])
         weights[name] = LoraWeight(A, B, alpha, bool(config.get("use_rslora")), magnitude)
+    weights = as_in_base(folder / PEFT_FILE, weights)
     return _adapter(where, config.get("base_model_name_or_path"), layers, config.get("lora_dropout", 0.0), weights)
 
 
@@ -171,6 +180,7 @@ def read_mlx(folder: Path, layers: int = 0) -> Adapter:
     for name, parts in found.items():
         A, B, magnitude = _complete(folder / MLX_FILE, name, parts, kind == "dora")
         weights[name] = LoraWeight(A, B, scale * A.shape[0], False, magnitude)
+    weights = as_in_base(folder / MLX_FILE, weights)
     whole = granite4.from_mlx(weights) if config.get(_DIVIDED) else weights
     if whole is None:
         raise refused(folder / MLX_FILE, "gate_proj and up_proj are not parts of one adapted matrix")
@@ -227,41 +237,31 @@ def _file_of(folder: Path) -> Path:
     )
 
 
-def write_both(folder: Path, adapter: Adapter) -> Adapter:
+def write_both(folder: Path, adapter: Adapter, multimodal: bool = False) -> Adapter:
     """Write `adapter/` and `adapter-mlx/` into `folder`, read both back and compare them with `adapter`.
 
+    Beside each stands the run's chat template, where it has one: the base's may give other prompts than training had.
     Where every weight was trained there is no adapter: `full/` holds all tensors in float32. Returns the adapter to
     continue with: these tensors are read from there, so that nobody keeps a copy of the model. Raises UserError where
-    what was read differs.
+    what was read differs. multimodal: as in write_peft.
     """
-    write_trained(folder, adapter)
     if adapter.full:
+        write_trained(folder, adapter)
         return read_trained(folder, adapter.layers)
-    write_mlx(folder / "adapter-mlx", adapter)
+    write_peft(folder / "adapter", adapter, multimodal)
+    write_mlx(folder / "adapter-mlx", adapter, multimodal)
     shapes = {name: (weight.B.shape[0], weight.A.shape[1]) for name, weight in adapter.weights.items()}
     for name, read in (("adapter", read_peft), ("adapter-mlx", read_mlx)):
         written = read(folder / name, adapter.layers)
         validate(written, shapes, folder / name)
         for module, weight in adapter.weights.items():
             found = written.weights.get(module)
-            if found is None or not _same(weight, found):
+            if found is None or not is_same(weight, found):
                 raise UserError(
                     f"{folder / name}: what was read back is not what was written ({module}).", "Check the disk."
                 )
+        copy_template(folder, folder / name)
     return adapter
-
-
-def _same(one: LoraWeight, other: LoraWeight) -> bool:
-    """Whether `other` is `one` to the bit, up to padding to a larger rank and a scale multiplied into B."""
-    rank = one.rank
-    if other.rank < rank or other.A[rank:].any() or other.B[:, rank:].any():
-        return False
-    folded = one.B if math.isclose(one.scale, other.scale) else one.B * np.float32(one.scale / other.scale)
-    if not (np.array_equal(one.A, other.A[:rank]) and np.array_equal(folded, other.B[:, :rank])):
-        return False
-    if one.magnitude is None or other.magnitude is None:
-        return one.magnitude is other.magnitude
-    return np.array_equal(one.magnitude, other.magnitude)
 
 
 def adapter_hash(adapter: Adapter) -> str:
@@ -277,7 +277,7 @@ def adapter_hash(adapter: Adapter) -> str:
 def write_trained(folder: Path, adapter: Adapter) -> None:
     """Write `adapter/` in PEFT's layout, or `full/` where every weight was trained."""
     if adapter.full:
-        _write(folder / "full", FULL_FILE, adapter.full, {"base_model": adapter.base_model})
+        _write(folder / "full", FULL_FILE, adapter.full, {"base_model": adapter.base_model}, {})
     else:
         write_peft(folder / "adapter", adapter)
 
@@ -291,9 +291,9 @@ def read_trained(folder: Path, layers: int = 0) -> Adapter:
     return read_peft(folder / "adapter", layers)
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], config: dict) -> None:
+def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], config: dict, more: dict[str, str]) -> None:
     with atomic_folder(folder) as temporary:
-        save_tensors(tensors, temporary / name, {"format": "pt"})
+        save_tensors(tensors, temporary / name, {"format": "pt", **more})
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

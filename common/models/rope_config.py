@@ -40,6 +40,18 @@ def normalize_rope(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return config
 
 
+def for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """The normalized config as transformers 4 opens it too: for Phi-3's longrope it wants these three keys, no other.
+
+    What the others say stands in the config itself. A longrope that says more stays as it is.
+    """
+    rope, own = config.get("rope_scaling") or {}, ("partial_rotary_factor", "original_max_position_embeddings")
+    short = {key: rope[key] for key in ("type", "short_factor", "long_factor") if key in rope}
+    if config.get("model_type") != "phi3" or len(short) != 3 or rope.keys() - {"rope_type", *own, *short}:
+        return config
+    return {**config, **{key: rope[key] for key in own if key in rope}, "rope_scaling": short}
+
+
 def _name_rope(rope: dict[str, Any], config: dict[str, Any], kind: str | None) -> None:
     older = rope.pop("type", "default")
     rope.setdefault("rope_type", older)

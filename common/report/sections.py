@@ -160,18 +160,18 @@ def expert_layers(kept: Kept, t: Texts) -> Table:
 
 def samples(kept: Kept) -> list[Sample]:
     """By prompt; none where texts are not shown."""
-    asked: dict[int, list[dict[str, Any]]] = {}
+    asked: dict[tuple[int, str], list[dict[str, Any]]] = {}  # an older version may have asked others by a number
     for line in kept.samples if kept.texts else []:
         if isinstance(line.get("answer"), str) and isinstance(line.get("number"), int):
-            asked.setdefault(line["number"], []).append(line)
+            asked.setdefault((line["number"], str(line.get("prompt") or "")), []).append(line)
     return [
         Sample(
-            prompt=str(lines[0].get("prompt") or ""),
+            prompt=prompt,
             reference=str(lines[0].get("reference") or ""),
             base=next((line["answer"] for line in lines if line["step"] == 0), None),
             answers=[(line["step"], line["answer"], line.get("ended") is True) for line in lines if line["step"]],
         )
-        for _, lines in sorted(asked.items())
+        for (_, prompt), lines in sorted(asked.items())
     ]
 
 

@@ -16,15 +16,15 @@ from common.files import errors_naming
 
 def capture(command: list[str], seconds: float, lines: int = 15, env: dict[str, str] | None = None) -> tuple[int, str]:
     """Run a command for at most `seconds`; its exit status and the last `lines` it printed."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
     try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=env
-        )
+        with running(command, env=env, **pipes) as process:
+            printed, _ = process.communicate(timeout=seconds)
     except OSError as error:
         return 126, str(error)  # as a shell says where a program cannot be run
-    except subprocess.TimeoutExpired as error:
-        return 1, str(error)
-    return done.returncode, "\n".join(done.stdout.decode(errors="replace").splitlines()[-lines:])
+    except subprocess.TimeoutExpired:
+        return 1, f"{command[0]} took more than {seconds:g} seconds"
+    return process.returncode, "\n".join(printed.decode(errors="replace").splitlines()[-lines:])
 
 
 def short_of_memory(status: int, lines: Sequence[str]) -> bool:
@@ -58,7 +58,7 @@ def offline_environment() -> dict[str, str]:
     return env | offline | {"HF_TOKEN_PATH": os.devnull, "PYTHONIOENCODING": "utf-8"}
 
 
-_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "TWINTUNE_SECRET")
 
 
 @contextmanager
@@ -89,7 +89,12 @@ def running(command: list[str], keep: Sequence[int] = (), **options: Any) -> Ite
                 stream.close()
 
 
-_GUARD = Path(__file__).with_name("guard.py")
+_GUARD, _GUARD_RANK = (Path(__file__).with_name(name) for name in ("guard.py", "guard_rank.py"))
+
+
+def rank_arguments(command: list[str]) -> list[str]:
+    """Python's arguments, with which a program that this process starts as a rank ends with this process."""
+    return ["-P", str(_GUARD_RANK), str(os.getpid()), *command]
 
 
 def run_logged(

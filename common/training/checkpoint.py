@@ -103,7 +103,7 @@ class Checkpoint(NamedTuple):
 
 
 def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, recipe_hash: str, keep: int) -> Path:
-    """`checkpoints/step-000040`, complete or not there at all. It and the `keep - 1` before it stay, no others."""
+    """`checkpoints/step-000040`, complete or not there at all. `prune` follows."""
     folder = _folder(run, state.step)
     with atomic_folder(folder) as temporary:
         write_trained(temporary, adapter)
@@ -116,23 +116,27 @@ def save(run: Path, state: State, adapter: Adapter, optimizer: OptimizerState, r
         (temporary / _STATE).write_text(json.dumps(plain, indent=2))
         hashes = {str(path.relative_to(temporary)): file_digest(path) for path in _files(temporary)}
         (temporary / _MARKER).write_text(json.dumps(hashes, indent=2))
-    found = _folders(run)
-    kept = [other for other in found if _step_of(other) <= state.step][
-        :keep
-    ]  # a later one was damaged, and passed over
-    for other in found:
-        if other not in kept:
-            shutil.rmtree(other, ignore_errors=True)
+    prune(run, state.step, keep)
     return folder
 
 
-def add_evaluation(run: Path, state: State) -> None:
-    """Put the outcome of the validation after `state.step` into that step's checkpoint, in one rename.
+def prune(run: Path, step: int, keep: int) -> None:
+    """Keep the checkpoint of `step` and the `keep - 1` before it: a later one was damaged, and passed over."""
+    found = _folders(run)
+    kept = [other for other in found if _step_of(other) <= step][:keep]
+    for other in found:
+        if other not in kept:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def add_evaluation(run: Path, state: State, keep: int) -> None:
+    """Put the outcome of the validation after `state.step` into that step's checkpoint, in one rename; then `prune`.
 
     The best adapter need not be written: where this validation found it, it is the checkpoint's own.
     """
     with atomic_write(_folder(run, state.step) / _EVALUATION) as temporary:
         temporary.write_text(json.dumps({name: getattr(state, name) for name in _EVALUATED}))
+    prune(run, state.step, keep)
 
 
 def discard(run: Path, step: int) -> None:

@@ -241,9 +241,10 @@ class TrainingLoop:
         self._saved_at = time.monotonic()
         try:
             with timed(self.seconds, "save"):
-                adapter, optimizer = self.backend.get_adapter(), self.backend.get_optimizer()
-                keep = self.plan.keep_checkpoints
-                checkpoint.save(self.run, self.state, adapter, optimizer, self.recipe.hash(), keep)
+                state, adapter, optimizer = self.state, self.backend.get_adapter(), self.backend.get_optimizer()
+                # one more until the validation of this step is known: where it is not finite, this one is removed
+                keep = self.plan.keep_checkpoints + (state.evaluated < state.step and self._evaluates(state.step))
+                checkpoint.save(self.run, state, adapter, optimizer, self.recipe.hash(), keep)
         except OSError as error:
             fault = unsaved(self.run, error)
             if stop:
@@ -264,7 +265,7 @@ class TrainingLoop:
             raise Interrupted(self.run)
         if saved:
             try:
-                checkpoint.add_evaluation(self.run, self.state)
+                checkpoint.add_evaluation(self.run, self.state, self.plan.keep_checkpoints)
             except OSError as error:
                 self.observer.warn(f"{unsaved(self.run, error).what}; a resumed run repeats this validation")
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from common.backend import Adapter
 from common.backend_package import BackendPackage
+from common.data import layouts
 from common.data.layouts import choose_layouts, layout_for
 from common.memory_terms import DeltaDims, LayerInputs, MicroBatchShape, ModelDims
 from common.models import gemma4, lfm2
@@ -179,7 +180,8 @@ class TrainingMemory:
         """The same, corrected by what was observed on the plan's device of trainings of this kind."""
         packages, recipe = environment()["packages"], self.recipe
         try:
-            sources = inspect.getsource(self.package.memory_terms) + inspect.getsource(sys.modules[__name__])  # type: ignore[arg-type]
+            of = (self.package.memory_terms, sys.modules[__name__], layouts)
+            sources = "".join(map(inspect.getsource, of))  # type: ignore[arg-type]
         except OSError:  # an installation without sources: nobody knows which version of the estimate it is
             return self
         device = f"{plan.device} of {self._processor(plan)}"

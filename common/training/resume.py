@@ -1,11 +1,15 @@
 """How a run continues: from its newest checkpoint, by its own recipe or a longer one, by its own plan or another."""
 
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
 
 from common.data.batching import steps_per_epoch
 from common.errors import UserError
-from common.option_sources import options_over
-from common.options import RESUME_OPTIONS, Options
+from common.models.resolve import resolve
+from common.option_sources import FLAGS_ONLY, absolute_paths, options_over
+from common.options import RESUME_OPTIONS, Options, by_flag
 from common.recipe import Parent, Plan, Recipe
 from common.run_fields import RunRecord
 from common.run_record import Run
@@ -15,11 +19,64 @@ from common.training.checkpoint import Checkpoint
 from common.training.schedule import learning_rate
 from common.training.setup import length
 
+# What sends a model or rows elsewhere is never taken from a record, which may be a stranger's.
+_ASKED = (*FLAGS_ONLY, "push")
+_PLACES = ("model", "data", "adapter", "chat_template")  # may have moved; their contents are known by hash
+
+
+def asked(options: dict[str, Any], names: Collection[str] = _ASKED) -> str:
+    """Those of the options that a resume does not take from the record, as they are typed: ` --push me/model`."""
+    words: list[str] = []
+    for name in names:
+        if value := options.get(name):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def say_asked(record: RunRecord, given: Options, say: Callable[[str], None]) -> None:
+    """Say so where the run was begun with what is not taken from its record, and not given now."""
+    now = given.model_dump(by_alias=True, exclude_unset=True)
+    if flags := asked({name: value for name, value in record.options.items() if name not in now}):
+        say(
+            f"The run was begun with{flags}. What sends a model or rows elsewhere is never taken from a run's record: "
+            "to have it, give it again."
+        )
+
+
+def check_places(run: Run, options: Options, given: Collection[str], names: Collection[str] = _PLACES) -> None:
+    """Raises UserError where what the run was begun with is no longer where its record says, and none was `given`."""
+    for name in names:
+        value = [] if name in given else getattr(options, name) or []
+        places = [value] if isinstance(value, str) else value
+        for place in places:
+            if Path(place).is_absolute() and not Path(place).exists():
+                every = ", all sources in their order" if len(places) > 1 else ""
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(
+                    f"{run} was begun with {flag} {place}, which is not there.",
+                    f"Restore it, or say where it is now: {flag} PATH{every}.",
+                )
+
+
+def keep_model(run: Run, model: str, say: Callable[[str], None]) -> None:
+    """Put on record where the base model is now. Raises UserError where that is another model."""
+    if resolve(model, say, tried=True).content_hash() != run.record.model_hash:
+        raise UserError(f"--model {model} is not the model that {run} was trained on.", "Give that model.")
+    run.update(options=_with_places(run.record, {"model": model}))
+
+
+def _with_places(record: RunRecord, given: dict[str, Any]) -> dict[str, Any]:
+    """The run's options for the record, with the places that are given now."""
+    places = absolute_paths({name: given[name] for name in _PLACES if given.get(name)})
+    return record.options | {"llama_cpp": record.named_llama_cpp} | places
+
 
 def options_to_resume(options: Options, run: Run) -> Options:
     """Of a command that is to continue the run: what was given that a run may be given again."""
     given = options.model_dump(by_alias=True, exclude_unset=True)
-    kept = {name: given[name] for name in given.keys() & RESUME_OPTIONS - {"steps", "epochs"}}
+    left_out = {"steps", "epochs", *(() if options.resume else _PLACES)}  # on record, those of a new run from its start
+    kept = {name: given[name] for name in given.keys() & RESUME_OPTIONS - left_out}
     return Options.model_validate(kept | {"resume": str(run.path)})
 
 
@@ -34,7 +91,9 @@ def resumed_options(options: Options, run: Run) -> Options:
     given = options.model_dump(by_alias=True, exclude_unset=True)
     kept = {name: value for name, value in plan.model_dump().items() if name in Options.model_fields}
     kept |= {name: getattr(recipe, name) for name in ("precision", "eval_rows", "eval_every", "patience", "min_delta")}
-    kept |= {"devices": None, "with": []}  # as many as this time
+    kept |= {name: by_flag()[name].get_default() for name in _ASKED}
+    kept |= {"devices": None}  # as many as this time
+    kept["finish"] = run.record.finished_step is not None and not (options.steps or options.epochs)
     if options.devices in (None, "1"):
         kept["shard"] = None
     if str(run.record.options.get("device")).startswith("cuda:") and plan.device == "cuda":
@@ -49,7 +108,9 @@ def resumed_options(options: Options, run: Run) -> Options:
                 "Continue with the backend it was started with.",
             )
         kept |= {"device": "auto", "micro_batch_tokens": None, "gradient_checkpointing": None, "shard": None}
-    return options_over(run.record.options | kept, given)
+    merged = options_over(run.record.options | kept, given)
+    check_places(run, merged, given)
+    return merged
 
 
 def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
@@ -61,7 +122,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
     if given.steps is None and given.epochs is None:
         return record.parent
     parent = checkpoint.latest_recipe(run.path, record.recipe_hash)
-    if parent is None and (record.status == "complete" or (record.parent and record.parent.step)):
+    if parent is None and (_is_lost(run) or (record.parent and record.parent.step)):
         raise _no_checkpoint(run)
     what = f"--steps {given.steps}" if given.steps else f"--epochs {given.epochs:g}"
     steps = length(options, record.data.train_rows)[0]
@@ -71,7 +132,7 @@ def parent_of(given: Options, options: Options, run: Run) -> Parent | None:
             f"{what}: {run} has trained {parent.step} steps already ({epochs:.3g} epochs).",
             "Give the total that it is to reach.",
         )
-    if steps == _length_on_record(record)[0]:
+    if steps == _length_on_record(record)[0] and record.finished_step is None:
         raise UserError(
             f"{what}: {run} goes to {steps} steps already.", "Leave it out to finish the run; or give more."
         )
@@ -100,13 +161,14 @@ def change_length(run: Run, recipe: Recipe, options: Options) -> str:
     before = recipe.model_copy(update=changes)
     _check_unchanged(run, before)
     kept = record.options | {"steps": options.steps, "epochs": options.epochs, "llama_cpp": record.named_llama_cpp}
-    run.update(recipe_hash=recipe.hash(), parent=recipe.parent, options=kept)  # decides; recipe.yaml follows it
+    # decides; recipe.yaml follows it
+    run.update(recipe_hash=recipe.hash(), parent=recipe.parent, options=kept, finished_step=None)
     run.write_recipe(recipe)
     step = recipe.parent.step if recipe.parent else 0
     after = f", after {learning_rate(before, step):.2g} at step {step}" if step else ""
     return (
-        f"{run} goes to {recipe.steps} steps instead of {steps}. The learning rate now follows the schedule of "
-        f"{recipe.steps} steps: {learning_rate(recipe, step + 1):.2g} at step {step + 1}{after}."
+        f"{run} goes to {recipe.steps} steps instead of {record.finished_step or steps}. The learning rate now follows "
+        f"the schedule of {recipe.steps} steps: {learning_rate(recipe, step + 1):.2g} at step {step + 1}{after}."
     )
 
 
@@ -114,11 +176,21 @@ def _length_on_record(record: RunRecord) -> tuple[int, int]:
     return length(options_over(record.options, {}), record.data.train_rows)
 
 
+def _is_lost(run: Run) -> bool:
+    """Of a run without a complete checkpoint: whether it had one, so that training again would lose its results."""
+    record = run.record
+    saved = record.saved_recipe == record.recipe_hash and not any(run.checkpoints.glob("step-*"))
+    return saved or record.status == "complete"
+
+
 def _no_checkpoint(run: Run) -> UserError:
-    return UserError(
-        f"{run} has no checkpoint to continue from.",
-        f"Start a new run from what it has trained: --adapter {run}",
-    )
+    fix = "Restore its checkpoints/, or start a new run."
+    if run.record.status == "complete":
+        fix = (
+            f"What it has trained is kept. To export it: python cli.py fuse {run}. "
+            f"To train it further, start a new run with --adapter {run}"
+        )
+    return UserError(f"{run} has no checkpoint to continue from.", fix)
 
 
 def _check_unchanged(run: Run, recipe: Recipe) -> None:
@@ -136,12 +208,18 @@ def _check_unchanged(run: Run, recipe: Recipe) -> None:
 
 
 def resume_run(
-    run: Run, recipe: Recipe, plan: Plan, warn: Callable[[str], None], finish: bool = False
+    run: Run,
+    recipe: Recipe,
+    plan: Plan,
+    warn: Callable[[str], None],
+    finish: bool = False,
+    given: Options | None = None,
 ) -> Checkpoint | None:
     """The checkpoint to continue from, None before the first; the record is brought up to date.
 
     recipe, plan: as prepared now. Another plan than the run's takes its place. `warn` hears of a checkpoint that is
-    passed over, and of another environment. Raises UserError for another recipe, and where nothing is there to finish.
+    passed over, and of another environment. given: options of this command, of which places are put on record. Raises
+    UserError for another recipe, for a run whose checkpoints are gone, and where nothing is there to finish.
     """
     record = run.record
     _check_unchanged(run, recipe)
@@ -152,7 +230,7 @@ def resume_run(
     if recipe.parent is not None:
         checkpoint.discard_stale(run.path, recipe.hash(), recipe.parent)
     found, plans = checkpoint.latest(run.path, recipe.hash(), warn, recipe.parent), record.plans
-    if found is None and recipe.parent is not None and recipe.parent.step:
+    if found is None and (_is_lost(run) or (recipe.parent is not None and recipe.parent.step)):
         raise _no_checkpoint(run)
     if finish and found is None:  # before anything is written
         raise UserError(f"--finish: {run} has no checkpoint.", f"Continue it: python cli.py train --resume {run}")
@@ -163,7 +241,15 @@ def resume_run(
         run.write_plan(plan)
         from_step = found.state.step + 1 if found else 1
         plans = [*plans, {"from_step": from_step} | plan.model_dump()]
-    run.update(status="training", plans=plans, attest=None)  # an attest states the run as it was
+    if found is None and recipe.parent is None and run.metrics.exists():
+        warn(f"{run} has no checkpoint: training starts again at step 1")
+    run.update(
+        status="training",
+        plans=plans,
+        attest=None,  # it states the run as it was
+        options=_with_places(record, given.model_dump(include={*_PLACES}) if given else {}),
+        saved_recipe=recipe.hash() if found else "",
+    )
     return found
 
 

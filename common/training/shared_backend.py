@@ -41,7 +41,7 @@ class Helper:
     """A worker as this side sees it. speed: tokens/s, its way here and back included; 0 until it has computed."""
 
     line: Line | None  # None: this computer itself
-    state: str = "away"  # away, loading, ready
+    state: str = "away"  # away, loading, ready; unfit: for the session, for want of memory
     what: str = ""
     speed: float = 0.0
     tokens: int = 0
@@ -66,12 +66,19 @@ class Helper:
             if fault := self.reached.fault(self._loading):
                 self.leave(fault, display)
                 return
-            kind, values, _ = decoded(self._loading.result())
-            if kind == "ready":
-                self.state, self.what, self._said = "ready", values["what"], ""
+            message = decoded(self._loading.result())
+            if message.kind == "ready":
+                self.state, self.what, self._said = "ready", message.values["what"], ""
                 display.say(f"{self.reached.address} helps: {self.what}")
             else:
-                self.leave(values.get("what", kind), display)
+                self.refused(message, display)
+
+    def refused(self, message: Message, display: Display) -> None:
+        """It answered by a fault. Where its memory does not suffice, each further attempt would cost a step too."""
+        why = str(message.values.get("what", message.kind))
+        unfit = bool(message.values.get("memory"))
+        self.leave(f"{why}; it is not asked again" if unfit else why, display)
+        self.state = "unfit" if unfit else self.state
 
     def leave(self, why: str, display: Display) -> None:
         """It is away; `why` is said once."""
@@ -101,16 +108,16 @@ class Asked:
 
     def reply(self, shapes: Mapping[str, tuple[int, ...]], display: Display) -> Message | None:
         """With loss, positions and gradients of these shapes; None where the helper has left."""
-        fault = self.helper.reached.fault(self.future)
-        if not fault:
-            message = decoded(self.future.result())
-            if message.kind != "gradients":
-                fault = message.values.get("what", message.kind)
-            elif {name: array.shape for name, array in message.arrays.items()} != shapes:
-                fault = "its gradients are of another adapter"
-            else:
-                return message
-        self.helper.leave(fault, display)
+        if fault := self.helper.reached.fault(self.future):
+            self.helper.leave(fault, display)
+            return None
+        message = decoded(self.future.result())
+        if message.kind != "gradients":
+            self.helper.refused(message, display)
+        elif {name: array.shape for name, array in message.arrays.items()} != shapes:
+            self.helper.leave("its gradients are of another adapter", display)
+        else:
+            return message
         return None
 
 
@@ -216,7 +223,7 @@ class SharedBackend:
     def release(self) -> None:
         """The workers need not help any longer."""
         for helper in self.helpers:
-            if helper.state != "away":
+            if helper.state in ("loading", "ready"):
                 helper.reached.ask(encoded("close", {"session": self.session}, {}), 10.0).exception()
                 helper.state = "away"
 

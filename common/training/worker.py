@@ -48,6 +48,11 @@ class Worker:
             self.say("that training has ended; waiting for the next")
             self.close()
             return encoded("closed", {}, {})
+        except OutOfMemory:
+            self.say("memory does not suffice to help that training; waiting for the next")
+            self.close()
+            told = {"what": "its memory does not suffice, even for one row at a time", "memory": True}
+            return encoded("fault", told | {"fix": "Train with a lower --max-length, or without this worker."}, {})
         except UserError as error:
             return encoded("fault", {"what": error.what, "fix": error.fix}, {})
         except (ValueError, LookupError, TypeError, RuntimeError) as error:  # of another version of this program

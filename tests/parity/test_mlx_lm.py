@@ -11,9 +11,11 @@ from mlx_lm.utils import load_model
 
 from common.errors import UserError
 from common.models.adapter_files import read_any, write_both
+from common.models.families import is_multimodal
+from common.models.model_folder import ModelFolder
 from tests import backends
 from tests.backends import METHODS
-from tests.tiny import write_rows
+from tests.tiny import write_family, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,19 @@ def test_mlx_lm_loads_an_adapter_of_ours(tiny_llama, rows, tmp_path, changes):
     expected = backend.logits(rows[0].ids)
     backend.close()
     found = logits(load_adapters(base(tiny_llama), str(tmp_path / "adapter-mlx")), rows)
+    assert abs(found - expected).max() < 1e-4
+
+
+def test_mlx_lm_adapts_a_qwen_vl_whose_files_name_a_text_models_layers(rows, tmp_path):
+    folder = write_family(tmp_path / "base", "qwen2_5_vl", older=True)
+    recipe = backends.make_recipe(folder)
+    backend = backends.load("mlx", folder, recipe)
+    backends.run_steps(backend, recipe, rows, 3)
+    assert min(backend.get_adapter().weights).startswith("model.layers.0.")
+    write_both(tmp_path, backend.get_adapter(), is_multimodal(ModelFolder(folder).written_config))
+    expected = backend.logits(rows[0].ids)
+    backend.close()
+    found = logits(load_adapters(base(folder), str(tmp_path / "adapter-mlx")), rows)
     assert abs(found - expected).max() < 1e-4
 
 

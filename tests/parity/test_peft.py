@@ -1,15 +1,20 @@
 """PEFT reads what Twintune writes, and Twintune what PEFT writes: the same logits, for every method."""
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.models.adapter_files import read_any, write_both
+from common.models.families import is_multimodal
+from common.models.model_folder import ModelFolder
+from common.models.shapes import linear_shapes
 from tests import backends
 from tests.backends import METHODS
-from tests.tiny import write_rows
+from tests.tiny import MULTIMODAL, write_family, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +40,30 @@ def test_peft_loads_an_adapter_of_ours(tiny_llama, rows, tmp_path, changes):
     expected = backend.logits(rows[0].ids)
     backend.close()
     found = logits(PeftModel.from_pretrained(base(tiny_llama), tmp_path / "adapter"), rows)
+    assert abs(found - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_peft_adapts_the_language_model_of_a_multimodal_one(family, rows, tmp_path):
+    """Whatever the model's files call its modules; by the class that the model card names."""
+    folder = write_family(tmp_path / "base", family, older=family == "qwen2_5_vl")
+    model, targets = ModelFolder(folder), ["v_proj", "down_proj"]
+    random = np.random.default_rng(0)
+    weights = {
+        name: LoraWeight(*(random.normal(0, 0.2, size).astype(np.float32) for size in ((2, into), (out, 2))), 4.0)
+        for name, (out, into) in linear_shapes(model, targets).items()
+    }
+    adapter = Adapter("some/base", model.config["num_hidden_layers"], 0.0, weights)
+    write_both(tmp_path, adapter, is_multimodal(model.written_config))
+    assert read_any(tmp_path / "adapter").weights.keys() == read_any(tmp_path / "adapter-mlx").weights.keys()
+    assert read_any(tmp_path / "adapter").weights.keys() == weights.keys()
+    backend = backends.create("torch")
+    backend.load(backends.make_recipe(folder, targets=targets), backends.make_plan("torch"), folder, adapter)
+    expected = backend.logits(rows[0].ids)
+    backend.close()
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    assert abs(logits(whole, rows) - expected).max() > 1e-2
+    found = logits(PeftModel.from_pretrained(whole, tmp_path / "adapter"), rows)
     assert abs(found - expected).max() < 1e-4
 
 

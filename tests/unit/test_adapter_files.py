@@ -13,7 +13,17 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.llama_cpp import lora
 from common.llama_cpp.install import LlamaCpp
-from common.models.adapter_files import adapter_hash, read_any, read_mlx, read_peft, write_both, write_mlx, write_peft
+from common.models.adapter_files import (
+    MLX_FILE,
+    PEFT_FILE,
+    adapter_hash,
+    read_any,
+    read_mlx,
+    read_peft,
+    write_both,
+    write_mlx,
+    write_peft,
+)
 from common.models.lora_init import initial_adapter, validate
 from tests.traps import ENDLESS
 from tests.unit.bigram import recipe
@@ -49,6 +59,33 @@ def same(one: Adapter, other: Adapter) -> bool:
             for n, w in one.weights.items()
         )
     )
+
+
+def test_the_runs_chat_template_stands_beside_both_layouts(tmp_path: Path) -> None:
+    write_both(tmp_path, adapter())
+    assert list(tmp_path.rglob("chat_template.jinja")) == []
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}\n")
+    write_both(tmp_path, adapter())
+    for layout, read in (("adapter", read_peft), ("adapter-mlx", read_mlx)):
+        assert (tmp_path / layout / "chat_template.jinja").read_text() == "{{ messages }}\n"
+        assert read(tmp_path / layout).weights.keys() == SHAPES.keys()
+
+
+@pytest.mark.parametrize("start", ["model.layers", "model.language_model.layers"])
+def test_an_adapter_of_a_multimodal_model_has_the_names_that_libraries_know(start: str, tmp_path: Path) -> None:
+    """Whatever its files call the language model's layers; read back it has the files' names."""
+    some = {name.replace("model.layers", start): weight for name, weight in adapter().weights.items()}
+    last = list(some)[-1]
+    some[last] = LoraWeight(some[last].A[:1], some[last].B[:, :1], 3.0)
+    written = write_both(tmp_path, Adapter("some/model", 4, 0.1, some), multimodal=True)
+    peft, mlx = load_file(tmp_path / "adapter" / PEFT_FILE), load_file(tmp_path / "adapter-mlx" / MLX_FILE)
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in peft)
+    assert all(name.startswith("language_model.model.layers.") for name in mlx)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(name.replace(start, "model.language_model.layers") for name in some)
+    found = read_peft(tmp_path / "adapter", 4)
+    assert same(found, written)
+    assert found.weights.keys() == read_mlx(tmp_path / "adapter-mlx").weights.keys() == some.keys()
 
 
 # --- the start

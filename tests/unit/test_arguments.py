@@ -277,7 +277,7 @@ def run(tmp_path: Path) -> str:
     ("flags", "text"),
     [
         (["--rank", "4", "--epochs", "9"], "--rank is not an option\n--epochs is not an option"),
-        (["--model", "other"], "--model is not an option"),
+        (["--data", "other"], "--data is not an option"),
         (["--json"], "--json is not an option"),
         (["--exprt", "mlx"], "--exprt is not an option; did you mean 'export'?"),
         (["--export", "mlx", "--quant", "Q8_0"], "--quant is for a GGUF, and --export is mlx"),

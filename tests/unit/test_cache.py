@@ -12,8 +12,10 @@ import pytest
 
 from common.display import Display
 from common.errors import UserError
+from common.files import file_digest
 from common.llama_cpp import convert
 from common.llama_cpp.install import LlamaCpp
+from common.models import gguf_import
 from common.system.cache import artifact_lock, cache_folder, pip_download
 from tests.unit.base_folder import write_base
 
@@ -52,6 +54,26 @@ def test_another_process_waits_and_says_so() -> None:
 def test_other_artifacts_do_not_wait() -> None:
     with artifact_lock(cache_folder() / "models" / "a", never), artifact_lock(cache_folder() / "b" / "a", never):
         pass
+
+
+def test_a_model_that_is_there_needs_no_cache_that_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*given: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(gguf_import, "artifact_lock", read_only)
+    path, mirror = tmp_path / "x.gguf", next(iter(gguf_import.MIRRORS.values()))
+    path.write_bytes(b"GGUF")
+    for make in (lambda: gguf_import.from_gguf(path, never), lambda: gguf_import.mirror_gguf(mirror, never)):
+        with pytest.raises(PermissionError):
+            make()
+    made = cache_folder() / "models" / f"x-{file_digest(path)[:12]}-{gguf_import._CHECKS}"
+    fetched = cache_folder() / "downloads" / mirror.file
+    for folder in (made, fetched):
+        folder.mkdir(parents=True)
+    assert gguf_import.from_gguf(path, never) == made
+    assert gguf_import.mirror_gguf(mirror, never) == fetched
 
 
 def test_a_failure_releases_the_lock() -> None:

@@ -281,7 +281,7 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: py
 
 
 def evaluated(run: Path, step: int, best: int) -> None:
-    add_evaluation(run, State(step=step, evaluated=step, best_valid_loss=0.5, best_step=best))
+    add_evaluation(run, State(step=step, evaluated=step, best_valid_loss=0.5, best_step=best), 2)
 
 
 def test_a_validation_after_the_save_is_added_to_the_checkpoint(tmp_path: Path) -> None:

@@ -661,6 +661,8 @@ def test_the_exported_template_prompts_as_training_did_whatever_the_server_asks(
             messages, chat_template=kept, tokenize=False, add_generation_prompt=True, **settings
         )
         assert ("<think>" in prompt) == block
+    tokenizer.chat_template = exported  # of a fused model that is trained again
+    assert ChatTemplate(tokenizer, "keep").exported_template() == kept
 
 
 # --- tools

@@ -1,6 +1,7 @@
 """Figures with intervals, metrics against values computed by hand, rows of a test file, and the scorer of a user's."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -407,6 +408,11 @@ def test_answers_are_kept_and_a_torn_line_is_dropped(tmp_path: Path) -> None:
         assert kept.get(key_of("b")) is None
         kept.add("b", {"loss": float("nan")})
     assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_key_is_made_of_any_path_and_stays() -> None:
+    assert key_of("港", 1) == "5a95d728610513c2e3ab2b4e10136b29"
+    assert key_of(os.fsdecode(b"caf\xe9")) != key_of(os.fsdecode(b"caf\xe8"))
 
 
 @pytest.mark.parametrize(("line", "words"), [("{", "line 1 is not JSON"), ('{"a": 1}', "line 1 has no key")])

@@ -19,6 +19,7 @@ from common.export.upload import files_of
 from common.inference.chat_models import choose
 from common.llama_cpp.convert import QuantReport
 from common.llama_cpp.install import LlamaCpp
+from common.models import sentencepiece
 from common.models.model_folder import ModelFolder
 from common.options import Options
 from common.run_lock import held
@@ -26,7 +27,8 @@ from common.run_record import Run
 from common.verify.verify import verify_run
 from common.verify_record import VerifyRecord
 from tests.contexts import context
-from tests.tiny import write_rows
+from tests.tiny import write_rows, write_tiny, write_tokenizer
+from tests.tiny_sentencepiece import write_gemma_like, write_llama_like
 from tests.unit.bigram import Bigram
 
 LOST = UserError("no luck today", "Try again.")
@@ -158,6 +160,52 @@ def test_a_model_whose_template_no_modelfile_can_say_still_gets_one(
     run = export()
     assert "has no TEMPLATE for Ollama: it is too clever" in " ".join(capsys.readouterr().out.split())
     assert 'TEMPLATE "' not in (run.gguf / "Modelfile").read_text()
+
+
+def test_a_modelfile_has_room_for_the_rows_of_training(
+    export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(gguf, "write_modelfile", lambda *args: given.extend(args) or modelfile.Modelfile("", "", ()))
+    run = export()
+    assert given[-1] == run.record.options["max_length"]
+
+
+def test_an_adapter_as_a_gguf_has_its_chat_template_beside_it(
+    export: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gguf, "write_gguf_lora", lambda adapter, base, out, llama: write(base, out))
+    run = export("lora-gguf")
+    assert (run.gguf / "chat_template.jinja").read_bytes() == run.template.read_bytes()
+    assert "--outfile BASE.gguf" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(gguf, "_vocabulary_fault", lambda folder: "it has no tokenizer.model.")
+    export("lora-gguf")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--outfile" not in said
+    assert "warning: that GGUF cannot be made of" in said
+    assert "it has no tokenizer.model." in said
+
+
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "fault"),
+    [
+        ("gemma3_text", write_gemma_like, "it has no tokenizer.model, from which llama.cpp reads this tokenizer."),
+        ("mistral", write_llama_like, "it has no tokenizer.model, from which llama.cpp reads this tokenizer."),
+        ("gemma3_text", write_tokenizer, "has no tokenizer.model, and llama.cpp cannot convert a gemma3_text"),
+        ("llama", write_tokenizer, ""),
+    ],
+)
+def test_a_base_of_which_the_converter_makes_another_tokenizer(
+    family: str, tokenizer: Callable[[Path], Any], fault: str, tmp_path: Path
+) -> None:
+    folder = write_tiny(tmp_path / "base", family, {"vocab_size": 400})
+    tokenizer(folder)
+    found = gguf._vocabulary_fault(folder)
+    assert fault in found
+    assert bool(found) == bool(fault)
+    if tokenizer is not write_tokenizer:
+        sentencepiece.write(folder)
+        assert gguf._vocabulary_fault(folder) == ""
 
 
 def test_an_mlx_folder_that_fails_leaves_the_rest_complete(

@@ -24,6 +24,7 @@ from common.models.families import (
     text_config,
     text_name,
 )
+from common.models.rope_config import for_transformers_4
 from common.verify.tiny_models import TINY, tiny_config
 from mlx_backend.rope import rope
 
@@ -377,6 +378,33 @@ def test_phi_3s_first_names_for_longrope() -> None:
             "phi3", {"rope_parameters": None, "rope_scaling": {**older, "type": name}, "rope_theta": 5e3}
         )
         assert normalize_config(config)["rope_parameters"] == TINY["phi3"]["rope_parameters"]
+
+
+def test_a_phi_3_that_transformers_4_opens_is_the_same_for_others() -> None:
+    from transformers import AutoConfig
+
+    config = normalize_config(tiny_config("phi3"))
+    written = for_transformers_4(config)
+    assert written["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}  # 4.57 refuses any other
+    assert normalize_config(dict(written))["rope_parameters"] == config["rope_parameters"]
+    rope = {**config["rope_parameters"]}
+    assert rope.pop("partial_rotary_factor") == written["partial_rotary_factor"] == 0.5
+    assert rope.pop("original_max_position_embeddings") == written["original_max_position_embeddings"] == 48
+    found, wanted = (
+        AutoConfig.for_model(**{key: value for key, value in one.items() if key != "architectures"})
+        for one in (written, config)
+    )
+    assert found.rope_parameters == wanted.rope_parameters
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_no_other_config_changes_for_transformers_4(kind: str) -> None:
+    config = normalize_config(tiny_config(kind))
+    assert (for_transformers_4(config) == config) == (kind != "phi3")
+    scaled = normalize_config(
+        tiny_config("phi3", {"rope_parameters": TINY["phi3"]["rope_parameters"] | {"factor": 2.0}})
+    )
+    assert for_transformers_4(scaled) == scaled  # which could not be said in three keys
 
 
 @pytest.mark.parametrize(("given", "kept"), [(2, 2), ([2], 2), ([2, 3], [2, 3])])

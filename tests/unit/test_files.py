@@ -29,6 +29,30 @@ def test_a_file_gets_its_name_when_all_is_written(tmp_path: Path) -> None:
     assert (names(tmp_path), path.read_text()) == (["a.gguf"], "new")
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "suffix"),
+    [
+        ("答" * 83 + ".jsonl", "答" * 40, ".jsonl"),
+        ("a" * 255, "a" * 150, ""),
+        ("a." + "b" * 253, "a.b", ""),
+        (os.fsdecode(b"\xe9" + b"a" * 246 + b".jsonl"), "", ".jsonl"),
+    ],
+)
+def test_a_name_may_be_as_long_as_a_file_system_takes(tmp_path: Path, name: str, start: str, suffix: str) -> None:
+    path = tmp_path / name
+    for word in ("old", "new"):
+        with atomic_write(path) as temporary:
+            temporary.write_text(word)
+            cut = temporary.name.split("-", 4)[4]
+            assert (cut.startswith(start), cut.endswith(suffix)) == (True, True)
+            cut.encode()  # no broken letter
+        assert (names(tmp_path), path.read_text()) == ([name], word)
+    path.unlink()
+    replace_folder(path)
+    replace_folder(path)
+    assert (names(tmp_path), names(path)) == ([name], ["file"])
+
+
 def test_a_file_stays_as_it_was_on_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("old")

@@ -10,6 +10,8 @@ from common.backend import Adapter, LoraWeight
 from common.errors import UserError
 from common.export.fused_folder import ServingConfig, write_fused
 from common.models.model_folder import ModelFolder
+from common.verify.tiny_models import write_tiny
+from tests.progress import silent
 from tests.unit.base_folder import CONFIG, Q, write_base
 
 
@@ -48,6 +50,14 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     }
     assert (out / "chat_template.jinja").read_text() == "chat_template.jinja"
     assert not (out / "pytorch_model.bin").exists()
+
+
+def test_a_phi_3_opens_in_transformers_4(tmp_path: Path) -> None:
+    """Which refuses any other key in its longrope."""
+    base = write_tiny(tmp_path / "base", "phi3")
+    write_fused(ModelFolder(base), Adapter("", 4, 0.0, {}), tmp_path / "fused", ServingConfig([2]), silent)
+    rope = read(tmp_path / "fused" / "config.json")["rope_scaling"]
+    assert rope.keys() == {"type", "short_factor", "long_factor"}
 
 
 def test_the_config_is_normalized(tmp_path: Path) -> None:

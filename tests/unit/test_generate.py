@@ -1,7 +1,9 @@
 """`generate RUN`: prompts in every shape, an output that is complete or absent, a stopped job that continues."""
 
 import json
+import os
 import resource
+import sys
 from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,13 +101,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield ChatModels(ChatModel("m", answer), lambda: ChatModel("m", answer))
 
         monkeypatch.setattr(answers, "opened", opened)
-        wanted = Answers(read_prompts(tmp_path / "p.txt"), tmp_path / "out.jsonl", length, slots)
-        target = choose(tmp_path / "m.gguf", None, None)
+        wanted = Answers(read_prompts(tmp_path / "p.txt"), tmp_path / go.out, length, slots)  # type: ignore[attr-defined]
+        target = choose(go.model, None, None)  # type: ignore[attr-defined]
         no_backend = context("plain", lambda: pytest.fail("no backend is wanted"))
         generate(target, wanted, Sampling(**({"seed": 5} | sampling)), no_backend)
 
     go.seen = []  # type: ignore[attr-defined]
-    go.folder = tmp_path  # type: ignore[attr-defined]
+    go.folder, go.out, go.model = tmp_path, "out.jsonl", tmp_path / "m.gguf"  # type: ignore[attr-defined]
     return go
 
 
@@ -121,6 +123,25 @@ def test_answers_are_rows_in_the_order_of_the_prompts(job: Any, slots: int, caps
     assert sorted(path.name for path in job.folder.iterdir()) == ["m.gguf", "out.jsonl", "p.txt"]
     with pytest.raises(UserError, match="exists already"):
         job()
+
+
+def test_a_name_that_leaves_no_room_for_a_temporary_one_is_written(job: Any) -> None:
+    job.out = "答" * 73 + ".jsonl"
+    job()
+    assert len(read_rows(job.folder / job.out)) == 3
+    assert len(list(job.folder.iterdir())) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS takes no such name")
+def test_a_job_with_a_folder_that_is_no_utf_8_goes_on(job: Any) -> None:
+    folder = job.folder / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    job.model, job.out = job.model.rename(folder / "m.gguf"), str(folder / "out.jsonl")
+    with pytest.raises(UserError, match="the server died"):
+        job(fail_at="b")
+    job()
+    assert [text for text, _ in job.seen] == ["a", "b", "b", "c"]
+    assert len(read_rows(folder / "out.jsonl")) == 3
 
 
 def test_a_stopped_job_goes_on(job: Any) -> None:

@@ -967,7 +967,7 @@ def test_a_kill_between_a_validations_line_and_its_checkpoint_leaves_no_double_l
 ) -> None:
     run(tmp_path / "complete")
 
-    def killed(run: Path, state: State) -> None:
+    def killed(*given: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoint, "add_evaluation", killed)
@@ -979,15 +979,17 @@ def test_a_kill_between_a_validations_line_and_its_checkpoint_leaves_no_double_l
     assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 
 
-def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_from(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [1, 2])
+def test_after_a_validation_that_is_not_finite_the_checkpoint_before_is_gone_on_from(tmp_path: Path, kept: int) -> None:
     class Once(Bigram):
         def eval_step(self, batch: Batch) -> StepResult:
             found = super().eval_step(batch)
             return replace(found, loss_sum=math.nan) if self.optimizer.step == 8 else found
 
     run(tmp_path / "complete")
+    few = plan(keep_checkpoints=kept)
     with pytest.raises(UserError, match=r"validation loss is not finite at step 8.*The checkpoint of step 4 is kept"):
-        run(tmp_path / "cut", Once())
+        run(tmp_path / "cut", Once(), the_plan=few)
     run(tmp_path / "cut", resume=True)
     assert metrics(tmp_path / "cut", "seconds") == metrics(tmp_path / "complete", "seconds")
 

@@ -1,12 +1,15 @@
 """Where the quantized weights behind a 16-bit view are, and whose word is taken for it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.models.mlx_quantized import _shard, quantized_source
+from common.models import mlx_quantized
+from common.models.mlx_quantized import _shard, quantized_source, view
+from common.models.model_folder import ModelFolder
 from common.models.resolve import resolve
 from common.system.cache import cache_folder
 from tests.tiny import write_model
@@ -21,11 +24,32 @@ def test_a_strangers_folder_names_no_other(tmp_path: Path, content: dict) -> Non
 
 def test_a_view_in_the_cache_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    view = cache_folder() / "models" / "m-16bit-abc"
-    view.mkdir(parents=True)
-    assert quantized_source(view) is None
-    (view / "quantized_source.json").write_text(json.dumps({"path": "/w", "scheme": "mlx-4bit-64"}))
-    assert quantized_source(view) == (Path("/w"), "mlx-4bit-64")
+    found = cache_folder() / "models" / "m-16bit-abc"
+    found.mkdir(parents=True)
+    assert quantized_source(found) is None
+    (found / "quantized_source.json").write_text(json.dumps({"path": "/w", "scheme": "mlx-4bit-64"}))
+    assert quantized_source(found) == (Path("/w"), "mlx-4bit-64")
+
+
+def test_a_view_that_is_there_needs_no_cache_that_can_be_written(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(mlx_quantized, "write_16bit", lambda model, out, say: out.mkdir(parents=True))
+    one, other = (shutil.copytree(tiny_llama, tmp_path / name / "model") for name in ("one", "other"))
+    for folder in (one, other):
+        config = json.loads((folder / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 32}}
+        (folder / "config.json").write_text(json.dumps(config))
+        found = view(ModelFolder(folder), "model", print)
+        assert quantized_source(found) == (folder, "mlx-4bit-32")  # where it lies now
+
+    def read_only(*given: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(mlx_quantized, "artifact_lock", read_only)
+    assert view(ModelFolder(other), "model", print) == found
+    with pytest.raises(PermissionError):
+        view(ModelFolder(one), "model", print)
 
 
 def test_a_layer_without_bits_of_its_own_has_the_models() -> None:

@@ -1,5 +1,6 @@
 """The model card and the terms it carries over."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from common.models.license import KNOWN, copy_terms, find_terms, read_front_matt
 from common.run_record import Run
 from tests.full_disk import full_disk
 from tests.unit.hub import TOKEN, finished_run
-from tests.unit.old_run import edit_record, edit_yaml
+from tests.unit.old_run import edit_record
 
 ALL = ["fused", "adapter", "gguf"]
 
@@ -61,23 +62,74 @@ def test_the_body(tmp_path: Path) -> None:
     assert "best validation loss" not in text  # there was none
 
 
+_VLLM = "vllm serve some/base --enable-lora --max-lora-rank"
+
+
 @pytest.mark.parametrize(
-    ("recipe", "line"),
+    ("adapter", "line"),
     [
-        ({"rank": 4}, "vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules tuned=adapter"),
-        ({"rank": 4, "rank_pattern": {"q_proj": 48}}, "--max-lora-rank 64 "),
-        ({"method": "dora"}, ""),  # which vLLM does not know
-        ({"rank": 1024}, ""),
+        ({"r": 4, "lora_alpha": 8}, f"    {_VLLM} 8 --lora-modules tuned=adapter\n"),
+        ({"r": 4, "lora_alpha": 8, "rank_pattern": {"q": 48}, "alpha_pattern": {"q": 96}}, f"    {_VLLM} 64 "),
+        ({"r": 4, "lora_alpha": 8, "rank_pattern": {"q": 48}}, "vLLM would compute another model of this adapter"),
+        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"q": 9}}, "vLLM would compute another model of this adapter"),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True, "rank_pattern": {"q": 16}, "alpha_pattern": {"q": 16}}, _VLLM),
+        ({"r": 4, "use_dora": True}, ""),  # which vLLM does not know
+        ({"r": 1024, "lora_alpha": 8}, ""),
     ],
 )
-def test_how_vllm_serves_it(recipe: dict, line: str, tmp_path: Path) -> None:
+def test_how_vllm_serves_it(adapter: dict, line: str, tmp_path: Path) -> None:
     run = finished_run(tmp_path / "run")
-    edit_yaml(run / "recipe.yaml", recipe)
+    with_config(run, **adapter)
     text = card(run, ALL)
     assert "    vllm serve .\n" in text
-    assert ("--enable-lora" in text) == bool(line)
+    assert ("--enable-lora" in text) == (_VLLM in line)
     assert line in text
     assert "vllm" not in card(run, ["gguf"])
+
+
+def with_config(run: Path, **settings: object) -> None:
+    """The adapter's settings, changed."""
+    path = run / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def test_an_adapter_is_served_with_the_runs_chat_template(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    Run(run).update_export(lora_gguf="gguf/adapter.gguf")
+    assert "template" not in card(run, ALL).split("## How to run it")[1]
+    (run / "chat_template.jinja").write_text("{{ messages }}")
+    text = card(run, ALL)
+    assert "--lora-modules tuned=adapter --chat-template adapter/chat_template.jinja\n" in text
+    assert "--lora gguf/adapter.gguf --jinja --chat-template-file gguf/chat_template.jinja\n" in text
+    assert '    tokenizer.chat_template = open("adapter/chat_template.jinja", encoding="utf-8").read()\n' in text
+
+
+def test_an_adapter_over_a_multimodal_base(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert "AutoModelForCausalLM" in card(run, ALL)
+    with_config(run, target_modules=["model.language_model.layers.0.self_attn.q_proj"])
+    text = card(run, ALL)
+    assert '    model = AutoModelForImageTextToText.from_pretrained("some/base")\n' in text
+    assert "AutoModelForCausalLM" not in text
+
+
+def test_an_adapter_over_what_mlx_quantized_has_no_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = finished_run(tmp_path / "run")
+    monkeypatch.setattr(model_card, "quantized_source", lambda folder: (folder, "mlx-4bit-64"))
+    edit_record(run, base={"terms": vars(KNOWN["gemma"]), "form": base_form(tmp_path, "some/base")})
+    text = card(run, ALL)
+    assert "the adapter alone, for PEFT, over the base in 16 bits, which the named one was quantized from" in text
+    assert "PeftModel" not in text
+    assert "--enable-lora" not in text
+
+
+def test_the_vision_tower_is_named_and_used(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    assert "mmproj" not in card(run, ALL)
+    Run(run).update_export(mmproj="gguf/mmproj-BF16.gguf")
+    text = card(run, ALL)
+    assert "- `gguf/mmproj-BF16.gguf`: its vision tower, for llama.cpp\n" in text
+    assert "    llama-server -m gguf/model-Q4_K_M.gguf --mmproj gguf/mmproj-BF16.gguf --jinja\n" in text
 
 
 def test_an_adapter_that_peft_does_not_load_is_not_for_it(tmp_path: Path) -> None:

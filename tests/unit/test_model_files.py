@@ -84,6 +84,18 @@ def test_the_fused_folder_names_and_holds_no_code(tmp_path: Path) -> None:
     assert "evil" not in everything(tmp_path / "fused")
 
 
+def test_the_fused_folder_reads_images_and_videos_as_the_base_does(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    names = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+    for name in names:
+        (folder / name).write_text(
+            json.dumps({"size": {"longest_edge": len(name)}, "auto_map": {"AutoProcessor": "x"}})
+        )
+    write_fused(ModelFolder(folder), NOTHING, tmp_path / "fused", ServingConfig([2]), silent)
+    for name in names:
+        assert json.loads((tmp_path / "fused" / name).read_text()) == {"size": {"longest_edge": len(name)}}
+
+
 def test_the_converter_sees_a_scrubbed_folder_and_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converter that does what llama.cpp's may: looks at every file, and at its environment."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

@@ -53,13 +53,16 @@ def test_the_whole_file(fused: Path, tmp_path: Path) -> None:
     text = (tmp_path / "gguf" / "Modelfile").read_text(encoding="utf-8")
     assert (made.text, made.missing, made.notes) == (text, "", ())
     commands = read_modelfile(text)
-    assert [name for name, _ in commands] == ["from", "template", "stop", "stop", "num_ctx", "temperature"]
+    assert [name for name, _ in commands] == [
+        *("from", "template", "stop", "stop", "num_ctx", "temperature", "repeat_penalty")
+    ]
     assert commands[0] == ("from", "./model-Q4_K_M.gguf")
     assert commands[2:] == [
         ("stop", "<|im_end|>"),
         ("stop", "<|endoftext|>"),
         ("num_ctx", "512"),
         ("temperature", "0.25"),
+        ("repeat_penalty", "1"),  # else Ollama's own
     ]
     assert execute(dict(commands)["template"], SAID) == (
         '<|im_start|>system\nBe "brief".<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n'
@@ -71,8 +74,20 @@ def test_all_of_the_sampling_stands_in_it_by_the_names_that_ollama_knows(fused: 
     given = {"temperature": 1, "top_k": 64, "top_p": 0.95, "repetition_penalty": 1.1, "min_p": "\nSYSTEM x"}
     (fused / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | given))
     commands = read_modelfile(modelfile(fused, "model.gguf", [2], "off", SAID).text)
-    assert commands[-4:] == [("temperature", "1"), ("top_k", "64"), ("top_p", "0.95"), ("repeat_penalty", "1.1")]
+    assert commands[-4:] == [("temperature", "1"), ("repeat_penalty", "1.1"), ("top_k", "64"), ("top_p", "0.95")]
     assert "system" not in dict(commands)
+
+
+@pytest.mark.parametrize(
+    ("longest", "trained", "context"),
+    [(512, 2048, "512"), (131072, 2048, "8192"), (131072, 16384, "16384"), (12000, 16384, "12000")],
+)
+def test_the_context_holds_what_training_had(
+    fused: Path, tmp_path: Path, longest: int, trained: int, context: str
+) -> None:
+    (fused / "config.json").write_text(json.dumps({"max_position_embeddings": longest}))
+    made = write_modelfile(fused, tmp_path / "model.gguf", [2], "off", SAID, trained=trained)
+    assert dict(read_modelfile(made.text))["num_ctx"] == context
 
 
 @pytest.mark.parametrize(
@@ -131,6 +146,8 @@ def test_a_system_text_that_the_template_refuses_goes_into_the_users_turn(fused:
     template = dict(read_modelfile(made.text))["template"]
     assert execute(template, SAID[:2]) == '<|im_start|>user Be "brief".\n\nHi<|im_end|><|im_start|>assistant '
     assert execute(template, SAID[1:2]) == "<|im_start|>user Hi<|im_end|><|im_start|>assistant "
+    # of a long conversation Ollama leaves out the oldest turns
+    assert "<|im_end|><|im_start|>user {{ .Role }}<|im_end|>" in execute(template, SAID[2:])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +164,9 @@ def test_what_cannot_be_expressed_is_left_out_and_said(fused: Path, template: st
     made = modelfile(fused, "m.gguf", [2], "off", [])
     assert made.missing.startswith(why)
     assert f"# No TEMPLATE: {why}" in made.text
-    assert [name for name, _ in read_modelfile(made.text)] == ["from", "stop", "stop", "num_ctx", "temperature"]
+    assert [name for name, _ in read_modelfile(made.text)] == [
+        *("from", "stop", "stop", "num_ctx", "temperature", "repeat_penalty")
+    ]
 
 
 def test_the_runs_own_prompt_is_tried_too(fused: Path) -> None:
@@ -198,7 +217,7 @@ def test_the_go_template_writes_the_prompts_that_were_checked(seed: int) -> None
     parts = ["".join(random.choices(FRAGMENTS, k=random.randrange(5))) for _ in fields(TurnTexts)[1:]]
     texts = TurnTexts(*parts, system_turn=seed % 2 == 0)
     template = dict(read_modelfile(f'FROM x\nTEMPLATE """{texts.go_template()}"""\n'))["template"]
-    for start in (0, 1):
+    for start in (0, 1, 2):
         for count in range(start + 1, len(TURNS) + 1):
             assert execute(template, TURNS[start:count]) == texts.prompt(TURNS[start:count])
 
@@ -214,6 +233,7 @@ def test_the_go_template_writes_the_prompts_that_were_checked(seed: int) -> None
         ("{{ if not (and (eq 1 1) (eq 1 2)) }}x{{ else }}y{{ end }}", "x"),
         ("{{ if or (eq 1 2) (eq 1 1) }}x{{ end }}.", "x."),
         ("{{ range $i, $m := .Messages }}{{ $i }}{{ $m.Role }}{{ .Content }}{{ end }}", "0userHi1assistantYes"),
+        ('{{ (index $.Messages 1).Content }}{{ if ne (index .Messages 0).Role "system" }}.{{ end }}', "Yes."),
         ("{{ range $i, $_ := .Messages }}{{ len (slice $.Messages $i) }}{{ end }}", "21"),
         (r'{{ "}}\n\"\U0000200b" }}', '}}\n"\u200b'),
     ],

@@ -201,7 +201,7 @@ def test_a_config_without_options(tmp_path: Path, text: str) -> None:
 # --- resume
 
 
-@pytest.mark.parametrize("flags", [["--rank", "4"], ["--model", "a/b"], ["--output", "new"], ["--config", "c.yaml"]])
+@pytest.mark.parametrize("flags", [["--rank", "4"], ["--seed", "1"], ["--output", "new"], ["--config", "c.yaml"]])
 def test_resume_with_other_options_is_refused(tmp_path: Path, flags: list[str]) -> None:
     write(tmp_path / "c.yaml", "rank: 4\n")
     flags = [str(tmp_path / flag) if flag.endswith(".yaml") else flag for flag in flags]

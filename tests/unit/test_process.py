@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import subprocess
 import sys
 import sysconfig
 import time
@@ -10,7 +11,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from common.system.process import failed_by_machine, of_another_cpu, run_logged, running, short_of_memory
+from common.system.process import (
+    capture,
+    failed_by_machine,
+    not_started,
+    of_another_cpu,
+    run_logged,
+    running,
+    short_of_memory,
+)
+from tests import ROOT
 
 SLEEP = "import time; print('ready', flush=True); time.sleep(15)"
 
@@ -108,3 +118,35 @@ def test_what_ended_by_an_instruction_that_the_cpu_refuses(status: int | None, f
     assert of_another_cpu(status) == foreign
     if status is not None:
         assert failed_by_machine(status, []) == blameless
+
+
+NOTED = INNER.replace("print(inner.pid, flush=True)", "open('pid', 'w').write(str(inner.pid)); inner.wait()")
+
+
+def test_a_captured_program_that_takes_too_long_ends_with_all_that_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert capture([sys.executable, "-c", NOTED], 5) == (1, f"{sys.executable} took more than 5 seconds")
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_captured_program_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    code = f"from common.system.process import capture; capture([{sys.executable!r}, '-c', {NOTED!r}], 60)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env) as process:
+        end = time.monotonic() + 12  # before it would have ended by itself
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        process.kill()
+    while not gone(int((tmp_path / "pid").read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_a_captured_program_comes_to(tmp_path: Path) -> None:
+    assert capture([sys.executable, "-c", "print('a\\nb'); raise SystemExit(3)"], 60, lines=1) == (3, "b")
+    status, said = capture([str(tmp_path / "nothing")], 60)
+    assert not_started(status, [said])
+    assert said == f"{tmp_path / 'nothing'}: No such file or directory"

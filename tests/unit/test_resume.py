@@ -255,8 +255,8 @@ def test_what_was_exported_before_is_no_longer_the_runs(given: dict[str, Any], m
     record = done.record
     assert (record.status, record.verify, record.export.fused, record.export.gguf) == ("complete", None, None, [])
     assert parts_of(done) == ["adapter"]
-    targets = {file.target for file in files_of(done, [])}
-    assert targets == {"README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    targets = {file.target.removeprefix("adapter/") for file in files_of(done, [])}
+    assert targets == {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"}
     with pytest.raises(UserError, match="has no fused folder"):
         choose(done.path, "fused", None)
 
@@ -379,9 +379,41 @@ def test_rows_that_have_changed_since(given: dict[str, Any]) -> None:
 def test_a_run_whose_checkpoints_are_gone(given: dict[str, Any]) -> None:
     done = run(given)
     shutil.rmtree(done.checkpoints)
-    error = fault(done, epochs=4)
-    assert error.what == f"{done} has no checkpoint to continue from."
-    assert error.fix == f"Start a new run from what it has trained: --adapter {done}"
+    for length in ({"epochs": 4}, {}, {"finish": True}):
+        error = fault(done, **length)
+        assert error.what == f"{done} has no checkpoint to continue from."
+        assert error.fix == (
+            f"What it has trained is kept. To export it: python cli.py fuse {done}. "
+            f"To train it further, start a new run with --adapter {done}"
+        )
+    assert done.record.status == "complete"
+
+
+@pytest.mark.parametrize("length", [{}, {"steps": 9}])
+def test_a_stopped_run_whose_checkpoints_are_gone(given: dict[str, Any], length: dict[str, float]) -> None:
+    cut = stopped(given, Stops())
+    shutil.rmtree(cut.checkpoints)
+    error = fault(cut, **length)
+    assert error.what == f"{cut} has no checkpoint to continue from."
+    assert error.fix == "Restore its checkpoints/, or start a new run."
+
+
+def test_a_run_that_never_had_a_checkpoint_starts_again(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Fails(Bigram):
+        def train_step(self, *args: Any) -> Any:
+            if args[2] == 3:
+                raise UserError("The device failed.", "Look at it.")
+            return super().train_step(*args)
+
+    with pytest.raises(UserError, match="The device failed"):
+        run(given, Fails())
+    begun = Run(Path(given["output"]))
+    assert (begun.record.steps, begun.record.saved_recipe) == (2, "")
+    longer(begun)
+    assert f"{begun} has no checkpoint: training starts again at step 1" in " ".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in metrics(begun) if "loss" in line] == [*range(1, 7)]
 
 
 def test_a_lengthened_run_whose_checkpoints_are_gone_does_not_begin_again(given: dict[str, Any]) -> None:
@@ -455,9 +487,28 @@ def test_what_cannot_be_finished(given: dict[str, Any]) -> None:
             load_options(flags)
 
 
-def test_a_complete_run_without_checkpoints_stays_complete(given: dict[str, Any]) -> None:
-    done = run(given)
-    shutil.rmtree(done.path / "checkpoints")
-    with pytest.raises(UserError, match=r"--finish: .* has no checkpoint"):
-        longer(done, finish=True)
-    assert done.record.status == "complete"
+def test_a_run_that_was_finished_stays_so_until_it_is_lengthened(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = stopped(given, Stops())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "export_run", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            longer(cut, finish=True)
+    assert (cut.record.status, cut.record.finished_step) == ("complete", 3)
+    assert longer(cut).record.steps == 3
+    assert cut.record.status == "complete"
+    capsys.readouterr()
+    done = longer(cut, steps=6)  # as many as it would have had
+    assert "goes to 6 steps instead of 3" in " ".join(capsys.readouterr().out.split())
+    assert (done.record.steps, done.record.finished_step, done.recipe.parent.step) == (6, None, 3)  # type: ignore[union-attr]
+    assert longer(done).record.steps == 6
+
+
+def test_a_finish_that_was_killed_is_forgotten(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = stopped(given, Stops())
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_train", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            longer(cut, finish=True)
+    assert longer(cut).record.steps == 6

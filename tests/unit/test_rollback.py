@@ -247,6 +247,19 @@ def test_the_best_adapter_does_not_count_where_it_shows_the_sign_itself(
     assert [(back.to_step, back.alarms[0].name) for back in record.rollbacks] == [(0, "repetition")] * 3
 
 
+def test_a_sign_in_answers_is_answered_at_the_resume_though_the_loss_still_fell(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarms, "repetition", lambda text: 1.0)
+    with pytest.raises(Interrupted):
+        train(given | {"on_collapse": "stop"})
+    record = Run(Path(given["output"])).record
+    assert [(alarm.name, alarm.since, alarm.step) for alarm in record.alarms] == [("repetition", 2, 4)]
+    monkeypatch.undo()
+    folder = train({"resume": given["output"], "on_collapse": "rollback"})
+    assert [back.to_step for back in Run(folder).record.rollbacks][:1] == [0]
+
+
 def test_a_run_that_has_recovered_is_not_rolled_back(given: dict[str, Any]) -> None:
     class Recovers(Collapses):
         def eval_step(self, batch: Any) -> StepResult:

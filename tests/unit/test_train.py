@@ -437,6 +437,23 @@ def test_an_export_that_the_disk_refuses_is_made_by_fuse(
     assert caught.value.fix == (f"Free space on that disk, then export again: python cli.py fuse {given['output']}")
 
 
+def test_nothing_is_fused_into_a_model_that_changed_meanwhile(given: dict[str, Any], tiny_llama: Path) -> None:
+    model = Path(shutil.copytree(tiny_llama, Path(given["output"]).parent / "model")) / "model.safetensors"
+
+    class Changes(Bigram):
+        def close(self) -> None:
+            super().close()
+            weights = bytearray(model.read_bytes())
+            weights[-1] ^= 1
+            model.unlink()
+            model.write_bytes(weights)
+
+    given |= {"model": str(model.parent), "export": "fused"}
+    with pytest.raises(UserError, match=r"model has changed since training began"):
+        run(given, Changes())
+    assert not (Path(given["output"]) / "fused").exists()
+
+
 def test_a_resume_removes_what_a_killed_process_left_and_names_another_environment(
     given: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

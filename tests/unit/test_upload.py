@@ -15,7 +15,7 @@ import pytest
 import cli
 from common.display import Display, Mode
 from common.errors import UserError
-from common.export.upload import _stage, files_of
+from common.export.upload import _stage, adapter_files, files_of
 from common.files import file_digest
 from common.models.license import KNOWN
 from common.options import Options
@@ -184,6 +184,16 @@ def test_a_dry_run_lists_all_and_asks_nothing(hub: Hub, run: Path, push: Push) -
 )
 def test_a_part_brings_the_license_along(run: Path, what: list[str], names: set[str]) -> None:
     assert {file.target for file in files_of(Run(run), what)} == names
+
+
+def test_an_adapter_brings_the_runs_chat_template_along(run: Path) -> None:
+    (run / "chat_template.jinja").write_text("{{ messages }}")
+    (run / "gguf" / "adapter.gguf").write_bytes(b"GGUF")
+    assert "gguf/chat_template.jinja" not in {file.target for file in files_of(Run(run), ["gguf"])}
+    Run(run).update_export(lora_gguf="gguf/adapter.gguf")
+    files = {file.target: file.source for file in files_of(Run(run), [])}
+    assert files["adapter/chat_template.jinja"] == files["gguf/chat_template.jinja"] == run / "chat_template.jinja"
+    assert (run / "chat_template.jinja") in [file.source for file in adapter_files(Run(run))]
 
 
 def test_public_only_when_asked(hub: Hub, push: Push) -> None:

@@ -179,6 +179,37 @@ def test_a_worker_cuts_finer_where_its_memory_is_short(worker: Callable[..., Her
     assert any("memory ran out" in text for text in one.said)
 
 
+def test_a_worker_without_memory_for_one_row_costs_one_step_and_is_left_out(
+    worker: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.shared_backend._RETRY", 0)
+    expected, _ = trained(Bigram(), tmp_path / "alone")
+    one, said = worker(memory_limit=2), list[str]()
+    backend = shared([one.address], said)
+    state, _ = trained(backend, tmp_path / "together")
+    assert state.train_loss == pytest.approx(expected.train_loss, rel=1e-6)
+    why = "its memory does not suffice, even for one row at a time; it is not asked again"
+    assert said == [f"{one.address} helps: mlx on cpu", f"{one.address} does not help: {why}"]
+    assert [model.closed for model in one.package.created] == [True]
+    assert len(backend.local.computed) == recipe(batch_size=8).steps + 1
+
+
+def test_a_worker_that_cannot_load_the_model_is_asked_once(
+    worker: Callable[..., Here], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.training.shared_backend._RETRY", 0)
+    one, said, asked = worker(), list[str](), list[Path]()
+
+    def load(self: PartBigram, some: Any, chosen: Any, folder: Path, adapter: Any) -> None:
+        asked.append(folder)
+        raise OutOfMemory
+
+    one.package.create = type("Large", (PartBigram,), {"load": load})
+    trained(shared([one.address], said), tmp_path / "run")
+    assert (len(said), len(asked)) == (1, 1)
+    assert "its memory does not suffice" in said[0]
+
+
 def test_a_worker_with_one_long_row_computes_each_layer_twice(worker: Callable[..., Here], tmp_path: Path) -> None:
     one, plans = worker(), []
 
