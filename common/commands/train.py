@@ -234,8 +234,11 @@ def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, flo
         with timed(seconds, "try"):
             sample(job, backend, adapter, context.display)
     backend.close()
-    if job.options.export != "none" and ModelFolder(job.base.model.path).content_hash() != job.recipe.model_hash:
-        raise UserError(f"{job.base.model.path} has changed since training began.", "Restore that model.")
+    if job.options.export != "none":
+        with context.display.stage("look whether the model is the same") as progress:
+            same = ModelFolder(job.base.model.path).content_hash(progress) == job.recipe.model_hash
+        if not same:
+            raise UserError(f"{job.base.model.path} has changed since training began.", "Restore that model.")
     export_run(
         ExportJob(
             run=job.run,

@@ -140,7 +140,7 @@ class ChatTemplate:
         return next((block[0] for block in blocks if block), "")
 
     @cached_property
-    def _folds_system(self) -> bool:
+    def folds_system(self) -> bool:
         """Whether rows are trained with their system text in the first user turn.
 
         It takes no system role, or writes its text before the last user turn.
@@ -263,7 +263,7 @@ class ChatTemplate:
                 head += setting
         if "strftime_now" in template:
             head += _strftime(template)
-        if self._folds_system:
+        if self.folds_system:
             head += _FOLD_SYSTEM
         asked = "add_generation_prompt" + (" and enable_thinking is defined and not enable_thinking" if keep else "")
         tail = f"{{%- if {asked} -%}}{{{{- {json.dumps(self.suffix)} -}}}}{{%- endif -%}}" if self.suffix else ""

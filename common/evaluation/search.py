@@ -16,7 +16,7 @@ from common.backend import Memory
 from common.display import Display
 from common.errors import UserError
 from common.evaluation.search_space import Settings, described
-from common.evaluation.study import TENTHS, Outcome, Study, Trial
+from common.evaluation.study import TENTHS, Outcome, Study, Trial, Unkept
 from common.training.faults import NotFinite
 from common.training.loop import Interrupted
 from common.training.observer import DisplayObserver
@@ -159,7 +159,7 @@ class Search:
         try:
             how = self._train(trial.settings, 0, _name(trial.number), watcher)
         except UserError as error:
-            if watcher.stop_requested() or not before:
+            if watcher.stop_requested() or not before or isinstance(error, Unkept):
                 raise
             self.display.warn(f"{named} failed: {error.what}")
             how = "failed"
@@ -188,7 +188,7 @@ class Search:
         try:
             how = self._train(outcome.settings, more, _name(outcome.number, more), watcher)
         except UserError as error:
-            if watcher.stop_requested():
+            if watcher.stop_requested() or isinstance(error, Unkept):
                 raise
             self.display.warn(f"{named} failed: {error.what}")
             how = "failed"

@@ -69,6 +69,10 @@ class Trial:
         self.inner.set_user_attr(_OUTCOME, kept)
 
 
+class Unkept(UserError):
+    """The search's file cannot be written; its trial is not to blame, and stays unfinished."""
+
+
 class Study:
     """The trials of one search, of all its processes."""
 
@@ -176,7 +180,7 @@ def _fault(path: Path, error: BaseException) -> UserError:
         return UserError(f"{path} cannot be read: {first_line(error)}", fix)
     first = "Free space on that disk" if code == sqlite3.SQLITE_FULL else "Look at that file and its disk"
     again = f"{PROGRAM} tune --resume {Run(path.parent)} and a --budget or --trials"
-    return UserError(f"{path} cannot be written: {cause}", f"{first}, then continue with: {again}")
+    return Unkept(f"{path} cannot be written: {cause}", f"{first}, then continue with: {again}")
 
 
 def _waits(trial: Any) -> bool:

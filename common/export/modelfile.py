@@ -153,7 +153,8 @@ def _prompt(chat_template: ChatTemplate, think: bool, bos: str) -> RenderPrompt:
 
     def prompt(messages: list[Message]) -> str:
         refusal: Exception | None = None
-        for form in (messages, fold_system(messages)):
+        forms = (messages, fold_system(messages))
+        for form in reversed(forms) if chat_template.folds_system else forms:
             try:
                 text = chat_template.prompt(form, (), think) if form else ""
             except Refused as error:

@@ -10,8 +10,7 @@ from tests.go_interpreter import execute
 from tests.templates.families import families
 from tests.templates.modelfiles import cases, derived, wrong
 
-# Nemo writes the system text into the last user turn, firefunction wants functions.
-LEFT_OUT = {"mistralai-Mistral-Nemo-Instruct-2407", "fireworks-ai-llama-3-firefunction-v2"}
+LEFT_OUT = {"fireworks-ai-llama-3-firefunction-v2"}  # it wants functions
 NAMES = {family.name: family for family in families()}
 
 
