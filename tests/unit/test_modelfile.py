@@ -150,11 +150,18 @@ def test_a_system_text_that_the_template_refuses_goes_into_the_users_turn(fused:
     assert "<|im_end|><|im_start|>user {{ .Role }}<|im_end|>" in execute(template, SAID[2:])
 
 
+def test_a_system_text_that_the_template_moves_stays_in_the_first_users_turn(fused: Path) -> None:
+    with_template(fused, LATE_SYSTEM)
+    made = modelfile(fused, "m.gguf", [2], "off", SAID)
+    assert made.missing == ""
+    written = execute(dict(read_modelfile(made.text))["template"], SAID)
+    assert 0 <= written.find('Be "brief".\n\nHi') < written.find(SAID[2]["content"].strip())
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [
         (COUNTING, "the chat template renders a turn otherwise in a longer conversation"),
-        (LATE_SYSTEM, "the chat template leaves out, repeats or reorders contents (the system text)"),
         (CHATML.replace("m['content']", "(m['content'] | upper)"), "the chat template refuses or leaves out"),
         (CHATML.replace("m['content']", "(m['content'] | replace('Four', '4'))"), "it would write "),
     ],
