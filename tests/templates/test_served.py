@@ -25,6 +25,8 @@ KNOWN = {
         ("StepFun3.5-Flash", "whitespace"),
         ("StepFun3.5-Flash", "faint"),
     ),
+    # Jinja escapes the definitions of tools as in HTML, llama.cpp does not
+    ("meetkai-functionary-medium-v3.1", "tools"),
     # thinking is taken for a thing that they have no switch for
     *(("Apertus-8B-Instruct", "reasoning"), ("Apertus-8B-Instruct", "think text")),
     *(("Kimi-K2-Thinking", "reasoning"), ("Kimi-K2-Thinking", "think text")),
@@ -54,6 +56,8 @@ def test_it_prompts_as_training_did(family, thinking, gguf, tmp_path):
         if row.source == "system":  # as a chat sends it, whatever the template has to be given
             turns = [for_llama_cpp(message) for message in example.messages[:-1]]
             prompts["system, as sent"] = turns, prompt.tools, prompt.settings, want
+    if not prompts:
+        pytest.skip("the template takes none of the conversations")
     template = tmp_path / "served.jinja"
     template.write_text(exported_template(tokenizer, masking), encoding="utf-8")
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
