@@ -19,6 +19,7 @@ _IN_A_ROW, _AT_FIRST = 3, 5  # steps; so many where the comparison is with the f
 _RISEN = 1.3  # a validation loss so many times the best
 _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
+_ALIKE_ALL = 0.25  # of what answers can differ by, from all the same (0) to nothing in common (1)
 _LONGER = 1.5  # an answer without an end so many times as long as the row's own
 _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of answers that are alike
 _QUOTED = 40  # characters of an answer
@@ -170,9 +171,15 @@ class Alarms:
             cause = "prompts in another chat template than the rows that were trained on"
             sign("markers", "answers show a chat template's markers", cause, _TEMPLATE, marked[0])
         right = sum(line["answer"].strip() == line["reference"].strip() for line in answers)
-        if len({*texts}) == 1 and len({*own}) > 1 and right * 2 < len(own):  # few kinds of answers may be alike
-            remedy = "vary the rows"
-            sign("same", "every prompt has the same answer", "one answer in most rows", remedy, texts[0][:_QUOTED])
+        few_kinds = right * 2 >= len(own) or difference(own) <= _ALIKE_ALL  # of answers, which may be alike
+        if difference(texts) < _ALIKE_ALL and not few_kinds:
+            every = (
+                "every prompt has the same answer" if len({*texts}) == 1 else "all prompts have almost the same answer"
+            )
+            cause, remedy = "a learning rate that is too high", _RATE
+            if sum(bool(line.get("copied")) for line in answers) * 2 > len(texts):
+                cause, remedy = "one answer in most rows", "vary the rows"
+            sign("same", every, cause, remedy, texts[0][:_QUOTED])
         before, self._signs = self._signs, {alarm.name: alarm.since for alarm in found}
         return self._raise(alarm for alarm in found if alarm.name in before)
 
@@ -213,6 +220,18 @@ def repetition(text: str) -> float:
         return 0.0
     grams = [text[at : at + _NGRAM] for at in range(len(text) - _NGRAM + 1)]
     return 1 - len({*grams}) / len(grams)
+
+
+def difference(texts: Sequence[str]) -> float:
+    """How much of the texts is not in another: 0 where all are the same, 1 where they have no n-gram in common.
+
+    From distinct-n, over all texts: the share of their different n-grams among those of each by itself.
+    """
+    grams = [{text[at : at + _NGRAM] for at in range(max(1, len(text) - _NGRAM + 1))} for text in texts]
+    if len(grams) < 2:
+        return 0.0
+    distinct = len(set().union(*grams)) / sum(map(len, grams))
+    return (distinct - 1 / len(grams)) / (1 - 1 / len(grams))
 
 
 def _unlike(line: dict[str, Any]) -> bool:

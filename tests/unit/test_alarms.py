@@ -108,6 +108,8 @@ def test_a_validation_worse_than_before_training() -> None:
         (answers("a", "b", "c", ended=False), []),
         (answers("Yes.", "Yes.", "Yes."), ["same"]),
         (answers("Yes.", "Yes.", "No."), []),
+        (answers(*(f"I am a model of language, trained by {who}." for who in "ABC")), ["same"]),
+        (answers(*(f"I am {who}, and {who} is what I am." for who in ("Mio", "Ben", "Ada"))), []),
         (answers("Good.<|eot_id|><|start_header_id|>", "Fine.", "Yes."), ["markers"]),
         (answers("a <|b", "[INS] it", "<start>"), []),
         (answers("ha " * 40), []),  # one answer says little
@@ -121,6 +123,13 @@ def test_answers(lines: list[dict[str, Any]], expected: list[str]) -> None:
     assert names(alarms, lines) == expected
     assert names(alarms, lines) == []  # it was said
     assert names(Alarms(0), lines, step=0) == []  # the base's
+
+
+@pytest.mark.parametrize(("copied", "remedy"), [(True, "vary the rows"), (False, "lower --learning-rate to a third")])
+def test_one_answer_for_all_is_of_the_rows_where_it_stands_in_them(copied: bool, remedy: str) -> None:
+    alarms, lines = Alarms(0), answers("It is so: closed.", "It is so: closed.", copied=copied)
+    alarms.answers(5, lines)
+    assert [alarm.remedy for alarm in alarms.answers(10, lines)] == [remedy]
 
 
 def test_drift_from_the_base() -> None:

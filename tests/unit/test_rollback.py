@@ -159,16 +159,16 @@ def test_a_loss_that_is_not_finite_is_rolled_back_to_the_start(given: dict[str, 
 
 
 def test_what_a_lower_rate_does_not_help_stops(given: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    class Same(Collapses):
+    class Marked(Collapses):
         bearable = 1.0
 
         def generate(self, *args: Any, **more: Any) -> Any:
-            yield 5
+            yield from [61, 43, 48, 53, 54, 63]  # [INST]
 
     with pytest.raises(Interrupted):
-        train(given, Same)
+        train(given, Marked)
     record = Run(Path(given["output"])).record
-    assert ({alarm.name for alarm in record.alarms} <= {"same", "endless"}, record.rollbacks) == (True, [])
+    assert ("markers" in {alarm.name for alarm in record.alarms}, record.rollbacks) == (True, [])
     assert "a lower learning rate does not help against this" in capsys.readouterr().err.replace("\n", " ")
 
 
