@@ -13,7 +13,7 @@ from typing import cast
 from common.backend_package import BackendPackage, Backends, RankPackage
 from common.context import Context
 from common.display import Display
-from common.errors import PROGRAM, RankLost, UserError
+from common.errors import RankLost, UserError
 from common.models.training_base import find_base
 from common.option_sources import absolute_paths, load_options
 from common.options import Options
@@ -24,7 +24,7 @@ from common.system.launch import Launch, free_cores
 from common.system.signals import STOPS
 from common.training.ranked_backend import RankedPackage, follow
 from common.training.ranks import Ranks
-from common.training.resume import options_to_resume
+from common.training.resume import options_to_resume, resume_command
 from common.training.shared_backend import SharedPackage
 from common.training.transport import Line, secret
 
@@ -44,7 +44,7 @@ def start(options: Options, context: Context) -> int:
     except RankLost:  # rank 0, which would have said so itself
         newest = max((run for run in _runs(options) if _is_of(run, options)), key=_changed, default=None)
         if newest and _changed(newest) >= began:
-            context.display.warn(f"training was stopped. To continue: {PROGRAM} train --resume {newest}")
+            context.display.warn(f"training was stopped. To continue: {resume_command(newest, options)}")
         raise
 
 

@@ -50,6 +50,7 @@ from common.training.resume import (
     change_length,
     options_to_resume,
     parent_of,
+    resume_command,
     resume_run,
     resumed_options,
     say_asked,
@@ -125,7 +126,7 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             if isinstance(error, OSError):
                 raise unsaved(job.run.path, error) from None
             if isinstance(error, AtOdds) or not isinstance(error, (Interrupted, UserError)):
-                display.warn(f"training was stopped. To continue: {_resume(job.run, given)}")
+                display.warn(f"training was stopped. To continue: {resume_command(job.run, given)}")
             raise
         _after_training(job, backend, adapter, context, experts)
     if job.left_out:
@@ -217,16 +218,11 @@ def _after_training(job: Job, backend: Backend, adapter: Adapter, context: Conte
     except BaseException as error:
         unscored = job.test and job.run.record.test_loss is None  # which `fuse` would not do
         pushed = asked(job.options.model_dump(), ("push", "push_public"))
-        again = _resume(job.run, job.options) if unscored else f"{PROGRAM} fuse {job.run}{pushed}"
+        again = resume_command(job.run, job.options) if unscored else f"{PROGRAM} fuse {job.run}{pushed}"
         context.display.warn(f"training is complete and kept. To export it: {again}")
         if isinstance(error, OSError):
             raise os_fault(error, f"export again: {again}") from None
         raise
-
-
-def _resume(run: object, options: Options) -> str:
-    """The command that resumes the run, with what it does not take from the record."""
-    return f"{PROGRAM} train --resume {run}{asked(options.model_dump(by_alias=True))}"
 
 
 def _export(job: Job, backend: Backend, adapter: Adapter, seconds: dict[str, float], context: Context) -> None:
@@ -277,7 +273,7 @@ def run(args: argparse.Namespace, context: Context) -> int:
     except Collapsed as stop:
         raise UserError(*stop.args) from None
     except Interrupted as stop:
-        command = _resume(stop, options)
+        command = resume_command(stop, options)
         if options.resume and "on_collapse" in options.model_fields_set:  # not on the run's record
             command += f" --on-collapse {options.on_collapse}"
         context.display.warn(f"stopped after a finished step, saved. Continue with: {command}")

@@ -16,7 +16,6 @@ from common.commands.prepare import Job
 from common.data.sample_prompts import given_prompts, trained_answers
 from common.display import Display
 from common.documents import read_json_lines
-from common.errors import PROGRAM
 from common.evaluation.alarms import Alarm, Alarms
 from common.evaluation.drift import Quiz
 from common.evaluation.samples import Samples
@@ -27,6 +26,7 @@ from common.training.checkpoint import State
 from common.training.faults import NotFinite, Unwritten
 from common.training.loop import Interrupted
 from common.training.metrics import Metrics
+from common.training.resume import resume_command
 from common.training.rollback import MOST, RolledBack
 from common.training.setup import ENOUGH
 from common.training.validation import no_better, worse_than_start
@@ -106,7 +106,7 @@ class Watcher:
         return complete or no_better(state, self.job.recipe)
 
     def _collapsed(self, state: State) -> Collapsed:
-        first, again = self.collapse[0], f"{PROGRAM} train --resume {self.job.run}"
+        first, again = self.collapse[0], resume_command(self.job.run, self.job.options)
         ways = [f"Export the best adapter as it is: {again} --finish", f"Continue all the same: {again}"]
         if self.job.options.on_collapse == "stop" and all(alarm.of_rate for alarm in self.collapse):
             ways.insert(0, f"Continue from the best adapter at half the rate: {again} --on-collapse rollback")

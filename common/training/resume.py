@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.batching import steps_per_epoch
-from common.errors import UserError
+from common.errors import PROGRAM, UserError
 from common.models.resolve import resolve
 from common.option_sources import FLAGS_ONLY, absolute_paths, options_over
 from common.options import RESUME_OPTIONS, Options, by_flag
@@ -32,6 +32,11 @@ def asked(options: dict[str, Any], names: Collection[str] = _ASKED) -> str:
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return "".join(f" {shlex.quote(word)}" for word in words)
+
+
+def resume_command(run: object, options: Options) -> str:
+    """The command that resumes the run, with what it does not take from the record."""
+    return f"{PROGRAM} train --resume {run}{asked(options.model_dump(by_alias=True))}"
 
 
 def say_asked(record: RunRecord, given: Options, say: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.backend import OutOfMemory, StepResult
-from common.commands import watch
+from common.commands import prepare, watch
 from common.commands.train import run_training
 from common.commands.watch import Collapsed
 from common.data.encode import Encoded, load_tokenizer
@@ -264,21 +264,23 @@ def test_a_stop_in_an_answer_is_saved_and_resumed(given: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("mode", ["warn", "stop"])
 def test_a_collapse_is_told_kept_and_stops_where_that_was_asked_for(
-    given: dict[str, Any], mode: str, capsys: pytest.CaptureFixture[str]
+    given: dict[str, Any], mode: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prepare, "check_push", lambda *_: None)  # asks the hub
+
     class Harmed(Bigram):
         def eval_step(self, batch: Any) -> Any:
             return StepResult.of([batch], (2.0 + len(self.calls)) * batch.label_tokens, 0.0, 0)
 
-    given |= {"on_collapse": mode, "warmup": 0.0}
+    given |= {"on_collapse": mode, "warmup": 0.0, "push": "me/mine" if mode == "stop" else None}
     if mode == "stop":
         with pytest.raises(Collapsed) as caught:
             train(given, Harmed)
         what, fix = caught.value.args
         assert what.startswith("Training was stopped after step 4, and saved, because the validation loss is 5.000")
         again = f"train --resume {given['output']}"
-        assert f"{again} --on-collapse rollback" in fix
-        assert fix.endswith(f"Continue all the same: python cli.py {again}")
+        assert f"{again} --push me/mine --on-collapse rollback" in fix
+        assert fix.endswith(f"Continue all the same: python cli.py {again} --push me/mine")
     else:
         train(given, Harmed)
     folder = Path(given["output"])
