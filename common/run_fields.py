@@ -229,6 +229,7 @@ class RunRecord(_Record):
     shares: list[dict[str, Any]] = []  # of the tokens, what each computer of --with has computed
     launch: str = ""  # of several ranks that began it, by the name that torchrun's restarts keep
     parent: Parent | None = None  # of the recipe
+    hub_model: str = ""  # the model's name on the hub, where the options name a folder in its place
     saved_recipe: str = ""  # its hash, where it has a checkpoint as far as is known
     finished_step: int | None = None  # at which --finish ended training
     plans: list[dict[str, Any]] = []

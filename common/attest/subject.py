@@ -90,7 +90,8 @@ class Subject:
 
     def made(self) -> dict[str, Any]:
         """With what this machine computes, and the model's name on the hub where it has one."""
-        model, here = str(self.run.record.options.get("model") or ""), environment()
+        record, here = self.run.record, environment()
+        model = record.hub_model or str(record.options.get("model") or "")
         llama, plan = own_build() and find(self.context.llama_cpp), None
         try:
             plan = runnable(self.run.plan, self.run.recipe, self.context.backends)

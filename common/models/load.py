@@ -6,7 +6,7 @@ from common.backend import Adapter, Backend, ModelInfo, OutOfMemory
 from common.backend_package import Backends
 from common.context import Context
 from common.display import Display
-from common.errors import Unable, UserError
+from common.errors import PROGRAM, Unable, UserError
 from common.models.adapter_files import read_trained
 from common.models.lora_init import validate
 from common.models.model_folder import ModelFolder
@@ -22,6 +22,9 @@ def base_of(run: Run, display: Display) -> ModelFolder:
     """The model that a run was trained on. Raises UserError where it is missing, or has changed."""
     record = run.record
     model = record.options.get("model") or ""
+    if Path(model).is_absolute() and not Path(model).exists():
+        known = f"Restore it, or export again from where it is now: {PROGRAM} fuse {run} --model PATH"
+        raise UserError(f"{run} was trained on {model}, which is not there.", known)
     base = resolve(model, display.say, tried=True)
     if base.content_hash() != record.model_hash:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Restore that model.")

@@ -68,13 +68,15 @@ def keep_model(run: Run, model: str, say: Callable[[str], None]) -> None:
     """Put on record where the base model is now. Raises UserError where that is another model."""
     if resolve(model, say, tried=True).content_hash() != run.record.model_hash:
         raise UserError(f"--model {model} is not the model that {run} was trained on.", "Give that model.")
-    run.update(options=_with_places(run.record, {"model": model}))
+    run.update(**_with_places(run.record, {"model": model}))
 
 
 def _with_places(record: RunRecord, given: dict[str, Any]) -> dict[str, Any]:
-    """The run's options for the record, with the places that are given now."""
+    """What the record says of the run's options, with the places that are given now."""
     places = absolute_paths({name: given[name] for name in _PLACES if given.get(name)})
-    return record.options | {"llama_cpp": record.named_llama_cpp} | places
+    options, was = record.options | {"llama_cpp": record.named_llama_cpp} | places, record.options.get("model") or ""
+    replaced = "model" in places and was and not Path(was).is_absolute()
+    return {"options": options, "hub_model": was if replaced else record.hub_model}
 
 
 def options_to_resume(options: Options, run: Run) -> Options:
@@ -252,7 +254,7 @@ def resume_run(
         status="training",
         plans=plans,
         attest=None,  # it states the run as it was
-        options=_with_places(record, given.model_dump(include={*_PLACES}) if given else {}),
+        **_with_places(record, given.model_dump(include={*_PLACES}) if given else {}),
         saved_recipe=recipe.hash() if found else "",
     )
     return found

@@ -11,7 +11,9 @@ import pytest
 from common.commands import train as module
 from common.commands.fuse import fuse_run
 from common.commands.train import run_training
+from common.display import Display
 from common.errors import UserError
+from common.models.load import base_of
 from common.option_sources import FLAGS_ONLY
 from common.options import Options
 from common.run_record import Run
@@ -163,6 +165,25 @@ def test_fuse_with_a_model_that_has_moved(given: dict[str, Any]) -> None:
     fuse_run(run.path, {"export": "fused", "model": "base"}, context(create=Bigram))
     assert (run.fused / "config.json").exists()
     fuse_run(run.path, {"export": "fused"}, context(create=Bigram))
+    assert run.record.hub_model == ""
+
+
+def test_other_commands_say_how_a_model_that_has_moved_is_found(given: dict[str, Any]) -> None:
+    run = train(given)
+    was = Path("model").resolve()
+    shutil.move("model", "base")
+    with pytest.raises(UserError) as caught:
+        base_of(run, Display("quiet"))
+    assert caught.value.what == f"run was trained on {was}, which is not there."
+    assert caught.value.fix.endswith("python cli.py fuse run --model PATH")
+
+
+def test_a_model_that_has_moved_keeps_its_name_on_the_hub(given: dict[str, Any]) -> None:
+    run = train(given)
+    run.update(options=run.record.options | {"model": "me/base"})
+    fuse_run(run.path, {"export": "fused", "model": "model"}, context(create=Bigram))
+    assert (run.record.hub_model, run.record.options["model"]) == ("me/base", str(Path("model").resolve()))
+    assert "base_model: me/base" in (run.fused / "README.md").read_text()
 
 
 def test_a_torchrun_restart_keeps_the_place_that_is_given(given: dict[str, Any]) -> None:
