@@ -19,7 +19,7 @@ _IN_A_ROW, _AT_FIRST = 3, 5  # steps; so many where the comparison is with the f
 _RISEN = 1.3  # a validation loss so many times the best
 _WORSE = 1.05  # and so many times the one before training
 _REPEATED, _NGRAM, _TEXT = 0.5, 12, 60  # share of repeated n-grams of characters, in an answer at least so long
-_ALIKE_ALL = 0.25  # of what answers can differ by, from all the same (0) to nothing in common (1)
+_ALIKE_ALL = 0.25  # of what the rows' own answers differ by
 _LONGER = 1.5  # an answer without an end so many times as long as the row's own
 _COMMON, _ALIKE = 3, 0.3  # characters of an n-gram, and the share in common of answers that are alike
 _QUOTED = 40  # characters of an answer
@@ -171,8 +171,7 @@ class Alarms:
             cause = "prompts in another chat template than the rows that were trained on"
             sign("markers", "answers show a chat template's markers", cause, _TEMPLATE, marked[0])
         right = sum(line["answer"].strip() == line["reference"].strip() for line in answers)
-        few_kinds = right * 2 >= len(own) or difference(own) <= _ALIKE_ALL  # of answers, which may be alike
-        if difference(texts) < _ALIKE_ALL and not few_kinds:
+        if difference(texts) < _ALIKE_ALL * difference(own) and right * 2 < len(own):  # few kinds may be alike
             every = (
                 "every prompt has the same answer" if len({*texts}) == 1 else "all prompts have almost the same answer"
             )
