@@ -92,7 +92,7 @@ CASES = [
     *(Case(f"{name}, {_DATA}", _DATA, name, **how) for name, how in _FAULTS.items()),
     *(
         Case(f"good, {data}, seed {seed}", data, options={"seed": seed})
-        for data, seeds in {_DATA: 3, "identity": 2, "kinds": 1, "chat": 1}.items()
+        for data, seeds in {_DATA: 3, "identity": 2, "kinds": 1, "chat": 2}.items()
         for seed in range(seeds)
     ),
 ]
