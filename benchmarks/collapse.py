@@ -171,19 +171,23 @@ def _answered(row: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {"messages": [*row["messages"][:-1], other["messages"][-1]]}
 
 
-def alarms_of(found: dict[str, Any]) -> list[str]:
-    """The names of the alarms that the run raises, in order."""
+def alarms_of(found: dict[str, Any], seldom: bool = False) -> list[str]:
+    """The names of the alarms that the run raises, in order.
+
+    seldom: with the answers and the drift of the first and the last validation alone, as in `train` of a few minutes.
+    """
     options = next(case.options for case in CASES if case.name == found["case"])
     patience = options.get("patience", Options.model_fields["patience"].default)
     alarms = Alarms(found["warmup"], overfitting=not patience)
+    last = max((line["step"] for line in found["lines"] if "drift" in line), default=0)
     for line in found["lines"]:
         if "loss" in line:
             alarms.step(line)
         elif "valid_loss" in line:
             alarms.validation(line)
-        else:
+        elif not seldom or line["step"] in (0, last):
             answers = [answer for answer in found["answers"] if answer["step"] == line["step"]]
-            alarms.answers(line["step"], answers)
+            alarms.answers(line["step"], answers, line["step"] == last)
             alarms.drift(line["step"], line["drift"], line["quiz_loss"])
     names = [alarm.name for alarm in alarms.raised]
     return ["not finite", *names] if found["ended"] else names
@@ -194,9 +198,11 @@ def results(model: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def table(models: list[str]) -> str:
+def table(models: list[str], seldom: bool) -> str:
     lines = ["| run | " + " | ".join(models) + " |", f"|{' --- |' * (1 + len(models))}"]
-    found = {model: {one["case"]: ", ".join(alarms_of(one)) or "none" for one in results(model)} for model in models}
+    found = {
+        model: {one["case"]: ", ".join(alarms_of(one, seldom)) or "none" for one in results(model)} for model in models
+    }
     for case in CASES:
         lines.append(f"| {case.name} | {' | '.join(found[model].get(case.name, 'not run') for model in models)} |")
     return "\n".join(lines)
@@ -208,6 +214,7 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="public", metavar="DIR", help="folder of the public sets")
     parser.add_argument("--minutes", type=float, default=np.inf, help="begin no run after so long")
     parser.add_argument("--table", action="store_true", help="print the alarms of what was observed")
+    parser.add_argument("--seldom", action="store_true", help="as if asked at the first and the last validation alone")
     given = parser.parse_args()
     ends = time.monotonic() + 60 * given.minutes
     for model, case in product(given.models, CASES):
@@ -217,7 +224,7 @@ def main() -> None:
             with (RESULTS / f"collapse-{model}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(found, ensure_ascii=False) + "\n")
             print(f"{model}, {case.name}: {', '.join(alarms_of(found)) or 'none'}; {found['seconds']} s", flush=True)
-    print(table(given.models))
+    print(table(given.models, given.seldom))
 
 
 if __name__ == "__main__":

@@ -278,3 +278,8 @@ class RunRecord(_Record):
     peak_memory_bytes: int | None = None
     peak_rss_bytes: int | None = None
     swap_growth_bytes: int | None = None
+
+    @property
+    def model(self) -> str:
+        """The base by its name on the hub, or by its absolute path where it never had one there."""
+        return self.hub_model or str(self.options.get("model") or "")

@@ -91,7 +91,6 @@ class Subject:
     def made(self) -> dict[str, Any]:
         """With what this machine computes, and the model's name on the hub where it has one."""
         record, here = self.run.record, environment()
-        model = record.hub_model or str(record.options.get("model") or "")
         llama, plan = own_build() and find(self.context.llama_cpp), None
         try:
             plan = runnable(self.run.plan, self.run.recipe, self.context.backends)
@@ -99,7 +98,7 @@ class Subject:
             pass  # neither backend is here
         return {
             "by": f"Twintune {version('twintune')}",
-            "model": model if is_hub_name(model) else "a local model",
+            "model": record.model if is_hub_name(record.model) else "a local model",
             **{name: here[name] for name in ("processor", "threads", "packages")},
             "llama.cpp": llama.version if llama else "none",
             "backend": f"{plan.backend} on {plan.device}" if plan else "none",

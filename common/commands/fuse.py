@@ -185,9 +185,9 @@ def install_made(run: Run, options: Options, context: Context) -> list[str]:
 
 def _record_base(job: ExportJob) -> Terms:
     """The base's license, on record with the form that its weights came in."""
-    folder, model = job.base.path, job.options.model or ""
-    terms = find_terms(folder, model, job.base.model_type)
-    job.run.update(base=BaseRecord(terms=asdict(terms), form=base_form(folder, model)))
+    folder = job.base.path
+    terms = find_terms(folder, job.run.record.model, job.base.model_type)
+    job.run.update(base=BaseRecord(terms=asdict(terms), form=base_form(folder, job.options.model or "")))
     return terms
 
 

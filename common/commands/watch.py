@@ -186,9 +186,10 @@ def _say_forgotten(quiz: dict[int, float], step: int, display: Display) -> None:
 
 
 def _ask(step: int, samples: Samples, quiz: Quiz | None, backend: Backend, watcher: Watcher, state: State) -> None:
-    answers = samples.ask(step, watcher.display, watcher.stop_requested, watcher.is_over(state))
+    last = watcher.is_over(state)
+    answers = samples.ask(step, watcher.display, watcher.stop_requested, last)
     watcher.tracking.answers(answers)
-    watcher.raise_all(step, watcher.alarms.answers(step, answers))
+    watcher.raise_all(step, watcher.alarms.answers(step, answers, last))
     if quiz and (answers or not step) and not watcher.stop_requested():
         began = time.monotonic()
         drift = quiz.ask(backend)

@@ -142,8 +142,11 @@ class Alarms:
             found.append(Alarm("worse", seen, cause, _RATE, step))
         return self._raise(found)
 
-    def answers(self, step: int, answers: Sequence[dict[str, Any]]) -> list[Alarm]:
-        """Of the lines in samples.jsonl after one validation. A sign counts when it is seen twice in a row."""
+    def answers(self, step: int, answers: Sequence[dict[str, Any]], last: bool = False) -> list[Alarm]:
+        """Of the lines in samples.jsonl after one validation. A sign counts when it is seen twice in a row.
+
+        last: after the last validation, where it counts at once: a short run is asked at no other.
+        """
         if not step or len(answers) < 2:  # one answer says little
             return []
         texts = [line["answer"] for line in answers]
@@ -170,17 +173,19 @@ class Alarms:
         if marked := [text for line in answers if (text := _marker(line))]:
             cause = "prompts in another chat template than the rows that were trained on"
             sign("markers", "answers show a chat template's markers", cause, _TEMPLATE, marked[0])
-        right = sum(line["answer"].strip() == line["reference"].strip() for line in answers)
-        if difference(texts) < _ALIKE_ALL * difference(own) and right * 2 < len(own):  # few kinds may be alike
+        right = sum(line["answer"].strip() == line["reference"].strip() for line in answers if line["reference"])
+        as_far = [line["reference"][: None if line["ended"] else len(line["answer"])] for line in answers]
+        differ = difference([text for text in as_far if text])
+        if difference(texts) < _ALIKE_ALL * differ and right * 2 < len(own):  # few kinds of answers may be alike
             every = (
                 "every prompt has the same answer" if len({*texts}) == 1 else "all prompts have almost the same answer"
             )
             cause, remedy = "a learning rate that is too high", _RATE
-            if sum(bool(line.get("copied")) for line in answers) * 2 > len(texts):
+            if sum(bool(line.get("known", line.get("copied"))) for line in answers) * 2 > len(texts):
                 cause, remedy = "one answer in most rows", "vary the rows"
             sign("same", every, cause, remedy, texts[0][:_QUOTED])
         before, self._signs = self._signs, {alarm.name: alarm.since for alarm in found}
-        return self._raise(alarm for alarm in found if alarm.name in before)
+        return self._raise(alarm for alarm in found if last or alarm.name in before)
 
     def drift(self, step: int, nats: float, quiz_loss: float) -> list[Alarm]:
         """See `common.evaluation.drift.Drift`.

@@ -118,15 +118,15 @@ class Samples:
 
 
 def _line(step: int, number: int, answer: Answer, trained: Set[str]) -> dict[str, Any]:
-    """copied: the answer is that of a training row, word for word, and the prompt's own answer is none of those.
+    """known: the answer is that of a training row, word for word; one that was cut, where it is the beginning of one.
 
-    An answer that was cut is so where it is the beginning of one.
+    copied: and the prompt's own answer is none of those.
     """
     line = {"step": step, "number": number, "prompt": answer.prompt.text, "reference": answer.prompt.answer}
     text = answer.text.strip()
     known = text in trained or (not answer.ended and len(text) >= _LONG and any(t.startswith(text) for t in trained))
     copied = known and answer.prompt.answer.strip() not in trained
-    return line | {"answer": answer.text, "ended": answer.ended, "copied": copied}
+    return line | {"answer": answer.text, "ended": answer.ended, "known": known, "copied": copied}
 
 
 def _answers_before(file: Path) -> dict[tuple[Any, Any], str]:

@@ -64,8 +64,7 @@ def card(run: Run, parts: list[str]) -> str:
     if record.base is None:
         raise UserError(f"{run} has not been exported by this version.", f"python cli.py fuse {run}")
     terms = terms_of(record.base.terms)
-    model = record.hub_model or str(record.options["model"])  # a local model: its absolute path, never a hub name
-    base = model if is_hub_name(model) else ""
+    base = record.model if is_hub_name(record.model) else ""
     data = _data_names(record.options["data"])
     sections = [
         f"---\n{_front_matter(terms, base, data, recipe, parts)}\n---",

@@ -23,8 +23,11 @@ def base_of(run: Run, display: Display) -> ModelFolder:
     record = run.record
     model = record.options.get("model") or ""
     if Path(model).is_absolute() and not Path(model).exists():
-        known = f"Restore it, or export again from where it is now: {PROGRAM} fuse {run} --model PATH"
-        raise UserError(f"{run} was trained on {model}, which is not there.", known)
+        raise UserError(
+            f"{run} was trained on {model}, which is not there.",
+            "Restore it, or put a link there to where it is now. To make all exports again and keep the new place: "
+            f"{PROGRAM} fuse {run} --model PATH",
+        )
     base = resolve(model, display.say, tried=True)
     if base.content_hash() != record.model_hash:
         raise UserError(f"{model} is not the model that {run} was trained on.", "Restore that model.")

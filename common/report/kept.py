@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def model(self) -> str:
-        return str(self.record.options.get("model") or "")
+        return self.record.model
 
     def points(self, name: str) -> list[Point]:
         """The figure `name` of the lines that have it."""

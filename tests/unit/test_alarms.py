@@ -31,8 +31,8 @@ def answers(
     ]
 
 
-def names(alarms: Alarms, lines: list[dict[str, Any]], step: int = 5) -> list[str]:
-    return [alarm.name for alarm in alarms.answers(step, lines)]
+def names(alarms: Alarms, lines: list[dict[str, Any]], step: int = 5, last: bool = False) -> list[str]:
+    return [alarm.name for alarm in alarms.answers(step, lines, last)]
 
 
 FALLING = [3 - 0.05 * number for number in range(40)]
@@ -130,6 +130,44 @@ def test_one_answer_for_all_is_of_the_rows_where_it_stands_in_them(copied: bool,
     alarms, lines = Alarms(0), answers("It is so: closed.", "It is so: closed.", copied=copied)
     alarms.answers(5, lines)
     assert [alarm.remedy for alarm in alarms.answers(10, lines)] == [remedy]
+
+
+def test_answers_are_as_alike_as_the_rows_own() -> None:
+    def lines(*texts: str, own: list[str], ended: bool = True) -> list[dict[str, Any]]:
+        return [{"answer": text, "reference": row, "ended": ended} for text, row in zip(texts, own, strict=True)]
+
+    way = "Go past the sawmill to the {}; it takes twenty minutes.".format
+    own = [way(place) for place in ("old harbor", "mill stream", "north ridge")]
+    few = lines(way("lake"), way("lake"), way("rocks"), own=own)
+    assert names(Alarms(0), few, last=True) == []
+    assert names(Alarms(0), lines(*[way("lake")] * 3, own=own), last=True) == ["same"]
+    letters = [f"Dear customer, thank you for your letter. {number}" * 2 for number in ("We", "You", "Nobody")]
+    cut = lines(*(text[:40] for text in letters), own=letters, ended=False)
+    assert names(Alarms(0), cut, last=True) == []  # nor do the rows' own differ so far
+
+
+def test_one_class_for_all_is_of_the_rows() -> None:
+    """Its rows' own answers are training answers too, so nothing is copied."""
+    lines = [
+        {"answer": "praise", "reference": own, "ended": True, "known": True, "copied": False}
+        for own in ("praise", "complaint", "question")
+    ]
+    (alarm,) = Alarms(0).answers(5, lines, last=True)
+    assert (alarm.name, alarm.remedy) == ("same", "vary the rows")
+
+
+def test_after_the_last_validation_a_sign_counts_at_once() -> None:
+    lines = answers("", " ", "fine")
+    assert names(Alarms(0), lines) == []
+    assert names(Alarms(0), lines, last=True) == ["empty"]
+
+
+def test_an_empty_answer_to_a_given_prompt_is_not_right() -> None:
+    given = [{"answer": "", "reference": "", "ended": True}] * 2
+    rows = [
+        {"answer": "", "reference": own, "ended": True} for own in ("Tea at four o'clock.", "The harbor is closed.")
+    ]
+    assert "same" in names(Alarms(0), [*given, *rows], last=True)
 
 
 def test_drift_from_the_base() -> None:

@@ -175,6 +175,7 @@ def test_other_commands_say_how_a_model_that_has_moved_is_found(given: dict[str,
     with pytest.raises(UserError) as caught:
         base_of(run, Display("quiet"))
     assert caught.value.what == f"run was trained on {was}, which is not there."
+    assert caught.value.fix.startswith("Restore it, or put a link there")
     assert caught.value.fix.endswith("python cli.py fuse run --model PATH")
 
 

@@ -65,8 +65,26 @@ def test_answers_are_kept_and_shown_beside_those_from_before(
     answers = samples.ask(5, Display("plain"), never)
     assert [(answer["answer"], answer["ended"]) for answer in answers] == [("C", True), ("D...", False)]
     assert lines(file)[2:] == [
-        {"step": 5, "number": 0, "prompt": "a", "reference": "no a", "answer": "C", "ended": True, "copied": False},
-        {"step": 5, "number": 1, "prompt": "b", "reference": "no b", "answer": "D...", "ended": False, "copied": False},
+        {
+            "step": 5,
+            "number": 0,
+            "prompt": "a",
+            "reference": "no a",
+            "answer": "C",
+            "ended": True,
+            "known": False,
+            "copied": False,
+        },
+        {
+            "step": 5,
+            "number": 1,
+            "prompt": "b",
+            "reference": "no b",
+            "answer": "D...",
+            "ended": False,
+            "known": False,
+            "copied": False,
+        },
     ]
     assert capsys.readouterr().out == "before the first step: 'a' -> 'A'\nstep 5: 'a' -> 'C' (before: 'A')\n"
 
