@@ -1,5 +1,6 @@
 """What a backend's `memory_terms.py` is asked, in sizes of a model and a micro-batch, and answers in bytes."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -172,5 +173,5 @@ class MemoryTerms(Protocol):
     def step_memory(self, dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchShape) -> StepMemory:
         """What one micro-batch adds."""
 
-    def measured(self, device: str, precision: str) -> MeasuredTerms:
-        """The coefficients of a kind of device."""
+    def measured(self, device: str, precision: str, tokens: Collection[int]) -> MeasuredTerms:
+        """The coefficients of a kind of device. tokens: of each micro-batch, whose number decides what is compiled."""

@@ -4,6 +4,8 @@ They are counted from MLX's graph: what the vjp of each operation in `attention.
 change there changes a term here; `python -m benchmarks.memory` compares the estimate with measured peaks.
 """
 
+from collections.abc import Collection
+
 from common.data.layouts import smallest_layout
 from common.memory_terms import MeasuredTerms, MicroBatchShape, ModelDims, ShardedBytes, StepMemory
 from common.recipe import Plan, Recipe
@@ -72,7 +74,7 @@ def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
     return embeddings + (weight_bytes(dims, recipe) // 20 if recipe.quantization != "none" else 0)
 
 
-def measured(device: str, precision: str) -> MeasuredTerms:
+def measured(device: str, precision: str, tokens: Collection[int]) -> MeasuredTerms:
     return _MEASURED[device]
 
 

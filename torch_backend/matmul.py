@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from common.system.hardware import cpu_bf16
+from torch_backend.memory_terms import PAD_MULTIPLE
 
 _BLOCK = 2**20  # weights widened at a time: 4 MB in float32
 
@@ -21,7 +22,7 @@ def pad_multiple(device: torch.device, dtype: torch.dtype) -> int:
     oneDNN compiles a CPU's bf16 products for every new shape and keeps them. Rows of varied length took 360 MB after 40
     steps and growing; with multiples of 16 they took 110 MB, in steps of the same time.
     """
-    return 16 if device.type == "cpu" and dtype == torch.bfloat16 and cpu_bf16() else 1
+    return PAD_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 and cpu_bf16() else 1
 
 
 _scratch = threading.local()  # the memory of a block: a new one for each product would cost page faults

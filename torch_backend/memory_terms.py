@@ -5,6 +5,7 @@ A change there changes a term here; `python -m benchmarks.memory` compares the e
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from common.data.batching import LABEL_STEPS, TOKEN_STEPS, rounded
@@ -19,7 +20,11 @@ _MEASURED = {
     "cuda": MeasuredTerms(180 * _MEGA, 0.0, True),  # on an H200: cuBLAS's memory, with graphs and without
     "mps": MeasuredTerms(500 * _MEGA, 0.1, False),
 }
-_COMPILED = 100 * _MEGA  # oneDNN's bf16 products, where shapes vary: some 25 MB for each
+# A CPU's bf16 products are compiled and kept for each length of a micro-batch, in multiples of PAD_MULTIPLE, and each
+# leaves other gaps in the heap: 0.11 GB for one, 0.30 for 11 and 0.46 for 20 (SmolLM2-135M, an Intel Xeon with
+# amx_bf16, 30 November 2026, commit 70e0c38). Of more lengths the oldest products are dropped.
+PAD_MULTIPLE = 16
+_COMPILED, _LENGTH, _MOST_LENGTHS = 85 * _MEGA, 18 * _MEGA, 24
 _PROCESSORS = 132  # of the H200
 _COMPLETE_LAYERS = 6  # of a sharded model: two and the buffer of a third, and with glibc the gaps that they leave
 _GATHERED = 30 * _MEGA  # FSDP2's and gloo's buffers
@@ -118,10 +123,12 @@ def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
     return 0
 
 
-def measured(device: str, precision: str) -> MeasuredTerms:
+def measured(device: str, precision: str, tokens: Collection[int]) -> MeasuredTerms:
     terms = _MEASURED[device]
-    compiles = device == "cpu" and precision == "bf16"
-    return replace(terms, overhead=terms.overhead + _COMPILED) if compiles else terms
+    if device != "cpu" or precision != "bf16":
+        return terms
+    lengths = min(_MOST_LENGTHS, len({-(-count // PAD_MULTIPLE) for count in tokens}))
+    return replace(terms, overhead=terms.overhead + _COMPILED + _LENGTH * lengths)
 
 
 @dataclass(frozen=True)

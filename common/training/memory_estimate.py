@@ -249,6 +249,7 @@ class TrainingMemory:
         }
         if self.adapter is None and validation and plan.device == "cpu":
             parts["best weights"] = 4 * (dims.linear + dims.other)  # of the validations so far
+        shapes = [*shapes]
         steps = [self._step(plan, shape, dims) for shape in shapes]
         steps += [self._validation(plan, shape) for shape in validation]
         if sharded:
@@ -265,7 +266,8 @@ class TrainingMemory:
         loading = terms.loading_bytes(dims, recipe)
         if loading > sum(parts.values()):
             parts = {"weights": parts["weights"], "while loading": loading - parts["weights"]}
-        measured = terms.measured(plan.device, recipe.precision)
+        tokens = [shape.tokens for shape in (*shapes, *validation)]
+        measured = terms.measured(plan.device, recipe.precision, tokens)
         parts["slack"] = measured.overhead + round(measured.slack * sum(parts.values()))
         counted = MemoryEstimate(parts, measured.known)
         if plan.sharded:  # of which nothing was learned
