@@ -127,7 +127,7 @@ def measured(device: str, precision: str, tokens: Collection[int]) -> MeasuredTe
     terms = _MEASURED[device]
     if device != "cpu" or precision != "bf16":
         return terms
-    lengths = min(_MOST_LENGTHS, len({-(-count // PAD_MULTIPLE) for count in tokens}))
+    lengths = min(_MOST_LENGTHS, len({-(-count // PAD_MULTIPLE) for count in tokens})) if cpu_bf16() else 0
     return replace(terms, overhead=terms.overhead + _COMPILED + _LENGTH * lengths)
 
 

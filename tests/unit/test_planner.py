@@ -192,7 +192,9 @@ def test_devices_that_nobody_measured_are_told_from_those_measured() -> None:
     assert not predict(plan=PLAN.model_copy(update={"device": "mps"}), shapes=shapes).measured
 
 
-def test_what_a_cpu_compiles_for_bf16_grows_with_the_lengths_of_micro_batches() -> None:
+def test_what_a_cpu_compiles_for_bf16_grows_with_the_lengths_of_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_backend.memory_terms, "cpu_bf16", lambda: "amx_bf16")
+
     def slack(*lengths: int, precision: str = "bf16") -> int:
         shapes = [MicroBatchShape(1, length, length, 5) for length in lengths]
         return predict(of=recipe(precision=precision), shapes=shapes).parts["slack"]
@@ -200,6 +202,8 @@ def test_what_a_cpu_compiles_for_bf16_grows_with_the_lengths_of_micro_batches() 
     assert slack(100, 112) == slack(112) < slack(112, 113) < slack(*range(16, 16 * 24, 16))
     assert slack(*range(16, 16 * 90, 16)) == slack(*range(16, 16 * 60, 16))
     assert slack(112, 113, precision="fp32") == slack(112, precision="fp32")
+    monkeypatch.setattr(torch_backend.memory_terms, "cpu_bf16", lambda: "")
+    assert slack(112, 113) == slack(112)
 
 
 def test_which_training_gives_the_same_bits_again() -> None:
