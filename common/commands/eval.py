@@ -253,7 +253,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", type=count, default=512, metavar="N", help="most tokens of an answer (default: 512)"
     )
     group.add_argument(
-        "--slots", type=count, default=4, metavar="N", help="answers that llama.cpp makes at once (default: 4)"
+        "--slots",
+        type=count,
+        default=1,
+        metavar="N",
+        help="answers that llama.cpp makes at once (default: 1, as more may change an answer from run to run)",
     )
     tasks = parser.add_argument_group("Tasks of lm-evaluation-harness, where that is installed")
     tasks.add_argument("--suite", nargs="+", metavar="NAME", help="tasks for base and fused folder, or those of --with")

@@ -116,7 +116,7 @@ def test_a_gguf_is_asked_for_text_only(
         port, shown = 1234, None
 
         def __init__(self, llama: Any, gguf: Path, options: Any) -> None:
-            assert (gguf, options.context, options.slots) == (file, 4096, 4)
+            assert (gguf, options.context, options.slots) == (file, 4096, 1)
 
         def __enter__(self) -> "Served":
             return self
