@@ -231,19 +231,21 @@ def difference(texts: Sequence[str]) -> float:
 
     From distinct-n, over all texts: the share of their different n-grams among those of each by itself.
     """
-    grams = [{text[at : at + _NGRAM] for at in range(max(1, len(text) - _NGRAM + 1))} for text in texts]
+    grams = [_grams(text, _NGRAM) for text in texts]
     if len(grams) < 2:
         return 0.0
     distinct = len(set().union(*grams)) / sum(map(len, grams))
     return (distinct - 1 / len(grams)) / (1 - 1 / len(grams))
 
 
+def _grams(text: str, length: int) -> set[str]:
+    """The text's n-grams of characters; of a shorter text itself."""
+    return {text[at : at + length] for at in range(max(1, len(text) - length + 1))}
+
+
 def _unlike(line: dict[str, Any]) -> bool:
     """Whether the answer has little in common with the row's own."""
-    answer, own = (
-        {text[at : at + _COMMON] for at in range(max(1, len(text) - _COMMON + 1))}
-        for text in (line["answer"].strip(), line["reference"].strip())
-    )
+    answer, own = (_grams(line[name].strip(), _COMMON) for name in ("answer", "reference"))
     return len(answer & own) < _ALIKE * min(len(answer), len(own))
 
 

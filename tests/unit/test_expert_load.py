@@ -1,6 +1,6 @@
 """The load of a mixture's experts: its figures, its warning, and what a run and its page say of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,9 @@ class Mixture(Bigram):
         self.measured.append(self.parameters[f"{self.layer}.lora_B"].copy())
         return {layer: np.array(counts) for layer, counts in (SKEWED if self.calls else EVEN).items()}
 
+    def generate(self, token_ids: np.ndarray, *args: Any, **more: Any) -> Iterator[int]:
+        yield 5 + int(token_ids.sum()) % 40  # answers that end, and differ
+
 
 class Silent(Bigram):
     pass
@@ -197,7 +200,7 @@ def test_a_run_has_it_on_record(given: Options, monkeypatch: pytest.MonkeyPatch,
     assert "load of the experts: " in out + err
     assert "training has put 1 of 8 experts out of use" in out + err
     assert run.record.status == "complete"
-    assert {alarm.name for alarm in run.record.alarms} <= {"endless", "same"}  # of its answers, none of experts
+    assert not run.record.alarms  # no reason to roll back
     assert "expert-layers" in run.report.read_text(encoding="utf-8")
 
 
