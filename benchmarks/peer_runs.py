@@ -12,6 +12,7 @@ from typing import Any
 
 from common.system.cache import cache_folder
 from common.system.hardware import nvidia_gpus
+from mlx_backend.blas import known_core
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = {
@@ -142,6 +143,8 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     )
     blas = find_library("openblas") if job["device"] == "cpu" and sys.platform == "linux" else None
     variables = _cold(output) | ({"LD_PRELOAD": blas} if blas else {})
+    if blas and (core := known_core()):  # as Twintune has it where OpenBLAS is older than the CPU
+        variables["OPENBLAS_CORETYPE"] = core
     printed, peak = run([job["python"], "-c", code, str(output / "config.json")], **variables)
     marks, allocated = json.loads(printed.splitlines()[-1])
     seconds = [after - before for before, after in pairwise(marks)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_backend.devices import preload
+from mlx_backend.blas import preload
 
 preload()  # before mlx is imported, or never
 

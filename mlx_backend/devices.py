@@ -1,17 +1,13 @@
 """MLX's devices: which there are, what they compute in, and their free memory. Imports MLX only when asked."""
 
-import ctypes
-import ctypes.util
-import os
-import sys
 from typing import Any
 
 from common.backend_package import Choice
 from common.errors import UserError
 from common.memory_terms import ModelDims
-from common.system.cgroup import core_limit
-from common.system.hardware import apple_precision, apple_silicon, cores, mlx_fault, mlx_install, nvidia_precision
+from common.system.hardware import apple_precision, apple_silicon, mlx_fault, mlx_install, nvidia_precision
 from common.system.memory import available, available_to_gpu
+from mlx_backend.blas import preload
 
 _GROUP_SIZE = 64  # weights that share a scale, mlx-lm's default
 _INSTALL_BLAS = "apt install libopenblas0-pthread (Debian, Ubuntu) or dnf install openblas (Fedora)"
@@ -104,35 +100,3 @@ def quantization_scheme(wanted: str) -> str:
 
 def is_deterministic(dims: ModelDims, device: str, precision: str) -> bool:
     return device == "cpu"
-
-
-def preload() -> str | None:
-    """The name of the BLAS that MLX's products use on a CPU, loaded; None where only the slow reference BLAS is here.
-
-    Must run before mlx is imported. A library loaded globally comes before those that mlx brings along, so its
-    `cblas_sgemm` is the one called: about 15 times faster than the reference BLAS on two cores. Only Linux needs it.
-    """
-    if not sys.platform.startswith("linux"):
-        return "Accelerate"
-    if loaded := _loaded_blas():
-        return loaded
-    name = ctypes.util.find_library("openblas")
-    if name is None or "mlx.core" in sys.modules:
-        return None
-    if core_limit() is not None:  # OpenBLAS starts a thread for every core of the machine
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", str(cores()))
-    try:
-        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    except OSError:
-        return None
-    return name
-
-
-def _loaded_blas() -> str | None:
-    with open("/proc/self/maps", encoding="utf-8") as maps:
-        for line in maps:
-            name = line.rsplit("/", 1)[-1].strip()
-            # numpy's and scipy's own copies carry prefixed names that nobody else can call
-            if name.startswith(("libopenblas", "libmkl_rt", "libblis")):
-                return name
-    return None

@@ -90,12 +90,17 @@ def nvidia_precision(name: str, capability: tuple[int, int]) -> Choice:
 @cache
 def cpu_bf16() -> str:
     """The CPU's bf16 instructions, or nothing. Linux only: elsewhere nobody trains on the CPU in bf16."""
+    flags = cpu_flags()
+    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags), "")
+
+
+def cpu_flags() -> set[str]:
+    """What Linux says that the CPU can do, as `avx2`, among other words of its description; empty elsewhere."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            words = set(file.read().split())
+            return set(file.read().split())
     except OSError:
-        return ""
-    return next((flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in words), "")
+        return set()
 
 
 def choose_backend(wanted: str, backends: Backends) -> Choice:
