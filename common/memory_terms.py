@@ -81,6 +81,7 @@ class ModelDims:
     layer_inputs: LayerInputs | None = None
     convolved: int = 0  # layers with a short convolution in place of attention
     shardable: bool = True
+    quantized: bool = False  # the checkpoint's weights, embeddings among them, by MLX
     plain: bool = False  # computed by the library's own layers, which keep all logits of a row
 
     @property
@@ -158,7 +159,7 @@ class MemoryTerms(Protocol):
     def sharded_bytes(self, dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
         """What a rank holds of a sharded model."""
 
-    def adapter_copies(self, device: str) -> int:
+    def adapter_copies(self, recipe: Recipe, device: str) -> float:
         """Float32 copies of the adapter's weights."""
 
     def message_copies(self, device: str) -> tuple[int, int]:

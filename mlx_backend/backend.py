@@ -64,8 +64,7 @@ class MlxBackend:
             raise
 
     def _load(self, recipe: Recipe, plan: Plan, base: ModelFolder, adapter: Adapter | None) -> ModelInfo:
-        known = is_known(base.config)
-        dtype = DTYPES[recipe.precision]
+        known, dtype = is_known(base.config), DTYPES[recipe.precision]
         self.model: Any = load_base(base, dtype, recipe.method == "full") if known else load_plain(base, dtype)
         self.forward = PackedForward(self.model, plan.device) if known else PlainForward(self.model, plan.device)
         self.names = base.full_names
@@ -106,8 +105,9 @@ class MlxBackend:
         weights = [path for path, _ in tree_flatten(self.model.trainable_parameters())]
         names = paths(self.model, adapter) if adapter else {self.names[path]: path for path in weights}
         groups = recipe.optimizer_groups(names)
-        members = [members for members, _, _ in groups]
-        self.trained = Trained(self.model, names, members, adapter is not None, stacks(adapter) if adapter else {})
+        members, parts = [members for members, _, _ in groups], stacks(adapter) if adapter else {}
+        self.trained = Trained(self.model, names, members, adapter is not None, parts)
+        self.trained.computed = DTYPES[recipe.precision] if recipe.method == "lora" else None
         self.optimizer = Optimizer(recipe, [(ratio, decay) for _, ratio, decay in groups], self.trained.group)
         with device_errors():
             self.tensors = self.trained.read()

@@ -19,23 +19,23 @@ def install(model: Any, kind: str) -> None:
     """
     for layer in model.layers:
         if kind.startswith("gemma4"):
-            _replace_call(layer.self_attn, gemma4.attend)
+            replace_call(layer.self_attn, gemma4.attend)
             layer.freeze(keys="layer_scalar", recurse=False)  # a buffer in transformers
         elif "self_attn" in layer:
-            _replace_call(layer.self_attn, attend)
+            replace_call(layer.self_attn, attend)
         elif "linear_attn" in layer:
-            _replace_call(layer.linear_attn, mix)
+            replace_call(layer.linear_attn, mix)
         else:
-            _replace_call(layer.conv, convolve)
+            replace_call(layer.conv, convolve)
         mlp = layer.feed_forward if "feed_forward" in layer else layer.mlp
-        _replace_call(mlp, feed_forward)
+        replace_call(mlp, feed_forward)
         mlp.gelu = kind.startswith("gemma")
         if kind == "lfm2":
-            _replace_call(layer, _lfm2_layer)
+            replace_call(layer, _lfm2_layer)
     if kind == "qwen3_5_text":
         for module in model.modules():
             if type(module) is nn.RMSNorm:
-                _replace_call(module, _centered_norm)
+                replace_call(module, _centered_norm)
 
 
 def turn_convolutions(model: Any) -> None:
@@ -70,6 +70,7 @@ def _centered_norm(self: Any, x: mx.array) -> mx.array:
     return mx.fast.rms_norm(x.astype(mx.float32), weight, self.eps).astype(x.dtype)
 
 
-def _replace_call(module: Any, call: Any) -> None:
+def replace_call(module: Any, call: Any) -> None:
+    """Give the module a class of its own with this `__call__`."""
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {"__call__": call})

@@ -11,6 +11,7 @@ from mlx.utils import tree_unflatten
 
 from common.backend import Adapter
 from common.models.experts import by_stack
+from mlx_backend.layers import replace_call
 from mlx_backend.model import module_path
 from mlx_backend.weights import PARTS, stacked, to_mlx
 
@@ -31,8 +32,15 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         for part in weights[0].parts():
             arrays = [to_mlx(part, weight.parts()[part]) for weight in weights]
             setattr(layers[name], PARTS[part], arrays[0] if members == [name] else stacked(arrays))
+        if kind is LoRALinear:
+            replace_call(layers[name], _adapted)
     put(model, layers)
     return layers
+
+
+def _adapted(self: Any, x: mx.array) -> mx.array:
+    """`linear(x) + scale * x @ A @ B`, the second product added to the first's result."""
+    return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
 
 
 class Dropout:

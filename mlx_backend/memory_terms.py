@@ -28,7 +28,7 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
     _, bits, group, *mixed = recipe.quantization.split("-")
     each = 8 if mixed else int(bits.removesuffix("bit"))  # at most
     quantized = each / 8 + 2 * item / int(group)  # a scale and a bias for each group
-    return table + round((dims.linear + other) * quantized)  # other embeddings are counted as quantized too
+    return table + round(dims.linear * quantized + other * (quantized if dims.quantized else item))
 
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
@@ -43,9 +43,13 @@ def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
     raise AssertionError(unshardable(dims, recipe))
 
 
-def adapter_copies(device: str) -> int:
-    """On a GPU the adapter and its moments before the last step are kept: see confirmation.py."""
-    return 4 if device == "gpu" else 1
+def adapter_copies(recipe: Recipe, device: str) -> float:
+    """On a GPU the adapter and its moments before the last step are kept: see confirmation.py.
+
+    Of LoRA's the model computes with a copy in its own precision.
+    """
+    computed = 0.5 if recipe.precision == "bf16" and recipe.method == "lora" else 0.0
+    return (4 if device == "gpu" else 1) + computed
 
 
 def message_copies(device: str) -> tuple[int, int]:
@@ -65,13 +69,13 @@ def update_copies(recipe: Recipe, device: str) -> float:
 
 
 def loading_bytes(dims: ModelDims, recipe: Recipe) -> int:
-    """The embeddings as stored, in two bytes, beside what they are converted to; or a head of its own, beside all."""
-    if recipe.precision == "bf16" and recipe.quantization == "none":
+    """Embeddings or a head as stored, in two bytes, beside what they become; a head is loaded after all the rest."""
+    if recipe.precision == "bf16" or dims.quantized:
         return 0
-    if recipe.quantization == "none" and dims.untied and dims.stored == 2:
-        return weight_bytes(dims, recipe) + 2 * dims.vocabulary * dims.hidden
-    embeddings = dims.vocabulary * dims.hidden * (2 + (4 if recipe.precision == "fp32" else 2))
-    return embeddings + (weight_bytes(dims, recipe) // 20 if recipe.quantization != "none" else 0)
+    stored = 2 * dims.vocabulary * dims.hidden
+    if dims.stored == 2 and (dims.untied or recipe.quantization != "none"):  # layers are quantized before the rest
+        return weight_bytes(dims, recipe) + stored
+    return 3 * stored
 
 
 def measured(device: str, precision: str, tokens: Collection[int]) -> MeasuredTerms:

@@ -39,6 +39,9 @@ class Trained:
         """
         modules = dict(model.named_modules())
         self.join, self._stacks, self._held = join, stacks, True
+        # The type in which the model has them; None: their own. A float32 adapter would widen 16-bit activations, and
+        # the backward pass would keep those.
+        self.computed: mx.Dtype | None = None
         self._places: dict[str, tuple[Any, str]] = {}  # by name: the module, and its attribute
         for name, path in paths.items():
             module, _, attribute = path.rpartition(".")
@@ -112,6 +115,8 @@ class Trained:
     def put(self, tensors: Sequence[mx.array]) -> None:
         """Have the model compute with these tensors."""
         self._held = True
+        if self.computed is not None:
+            tensors = [tensor.astype(self.computed) for tensor in tensors]
         for name, array in self.cut(tensors).items():
             module, attribute = self._places[name]
             setattr(module, attribute, array)

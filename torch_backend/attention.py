@@ -152,10 +152,8 @@ def _flash(
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {}
-    if query.shape[1] != key.shape[1] and _takes_groups(varlen_attn):
+    if query.shape[1] != key.shape[1] and _asks_for_groups(varlen_attn):
         options["enable_gqa"] = True
-    elif (repeats := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]
     return varlen_attn(
         *flat,
@@ -170,8 +168,8 @@ def _flash(
 
 
 @cache
-def _takes_groups(kernel: Callable[..., torch.Tensor]) -> bool:
-    """Whether it can be told of fewer key heads; torch 2.11's cannot."""
+def _asks_for_groups(kernel: Callable[..., torch.Tensor]) -> bool:
+    """Whether it must be told of fewer key heads; torch 2.11's computes with them without a word."""
     return "enable_gqa" in inspect.signature(kernel).parameters
 
 

@@ -104,7 +104,7 @@ def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
     return ShardedBytes(round(weights), round(item * dims.other), round(12 * count / plan.ranks + 4 * layers))
 
 
-def adapter_copies(device: str) -> int:
+def adapter_copies(recipe: Recipe, device: str) -> float:
     """On a CPU the arrays of the adapter that training started from stay in memory."""
     return 2 if device == "cpu" else 1
 

@@ -198,8 +198,8 @@ def _list(context: Context) -> None:
     for name in preset_names():
         if memory := _MEMORY.fullmatch(preset_head(name)["memory"]):
             rows.append([name, memory[1], memory[2], f"{memory[3]} x {memory[4]}"])
-    columns = ["name", "memory on a CPU", "on a Mac", "rows x tokens"]
-    context.display.table(f"Presets: {PROGRAM} train --config NAME --data FILE", columns, rows)
+    columns = ["name", "on a CPU", "on a Mac", "rows x tokens"]
+    context.display.table(f"Presets and their memory: {PROGRAM} train --config NAME --data FILE", columns, rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

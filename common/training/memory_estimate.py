@@ -22,6 +22,7 @@ from common.models import gemma4, lfm2
 from common.models.experts import target_of
 from common.models.families import LANGUAGE_LAYER, forward_config, hf_name, is_known
 from common.models.lora_init import layer_number
+from common.models.mlx_quantized import quantized_source
 from common.models.model_folder import ModelFolder
 from common.models.shapes import NORMED, adaptable_shapes, linear_shapes, tensor_shapes
 from common.option_fields import EXPERTS
@@ -113,7 +114,7 @@ def dims_of(model: ModelFolder) -> ModelDims:
     """`model_dims` of a model. Of an unknown architecture by what its files hold, on the large side."""
     config = model.config | {"dtype": model.dtype}
     if is_known(config):
-        return model_dims(config)
+        return replace(model_dims(config), quantized=quantized_source(model.path) is not None)
     shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
     layers, adapted = int(config["num_hidden_layers"]), linear_shapes(model, ["all-linear"])
     outputs = _expert_outputs(model)
@@ -244,7 +245,7 @@ class TrainingMemory:
             weights, moments = sharded.weights, moments if self.adapter else sharded.state
         parts: dict[str, int] = {
             "weights": weights,
-            "adapter": beside * terms.adapter_copies(plan.device),
+            "adapter": round(beside * terms.adapter_copies(recipe, plan.device)),
             "gradients and moments": moments,
         }
         if self.adapter is None and validation and plan.device == "cpu":

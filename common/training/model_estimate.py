@@ -1,7 +1,7 @@
 """The plan and the memory of a training whose model is known by its config alone: nothing of it need be here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from common.data.encode import Encoded
 from common.data.encoded_rows import EncodedRows
 from common.models.families import text_config
 from common.models.lora_init import Shapes, choose_layers, ranks_and_alphas
+from common.models.mlx_quantized import scheme
 from common.models.shapes import adaptable_shapes
 from common.option_fields import RecipeFields
 from common.options import Options
@@ -56,7 +57,8 @@ def estimated_plan(
         save_every=1,
         memory_budget=place.memory,
     ).on(place.device)
-    return choose_plan(options, TrainingMemory(place.package, model_dims(text), recipe, adapter), plan, train, valid)
+    dims = replace(model_dims(text), quantized=scheme(config) is not None)
+    return choose_plan(options, TrainingMemory(place.package, dims, recipe, adapter), plan, train, valid)
 
 
 def _adapter(shapes: Shapes, recipe: Recipe) -> Adapter:

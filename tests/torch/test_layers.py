@@ -179,17 +179,21 @@ def test_attention_is_eager_attention_row_by_row(window, softcap, lengths, packe
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("heads", [2, 4])
-def test_a_kernel_that_takes_no_groups_gets_repeated_key_heads(monkeypatch, heads):
-    """torch 2.11's; newer ones are told of them."""
+def test_fewer_key_heads_are_never_repeated(monkeypatch, heads):
+    """torch 2.11's kernel computes with them; a newer one must be told."""
 
     def newer(query, key, value, starts, ends, max_q, max_k, *, scale, window_size, enable_gqa=False):
         assert query.shape[1] == key.shape[1] or enable_gqa
+        assert key.shape[1] == value.shape[1] == 2
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         found = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=enable_gqa)
         return found[0].transpose(0, 1)
 
     def older(query, key, value, starts, ends, max_q, max_k, *, scale, window_size):
-        return newer(query, key, value, starts, ends, max_q, max_k, scale=scale, window_size=window_size)
+        grouped = query.shape[1] != key.shape[1]
+        return newer(
+            query, key, value, starts, ends, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=grouped
+        )
 
     query, key, value = (torch.randn(1, n, 6, 8) for n in (heads, 2, 2))
     rows = RaggedRows(1, 6, None, cu_seqlens(np.array([6]), torch.device("cpu")))

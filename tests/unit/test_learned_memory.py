@@ -202,7 +202,7 @@ class Terms:
         return MeasuredTerms(0, 0.0, True)
 
     held_bytes = staticmethod(lambda dims, recipe, device: 10 * MB)
-    adapter_copies = staticmethod(lambda device: 1)
+    adapter_copies = staticmethod(lambda recipe, device: 1)
     update_copies = staticmethod(lambda recipe, device: 0.0)
     loading_bytes = staticmethod(lambda dims, recipe: 0)
 

@@ -103,7 +103,10 @@ def test_the_weights_are_counted_to_the_byte() -> None:
     assert torch.held_bytes(sizes, recipe(), "cpu") == torch.held_bytes(halved, recipe(), "cuda") == 4 * count
     assert torch.held_bytes(halved, recipe(method="dora"), "cpu") == 4 * count
     four_bits = recipe(precision="bf16", quantization="mlx-4bit-64")
-    assert mlx.weight_bytes(sizes, four_bits) == round(count * (0.5 + 4 / 64))
+    assert mlx.weight_bytes(sizes, four_bits) == round(sizes.linear * (0.5 + 4 / 64)) + 2 * sizes.other
+    ready_made = replace(sizes, quantized=True)
+    assert mlx.weight_bytes(ready_made, four_bits) == round(count * (0.5 + 4 / 64))
+    assert mlx.loading_bytes(ready_made, recipe(quantization="mlx-4bit-64")) == 0
     assert (
         torch.weight_bytes(sizes, recipe(quantization="nf4"))
         < torch.weight_bytes(sizes, recipe(quantization="int8"))
