@@ -2,7 +2,8 @@
 
 python -m benchmarks.graphs [--model gemma-3-1b] [--rows 8] [--tokens 100 250] [--checkpointing]
 
-The median over ten different micro-batches, each seen twice before, so that its graph has been recorded.
+The median over ten different micro-batches, each seen twice before, so that its graph has been recorded. Utilization:
+4 x parameters x real tokens and attention, over the device's own rate of large bf16 products, measured in this run.
 """
 
 import argparse
@@ -12,10 +13,13 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from benchmarks.one_step import job_of
 from benchmarks.random_model import CONFIGS
+from benchmarks.step_time import device_rate, step_flops
 from common.backend import Batch
+from common.training.memory_estimate import model_dims
 from torch_backend.backend import TorchBackend
 
 
@@ -31,13 +35,14 @@ def batches(rows: int, tokens: tuple[int, int], vocabulary: int) -> list[Batch]:
     return found
 
 
-def measure(case: dict[str, Any], tokens: tuple[int, int], graphs: bool) -> str:
+def measure(case: dict[str, Any], tokens: tuple[int, int], graphs: bool, rate: float) -> str:
     folder, recipe, plan, adapter, config = job_of(case)
     backend = TorchBackend()
     backend.load(recipe, plan, folder, adapter)
     seconds, work = [], batches(case["rows"], tokens, config["vocab_size"])
     if graphs:
-        backend.expect(lambda: Counter(batch.shape for batch in work * 3))
+        # as often as in a run, where another graph for a size pays
+        backend.expect(lambda: Counter(batch.shape for batch in work * 100))
     else:
         backend.graphs = None
     for epoch in range(3):
@@ -47,10 +52,11 @@ def measure(case: dict[str, Any], tokens: tuple[int, int], graphs: bool) -> str:
             seconds.append(time.perf_counter() - started)
     step = statistics.median(seconds[-10:])
     speed = statistics.mean(batch.tokens for batch in work) / step
+    flops = statistics.mean(step_flops(model_dims(config), batch.lengths.tolist()) for batch in work)
     made = 0 if backend.graphs is None else len(backend.graphs.graphs)
     peak = backend.memory().peak
     backend.close()
-    return f"{made or 'none'} | {step * 1e3:.1f} | {speed:.0f} | {peak / 1e9:.2f}"
+    return f"{made or 'none'} | {step * 1e3:.1f} | {speed:.0f} | {flops / step / rate:.1%} | {peak / 1e9:.2f}"
 
 
 def main() -> None:
@@ -69,9 +75,11 @@ def main() -> None:
         "width": arguments.tokens[1],
         "gradient_checkpointing": arguments.checkpointing,
     }
-    print("| graphs | ms a step | tokens/s | peak GB |\n| --- | --- | --- | --- |")
+    rate = device_rate(arguments.device, torch.bfloat16)
+    print(f"{arguments.model}, rows of {arguments.tokens} tokens; large bf16 products: {rate / 1e12:.1f} TFLOP/s\n")
+    print("| graphs | ms a step | tokens/s | utilization | peak GB |\n| --- | --- | --- | --- | --- |")
     for graphs in (True, False):
-        print(f"| {measure(case, tuple(arguments.tokens), graphs)} |", flush=True)
+        print(f"| {measure(case, tuple(arguments.tokens), graphs, rate)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python -m benchmarks.mac --only peers       # one of: facts tests parity example peers memory sizes
     python -m benchmarks.mac --device cpu       # elsewhere, to see that the stages run
 
-Each stage is a command of this repository with its output; one that fails is noted, and the next begins. docs/metal.md
-says what to look at. Exits with status 1 where a stage failed. The file holds no environment variable, and in place of
-the paths of the user's folder, the checkout, the cache and CMake it has words.
+Each stage is commands of this repository with their output; one that fails is noted, and the next begins. A second call
+runs what the file says is not done yet. docs/metal.md says what to look at. Exits with status 1 where a stage failed.
+The file holds no environment variable, and in place of the paths of the user's folder, the checkout, the cache and
+CMake it has words.
 """
 
 import argparse
@@ -31,13 +32,15 @@ def stages(device: str, folder: Path) -> Stages:
     """By name, the arguments of the commands that a stage runs."""
     train = ["cli.py", "train", "--backend", "mlx", "--device", device, "--output", str(folder / "example")]
     step = ["-m", "benchmarks.one_step"]
+    peers = ["-m", "benchmarks.peers", "--device", device, "--steps", "200", "--batch", "8", "--rounds", "1"]
+    peers += ["--peers", "twintune-mlx", "mlx_lm.lora"]
     return {
         # on a GPU this has max_recommended_working_set_size
         "facts": [["cli.py", "doctor"], ["-c", f"import mlx.core as mx; print(mx.device_info(mx.{device}))"]],
         "tests": [["-m", "pytest", "-q", "tests/mlx", "tests/parity"]],
         "parity": [["cli.py", "doctor", "--parity", model] for model in ("llama", "gemma3_text", _SMOL)],
         "example": [train, ["-m", "examples.score", str(folder / "example")]],
-        "peers": [["-m", "benchmarks.peers", "--device", device, "--steps", "200", "--batch", "8", "--rounds", "1"]],
+        "peers": [[*peers, "--data", data, "--json", str(folder / f"{data}.json")] for data in ("chat-like", "mixed")],
         "memory": [["-m", "benchmarks.memory", "--device", device, "--only", "mlx"]],
         "sizes": [[*step, json.dumps(_SHAPE | case | {"device": device})] for case in _SIZES],
     }

@@ -1,7 +1,7 @@
 """Estimated against measured peak memory, both backends, real sizes with random weights; prints Markdown and JSON.
 
     python -m benchmarks.memory                  # forty configurations, more than an hour on two cores
-    python -m benchmarks.memory --only mlx       # those whose description contains the word
+    python -m benchmarks.memory --only mlx nf4   # those whose description contains one of the words
     python -m benchmarks.memory --real-sizes     # Gemma-3 1B and 4B at full depth, 16 rows of 512 tokens a step
     python -m benchmarks.memory --device cuda    # twelve configurations of the torch backend on an NVIDIA GPU
     python -m benchmarks.memory --device gpu     # those of the MLX backend on MLX's GPU, in bf16
@@ -204,6 +204,10 @@ def described(case: dict[str, Any]) -> str:
     return ", ".join([" ".join(words), *rest])
 
 
+def chosen_by(words: list[str], name: str) -> bool:
+    return any(word in name for word in words)
+
+
 def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     gpu = any(case.get("device") == "cuda" for case in cases)
     names = ["configuration", "estimated GB", "measured GB", "difference", "largest part after the weights"]
@@ -230,19 +234,19 @@ def table(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="a word of the configurations to run")
+    parser.add_argument("--only", nargs="+", default=[""], help="words of the configurations to run")
     parser.add_argument("--real-sizes", action="store_true", help="Gemma-3 270M, 1B and 4B against the limits of use")
     parser.add_argument("--device", choices=["cpu", "cuda", "gpu"], default="cpu", help="gpu: MLX's")
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
     if arguments.real_sizes:
-        chosen = [case for case in REAL if arguments.only in f"{case['backend']} {case['model']}"]
+        chosen = [case for case in REAL if chosen_by(arguments.only, f"{case['backend']} {case['model']}")]
         found = real_sizes(chosen)
     else:
         cases = CUDA_CASES if arguments.device == "cuda" else CASES
         if arguments.device == "gpu":
             cases = [case | {"device": "gpu", "precision": "bf16"} for case in CASES if case["backend"] == "mlx"]
-        found = table([case for case in cases if arguments.only in described(case)])
+        found = table([case for case in cases if chosen_by(arguments.only, described(case))])
         measured = [result for result in found if "fault" not in result]
         worst = max((abs(result["predicted"] / result["peak"] - 1) for result in measured), default=0.0)
         print(f"\n{len(measured)} of {len(found)} configurations measured, the worst {worst:.1%} away")

@@ -68,7 +68,7 @@ def job_of(case: dict[str, Any]) -> tuple[Path, Recipe, Plan, Adapter, dict[str,
         loss_chunk=case.get("loss_chunk", 32 if case["backend"] == "mlx" else 64),
         save_every=1,
     )
-    if plan.device == "cuda":
+    if plan.device != "cpu":  # the backend's own, as `train` has it
         chunk = package_of(case).memory_terms.loss_chunk(config["vocab_size"], plan.device)
         plan = plan.model_copy(update={"loss_chunk": chunk})
     shapes = linear_shapes(ModelFolder(folder), ["all-linear"])

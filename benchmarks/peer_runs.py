@@ -1,41 +1,22 @@
-"""One run of each peer, in an environment of its own: its command, and the figures that it printed."""
+"""One run of each peer with its own Python: its command, and the figures that it printed."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from ctypes.util import find_library
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from common.system.cache import cache_folder
-from common.system.hardware import nvidia_gpus
+import psutil
+
+from benchmarks.peer_environments import PEERS, Failed, last_line
 from mlx_backend.blas import known_core
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALL = {
-    "trl": ["torch==2.13.0", "trl==1.16.0", "peft", "datasets", *(["liger-kernel"] if nvidia_gpus() else [])],
-    "mlx-lm": ["mlx[cpu]>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
-    "mlx-lm on a GPU": [f"mlx{'[cuda13]' if nvidia_gpus() else ''}>=0.32.4,<0.33", "mlx-lm>=0.32.2,<0.33"],
-    "llamafactory": ["torch==2.13.0", "llamafactory==0.9.5"],
-    "unsloth": ["unsloth==2026.10.9"],
-}
-PEERS = {
-    "twintune-torch": None,
-    "twintune-mlx": None,
-    "twintune-lean": None,
-    "mlx_lm.lora": "mlx-lm",
-    "trl": "trl",
-    "trl-best": "trl",
-    "padded": "trl",
-    "llamafactory": "llamafactory",
-    "unsloth": "unsloth",
-    "unsloth-lean": "unsloth",
-}
-
-
 # That run on CUDA; on MLX's GPU, be it Apple's or NVIDIA's; on a CPU.
 RUN_ON = {
     "cuda": ("twintune-torch", "twintune-lean", "trl", "trl-best", "padded", "unsloth", "unsloth-lean"),
@@ -45,32 +26,36 @@ RUN_ON = {
 QUANTIZED = ("twintune-torch", "twintune-lean", "unsloth", "unsloth-lean")  # that take --quantization
 
 
-def environment(peer: str, device: str) -> str:
-    """The Python of the peer's own environment, made where it is not there; this one for Twintune."""
-    if PEERS[peer] is None:
-        return sys.executable
-    name = str(PEERS[peer]) + (" on a GPU" if device == "gpu" else "")
-    folder = cache_folder() / "peers" / name
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for package in INSTALL[name]:
-            subprocess.run([str(python), "-m", "pip", "install", "-q", package], check=True)
-        (folder / "ready").touch()
-    return str(python)
-
-
-def run(command: list[str], **variables: str) -> tuple[str, int]:
-    """What the command printed, and the peak of its resident set in bytes."""
+def run(command: list[str], limit: float, **variables: str) -> tuple[str, int]:
+    """What the command printed, and the peak of its resident set in bytes. Raises Failed, after `limit` seconds too."""
     with tempfile.TemporaryFile("w+") as printed, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=os.environ | variables, stdout=printed, stderr=errors)
+        late = threading.Event()
+        timer = threading.Timer(limit, lambda: (late.set(), _kill(process.pid)))
+        timer.daemon = True
+        timer.start()
         _, status, usage = os.wait4(process.pid, 0)
+        timer.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
         for stream in (printed, errors):
             stream.seek(0)
         if process.returncode:
-            raise SystemExit(f"{' '.join(command[:6])} ...:\n{printed.read()[-1500:]}\n{errors.read()[-3000:]}")
+            text = errors.read()
+            shown = f"{' '.join(command[:6])} ...:\n{printed.read()[-1500:]}\n{text[-3000:]}"
+            print(shown, file=sys.stderr, flush=True)
+            died = f"status {process.returncode}: {last_line(text)}"
+            raise Failed(f"not done in {limit:.0f} s" if late.is_set() else died)
         return printed.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _kill(pid: int) -> None:
+    """With all that it has started. It stays in this process's group, so that who stops that stops it too."""
+    try:
+        parent = psutil.Process(pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.kill()
+    except psutil.NoSuchProcess:
+        pass
 
 
 def twintune(job: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +69,8 @@ def twintune(job: dict[str, Any]) -> dict[str, Any]:
     options += ["--gradient-checkpointing"] if job["peer"] == "twintune-lean" else []
     options += ["--quantization", "4bit"] if job["quantization"] == "nf4" else []
     command = [sys.executable, "cli.py", "train", "--model", job["model"], "--data", job["rows"], *options]
-    _, peak = run(command, TWINTUNE_LEARN_MEMORY="0", **_cold(output))  # nothing of this machine's other runs
+    variables = {"TWINTUNE_LEARN_MEMORY": "0"}  # nothing of this machine's other runs
+    _, peak = run(command, job["limit"], **variables, **_cold(output))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((output / "run.json").read_text())
     return {
@@ -145,7 +131,8 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     variables = _cold(output) | ({"LD_PRELOAD": blas} if blas else {})
     if blas and (core := known_core()):  # as Twintune has it where OpenBLAS is older than the CPU
         variables["OPENBLAS_CORETYPE"] = core
-    printed, peak = run([job["python"], "-c", code, str(output / "config.json")], **variables)
+    command = [job["python"], "-c", code, str(output / "config.json")]
+    printed, peak = run(command, job["limit"], **variables)
     marks, allocated = json.loads(printed.splitlines()[-1])
     seconds = [after - before for before, after in pairwise(marks)]
     return {
@@ -156,14 +143,16 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def hugging_face(job: dict[str, Any]) -> dict[str, Any]:
-    printed, peak = run([job["python"], str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)])
+    command = [job["python"], str(ROOT / "benchmarks" / "peer_hf.py"), json.dumps(job)]
+    printed, peak = run(command, job["limit"])
     found = json.loads(printed.splitlines()[-1])
     return {"seconds": found["seconds"], "peak": found["peak"] or peak, "adapter": job["output"]}
 
 
 def unsloth(job: dict[str, Any]) -> dict[str, Any]:
     job = job | {"checkpointing": "unsloth" if job["peer"] == "unsloth-lean" else False}
-    printed, _ = run([job["python"], str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)])
+    command = [job["python"], str(ROOT / "benchmarks" / "peer_unsloth.py"), json.dumps(job)]
+    printed, _ = run(command, job["limit"])
     found = json.loads(printed.splitlines()[-1])
     return {"seconds": found["seconds"], "peak": found["peak"], "adapter": job["output"]}
 
@@ -217,7 +206,7 @@ def llama_factory(job: dict[str, Any]) -> dict[str, Any]:
         "print(json.dumps([b - a for a, b in zip(marks, marks[1:])]))"
     )
     command = [job["python"], "-c", code, str(output / "config.yaml")]
-    printed, peak = run(command, DISABLE_VERSION_CHECK="1")
+    printed, peak = run(command, job["limit"], DISABLE_VERSION_CHECK="1")
     return {"seconds": json.loads(printed.splitlines()[-1]), "peak": peak, "adapter": str(output / "adapter")}
 
 

@@ -1,8 +1,12 @@
-"""The data sets of `benchmarks.regret`: at most 120 short rows each, and validation rows that none of them repeats."""
+"""The data sets of `benchmarks.regret`: at most 120 short rows each, and validation rows that none of them repeats.
+
+Also the rows that speed is measured with, `SPEED_SETS`: many, and of the lengths that are wanted.
+"""
 
 import json
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,12 @@ _SUBJECTS = (
     ("the key", "鍵"),
 )
 
+_TOKENS_OF_A_WORD, _TEMPLATE = 1.2, 15  # of SmolLM2's tokenizer; in words, what its chat template adds to a row
+SPEED_SETS: dict[str, Callable[[random.Random], float]] = {  # the tokens of a row
+    "chat-like": lambda draw: min(600, draw.lognormvariate(5.1, 0.6)),  # some 195 on average
+    "mixed": lambda draw: math.exp(draw.uniform(math.log(20), math.log(1000))),  # some 250
+}
+
 
 def data_set(name: str, public: Path | None) -> dict[str, list[Row]]:
     """The rows of `train` and `valid`. public: folder of the public sets, as identity/identity.json lies in it."""
@@ -64,6 +74,39 @@ def write_set(rows: dict[str, list[Row]], folder: Path) -> None:
     for part, some in rows.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in some)
         (folder / f"{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def speed_rows(name: str, count: int = 1640) -> list[Row]:
+    """Rows of one exchange, whose answer has a third of the tokens; `name` is one of SPEED_SETS."""
+    draw = random.Random(_SEED)  # noqa: S311  # any order will do
+    rows = []
+    for _ in range(count):
+        words = SPEED_SETS[name](draw) / _TOKENS_OF_A_WORD
+        turns = {
+            "system": "Be brief.",
+            "user": _prose(draw, words * 2 / 3 - _TEMPLATE),
+            "assistant": _prose(draw, words / 3),
+        }
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns.items()]})
+    return rows
+
+
+def speed_file(data: str, folder: Path) -> Path:
+    """The file `data`; where it is one of SPEED_SETS, its rows in a file that is written into `folder`."""
+    if data not in SPEED_SETS:
+        return Path(data)
+    write_set({data: speed_rows(data)}, folder)
+    return folder / f"{data}.jsonl"
+
+
+def _prose(draw: random.Random, words: float) -> str:
+    """As many words, at least one."""
+    found: list[str] = []
+    while len(found) < words:
+        house, wish, time, walk = (draw.choice(kind) for kind in (_HOUSES, _WISHES, _TIMES, _WALKS))
+        sentence = f"{time[0]} at {house[0]}: {wish[0]}; {wish[2]}. Go {walk[0]} to {house[2]}; it takes {walk[2]}."
+        found += sentence.split()
+    return " ".join(found[: max(1, round(words))])
 
 
 def _example(train: int, valid: int) -> dict[str, list[Row]]:

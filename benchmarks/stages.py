@@ -6,11 +6,17 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pynvml
+
+from benchmarks import commit
 from benchmarks.peer_runs import ROOT
+from common.files import atomic_write
 from common.llama_cpp.install import which
 from common.system.cache import cache_folder
 from common.system.environment import environment
@@ -18,23 +24,15 @@ from common.system.hardware import nvidia_gpus
 from common.system.memory import swap_used
 
 _KEPT = 20_000  # characters of a command's output, from its end
+_OVER = "the time was over"
 Stages = dict[str, list[list[str]]]  # by name, the arguments of Python in each of its commands
 
 
-def facts() -> dict[str, Any]:
-    """The machine and what is installed on it."""
+def facts(given_commit: str) -> dict[str, Any]:
+    """The day, the commit, the machine and what is installed on it."""
     gpus = [gpu.name for gpu in nvidia_gpus()]
-    return environment() | {"release": platform.platform(), "gpus": gpus, "commit": _commit()}
-
-
-def _commit() -> str:
-    """Of the checkout; empty where it is none."""
-    head = ROOT / ".git" / "HEAD"
-    if not head.is_file():
-        return ""
-    name = head.read_text(encoding="utf-8").strip().removeprefix("ref: ")
-    branch = ROOT / ".git" / name
-    return branch.read_text(encoding="utf-8").strip() if branch.is_file() else name
+    driver = {"driver": str(pynvml.nvmlSystemGetDriverVersion())} if gpus else {}
+    return commit.known(given_commit) | environment() | {"release": platform.platform(), "gpus": gpus} | driver
 
 
 def hidden_paths() -> dict[str, str]:
@@ -43,39 +41,71 @@ def hidden_paths() -> dict[str, str]:
     return {str(cache_folder()): "CACHE", str(ROOT): "CHECKOUT", str(Path.home()): "~"} | cmake
 
 
-def run_stages(stages: Stages, out: Path, hidden: dict[str, str], minutes: float = float("inf")) -> bool:
-    """Run every command, and write what is known to `out` after each stage. Returns whether none failed.
+def run_stages(
+    stages: Stages,
+    out: Path,
+    hidden: dict[str, str],
+    given_commit: str = "",
+    minutes: float = float("inf"),
+    limits: Mapping[str, float] | None = None,
+) -> bool:
+    """Run every command, and write what is known to `out` after each. Returns whether none failed.
 
-    One that fails does not stop the others; one that the time does not allow has not failed. hidden: words that must
-    not stand in the report, and what is written for them. minutes: no command begins after them, and none runs on.
+    Stages that an earlier call has done, as `out` says, are left out; those that it began come after the others. One
+    that fails does not stop the others; one that the time does not allow has not failed. A result names the call that
+    measured it. hidden: words that must not stand in the report, and what is written for them. minutes: of this call.
+    limits: the seconds of a stage, by its name. It begins where half of them are left, and fails where they are over.
     """
-    good = True
+    report: dict[str, Any] = (
+        json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"calls": [], "stages": {}}
+    )
+    report["calls"].append(facts(given_commit))
+    found, good = report["stages"], True
     ends = time.monotonic() + 60 * minutes
-    report: dict[str, Any] = {"machine": facts(), "stages": {}}
-    for name, commands in stages.items():
+    for name in sorted(stages, key=lambda name: name in found):
+        commands, before = stages[name], found.get(name, [])
+        if [result["status"] for result in before[-len(commands) :]] == [0] * len(commands):
+            print(f"{name}: done before", flush=True)
+            continue
+        left = ends - time.monotonic()
+        limit = (limits or {}).get(name, left)
+        if left <= 0 or left < limit / 2:
+            print(f"{name}: not begun: {_OVER}", flush=True)
+            continue
         print(f"{name} ...", flush=True)
-        done = [_run(command, ends - time.monotonic()) for command in commands]
-        for result in done:
-            print(f"    {'FAILED' if result['status'] else 'ok'} in {result['seconds']} s", flush=True)
-            good = good and (result["status"] == 0 or isinstance(result["status"], str))
-        report["stages"][name] = done
-        text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-        for word in sorted(hidden, key=len, reverse=True):  # the cache is within the home folder
-            text = text.replace(word, hidden[word])
-        out.write_text(text, encoding="utf-8")
+        late = _OVER if left <= limit else f"its {limit:.0f} s were over"
+        stage_ends = time.monotonic() + min(left, limit)
+        for arguments in commands:
+            result = _run(arguments, stage_ends - time.monotonic(), late)
+            good = good and result["status"] in (0, f"ended: {_OVER}", f"not begun: {_OVER}")
+            print(f"    {result['status'] or 'ok'} in {result['seconds']} s", flush=True)
+            found.setdefault(name, []).append(result | {"call": len(report["calls"])})
+            _write(report, out, hidden)
+    _write(report, out, hidden)
     print(f"Written: {out}")
     return good
 
 
-def _run(arguments: list[str], seconds: float) -> dict[str, Any]:
-    """What a command printed, its status, its seconds, and how much swap grew meanwhile."""
+def _write(report: dict[str, Any], out: Path, hidden: dict[str, str]) -> None:
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    for word in sorted(hidden, key=len, reverse=True):  # the cache is within the home folder
+        text = text.replace(word, hidden[word])
+    with atomic_write(out.absolute()) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _run(arguments: list[str], seconds: float, late: str) -> dict[str, Any]:
+    """What a command printed and wrote by --json, its status, its seconds, and how much swap grew meanwhile."""
     started, swap = time.monotonic(), swap_used()
     result: dict[str, Any] = {"command": " ".join(["python", *arguments])}
     if seconds <= 0:
-        return result | {"status": "not begun: the time was over", "seconds": 0.0}
+        return result | {"status": f"not begun: {late}", "seconds": 0.0}
     code, output = _within(seconds, arguments)
+    figures = Path(arguments[arguments.index("--json") + 1]) if "--json" in arguments else None
+    if figures and figures.exists():
+        result["figures"] = json.loads(figures.read_text(encoding="utf-8"))
     return result | {
-        "status": "ended: the time was over" if code is None else code,
+        "status": f"ended: {late}" if code is None else code,
         "seconds": round(time.monotonic() - started, 1),
         "swap_growth": swap_used() - swap,
         "output": output[-_KEPT:],
@@ -84,19 +114,22 @@ def _run(arguments: list[str], seconds: float) -> dict[str, Any]:
 
 def _within(seconds: float, arguments: list[str]) -> tuple[int | None, str]:
     """`(status, what was printed)`; no status where the time was over: all that the command has started is killed."""
-    with subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | {"COLUMNS": "200"},  # or tables would break paths in two, which could not be hidden
-        start_new_session=True,
-    ) as process:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"COLUMNS": "200"},  # or tables would break paths in two, which could not be hidden
+            start_new_session=True,
+        )
         try:
-            output, _ = process.communicate(timeout=None if seconds == float("inf") else seconds)
-            return process.returncode, output
+            code = process.wait(None if seconds == float("inf") else seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            return None, process.communicate()[0]
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        printed.seek(0)
+        return code, printed.read()

@@ -2,15 +2,33 @@
 
 import json
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks import beside, mac, memory, nvidia, peer_runs, peers, random_model, stages
+from benchmarks import (
+    beside,
+    commit,
+    graphs,
+    mac,
+    memory,
+    nvidia,
+    peer_environments,
+    peer_runs,
+    peers,
+    random_model,
+    regret_data,
+    stages,
+    step_time,
+)
 from benchmarks.one_step import job_of
+from mlx_backend.memory_terms import loss_chunk
 from tests import backends
 
+SCRIPTS = (graphs, memory, peers, random_model, step_time)
 CASE = {"backend": "torch", "model": "smollm2-135m", "precision": "fp32", "rows": 1, "width": 8}
 
 
@@ -50,7 +68,7 @@ def test_a_failing_process_is_named_by_its_last_line(monkeypatch: pytest.MonkeyP
 
 
 def test_stages_all_run_and_say_whether_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "facts", dict)
+    monkeypatch.setattr(stages, "facts", lambda commit: {"commit": commit})
     out, home = tmp_path / "report.json", str(Path.home())
     say = ["-c", "import os; print(os.environ['COLUMNS'], os.path.expanduser('~'))"]
     assert not stages.run_stages({"bad": [["-c", "raise SystemExit(3)"]], "good": [say]}, out, stages.hidden_paths())
@@ -58,12 +76,68 @@ def test_stages_all_run_and_say_whether_one_failed(tmp_path: Path, monkeypatch: 
     assert report["bad"][0]["status"] == 3
     assert report["good"][0]["output"] == "200 ~\n"
     assert home not in out.read_text()
-    assert stages.run_stages({"good": [say]}, out, {})
     assert stages.run_stages({"late": [say]}, out, {}, minutes=0), "what the time does not allow has not failed"
 
 
+def test_a_stage_has_its_own_time_and_keeps_what_it_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "facts", lambda commit: {"commit": commit})
+    out, figures, script = tmp_path / "report.json", tmp_path / "figures.json", tmp_path / "hangs.py"
+    script.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "pathlib.Path(sys.argv[2]).write_text('[1]')\n"
+        "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    hangs = [[str(script), "--json", str(figures)], ["-c", ""]]
+    wanted = {"hangs": hangs, "next": [["-c", "print('measured')"]]}
+    assert not stages.run_stages(wanted, out, {}, "4f2636b", minutes=1, limits={"hangs": 3.0})
+    report = json.loads(out.read_text())
+    late, skipped = report["stages"]["hangs"]
+    assert (late["status"], late["figures"]) == ("ended: its 3 s were over", [1])
+    started = int(late["output"])  # by the command
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+    assert skipped["status"] == "not begun: its 3 s were over"
+    assert report["stages"]["next"][0]["output"] == "measured\n"
+    assert report["calls"] == [{"commit": "4f2636b"}]
+
+
+def test_a_second_call_runs_what_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "facts", lambda commit: {})
+    out, file = tmp_path / "report.json", tmp_path / "there"
+    needs = ["-c", f"open({str(file)!r})"]
+    wanted = {"fails": [["-c", ""], needs], "good": [["-c", ""]], "new": [["-c", ""]]}
+    assert not stages.run_stages({name: wanted[name] for name in ("fails", "good")}, out, {})
+    file.touch()
+    capsys.readouterr()
+    assert stages.run_stages(wanted, out, {})
+    shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("    ")]
+    assert shown[:3] == ["new ...", "fails ...", "good: done before"]
+    found = json.loads(out.read_text())["stages"]
+    assert [(result["call"], result["status"]) for result in found["fails"]] == [(1, 0), (1, 1), (2, 0), (2, 0)]
+    assert [result["call"] for result in found["good"]] == [1]
+
+
+def test_a_stage_begins_only_where_half_of_its_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "facts", lambda commit: {})
+    out, limits = tmp_path / "report.json", {"long": 900.0, "short": 30.0}
+    wanted: stages.Stages = {"long": [["-c", ""]], "short": [["-c", ""]]}
+    assert stages.run_stages(wanted, out, {}, minutes=1, limits=limits)
+    assert [*json.loads(out.read_text())["stages"]] == ["short"]
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_git(*command: Any, **options: Any) -> None:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(commit.subprocess, "run", no_git)
+    assert commit.known("4f2636b")["commit"] == "4f2636b"
+    assert commit.known("")["commit"] == "unknown"
+
+
 def test_paths_are_replaced_the_longest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "facts", dict)
+    monkeypatch.setattr(stages, "facts", lambda commit: {"commit": commit})
     paths = "/home/ä/.cache/twintune and /home/ä/rows"
     hidden = {"/home/ä": "~", "/home/ä/.cache/twintune": "CACHE"}
     assert stages.run_stages({"good": [["-c", f"print({paths!r})"]]}, tmp_path / "out.json", hidden)
@@ -98,19 +172,48 @@ def test_a_step_on_mlxs_gpu_has_a_memory_budget(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("mlx_backend.free_memory", lambda device: (1000, "free"))
     monkeypatch.setattr(random_model, "cache_folder", lambda: tmp_path)
     case = CASE | {"backend": "mlx", "layers": 1, "vocabulary": 64}
-    assert job_of(case | {"device": "gpu"})[2].memory_budget == 850
+    on_gpu = job_of(case | {"device": "gpu"})[2]
+    assert (on_gpu.memory_budget, on_gpu.loss_chunk) == (850, loss_chunk(64, "gpu"))
     assert job_of(case)[2].memory_budget == 0
 
 
 def test_random_models_are_written_within_their_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(random_model, "cache_folder", lambda: tmp_path)
-    found = nvidia.stages("gpu", 8, [])
+    found = nvidia.stages("gpu", 8, "chat-like", tmp_path)
     assert [*tmp_path.iterdir()] == []
     write, measure = found["torch: qwen3-4b"]
     assert write == ["-m", "benchmarks.random_model", "qwen3-4b"]
-    assert measure[-1] == str(random_model.folder_of("qwen3-4b"))
+    assert measure[measure.index("--model") + 1] == str(random_model.folder_of("qwen3-4b"))
     assert {"twintune-lean", "unsloth-lean"} <= {*measure}
-    assert "nf4" in found["nf4: torch"][1]
+    assert "nf4" in found["nf4: qwen3-4b"][1]
+    files = [
+        command[command.index("--json") + 1] for stage in found.values() for command in stage if "--json" in command
+    ]
+    assert len(files) == len({*files})
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_every_command_of_a_stage_has_such_options(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each script's own parser reads them, and its work is not begun."""
+
+    class Parsed(Exception):
+        pass
+
+    real = nvidia.argparse.ArgumentParser.parse_args
+
+    def parse(self: Any, *given: Any) -> None:
+        real(self, *given)
+        raise Parsed
+
+    monkeypatch.setattr(nvidia.argparse.ArgumentParser, "parse_args", parse)
+    scripts = {f"benchmarks.{script.__name__.rsplit('.')[-1]}": script for script in SCRIPTS}
+    every = [*nvidia.stages(device, 8, "mixed", tmp_path).values(), *mac.stages(device, tmp_path).values()]
+    for command in (command for commands in every for command in commands if command[1] in scripts):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with pytest.raises(Parsed):
+            scripts[command[1]].main()
 
 
 @pytest.mark.parametrize("script", [peers, nvidia])
@@ -160,9 +263,111 @@ def test_runs_that_are_measured_neither_read_nor_write_what_was_learned(
 
     monkeypatch.setattr(peer_runs, "run", ran)
     monkeypatch.setattr(beside.subprocess, "run", ran)
-    job = {name: 8 for name in ("steps", "batch", "rank", "learning_rate")} | {"precision": "fp32", "device": "cpu"}
+    job = {name: 8 for name in ("steps", "batch", "rank", "learning_rate", "limit")} | {
+        "precision": "fp32",
+        "device": "cpu",
+    }
     names = {"peer": "twintune-torch", "model": "m", "rows": "r", "quantization": "nf4", "output": str(tmp_path)}
     with pytest.raises(Ran):
         peer_runs.twintune(job | names)
     with pytest.raises(Ran):
         beside._speed("torch", 1)
+
+
+def test_a_peer_that_fails_is_a_row_and_the_others_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(peer: str, device: str) -> str:
+        if peer == "trl":
+            raise peer_environments.Failed("no environment | here")
+        return sys.executable
+
+    def ran(job: dict[str, Any]) -> dict[str, Any]:
+        if job["peer"] == "padded":
+            raise ValueError("no JSON")
+        return {"seconds": [2.0, 1.0], "peak": 10**9, "adapter": job["peer"]}
+
+    def loss(folder: Path, adapter: Path, *rest: Any) -> float:
+        if adapter.name == "trl-best":
+            raise ValueError("no adapter")
+        return 1.0
+
+    monkeypatch.setattr(peers, "environment", make)
+    monkeypatch.setattr(peers, "RUNNERS", dict.fromkeys(peer_runs.RUNNERS, ran))
+    monkeypatch.setattr(peers, "versions", lambda python: {"torch": "2"})
+    monkeypatch.setattr(peers, "valid_loss", loss)
+    rows_read = [peers.argparse.Namespace(ids=range(101), label_tokens=30)]
+    monkeypatch.setattr(peers, "prepare", lambda *given: (rows_read, []))
+    monkeypatch.setattr(peers, "resolve", lambda *given: peers.argparse.Namespace(path=tmp_path))
+    names = ["trl", "twintune-torch", "padded", "trl-best"]
+    found = tmp_path / "found.json"
+    monkeypatch.setattr(
+        sys, "argv", ["peers", "--steps", "2", "--rounds", "2", "--json", str(found), "--peers", *names]
+    )
+    peers.main()
+    lines = capsys.readouterr().out.splitlines()
+    runs = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [(run["peer"], run["round"]) for run in runs] == [
+        *((name, 1) for name in names),
+        *(("twintune-torch", 2), ("trl-best", 2)),
+    ]
+    rows = {line.split(" ")[1]: line for line in lines if line.startswith("| t") or line.startswith("| p")}
+    assert "failed: no environment / here" in rows["trl"]
+    assert "failed: ValueError: no JSON" in rows["padded"]
+    assert "failed: ValueError: no adapter" in rows["trl-best"]
+    assert rows["twintune-torch"].endswith("| 1.0000 |")
+    assert json.loads(found.read_text())["runs"]["twintune-torch"][0]["versions"] == {"torch": "2"}
+
+
+def test_twintunes_own_failure_ends_with_status_1() -> None:
+    good, failed = [{"loss": 1.0}], [{"failed": "late"}]
+    assert peers.verdict({"twintune-mlx": good, "mlx_lm.lora": failed}) == ""
+    assert peers.verdict({"twintune-mlx": failed, "mlx_lm.lora": good}) == "twintune-mlx failed."
+    assert "is worse" in peers.verdict({"twintune-mlx": [{"loss": 1.02}], "mlx_lm.lora": good})
+    assert "is worse" in peers.verdict({"twintune-mlx": [{"loss_failed": "no adapter"}], "mlx_lm.lora": good})
+
+
+def test_a_peer_that_takes_too_long_is_killed() -> None:
+    with pytest.raises(peer_environments.Failed, match="not done in 1 s"):
+        peer_runs.run([sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    with pytest.raises(peer_environments.Failed, match="status 1: ValueError: x"):
+        peer_runs.run([sys.executable, "-c", "raise ValueError('x')"], 60)
+
+
+def test_mlx_lm_runs_here_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peer_environments.environment("mlx_lm.lora", "gpu") == sys.executable
+    monkeypatch.setattr(peer_environments, "cache_folder", lambda: tmp_path)
+    (tmp_path / "peers").mkdir()
+    monkeypatch.setitem(peer_environments.INSTALL, "mlx-lm", ["mlx>=99"])
+    monkeypatch.setattr(peer_environments, "_install", lambda command: (tmp_path / "peers/mlx-lm").mkdir(exist_ok=True))
+    assert peer_environments.environment("mlx_lm.lora", "cpu") == str(tmp_path / "peers/mlx-lm/bin/python")
+
+
+def test_versions_are_those_of_the_peers_python() -> None:
+    assert peer_environments.versions(sys.executable)["torch"] == metadata.version("torch")
+
+
+def test_rows_for_speed_have_the_lengths_that_are_wanted(tmp_path: Path) -> None:
+    words = {
+        name: [sum(len(turn["content"].split()) for turn in row["messages"]) for row in regret_data.speed_rows(name)]
+        for name in regret_data.SPEED_SETS
+    }
+    assert 140 < sum(words["chat-like"]) / len(words["chat-like"]) < 160  # some 195 tokens with the template's
+    assert max(words["chat-like"]) < 500
+    assert min(words["mixed"]) < 10
+    assert 700 < max(words["mixed"]) < 830
+    file = regret_data.speed_file("mixed", tmp_path)
+    assert file.read_bytes() == regret_data.speed_file("mixed", tmp_path).read_bytes()
+
+
+def test_a_kernel_is_told_by_its_name() -> None:
+    names = {
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel<cutlass::bfloat16_t>": "attention",
+        "nvjet_tst_128x256_64x4": "products",
+        "sm90_xmma_gemm_bf16bf16": "products",
+        "aten::addmm_": "products",
+        "aten::mm": "products",
+        "void at::native::vectorized_layer_norm_kernel<float>": "norms",
+        "void at::native::elementwise_kernel<128, 2>": "other",
+    }
+    assert {name: step_time.part_of(name) for name in names} == names
