@@ -5,10 +5,10 @@
     python -m benchmarks.nvidia --commit 4f2636b              # of a copy that git does not know
     python -m benchmarks.nvidia --device cpu --steps 4        # elsewhere, to see that the stages run
 
-Three calls with the same file do all: what an earlier one has done is left out. A stage has a time limit of its own,
+Three calls with the same file should do all: what an earlier one has done is left out. A stage has its own time limit,
 and what it had printed by then is kept; one that the time does not allow is not begun. MLX begins with an empty kernel
-cache. Rows are those of `benchmarks.regret_data`, chat-like or mixed. Models other than SmolLM2 have its
-tokenizer and random weights, and are written by their stage. Exits with status 1 where a stage failed.
+cache. Rows are those of `benchmarks.regret_data`, chat-like or mixed. Models other than SmolLM2 have its tokenizer and
+random weights, and are written by their stage. Exits with status 1 where a stage failed.
 """
 
 import argparse

@@ -33,10 +33,15 @@ _PACKAGES = (
     *("torch", "triton", "transformers", "peft", "trl", "liger-kernel", "unsloth", "bitsandbytes", "llamafactory"),
     *("mlx", "mlx-cpu", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm"),
 )
-_VERSIONS = """import json, sys
+_VERSIONS = """import json, platform, sys
 from importlib import metadata
-found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in metadata.distributions()}
-print(json.dumps([sys.version.split()[0], {name: found[name] for name in sys.argv[1:] if name in found}]))
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
 """
 
 
@@ -89,5 +94,4 @@ def versions(python: str) -> dict[str, str]:
     done = subprocess.run([python, "-c", _VERSIONS, *_PACKAGES], capture_output=True, text=True, check=False)
     if done.returncode:
         raise Failed(last_line(done.stderr))
-    own, packages = json.loads(done.stdout)
-    return {"python": own} | packages
+    return dict(json.loads(done.stdout))
