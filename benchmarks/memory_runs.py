@@ -26,6 +26,7 @@ CASES: dict[str, tuple[dict[str, str], dict[str, str]]] = {  # name: (the first 
     "example fp32": ({**_SMOL, "precision": "fp32"}, {"data": "chat", "batch-size": "4"}),
     "example bf16": ({**_SMOL, "precision": "bf16"}, {"data": "chat", "batch-size": "4"}),
     "chat bf16": ({**_SMOL, "precision": "bf16", "data": "chat"}, {"data": "example", "batch-size": "16"}),
+    "gemma bf16 checkpointing": ({**_GEMMA, **_LEAN, "precision": "bf16"}, {"data": "chat", "batch-size": "4"}),
     "gemma fp32 checkpointing": ({**_GEMMA, **_LEAN, "precision": "fp32"}, {"data": "chat", "batch-size": "4"}),
 }
 _QUICK = {"eval-rows": "8", "eval-every": "25", "sample-prompt": "Hi", "export": "none", "save-every": "1000"}

@@ -1,5 +1,6 @@
 """One run of each peer with its own Python: its command, and the figures that it printed."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from benchmarks.peer_environments import PEERS, Failed, last_line
-from mlx_backend.blas import known_core
+from mlx_backend.blas import better_core
 
 ROOT = Path(__file__).resolve().parent.parent
 # That run on CUDA; on MLX's GPU, be it Apple's or NVIDIA's; on a CPU.
@@ -129,7 +130,7 @@ def mlx_lm(job: dict[str, Any]) -> dict[str, Any]:
     )
     blas = find_library("openblas") if job["device"] == "cpu" and sys.platform == "linux" else None
     variables = _cold(output) | ({"LD_PRELOAD": blas} if blas else {})
-    if blas and (core := known_core()):  # as Twintune has it where OpenBLAS is older than the CPU
+    if blas and (core := better_core(ctypes.CDLL(blas))):  # as Twintune has it where OpenBLAS is older than the CPU
         variables["OPENBLAS_CORETYPE"] = core
     command = [job["python"], "-c", code, str(output / "config.json")]
     printed, peak = run(command, job["limit"], **variables)

@@ -147,7 +147,8 @@ def run_of(job: dict[str, Any]) -> dict[str, Any]:
     """The figures of one run, and the versions in its Python; `failed` where there are none."""
     try:
         python = environment(job["peer"], job["device"])
-        found = RUNNERS[job["peer"]](job | {"python": python}) | {"versions": versions(python)}
+        known = versions(python)
+        found = RUNNERS[job["peer"]](job | {"python": python}) | {"versions": known}
         return found | {"seconds": [round(second, 5) for second in found["seconds"]]}
     except Exception as error:  # whatever a peer leaves behind
         return {"failed": _reason(error)}

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from common.system.memory import swap_used
 
 _KEPT = 20_000  # characters of a command's output, from its end
 _OVER = "the time was over"
+_WRITES = "benchmarks.random_model"
 Stages = dict[str, list[list[str]]]  # by name, the arguments of Python in each of its commands
 
 
@@ -51,47 +53,89 @@ def run_stages(
 ) -> bool:
     """Run every command, and write what is known to `out` after each. Returns whether none failed.
 
-    Stages that an earlier call has done, as `out` says, are left out; those that it began come after the others. One
-    that fails does not stop the others; one that the time does not allow has not failed. A result names the call that
-    measured it. hidden: words that must not stand in the report, and what is written for them. minutes: of this call.
-    limits: the seconds of a stage, by its name. It begins where half of them are left, and fails where they are over.
+    What an earlier call has done, as `out` says, on this machine at this commit, is left out; stages that it began come
+    after the others. One that fails does not stop the others; one that the time does not allow has not failed. A result
+    names the call that measured it. hidden: words that must not stand in the report, and what is written for them.
+    minutes: of this call. limits: the seconds of a stage, by its name. It begins where half of them are left, and fails
+    where they are over.
     """
-    report: dict[str, Any] = (
-        json.loads(out.read_text(encoding="utf-8")) if out.exists() else {"calls": [], "stages": {}}
-    )
+    report = _earlier(out)
     report["calls"].append(facts(given_commit))
     found, good = report["stages"], True
     ends = time.monotonic() + 60 * minutes
-    for name in sorted(stages, key=lambda name: name in found):
-        commands, before = stages[name], found.get(name, [])
-        if [result["status"] for result in before[-len(commands) :]] == [0] * len(commands):
-            print(f"{name}: done before", flush=True)
-            continue
-        left = ends - time.monotonic()
-        limit = (limits or {}).get(name, left)
-        if left <= 0 or left < limit / 2:
-            print(f"{name}: not begun: {_OVER}", flush=True)
-            continue
-        print(f"{name} ...", flush=True)
-        late = _OVER if left <= limit else f"its {limit:.0f} s were over"
-        stage_ends = time.monotonic() + min(left, limit)
-        for arguments in commands:
-            result = _run(arguments, stage_ends - time.monotonic(), late)
-            good = good and result["status"] in (0, f"ended: {_OVER}", f"not begun: {_OVER}")
-            print(f"    {result['status'] or 'ok'} in {result['seconds']} s", flush=True)
-            found.setdefault(name, []).append(result | {"call": len(report["calls"])})
-            _write(report, out, hidden)
+    with _ended_by_sigterm():
+        for name in sorted(stages, key=lambda name: name in found):
+            done = [_done(command, found.get(name, []), report["calls"], hidden) for command in stages[name]]
+            if all(done):
+                print(f"{name}: done before", flush=True)
+                continue
+            # what the others read may lie on another machine
+            commands = [
+                command for command, known in zip(stages[name], done, strict=True) if not known or _WRITES in command
+            ]
+            left = ends - time.monotonic()
+            limit = (limits or {}).get(name, left)
+            if left <= 0 or left < limit / 2:
+                print(f"{name}: not begun: {_OVER}", flush=True)
+                continue
+            print(f"{name} ...", flush=True)
+            late = _OVER if left <= limit else f"its {limit:.0f} s were over"
+            stage_ends = time.monotonic() + min(left, limit)
+            for arguments in commands:
+                result = _run(arguments, stage_ends - time.monotonic(), late)
+                good = good and result["status"] in (0, f"ended: {_OVER}", f"not begun: {_OVER}")
+                print(f"    {result['status'] or 'ok'} in {result['seconds']} s", flush=True)
+                found.setdefault(name, []).append(result | {"call": len(report["calls"])})
+                _write(report, out, hidden)
     _write(report, out, hidden)
     print(f"Written: {out}")
     return good
 
 
-def _write(report: dict[str, Any], out: Path, hidden: dict[str, str]) -> None:
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within the context the signal raises SystemExit, so that the command under way is killed too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """What earlier calls have written to `out`; nothing of a version that ran all stages in one call."""
+    report: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    return report if "calls" in report else {"calls": [], "stages": {}}
+
+
+def _done(
+    command: list[str], results: list[dict[str, Any]], calls: list[dict[str, Any]], hidden: dict[str, str]
+) -> bool:
+    """Whether a result, of a call as the last one is, has all figures of the command."""
+    same = [{name: call.get(name) for name in ("commit", "gpus", "processor")} for call in calls]
+    wanted = _hide(" ".join(["python", *command]), hidden)
+    return any(
+        result["command"] == wanted and same[result["call"] - 1] == same[-1] and _complete(result) for result in results
+    )
+
+
+def _complete(result: dict[str, Any]) -> bool:
+    """benchmarks.peers: figures of every peer, whatever they are. Else status 0."""
+    runs = result.get("figures", {}).get("runs") if isinstance(result.get("figures"), dict) else None
+    if runs is None:
+        return bool(result["status"] == 0)
+    return bool(runs) and all(own and "failed" not in own[-1] and "loss" in own[0] for own in runs.values())
+
+
+def _hide(text: str, hidden: dict[str, str]) -> str:
     for word in sorted(hidden, key=len, reverse=True):  # the cache is within the home folder
         text = text.replace(word, hidden[word])
+    return text
+
+
+def _write(report: dict[str, Any], out: Path, hidden: dict[str, str]) -> None:
     with atomic_write(out.absolute()) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_hide(json.dumps(report, indent=2, ensure_ascii=False) + "\n", hidden), encoding="utf-8")
 
 
 def _run(arguments: list[str], seconds: float, late: str) -> dict[str, Any]:

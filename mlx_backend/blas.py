@@ -22,7 +22,7 @@ def preload() -> str | None:
     if not sys.platform.startswith("linux"):
         return "Accelerate"
     if loaded := _loaded():
-        return loaded
+        return os.path.basename(loaded)
     name = ctypes.util.find_library("openblas")
     if name is None or "mlx.core" in sys.modules:
         return None
@@ -35,8 +35,22 @@ def preload() -> str | None:
     return name
 
 
-def known_core() -> str | None:
-    """The newest kernels of OpenBLAS that every version has for this CPU; None for a CPU without AVX2."""
+def better_core(library: ctypes.CDLL) -> str | None:
+    """The kernels to ask for where this OpenBLAS does not know the CPU, and took its slowest.
+
+    None where it knows it, where the CPU has no AVX2, and where the user has chosen.
+    """
+    return None if _CORE in os.environ or _chosen(library) != _FALLBACK else _known_core()
+
+
+def slow_core() -> str | None:
+    """`better_core` of the OpenBLAS that is loaded: by someone else, or it would have been loaded again."""
+    path = _loaded() if sys.platform.startswith("linux") else None
+    return better_core(ctypes.CDLL(path)) if path and os.path.basename(path).startswith("libopenblas") else None
+
+
+def _known_core() -> str | None:
+    """The newest kernels that every version of OpenBLAS has for this CPU; None for a CPU without AVX2."""
     flags = cpu_flags()
     if {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"} <= flags:
         return "SkylakeX"
@@ -44,10 +58,9 @@ def known_core() -> str | None:
 
 
 def _load(name: str) -> None:
-    """An OpenBLAS that is older than the CPU takes its slowest kernels: then it is loaded again with others."""
+    """Load it; one that is older than the CPU again, for other kernels than its slowest."""
     library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-    core = known_core()
-    if core is None or _CORE in os.environ or _chosen(library) != _FALLBACK:
+    if (core := better_core(library)) is None:
         return
     _ctypes.dlclose(library._handle)
     os.environ[_CORE] = core
@@ -66,10 +79,11 @@ def _chosen(library: ctypes.CDLL) -> bytes:
 
 
 def _loaded() -> str | None:
+    """The path of a BLAS whose functions MLX would call."""
     with open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
-            name = line.rsplit("/", 1)[-1].strip()
+            path = line.split(maxsplit=5)[-1].strip()
             # numpy's and scipy's own copies carry prefixed names that nobody else can call
-            if name.startswith(("libopenblas", "libmkl_rt", "libblis")):
-                return name
+            if os.path.basename(path).startswith(("libopenblas", "libmkl_rt", "libblis")):
+                return path
     return None

@@ -7,7 +7,7 @@ from common.errors import UserError
 from common.memory_terms import ModelDims
 from common.system.hardware import apple_precision, apple_silicon, mlx_fault, mlx_install, nvidia_precision
 from common.system.memory import available, available_to_gpu
-from mlx_backend.blas import preload
+from mlx_backend.blas import preload, slow_core
 
 _GROUP_SIZE = 64  # weights that share a scale, mlx-lm's default
 _INSTALL_BLAS = "apt install libopenblas0-pthread (Debian, Ubuntu) or dnf install openblas (Fedora)"
@@ -31,7 +31,9 @@ def choose_device(wanted: str) -> Choice:
     if blas is None:
         slow = f"MLX will be about 15 times slower than it could be: no OpenBLAS was found. {_INSTALL_BLAS}"
         return Choice("cpu", why, slow)
-    return Choice("cpu", f"{why}; {blas} computes its products")
+    core = slow_core()
+    slow = f"{blas} does not know this CPU, and was loaded with its slowest kernels: set OPENBLAS_CORETYPE={core}"
+    return Choice("cpu", f"{why}; {blas} computes its products", slow if core else "")
 
 
 def rank_device(wanted: str, local_rank: int) -> str:

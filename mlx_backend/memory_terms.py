@@ -86,7 +86,8 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     item = 4 if recipe.precision == "fp32" else 2
     shape = smallest_layout(shape) if plan.device == "gpu" else shape
     padding = shape.rows * shape.width / shape.tokens
-    layer = _kept_values(dims, padding) * item + 28 * recipe.rank
+    low = item if recipe.method == "lora" else 4
+    layer = _kept_values(dims, padding) * item + 7 * recipe.rank * low
     scores = dims.heads * shape.width * padding * 4  # a row of attention scores for each token, written out
     layer, attention = (layer + 3 * scores, 3 * scores) if dims.capped else (layer + scores, 4 * scores)
     if dims.delta is not None:  # few layers have scores

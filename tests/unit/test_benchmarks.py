@@ -1,7 +1,10 @@
 """The scripts of benchmarks/ that run others: what fails is noted, and what comes after it is still measured."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,8 +118,79 @@ def test_a_second_call_runs_what_is_not_done(
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("    ")]
     assert shown[:3] == ["new ...", "fails ...", "good: done before"]
     found = json.loads(out.read_text())["stages"]
-    assert [(result["call"], result["status"]) for result in found["fails"]] == [(1, 0), (1, 1), (2, 0), (2, 0)]
+    assert [(result["call"], result["status"]) for result in found["fails"]] == [(1, 0), (1, 1), (2, 0)]
     assert [result["call"] for result in found["good"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "repeated"),
+    [({}, False), ({"commit": "other"}, True), ({"gpus": ["an H200"]}, True), ({"calls": 7}, False)],
+)
+def test_what_was_done_elsewhere_or_at_another_commit_is_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], repeated: bool
+) -> None:
+    out, facts = tmp_path / "report.json", {"commit": "1", "gpus": [], "processor": "a CPU"}
+    wanted: stages.Stages = {"good": [["-c", "print(1)"]]}
+    for known in (facts, facts | change):
+        monkeypatch.setattr(stages, "facts", lambda commit, known=known: known)
+        assert stages.run_stages(wanted, out, {})
+    assert [result["call"] for result in json.loads(out.read_text())["stages"]["good"]] == [1, 2][: 1 + repeated]
+    assert stages.run_stages({"good": [["-c", "print(2)"]]}, out, {})
+    assert json.loads(out.read_text())["stages"]["good"][-1]["output"] == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("runs", "complete"),
+    [
+        ({"a": [{"loss": 1.0}], "b": [{"loss": 2.0}]}, True),
+        ({"a": [{"loss": 1.0}], "b": [{"failed": "late"}]}, False),
+        ({"a": [{"loss": 1.0}], "b": []}, False),
+        ({"a": [{"loss_failed": "memory"}]}, False),
+        ({}, False),
+    ],
+)
+def test_peers_are_done_where_each_has_its_figures(runs: dict[str, Any], complete: bool) -> None:
+    """Whatever they say: status 1 is for a loss that is worse."""
+    assert stages._complete({"status": 1, "figures": {"runs": runs}}) == complete
+
+
+def test_what_a_stage_reads_is_written_again_for_what_is_left_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "facts", lambda commit: {})
+    monkeypatch.setattr(stages, "_WRITES", "writes")
+    out, file = tmp_path / "report.json", tmp_path / "there"
+    writes, needs = ["-c", "print('written')", "writes"], ["-c", f"open({str(file)!r})"]
+    wanted: stages.Stages = {"a": [writes, ["-c", "print('once')"], needs]}
+    assert not stages.run_stages(wanted, out, {})
+    file.touch()
+    assert stages.run_stages(wanted, out, {})
+    results = json.loads(out.read_text())["stages"]["a"]
+    assert [result["output"] for result in results if result["status"] == 0] == ["written\n", "once\n", "written\n", ""]
+
+
+def test_a_report_of_the_version_before_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "facts", lambda commit: {})
+    out = tmp_path / "report.json"
+    out.write_text('{"machine": {}, "stages": {"a": [{"status": 0}]}}')
+    assert stages.run_stages({"a": [["-c", ""]]}, out, {})
+    assert len(json.loads(out.read_text())["stages"]["a"]) == 1
+
+
+def test_a_command_does_not_outlive_its_stages(tmp_path: Path) -> None:
+    out, started = tmp_path / "report.json", tmp_path / "started"
+    sleeps = f"import os, pathlib, time; pathlib.Path({str(started)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = (
+        "from pathlib import Path; from benchmarks import stages; stages.facts = lambda commit: {}; "
+        f"stages.run_stages({{'a': [['-c', {sleeps!r}]]}}, Path({str(out)!r}), {{}})"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=stages.ROOT) as process:
+        while not (started.exists() and started.read_text()):
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_a_stage_begins_only_where_half_of_its_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mlx_backend import blas
+from mlx_backend import blas, devices
 
 AVX2 = {"avx2", "fma"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
@@ -83,9 +83,22 @@ def test_a_build_that_does_not_name_its_kernels(monkeypatch: pytest.MonkeyPatch)
     blas._load("libopenblas64.so.0")
 
 
+@pytest.mark.parametrize("chosen", ["", "Haswell"])
+def test_one_that_was_loaded_by_someone_else_comes_with_a_warning(monkeypatch: pytest.MonkeyPatch, chosen: str) -> None:
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    if chosen:
+        monkeypatch.setenv("OPENBLAS_CORETYPE", chosen)
+    monkeypatch.setattr(blas, "cpu_flags", lambda: AVX512)
+    monkeypatch.setattr(blas, "_loaded", lambda: "/somewhere/libopenblas.so.0")
+    monkeypatch.setattr(blas.ctypes, "CDLL", lambda path: SimpleNamespace(openblas_get_corename=Named(b"Prescott")))
+    monkeypatch.setattr(devices, "import_mlx", lambda: SimpleNamespace(gpu=None, is_available=lambda gpu: False))
+    warned = "libopenblas.so.0 does not know this CPU, and was loaded with its slowest kernels: set "
+    assert devices.choose_device("cpu").warning == ("" if chosen else f"{warned}OPENBLAS_CORETYPE=SkylakeX")
+
+
 REAL = """
 import ctypes, os
-from mlx_backend.blas import known_core, preload
+from mlx_backend.blas import _known_core, preload
 name = preload()
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -96,7 +109,7 @@ if child == 0:
 assert os.waitpid(child, 0)[1] == 0
 library = ctypes.CDLL(name)
 library.openblas_get_corename.restype = ctypes.c_char_p
-print(known_core(), library.openblas_get_corename().decode())
+print(_known_core(), library.openblas_get_corename().decode())
 """
 
 

@@ -60,8 +60,11 @@ PASSED = {
     "common/verify/verify.py": {"_verify"},
 }
 MAKERS = {"Alarm", "Check", "Choice", "QualityWarning"}  # what is called with one
-# In these functions too, and on no page: a warning of the terminal, errors.
-BESIDES = ("MLX will be about 15 times slower", " with CUDA_VISIBLE_DEVICES=", " in the environment", ", or auto")
+# In these functions too, and on no page: warnings of the terminal, errors.
+BESIDES = (
+    *("MLX will be about 15 times slower", " does not know this CPU, and was loaded with its slowest kernels"),
+    *(" with CUDA_VISIBLE_DEVICES=", " in the environment", ", or auto"),
+)
 
 
 @cache
