@@ -22,7 +22,7 @@ _MEASURED = {
 }
 # A CPU's bf16 products are compiled and kept for each length of a micro-batch, in multiples of PAD_MULTIPLE, and each
 # leaves other gaps in the heap: 0.11 GB for one, 0.30 for 11 and 0.46 for 20 on one thread, and on two 0.65 for 19
-# (SmolLM2-135M, an Intel Xeon with amx_bf16, 30 November 2026, commits 70e0c38 and 4ce4785). Of more lengths the oldest
+# (SmolLM2-135M, an Intel Xeon with amx_bf16, 30 November 2026, commits 70e0c38 and 368f737). Of more lengths the oldest
 # products are dropped.
 PAD_MULTIPLE = 16
 _COMPILED, _LENGTH, _MOST_LENGTHS = 85 * _MEGA, 24 * _MEGA, 24
