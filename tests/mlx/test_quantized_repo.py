@@ -91,7 +91,7 @@ def test_other_schemes_are_refused_by_name(settings):
 
 
 def test_the_memory_of_a_mixed_scheme_is_that_of_its_widest():
-    dims = SimpleNamespace(other=1000, table=200, linear=10_000, stored=2)
+    dims = SimpleNamespace(other=1000, table=200, linear=10_000, stored=2, quantized=True)
     four, mixed, eight = (
         memory_terms.weight_bytes(dims, SimpleNamespace(precision="bf16", method="lora", quantization=scheme))
         for scheme in ("mlx-4bit-64", "mlx-4bit-64-mixed", "mlx-8bit-64")
