@@ -94,6 +94,7 @@ class ModelInfo:
     trainable: int
     total: int  # the adapter's included
     architecture: str
+    warning: str = ""  # of what makes it slower here than it could be
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # A bug in an optional part of an export is a warning for users; a test, and the commands that it runs, fail.
 os.environ["TWINTUNE_RAISE_BUGS"] = "1"
 os.environ["TWINTUNE_LEARN_MEMORY"] = "0"  # what this machine has taught changes plans
+if os.environ.get("TWINTUNE_TEST_DEVICE", "cpu") == "cpu":  # before anything imports Triton, which reads it then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 

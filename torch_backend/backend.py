@@ -35,11 +35,12 @@ from torch_backend.experts import counted
 from torch_backend.forward import Forward, PackedForward, PlainForward
 from torch_backend.group import sum_over_ranks
 from torch_backend.host_memory import TRIM_EVERY, malloc_trim, return_large_blocks
+from torch_backend.kernel_check import check_kernels
 from torch_backend.layers import mlp_of
 from torch_backend.lora import set_arrays
 from torch_backend.loss import PackedBatch, loss_of
 from torch_backend.mlp import recomputing
-from torch_backend.model import check_checkpointing, import_libraries, load_model
+from torch_backend.model import DTYPES, check_checkpointing, import_libraries, load_model
 from torch_backend.optimizer import MOMENTS, Optimizer, to_numpy
 from torch_backend.quantize import dequantized
 from torch_backend.shards import together
@@ -74,10 +75,8 @@ class TorchBackend:
             for layer in self.model.model.layers[::TRIM_EVERY]:
                 mlp_of(layer).register_forward_pre_hook(self._trim)
         self.total, self.share = torch.zeros(2, device=self.device)
-        if self.known:
-            self.forward = PackedForward(self.model, config, plan, recipe.precision)
-        else:
-            self.forward = PlainForward(self.model, self.device)
+        packed = partial(PackedForward, self.model, config, plan, recipe.precision)
+        self.forward = packed() if self.known else PlainForward(self.model, self.device)
         if self.forward.flash:
             self.settings.make_deterministic()
         self._begin(recipe, plan, adapter)
@@ -86,13 +85,14 @@ class TorchBackend:
             trainable=sum(p.numel() for p in self.parameters.values()),
             total=sum(p.numel() for p in self.outer.parameters()),
             architecture=type(self.model).__name__,
+            warning=check_kernels(self.model, self.device, DTYPES[recipe.precision]) if self.known else "",
         )
 
     def _begin(self, recipe: Recipe, plan: Plan, adapter: Adapter | None) -> None:
         """Have the loaded model train this, from the start."""
         self.recipe, self.start = recipe, adapter
         with device_errors():
-            self.outer, self.parameters, self.shards = Trained.of(
+            self.outer, self.parameters, self.shards, groups = Trained.of(
                 self.model, self.names, recipe, adapter, self.device.type if plan.sharded else "", self.known
             )
             self.outer.to(self.device)
@@ -100,7 +100,7 @@ class TorchBackend:
         self.graphs = Graphs(self._micro_step, self.device) if graphed and not plan.sharded else None
         self.apply_plan(plan)
         with device_errors():
-            self.optimizer = Optimizer(self.parameters, recipe, join=adapter is not None)
+            self.optimizer = Optimizer(self.parameters, recipe, groups, join=adapter is not None)
 
     def exchange(self, recipe: Recipe, plan: Plan, adapter: Adapter) -> None:
         if self.model.is_gradient_checkpointing:  # or PEFT has the embeddings' output take part in the backward pass
@@ -206,8 +206,7 @@ class TorchBackend:
     def _loss(self, batch: Batch) -> torch.Tensor:
         return self._computed(lambda: self.forward.loss(batch, self.plan.loss_chunk))
 
-    def _computed(self, compute: Callable[[], _T]) -> _T:
-        """The result of `compute`, which calls the model."""
+    def _computed(self, compute: Callable[[], _T]) -> _T:  # which calls the model
         return compute() if self.shards is None else self.shards.compute(compute)
 
     def _micro_step(self, packed: PackedBatch) -> None:
@@ -242,6 +241,7 @@ class TorchBackend:
 
     def set_adapter(self, adapter: Adapter) -> None:
         set_arrays(self.parameters, adapter)
+        self.optimizer.copies.refresh()
 
     def get_optimizer(self) -> OptimizerState:
         with device_errors():

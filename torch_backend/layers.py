@@ -1,5 +1,6 @@
 """The hand-written layers in place of those of transformers and PEFT; `tests/torch/test_layers.py` compares the two."""
 
+from collections.abc import Callable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 import torch
 
 from common.backend import Adapter
-from torch_backend.linear import FrozenLinear, LoraLinear, frozen_weight
+from torch_backend.linear import FrozenLinear, LoraGroup, frozen_weight
 from torch_backend.mlp import Gated, GatedDown
 from torch_backend.norm import Norm, RMSNorm
 from torch_backend.rope import calling_rope
 
+_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # layers that read the same
 # Of an MLP in any family: gate and up, which may be one, then down. The last are those of Granite 4 and of LFM2.
 _MLP_NAMES = (
     *("gate_proj", "up_proj", "gate_up_proj", "input_linear", "w1", "w3"),
@@ -19,10 +21,11 @@ _MLP_NAMES = (
 )
 
 
-def install(model: Any, adapter: Adapter) -> None:
+def install(model: Any, adapter: Adapter) -> list[LoraGroup]:
     """Replace the forward functions of `model`, a frozen one with PEFT's layers, by those of this package.
 
-    Raises AssertionError where a class has another name than is known here: its layers would silently stay slow.
+    Returns the LoRA layers that it computes. Raises AssertionError where a class has another name than is known here:
+    its layers would silently stay slow.
     """
     decoders = [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]
     attentions = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
@@ -37,7 +40,7 @@ def install(model: Any, adapter: Adapter) -> None:
         )
     for norm in norms:
         eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-        norm.forward = partial(_norm, norm, eps, _norm_kind(type(norm).__name__))
+        norm.forward = partial(_norm, norm, eps, norm_kind(type(norm).__name__))
     for net in nets:
         if hasattr(net, "norm"):
             net.norm.forward = partial(_gated_norm, net.norm)
@@ -47,24 +50,46 @@ def install(model: Any, adapter: Adapter) -> None:
         mlp.forward = partial(_mlp, mlp, type(decoder).__name__.startswith("Gemma"), last)
     for attention in attentions:
         attention.forward = MethodType(calling_rope(type(attention).forward), attention)
-    _install_linear(model, adapter)
+    return _install_linear(model, adapter)
 
 
-def _install_linear(model: Any, adapter: Adapter) -> None:
+def _install_linear(model: Any, adapter: Adapter) -> list[LoraGroup]:
     """PEFT's layers, where they compute plain LoRA, and the frozen linear layers."""
-    plain, replaced = not (adapter.dora or adapter.dropout), 0
-    for module in model.modules():
-        if plain and hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
-            module.forward = partial(_lora, module)
-            replaced += 1
-        elif type(module) is torch.nn.Linear and not module.weight.requires_grad:
-            module.forward = partial(_frozen, module)
+    plain = not (adapter.dora or adapter.dropout)
+    groups, grouped = list[LoraGroup](), set[Any]()
+    for parent in model.modules():
+        children = [] if not plain else [child for _, child in parent.named_children() if _is_plain_lora(child)]
+        for members in _of_one_input(parent, children):
+            groups.append(LoraGroup(members))
+            grouped.update(members)
+            for number, member in enumerate(members):
+                member.forward = partial(_lora, member, groups[-1], number)
+            if len(members) > 1 and type(parent).__name__.endswith("Attention"):
+                parent.forward = partial(_forgetting, parent.forward, groups[-1])
+        if type(parent) is torch.nn.Linear and not parent.weight.requires_grad:
+            parent.forward = partial(_frozen, parent)
     quantized = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-    if plain and not quantized and replaced != len(adapter.weights):
-        raise AssertionError(f"{replaced} of {len(adapter.weights)} LoRA layers were recognized: PEFT is another one")
+    if plain and not quantized and len(grouped) != len(adapter.weights):
+        raise AssertionError(
+            f"{len(grouped)} of {len(adapter.weights)} LoRA layers were recognized: PEFT is another one"
+        )
+    return groups
 
 
-def _norm_kind(name: str) -> Norm:
+def _is_plain_lora(module: Any) -> bool:
+    return hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit")
+
+
+def _of_one_input(parent: Any, children: list[Any]) -> list[list[Any]]:
+    """The children in groups that read the same input at one scale."""
+    together = {getattr(parent, name, None): names for names in _ONE_INPUT for name in names}
+    groups = dict[Any, list[Any]]()
+    for child in children:
+        groups.setdefault((together.get(child, child), child.scaling["default"]), []).append(child)
+    return [*groups.values()]
+
+
+def norm_kind(name: str) -> Norm:
     """Of the class of this name in transformers."""
     if name.startswith(("Gemma4", "Olmo")):
         return "late"
@@ -95,15 +120,19 @@ def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
     gate, up = inputs[0](x).chunk(2, dim=-1) if len(inputs) == 1 else (inputs[0](x), inputs[1](x))
     if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
         return down(Gated.apply(gate, up, gelu))
-    return GatedDown.apply(gate, up, gelu, down.base_layer, *_trained(down), last)
+    group = down.forward.args[1]
+    return GatedDown.apply(gate, up, gelu, last, group, *group.matrices)
 
 
-def _lora(module: Any, x: torch.Tensor) -> torch.Tensor:
+def _lora(module: Any, group: LoraGroup, number: int, x: torch.Tensor) -> torch.Tensor:
     if module.disable_adapters:
         return FrozenLinear.apply(x, frozen_weight(module.base_layer), module.base_layer.bias)
-    return LoraLinear.apply(x, module.base_layer, *_trained(module))
+    return group.output(number, x)
 
 
-def _trained(module: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`(A, B, scale)` of a PEFT layer."""
-    return module.lora_A["default"].weight, module.lora_B["default"].weight, module.scaling["default"]
+def _forgetting(forward: Callable[..., Any], group: LoraGroup, *given: Any, **named: Any) -> Any:
+    """An attention's forward; where it fails, what was computed for its next layers must not stay in memory."""
+    try:
+        return forward(*given, **named)
+    finally:
+        group.forget()

@@ -4,6 +4,7 @@ transformers and PEFT are right but general: they keep what a frozen model never
 memory fewer times.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,67 +12,138 @@ import torch
 from torch_backend.matmul import cpu_computes, linear, linear_grad_input
 
 
-class LoraLinear(torch.autograd.Function):
-    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` for the frozen W of `base`; A [r, in] and B [out, r] float32.
+class LoraGroup:
+    """PEFT's layers, of one scale, that read the same input; their A are stacked, so that one product serves all."""
 
-    Kept for the backward pass: x in its own type, and `x @ A.T`; a W in 4 bits is dequantized again.
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.bases = [layer.base_layer for layer in layers]
+        self.scale: float = layers[0].scaling["default"]
+        A, B = ([getattr(layer, name)["default"].weight for layer in layers] for name in ("lora_A", "lora_B"))
+        self.matrices = (*A, *B)  # A [r, in], B [out, r], float32
+        self.ranks = [len(each) for each in A]
+        self.copies: list[torch.Tensor] = []
+        self._found: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
+
+    def make_copies(self, dtype: torch.dtype) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
+        """Have products read copies; `(copies, originals)`, to copy whenever these have changed. dtype: of activations.
+
+        None where products read float32 itself.
+        """
+        device = self.matrices[0].device
+        if (dtype := lora_type(device, dtype)) == torch.float32:
+            return None
+        stacked = torch.empty(sum(self.ranks), self.matrices[0].shape[1], dtype=dtype, device=device)
+        each = [torch.empty_like(B, dtype=dtype) for B in self._B]
+        self.copies = [stacked, *each]
+        return [*stacked.split(self.ranks), *each], [matrix.data for matrix in self.matrices]
+
+    @property
+    def _B(self) -> Sequence[torch.Tensor]:
+        return self.matrices[len(self.bases) :]
+
+    def stacked(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """All A in one [sum of r, in], and each B, in this type."""
+        if self.copies and self.copies[0].dtype == dtype:
+            return self.copies
+        A, B = self.matrices[: len(self.bases)], self._B
+        return [(torch.cat(A) if len(A) > 1 else A[0]).to(dtype), *(each.to(dtype) for each in B)]
+
+    def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Of the layer of this number. The first that is asked for computes all; `forget` drops what nobody takes."""
+        if self._found is None or self._found[0] is not x:
+            self._found = x, [*LoraLinear.apply(x, self, *self.matrices)]
+        result, self._found[1][number] = self._found[1][number], None
+        if result is None:  # asked for twice
+            self._found = None
+            return self.output(number, x)
+        if not any(each is not None for each in self._found[1]):
+            self._found = None
+        return result
+
+    def forget(self) -> None:
+        self._found = None
+
+
+class Copies:
+    """Of all groups' matrices, in the type that products read; made once a step, and not by every product."""
+
+    def __init__(self, groups: Sequence[LoraGroup], dtype: torch.dtype) -> None:
+        """dtype: of the activations. There are none where products read float32."""
+        made = [pair for group in groups if (pair := group.make_copies(dtype))]
+        self._copies = [copy for copies, _ in made for copy in copies]
+        self._originals = [original for _, originals in made for original in originals]
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """After the matrices have changed."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)
+
+
+class LoraLinear(torch.autograd.Function):
+    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` of each layer of a group, for its frozen W.
+
+    Kept for the backward pass: x in its own type, and `scale * x @ A.T`; a W in 4 bits is dequantized again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        base: Any,
-        A: torch.Tensor,
-        B: torch.Tensor,
-        scale: float,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: LoraGroup, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """matrices: `group.matrices`, whose gradients are wanted."""
         flat = x.reshape(-1, x.shape[-1])
-        low = lora_low(flat, A)
-        ctx.save_for_backward(flat, low, A, B)
-        ctx.base, ctx.scale = base, scale
-        return lora_output(flat, low, base, B, scale).view(*x.shape[:-1], -1).to(x.dtype)
+        low = lora_low(flat, group)
+        ctx.save_for_backward(flat, low)
+        ctx.group = group
+        return tuple(output.view(*x.shape[:-1], -1).to(x.dtype) for output in lora_outputs(flat, low, group))
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        flat, low, A, B = ctx.saved_tensors
-        grad_low, grad_A, grad_B = lora_grads(outputs[0], flat, low, B, ctx.scale)
+        flat, low = ctx.saved_tensors
+        grad_low, *grads = lora_grads(outputs, flat, low, ctx.group)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = lora_grad_input(outputs[0], grad_low, ctx.base, A, flat.dtype)
+            grad_x = lora_grad_input(outputs, grad_low, ctx.group, flat.dtype)
             grad_x = grad_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
-        return grad_x, None, grad_A, grad_B, None
+        return grad_x, None, *grads
 
 
-def _lora_type(x: torch.Tensor) -> torch.dtype:
+def lora_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The type of the adapter's products: float32 on a CPU, unless that multiplies the activations' bf16 itself.
 
-    There, and on a GPU, float32 would take more time than the base's own products.
+    There, and on a GPU, float32 would take more time than the base's own products. dtype: of the activations.
     """
-    return x.dtype if x.is_cuda or cpu_computes(x) else torch.float32
+    return dtype if device.type == "cuda" or cpu_computes(device, dtype) else torch.float32
 
 
-def lora_low(flat: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """`x @ A.T`, computed as `(A @ x.T).T`: with the long side last it is many times faster on a CPU."""
-    dtype = _lora_type(flat)
-    return (A.to(dtype) @ flat.to(dtype).T).T
+def lora_low(flat: torch.Tensor, group: LoraGroup) -> torch.Tensor:
+    """`scale * x @ A.T` [N, sum of r], computed as `(A @ x.T).T`, which on a CPU is many times faster."""
+    dtype = lora_type(flat.device, flat.dtype)
+    A = group.stacked(dtype)[0]
+    return flat.new_empty(len(A), len(flat), dtype=dtype).addmm_(A, flat.to(dtype).T, beta=0, alpha=group.scale).T
 
 
-def lora_output(flat: torch.Tensor, low: torch.Tensor, base: Any, B: torch.Tensor, scale: float) -> torch.Tensor:
-    """[N, out]: the base's product, rounded as the base computes it, plus the adapter's."""
-    result = linear(flat, frozen_weight(base)).to(low.dtype).addmm_(low, B.T.to(low.dtype), alpha=scale)
-    if base.bias is not None:
-        result += base.bias
-    return result
+def lora_outputs(flat: torch.Tensor, low: torch.Tensor, group: LoraGroup) -> list[torch.Tensor]:
+    """[N, out] of each layer: the base's product, rounded as the base computes it, plus the adapter's."""
+    results, copies = [], group.stacked(low.dtype)[1:]
+    for base, part, B in zip(group.bases, low.split(group.ranks, 1), copies, strict=True):
+        result = linear(flat, frozen_weight(base)).to(low.dtype).addmm_(part, B.T)
+        if base.bias is not None:
+            result += base.bias
+        results.append(result)
+    return results
 
 
 def lora_grads(
-    grad_output: torch.Tensor, flat: torch.Tensor, low: torch.Tensor, B: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(grad_low, grad_A, grad_B)`; the latter two float32."""
-    exact = grad_output.reshape(-1, grad_output.shape[-1]).to(low.dtype)
-    grad_low = (B.T.to(low.dtype) @ exact.T).mul_(scale).T
-    return grad_low, _float32_product(grad_low.T, flat.to(low.dtype)), _float32_product(low.T, exact).mul_(scale).T
+    grad_outputs: Sequence[torch.Tensor], flat: torch.Tensor, low: torch.Tensor, group: LoraGroup
+) -> list[torch.Tensor]:
+    """The gradients of `x @ A.T`, and of `group.matrices` in float32."""
+    exact = [grad.reshape(-1, grad.shape[-1]).to(low.dtype) for grad in grad_outputs]
+    grad_low = low.new_empty(low.shape[::-1])
+    for part, grad, B in zip(grad_low.split(group.ranks), exact, group.stacked(low.dtype)[1:], strict=True):
+        part.addmm_(B.T, grad.T, beta=0, alpha=group.scale)
+    grad_A = _float32_product(grad_low, flat.to(low.dtype))
+    grad_B = [_float32_product(part.T, grad).T for part, grad in zip(low.split(group.ranks, 1), exact, strict=True)]
+    return [grad_low.T, *grad_A.split(group.ranks), *grad_B]
 
 
 def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -82,11 +154,14 @@ def _float32_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def lora_grad_input(
-    grad_output: torch.Tensor, grad_low: torch.Tensor, base: Any, A: torch.Tensor, dtype: torch.dtype
+    grad_outputs: Sequence[torch.Tensor], grad_low: torch.Tensor, group: LoraGroup, dtype: torch.dtype
 ) -> torch.Tensor:
     """grad_x [N, in]. dtype: the activations' type."""
-    flat = grad_output.reshape(-1, grad_output.shape[-1])
-    return linear_grad_input(flat, frozen_weight(base), dtype).to(grad_low.dtype).addmm_(grad_low, A.to(grad_low.dtype))
+    result: Any = None
+    for grad, base in zip(grad_outputs, group.bases, strict=True):
+        result = linear_grad_input(grad.reshape(-1, grad.shape[-1]), frozen_weight(base), dtype, result)
+    found: torch.Tensor = result.to(grad_low.dtype).addmm_(grad_low, group.stacked(grad_low.dtype)[0])
+    return found
 
 
 class FrozenLinear(torch.autograd.Function):

@@ -16,21 +16,21 @@ from torch_backend.memory_terms import PAD_MULTIPLE
 _BLOCK = 2**20  # weights widened at a time: 4 MB in float32
 
 
+def cpu_computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this is bf16 on a CPU that multiplies bf16."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and bool(cpu_bf16())
+
+
 def pad_multiple(device: torch.device, dtype: torch.dtype) -> int:
     """The number to whose multiples the rows of products should be padded.
 
     oneDNN compiles a CPU's bf16 products for every new shape and keeps them. Rows of varied length took 360 MB after 40
     steps and growing; with multiples of 16 they took 110 MB, in steps of the same time.
     """
-    return PAD_MULTIPLE if device.type == "cpu" and dtype == torch.bfloat16 and cpu_bf16() else 1
+    return PAD_MULTIPLE if cpu_computes(device, dtype) else 1
 
 
 _scratch = threading.local()  # the memory of a block: a new one for each product would cost page faults
-
-
-def cpu_computes(x: torch.Tensor) -> bool:
-    """Whether `x` is bf16 on a CPU that multiplies bf16."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and bool(cpu_bf16())
 
 
 def widened(weight: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -80,15 +80,19 @@ def linear_transposed(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) 
     return result
 
 
-def linear_grad_input(grad_output: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def linear_grad_input(
+    grad_output: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, result: torch.Tensor | None = None
+) -> torch.Tensor:
     """`grad_output @ weight` [N, in] for grad_output [N, out]; float32 where the weight is widened, else in its type.
 
-    dtype: the activations' type.
+    dtype: the activations' type. result: an earlier one, to which this is added.
     """
     if not widened(weight, dtype):
-        return grad_output.to(weight.dtype) @ weight
+        grad_output = grad_output.to(weight.dtype)
+        return grad_output @ weight if result is None else result.addmm_(grad_output, weight)
     grad_output = grad_output.float()
-    result = grad_output.new_zeros(len(grad_output), weight.shape[1])
+    if result is None:
+        result = grad_output.new_zeros(len(grad_output), weight.shape[1])
     for block, wide in _blocks(weight):
         result.addmm_(grad_output[:, block], wide)
     return result

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from torch_backend.linear import lora_grad_input, lora_grads, lora_low, lora_output
+from torch_backend import fused
+from torch_backend.linear import LoraGroup, lora_grad_input, lora_grads, lora_low, lora_outputs
 
 _aten = torch.ops.aten
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -21,11 +22,13 @@ class Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.gelu = gelu
-        return _activation(gate, gelu).mul_(up)
+        return _gated(gate, up, gelu)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if triton := fused.kernels(gate):
+            return *triton.gated_grads(outputs[0], gate, up, ctx.gelu), None
         grad_up = _activation(gate, ctx.gelu).mul_(outputs[0])
         return _grad_gate(outputs[0] * up, gate, ctx.gelu), grad_up, None
 
@@ -42,33 +45,42 @@ class GatedDown(torch.autograd.Function):
         gate: torch.Tensor,
         up: torch.Tensor,
         gelu: bool,
-        base: Any,
+        last: bool,
+        down: LoraGroup,
         A: torch.Tensor,
         B: torch.Tensor,
-        scale: float,
-        last: bool,
     ) -> torch.Tensor:
-        inner = _activation(gate, gelu).mul_(up).flatten(0, -2)
-        low = lora_low(inner, A)
-        ctx.save_for_backward(gate, up, low, A, B)
-        ctx.gelu, ctx.base, ctx.scale = gelu, base, scale
+        inner = _gated(gate, up, gelu).flatten(0, -2)
+        low = lora_low(inner, down)
+        ctx.save_for_backward(gate, up, low)
+        ctx.gelu, ctx.down = gelu, down
         if last and _recomputing.get():  # nobody reads it
             return gate.new_zeros(()).expand(*gate.shape[:-1], len(B))
-        return lora_output(inner, low, base, B, scale).view(*gate.shape[:-1], -1).to(gate.dtype)
+        return lora_outputs(inner, low, down)[0].view(*gate.shape[:-1], -1).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        gate, up, low, A, B = ctx.saved_tensors
-        activation = _activation(gate, ctx.gelu)
-        inner = (activation * up).flatten(0, -2)
-        grad_low, grad_A, grad_B = lora_grads(outputs[0], inner, low, B, ctx.scale)
+        gate, up, low = ctx.saved_tensors
+        triton = fused.kernels(gate)
+        activation = None if triton else _activation(gate, ctx.gelu)
+        inner = (_gated(gate, up, ctx.gelu) if activation is None else activation * up).flatten(0, -2)
+        grad_low, *grads = lora_grads(outputs, inner, low, ctx.down)
         del inner
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return None, None, None, None, grad_A, grad_B, None, None
-        grad_inner = lora_grad_input(outputs[0], grad_low, ctx.base, A, gate.dtype).to(gate.dtype).view_as(gate)
+            return None, None, None, None, None, *grads
+        grad_inner = lora_grad_input(outputs, grad_low, ctx.down, gate.dtype).to(gate.dtype).view_as(gate)
+        if activation is None:
+            return *triton.gated_grads(grad_inner, gate, up, ctx.gelu), None, None, None, *grads
         grad_up = activation.mul_(grad_inner)
         grad_gate = _grad_gate(grad_inner.mul_(up), gate, ctx.gelu)
-        return grad_gate, grad_up, None, None, grad_A, grad_B, None, None
+        return grad_gate, grad_up, None, None, None, *grads
+
+
+def _gated(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    if triton := fused.kernels(gate):
+        found: torch.Tensor = triton.gated(gate, up, gelu)
+        return found
+    return _activation(gate, gelu).mul_(up)
 
 
 def _activation(gate: torch.Tensor, gelu: bool) -> torch.Tensor:

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 import torch
 
+from torch_backend import fused
+
 _aten = torch.ops.aten
 # Rounded before the weight; or after it, which is stored less one (Gemma 2 and 3, Qwen3.5) or as it is (OLMo, Gemma 4).
 Norm = Literal["plain", "centered", "late"]
@@ -17,6 +19,11 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: Norm) -> torch.Tensor:
+        ctx.centered = kind == "centered"
+        if triton := fused.kernels(x):
+            result, factor = triton.rms_norm(x, weight, eps, float(ctx.centered), kind == "plain")
+            ctx.save_for_backward(x, factor, weight)
+            return result
         if x.is_cuda:  # one kernel, float32 within; it would round a centered weight
             weight = 1 + weight.float() if kind == "centered" else weight.to(x.dtype)
             result, factor = _aten._fused_rms_norm(x.to(weight.dtype), weight.shape, weight, eps)
@@ -25,7 +32,6 @@ class RMSNorm(torch.autograd.Function):
         exact = x.float()
         factor = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, factor, weight)
-        ctx.centered = kind == "centered"
         result = exact * factor
         if kind == "plain":
             return result.to(x.dtype).mul_(weight)
@@ -34,6 +40,8 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, factor, weight = ctx.saved_tensors
+        if triton := fused.kernels(x):
+            return triton.rms_norm_grad(outputs[0], x, weight, factor, float(ctx.centered)), None, None, None
         if x.is_cuda:
             given = (outputs[0].to(weight.dtype), x.to(weight.dtype), weight.shape, factor, weight)
             return _aten._fused_rms_norm_backward(*given, [True, False])[0].to(x.dtype), None, None, None

@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor
 
 from common.backend import OptimizerState
 from common.recipe import Recipe
+from torch_backend.linear import Copies, LoraGroup
+from torch_backend.model import DTYPES
 from torch_backend.shards import assign, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -16,8 +18,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Optimizer:
     """AdamW of parameters by canonical name, which inside are parts of `tensors`."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, join: bool) -> None:
-        """join: the parameters of a group become views of one tensor."""
+    def __init__(
+        self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, layers: Sequence[LoraGroup], join: bool
+    ) -> None:
+        """layers: that read copies of the parameters. join: those of a group become views of one tensor."""
         self.parameters, self.joined = parameters, join
         self.parts: dict[str, tuple[torch.nn.Parameter, int]] = {}  # by name: the tensor, and where the part begins
         groups = []
@@ -41,6 +45,7 @@ class Optimizer:
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
+        self.copies = Copies(layers, DTYPES[recipe.precision])
 
     def zero_grad(self) -> None:
         """Clear the gradients; those of joined parameters keep their memory."""
@@ -59,6 +64,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         self.adamw.step()
+        self.copies.refresh()
         return whole(norm)
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from torch_backend import fused
+
 
 class Rope(torch.autograd.Function):
     """Rotary position embedding of x [1, heads, tokens, d] (Su et al. 2021); nothing of x is kept.
@@ -30,6 +32,8 @@ class Rope(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: int, interleaved: bool) -> torch.Tensor:
+    if triton := fused.kernels(x):
+        return triton.rotated(x, cos, sin, sign, interleaved)
     rotary, half = cos.shape[-1], cos.shape[-1] // 2
     first, second = slice(half), slice(half, rotary)
     if interleaved:

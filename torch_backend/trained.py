@@ -7,6 +7,7 @@ import torch
 from common.backend import Adapter
 from common.recipe import Recipe
 from torch_backend.layers import install
+from torch_backend.linear import LoraGroup
 from torch_backend.lora import attach
 from torch_backend.model import DTYPES, kept_stored
 from torch_backend.shards import Shards
@@ -16,6 +17,7 @@ class Trained(NamedTuple):
     outer: Any  # the model, with PEFT's around it where there is an adapter
     parameters: dict[str, torch.nn.Parameter]  # by canonical name
     shards: Shards | None
+    groups: list[LoraGroup]  # layers of ours with LoRA
 
     @staticmethod
     def of(
@@ -32,11 +34,10 @@ class Trained(NamedTuple):
                 if isinstance(module, torch.nn.Embedding):
                     module.padding_idx = None
             shards = _sharded(model, recipe, shard_on, {})
-            return Trained(model, {names[name]: p for name, p in model.named_parameters()}, shards)
+            return Trained(model, {names[name]: p for name, p in model.named_parameters()}, shards, [])
         outer, parameters = attach(model, adapter)
-        if known:
-            install(model, adapter)
-        return Trained(outer, parameters, _sharded(model, recipe, shard_on, parameters))
+        groups = install(model, adapter) if known else []
+        return Trained(outer, parameters, _sharded(model, recipe, shard_on, parameters), groups)
 
 
 def _sharded(model: Any, recipe: Recipe, device: str, adapter: dict[str, torch.nn.Parameter]) -> Shards | None:

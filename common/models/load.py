@@ -58,12 +58,15 @@ def loaded(
 ) -> tuple[Backend, ModelInfo]:
     backend = context.backends(plan.backend).create()
     try:
-        return backend, backend.load(recipe, plan, folder, adapter)
+        info = backend.load(recipe, plan, folder, adapter)
     except OutOfMemory as error:
         raise Unable(
             f"{recipe.model} does not fit into memory on {plan.device_name}: {error}",
             "Close other programs, train a smaller model, or hold the base in fewer bits with --quantization 4bit.",
         ) from None
+    if info.warning:
+        context.display.warn(info.warning)
+    return backend, info
 
 
 def say_llama(record: RunRecord, given: str | None, display: Display) -> None:

@@ -4,6 +4,7 @@ import importlib
 import shutil
 from inspect import unwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.data.batching import make_batch
+from common.verify.tiny_models import write_tiny
 from tests import backends
 from tests.backends import METHODS
-from tests.tiny import FAMILIES, write_family, write_model, write_rows
+from tests.tiny import FAMILIES, write_family, write_model, write_rows, write_tokenizer
 from torch_backend import backend as backend_module
-from torch_backend import layers, linear, matmul, trained
+from torch_backend import fused, layers, linear, matmul, trained
 from torch_backend.attention import RaggedRows, attend, cu_seqlens
-from torch_backend.linear import FrozenLinear, LoraLinear
+from torch_backend.linear import Copies, FrozenLinear, LoraGroup, LoraLinear
 from torch_backend.mlp import Gated, GatedDown, recomputing
 from torch_backend.norm import RMSNorm
 from torch_backend.rope import Rope, calling_rope
@@ -53,15 +55,26 @@ def compared(ours, theirs, *inputs, dtype=torch.float32):
         torch.testing.assert_close(one.double(), other, **close)
 
 
+@pytest.fixture(params=["torch", "triton"])
+def kernels(request, monkeypatch):
+    """Whose kernels compute; on a CPU Triton's are interpreted."""
+    if request.param == "triton":
+        from torch_backend import triton_kernels
+
+        monkeypatch.setattr(fused, "kernels", lambda x: triton_kernels)
+
+
 @BOTH
 @pytest.mark.parametrize("kind", ["plain", "centered", "late"])
-def test_rms_norm(dtype, kind):
-    weight = torch.randn(16).to(dtype)
+@pytest.mark.parametrize("width", [16, 1000])
+@pytest.mark.usefixtures("kernels")
+def test_rms_norm(dtype, kind, width):
+    weight = torch.randn(width).to(dtype)
 
     def plain(x):
         return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + (kind == "centered"))
 
-    compared(lambda x: RMSNorm.apply(x, weight, 1e-6, kind), plain, (torch.randn(2, 5, 16) * 3, None), dtype=dtype)
+    compared(lambda x: RMSNorm.apply(x, weight, 1e-6, kind), plain, (torch.randn(2, 5, width) * 3, None), dtype=dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_5", "olmo2", "olmo3", "lfm2"])
@@ -71,12 +84,13 @@ def test_a_norm_in_bf16_rounds_as_the_one_of_transformers(family):
     theirs = getattr(module, name)(64).to(torch.bfloat16)
     theirs.weight.data = torch.randn(64).to(torch.bfloat16)
     x = (torch.randn(3, 64) * 3).to(torch.bfloat16)
-    ours = RMSNorm.apply(x, theirs.weight, 1e-6, layers._norm_kind(name))
+    ours = RMSNorm.apply(x, theirs.weight, 1e-6, layers.norm_kind(name))
     assert (ours != theirs(x)).float().mean() < 0.02  # float32 sums in another order
 
 
 @BOTH
 @pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.usefixtures("kernels")
 def test_gated(dtype, gelu):
     def plain(gate, up):
         return (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
@@ -85,35 +99,57 @@ def test_gated(dtype, gelu):
     compared(lambda gate, up: Gated.apply(gate, up, gelu), plain, *inputs, dtype=dtype)
 
 
+def lora_layer(base, A, B):
+    """As PEFT holds it, at a scale of 0.5."""
+    matrices = {"lora_A": SimpleNamespace(weight=A), "lora_B": SimpleNamespace(weight=B)}
+    return SimpleNamespace(
+        base_layer=base, scaling={"default": 0.5}, **{name: {"default": each} for name, each in matrices.items()}
+    )
+
+
 @BOTH
 @pytest.mark.parametrize("widened", [False, pytest.param(True, marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_lora_linear(dtype, widened, bias, monkeypatch):
+@pytest.mark.parametrize("copied", [False, True])
+def test_lora_linear(dtype, widened, bias, copied, monkeypatch):
     monkeypatch.setattr(matmul, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
     monkeypatch.setattr(matmul, "_BLOCK", 50)  # several blocks
-    monkeypatch.setattr(linear, "cpu_computes", lambda x: not widened and x.dtype == torch.bfloat16)
-    base = torch.nn.Linear(12, 20, bias=bias).to(dtype).requires_grad_(False)
-    A, B = torch.randn(4, 12), torch.randn(20, 4)
+    monkeypatch.setattr(linear, "cpu_computes", lambda _, dtype: not widened and dtype == torch.bfloat16)
+    bases = [torch.nn.Linear(12, out, bias=bias).to(dtype).requires_grad_(False) for out in (20, 8)]
+    A, B, C, D = torch.randn(4, 12), torch.randn(20, 4), torch.randn(3, 12), torch.randn(8, 3)
 
-    def plain(x, A, B):
+    def ours(x, A, B, C, D):
+        group = LoraGroup([lora_layer(bases[0], A, B), lora_layer(bases[1], C, D)])
+        if copied:
+            Copies([group], x.dtype)
+        first, second = group.output(0, x), group.output(1, x)
+        assert group._found is None
+        return torch.cat([first, second], -1)
+
+    def exact(x, base, A, B):
         return functional.linear(x, base.weight.double(), base.bias.double() if bias else None) + 0.5 * (x @ A.T) @ B.T
 
-    inputs = (torch.randn(2, 5, 12), None), (A, torch.float32), (B, torch.float32)
-    compared(lambda x, A, B: LoraLinear.apply(x, base, A, B, 0.5), plain, *inputs, dtype=dtype)
+    def plain(x, A, B, C, D):
+        return torch.cat([exact(x, bases[0], A, B), exact(x, bases[1], C, D)], -1)
+
+    inputs = (torch.randn(2, 5, 12), None), *((matrix, torch.float32) for matrix in (A, B, C, D))
+    compared(ours, plain, *inputs, dtype=dtype)
 
 
 @BOTH
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("second_time", [False, True])
+@pytest.mark.usefixtures("kernels")
 def test_gated_down(dtype, gelu, second_time):
     base = torch.nn.Linear(12, 20).to(dtype).requires_grad_(False)
     A, B = torch.randn(4, 12), torch.randn(20, 4)
 
     def ours(gate, up, A, B):
-        result = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False)
+        down = LoraGroup([lora_layer(base, A, B)])
+        result = GatedDown.apply(gate, up, gelu, False, down, A, B)
         with recomputing():
-            second = GatedDown.apply(gate, up, gelu, base, A, B, 0.5, True)
-            assert torch.equal(GatedDown.apply(gate, up, gelu, base, A, B, 0.5, False), result)  # a norm follows it
+            second = GatedDown.apply(gate, up, gelu, True, down, A, B)
+            assert torch.equal(GatedDown.apply(gate, up, gelu, False, down, A, B), result)  # a norm follows it
         assert not second.any()  # its product was left out, all that the backward pass needs was not
         return result.detach() + second if second_time else result
 
@@ -221,7 +257,7 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
     recipe, losses, calls = backends.make_recipe(model, **changes), [], []
     called = LoraLinear.forward
     monkeypatch.setattr(LoraLinear, "forward", lambda *a: calls.append(1) or called(*a))
-    for install in (layers.install, lambda model, adapter: None):
+    for install in (layers.install, lambda model, adapter: []):
         monkeypatch.setattr(trained, "install", install)
         calls.clear()
         backend = backends.load("torch", model, recipe)
@@ -230,6 +266,57 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
         assert bool(calls) == (install is layers.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
+
+
+def computed_in_bf16(monkeypatch):
+    """Whatever this CPU multiplies."""
+    monkeypatch.setattr(matmul, "widened", lambda weight, _: False)
+    monkeypatch.setattr(linear, "cpu_computes", lambda _, dtype: dtype == torch.bfloat16)
+
+
+def test_products_read_what_was_trained_or_set(model, rows, monkeypatch):
+    computed_in_bf16(monkeypatch)
+    recipe = backends.make_recipe(model, precision="bf16")
+    backend = backends.load("torch", model, recipe)
+    untrained = backend.logits(rows[0].ids)
+    backends.run_steps(backend, recipe, rows, 2)
+    trained, after = backend.get_adapter(), backend.logits(rows[0].ids)
+    backend.set_adapter(backend.start)
+    np.testing.assert_array_equal(backend.logits(rows[0].ids), untrained)
+    backend.set_adapter(trained)
+    np.testing.assert_array_equal(backend.logits(rows[0].ids), after)
+    assert not np.array_equal(after, untrained)
+    backend.close()
+
+
+class Operations(TorchDispatchMode):
+    """Counts what a GPU would start a kernel for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        allocates = "empty" in str(function)
+        self.count += not (function.is_view or allocates or "detach" in str(function))
+        return found
+
+
+@pytest.mark.cpu
+def test_a_layer_takes_few_operations_and_a_step_casts_all_matrices_at_once(tmp_path, monkeypatch):
+    computed_in_bf16(monkeypatch)
+    counts = []
+    for layers_of_model in (1, 2):
+        folder = tmp_path / str(layers_of_model)
+        write_tiny(folder, "llama", {"num_hidden_layers": layers_of_model, "mlp_bias": False})
+        write_tokenizer(folder)
+        backend = backends.load("torch", folder, backends.make_recipe(folder, precision="bf16"))
+        batch = make_batch(backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))[:3])
+        backend.train_step([batch], 1e-3, 1)
+        with Operations() as operations:
+            backend.train_step([batch], 1e-3, 2)
+        counts.append(operations.count)
+        backend.close()
+    assert counts[1] - counts[0] <= 168  # 225 when each product cast its matrices, and each layer had its own
 
 
 @pytest.mark.parametrize("family", FAMILIES)

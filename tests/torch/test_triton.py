@@ -1,0 +1,153 @@
+"""Triton's kernels: interpreted on a CPU against torch's own, and compiled for GPUs that are not here."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from common.data.batching import make_batch
+from tests import backends
+from tests.tiny import write_family, write_model, write_rows
+from torch_backend import fused, kernel_check
+from torch_backend.rope import Rope
+
+triton_kernels = pytest.importorskip("torch_backend.triton_kernels")
+
+pytestmark = [pytest.mark.slow, pytest.mark.cpu]
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setattr(fused, "kernels", lambda x: fused._kernels)
+    yield
+    fused.use(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [8, 12])  # of 12 values
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_rotation_is_the_one_of_torch(dtype, interleaved, rotary, heads, interpreted):
+    torch.manual_seed(0)
+    x, grad = (torch.randn(1, 5, heads, 12).to(dtype).transpose(1, 2) for _ in range(2))
+    cos, sin = (torch.randn(1, 5, rotary // 2).to(dtype).repeat(1, 1, 2) for _ in range(2))
+    found = []
+    for module in (None, triton_kernels):
+        fused.use(module)
+        leaf = x.clone().requires_grad_()
+        result = Rope.apply(leaf, cos, sin, interleaved)
+        result.backward(grad)
+        found.append((result.detach(), leaf.grad))
+    close = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 3e-2}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, **close)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "glm4", "qwen3_5_text"])
+def test_a_model_has_the_gradients_it_has_with_the_kernels_of_torch(family, tmp_path, interpreted, monkeypatch):
+    folder = write_family(tmp_path / "model", family)
+    whole = backends.encode_rows(folder, write_rows(tmp_path / "rows.jsonl"))[0]
+    row = replace(whole, ids=whole.ids[-9:], loss_weights=whole.loss_weights[-9:])  # the interpreter is slow
+    found, called = [], set()
+    for name in ("gated", "gated_grads", "rotated", "rms_norm", "rms_norm_grad"):
+        own = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, lambda *a, own=own: called.add(own.__name__) or own(*a))
+    for module in (None, triton_kernels):
+        fused.use(module)
+        assert not called
+        backend = backends.load("torch", folder, backends.make_recipe(folder))
+        backend.accumulate([make_batch([row])], 1.0, 1)
+        found.append({"loss": backend.accumulated_loss()} | backend.gradients())
+        backend.close()
+    assert len(called) == 5
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+# Run by a process of its own: in this one the kernels are interpreted.
+_COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from torch_backend import triton_kernels as kernels
+
+POINTERS = {"gate", "up", "result", "grad", "grad_gate", "grad_up", "x", "cos", "sin", "weight"}
+CONSTANTS = {
+    "_gated": {"GELU": True, "BLOCK": 1024},
+    "_gated_grads": {"GELU": False, "BLOCK": 1024},
+    "_rotated": {"HALF": 64, "SIGN": -1, "STEP": 1, "SECOND": 64, "HEADS": 32, "WIDTH": 128},
+    "_rms_norm": {"EARLY": True, "ROWS": 8, "WIDTH": 128},
+    "_rms_norm_grad": {"ROWS": 1, "WIDTH": 4096},
+}
+for architecture in (75, 80, 90, 120):
+    for dtype in ("bf16", "fp32"):
+        for name, constants in CONSTANTS.items():
+            kernel = getattr(kernels, name)
+            types = {"factor": "*fp32", "eps": "fp32", "offset": "fp32", **dict.fromkeys(POINTERS, f"*{dtype}")}
+            signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
+            values = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
+            made = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
+            print(architecture, dtype, name, len(made.asm["cubin"]))
+"""
+
+
+def test_every_kernel_compiles_for_nvidia_gpus_from_turing_on(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    del environment["TRITON_INTERPRET"]
+    done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 4 * 2 * 5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return AutoModelForCausalLM.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_compute_as_torch_does_are_used(model, dtype, interpreted):
+    assert kernel_check._fault(model, torch.device("cpu"), dtype) == ""
+    assert fused._kernels is triton_kernels
+
+
+@pytest.mark.parametrize("name", ["gated", "gated_grads", "rotated", "rms_norm", "rms_norm_grad"])
+def test_a_kernel_that_computes_otherwise_is_never_used(model, name, interpreted, monkeypatch):
+    own = getattr(triton_kernels, name)
+
+    def wrong(*given):
+        found = own(*given)
+        changed = found[0] if isinstance(found, tuple) else found
+        changed[(0,) * changed.ndim] += 1
+        return found
+
+    monkeypatch.setattr(triton_kernels, name, wrong)
+    assert "other values" in kernel_check._fault(model, torch.device("cpu"), torch.float32)
+    assert fused._kernels is None
+
+
+def test_what_cannot_be_compiled_is_told_and_not_used(model, interpreted, monkeypatch):
+    def fails(*given):
+        raise RuntimeError("no C compiler was found\nand more")
+
+    monkeypatch.setattr(triton_kernels, "rotated", fails)
+    cases = kernel_check._cases
+    monkeypatch.setattr(kernel_check, "_cases", lambda model, _, dtype: cases(model, torch.device("cpu"), dtype))
+    told = kernel_check.check_kernels(model, torch.device("cuda"), torch.float32)
+    assert told == (
+        "Training is slower than it could be: Triton's kernels are not used, as they cannot be compiled here: "
+        "no C compiler was found."
+    )
+    assert fused._kernels is None
+
+
+def test_without_triton_the_kernels_of_torch_compute(model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_backend.triton_kernels", None)
+    monkeypatch.delattr("torch_backend.triton_kernels", raising=False)
+    assert kernel_check._fault(model, torch.device("cpu"), torch.float32) == "triton is not installed"
+    assert fused._kernels is None
