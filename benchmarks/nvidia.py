@@ -5,7 +5,7 @@
     python -m benchmarks.nvidia --commit 4f2636b              # of a copy that git does not know
     python -m benchmarks.nvidia --device cpu --steps 4        # elsewhere, to see that the stages run
 
-Some five calls with the same file should do all: what an earlier one has done at this commit on this machine is left
+Some six calls with the same file should do all: what an earlier one has done at this commit on this machine is left
 out, and what a peer is missing in comes again. A stage has its own time limit, and what it had printed by then is kept;
 one that the time does not allow is not begun. MLX begins with an empty kernel
 cache. Rows are those of `benchmarks.regret_data`, chat-like or mixed. Models other than SmolLM2 have its tokenizer and
@@ -37,7 +37,7 @@ LIMITS = {  # seconds, in the order of the stages' worth
     "first steps: qwen3-4b": 150,
     "nf4: qwen3-4b": 180,
     "memory": 150,
-    "profile: qwen3-4b": 90,
+    "profile: qwen3-4b": 240,
     "graphs: smollm2": 60,
 }
 
@@ -78,7 +78,10 @@ def stages(device: str, steps: int, data: str, folder: Path) -> Stages:
         "torch: qwen3-4b": [compared("torch: qwen3-4b", large, steps // 10, 16, _TORCH)],
         "first steps: qwen3-4b": [compared("first steps: qwen3-4b", large, steps // 2, 16, _TORCH[:1])],
         "nf4: qwen3-4b": [compared("nf4: qwen3-4b", large, steps // 10, 16, _TORCH[:2], *nf4)],
-        "profile: qwen3-4b": [[*profiled, "--batch", batch] for batch in _BATCHES],
+        "profile: qwen3-4b": [
+            *([*profiled, "--batch", batch] for batch in _BATCHES),
+            *([*profiled, "--batch", _BATCHES[0], "--layers", layers] for layers in ("torch", "compiled")),
+        ],
     }
     found |= {name: [["-m", "benchmarks.random_model", "qwen3-4b"], *own] for name, own in on_large.items()}
     return {name: found[name] for name in LIMITS}

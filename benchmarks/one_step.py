@@ -30,6 +30,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
     return Recipe(
         **names,
         **numbers,
+        method=case.get("method", "lora"),
         precision=case.get("precision", "bf16"),
         quantization=case.get("quantization", "none"),
         rank=case.get("rank", 16),

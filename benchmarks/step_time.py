@@ -2,6 +2,8 @@
 
     python -m benchmarks.step_time --data rows.jsonl [--model MODEL] [--device cuda] [--precision bf16]
 
+Layers compute as in training, with PyTorch's kernels in place of Triton's, or each compiled by torch.compile (--layers).
+
 On a GPU the device's idle time is what a step takes by the clock, less what its kernels take: nothing runs then, as the
 program has not started a kernel yet. The profiler slows the program, so the clock's time is that of a step without it.
 """
@@ -28,6 +30,7 @@ from common.models.resolve import resolve
 from common.models.shapes import linear_shapes
 from common.recipe import Plan
 from common.training.memory_estimate import model_dims
+from torch_backend import fused
 from torch_backend.backend import TorchBackend
 from torch_backend.memory_terms import loss_chunk
 
@@ -39,6 +42,8 @@ _PARTS = {
     "attention": r"flash|fmha|sdpa|attention",
     "products": r"gemm|gemv|cublas|nvjet|xmma|cutlass|^aten::(add|b)?mm_?$|^aten::linear|^mkldnn::",
     "norms": r"norm|rsqrt",
+    "activations": r"^_gated|gelu|silu",
+    "rotation": r"^_rotated|addcmul",
 }
 
 
@@ -110,6 +115,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--layers", choices=["trained", "torch", "compiled"], default="trained")
     arguments = parser.parse_args()
     device, dtype = arguments.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
     model = resolve(arguments.model, print)
@@ -132,8 +138,15 @@ def main() -> None:
         float(result.loss_sum)  # waits for the device
         return result.label_tokens
 
+    if arguments.layers != "trained":
+        fused.use(None)
+    if arguments.layers == "compiled":
+        for layer in backend.model.model.layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+    started = time.perf_counter()
     for number in [1] if device == "cpu" else [*batches] * 2:  # until all CUDA graphs are recorded
         run(number)
+    print(f"{time.perf_counter() - started:.1f} s until compiled and recorded")
     started = time.perf_counter()
     labels = sum(map(run, _MEASURED))
     seconds = time.perf_counter() - started

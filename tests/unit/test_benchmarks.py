@@ -440,6 +440,9 @@ def test_a_kernel_is_told_by_its_name() -> None:
         "aten::addmm_": "products",
         "aten::mm": "products",
         "void at::native::vectorized_layer_norm_kernel<float>": "norms",
+        "_rms_norm_grad": "norms",
+        "_gated": "activations",
+        "_rotated": "rotation",
         "void at::native::elementwise_kernel<128, 2>": "other",
     }
     assert {name: step_time.part_of(name) for name in names} == names
