@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,6 +29,9 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         kind = kind if members == [name] else LoRASwitchLinear
         linear = modules[module_path(model, name)]
         layers[name] = kind.from_base(linear, r=weights[0].rank, scale=weights[0].scale)
+        if kind is DoRALinear:
+            layers[name]._squares = mx.square(layers[name].m)  # no parameter, by its name
+            replace_call(layers[name], _dora)
         for part in weights[0].parts():
             arrays = [to_mlx(part, weight.parts()[part]) for weight in weights]
             setattr(layers[name], PARTS[part], arrays[0] if members == [name] else stacked(arrays))
@@ -41,6 +44,42 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
 def _adapted(self: Any, x: mx.array) -> mx.array:
     """`linear(x) + scale * x @ A @ B`, the second product added to the first's result."""
     return mx.addmm(self.linear(x), self.dropout(x) @ self.lora_a, self.lora_b, alpha=self.scale)
+
+
+def _dora(self: Any, x: mx.array) -> mx.array:
+    """DoRA in the type of x. `W + scale * B @ A` is never made; its rows' length is a constant in the backward pass."""
+    product, scale = partial(_product, self.linear), self.scale
+    A, B = self.lora_a, self.lora_b  # [in, r], [r, out]
+    more = B * (2 * scale * product(A.T.astype(x.dtype)) + scale**2 * (A.T @ A) @ B)
+    length = mx.stop_gradient(mx.sqrt(self._squares + more.sum(axis=0)))
+    low = self.dropout(x) @ A.astype(x.dtype)
+    result: Any = _stretched(mx.addmm(product(x), low, B.astype(x.dtype), alpha=scale), self.m / length - 1)
+    if "bias" in self.linear:
+        result = result + self.linear.bias
+    return cast(mx.array, result)
+
+
+@mx.custom_function
+def _stretched(x: mx.array, gain: mx.array) -> mx.array:
+    """`x * (1 + gain)` for x [N, out]; less 1, as bf16 has no number between 1 and 1.0078. Of x nothing is kept."""
+    return x + x * gain.astype(x.dtype)
+
+
+@_stretched.vjp
+def _stretched_vjp(primals: Any, grad_output: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    x, gain = primals
+    grad_gain = (grad_output.astype(mx.float32) * output.astype(mx.float32)).sum(axis=0) / (1 + gain)
+    # at once: it would be computed at the end of a step, and every layer would keep both until then
+    (grad_output,) = mx.depends([grad_output], [grad_gain])
+    return grad_output + grad_output * gain.astype(x.dtype), grad_gain
+
+
+def _product(linear: Any, x: mx.array) -> mx.array:
+    """`x @ W.T`"""
+    if not isinstance(linear, nn.QuantizedLinear):
+        return x @ linear.weight.T
+    settings = {"group_size": linear.group_size, "bits": linear.bits, "mode": linear.mode}
+    return mx.quantized_matmul(x, linear.weight, linear.scales, linear.get("biases"), True, **settings)
 
 
 class Dropout:

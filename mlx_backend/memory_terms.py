@@ -46,9 +46,9 @@ def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
 def adapter_copies(recipe: Recipe, device: str) -> float:
     """On a GPU the adapter and its moments before the last step are kept: see confirmation.py.
 
-    Of LoRA's the model computes with a copy in its own precision.
+    The model computes with a copy in its own precision.
     """
-    computed = 0.5 if recipe.precision == "bf16" and recipe.method == "lora" else 0.0
+    computed = 0.5 if recipe.precision == "bf16" and recipe.method != "full" else 0.0
     return (4 if device == "gpu" else 1) + computed
 
 
@@ -86,8 +86,10 @@ def step_memory(dims: ModelDims, recipe: Recipe, plan: Plan, shape: MicroBatchSh
     item = 4 if recipe.precision == "fp32" else 2
     shape = smallest_layout(shape) if plan.device == "gpu" else shape
     padding = shape.rows * shape.width / shape.tokens
-    low = item if recipe.method == "lora" else 4
-    layer = _kept_values(dims, padding) * item + 7 * recipe.rank * low
+    kept = _kept_values(dims, padding)
+    if recipe.method == "dora":  # the layers' outputs; those of gate and up are kept anyway
+        kept += dims.queries + 2 * dims.keys + 2 * dims.hidden
+    layer = kept * item + 7 * recipe.rank * (4 if recipe.method == "full" else item)
     scores = dims.heads * shape.width * padding * 4  # a row of attention scores for each token, written out
     layer, attention = (layer + 3 * scores, 3 * scores) if dims.capped else (layer + scores, 4 * scores)
     if dims.delta is not None:  # few layers have scores

@@ -8,7 +8,7 @@ import torch
 
 from common.errors import first_line
 from torch_backend import fused
-from torch_backend.layers import norm_kind
+from torch_backend.layers import mlp_inputs, mlp_of, norm_kind
 from torch_backend.mlp import Gated
 from torch_backend.norm import RMSNorm
 from torch_backend.rope import Rope
@@ -16,15 +16,24 @@ from torch_backend.rope import Rope
 _TOKENS = 48
 # Of the largest value; in bf16 one rounding is 0.4 %, and torch's kernels round more often.
 _APART = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+_failed: set[torch.device] = set()
+
+Case = tuple[Callable[..., torch.Tensor], list[torch.Tensor]]
 
 
 def check_kernels(model: Any, device: torch.device, dtype: torch.dtype) -> str:
-    """Have an NVIDIA GPU use Triton's kernels; or a warning that says why it does not.
+    """Have an NVIDIA GPU use Triton's kernels; or a warning that says why it does not, once in a process.
 
-    model: of transformers, of a known architecture, wherever it is. dtype: of its activations.
+    model: of transformers, of a known architecture, on any device. dtype: of its activations. Where the kernels of one
+    model are at fault, those of the next are not tried.
     """
-    fault = _fault(model, device, dtype) if device.type == "cuda" else ""
-    return fault and f"Training is slower than it could be: Triton's kernels are not used, as {fault}."
+    if device.type != "cuda" or device in _failed:
+        return ""
+    fault = _fault(model, device, dtype)
+    if not fault:
+        return ""
+    _failed.add(device)
+    return f"This GPU computes slower than it could: Triton's kernels are not used, as {fault}."
 
 
 def _fault(model: Any, device: torch.device, dtype: torch.dtype) -> str:
@@ -41,7 +50,11 @@ def _fault(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     fused.use(triton_kernels)
     try:
         found = [_values(*case) for case in cases]
-    except (TritonError, RuntimeError, OSError, SubprocessError) as error:  # of its compilers, or of the driver
+    except torch.OutOfMemoryError:
+        fused.use(None)
+        raise
+    # of its compilers, or of the driver, which it also asserts to be there
+    except (TritonError, RuntimeError, OSError, SubprocessError, AssertionError) as error:
         fused.use(None)
         return f"they cannot be compiled here: {first_line(error)}"
     pairs = [pair for one, other in zip(plain, found, strict=True) for pair in zip(one, other, strict=True)]
@@ -51,28 +64,64 @@ def _fault(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     return "they compute other values than torch on this GPU"
 
 
-def _cases(
-    model: Any, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
-    """Functions, and what they compute with: norms, rotations and activations of the sizes of `model`."""
-    config = model.config
+def _cases(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Functions, and what they compute with, for each size of norms, rotations and activations in `model`."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device, generator=generator).to(dtype)
 
-    norms = [module for module in model.modules() if type(module).__name__.endswith("RMSNorm")]
-    weights = {(norm_kind(type(m).__name__), len(m.weight)): m.weight for m in norms if hasattr(m, "weight")}
-    for (kind, width), stored in weights.items():
-        weight = stored.to(device)
-        yield lambda x, weight=weight, kind=kind: RMSNorm.apply(x, weight, 1e-6, kind), [draw(1, _TOKENS, width)]
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cos, sin = (draw(1, _TOKENS, head // 2).repeat(1, 1, 2) for _ in range(2))
+    for kind, width, eps, stored in sorted(_norms(model), key=str):
+        weight = draw(width).to(stored)
+        # of small values eps is a part
+        scales = torch.tensor([1.0, eps**0.5], device=device).repeat(_TOKENS // 2)[:, None].to(dtype)
+        inputs = [draw(1, _TOKENS, width) * scales]
+        yield lambda x, weight=weight, eps=eps, kind=kind: RMSNorm.apply(x, weight, eps, kind), inputs
     interleaved = type(model).__name__.startswith("Glm4")
-    for heads in {config.num_attention_heads, config.num_key_value_heads}:
-        yield lambda x: Rope.apply(x, cos, sin, interleaved), [draw(1, _TOKENS, heads, head).transpose(1, 2)]
+    for heads, width, rotary in sorted(_rotations(model)):
+        cos, sin = (draw(1, _TOKENS, rotary // 2).repeat(1, 1, 2) for _ in range(2))
+        inputs = [draw(1, _TOKENS, heads, width).transpose(1, 2)]
+        yield lambda x, cos=cos, sin=sin: Rope.apply(x, cos, sin, interleaved), inputs
     gelu = type(model).__name__.startswith("Gemma")
-    yield lambda gate, up: Gated.apply(gate, up, gelu), [draw(1, _TOKENS, config.intermediate_size) for _ in range(2)]
+    for width, joined in sorted(_activations(model)):
+        both = draw(1, _TOKENS, 2 * width).chunk(2, dim=-1)
+        inputs = [each if joined else each.contiguous() for each in both]
+        yield lambda gate, up: Gated.apply(gate, up, gelu), inputs
+
+
+def _norms(model: Any) -> set[tuple[Any, int, float, torch.dtype]]:
+    """(kind, width, eps, type of the weight)"""
+    norms = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "RMSNormGated"))]
+    return {
+        (norm_kind(type(m).__name__), len(m.weight), m.eps if hasattr(m, "eps") else m.variance_epsilon, m.weight.dtype)
+        for m in norms
+        if hasattr(m, "weight")
+    }
+
+
+def _rotations(model: Any) -> set[tuple[int, int, int]]:
+    """(heads, values of a head, how many of these are rotated)"""
+    rotaries = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    heads = set()
+    for module in model.modules():
+        if type(module).__name__.endswith("Attention"):
+            projections = [getattr(module, name) for name in ("q_proj", "k_proj") if hasattr(module, name)]
+            counts = {projection.out_features // module.head_dim for projection in projections if projection}
+            if not projections:  # Phi-3
+                counts = {module.config.num_attention_heads, module.config.num_key_value_heads}
+            heads |= {(count, module.head_dim) for count in counts}
+    return {(count, width, rotary) for count, width in heads for rotary in rotaries if rotary <= width}
+
+
+def _activations(model: Any) -> set[tuple[int, bool]]:
+    """(width, whether gate and up are parts of one tensor)"""
+    found = set()
+    for module in model.modules():
+        if type(module).__name__.endswith("DecoderLayer"):
+            inputs, down = mlp_inputs(mlp_of(module))
+            if down is not None:
+                found.add((down.in_features, len(inputs) == 1))
+    return found
 
 
 def _values(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -80,7 +129,8 @@ def _values(function: Callable[..., torch.Tensor], inputs: list[torch.Tensor]) -
     leaves = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         result = function(*leaves)
-        grads = torch.autograd.grad(result, leaves, inputs[0].view_as(inputs[0]))
+        weights = torch.linspace(-1, 1, result.numel(), device=result.device)
+        grads = torch.autograd.grad(result, leaves, weights.view(result.shape).to(result.dtype))
     return [result.detach(), *grads]
 
 

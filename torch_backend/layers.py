@@ -54,11 +54,11 @@ def install(model: Any, adapter: Adapter) -> list[LoraGroup]:
 
 
 def _install_linear(model: Any, adapter: Adapter) -> list[LoraGroup]:
-    """PEFT's layers, where they compute plain LoRA, and the frozen linear layers."""
-    plain = not (adapter.dora or adapter.dropout)
+    """PEFT's layers, where nothing is dropped, and the frozen linear layers."""
+    plain = not adapter.dropout
     groups, grouped = list[LoraGroup](), set[Any]()
     for parent in model.modules():
-        children = [] if not plain else [child for _, child in parent.named_children() if _is_plain_lora(child)]
+        children = [] if not plain else [child for _, child in parent.named_children() if _is_plain(child)]
         for members in _of_one_input(parent, children):
             groups.append(LoraGroup(members))
             grouped.update(members)
@@ -76,7 +76,7 @@ def _install_linear(model: Any, adapter: Adapter) -> list[LoraGroup]:
     return groups
 
 
-def _is_plain_lora(module: Any) -> bool:
+def _is_plain(module: Any) -> bool:
     return hasattr(module, "lora_A") and type(module.base_layer).__name__ in ("Linear", "Linear4bit")
 
 
@@ -115,13 +115,19 @@ def mlp_of(decoder: Any) -> Any:
     return next(getattr(decoder, name) for name in ("mlp", "shared_mlp", "feed_forward") if hasattr(decoder, name))
 
 
+def mlp_inputs(module: Any) -> tuple[list[Any], Any]:
+    """`([gate and up, which may be one], down)` of an MLP; of a mixture of experts none, and None."""
+    *inputs, down = [None, *(getattr(module, name) for name in _MLP_NAMES if hasattr(module, name))]
+    return inputs[1:], down
+
+
 def _mlp(module: Any, gelu: bool, last: bool, x: torch.Tensor) -> torch.Tensor:
-    *inputs, down = [getattr(module, name) for name in _MLP_NAMES if hasattr(module, name)]
+    inputs, down = mlp_inputs(module)
     gate, up = inputs[0](x).chunk(2, dim=-1) if len(inputs) == 1 else (inputs[0](x), inputs[1](x))
     if getattr(down.forward, "func", None) is not _lora or down.disable_adapters:
         return down(Gated.apply(gate, up, gelu))
     group = down.forward.args[1]
-    return GatedDown.apply(gate, up, gelu, last, group, *group.matrices)
+    return GatedDown.apply(gate, up, gelu, last, group, *group.trained)
 
 
 def _lora(module: Any, group: LoraGroup, number: int, x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,16 @@
-"""Frozen linear layers and their LoRA, with a backward pass written by hand.
+"""Frozen linear layers and their LoRA or DoRA, with a backward pass written by hand.
 
 transformers and PEFT are right but general: they keep what a frozen model never needs again. These keep less, and read
 memory fewer times.
 """
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
 
-from torch_backend.matmul import cpu_computes, linear, linear_grad_input
+from torch_backend.matmul import cpu_computes, linear, linear_grad_input, widened
 
 
 class LoraGroup:
@@ -19,39 +20,70 @@ class LoraGroup:
         self.bases = [layer.base_layer for layer in layers]
         self.scale: float = layers[0].scaling["default"]
         A, B = ([getattr(layer, name)["default"].weight for layer in layers] for name in ("lora_A", "lora_B"))
-        self.matrices = (*A, *B)  # A [r, in], B [out, r], float32
+        vectors = [layer.lora_magnitude_vector for layer in layers]  # empty but for DoRA
+        self.magnitudes = [vector["default"].weight for vector in vectors if "default" in vector]
+        self.trained = (*A, *B, *self.magnitudes)  # A [r, in], B [out, r], magnitude [out], float32
         self.ranks = [len(each) for each in A]
         self.copies: list[torch.Tensor] = []
+        self._squares: list[torch.Tensor] = []  # of the lengths of each base's rows
         self._found: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
 
     def make_copies(self, dtype: torch.dtype) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
-        """Have products read copies; `(copies, originals)`, to copy whenever these have changed. dtype: of activations.
+        """Have products read copies of A and B; `(copies, originals)`, to copy whenever these have changed.
 
-        None where products read float32 itself.
+        dtype: of activations. None where products read float32 itself.
         """
-        device = self.matrices[0].device
+        device = self.trained[0].device
         if (dtype := lora_type(device, dtype)) == torch.float32:
             return None
-        stacked = torch.empty(sum(self.ranks), self.matrices[0].shape[1], dtype=dtype, device=device)
+        stacked = torch.empty(sum(self.ranks), self.trained[0].shape[1], dtype=dtype, device=device)
         each = [torch.empty_like(B, dtype=dtype) for B in self._B]
         self.copies = [stacked, *each]
-        return [*stacked.split(self.ranks), *each], [matrix.data for matrix in self.matrices]
+        return [*stacked.split(self.ranks), *each], [matrix.data for matrix in (*self._A, *self._B)]
+
+    @property
+    def _A(self) -> Sequence[torch.Tensor]:
+        return self.trained[: len(self.bases)]
 
     @property
     def _B(self) -> Sequence[torch.Tensor]:
-        return self.matrices[len(self.bases) :]
+        return self.trained[len(self.bases) : 2 * len(self.bases)]
 
-    def stacked(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """All A in one [sum of r, in], and each B, in this type."""
+    def stacked_A(self, dtype: torch.dtype) -> torch.Tensor:
+        """[sum of r, in], in this type."""
         if self.copies and self.copies[0].dtype == dtype:
-            return self.copies
-        A, B = self.matrices[: len(self.bases)], self._B
-        return [(torch.cat(A) if len(A) > 1 else A[0]).to(dtype), *(each.to(dtype) for each in B)]
+            return self.copies[0]
+        return (torch.cat([*self._A]) if len(self.bases) > 1 else self._A[0]).to(dtype)
+
+    def each_B(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        if self.copies and self.copies[0].dtype == dtype:
+            return self.copies[1:]
+        return [each.to(dtype) for each in self._B]
+
+    @torch.no_grad()
+    def gains(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Of DoRA, for each layer: magnitude / length - 1 for the rows of `W + scale * B @ A` [out], in this type.
+
+        Less 1, as bf16 has no number between 1 and 1.0078. The sum is never made. The length is a constant in the
+        backward pass (Liu et al. 2024, 4.3).
+        """
+        if self.magnitudes and not self._squares:
+            self._squares = [frozen_weight(base).float().square().sum(1) for base in self.bases]
+        found = []
+        for base, A, B, squares, magnitude in zip(
+            self.bases, self._A, self._B, self._squares, self.magnitudes, strict=False
+        ):
+            weight = frozen_weight(base)
+            exact = A if widened(weight, A.dtype) else A.to(weight.dtype)
+            across = linear(exact, weight).float().T  # W @ A.T [out, r]
+            more = (B * (2 * self.scale * across + self.scale**2 * (B @ (A @ A.T)))).sum(1)
+            found.append((magnitude / (squares + more).sqrt() - 1).to(dtype))
+        return found
 
     def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of the layer of this number. The first that is asked for computes all; `forget` drops what nobody takes."""
         if self._found is None or self._found[0] is not x:
-            self._found = x, [*LoraLinear.apply(x, self, *self.matrices)]
+            self._found = x, [*LoraLinear.apply(x, self, *self.trained)]
         result, self._found[1][number] = self._found[1][number], None
         if result is None:  # asked for twice
             self._found = None
@@ -82,29 +114,33 @@ class Copies:
 
 
 class LoraLinear(torch.autograd.Function):
-    """`x @ W.T + bias + scale * (x @ A.T) @ B.T` of each layer of a group, for its frozen W.
+    """`(1 + gain) * (x @ W.T + scale * (x @ A.T) @ B.T) + bias` of each layer of a group, for its frozen W.
 
-    Kept for the backward pass: x in its own type, and `scale * x @ A.T`; a W in 4 bits is dequantized again.
+    The gain is DoRA's, else 0. Kept for the backward pass: x in its own type, `scale * x @ A.T`, and DoRA's outputs
+    before their bias; a W in 4 bits is dequantized again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: LoraGroup, *matrices: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """matrices: `group.matrices`, whose gradients are wanted."""
+    def forward(ctx: Any, x: torch.Tensor, group: LoraGroup, *trained: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """trained: `group.trained`, whose gradients are wanted."""
         flat = x.reshape(-1, x.shape[-1])
         low = lora_low(flat, group)
-        ctx.save_for_backward(flat, low)
+        ctx.gains = group.gains(low.dtype)
+        results, kept = lora_outputs(flat, low, group, ctx.gains)
+        ctx.save_for_backward(flat, low, *kept)
         ctx.group = group
-        return tuple(output.view(*x.shape[:-1], -1).to(x.dtype) for output in lora_outputs(flat, low, group))
+        return tuple(result.view(*x.shape[:-1], -1).to(x.dtype) for result in results)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        flat, low = ctx.saved_tensors
-        grad_low, *grads = lora_grads(outputs, flat, low, ctx.group)
+    def backward(ctx: Any, *given: torch.Tensor) -> tuple[Any, ...]:
+        flat, low, *kept = ctx.saved_tensors
+        grads, magnitudes = dora_grads(given, kept, ctx.gains, ctx.group)
+        grad_low, *matrices = lora_grads(grads, flat, low, ctx.group)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = lora_grad_input(outputs, grad_low, ctx.group, flat.dtype)
-            grad_x = grad_x.view(*outputs[0].shape[:-1], -1).to(flat.dtype)
-        return grad_x, None, *grads
+            grad_x = lora_grad_input(grads, grad_low, ctx.group, flat.dtype)
+            grad_x = grad_x.view(*grads[0].shape[:-1], -1).to(flat.dtype)
+        return grad_x, None, *matrices, *magnitudes
 
 
 def lora_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -118,28 +154,51 @@ def lora_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def lora_low(flat: torch.Tensor, group: LoraGroup) -> torch.Tensor:
     """`scale * x @ A.T` [N, sum of r], computed as `(A @ x.T).T`, which on a CPU is many times faster."""
     dtype = lora_type(flat.device, flat.dtype)
-    A = group.stacked(dtype)[0]
+    A = group.stacked_A(dtype)
     return flat.new_empty(len(A), len(flat), dtype=dtype).addmm_(A, flat.to(dtype).T, beta=0, alpha=group.scale).T
 
 
-def lora_outputs(flat: torch.Tensor, low: torch.Tensor, group: LoraGroup) -> list[torch.Tensor]:
-    """[N, out] of each layer: the base's product, rounded as the base computes it, plus the adapter's."""
-    results, copies = [], group.stacked(low.dtype)[1:]
-    for base, part, B in zip(group.bases, low.split(group.ranks, 1), copies, strict=True):
+def lora_outputs(
+    flat: torch.Tensor, low: torch.Tensor, group: LoraGroup, gains: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """[N, out] of each layer: the base's product, rounded as the base computes it, plus the adapter's; and bias.
+
+    gains: of DoRA, else none. Also what DoRA keeps of them, in the activations' type: they before their bias.
+    """
+    results, kept, parts = [], [], low.split(group.ranks, 1)
+    for base, part, B, gain in zip_longest(group.bases, parts, group.each_B(low.dtype), gains):
         result = linear(flat, frozen_weight(base)).to(low.dtype).addmm_(part, B.T)
+        if gain is not None:
+            kept.append(result.addcmul_(result, gain).to(flat.dtype))
         if base.bias is not None:
-            result += base.bias
+            result = result.add_(base.bias) if gain is None else result + base.bias
         results.append(result)
-    return results
+    return results, kept
+
+
+def dora_grads(
+    grads: Sequence[torch.Tensor], kept: Sequence[torch.Tensor], gains: Sequence[torch.Tensor], group: LoraGroup
+) -> tuple[Sequence[torch.Tensor], list[torch.Tensor]]:
+    """The gradients [..., out] before DoRA's gain, given those of the outputs; and those of the magnitudes.
+
+    kept: of `lora_outputs`. Without DoRA the gradients themselves, and none.
+    """
+    if not gains:
+        return grads, []
+    magnitudes = [
+        (grad.flatten(0, -2).float() * output.float()).sum(0) / magnitude
+        for grad, output, magnitude in zip(grads, kept, group.magnitudes, strict=True)
+    ]
+    return [torch.addcmul(grad, grad, gain.to(grad.dtype)) for grad, gain in zip(grads, gains, strict=True)], magnitudes
 
 
 def lora_grads(
     grad_outputs: Sequence[torch.Tensor], flat: torch.Tensor, low: torch.Tensor, group: LoraGroup
 ) -> list[torch.Tensor]:
-    """The gradients of `x @ A.T`, and of `group.matrices` in float32."""
+    """The gradients of `x @ A.T`, and of each A and B, in float32."""
     exact = [grad.reshape(-1, grad.shape[-1]).to(low.dtype) for grad in grad_outputs]
     grad_low = low.new_empty(low.shape[::-1])
-    for part, grad, B in zip(grad_low.split(group.ranks), exact, group.stacked(low.dtype)[1:], strict=True):
+    for part, grad, B in zip(grad_low.split(group.ranks), exact, group.each_B(low.dtype), strict=True):
         part.addmm_(B.T, grad.T, beta=0, alpha=group.scale)
     grad_A = _float32_product(grad_low, flat.to(low.dtype))
     grad_B = [_float32_product(part.T, grad).T for part, grad in zip(low.split(group.ranks, 1), exact, strict=True)]
@@ -160,7 +219,7 @@ def lora_grad_input(
     result: Any = None
     for grad, base in zip(grad_outputs, group.bases, strict=True):
         result = linear_grad_input(grad.reshape(-1, grad.shape[-1]), frozen_weight(base), dtype, result)
-    found: torch.Tensor = result.to(grad_low.dtype).addmm_(grad_low, group.stacked(grad_low.dtype)[0])
+    found: torch.Tensor = result.to(grad_low.dtype).addmm_(grad_low, group.stacked_A(grad_low.dtype))
     return found
 
 

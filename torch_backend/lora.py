@@ -9,6 +9,7 @@ import torch
 from common.backend import Adapter
 from common.models.experts import stack_of
 from common.models.families import text_name
+from torch_backend.linear import frozen_weight
 from torch_backend.shards import assign
 
 
@@ -53,7 +54,10 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
         parameters[f"{name}.lora_A"] = layer.lora_A["default"].weight
         parameters[f"{name}.lora_B"] = layer.lora_B["default"].weight
         if adapter.dora:
-            parameters[f"{name}.magnitude"] = layer.lora_magnitude_vector["default"].weight
+            vector = layer.lora_magnitude_vector["default"].weight
+            if layer.base_layer.weight.dtype != torch.int8:  # PEFT rounds them to the matrix's type
+                vector.data = frozen_weight(layer.base_layer).float().norm(dim=1)
+            parameters[f"{name}.magnitude"] = vector
     set_arrays(parameters, adapter)
     return peft, parameters
 

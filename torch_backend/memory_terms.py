@@ -57,9 +57,10 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
 
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
-    """On a CPU a frozen base stays as it is stored, and products widen it; DoRA wants it in the recipe's precision."""
+    """On a CPU a frozen base stays as it is stored, and products widen it; PEFT's DoRA wants the recipe's precision."""
     item = 2 if recipe.precision == "bf16" else 4
-    stored = device == "cpu" and recipe.method == "lora" and not dims.plain
+    wide = recipe.method == "full" or (recipe.method == "dora" and recipe.dropout)
+    stored = device == "cpu" and not wide and not dims.plain
     held = _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
     # what is looked up of a mapped table the system may take back
     mapped = device == "cpu" and dims.stored == 2 and recipe.method != "full" and recipe.quantization != "int8"
@@ -108,9 +109,9 @@ def sharded_bytes(dims: ModelDims, recipe: Recipe, plan: Plan) -> ShardedBytes:
 def adapter_copies(recipe: Recipe, device: str) -> float:
     """On a CPU the arrays of the adapter that training started from stay in memory.
 
-    Of plain LoRA products in bf16 read a copy in their type.
+    Our own products in bf16 read a copy in their type.
     """
-    plain = recipe.method == "lora" and not recipe.dropout and recipe.quantization != "int8"
+    plain = recipe.method != "full" and not recipe.dropout and recipe.quantization != "int8"
     computed = device == "cuda" or (device == "cpu" and bool(cpu_bf16()))
     copied = 0.5 if recipe.precision == "bf16" and plain and computed else 0.0
     return (2 if device == "cpu" else 1) + copied
@@ -149,6 +150,7 @@ class _Kernels:
     packed: bool  # attention reads packed rows
     general: bool  # by PEFT's and transformers' own layers
     repeated: bool  # key heads are repeated for each of their queries
+    outputs: bool  # of DoRA's layers are kept
     tokens: int
     labels: int
     padding: float  # padded positions of a token in attention
@@ -156,9 +158,9 @@ class _Kernels:
     @staticmethod
     def of(dims: ModelDims, recipe: Recipe, device: str, shape: MicroBatchShape) -> "_Kernels":
         packed = packs_attention(dims.head_dim, dims.padded, device, recipe.precision)
-        general = dims.plain or recipe.method != "lora" or bool(recipe.dropout) or recipe.quantization == "int8"
+        general = dims.plain or recipe.method == "full" or bool(recipe.dropout) or recipe.quantization == "int8"
         tokens, labels = shape.tokens, shape.labels
-        if packed and not general:  # as CUDA graphs round them
+        if packed and not general and recipe.method == "lora":  # as CUDA graphs round them
             tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
         item = 4 if recipe.precision == "fp32" else 2
         widened = device == "cpu" and item == 2 and (general or not cpu_bf16())
@@ -170,6 +172,7 @@ class _Kernels:
             packed=packed,
             general=general,
             repeated=device == "cuda" and not packed,
+            outputs=recipe.method == "dora",
             tokens=tokens,
             labels=labels,
             padding=1.0 if packed else shape.rows * shape.width / tokens,
@@ -219,6 +222,8 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
         share = dims.convolved / dims.layers
         attention = share * 5 * dims.hidden + (1 - share) * attention
     kept += attention
+    if kernels.outputs:  # those of gate and up are kept anyway
+        kept += dims.queries + 2 * dims.keys + 2 * dims.hidden
     inner = dims.inner * (3 if kernels.general else 2)
     block = 2 * KEPT_BLOCKS / (kernels.tokens * kernels.item)
     small = kept * (dims.hidden < block) + nets * (widest < block) + inner * (dims.inner < block)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from torch_backend import fused
-from torch_backend.linear import LoraGroup, lora_grad_input, lora_grads, lora_low, lora_outputs
+from torch_backend.linear import LoraGroup, dora_grads, lora_grad_input, lora_grads, lora_low, lora_outputs
 
 _aten = torch.ops.aten
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -36,44 +36,44 @@ class Gated(torch.autograd.Function):
 class GatedDown(torch.autograd.Function):
     """`LoraLinear` of `act(gate) * up`, whose product is recomputed in the backward pass.
 
-    Kept for it: gate, up and `x @ A.T`. last: the layer ends with it; its output is not needed when recomputing.
+    Kept for it: gate, up, `scale * x @ A.T`, and DoRA's output. last: the layer ends with it; without DoRA its output
+    is not needed when recomputing.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913  # as torch.autograd.Function wants it
-        ctx: Any,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        gelu: bool,
-        last: bool,
-        down: LoraGroup,
-        A: torch.Tensor,
-        B: torch.Tensor,
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, gelu: bool, last: bool, down: LoraGroup, *trained: torch.Tensor
     ) -> torch.Tensor:
+        """trained: `down.trained`, whose gradients are wanted."""
         inner = _gated(gate, up, gelu).flatten(0, -2)
         low = lora_low(inner, down)
-        ctx.save_for_backward(gate, up, low)
+        ctx.gains = down.gains(low.dtype)
         ctx.gelu, ctx.down = gelu, down
-        if last and _recomputing.get():  # nobody reads it
-            return gate.new_zeros(()).expand(*gate.shape[:-1], len(B))
-        return lora_outputs(inner, low, down)[0].view(*gate.shape[:-1], -1).to(gate.dtype)
+        if last and _recomputing.get() and not ctx.gains:  # nobody reads it
+            ctx.save_for_backward(gate, up, low)
+            return gate.new_zeros(()).expand(*gate.shape[:-1], len(trained[1]))
+        (result,), kept = lora_outputs(inner, low, down, ctx.gains)
+        ctx.save_for_backward(gate, up, low, *kept)
+        return result.view(*gate.shape[:-1], -1).to(gate.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *outputs: torch.Tensor) -> tuple[Any, ...]:
-        gate, up, low = ctx.saved_tensors
+    def backward(ctx: Any, *given: torch.Tensor) -> tuple[Any, ...]:
+        gate, up, low, *kept = ctx.saved_tensors
+        grads, magnitudes = dora_grads(given, kept, ctx.gains, ctx.down)
         triton = fused.kernels(gate)
         activation = None if triton else _activation(gate, ctx.gelu)
         inner = (_gated(gate, up, ctx.gelu) if activation is None else activation * up).flatten(0, -2)
-        grad_low, *grads = lora_grads(outputs, inner, low, ctx.down)
+        grad_low, *matrices = lora_grads(grads, inner, low, ctx.down)
+        trained = (*matrices, *magnitudes)
         del inner
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
-            return None, None, None, None, None, *grads
-        grad_inner = lora_grad_input(outputs, grad_low, ctx.down, gate.dtype).to(gate.dtype).view_as(gate)
+            return None, None, None, None, None, *trained
+        grad_inner = lora_grad_input(grads, grad_low, ctx.down, gate.dtype).to(gate.dtype).view_as(gate)
         if activation is None:
-            return *triton.gated_grads(grad_inner, gate, up, ctx.gelu), None, None, None, *grads
+            return *triton.gated_grads(grad_inner, gate, up, ctx.gelu), None, None, None, *trained
         grad_up = activation.mul_(grad_inner)
         grad_gate = _grad_gate(grad_inner.mul_(up), gate, ctx.gelu)
-        return grad_gate, grad_up, None, None, None, *grads
+        return grad_gate, grad_up, None, None, None, *trained
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, gelu: bool) -> torch.Tensor:

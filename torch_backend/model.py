@@ -57,10 +57,11 @@ def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, sharded:
 
 
 def kept_stored(recipe: Recipe, device: torch.device) -> Stored:
-    """Which 16-bit weights stay as they are stored. For DoRA PEFT would round the magnitudes to the matrices' type."""
+    """Which 16-bit weights stay as they are stored. PEFT's DoRA, of dropout, computes in the matrices' type."""
     if recipe.method == "full":
         return "none"
-    return "matrices" if (recipe.method, recipe.precision, device.type) == ("lora", "fp32", "cpu") else "tables"
+    wide = recipe.method == "dora" and recipe.dropout
+    return "matrices" if (recipe.precision, device.type) == ("fp32", "cpu") and not wide else "tables"
 
 
 def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:

@@ -58,10 +58,8 @@ def compared(ours, theirs, *inputs, dtype=torch.float32):
 @pytest.fixture(params=["torch", "triton"])
 def kernels(request, monkeypatch):
     """Whose kernels compute; on a CPU Triton's are interpreted."""
-    if request.param == "triton":
-        from torch_backend import triton_kernels
-
-        monkeypatch.setattr(fused, "kernels", lambda x: triton_kernels)
+    module = importlib.import_module("torch_backend.triton_kernels") if request.param == "triton" else None
+    monkeypatch.setattr(fused, "kernels", lambda x: module)
 
 
 @BOTH
@@ -99,66 +97,84 @@ def test_gated(dtype, gelu):
     compared(lambda gate, up: Gated.apply(gate, up, gelu), plain, *inputs, dtype=dtype)
 
 
-def lora_layer(base, A, B):
+def lora_layer(base, A, B, magnitude=None):
     """As PEFT holds it, at a scale of 0.5."""
     matrices = {"lora_A": SimpleNamespace(weight=A), "lora_B": SimpleNamespace(weight=B)}
-    return SimpleNamespace(
-        base_layer=base, scaling={"default": 0.5}, **{name: {"default": each} for name, each in matrices.items()}
-    )
+    vector = {} if magnitude is None else {"default": SimpleNamespace(weight=magnitude)}
+    given = {name: {"default": each} for name, each in matrices.items()}
+    return SimpleNamespace(base_layer=base, scaling={"default": 0.5}, lora_magnitude_vector=vector, **given)
+
+
+def exact(x, base, A, B, magnitude=None):
+    """What the layer computes, from W + B @ A. DoRA's lengths are constants in its backward pass."""
+    weight = base.weight.double() + 0.5 * B @ A
+    if magnitude is not None:
+        weight = (magnitude / weight.detach().norm(dim=1))[:, None] * weight
+    return functional.linear(x, weight, None if base.bias is None else base.bias.double())
 
 
 @BOTH
 @pytest.mark.parametrize("widened", [False, pytest.param(True, marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("copied", [False, True])
-def test_lora_linear(dtype, widened, bias, copied, monkeypatch):
-    monkeypatch.setattr(matmul, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_linear(dtype, widened, bias, copied, dora, monkeypatch):
+    for module in (matmul, linear):
+        monkeypatch.setattr(module, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
     monkeypatch.setattr(matmul, "_BLOCK", 50)  # several blocks
     monkeypatch.setattr(linear, "cpu_computes", lambda _, dtype: not widened and dtype == torch.bfloat16)
     bases = [torch.nn.Linear(12, out, bias=bias).to(dtype).requires_grad_(False) for out in (20, 8)]
-    A, B, C, D = torch.randn(4, 12), torch.randn(20, 4), torch.randn(3, 12), torch.randn(8, 3)
+    matrices = torch.randn(4, 12), torch.randn(20, 4), torch.randn(3, 12), torch.randn(8, 3)
+    magnitudes = (torch.rand(20) + 1, torch.rand(8) + 1) if dora else ()
 
-    def ours(x, A, B, C, D):
-        group = LoraGroup([lora_layer(bases[0], A, B), lora_layer(bases[1], C, D)])
+    def ours(x, A, B, C, D, *magnitudes):
+        one, other = magnitudes or (None, None)
+        group = LoraGroup([lora_layer(bases[0], A, B, one), lora_layer(bases[1], C, D, other)])
         if copied:
             Copies([group], x.dtype)
         first, second = group.output(0, x), group.output(1, x)
         assert group._found is None
         return torch.cat([first, second], -1)
 
-    def exact(x, base, A, B):
-        return functional.linear(x, base.weight.double(), base.bias.double() if bias else None) + 0.5 * (x @ A.T) @ B.T
+    def plain(x, A, B, C, D, *magnitudes):
+        one, other = magnitudes or (None, None)
+        return torch.cat([exact(x, bases[0], A, B, one), exact(x, bases[1], C, D, other)], -1)
 
-    def plain(x, A, B, C, D):
-        return torch.cat([exact(x, bases[0], A, B), exact(x, bases[1], C, D)], -1)
-
-    inputs = (torch.randn(2, 5, 12), None), *((matrix, torch.float32) for matrix in (A, B, C, D))
+    inputs = (torch.randn(2, 5, 12), None), *((each, torch.float32) for each in (*matrices, *magnitudes))
     compared(ours, plain, *inputs, dtype=dtype)
 
 
 @BOTH
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("second_time", [False, True])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.usefixtures("kernels")
-def test_gated_down(dtype, gelu, second_time):
-    base = torch.nn.Linear(12, 20).to(dtype).requires_grad_(False)
-    A, B = torch.randn(4, 12), torch.randn(20, 4)
+def test_gated_down(dtype, gelu, second_time, dora):
+    base = torch.nn.Linear(12, 20).to(dtype)
+    trained = torch.randn(4, 12), torch.randn(20, 4), *([torch.rand(20) + 1] if dora else [])
 
-    def ours(gate, up, A, B):
-        down = LoraGroup([lora_layer(base, A, B)])
-        result = GatedDown.apply(gate, up, gelu, False, down, A, B)
+    def ours(gate, up, *trained):
+        down = LoraGroup([lora_layer(base, *trained)])
+        result = GatedDown.apply(gate, up, gelu, False, down, *trained)
         with recomputing():
-            second = GatedDown.apply(gate, up, gelu, True, down, A, B)
-            assert torch.equal(GatedDown.apply(gate, up, gelu, False, down, A, B), result)  # a norm follows it
+            second = GatedDown.apply(gate, up, gelu, True, down, *trained)
+            assert torch.equal(GatedDown.apply(gate, up, gelu, False, down, *trained), result)  # a norm follows it
+        if dora:  # whose backward pass needs the output
+            assert torch.equal(second, result)
+            return second if second_time else result
         assert not second.any()  # its product was left out, all that the backward pass needs was not
         return result.detach() + second if second_time else result
 
-    def plain(gate, up, A, B):
-        x = (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
-        return functional.linear(x, base.weight.double(), base.bias.double()) + 0.5 * (x @ A.T) @ B.T
+    def plain(gate, up, *trained):
+        return exact(
+            (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up, base, *trained
+        )
 
-    shape = (2, 5, 12)
-    inputs = (torch.randn(shape), None), (torch.randn(shape), None), (A, torch.float32), (B, torch.float32)
+    inputs = [
+        (torch.randn(2, 5, 12), None),
+        (torch.randn(2, 5, 12), None),
+        *((each, torch.float32) for each in trained),
+    ]
     compared(ours, plain, *inputs, dtype=dtype)
 
 
@@ -270,7 +286,8 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
 
 def computed_in_bf16(monkeypatch):
     """Whatever this CPU multiplies."""
-    monkeypatch.setattr(matmul, "widened", lambda weight, _: False)
+    for module in (matmul, linear):
+        monkeypatch.setattr(module, "widened", lambda weight, _: False)
     monkeypatch.setattr(linear, "cpu_computes", lambda _, dtype: dtype == torch.bfloat16)
 
 
@@ -378,8 +395,7 @@ def test_weights_held_in_16_bits_train_as_the_same_ones_in_32(family, changes, t
     for path, held in ((folder, torch.bfloat16), (widened, torch.float32)):
         recipe = backends.make_recipe(path, **changes)
         backend = backends.load("torch", path, recipe)
-        dora = recipe.method == "dora"  # whose magnitudes PEFT would round to the held type
-        assert backend.model.get_input_embeddings().weight.dtype == (torch.float32 if dora else held)
+        assert backend.model.get_input_embeddings().weight.dtype == held
         assert {p.dtype for n, p in backend.model.named_parameters() if "norm" in n} == {torch.float32}
         losses.append(backends.run_steps(backend, recipe, rows, 4))
         backend.close()

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.data.batching import make_batch
+from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
 from tests.tiny import write_family, write_model, write_rows
 from torch_backend import fused, kernel_check
@@ -19,12 +20,15 @@ from torch_backend.rope import Rope
 
 triton_kernels = pytest.importorskip("torch_backend.triton_kernels")
 
-pytestmark = [pytest.mark.slow, pytest.mark.cpu]
+pytestmark = pytest.mark.slow
+DEVICE = torch.device(backends.DEVICE)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
+    """On a CPU; on a GPU Triton compiles them."""
     monkeypatch.setattr(fused, "kernels", lambda x: fused._kernels)
+    monkeypatch.setattr(kernel_check, "_failed", set())
     yield
     fused.use(None)
 
@@ -35,8 +39,8 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_rotation_is_the_one_of_torch(dtype, interleaved, rotary, heads, interpreted):
     torch.manual_seed(0)
-    x, grad = (torch.randn(1, 5, heads, 12).to(dtype).transpose(1, 2) for _ in range(2))
-    cos, sin = (torch.randn(1, 5, rotary // 2).to(dtype).repeat(1, 1, 2) for _ in range(2))
+    x, grad = (torch.randn(1, 5, heads, 12).to(DEVICE, dtype).transpose(1, 2) for _ in range(2))
+    cos, sin = (torch.randn(1, 5, rotary // 2).to(DEVICE, dtype).repeat(1, 1, 2) for _ in range(2))
     found = []
     for module in (None, triton_kernels):
         fused.use(module)
@@ -59,9 +63,10 @@ def test_a_model_has_the_gradients_it_has_with_the_kernels_of_torch(family, tmp_
         own = getattr(triton_kernels, name)
         monkeypatch.setattr(triton_kernels, name, lambda *a, own=own: called.add(own.__name__) or own(*a))
     for module in (None, triton_kernels):
-        fused.use(module)
         assert not called
         backend = backends.load("torch", folder, backends.make_recipe(folder))
+        fused.use(module)  # loading chooses on a GPU
+        called.clear()
         backend.accumulate([make_batch([row])], 1.0, 1)
         found.append({"loss": backend.accumulated_loss()} | backend.gradients())
         backend.close()
@@ -78,41 +83,53 @@ from triton.compiler import ASTSource
 from torch_backend import triton_kernels as kernels
 
 POINTERS = {"gate", "up", "result", "grad", "grad_gate", "grad_up", "x", "cos", "sin", "weight"}
-CONSTANTS = {
-    "_gated": {"GELU": True, "BLOCK": 1024},
-    "_gated_grads": {"GELU": False, "BLOCK": 1024},
-    "_rotated": {"HALF": 64, "SIGN": -1, "STEP": 1, "SECOND": 64, "HEADS": 32, "WIDTH": 128},
-    "_rms_norm": {"EARLY": True, "ROWS": 8, "WIDTH": 128},
-    "_rms_norm_grad": {"ROWS": 1, "WIDTH": 4096},
-}
+VARIANTS = [
+    *(("_gated", {"GELU": gelu, "BLOCK": 1024}, 4) for gelu in (False, True)),
+    *(("_gated_grads", {"GELU": gelu, "BLOCK": 1024}, 4) for gelu in (False, True)),
+    ("_rotated", {"HALF": 64, "SIGN": -1, "STEP": 1, "SECOND": 64, "HEADS": 32, "WIDTH": 128}, 16),
+    ("_rotated", {"HALF": 32, "SIGN": 1, "STEP": 2, "SECOND": 1, "HEADS": 2, "WIDTH": 128}, 4),
+    *(("_rms_norm", {"EARLY": early, "ROWS": 8, "WIDTH": 128}, 4) for early in (False, True)),
+    ("_rms_norm_grad", {"ROWS": 1, "WIDTH": 4096}, 16),
+]
 for architecture in (75, 80, 90, 120):
-    for dtype in ("bf16", "fp32"):
-        for name, constants in CONSTANTS.items():
+    for dtype, weight in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        for name, constants, warps in VARIANTS:
             kernel = getattr(kernels, name)
             types = {"factor": "*fp32", "eps": "fp32", "offset": "fp32", **dict.fromkeys(POINTERS, f"*{dtype}")}
+            types["weight"] = f"*{weight}"
             signature = {a: "constexpr" if a in constants else types.get(a, "i32") for a in kernel.arg_names}
             values = {(kernel.arg_names.index(a),): value for a, value in constants.items()}
-            made = compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", architecture, 32))
+            target, source = GPUTarget("cuda", architecture, 32), ASTSource(kernel, signature, values)
+            made = compile(source, target=target, options={"num_warps": warps})
             print(architecture, dtype, name, len(made.asm["cubin"]))
 """
 
 
 def test_every_kernel_compiles_for_nvidia_gpus_from_turing_on(tmp_path):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
-    del environment["TRITON_INTERPRET"]
+    environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", _COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 4 * 2 * 5
+    assert len(done.stdout.splitlines()) == 4 * 3 * 9
+
+
+def read(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).to(DEVICE)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return AutoModelForCausalLM.from_pretrained(write_model(tmp_path_factory.mktemp("model")))
+    return read(write_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_that_compute_as_torch_does_are_used(model, dtype, interpreted):
-    assert kernel_check._fault(model, torch.device("cpu"), dtype) == ""
+@pytest.mark.parametrize("family", TINY)
+def test_kernels_that_compute_as_torch_does_are_used(family, dtype, tmp_path, interpreted):
+    write_tiny(tmp_path, family)
+    model = read(tmp_path)
+    cases = [*kernel_check._cases(model, DEVICE, dtype)]
+    assert len(cases) >= 4  # a norm, queries and keys, an activation
+    assert kernel_check._fault(model, DEVICE, dtype) == ""
     assert fused._kernels is triton_kernels
 
 
@@ -127,27 +144,46 @@ def test_a_kernel_that_computes_otherwise_is_never_used(model, name, interpreted
         return found
 
     monkeypatch.setattr(triton_kernels, name, wrong)
-    assert "other values" in kernel_check._fault(model, torch.device("cpu"), torch.float32)
+    assert "other values" in kernel_check._fault(model, DEVICE, torch.float32)
     assert fused._kernels is None
 
 
-def test_what_cannot_be_compiled_is_told_and_not_used(model, interpreted, monkeypatch):
+def test_a_norm_without_its_epsilon_is_never_used(model, interpreted, monkeypatch):
+    own = triton_kernels.rms_norm
+    monkeypatch.setattr(triton_kernels, "rms_norm", lambda x, weight, eps, *more: own(x, weight, 0.0, *more))
+    assert "other values" in kernel_check._fault(model, DEVICE, torch.bfloat16)
+
+
+def test_what_cannot_be_compiled_is_told_once_and_not_used(model, interpreted, monkeypatch):
     def fails(*given):
         raise RuntimeError("no C compiler was found\nand more")
 
     monkeypatch.setattr(triton_kernels, "rotated", fails)
     cases = kernel_check._cases
-    monkeypatch.setattr(kernel_check, "_cases", lambda model, _, dtype: cases(model, torch.device("cpu"), dtype))
+    monkeypatch.setattr(kernel_check, "_cases", lambda model, _, dtype: cases(model, DEVICE, dtype))
     told = kernel_check.check_kernels(model, torch.device("cuda"), torch.float32)
     assert told == (
-        "Training is slower than it could be: Triton's kernels are not used, as they cannot be compiled here: "
+        "This GPU computes slower than it could: Triton's kernels are not used, as they cannot be compiled here: "
         "no C compiler was found."
     )
+    assert fused._kernels is None
+    monkeypatch.setattr(triton_kernels, "rotated", None)
+    assert kernel_check.check_kernels(model, torch.device("cuda"), torch.float32) == ""
+    assert fused._kernels is None
+
+
+def test_no_memory_is_no_fault_of_the_kernels(model, interpreted, monkeypatch):
+    def fails(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton_kernels, "gated", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel_check._fault(model, DEVICE, torch.float32)
     assert fused._kernels is None
 
 
 def test_without_triton_the_kernels_of_torch_compute(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_backend.triton_kernels", None)
     monkeypatch.delattr("torch_backend.triton_kernels", raising=False)
-    assert kernel_check._fault(model, torch.device("cpu"), torch.float32) == "triton is not installed"
+    assert kernel_check._fault(model, DEVICE, torch.float32) == "triton is not installed"
     assert fused._kernels is None
