@@ -2,7 +2,7 @@
 
     python -m benchmarks.step_time --data rows.jsonl [--model MODEL] [--device cuda] [--precision bf16]
 
-Layers compute as in training, with PyTorch's kernels in place of Triton's, or each compiled by torch.compile (--layers).
+Layers compute as in training, with PyTorch's kernels instead of Triton's, or each compiled by torch.compile (--layers).
 
 On a GPU the device's idle time is what a step takes by the clock, less what its kernels take: nothing runs then, as the
 program has not started a kernel yet. The profiler slows the program, so the clock's time is that of a step without it.
