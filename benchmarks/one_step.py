@@ -26,7 +26,7 @@ from common.training.memory_estimate import MemoryEstimate, TrainingMemory, mode
 
 def recipe_of(case: dict[str, Any]) -> Recipe:
     names = {name: "" for name in ("model", "data", "model_hash", "data_hash", "template_hash")}
-    numbers = {"dropout": 0.0, "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "max_grad_norm": 1.0}
+    numbers = {"weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "max_grad_norm": 1.0}
     return Recipe(
         **names,
         **numbers,
@@ -34,6 +34,7 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
         precision=case.get("precision", "bf16"),
         quantization=case.get("quantization", "none"),
         rank=case.get("rank", 16),
+        dropout=case.get("dropout", 0.0),
         alpha=32.0,
         targets=["all-linear"],
         batch_size=case["rows"],

@@ -31,6 +31,7 @@ def attach(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
         layers[name] = kind.from_base(linear, r=weights[0].rank, scale=weights[0].scale)
         if kind is DoRALinear:
             layers[name]._squares = mx.square(layers[name].m)  # no parameter, by its name
+            mx.eval(layers[name]._squares)
             replace_call(layers[name], _dora)
         for part in weights[0].parts():
             arrays = [to_mlx(part, weight.parts()[part]) for weight in weights]
@@ -49,11 +50,11 @@ def _adapted(self: Any, x: mx.array) -> mx.array:
 def _dora(self: Any, x: mx.array) -> mx.array:
     """DoRA in the type of x. `W + scale * B @ A` is never made; its rows' length is a constant in the backward pass."""
     product, scale = partial(_product, self.linear), self.scale
-    A, B = self.lora_a, self.lora_b  # [in, r], [r, out]
-    more = B * (2 * scale * product(A.T.astype(x.dtype)) + scale**2 * (A.T @ A) @ B)
-    length = mx.stop_gradient(mx.sqrt(self._squares + more.sum(axis=0)))
-    low = self.dropout(x) @ A.astype(x.dtype)
-    result: Any = _stretched(mx.addmm(product(x), low, B.astype(x.dtype), alpha=scale), self.m / length - 1)
+    A, B = self.lora_a.astype(x.dtype), self.lora_b  # [in, r], [r, out]
+    more = B * (2 * scale * product(A.T) + scale**2 * (A.T.astype(mx.float32) @ A.astype(mx.float32)) @ B)
+    length = mx.stop_gradient(mx.sqrt(mx.maximum(self._squares + more.sum(axis=0), 1e-8 * self._squares)))
+    result: Any = mx.addmm(product(x), self.dropout(x) @ A, B.astype(x.dtype), alpha=scale)
+    result = _stretched(result, self.m / length - 1)
     if "bias" in self.linear:
         result = result + self.linear.bias
     return cast(mx.array, result)
@@ -61,14 +62,15 @@ def _dora(self: Any, x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _stretched(x: mx.array, gain: mx.array) -> mx.array:
-    """`x * (1 + gain)` for x [N, out]; less 1, as bf16 has no number between 1 and 1.0078. Of x nothing is kept."""
+    """`x * (1 + gain)` for x [..., out]; less 1, as bf16 has no number between 1 and 1.0078. Of x nothing is kept."""
     return x + x * gain.astype(x.dtype)
 
 
 @_stretched.vjp
 def _stretched_vjp(primals: Any, grad_output: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     x, gain = primals
-    grad_gain = (grad_output.astype(mx.float32) * output.astype(mx.float32)).sum(axis=0) / (1 + gain)
+    both = grad_output.astype(mx.float32) * output.astype(mx.float32)
+    grad_gain = both.reshape(-1, both.shape[-1]).sum(axis=0) / (1 + gain)
     # at once: it would be computed at the end of a step, and every layer would keep both until then
     (grad_output,) = mx.depends([grad_output], [grad_gain])
     return grad_output + grad_output * gain.astype(x.dtype), grad_gain

@@ -91,12 +91,14 @@ def _cases(model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[Cas
 
 def _norms(model: Any) -> set[tuple[Any, int, float, torch.dtype]]:
     """(kind, width, eps, type of the weight)"""
-    norms = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "RMSNormGated"))]
-    return {
-        (norm_kind(type(m).__name__), len(m.weight), m.eps if hasattr(m, "eps") else m.variance_epsilon, m.weight.dtype)
-        for m in norms
-        if hasattr(m, "weight")
-    }
+    found = set()
+    for module in model.modules():
+        name = type(module).__name__
+        if name.endswith(("RMSNorm", "RMSNormGated")) and hasattr(module, "weight"):
+            eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
+            kind = "plain" if name.endswith("Gated") else norm_kind(name)
+            found.add((kind, len(module.weight), eps, module.weight.dtype))
+    return found
 
 
 def _rotations(model: Any) -> set[tuple[int, int, int]]:
@@ -105,10 +107,12 @@ def _rotations(model: Any) -> set[tuple[int, int, int]]:
     heads = set()
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
-            projections = [getattr(module, name) for name in ("q_proj", "k_proj") if hasattr(module, name)]
-            counts = {projection.out_features // module.head_dim for projection in projections if projection}
-            if not projections:  # Phi-3
-                counts = {module.config.num_attention_heads, module.config.num_key_value_heads}
+            output = module.o_proj if hasattr(module, "o_proj") else module.out_proj
+            counts = {output.in_features // module.head_dim}
+            if hasattr(module, "k_proj"):
+                counts.add(module.k_proj.out_features // module.head_dim)
+            elif hasattr(module, "qkv_proj"):  # Phi-3
+                counts.add(module.config.num_key_value_heads)
             heads |= {(count, module.head_dim) for count in counts}
     return {(count, width, rotary) for count, width in heads for rotary in rotaries if rotary <= width}
 
@@ -121,6 +125,8 @@ def _activations(model: Any) -> set[tuple[int, bool]]:
             inputs, down = mlp_inputs(mlp_of(module))
             if down is not None:
                 found.add((down.in_features, len(inputs) == 1))
+        elif type(module).__name__.endswith("RMSNormGated"):
+            found.add((len(module.weight), False))
     return found
 
 

@@ -5,7 +5,6 @@ memory fewer times.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ class LoraGroup:
         self.trained = (*A, *B, *self.magnitudes)  # A [r, in], B [out, r], magnitude [out], float32
         self.ranks = [len(each) for each in A]
         self.copies: list[torch.Tensor] = []
-        self._squares: list[torch.Tensor] = []  # of the lengths of each base's rows
+        self._squares: dict[int, torch.Tensor] = {}  # by layer, of the lengths of its base's rows
         self._found: tuple[torch.Tensor, list[torch.Tensor | None]] | None = None
 
     def make_copies(self, dtype: torch.dtype) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]] | None:
@@ -61,24 +60,22 @@ class LoraGroup:
         return [each.to(dtype) for each in self._B]
 
     @torch.no_grad()
-    def gains(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Of DoRA, for each layer: magnitude / length - 1 for the rows of `W + scale * B @ A` [out], in this type.
+    def gain(self, number: int, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """DoRA's of a layer: magnitude / length - 1 for the rows of `W + scale * B @ A` [out], in this type.
 
         Less 1, as bf16 has no number between 1 and 1.0078. The sum is never made. The length is a constant in the
-        backward pass (Liu et al. 2024, 4.3).
+        backward pass (Liu et al. 2024, 4.3). weight: W.
         """
-        if self.magnitudes and not self._squares:
-            self._squares = [frozen_weight(base).float().square().sum(1) for base in self.bases]
-        found = []
-        for base, A, B, squares, magnitude in zip(
-            self.bases, self._A, self._B, self._squares, self.magnitudes, strict=False
-        ):
-            weight = frozen_weight(base)
-            exact = A if widened(weight, A.dtype) else A.to(weight.dtype)
-            across = linear(exact, weight).float().T  # W @ A.T [out, r]
-            more = (B * (2 * self.scale * across + self.scale**2 * (B @ (A @ A.T)))).sum(1)
-            found.append((magnitude / (squares + more).sqrt() - 1).to(dtype))
-        return found
+        if number not in self._squares:
+            self._squares[number] = weight.float().square().sum(1)
+        squares, A, B = self._squares[number], self._A[number], self._B[number]
+        if not widened(weight, A.dtype):
+            A = A.to(weight.dtype)  # of both terms, which may cancel each other
+        across = (_float32_product(A, weight.T) if A.dtype == weight.dtype else linear(A, weight)).T  # [out, r]
+        A = A.float()
+        more = (B * (2 * self.scale * across + self.scale**2 * (B @ (A @ A.T)))).sum(1)
+        length = torch.maximum(squares + more, 1e-8 * squares).sqrt()
+        return (self.magnitudes[number] / length - 1).to(dtype)
 
     def output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of the layer of this number. The first that is asked for computes all; `forget` drops what nobody takes."""
@@ -125,8 +122,7 @@ class LoraLinear(torch.autograd.Function):
         """trained: `group.trained`, whose gradients are wanted."""
         flat = x.reshape(-1, x.shape[-1])
         low = lora_low(flat, group)
-        ctx.gains = group.gains(low.dtype)
-        results, kept = lora_outputs(flat, low, group, ctx.gains)
+        results, kept, ctx.gains = lora_outputs(flat, low, group)
         ctx.save_for_backward(flat, low, *kept)
         ctx.group = group
         return tuple(result.view(*x.shape[:-1], -1).to(x.dtype) for result in results)
@@ -159,21 +155,25 @@ def lora_low(flat: torch.Tensor, group: LoraGroup) -> torch.Tensor:
 
 
 def lora_outputs(
-    flat: torch.Tensor, low: torch.Tensor, group: LoraGroup, gains: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    flat: torch.Tensor, low: torch.Tensor, group: LoraGroup
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     """[N, out] of each layer: the base's product, rounded as the base computes it, plus the adapter's; and bias.
 
-    gains: of DoRA, else none. Also what DoRA keeps of them, in the activations' type: they before their bias.
+    Also DoRA's outputs before their bias, in the activations' type, and its gains; else none.
     """
-    results, kept, parts = [], [], low.split(group.ranks, 1)
-    for base, part, B, gain in zip_longest(group.bases, parts, group.each_B(low.dtype), gains):
-        result = linear(flat, frozen_weight(base)).to(low.dtype).addmm_(part, B.T)
-        if gain is not None:
-            kept.append(result.addcmul_(result, gain).to(flat.dtype))
+    results, kept, gains = [], [], []
+    parts, each_B = low.split(group.ranks, 1), group.each_B(low.dtype)
+    for number, base in enumerate(group.bases):
+        weight = frozen_weight(base)
+        result = linear(flat, weight).to(low.dtype).addmm_(parts[number], each_B[number].T)
+        if group.magnitudes:
+            gains.append(group.gain(number, weight, low.dtype))
+            result = result.addcmul_(result, gains[-1]).to(flat.dtype)
+            kept.append(result)
         if base.bias is not None:
-            result = result.add_(base.bias) if gain is None else result + base.bias
+            result = result + base.bias if group.magnitudes else result.add_(base.bias)
         results.append(result)
-    return results, kept
+    return results, kept, gains
 
 
 def dora_grads(

@@ -55,8 +55,7 @@ def attach(model: Any, adapter: Adapter) -> tuple[Any, dict[str, torch.nn.Parame
         parameters[f"{name}.lora_B"] = layer.lora_B["default"].weight
         if adapter.dora:
             vector = layer.lora_magnitude_vector["default"].weight
-            if layer.base_layer.weight.dtype != torch.int8:  # PEFT rounds them to the matrix's type
-                vector.data = frozen_weight(layer.base_layer).float().norm(dim=1)
+            vector.data = frozen_weight(layer.base_layer).float().norm(dim=1)  # PEFT rounds to the matrix's type
             parameters[f"{name}.magnitude"] = vector
     set_arrays(parameters, adapter)
     return peft, parameters

@@ -57,10 +57,9 @@ def weight_bytes(dims: ModelDims, recipe: Recipe) -> int:
 
 
 def held_bytes(dims: ModelDims, recipe: Recipe, device: str) -> int:
-    """On a CPU a frozen base stays as it is stored, and products widen it; PEFT's DoRA wants the recipe's precision."""
+    """On a CPU a frozen base stays as it is stored, and products widen it."""
     item = 2 if recipe.precision == "bf16" else 4
-    wide = recipe.method == "full" or (recipe.method == "dora" and recipe.dropout)
-    stored = device == "cpu" and not wide and not dims.plain
+    stored = device == "cpu" and recipe.method != "full" and not dims.plain
     held = _weight_bytes(dims, recipe, min(item, dims.stored) if stored else item)
     # what is looked up of a mapped table the system may take back
     mapped = device == "cpu" and dims.stored == 2 and recipe.method != "full" and recipe.quantization != "int8"
@@ -151,6 +150,7 @@ class _Kernels:
     general: bool  # by PEFT's and transformers' own layers
     repeated: bool  # key heads are repeated for each of their queries
     outputs: bool  # of DoRA's layers are kept
+    dropped: bool  # of inputs, in float32
     tokens: int
     labels: int
     padding: float  # padded positions of a token in attention
@@ -173,6 +173,7 @@ class _Kernels:
             general=general,
             repeated=device == "cuda" and not packed,
             outputs=recipe.method == "dora",
+            dropped=bool(recipe.dropout),
             tokens=tokens,
             labels=labels,
             padding=1.0 if packed else shape.rows * shape.width / tokens,
@@ -222,13 +223,23 @@ def _kept_values(dims: ModelDims, kernels: _Kernels) -> tuple[float, float]:
         share = dims.convolved / dims.layers
         attention = share * 5 * dims.hidden + (1 - share) * attention
     kept += attention
-    if kernels.outputs:  # those of gate and up are kept anyway
-        kept += dims.queries + 2 * dims.keys + 2 * dims.hidden
     inner = dims.inner * (3 if kernels.general else 2)
     block = 2 * KEPT_BLOCKS / (kernels.tokens * kernels.item)
     small = kept * (dims.hidden < block) + nets * (widest < block) + inner * (dims.inner < block)
     kept += nets + inner
-    return (kept * 1.5 if kernels.general else kept), small
+    return (kept * 1.5 if kernels.general else kept) + _adapters_values(dims, kernels), small
+
+
+def _adapters_values(dims: ModelDims, kernels: _Kernels) -> float:
+    """Those of them that adapters keep beside what they read, but for `x @ A.T`."""
+    kept, outputs = 0.0, dims.queries + 2 * dims.keys + 2 * dims.hidden
+    if kernels.outputs and not kernels.general:  # those of gate and up are kept anyway
+        kept += outputs
+    elif kernels.outputs:  # PEFT: 4 bytes, and from bf16 two copies more
+        kept += (outputs + 2 * dims.inner) * (1 if kernels.item == 4 else 6)
+    if kernels.dropped:  # what is left of each layer's input, and the factors, in float32
+        kept += (5 * dims.hidden + dims.queries + dims.inner) * 8 / kernels.item
+    return kept
 
 
 def _mask_bytes(dims: ModelDims, kernels: _Kernels, width: int) -> int:

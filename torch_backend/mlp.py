@@ -47,12 +47,11 @@ class GatedDown(torch.autograd.Function):
         """trained: `down.trained`, whose gradients are wanted."""
         inner = _gated(gate, up, gelu).flatten(0, -2)
         low = lora_low(inner, down)
-        ctx.gains = down.gains(low.dtype)
-        ctx.gelu, ctx.down = gelu, down
-        if last and _recomputing.get() and not ctx.gains:  # nobody reads it
+        ctx.gelu, ctx.down, ctx.gains = gelu, down, []
+        if last and _recomputing.get() and not down.magnitudes:  # nobody reads it
             ctx.save_for_backward(gate, up, low)
             return gate.new_zeros(()).expand(*gate.shape[:-1], len(trained[1]))
-        (result,), kept = lora_outputs(inner, low, down, ctx.gains)
+        (result,), kept, ctx.gains = lora_outputs(inner, low, down)
         ctx.save_for_backward(gate, up, low, *kept)
         return result.view(*gate.shape[:-1], -1).to(gate.dtype)
 

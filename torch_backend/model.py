@@ -57,11 +57,10 @@ def load_model(base: ModelFolder, recipe: Recipe, device: torch.device, sharded:
 
 
 def kept_stored(recipe: Recipe, device: torch.device) -> Stored:
-    """Which 16-bit weights stay as they are stored. PEFT's DoRA, of dropout, computes in the matrices' type."""
+    """Which 16-bit weights stay as they are stored."""
     if recipe.method == "full":
         return "none"
-    wide = recipe.method == "dora" and recipe.dropout
-    return "matrices" if (recipe.precision, device.type) == ("fp32", "cpu") and not wide else "tables"
+    return "matrices" if (recipe.precision, device.type) == ("fp32", "cpu") else "tables"
 
 
 def load_base(base: ModelFolder, dtype: torch.dtype, **settings: Any) -> Any:

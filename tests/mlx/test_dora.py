@@ -24,11 +24,12 @@ def dora_layer(linear, ours):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_it_computes_what_the_one_of_mlx_lm_does(bias, bits):
+@pytest.mark.parametrize("shape", [(7, 64), (1, 7, 64)])
+def test_it_computes_what_the_one_of_mlx_lm_does(bias, bits, shape):
     mx.random.seed(0)
     linear = nn.Linear(64, 32, bias=bias)
     linear = linear if bits is None else nn.QuantizedLinear.from_linear(linear, group_size=32, bits=bits)
-    x = mx.random.normal((7, 64))
+    x = mx.random.normal(shape)
     found = []
     for ours in (True, False):
         layer = dora_layer(linear, ours)

@@ -178,6 +178,14 @@ def test_gated_down(dtype, gelu, second_time, dora):
     compared(ours, plain, *inputs, dtype=dtype)
 
 
+def test_a_gain_is_a_number_where_the_adapter_cancels_the_weight(monkeypatch):
+    computed_in_bf16(monkeypatch)
+    base = torch.nn.Linear(12, 20, bias=False).to(torch.bfloat16).requires_grad_(False)
+    weight = base.weight.float()
+    group = LoraGroup([lora_layer(base, torch.eye(12) * 1.003, -1.96 * weight, weight.norm(dim=1))])
+    assert group.gain(0, base.weight, torch.float32).isfinite().all()
+
+
 @pytest.mark.cpu
 def test_a_frozen_linear_whose_weight_is_widened(monkeypatch):
     monkeypatch.setattr(matmul, "widened", lambda weight, _: True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from common.data.batching import make_batch
 from common.verify.tiny_models import TINY, write_tiny
 from tests import backends
-from tests.tiny import write_family, write_model, write_rows
+from tests.tiny import write_family, write_model, write_rows, write_tokenizer
 from torch_backend import fused, kernel_check
 from torch_backend.rope import Rope
 
@@ -122,14 +122,40 @@ def model(tmp_path_factory):
     return read(write_model(tmp_path_factory.mktemp("model")))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.fixture
+def sizes(monkeypatch):
+    """Of what is computed meanwhile."""
+    found = set()
+
+    def recorded(name, size_of):
+        own = getattr(triton_kernels, name)
+        monkeypatch.setattr(triton_kernels, name, lambda *given: found.add((name, *size_of(*given))) or own(*given))
+
+    recorded("gated", lambda gate, up, gelu: (gate.shape[-1], gelu))
+    recorded("rotated", lambda x, cos, sin, sign, interleaved: (x.shape[1], x.shape[3], cos.shape[-1], interleaved))
+    recorded("rms_norm", lambda x, weight, eps, offset, early: (len(weight), weight.dtype, eps, offset, early))
+    return found
+
+
 @pytest.mark.parametrize("family", TINY)
-def test_kernels_that_compute_as_torch_does_are_used(family, dtype, tmp_path, interpreted):
+def test_kernels_that_compute_as_torch_does_are_used_and_their_sizes_are_the_model_s(
+    family, tmp_path, interpreted, sizes
+):
     write_tiny(tmp_path, family)
-    model = read(tmp_path)
-    cases = [*kernel_check._cases(model, DEVICE, dtype)]
-    assert len(cases) >= 4  # a norm, queries and keys, an activation
-    assert kernel_check._fault(model, DEVICE, dtype) == ""
+    write_tokenizer(tmp_path)
+    backend = backends.load("torch", tmp_path, backends.make_recipe(tmp_path, precision="bf16"))
+    assert kernel_check._fault(backend.model, DEVICE, torch.bfloat16) == ""
+    assert fused._kernels is triton_kernels
+    checked = {*sizes}
+    backend.logits(np.arange(2))
+    # the weight of Gemma 4's values, and of heads in a delta net, is none of the model's
+    without = "rms_norm" if family.startswith(("gemma4", "qwen3_5")) else ""
+    assert {size for size in sizes - checked if size[0] != without} == set()
+    backend.close()
+
+
+def test_kernels_are_used_in_float32_too(model, interpreted):
+    assert kernel_check._fault(model, DEVICE, torch.float32) == ""
     assert fused._kernels is triton_kernels
 
 
