@@ -14,8 +14,7 @@ example: setup  ## train the built-in example; make example ARGS="--backend mlx"
 	$(PYTHON) -m examples.score --trained $(ARGS)
 
 test: check  ## then the tests with real models and the real llama.cpp
-	$(PYTEST) -m slow -n auto --maxprocesses 4 $(FAST)
-	$(PYTEST) -m "not long" -n auto --maxprocesses 4 --no-loadscope-reorder $(SLOW)
+	$(PYTEST) -m "slow and not long" -n auto --maxprocesses 4 --no-loadscope-reorder $(SLOW) $(FAST)
 
 test-long: setup  ## what takes long by nature: planted faults, and the wheel in an environment of its own
 	$(PYTHON) -m pytest tests/long

@@ -22,6 +22,17 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's backgroun
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_FAST = {"unit", "torch", "mlx"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All but these folders are slow."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).parts[0] not in _FAST:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level tokenizer with a ChatML template, and nothing else."""

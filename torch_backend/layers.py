@@ -54,11 +54,10 @@ def install(model: Any, adapter: Adapter) -> list[LoraGroup]:
 
 
 def _install_linear(model: Any, adapter: Adapter) -> list[LoraGroup]:
-    """PEFT's layers, where nothing is dropped, and the frozen linear layers."""
-    plain = not adapter.dropout
+    """PEFT's layers, and the frozen linear layers."""
     groups, grouped = list[LoraGroup](), set[Any]()
     for parent in model.modules():
-        children = [] if not plain else [child for _, child in parent.named_children() if _is_plain(child)]
+        children = [child for _, child in parent.named_children() if _is_plain(child)]
         for members in _of_one_input(parent, children):
             groups.append(LoraGroup(members))
             grouped.update(members)
@@ -69,7 +68,7 @@ def _install_linear(model: Any, adapter: Adapter) -> list[LoraGroup]:
         if type(parent) is torch.nn.Linear and not parent.weight.requires_grad:
             parent.forward = partial(_frozen, parent)
     quantized = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
-    if plain and not quantized and len(grouped) != len(adapter.weights):
+    if not quantized and len(grouped) != len(adapter.weights):
         raise AssertionError(
             f"{len(grouped)} of {len(adapter.weights)} LoRA layers were recognized: PEFT is another one"
         )

@@ -110,7 +110,7 @@ def adapter_copies(recipe: Recipe, device: str) -> float:
 
     Our own products in bf16 read a copy in their type.
     """
-    plain = recipe.method != "full" and not recipe.dropout and recipe.quantization != "int8"
+    plain = recipe.method != "full" and recipe.quantization != "int8"
     computed = device == "cuda" or (device == "cpu" and bool(cpu_bf16()))
     copied = 0.5 if recipe.precision == "bf16" and plain and computed else 0.0
     return (2 if device == "cpu" else 1) + copied
@@ -150,7 +150,7 @@ class _Kernels:
     general: bool  # by PEFT's and transformers' own layers
     repeated: bool  # key heads are repeated for each of their queries
     outputs: bool  # of DoRA's layers are kept
-    dropped: bool  # of inputs, in float32
+    dropped: bool  # some of the adapter's inputs
     tokens: int
     labels: int
     padding: float  # padded positions of a token in attention
@@ -158,9 +158,9 @@ class _Kernels:
     @staticmethod
     def of(dims: ModelDims, recipe: Recipe, device: str, shape: MicroBatchShape) -> "_Kernels":
         packed = packs_attention(dims.head_dim, dims.padded, device, recipe.precision)
-        general = dims.plain or recipe.method == "full" or bool(recipe.dropout) or recipe.quantization == "int8"
+        general = dims.plain or recipe.method == "full" or recipe.quantization == "int8"
         tokens, labels = shape.tokens, shape.labels
-        if packed and not general and recipe.method == "lora":  # as CUDA graphs round them
+        if packed and not general and recipe.method == "lora" and not recipe.dropout:  # as CUDA graphs round them
             tokens, labels = rounded(tokens, *TOKEN_STEPS), rounded(labels, *LABEL_STEPS)
         item = 4 if recipe.precision == "fp32" else 2
         widened = device == "cpu" and item == 2 and (general or not cpu_bf16())
@@ -237,7 +237,9 @@ def _adapters_values(dims: ModelDims, kernels: _Kernels) -> float:
         kept += outputs
     elif kernels.outputs:  # PEFT: 4 bytes, and from bf16 two copies more
         kept += (outputs + 2 * dims.inner) * (1 if kernels.item == 4 else 6)
-    if kernels.dropped:  # what is left of each layer's input, and the factors, in float32
+    if kernels.dropped and not kernels.general:  # the masks, a byte a value
+        kept += (2 * dims.hidden + dims.queries + dims.inner) / kernels.item
+    elif kernels.dropped:  # what is left of each layer's input, and the factors, in float32
         kept += (5 * dims.hidden + dims.queries + dims.inner) * 8 / kernels.item
     return kept
 

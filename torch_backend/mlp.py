@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from torch_backend import fused
-from torch_backend.linear import LoraGroup, dora_grads, lora_grad_input, lora_grads, lora_low, lora_outputs
+from torch_backend.linear import LoraGroup, dora_grads, lora_grad_input, lora_grads, lora_low, lora_outputs, masked
 
 _aten = torch.ops.aten
 _recomputing: ContextVar[bool] = ContextVar("recomputing", default=False)
@@ -36,8 +36,8 @@ class Gated(torch.autograd.Function):
 class GatedDown(torch.autograd.Function):
     """`LoraLinear` of `act(gate) * up`, whose product is recomputed in the backward pass.
 
-    Kept for it: gate, up, `scale * x @ A.T`, and DoRA's output. last: the layer ends with it; without DoRA its output
-    is not needed when recomputing.
+    Kept for it: gate, up, `scale * drop(x) @ A.T`, dropout's mask, and DoRA's output. last: the layer ends with it;
+    without DoRA its output is not needed when recomputing.
     """
 
     @staticmethod
@@ -46,28 +46,29 @@ class GatedDown(torch.autograd.Function):
     ) -> torch.Tensor:
         """trained: `down.trained`, whose gradients are wanted."""
         inner = _gated(gate, up, gelu).flatten(0, -2)
-        low = lora_low(inner, down)
+        mask = down.draw_mask(inner)
+        low = lora_low(masked(inner, mask), down)
         ctx.gelu, ctx.down, ctx.gains = gelu, down, []
         if last and _recomputing.get() and not down.magnitudes:  # nobody reads it
-            ctx.save_for_backward(gate, up, low)
+            ctx.save_for_backward(gate, up, low, mask)
             return gate.new_zeros(()).expand(*gate.shape[:-1], len(trained[1]))
         (result,), kept, ctx.gains = lora_outputs(inner, low, down)
-        ctx.save_for_backward(gate, up, low, *kept)
+        ctx.save_for_backward(gate, up, low, mask, *kept)
         return result.view(*gate.shape[:-1], -1).to(gate.dtype)
 
     @staticmethod
     def backward(ctx: Any, *given: torch.Tensor) -> tuple[Any, ...]:
-        gate, up, low, *kept = ctx.saved_tensors
+        gate, up, low, mask, *kept = ctx.saved_tensors
         grads, magnitudes = dora_grads(given, kept, ctx.gains, ctx.down)
         triton = fused.kernels(gate)
         activation = None if triton else _activation(gate, ctx.gelu)
         inner = (_gated(gate, up, ctx.gelu) if activation is None else activation * up).flatten(0, -2)
-        grad_low, *matrices = lora_grads(grads, inner, low, ctx.down)
+        grad_low, *matrices = lora_grads(grads, masked(inner, mask), low, ctx.down)
         trained = (*matrices, *magnitudes)
         del inner
         if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[1]):
             return None, None, None, None, None, *trained
-        grad_inner = lora_grad_input(grads, grad_low, ctx.down, gate.dtype).to(gate.dtype).view_as(gate)
+        grad_inner = lora_grad_input(grads, grad_low, mask, ctx.down, gate.dtype).to(gate.dtype).view_as(gate)
         if activation is None:
             return *triton.gated_grads(grad_inner, gate, up, ctx.gelu), None, None, None, *trained
         grad_up = activation.mul_(grad_inner)

@@ -152,7 +152,7 @@ def test_a_gguf_file_is_a_model(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(folder)
     assert [tokenizer.decode([i]) for i in tokenizer.encode("½5", add_special_tokens=False)][-1] == "5"
     name = "train", "--model", folder, "--data", EXAMPLE / "valid.jsonl", "--output", tmp_path / "run"
-    twintune(*name, "--steps", 1, "--batch-size", 2, "--export", "none")
+    twintune(*name, "--steps", 1, "--batch-size", 2, "--export", "none", "--eval-rows", 2, "--sample-prompt", "Hi")
 
 
 def test_fuse_exports_a_run_that_was_only_trained(tiny, tmp_path):

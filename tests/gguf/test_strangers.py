@@ -76,6 +76,7 @@ def run(place: Path, llama: LlamaCpp) -> Path:
     out = twintune(
         place, "train", "--model", MODEL, "--data", "data", "--output", RUN, "--backend", "torch",
         "--device", "cpu", "--precision", "fp32", "--steps", 30, "--learning-rate", 1e-2, "--max-length", 4096,
+        "--eval-every", 15,
     )  # fmt: skip
     assert "no sample" not in out
     assert "Verdict: sound" in out

@@ -97,28 +97,49 @@ def test_gated(dtype, gelu):
     compared(lambda gate, up: Gated.apply(gate, up, gelu), plain, *inputs, dtype=dtype)
 
 
-def lora_layer(base, A, B, magnitude=None):
+def lora_layer(base, A, B, magnitude=None, dropout=0.0):
     """As PEFT holds it, at a scale of 0.5."""
     matrices = {"lora_A": SimpleNamespace(weight=A), "lora_B": SimpleNamespace(weight=B)}
     vector = {} if magnitude is None else {"default": SimpleNamespace(weight=magnitude)}
-    given = {name: {"default": each} for name, each in matrices.items()}
+    drops = torch.nn.Dropout(dropout) if dropout else torch.nn.Identity()
+    given = {name: {"default": each} for name, each in (matrices | {"lora_dropout": drops}).items()}
     return SimpleNamespace(base_layer=base, scaling={"default": 0.5}, lora_magnitude_vector=vector, **given)
 
 
-def exact(x, base, A, B, magnitude=None):
+def exact(x, base, A, B, magnitude=None, dropout=0.0, mask=None):
     """What the layer computes, from W + B @ A. DoRA's lengths are constants in its backward pass."""
-    weight = base.weight.double() + 0.5 * B @ A
-    if magnitude is not None:
-        weight = (magnitude / weight.detach().norm(dim=1))[:, None] * weight
-    return functional.linear(x, weight, None if base.bias is None else base.bias.double())
+    weight, change = base.weight.double(), 0.5 * B @ A
+    gain = 1.0 if magnitude is None else magnitude / (weight + change).detach().norm(dim=1)
+    dropped = x if mask is None else x * mask.view(x.shape) / (1 - dropout)
+    result = functional.linear(x, weight) + functional.linear(dropped, change)
+    return result * gain + (0 if base.bias is None else base.bias.double())
+
+
+DROPOUT = pytest.mark.parametrize("dropout", [0.0, 0.25])
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """Of all layers that drop, one a shape of their input."""
+    found: dict = {}
+    draw = LoraGroup.draw_mask
+
+    def drawn(group, flat):
+        if flat.shape not in found:
+            found[flat.shape] = draw(group, flat)
+        return found[flat.shape]
+
+    monkeypatch.setattr(LoraGroup, "draw_mask", drawn)
+    return found
 
 
 @BOTH
+@DROPOUT
 @pytest.mark.parametrize("widened", [False, pytest.param(True, marks=pytest.mark.cpu)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_linear(dtype, widened, bias, copied, dora, monkeypatch):
+def test_lora_linear(dtype, widened, bias, copied, dora, dropout, masks, monkeypatch):
     for module in (matmul, linear):
         monkeypatch.setattr(module, "widened", lambda weight, _: widened and weight.dtype == torch.bfloat16)
     monkeypatch.setattr(matmul, "_BLOCK", 50)  # several blocks
@@ -129,7 +150,7 @@ def test_lora_linear(dtype, widened, bias, copied, dora, monkeypatch):
 
     def ours(x, A, B, C, D, *magnitudes):
         one, other = magnitudes or (None, None)
-        group = LoraGroup([lora_layer(bases[0], A, B, one), lora_layer(bases[1], C, D, other)])
+        group = LoraGroup([lora_layer(bases[0], A, B, one, dropout), lora_layer(bases[1], C, D, other, dropout)])
         if copied:
             Copies([group], x.dtype)
         first, second = group.output(0, x), group.output(1, x)
@@ -138,23 +159,27 @@ def test_lora_linear(dtype, widened, bias, copied, dora, monkeypatch):
 
     def plain(x, A, B, C, D, *magnitudes):
         one, other = magnitudes or (None, None)
-        return torch.cat([exact(x, bases[0], A, B, one), exact(x, bases[1], C, D, other)], -1)
+        (mask,) = masks.values()
+        assert (mask is None) == (not dropout)
+        given = {"dropout": dropout, "mask": mask}
+        return torch.cat([exact(x, bases[0], A, B, one, **given), exact(x, bases[1], C, D, other, **given)], -1)
 
     inputs = (torch.randn(2, 5, 12), None), *((each, torch.float32) for each in (*matrices, *magnitudes))
     compared(ours, plain, *inputs, dtype=dtype)
 
 
 @BOTH
+@DROPOUT
 @pytest.mark.parametrize("gelu", [False, True])
 @pytest.mark.parametrize("second_time", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.usefixtures("kernels")
-def test_gated_down(dtype, gelu, second_time, dora):
+def test_gated_down(dtype, gelu, second_time, dora, dropout, masks):
     base = torch.nn.Linear(12, 20).to(dtype)
     trained = torch.randn(4, 12), torch.randn(20, 4), *([torch.rand(20) + 1] if dora else [])
 
     def ours(gate, up, *trained):
-        down = LoraGroup([lora_layer(base, *trained)])
+        down = LoraGroup([lora_layer(base, *trained, *([] if dora else [None]), dropout)])
         result = GatedDown.apply(gate, up, gelu, False, down, *trained)
         with recomputing():
             second = GatedDown.apply(gate, up, gelu, True, down, *trained)
@@ -166,9 +191,8 @@ def test_gated_down(dtype, gelu, second_time, dora):
         return result.detach() + second if second_time else result
 
     def plain(gate, up, *trained):
-        return exact(
-            (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up, base, *trained
-        )
+        inner = (functional.gelu(gate, approximate="tanh") if gelu else functional.silu(gate)) * up
+        return exact(inner, base, *trained, *([] if dora else [None]), dropout, *masks.values())
 
     inputs = [
         (torch.randn(2, 5, 12), None),
@@ -176,6 +200,22 @@ def test_gated_down(dtype, gelu, second_time, dora):
         *((each, torch.float32) for each in trained),
     ]
     compared(ours, plain, *inputs, dtype=dtype)
+
+
+def test_a_share_of_the_inputs_is_dropped_in_training_alone_and_the_rest_is_scaled():
+    base = torch.nn.Linear(40, 50)
+    layer = lora_layer(base, torch.randn(4, 40), torch.randn(50, 4), dropout=0.2)
+    group, x = LoraGroup([layer]), torch.ones(2000, 40)
+    mask = group.draw_mask(x)
+    assert abs(mask.float().mean() - 0.8) < 0.01
+    assert group.applied_scale == 0.5 / 0.8
+    first, second = (group.output(0, x + 0) for _ in range(2))
+    assert not torch.equal(first, second)
+    layer.lora_dropout["default"].eval()
+    assert (group.draw_mask(x), group.applied_scale) == (None, 0.5)
+    evaluated = group.output(0, x)
+    assert (evaluated - evaluated[0]).abs().max() < 1e-6
+    torch.testing.assert_close(first.mean(0), evaluated[0], rtol=0.05, atol=0.3)
 
 
 def test_a_gain_is_a_number_where_the_adapter_cancels_the_weight(monkeypatch):
@@ -290,6 +330,17 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
         assert bool(calls) == (install is layers.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_checkpointed_layer_draws_its_dropout_masks_twice_alike(model, rows, method):
+    losses = []
+    for checkpointing in (False, True):
+        recipe = backends.make_recipe(model, dropout=0.4, method=method)
+        backend = backends.load("torch", model, recipe, gradient_checkpointing=checkpointing)
+        losses.append(backends.run_steps(backend, recipe, rows, 6))
+        backend.close()
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
 def computed_in_bf16(monkeypatch):
