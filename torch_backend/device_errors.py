@@ -6,23 +6,29 @@ from contextlib import contextmanager
 import torch
 
 from common.backend import OutOfMemory
-from common.errors import device_fault
+from common.errors import device_fault, first_line
 from torch_backend.device_settings import empty_cache
+
+# torch on a CPU; a driver, by way of torch or Triton; CUDA's libraries.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError) and on a CPU (a plain RuntimeError).
+    """OutOfMemory for what torch raises on a GPU (OutOfMemoryError, or CUDA's libraries) and on a CPU (RuntimeError).
 
     UserError for another fault of a GPU, which CUDA reports at whatever is asked next.
     """
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        if out_of_memory(error):
             empty_cache()
-            raise OutOfMemory(text.split("\n")[0]) from None
+            raise OutOfMemory(first_line(error)) from None
         if isinstance(error, torch.AcceleratorError):
             raise device_fault(error) from None
         raise

@@ -35,7 +35,8 @@ class DeviceSettings:
             self.adapt_threads()
         elif device.type == "cuda":
             self._undo.callback(torch.cuda.set_device, torch.cuda.current_device())
-            torch.cuda.set_device(device)  # libraries that are told of no device take the current one
+            # libraries that are told of no device take the current one; of "cuda" alone torch makes an error
+            torch.cuda.set_device(device.index or 0)
             torch.cuda.reset_peak_memory_stats(device)
         elif memory_budget and _MPS_CEILING not in os.environ:
             self._undo.callback(torch.mps.set_per_process_memory_fraction, _MPS_DEFAULT)

@@ -8,6 +8,7 @@ import torch
 
 from common.errors import first_line
 from torch_backend import fused
+from torch_backend.device_errors import out_of_memory
 from torch_backend.layers import mlp_inputs, mlp_of, norm_kind
 from torch_backend.mlp import Gated
 from torch_backend.norm import RMSNorm
@@ -27,7 +28,10 @@ def check_kernels(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     model: of transformers, of a known architecture, on any device. dtype: of its activations. Where the kernels of one
     model are at fault, those of the next are not tried.
     """
-    if device.type != "cuda" or device in _failed:
+    if device.type != "cuda":
+        return ""
+    if device in _failed:
+        fused.use(None)
         return ""
     fault = _fault(model, device, dtype)
     if not fault:
@@ -50,12 +54,11 @@ def _fault(model: Any, device: torch.device, dtype: torch.dtype) -> str:
     fused.use(triton_kernels)
     try:
         found = [_values(*case) for case in cases]
-    except torch.OutOfMemoryError:
+    # of its compilers, of the driver, which it also asserts to be there, or of its cache, whose modules it imports
+    except (TritonError, RuntimeError, OSError, SubprocessError, AssertionError, ImportError, ValueError) as error:
         fused.use(None)
-        raise
-    # of its compilers, or of the driver, which it also asserts to be there
-    except (TritonError, RuntimeError, OSError, SubprocessError, AssertionError) as error:
-        fused.use(None)
+        if out_of_memory(error):
+            raise
         return f"they cannot be compiled here: {first_line(error)}"
     pairs = [pair for one, other in zip(plain, found, strict=True) for pair in zip(one, other, strict=True)]
     if all(_close(one, other) for one, other in pairs):

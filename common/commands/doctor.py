@@ -14,7 +14,7 @@ from common.llama_cpp.install import find, which
 from common.system.cache import cache_folder
 from common.system.cgroup import core_limit, memory_limit
 from common.system.environment import chip
-from common.system.hardware import choose_backend, mlx_install, nvidia_gpus, physical_cores
+from common.system.hardware import Gpu, choose_backend, mlx_install, nvidia_gpus, physical_cores
 from common.system.memory import available, physical, swap_used, total
 from common.training.learned_memory import observations, summary
 from common.verify.parity import parity
@@ -32,7 +32,7 @@ def doctor(context: Context) -> None:
             ["system", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"],
             ["memory", _memory()],
             ["swap in use", gigabytes(swap_used())],
-            ["NVIDIA GPU", "; ".join(f"{gpu.name}, {gigabytes(gpu.memory)}" for gpu in gpus) or "none"],
+            ["NVIDIA GPU", "; ".join(map(_gpu, gpus)) or "none"],
             *[[name, _version(name)] for name in ("torch", "transformers", "peft", "mlx", "mlx-lm")],
             ["CMake", cmake or "none"],
             ["llama.cpp", _llama()],
@@ -73,6 +73,10 @@ def _cores() -> str:
     limit = core_limit()
     limited = f" ({limit.file} allows {limit.amount:g})" if limit else ""
     return f"{chip()}, {physical_cores()} cores{limited}"
+
+
+def _gpu(gpu: Gpu) -> str:
+    return f"{gpu.name}, {'memory of the CPU' if gpu.memory is None else gigabytes(gpu.memory)}"
 
 
 def _memory() -> str:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from common.backend_package import Backends, Choice
 from common.errors import UserError, install_extra
@@ -17,7 +18,7 @@ from common.system.cgroup import core_limit
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    memory: int  # bytes
+    memory: int | None  # bytes; None where it is the CPU's (DGX Spark, Jetson)
 
 
 def apple_silicon() -> bool:
@@ -60,9 +61,18 @@ def nvidia_gpus() -> list[Gpu]:
     try:
         pynvml.nvmlInit()
         handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        return [Gpu(pynvml.nvmlDeviceGetName(h), int(pynvml.nvmlDeviceGetMemoryInfo(h).total)) for h in handles]
+        return [Gpu(pynvml.nvmlDeviceGetName(handle), _memory(handle)) for handle in handles]
     except pynvml.NVMLError:
         return []
+
+
+def _memory(handle: Any) -> int | None:
+    import pynvml
+
+    try:
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).total)
+    except pynvml.NVMLError:
+        return None
 
 
 def nvidia_free(uuid: str) -> int | None:

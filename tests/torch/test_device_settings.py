@@ -37,11 +37,13 @@ def calls(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize(("name", "index"), [("cuda", 0), ("cuda:1", 1)])
 @pytest.mark.slow
-def test_the_gpu_that_computes_is_the_current_one_until_the_end(calls):
-    device = torch.device("cuda:1")
+def test_the_gpu_that_computes_is_the_current_one_until_the_end(calls, name, index):
+    """`set_device` takes no device without an index, and the other one does."""
+    device = torch.device(name)
     settings = DeviceSettings(device, 8 * GB)
-    assert calls == [("set_device", device), ("reset_peak_memory_stats", device)]
+    assert calls == [("set_device", index), ("reset_peak_memory_stats", device)]
     settings.restore()
     assert calls[2:] == [("set_device", 0)]
 
@@ -85,6 +87,18 @@ def test_out_of_memory_on_mps_gives_unused_blocks_back(calls, monkeypatch):
     with pytest.raises(OutOfMemory, match="MPS backend out of memory"), device_errors():
         raise RuntimeError(text)
     assert calls == [("empty_cache",)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_out_of_memory_of_cudas_libraries_is_no_other_error(said):
+    with pytest.raises(OutOfMemory), device_errors():
+        raise RuntimeError(said)
 
 
 @pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])

@@ -547,6 +547,17 @@ def test_the_driver_lists_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.nvidia_gpus() == [Gpu("Tesla V100", 16 * 10**9), Gpu("NVIDIA H100", 80 * 10**9)]
 
 
+def test_a_gpu_that_computes_in_the_cpus_memory_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(handle: int) -> Any:
+        raise Nvml.NVMLError("Not Supported")
+
+    driver = Nvml()
+    monkeypatch.setattr(driver, "nvmlDeviceGetMemoryInfo", none)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)  # type: ignore[arg-type]
+    assert hardware.nvidia_gpus() == [Gpu("Tesla V100", None), Gpu("NVIDIA H100", None)]
+    assert hardware.nvidia_free("GPU-h100") is None
+
+
 @pytest.mark.parametrize(("affinity", "quota", "cores"), [(8, None, 8), (8, 1.5, 2), (8, 0.2, 1), (2, 6.0, 2)])
 def test_cores_are_those_that_this_process_may_use(
     monkeypatch: pytest.MonkeyPatch, affinity: int, quota: float | None, cores: int
