@@ -5,6 +5,7 @@ import ctypes
 import ctypes.util
 import os
 import sys
+from contextlib import suppress
 
 from common.system.cgroup import core_limit
 from common.system.hardware import cores, cpu_flags
@@ -80,7 +81,7 @@ def _chosen(library: ctypes.CDLL) -> bytes:
 
 def _loaded() -> str | None:
     """The path of a BLAS whose functions MLX would call."""
-    with open("/proc/self/maps", encoding="utf-8") as maps:
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
             path = line.split(maxsplit=5)[-1].strip()
             # numpy's and scipy's own copies carry prefixed names that nobody else can call

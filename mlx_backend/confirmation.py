@@ -7,6 +7,7 @@ for it and was accepted by the stream. Where running out of memory is likely, an
 device is synchronized instead.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from common.errors import UserError, device_fault
 from common.memory_terms import MicroBatchShape
 
 _SHORT = 0.9  # of the memory budget
-_DEVICE = ("[metal]", "command buffer", "cuda")  # in texts of errors that are the device's
+# In texts of errors: of memory that ran out, of which cuBLAS has a number alone; of other faults of a device.
+_MEMORY = re.compile("(?<!threadgroup )memory(?! access)|malloc|alloc_failed|cublas.* failed with code: 3(?![0-9])")
+_DEVICE = re.compile("\\[metal|command buffer|cuda|cublas|cudnn|cu[a-z]+\\(.*\\) failed")
 
 
 @contextmanager
@@ -34,10 +37,12 @@ def device_errors(last: bool = False) -> Iterator[None]:
         text = str(error).lower()
         if last:
             raise device_fault(error) from None
-        if "memory" in text or "malloc" in text:
+        if "no cuda implementation" in text:
+            raise UserError(str(error), "Use --backend torch, or --device cpu.") from None
+        if _MEMORY.search(text):
             mx.clear_cache()
             raise OutOfMemory(str(error).split("\n")[0]) from None
-        if any(name in text for name in _DEVICE):
+        if _DEVICE.search(text):
             raise device_fault(error) from None
         raise
 

@@ -13,7 +13,7 @@ from mlx_backend.confirmation import device_errors
 from mlx_backend.weights import numpy_shape, stacked, to_mlx, to_numpy
 
 Tensors = list[mx.array]
-_NOTHING = mx.zeros(0)
+_NOTHING = mx.zeros(0, stream=mx.cpu)  # MLX for CUDA has no default stream where no GPU is seen
 _PARTS = 10
 _MOST = 2**20  # values in a joined tensor
 

@@ -3,6 +3,7 @@
 `BackendPackage` says what each name here answers. torch is imported by `create`, or by what must look at a device.
 """
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch_backend.devices import (
 
 # By this package transformers and bitsandbytes fetch compiled code from the hub, without a hash, and run it.
 sys.modules["kernels"] = None  # type: ignore[assignment]
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for that package when PEFT imports it
 
 # oneDNN keeps 1,024 compiled products, of each length of a micro-batch others. 256 were as fast (290 to 301 tokens/s on
 # the example, 298 to 300 with all; 64 were a tenth slower), and took 1.29 GB in 63 steps of varied lengths in place of

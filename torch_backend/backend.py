@@ -159,7 +159,8 @@ class TorchBackend:
         self.outer.train()
         if self.recipe.dropout:
             rank = micro_batches[0].rank if micro_batches else 0
-            torch.manual_seed(((self.recipe.seed << 32) ^ (rank << 48)) + step)
+            mixed = np.random.SeedSequence([self.recipe.seed, rank, step])
+            torch.manual_seed(int(mixed.generate_state(1)[0]))  # 32 bits: a CPU's generator reads no others
 
         def compute() -> None:
             self.total.zero_()

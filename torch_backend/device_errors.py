@@ -9,8 +9,8 @@ from common.backend import OutOfMemory
 from common.errors import device_fault, first_line
 from torch_backend.device_settings import empty_cache
 
-# torch on a CPU; a driver, by way of torch or Triton; CUDA's libraries.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+# torch on a CPU; a driver, by way of torch or Triton; CUDA's libraries, of which cuBLAS says NOT_INITIALIZED.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "cublasCreate(handle)")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -13,7 +13,10 @@ from torch_backend.mlp import Gated, GatedDown
 from torch_backend.norm import Norm, RMSNorm
 from torch_backend.rope import calling_rope
 
-_ONE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))  # layers that read the same
+_ONE_INPUT = (  # layers that read the same
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")),
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),
+)
 # Of an MLP in any family: gate and up, which may be one, then down. The last are those of Granite 4 and of LFM2.
 _MLP_NAMES = (
     *("gate_proj", "up_proj", "gate_up_proj", "input_linear", "w1", "w3"),

@@ -78,7 +78,8 @@ class LoraGroup:
             return torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - self.dropped)
         # 16 random bits a value: on two cores 2 ns, where bernoulli_ takes 13, a fourth of a step
         bits = torch.empty(-(-flat.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-        return (bits[: flat.numel()] < round((1 - self.dropped) * 2**16) - 2**15).view(flat.shape)
+        first_kept = min(round(self.dropped * 2**16), 2**16 - 1) - 2**15
+        return (bits[: flat.numel()] >= first_kept).view(flat.shape)
 
     @torch.no_grad()
     def gain(self, number: int, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -134,9 +135,9 @@ class Copies:
 class LoraLinear(torch.autograd.Function):
     """`(1 + gain) * (x @ W.T + scale * (drop(x) @ A.T) @ B.T) + bias` of each layer of a group, for its frozen W.
 
-    The gain is DoRA's, else 0. W reads all of x with DoRA too, as in mlx-lm; PEFT's reads what dropout leaves. Kept for
-    the backward pass: x in its own type, `scale * drop(x) @ A.T`, dropout's mask, and DoRA's outputs before their bias;
-    a W in 4 bits is dequantized again.
+    The gain is DoRA's, else 0. With DoRA, too, W reads all of x, as in mlx-lm; in PEFT the gain's W reads what dropout
+    leaves. Kept for the backward pass: x in its own type, `scale * drop(x) @ A.T`, dropout's mask, and DoRA's outputs
+    before their bias; a W in 4 bits is dequantized again.
     """
 
     @staticmethod

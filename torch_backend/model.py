@@ -1,6 +1,5 @@
 """The frozen base model: transformers' own, every weight read from the checkpoint and checked."""
 
-import logging
 import warnings
 from collections.abc import Callable, Collection
 from functools import partial
@@ -29,7 +28,6 @@ _TEXT_NAMES = {
 
 def import_libraries() -> None:
     """Import them before memory is counted: what they take is not the model's. Ours is the only display."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it names a package that would be faster
     import peft  # noqa: F401
     from transformers import AutoModelForCausalLM  # noqa: F401
     from transformers.utils.logging import disable_progress_bar

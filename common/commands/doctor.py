@@ -76,7 +76,7 @@ def _cores() -> str:
 
 
 def _gpu(gpu: Gpu) -> str:
-    return f"{gpu.name}, {'memory of the CPU' if gpu.memory is None else gigabytes(gpu.memory)}"
+    return f"{gpu.name}, {'no memory of its own reported' if gpu.memory is None else gigabytes(gpu.memory)}"
 
 
 def _memory() -> str:

@@ -18,7 +18,7 @@ from common.system.cgroup import core_limit
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    memory: int | None  # bytes; None where it is the CPU's (DGX Spark, Jetson)
+    memory: int | None  # bytes; None where NVML tells none, as where it is the CPU's (DGX Spark, Jetson)
 
 
 def apple_silicon() -> bool:

@@ -169,11 +169,12 @@ class TrainingLoop:
             try:
                 return self.backend.train_step(batches, rate, step), batches
             except OutOfMemory as error:
-                if error.undid_previous and self._pending is not None:
-                    self._repeat(self._pending)
-                else:
-                    self._memory.use_less(batches, f"step {step} ran out of memory")
-                batches = self._micro_batches(rows)
+                undid_previous = error.undid_previous  # here the error ends: it holds what the step had computed
+            if undid_previous and self._pending is not None:
+                self._repeat(self._pending)
+            else:
+                self._memory.use_less(batches, f"step {step} ran out of memory")
+            batches = self._micro_batches(rows)
 
     def _repeat(self, step: Pending) -> None:
         """Do the step again, which was undone: the device had not written what it computed."""
@@ -199,11 +200,10 @@ class TrainingLoop:
     def _wait(self) -> None:
         """Wait for the step that the device may still be computing, and repeat it while it was not written."""
         while self._pending is not None:
-            try:
+            with suppress(OutOfMemory):
                 self._pending.read()
                 return
-            except OutOfMemory:
-                self._repeat(self._pending)
+            self._repeat(self._pending)
 
     def _finish(self, step: Pending, ended: float) -> None:
         """Wait for the step, check its figures, report them."""

@@ -14,6 +14,7 @@ from common.data.batching import micro_batches
 from common.errors import UserError
 from common.training.checkpoint import State
 from common.training.loop import TrainingLoop
+from mlx_backend.confirmation import device_errors
 from tests import backends
 from tests.tiny import write_model, write_rows
 
@@ -261,6 +262,27 @@ def test_another_fault_of_the_device_is_said_and_undone_too(model, rows, device,
     assert not isinstance(caught.value, OutOfMemory)
     assert same(state(backend), sound[0][1])
     backend.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "raised", "said"),
+    [
+        ("cublasLtMatmul(handle, desc, alpha) failed with code: 3.", OutOfMemory, "code: 3"),
+        ("cudnnExecute failed: CUDNN_STATUS_ALLOC_FAILED", OutOfMemory, "ALLOC_FAILED"),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", OutOfMemory, "out of memory"),
+        ("[metal::malloc] Attempting to allocate 9 bytes", OutOfMemory, "Attempting"),
+        ("cublasLtMatmul(handle, desc, alpha) failed with code: 13.", UserError, "^The device failed"),
+        ("cuGraphLaunch(graph, stream) failed: unspecified launch failure", UserError, "^The device failed"),
+        ("cudaStreamSynchronize(stream) failed: an illegal memory access", UserError, "^The device failed"),
+        ("[metal::Device] Unable to build: Threadgroup memory size exceeds 32768", UserError, "^The device failed"),
+        ("GatherQMM has no CUDA implementation.", UserError, "^GatherQMM has no CUDA"),
+        ("[matmul] Last dimension of first input must match", RuntimeError, "matmul"),
+    ],
+)
+def test_errors_are_told_apart_by_their_texts(text, raised, said):
+    with pytest.raises(raised, match=said) as caught, device_errors():
+        raise RuntimeError(text)
+    assert isinstance(caught.value, OutOfMemory) is (raised is OutOfMemory)
 
 
 def trained(backend):

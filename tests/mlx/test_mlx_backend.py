@@ -128,8 +128,8 @@ def test_running_out_of_memory_is_raised_and_the_step_can_be_repeated(model, row
 
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.1}, {"lora_plus": 4.0}], ids=str)
 def test_nothing_within_a_step_waits_for_the_device(model, rows, monkeypatch, changes):
-    """Of all that makes MLX wait, only numpy's reading of an array's buffer would go unseen."""
-    backend = backends.load("mlx", model, backends.make_recipe(model, **changes))
+    """Of all that makes MLX wait, only numpy's reading of an array's buffer would go unseen. A GPU's steps may wait."""
+    backend = backends.load("mlx", model, backends.make_recipe(model, **changes), device="cpu")
     batches = [make_batch(rows[:3]), make_batch(rows[3:4])]
     backend.train_step(batches, 1e-3, 1)
     waits = []
@@ -203,11 +203,24 @@ def test_compiling_is_turned_on_again_only_where_it_was_on(model, monkeypatch, o
         monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     monkeypatch.setattr(mx, "disable_compile", lambda: turned.append("off"))
     monkeypatch.setattr(mx, "enable_compile", lambda: turned.append("on"))
-    backends.load("mlx", model, backends.make_recipe(model)).close()
+    backends.load("mlx", model, backends.make_recipe(model), device="cpu").close()
     assert turned == ([] if off else ["off", "on"])
     monkeypatch.setattr(mx, "gpu", mx.cpu)
     backends.load("mlx", model, backends.make_recipe(model), device="gpu").close()
     assert turned == ([] if off else ["off", "on"])
+
+
+def test_no_array_is_made_on_the_default_device_before_it_is_chosen():
+    """MLX for CUDA names a GPU where none is seen."""
+    code = (
+        "import mlx.core as mx, mlx_lm.tuner\n"
+        "def made(*given, stream=None, **more):\n"
+        "    assert stream == mx.cpu\n"
+        "    return zeros(*given, stream=stream, **more)\n"
+        "zeros, mx.zeros = mx.zeros, made\n"
+        "import mlx_backend.backend\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_of_an_nvidia_gpu_its_own_memory_is_told(model, monkeypatch):

@@ -93,6 +93,7 @@ def test_out_of_memory_on_mps_gives_unused_blocks_back(calls, monkeypatch):
     "said",
     [
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "Triton Error [CUDA]: out of memory",
     ],
 )
@@ -140,10 +141,10 @@ def test_a_busy_cpu_gets_fewer_threads_unless_the_user_says_otherwise(monkeypatc
 
 @pytest.mark.slow
 def test_no_compiled_code_is_fetched_from_the_hub(tmp_path):
-    """bitsandbytes does so at its import, on processors with bf16; transformers for some layers."""
+    """bitsandbytes does so at its import, on processors with bf16, and says where it cannot; so does transformers."""
     (tmp_path / "kernels.py").write_text("raise SystemExit('kernels was imported')\n")
     code = (
-        "import torch_backend, bitsandbytes, transformers\n"
+        "import torch_backend.backend, bitsandbytes\n"
         "from transformers.utils import is_kernels_available\n"
         "assert not is_kernels_available()\n"
         "try: import kernels\n"
@@ -157,4 +158,4 @@ def test_no_compiled_code_is_fetched_from_the_hub(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout == "blocked\n", done.stderr[-2000:]
+    assert (done.stdout, done.stderr) == ("blocked\n", "")

@@ -2,6 +2,7 @@
 
 import importlib
 import shutil
+from dataclasses import replace
 from inspect import unwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -330,6 +331,25 @@ def test_a_model_trains_as_it_does_without_them(model, rows, monkeypatch, change
         assert bool(calls) == (install is layers.install)
     np.testing.assert_allclose(*losses, rtol=1e-5 if recipe.precision == "fp32" else 2e-2)
     assert losses[0][-1] < losses[0][0]
+
+
+def test_dropout_is_drawn_by_the_seed_the_rank_and_the_step(model, rows, monkeypatch):
+    drawn, draw = [], LoraGroup.draw_mask
+    monkeypatch.setattr(LoraGroup, "draw_mask", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    firsts = []
+    for seed, rank, step in [(0, 0, 3), (0, 0, 3), (7, 0, 3), (0, 2, 3), (0, 0, 4)]:
+        drawn.clear()
+        backend = backends.load("torch", model, backends.make_recipe(model, dropout=0.4, seed=seed))
+        backend.accumulate([replace(make_batch(rows[:4]), rank=rank)], 1.0, step)
+        backend.close()
+        firsts.append(drawn[0])
+    assert [torch.equal(firsts[0], other) for other in firsts[1:]] == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("dropout", "least", "most"), [(1e-6, 1.0, 1.0), (1 - 1e-6, 0.0, 0.001)])
+def test_the_smallest_and_the_largest_share(dropout, least, most):
+    layer = lora_layer(torch.nn.Linear(40, 50), torch.randn(4, 40), torch.randn(50, 4), dropout=dropout)
+    assert least <= LoraGroup([layer]).draw_mask(torch.ones(2000, 40)).float().mean() <= most
 
 
 @pytest.mark.parametrize("method", ["lora", "dora"])

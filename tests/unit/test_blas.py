@@ -89,6 +89,7 @@ def test_one_that_was_loaded_by_someone_else_comes_with_a_warning(monkeypatch: p
     if chosen:
         monkeypatch.setenv("OPENBLAS_CORETYPE", chosen)
     monkeypatch.setattr(blas, "cpu_flags", lambda: AVX512)
+    monkeypatch.setattr(blas.sys, "platform", "linux")
     monkeypatch.setattr(blas, "_loaded", lambda: "/somewhere/libopenblas.so.0")
     monkeypatch.setattr(blas.ctypes, "CDLL", lambda path: SimpleNamespace(openblas_get_corename=Named(b"Prescott")))
     monkeypatch.setattr(devices, "import_mlx", lambda: SimpleNamespace(gpu=None, is_available=lambda gpu: False))

@@ -172,6 +172,7 @@ def broken_mlx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(hardware, "apple_silicon", lambda: False)
     monkeypatch.setattr(torch_backend.devices, "nvidia_gpus", lambda: [])
+    monkeypatch.setattr(mlx_backend.devices, "preload", lambda: None)
     return tmp_path / "mlx"
 
 
@@ -547,7 +548,9 @@ def test_the_driver_lists_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware.nvidia_gpus() == [Gpu("Tesla V100", 16 * 10**9), Gpu("NVIDIA H100", 80 * 10**9)]
 
 
-def test_a_gpu_that_computes_in_the_cpus_memory_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_computes_in_the_cpus_memory_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def none(handle: int) -> Any:
         raise Nvml.NVMLError("Not Supported")
 
@@ -556,6 +559,8 @@ def test_a_gpu_that_computes_in_the_cpus_memory_is_one(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "pynvml", driver)  # type: ignore[arg-type]
     assert hardware.nvidia_gpus() == [Gpu("Tesla V100", None), Gpu("NVIDIA H100", None)]
     assert hardware.nvidia_free("GPU-h100") is None
+    doctor(context("plain"))
+    assert "NVIDIA H100, no memory of its own reported" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(("affinity", "quota", "cores"), [(8, None, 8), (8, 1.5, 2), (8, 0.2, 1), (2, 6.0, 2)])

@@ -17,6 +17,7 @@ from common.models.local_models import LocalModel, published_model
 from common.option_sources import load_options
 from common.options import Options
 from common.presets import preset_names, published_configs
+from common.system import hardware
 from common.training.proposals import Proposal, preset_models, propose
 from tests.presets import CPU, GPU
 from tests.tiny import write_model, write_rows
@@ -72,7 +73,8 @@ def test_every_setting_stands_below_its_reason() -> None:
             assert setting.why, (goal, setting.name)
 
 
-def test_a_model_that_is_not_here_is_not_fetched_and_its_memory_is_known(run) -> None:
+def test_a_model_that_is_not_here_is_not_fetched_and_its_memory_is_known(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "apple_silicon", lambda: False)
     done = run(*given(), "--name", "mine")
     assert f"train fetches {GEMMA} from the hub first" in done.out
     assert "torch on cpu" in Path("mine.yaml").read_text()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -494,6 +495,21 @@ def test_a_step_that_fails_twice_is_undone_twice(tmp_path: Path) -> None:
     assert backend.done == [1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8]
     left_out = ("seconds", "valid_loss")
     assert metrics(tmp_path / "late", *left_out) == metrics(tmp_path / "sound", *left_out)
+
+
+def test_what_a_failed_step_had_computed_is_let_go_before_the_one_before_it_is_repeated(tmp_path: Path) -> None:
+    class Holding(Late):
+        computed: weakref.ref[np.ndarray] | None = None
+
+        def train_step(self, micro_batches: list[Batch], learning_rate: float, step: int) -> StepResult:
+            assert self.computed is None or self.computed() is None
+            computed = np.zeros(9)
+            self.computed = weakref.ref(computed)
+            return super().train_step(micro_batches, learning_rate, step)
+
+    backend = Holding("the next step", 2)
+    run(tmp_path, backend)
+    assert backend.done == [1, 2, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_where_a_step_undone_cannot_be_smaller_it_is_not_reported(tmp_path: Path) -> None:
