@@ -303,4 +303,6 @@ def read_size(text: str) -> int:
         size = 0
     if size < 1:
         raise ValueError(f"{text!r} is not a size such as 16GB or 900MB")
+    if text.strip().isdecimal() and size < 1000:
+        raise ValueError(f"{text!r} is {size} bytes: a size has a unit, as 16GB or 900MB")
     return size

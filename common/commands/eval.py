@@ -10,13 +10,13 @@ from common.commands.arguments import add_llama, count
 from common.context import Context
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.data.load import check_fields
-from common.data.sources import encoder_of
+from common.data.sources import data_of, encoder_of
 from common.display import Display
 from common.errors import UserError
 from common.evaluation.judge import Evaluation, compared, judge, scores_of
 from common.evaluation.metrics import REFERENCE, Metric, comparing, json_schema, regex
 from common.evaluation.report import folder_of, show, write
-from common.evaluation.rows import JudgedRow, read_test
+from common.evaluation.rows import JudgedRow, learned_rows, read_test
 from common.evaluation.scorer import scorer
 from common.evaluation.subjects import KINDS, Lengths, Subject, gguf_subject, model_subject, subjects_of, targets_of
 from common.evaluation.suite import Suite, run_suite
@@ -150,6 +150,8 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     given = given_by(args, run, context)
     with display.stage("read the data"):
         rows = _read(args, given, fields)
+    if run is not None:
+        _warn_of_learned(run, rows, display)
     about = {"data": str(args.data.resolve())} | ({} if run is not None else {"model": _named(args.model)})
     folder = args.out or folder_of(given.folder, about)
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
@@ -160,6 +162,18 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     write(evaluation, judged, scores, {"model": _named(args.model)} | about)
     show(evaluation, judged, scores, display)
     display.say(f"Answers and figures: {folder}/rows.jsonl, {folder}/scores.json")
+
+
+def _warn_of_learned(run: Run, rows: Sequence[JudgedRow], display: Display) -> None:
+    """Of rows that the run was trained on; of none where its data is another now, or gone."""
+    with suppress(UserError):
+        learned = learned_rows(rows, data_of(run, options_over(run.record.options, {})).train)
+        if learned:
+            named = ", ".join(learned[:3]) + ", ..." * (len(learned) > 3)
+            display.warn(
+                f"{len(learned)} of {len(rows)} rows have the prompt of a row that was trained on ({named}): their "
+                "figures say little of new rows"
+            )
 
 
 def _named(model: str) -> str:

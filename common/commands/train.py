@@ -18,6 +18,7 @@ from common.commands.several import first_rank, other_rank, start, workers
 from common.commands.tuned import sample, score_test
 from common.commands.watch import Collapsed, watching
 from common.context import Context
+from common.display import Display
 from common.errors import PROGRAM, AtOdds, UserError, os_fault
 from common.export.job import ExportJob
 from common.export.summary import record_seconds
@@ -186,24 +187,34 @@ def _train(
             f"no validation was better than before the first step ({state.start_valid_loss:.4f}; the best was "
             f"{state.best_valid_loss:.4f}): lower --learning-rate, or look at the rows with check-data"
         )
-    exported = "best" if state.best is not None else "last"
-    step = state.best_step if state.best is not None else state.step
-    # What was made of another adapter is no longer this run's, wherever this process ends.
-    stale = _OF_ADAPTER if job.run.record.exported_step != step else {}
-    job.run.update(exported_adapter=exported, exported_step=step, **stale)
-    display.say(f"The adapter of step {step} ({exported}) is the one that is exported")
+    _note_exported(job, state, display)
     return backend, state.best or outlasting(job.run.path, state.step, backend.get_adapter())
 
 
+def _note_exported(job: Job, state: State, display: Display) -> None:
+    """Put on record which adapter is the run's. What was made of another is no longer, wherever this process ends."""
+    exported, before = "best" if state.best is not None else "last", job.run.record
+    step = state.best_step if state.best is not None else state.step
+    stale = _OF_ADAPTER if before.exported_step != step else {}
+    if stale and (old := [str(job.run.path / made.file) for made in before.export.gguf]):
+        display.warn(
+            f"{', '.join(old)}: of the adapter of step {before.exported_step}, and so until made again by this "
+            f"command or by {PROGRAM} fuse {job.run}"
+        )
+    job.run.update(exported_adapter=exported, exported_step=step, **stale)
+    display.say(f"The adapter of step {step} ({exported}) is the one that is kept")
+
+
 def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
-    """Put on record what training determines; the peaks of a resumed run are of all its processes."""
+    """Put on record what training determines; the peaks of a resumed run are of all its processes on one backend."""
     before, memory = job.run.record, backend.memory()
+    same_kind = before.memory_kind in (None, memory.kind)  # of another backend, peak and estimate are others
     job.run.update(
         **figures(state, job.recipe, job.plan),
         saved_recipe=job.recipe.hash() if latest_step(job.run.path) else "",
         shares=backend.shares() if isinstance(backend, SharedBackend) else [],
         memory_kind=memory.kind,
-        peak_memory_bytes=max(memory.peak, before.peak_memory_bytes or 0),
+        peak_memory_bytes=max(memory.peak, (same_kind and before.peak_memory_bytes) or 0),
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
         swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
     )

@@ -128,8 +128,11 @@ def _csv(path: Path, position: Position) -> NumberedRows:
 def _checked_header(path: Path, header: list[str]) -> list[str]:
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path}: two columns are named {twice[0]!r}.", "Rename one of them.")
-    if len(header) == 1 and ";" in header[0]:
-        raise UserError(f"{path}: its columns are separated by semicolons.", "Save it with commas, or as .tsv.")
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            raise UserError(
+                f"{path}: its columns are separated by {name}.", "Save it with commas, or with tabs as .tsv."
+            )
     return header
 
 

@@ -4,6 +4,7 @@ import codecs
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ def not_utf8(path: Path) -> UserError:
             at += len(raw)
     return UserError(
         f"{path} is not UTF-8 text (line {line}, byte {at}){f'; it looks like {guess}' if guess else ''}.",
-        f"Convert it: iconv -f {guess or 'ITS-ENCODING'} -t UTF-8 {path.name} > utf8{path.suffix}",
+        f"Convert it: iconv -f {guess or 'ITS-ENCODING'} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}",
     )
 
 

@@ -1,6 +1,8 @@
 """The rows of a test file: what is asked, the answer that is expected, and the tokens whose loss is taken."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +93,15 @@ def _judged(
     if encoder is not None:  # expected as the chat template writes it: a call, or the name of a channel before the text
         return JudgedRow(source, raw, prompt, shown(said(text)), encoded)
     return JudgedRow(source, raw, prompt, None if last.get("tool_calls") else said(last["content"]), encoded)
+
+
+def learned_rows(rows: Sequence[JudgedRow], trained: Iterable[Example]) -> list[str]:
+    """The sources of the rows whose prompt is that of one of the conversations in `trained`."""
+    prompts = set[str]()
+    for example in trained:
+        with suppress(Fault):
+            prompts.add(json.dumps(_prompt_of(example).messages))
+    return [row.source for row in rows if row.prompt is not None and json.dumps(row.prompt.messages) in prompts]
 
 
 def _prompt_of(example: Example) -> Example:

@@ -9,6 +9,7 @@ from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
 from common.data.readers import file_source
+from common.data.row_source import not_utf8
 from common.errors import UserError
 from common.paths import SUFFIXES, user_path
 
@@ -24,8 +25,8 @@ def read_prompts(path: Path, system: str | None = None) -> list[Example]:
     if path.suffix.lower() == ".txt":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # as splitlines, but not at form feeds or U+2028
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompts {path} is not UTF-8 text (byte {error.start}).", "Convert it.") from None
+        except UnicodeDecodeError:
+            raise not_utf8(path) from None
         found = [
             Example(({"role": "user", "content": line},), f"{path.name}:{number}")
             for number, line in enumerate(lines, 1)

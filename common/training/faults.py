@@ -37,5 +37,5 @@ def not_finite(
 def unsaved(run: Path, error: OSError) -> UserError:
     """For a checkpoint, or another file of the run, that the disk refused."""
     saved = checkpoint.latest_step(run)
-    place = "" if saved is None else f" from step {saved}"
-    return os_fault(error, f"continue{place}: {PROGRAM} train --resume {run}")
+    place = "begin again, as no step was saved" if saved is None else f"continue from step {saved}"
+    return os_fault(error, f"{place}: {PROGRAM} train --resume {run}")

@@ -102,7 +102,7 @@ class TrainingLoop:
                 if evaluates:
                     self._validate(saved)
             if self._refused:
-                self._save(again="the adapter is still written, but the run cannot be lengthened from this step")
+                self._save(again="so the run cannot be lengthened from this step")
         return self.state
 
     def _evaluates(self, step: int) -> bool:

@@ -138,13 +138,14 @@ def test_a_folder_without_train(tmp_path: Path) -> None:
     [("shift_jis", "CP932"), ("euc_jp", "EUC-JP"), ("utf-16", "UTF-16")],
 )
 def test_a_file_of_another_encoding(tmp_path: Path, codec: str, name: str) -> None:
-    path = tmp_path / "a.jsonl"
+    (tmp_path / "my rows").mkdir()
+    path = tmp_path / "my rows" / "a.jsonl"
     japanese = json.dumps(chat("こんにちは、港です。", "はい、ピップです。"), ensure_ascii=False)
     path.write_bytes(f"{GOOD}\n{japanese}\n".encode(codec))
     error = fault(path)
     assert error.what.startswith(f"{path} is not UTF-8 text (line {1 if codec == 'utf-16' else 2}, byte ")
     assert error.what.endswith(f"it looks like {name}.")
-    assert error.fix == f"Convert it: iconv -f {name} -t UTF-8 a.jsonl > utf8.jsonl"
+    assert error.fix == f"Convert it: iconv -f {name} -t UTF-8 '{path}' > utf8.jsonl"
 
 
 @pytest.mark.parametrize("answer", ["Là-haut, élève.", "au deuxième étage"])

@@ -12,13 +12,14 @@ import pytest
 from common.backend import Adapter, LoraWeight
 from common.data.batching import micro_batches
 from common.data.encode import Encoded, Encoder, MaskingOptions, load_tokenizer
+from common.data.formats import read_row
 from common.errors import UserError
 from common.evaluation import metrics
 from common.evaluation.answer_file import answer_file, key_of
 from common.evaluation.bootstrap import Estimate, difference, estimate, mean, perplexity
 from common.evaluation.losses import gguf_loss, grouped_losses
 from common.evaluation.metrics import comparing, json_schema, regex
-from common.evaluation.rows import JudgedRow, read_test, said
+from common.evaluation.rows import JudgedRow, learned_rows, read_test, said
 from common.evaluation.scorer import scorer
 from common.training.validation import evaluate
 from tests.tiny import chat
@@ -296,6 +297,12 @@ def test_the_last_turn_is_judged_given_all_before_it(tmp_path: Path, encoder: En
     assert two.reference is None
     assert two.encoded is not None
     assert two.encoded.label_tokens == 2
+
+
+def test_rows_with_the_prompt_of_a_trained_one_are_found(tmp_path: Path, encoder: Encoder) -> None:
+    rows = read_test(test_file(tmp_path, turns("a", "b"), turns("c", "d"), {"text": "plain"}), encoder, None)
+    trained = [read_row(row, "train.jsonl:1", {})[1] for row in (turns("c", "other"), {"text": "plain"})]
+    assert learned_rows(rows, trained) == ["test.jsonl:2"]
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_columns_that_nothing_reads_are_known(tmp_path: Path) -> None:
         ('prompt,completion\n"a\nb",Yo\nHi,"Y"o\n', "line 4: ',' expected after '\"'"),
         ('prompt,completion\nHi,"Yo\n', "line 2: unexpected end of data"),
         ("prompt;completion\nHi;Yo\n", "its columns are separated by semicolons."),
+        ("prompt\tcompletion\nHi\tYo\n", "its columns are separated by tabs."),
         ("prompt,prompt\nHi,Yo\n", "two columns are named 'prompt'."),
         ("prompt,completion\n", "is empty: it holds no rows."),
     ],

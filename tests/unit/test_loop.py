@@ -637,7 +637,7 @@ def test_the_last_try_promises_no_other(tmp_path: Path, monkeypatch: pytest.Monk
     run(tmp_path, watch=watch)
     assert [text.partition("; ")[2] for text in watch.warnings] == [
         "it is tried again later",
-        "the adapter is still written, but the run cannot be lengthened from this step",
+        "so the run cannot be lengthened from this step",
     ]
 
 

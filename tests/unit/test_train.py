@@ -705,6 +705,17 @@ def test_another_export_at_a_resume_leaves_the_ggufs_on_record(given: dict[str, 
     assert Run(folder).record.export.gguf == reports
 
 
+def test_ggufs_of_an_adapter_that_was_trained_on_are_named(
+    given: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run(given | {"valid_share": 0.0})
+    Run(folder).update_export(gguf=[GgufRecord(name="Q8_0", quant="Q8_0", file="gguf/model-Q8_0.gguf")])
+    run({"resume": str(folder), "steps": 7})
+    said = f"warning: {folder}/gguf/model-Q8_0.gguf: of the adapter of step 6, and so until made again by this command"
+    assert f"{said} or by python cli.py fuse {folder}\n" in capsys.readouterr().err
+    assert Run(folder).record.export.gguf == []
+
+
 def test_a_second_ctrl_c_stops_at_once(given: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(given, sent([signal.SIGINT, signal.SIGINT])())
@@ -916,6 +927,17 @@ def test_a_resumed_runs_peaks_are_those_of_the_whole_run(given: dict[str, Any]) 
         run(given, Hungry())
     folder, _ = run({"resume": given["output"]})
     assert json.loads((folder / "run.json").read_text())["peak_memory_bytes"] == 1_000_000
+
+
+def test_what_another_backend_took_is_no_peak_of_this_one(given: dict[str, Any]) -> None:
+    class Other(Stops):
+        def memory(self) -> Any:
+            return Memory(1, 10**15, 3, "unified", 0)
+
+    with pytest.raises(Interrupted):
+        run(given, Other())
+    folder, _ = run({"resume": given["output"]})
+    assert json.loads((folder / "run.json").read_text())["peak_memory_bytes"] < 10**15
 
 
 # --- to the hub at the end
