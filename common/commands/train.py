@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common.backend import Adapter, Backend
+from common.backend import Adapter, Backend, Memory
 from common.commands.arguments import add_options, read_options
 from common.commands.experts import ExpertWatch
 from common.commands.fuse import export_run
@@ -174,9 +174,8 @@ def _train(
                 if received:
                     raise Interrupted(job.run) from None
             raise
-        _record(job, state, backend, swap_used() - swap)
+        memory = _record(job, state, backend, swap_used() - swap)
         with display.optional("later estimates of memory do not learn from this run"):
-            memory = backend.memory()
             learns = memory.kind != "sampled" and swap_used() - swap < SWAP_GROWTH
             if (seen := forecast.observation(memory.peak)) and learns:
                 keep(seen)
@@ -205,8 +204,11 @@ def _note_exported(job: Job, state: State, display: Display) -> None:
     display.say(f"The adapter of step {step} ({exported}) is the one that is kept")
 
 
-def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
-    """Put on record what training determines; the peaks of a resumed run are of all its processes on one backend."""
+def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> Memory:
+    """Put on record what training determines; the peaks of a resumed run are of all its processes on one backend.
+
+    Returns the memory that was read, this process's.
+    """
     before, memory = job.run.record, backend.memory()
     same_kind = before.memory_kind in (None, memory.kind)  # of another backend, peak and estimate are others
     job.run.update(
@@ -218,6 +220,7 @@ def _record(job: Job, state: State, backend: Backend, swap_growth: int) -> None:
         peak_rss_bytes=max(peak_rss(), before.peak_rss_bytes or 0),
         swap_growth_bytes=max(swap_growth, before.swap_growth_bytes or 0),
     )
+    return memory
 
 
 def _after_training(job: Job, backend: Backend, adapter: Adapter, context: Context, experts: ExpertWatch) -> None:
