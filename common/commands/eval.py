@@ -24,7 +24,7 @@ from common.inference.chat_models import Kind, Target, choose
 from common.models.load import base_of
 from common.models.resolve import resolve
 from common.option_sources import options_over
-from common.paths import source_name
+from common.paths import source_name, user_path
 from common.run_lock import held
 from common.run_record import Run
 
@@ -165,10 +165,12 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
 
 
 def _warn_of_learned(run: Run, rows: Sequence[JudgedRow], display: Display) -> None:
-    """Of rows that the run was trained on; of none where its data is another now, or gone."""
+    """Of rows that the run was trained on; of none where its data is another now, or not on this machine."""
+    options = options_over(run.record.options, {})
+    if not all(user_path(source, "--data").exists() for source in options.data):  # the hub is not asked for it
+        return
     with suppress(UserError):
-        learned = learned_rows(rows, data_of(run, options_over(run.record.options, {})).train)
-        if learned:
+        if learned := learned_rows(rows, data_of(run, options).train):
             named = ", ".join(learned[:3]) + ", ..." * (len(learned) > 3)
             display.warn(
                 f"{len(learned)} of {len(rows)} rows have the prompt of a row that was trained on ({named}): their "

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import pytest
 import cli
 from common.commands import eval as command
 from common.commands.eval import Given, evaluate
+from common.data.dataset import Example
 from common.data.encode import Encoder, MaskingOptions, load_tokenizer
 from common.errors import Refusal, UserError
 from common.evaluation.report import folder_of
+from common.evaluation.rows import JudgedRow
 from common.evaluation.subjects import Opened, Subject
 from common.inference.backend_chat import ChatModel
 from tests.contexts import context
@@ -176,6 +179,20 @@ def test_a_refused_prompt_is_left_out_for_all_and_asked_again(job: Any, capsys: 
     nothing = Model("other", 1.0, {})
     with pytest.raises(UserError, match="Every prompt was refused: a is too long"):
         job(nothing)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_rows_that_the_run_was_trained_on_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: bool
+) -> None:
+    rows = [JudgedRow(f"test.jsonl:{n}", {}, Example(({"role": "user", "content": "a"},), "")) for n in range(1, 5)]
+    learned = Example(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "train.jsonl:7")
+    monkeypatch.setattr(command, "data_of", lambda run, options: SimpleNamespace(train=[learned]))
+    data = str(tmp_path) if here else "who/knows"
+    run: Any = SimpleNamespace(record=SimpleNamespace(options={"data": [data]}))
+    command._warn_of_learned(run, rows, context("plain").display)
+    said = "warning: 4 of 4 rows have the prompt of a row that was trained on (test.jsonl:1, "
+    assert (said in capsys.readouterr().out) == here
 
 
 def test_the_loss_alone_asks_nothing(job: Any) -> None:
