@@ -150,8 +150,8 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
     given = given_by(args, run, context)
     with display.stage("read the data"):
         rows = _read(args, given, fields)
-    if run is not None:
-        _warn_of_learned(run, rows, display)
+        if run is not None:
+            _warn_of_learned(run, rows, display)
     about = {"data": str(args.data.resolve())} | ({} if run is not None else {"model": _named(args.model)})
     folder = args.out or folder_of(given.folder, about)
     evaluation = Evaluation(rows, metrics, folder, args.context, args.max_tokens, args.seed)
@@ -166,11 +166,10 @@ def _judge(args: argparse.Namespace, run: Run | None, context: Context) -> None:
 
 def _warn_of_learned(run: Run, rows: Sequence[JudgedRow], display: Display) -> None:
     """Of rows that the run was trained on; of none where its data is another now, or not on this machine."""
-    options = options_over(run.record.options, {})
-    if not all(user_path(source, "--data").exists() for source in options.data):  # the hub is not asked for it
-        return
     with suppress(UserError):
-        if learned := learned_rows(rows, data_of(run, options).train):
+        options = options_over(run.record.options, {})
+        here = all(user_path(source, "--data").exists() for source in options.data)  # the hub is not asked for it
+        if here and (learned := learned_rows(rows, data_of(run, options).train)):
             named = ", ".join(learned[:3]) + ", ..." * (len(learned) > 3)
             display.warn(
                 f"{len(learned)} of {len(rows)} rows have the prompt of a row that was trained on ({named}): their "

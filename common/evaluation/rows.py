@@ -1,14 +1,12 @@
 """The rows of a test file: what is asked, the answer that is expected, and the tokens whose loss is taken."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from common.data.chat_template import OPEN_BLOCK
-from common.data.dataset import Example
+from common.data.dataset import Example, prompt_key
 from common.data.encode import Encoded, Encoder
 from common.data.formats import read_row
 from common.data.load import SHOWN_FAULTS
@@ -97,11 +95,10 @@ def _judged(
 
 def learned_rows(rows: Sequence[JudgedRow], trained: Iterable[Example]) -> list[str]:
     """The sources of the rows whose prompt is that of one of the conversations in `trained`."""
-    prompts = set[str]()
-    for example in trained:
-        with suppress(Fault):
-            prompts.add(json.dumps(_prompt_of(example).messages))
-    return [row.source for row in rows if row.prompt is not None and json.dumps(row.prompt.messages) in prompts]
+    keys = {prompt_key(example) for example in trained}
+    asked = [(row.source, row.prompt) for row in rows if row.prompt is not None]
+    answer = {"role": "assistant"}  # which the key leaves out
+    return [source for source, row in asked if prompt_key(replace(row, messages=(*row.messages, answer))) in keys]
 
 
 def _prompt_of(example: Example) -> Example:
