@@ -36,6 +36,7 @@ from common.report.tracking import Tracking, tracked
 from common.run_fields import ExportRecord
 from common.run_lock import held
 from common.run_record import Run
+from common.system.disk import once_there_is_room
 from common.system.launch import launched
 from common.system.memory import peak_rss, reset_peak_rss, swap_used
 from common.system.signals import stop_signals
@@ -117,7 +118,10 @@ def _run_training(options: Options, context: Context, show: Callable[[Run, Optio
             validate(adapter, linear_shapes(job.base.model, job.recipe.targets), job.run.path)
             layers = job.base.model.config["num_hidden_layers"]  # an older version's checkpoint may have counted fewer
             multimodal = is_multimodal(job.base.model.written_config)
-            adapter = adapters.write_both(job.run.path, replace(adapter, layers=layers), multimodal)
+            of_layers = replace(adapter, layers=layers)
+            adapter = once_there_is_room(
+                lambda: adapters.write_both(job.run.path, of_layers, multimodal), "The adapter", display.warn
+            )
             experts.tell_of_peft(adapter)
             job.run.update(status="complete", finished_step=job.run.record.steps if options.finish else None)
         except BaseException as error:

@@ -21,13 +21,13 @@ from common.data.messages import (
 )
 from common.data.other_training import other_training
 
-# What a format's part may be called; `--field PART=COLUMN` says it where it is called otherwise.
+# What a format's part may be called, in capitals or not; `--field PART=COLUMN` says it where it is called otherwise.
 NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations", "conversation"),
-    "prompt": ("prompt", "instruction", "question", "query", "problem"),
-    "input": ("input", "context"),
-    "completion": ("completion", "output", "response", "answer", "solution"),
+    "prompt": ("prompt", "instruction", "question", "query", "problem", "質問", "指示"),
+    "input": ("input", "context", "入力"),
+    "completion": ("completion", "output", "response", "answer", "solution", "回答", "応答", "出力"),
     "history": ("history",),
     "system": ("system", "system_prompt"),
     "text": ("text",),
@@ -44,6 +44,11 @@ _NOTHING: tuple[Any, ...] = (None, "", [], {})
 KNOWN = "messages, ShareGPT's conversations, Alpaca's instruction and output, prompt and completion, or text"
 
 
+def by_name(row: Row) -> dict[str, str]:
+    """{a name as in NAMES: the column}. Where only capitals tell columns apart, the one written as the name is."""
+    return {str(column).casefold(): column for column in row} | {column: column for column in row}
+
+
 @dataclass(frozen=True)
 class _Columns:
     """A row, and which of its columns hold which part. fields: {part: its column}, as --field says."""
@@ -55,7 +60,8 @@ class _Columns:
         """The column that holds the part: what --field says, else one of its usual names. Filled ones come first."""
         if part in self.fields:
             return self.fields[part] if self.fields[part] in self.row else None
-        there = [name for name in NAMES[part] if name in self.row and name not in self.fields.values()]
+        there = [self.named[name] for name in NAMES[part] if name in self.named]
+        there = [name for name in there if name not in self.fields.values()]
         if not there:
             return None
         filled = [name for name in there if self.row[name] not in _NOTHING]
@@ -77,6 +83,10 @@ class _Columns:
         turns = [(name, turn) for name in lists for turn in self.row[name] if isinstance(turn, dict)]
         others = [(name, key, turn[key]) for name, turn in turns for key in turn if key not in TURN_KEYS]
         return [*columns, *sorted({f"{name}[].{key}" for name, key, value in others if value not in _NOTHING})]
+
+    @cached_property
+    def named(self) -> dict[str, str]:
+        return by_name(self.row)
 
     @cached_property
     def chat(self) -> list[tuple[str, str]]:
@@ -117,7 +127,8 @@ def read_row(row: Any, source: str, fields: dict[str, str]) -> tuple[str, Exampl
         return format, conversation(head, turns, source, tools, weight), columns.unread(used)
     if columns.may_be("text") and (name := columns.name("text")):
         return "plain text", Example((), source, text=_read_text(row, name)), columns.unread([name])
-    if bare := [name for part in _FORMAT_OF for name in NAMES[part] if name in row and row[name] in _NOTHING]:
+    named = [columns.named[name] for part in _FORMAT_OF for name in NAMES[part] if name in columns.named]
+    if bare := [name for name in named if row[name] in _NOTHING]:
         raise Fault(f"`{bare[0]}` is empty")
     raise Fault(f"has none of {KNOWN} (its keys: {', '.join(map(str, row)) or 'none'})")
 

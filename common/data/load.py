@@ -2,6 +2,7 @@
 
 import logging
 import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,10 @@ from common.backend import Progress
 from common.data.arrow_rows import hub_rows
 from common.data.dataset import Counted, Dataset, Example
 from common.data.facts import Facts, facts_of, take
-from common.data.file_rows import read_all, read_file
+from common.data.file_rows import Found, read_all, read_file
 from common.data.formats import KNOWN, PARTS, clashing
 from common.data.readers import file_source
-from common.data.row_source import RowSource
+from common.data.row_source import NOT_JSON, RowSource
 from common.errors import UserError, first_line
 from common.paths import SUFFIXES, user_path
 
@@ -166,7 +167,7 @@ def _examples(source: RowSource, reading: _Reading) -> Sequence[Example]:
         )
     faults = Counted(len(found.faults), [(source.place(number), fault) for number, fault in found.faults.first])
     if faults and reading.on_bad_row != "drop":
-        raise UserError(f"{where} has {len(faults)} bad {source.unit}(s):\n{_listed(faults)}", _remedy(reading))
+        raise UserError(f"{where} has {len(faults)} bad {source.unit}(s):\n{_listed(faults)}", _remedy(reading, found))
     if not rows:
         raise _nothing_left(where, found.left_out, faults)
     for kind, numbers in found.left_out.items():
@@ -184,8 +185,19 @@ def _listed(faults: Counted[tuple[str, str]]) -> str:
     return "\n".join([*(f"{place}: {fault}" for place, fault in faults.first[:SHOWN_FAULTS]), *more])
 
 
-def _remedy(reading: _Reading) -> str:
+def _remedy(reading: _Reading, found: Found) -> str:
     """What to do about faulty rows."""
+    if len(found.columns) == 2 and not found.numbers and not reading.fields:  # it is not the rows that are at fault
+        prompt, completion = map(shlex.quote, found.columns)
+        return (
+            f"Say what its columns hold: --field prompt={prompt} completion={completion}, or the other way round. "
+            f"Known without: {KNOWN}."
+        )
+    if not found.columns and all(fault.startswith(NOT_JSON) for _, fault in found.faults.first):  # no line is a row
+        return (
+            f"Write one row a line; {FORM}\n       A file that holds a list of rows is named .json; rows over several "
+            "lines become lines by: jq -c . FILE > rows.jsonl"
+        )
     drop = ", or leave such rows out: --on-bad-row drop" if reading.on_bad_row else ""
     known = f"Also read: {KNOWN}. Columns with other names: --field PART=COLUMN."
     return f"Correct them{drop}; {FORM}\n       {known}"

@@ -13,8 +13,8 @@ from typing import IO, Any
 from common.data.arrow_rows import parquet_rows
 from common.data.json_list import JsonList, NotJson
 from common.data.messages import Fault
-from common.data.row_source import HEAD, NumberedRows, Position, RowSource, not_utf8, opened, parse_line
-from common.errors import UserError
+from common.data.row_source import HEAD, NumberedRows, Position, RowSource, json_fault, not_utf8, opened, parse_line
+from common.errors import UserError, first_line
 from common.paths import SUFFIXES
 
 
@@ -94,8 +94,10 @@ def _whole(path: Path, file: io.BufferedReader) -> Any:
     except UnicodeDecodeError:
         raise not_utf8(path) from None
     except (ValueError, RecursionError) as error:
-        at = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path} is not JSON{at}: {error}", "Correct the file.") from None
+        at, why = "", first_line(error)
+        if isinstance(error, json.JSONDecodeError):
+            at, why = f" (line {error.lineno}, column {error.colno})", json_fault(error)
+        raise UserError(f"{path} is not JSON{at}: {why}", "Correct the file.") from None
 
 
 def _csv(path: Path, position: Position) -> NumberedRows:

@@ -17,6 +17,7 @@ from common.errors import UserError
 
 # Each row with its number. As bytes: the JSON text of a line, still to be parsed. Else the row, or its Fault.
 NumberedRows = Iterator[tuple[int, Any]]
+NOT_JSON = "is not JSON"  # begins the Fault of a line
 HEAD = 1 << 20  # bytes by which the layout of a JSON file, or a foreign encoding, is recognized
 
 
@@ -81,8 +82,14 @@ def parse_line(line: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        where = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-        return Fault(f"is not JSON{where}")
+        where = f" at column {error.colno}: {json_fault(error)}" if isinstance(error, json.JSONDecodeError) else ""
+        return Fault(f"{NOT_JSON}{where}")
+
+
+def json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong. A comma behind the last element has no name of its own before Python 3.13."""
+    before = error.doc[: error.pos + 1].rstrip().rstrip("}]").rstrip()
+    return f"{error.msg}{' (a comma behind the last one)' if before.endswith(',') else ''}"
 
 
 @contextmanager

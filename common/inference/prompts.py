@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from common.data.dataset import Example
-from common.data.formats import ALPACA, NAMES, read_row
+from common.data.formats import ALPACA, NAMES, by_name, read_row
 from common.data.load import SHOWN_FAULTS
 from common.data.messages import Empty, Fault
 from common.data.other_training import OTHER_TRAINING
@@ -81,10 +81,10 @@ def _answered(row: Any, fields: dict[str, str]) -> Any:
     if not isinstance(row, dict):
         return row
 
-    fields = {ALPACA.get(part, part): column for part, column in fields.items()}
+    fields, columns = {ALPACA.get(part, part): column for part, column in fields.items()}, by_name(row)
 
-    def names(part: str) -> tuple[str, ...]:
-        return (fields[part],) if part in fields else NAMES[part]
+    def names(part: str) -> list[str]:
+        return [fields[part]] if part in fields else [columns.get(name, name) for name in NAMES[part]]
 
     for name in (*names("messages"), *names("conversations")):
         if isinstance(row.get(name), list):

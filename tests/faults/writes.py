@@ -38,6 +38,7 @@ from common.models.adapter_files import read_mlx, read_peft, read_trained
 from common.models.model_folder import ModelFolder
 from common.models.safetensors_files import read_header
 from common.run_record import Run
+from common.system import disk
 from common.training import checkpoint
 from tests.faults.commands import differences, leftovers, preload, result, start, write_inputs
 from tests.tiny import write_model, write_rows
@@ -281,6 +282,7 @@ def main() -> int:
             env = os.environ | {"LD_PRELOAD": str(built), _CONTROL: str(control)}
             return subprocess.run([sys.executable, "-m", "tests.faults.writes", *sys.argv[1:]], env=env).returncode
     preload()
+    disk._AGAIN = 0.0  # seconds until a write is tried again
     with open(os.environ[_CONTROL], "r+b") as file, tempfile.TemporaryDirectory(prefix="twintune-writes-") as name:
         folder = Path(name)
         runner = Runner(folder, Control.from_buffer(mmap.mmap(file.fileno(), 0)))

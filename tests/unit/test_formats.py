@@ -96,6 +96,21 @@ def test_dollys_context_goes_to_the_question_and_whole_numbers_are_text() -> Non
     assert read_row(row, "a:1", {})[0] == "Alpaca (instruction, context, response)"
 
 
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"質問": "Hi", "回答": "Yo"}, ["Hi", "Yo"]),
+        ({"指示": "Hi", "入力": "there", "出力": "Yo"}, ["Hi\n\nthere", "Yo"]),
+        ({"Question": "Hi", "ANSWER": "Yo"}, ["Hi", "Yo"]),
+        ({"Prompt": "Ho", "prompt": "Hi", "Response": "Yo"}, ["Hi", "Yo"]),
+    ],
+)
+def test_columns_of_a_spreadsheet_are_known_in_japanese_and_in_capitals(row: dict, turns: list[str]) -> None:
+    format, example, _ = read_row(row, "a:1", {})
+    assert [turn["content"] for turn in example.messages] == turns
+    assert format == f"prompt and completion ({', '.join(name for name in row if name != 'Prompt')})"
+
+
 def test_answers_in_a_list_of_the_prompt_carry_no_loss() -> None:
     prompt = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     row = {"prompt": [*prompt, {"role": "user", "content": "So"}], "completion": "No"}

@@ -39,6 +39,8 @@ def asked(path: Path, system: str | None = None) -> list[list[str]]:
         ({"prompt": "p", "completion": "c", "label": False}, ["user: p"]),
         ({"instruction": "i", "input": "x", "output": "o", "system": "S"}, ["system: S", "user: i\n\nx"]),
         ({"instruction": "i", "input": ""}, ["user: i"]),
+        ({"Question": "q"}, ["user: q"]),
+        ({"質問": "q", "回答": ""}, ["user: q"]),
         ({"messages": [{"role": "user", "content": "u"}]}, ["user: u"]),
         (
             {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},

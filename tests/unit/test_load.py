@@ -163,6 +163,44 @@ def test_a_csv_that_is_not_one(tmp_path: Path, text: str, said: str) -> None:
     assert said in caught.value.what
 
 
+def test_two_columns_of_other_names_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("my words,返し\nHi,Yo\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert "--field prompt='my words' completion='返し', or the other way round. " in caught.value.fix
+    path.write_text("my words,返し,c\nHi,Yo,1\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert "--field PART=COLUMN" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "text", ['{\n"prompt": "Hi",\n"completion": "Yo"\n}\n', '[{"prompt": "Hi"},\n{"prompt": "Ho"}]\n']
+)
+def test_rows_that_are_not_lines_are_told_apart_from_bad_rows(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert (
+        "A file that holds a list of rows is named .json; rows over several lines become lines by" in caught.value.fix
+    )
+    path.write_text(text + '{"prompt": "Hi", "completion": "Yo"}\n')
+    with pytest.raises(UserError) as caught:
+        read_rows(path)
+    assert "named .json" not in caught.value.fix
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "Hi", "completion": "Yo",}', '{"a": [1, 2, ] }', '{"a": {"b": 1,\t}}'])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_comma_behind_the_last_element_is_named(tmp_path: Path, text: str, name: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_rows(tmp_path / name)
+    assert caught.value.what.endswith("(a comma behind the last one)")
+
+
 def test_an_empty_cell_is_no_input_and_no_answer(tmp_path: Path) -> None:
     path = tmp_path / "a.CSV"
     path.write_text("instruction,input,output\nHi,,Yo\nHo,,\n")
